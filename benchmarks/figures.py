@@ -50,6 +50,7 @@ FRESH_OPENBOOKQA, FRESH_SIQA, FRESH_HELLASWAG = "fresh-openbookqa", "fresh-siqa"
 FRESH_SIQA_HALF = "fresh-bfloat16-siqa"  # `natural-gradient`, and `random` at four rates
 FRESH_MEDICAL, FRESH_KINDS = "fresh-minilm-medical-subjects", "fresh-minilm-siqa-kinds"
 FRESH_SPECIALTIES = "fresh-minilm-specialties"
+MEASURED = "measured-minilm-specialties"  # three rates around the one that the rule gives, and `random` at 2e-4
 GEMMA = "gemma-openbookqa"
 # Two seeds chose 3e-3; on all eight both losses are lower at 2e-3.
 TUNED = {(SPECIALTIES, RANDOM): 2e-3}
@@ -173,10 +174,10 @@ def detectable_dial(arm: str) -> float:
     return (high - low) / 2
 
 
-def judged_row(strength: str, task: str | None = None) -> tuple[float, ...]:
+def judged_row(strength: str, task: str | None = None, file: str = "judged") -> tuple[float, ...]:
     """Return how a strength of `benchmarks.dial_judged` stands to full strength: task, passages, news, chats, in %."""
-    found = _judged_pairs(strength, task).groupby("task").mean().mean()
-    return float(found["loss"]), *(100 * float(found[part] / found[f"{part} of"]) for part in TEXTS)
+    found = _judged_pairs(strength, task, file).groupby("task").mean().mean()
+    return float(found["loss"]), *(100 * float(found[part] / found[f"{part} of"]) for part in TEXTS if part in found)
 
 
 def judged_between(strength: str) -> tuple[float, float]:
@@ -218,9 +219,9 @@ def _within_tasks(values: pd.Series) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def _judged_pairs(strength: str, task: str | None = None) -> pd.DataFrame:
+def _judged_pairs(strength: str, task: str | None = None, file: str = "judged") -> pd.DataFrame:
     """Put the readings at a strength beside those at full strength, of the same task and seed."""
-    runs = _dial_judged()
+    runs = _dial_judged(file)
     pairs = _beside(runs.loc[strength], runs.loc["1"])
     return pairs if task is None else pairs.loc[[task]]
 
@@ -231,15 +232,15 @@ def _beside(runs: pd.DataFrame, full: pd.DataFrame) -> pd.DataFrame:
     return pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
 
 
-def _judged_lines() -> list[dict[str, Any]]:
-    text = (starts.RESULTS / "dial" / "judged.jsonl").read_text(encoding="utf-8")
+def _judged_lines(file: str = "judged") -> list[dict[str, Any]]:
+    text = (starts.RESULTS / "dial" / f"{file}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 @cache
-def _dial_judged() -> pd.DataFrame:
+def _dial_judged(file: str = "judged") -> pd.DataFrame:
     """Tabulate loss on the task and rises on other text by strength, task and seed."""
-    lines = _judged_lines()
+    lines = _judged_lines(file)
     labels = {(line["task"], part): sum(n) for line in lines for part, n in line.get("labels", {}).items()}
     rows = [
         {name: line[name] for name in ("strength", "task", "seed")}
