@@ -402,7 +402,7 @@ def best_of_three(model: str, start: str, size: str = "1") -> tuple[float, ...]:
 
 def sized_rise(model: str, start: str, **changed: Any) -> tuple[float, ...]:
     """Return how much the loss on passages rises in training, on each of the two tasks."""
-    return tuple(float(_sized_run(Run(model, task, start, **changed))["rise"]) for task in SIZED)
+    return tuple(_sized_mean(Run(model, task, start, **changed), "rise") for task in SIZED)
 
 
 def level(model: str, seeds: int = 2) -> tuple[float, float]:
@@ -415,12 +415,13 @@ def level(model: str, seeds: int = 2) -> tuple[float, float]:
 
 def _above_ours(run: Run) -> float:
     ours = Run(run.model, run.task, "eva", seed=run.seed)
-    return 100.0 * float(_sized_run(run)["loss"][-1] / _sized_run(ours)["loss"][-1] - 1.0)
+    return 100.0 * (_sized_mean(run, "loss") / _sized_mean(ours, "loss") - 1.0)
 
 
-def _sized_run(run: Run) -> dict[str, Any]:
-    (found,) = (row for row in _sized_runs() if run.is_in(row))
-    return found
+def _sized_mean(run: Run, value: str) -> float:
+    """Compute the mean over all times that a run was made; the first ones did not read the rise."""
+    found = [row[value] for row in _sized_runs() if value in row and run.is_in(row)]
+    return float(np.mean([one[-1] if value == "loss" else one for one in found])) if found else float("nan")
 
 
 @cache
