@@ -100,7 +100,7 @@ def choose_budget(
         raise LoraInitError(f"{{{kind}}}: a number above 0 and not above {most:,} is needed.", **{kind: value})
     if kind == "megabytes":
         bytes_per_parameter(dtype)
-        return Budget(kind, number, "bytes", int(number * 10**6), dtype)
+        return Budget(kind, number, "bytes", round(number * 10**6), dtype)
     if kind == "variance":
         if coverage not in COVERAGES:
             raise LoraInitError(f"{{coverage}} is unknown. {did_you_mean(str(coverage), COVERAGES)}", coverage=coverage)
