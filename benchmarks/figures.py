@@ -392,17 +392,18 @@ SIZED = ("openbookqa", "piqa")  # the tasks of `benchmarks.size_of_a`
 
 def sized(model: str, start: str, size: str = "1", **changed: Any) -> tuple[float, ...]:
     """Return how far runs of `benchmarks.size_of_a` end above `eva` as it is by default, on each of their two tasks."""
-    return tuple(_above_ours(Run(model, task, start, size, **changed)) for task in SIZED)
+    return tuple(round(_above_ours(Run(model, task, start, size, **changed)), 1) + 0.0 for task in SIZED)
 
 
 def best_of_three(model: str, start: str, size: str = "1") -> tuple[float, ...]:
     """Return the same of the best of three rates, a factor of three apart."""
-    return tuple(min(_above_ours(Run(model, task, start, size, x=x)) for x in (1 / 3, 1.0, 3.0)) for task in SIZED)
+    each = zip(*(sized(model, start, size, x=x) for x in (1 / 3, 1.0, 3.0)), strict=True)
+    return tuple(map(min, each))
 
 
 def sized_rise(model: str, start: str, **changed: Any) -> tuple[float, ...]:
     """Return how much the loss on passages rises in training, on each of the two tasks."""
-    return tuple(_sized_mean(Run(model, task, start, **changed), "rise") for task in SIZED)
+    return tuple(round(_sized_mean(Run(model, task, start, **changed), "rise"), 2) + 0.0 for task in SIZED)
 
 
 def level(model: str, seeds: int = 2) -> tuple[float, float]:
