@@ -406,6 +406,11 @@ def sized_rise(model: str, start: str, **changed: Any) -> tuple[float, ...]:
     return tuple(round(_sized_mean(Run(model, task, start, **changed), "rise"), 2) + 0.0 for task in SIZED)
 
 
+def classes(start: str, rate: float) -> float:
+    """Return how far a start at a rate ends above `natural-gradient` at the rate of the rule, on specialties, in %."""
+    return 100 * (loss(MEASURED, start, rate=rate) / loss(MEASURED, "natural-gradient", rate=8.3e-4) - 1)
+
+
 def level(model: str, seeds: int = 2) -> tuple[float, float]:
     """Return how far `random` ends above `eva`, both at the rate of the rule, and what was detectable."""
     runs = [(task, _above_ours(Run(model, task, "random", seed=seed))) for task in SIZED for seed in range(seeds)]
