@@ -200,3 +200,20 @@ def test_error_lines_of_the_troubleshooting_page_are_the_librarys():
 
 def test_the_citation_is_of_this_version():
     assert f"\nversion: {lora_init.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_each_goal_of_the_readme_is_reached_in_few_words():
+    """The README, and the page or the part of a page that it sends one to."""
+    goals = re.findall(r"^\| .*\]\((docs/[\w-]+\.md)#?([^)]*)\) \|$", TEXTS["README.md"], re.MULTILINE)
+    assert len(goals) >= 4
+    for page, anchor in goals:
+        parts = re.split(r"^## ", TEXTS[page], flags=re.MULTILINE)
+        part = next((part for part in parts if anchor and _anchor(part.partition("\n")[0]) == anchor), TEXTS[page])
+        assert len(TEXTS["README.md"].split()) + len(part.split()) <= 2_500, page
+
+
+def test_nouns_are_said():
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in ["README.md", *DOCS]]
+    files = [path for kind in ("py", "jinja") for path in (ROOT / "lora_init").rglob(f"*.{kind}")]
+    texts += [path.read_text(encoding="utf-8") for path in files]
+    assert sum(len(re.findall(r"(?i)\bth(?:at|ose) of\b", text)) for text in texts) <= 40

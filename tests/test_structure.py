@@ -153,3 +153,7 @@ def test_functions_below_the_public_ones_have_at_most_eight_parameters():
                 n = len([one for one in taken if one is not None and one.arg not in ("self", "cls")])
                 found |= {node.name: n} if n > 8 else {}
     assert found == {}
+
+
+def test_the_door_of_trainers_knows_none_of_trl():
+    assert not re.findall(r"TRL|[A-Z]{3}Trainer", (PACKAGE / "adapters/doors/trainers.py").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_init
 from lora_init import LoraInitError, build_adapter, collect, learning_rate
-from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, response
+from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, one_epoch, response
 from lora_init.statistics.statistics import Sizes
 from tests.adapters.made import batches, tiny
 from tests.conftest import tiny_llama
@@ -123,3 +123,39 @@ def test_wrong_input_is_one_line(adapted):
 def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, words):
     said = LearningRate(ONE, 48).far_off(SimpleNamespace(learning_rate=rate, optim=optimizer))
     assert len(said) == bool(words) and all(line.startswith(words) for line in said)
+
+
+def test_a_frozen_a_wants_a_higher_rate():
+    model, data = tiny(), batches()
+    stats = collect(model, data, rank=4)
+    free, frozen = (build_adapter(stats, 4, "random", lora_alpha=0.1, freeze_a=freeze) for freeze in (False, True))
+    free, adapted, frozen = free.rate.rate, frozen.apply(model), frozen.rate.rate
+    assert frozen > 1.5 * free
+    assert learning_rate(adapted, data, steps=100, freeze_a=True).rate == pytest.approx(frozen, rel=0.1)
+
+
+def test_a_layer_whose_output_is_zero_is_left_out_and_named():
+    model = tiny(bias=False)
+    nn.init.zeros_(model[2].weight)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
+    found = learning_rate(model, batches(), steps=9)
+    assert found.left_out == ["2"] and found.layers == ["0"]
+
+
+def test_an_older_file_has_no_sizes_and_its_adapter_says_how_to_get_a_rate():
+    stats = replace(collect(tiny(), batches(), rank=2), sizes={})
+    init = build_adapter(stats, 2)
+    assert init.rate is None and init.recommended is None
+    assert "`lora-init rate` measures it" in init.how_to_train
+    dora = build_adapter(collect(tiny(), batches(), rank=2), 2, use_dora=True)
+    assert dora.rate is None and dora.how_to_train.startswith("Tune the learning rate")
+
+
+def test_the_sentence_names_steps_range_and_what_is_extrapolated():
+    assert str(LearningRate(ONE, 48)) == (
+        "Train with AdamW at 2.9e-3, warm-up 10%, cosine, for 48 steps. The best rate is likely between 1.4e-3 and "
+        "5.8e-3."
+    )
+    assert "extrapolated: measured from 48 to 400" in str(LearningRate(ONE, 5000))
+    assert one_epoch({"rows": 500}) == (63, "an epoch of 500 examples in batches of 8")
+    assert one_epoch({})[0] == 100

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from lora_init.cli import app as cli
 from lora_init.comparison.runs import read_runs, read_settings
+from lora_init.comparison.workbench import Workbench
 from tests.comparisons import make_home
 
 
@@ -167,3 +168,16 @@ def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, 
     assert said.endswith("The same command goes on from there.")
     assert [record["status"] for record in read_runs(tmp_path / "out")] == ["finished"]
     assert "random" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("failing", ["random", "eva-rho1"])
+def test_where_a_run_fails_the_command_does(command, monkeypatch, failing):
+    fill = Workbench._fill
+
+    def no_room(bench, record, run, *others):
+        if str(run.start) == failing:
+            raise MemoryError("no room")
+        return fill(bench, record, run, *others)
+
+    monkeypatch.setattr(Workbench, "_fill", no_room)
+    assert "runs failed (" in " ".join(run(*command, code=1).stdout.split())

@@ -132,3 +132,26 @@ def test_replay_writes_lines_that_can_be_trained_on(place, tmp_path, monkeypatch
     assert_one_line_error(run(*more, "--length", 3000), "--length 3000", "3001 tokens, and the model takes 64")
     assert_one_line_error(run(*more, "--chat"), "no chat template")
     assert_one_line_error(run("replay", tmp_path / "none", "-o", tmp_path / "r.jsonl"), "no such directory")
+
+
+def test_how_the_base_was_loaded_is_not_forgotten(place, tmp_path):
+    made = {"provenance": {"quantisation": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bits": None,
+                                            "bnb_4bit_quant_type": "nf4"}}}  # fmt: skip
+    model = adapted(place, auto_mapping={"lora_init": made})
+    train(model, IDS, 3)
+    model.save_pretrained(tmp_path / "nf4")
+    words = [tmp_path / "nf4", place / "task.txt", "--keep", place / "text.txt", "--samples", 36, "--uniform"]
+    done = run("dial", *words, "-o", tmp_path / "kept")
+    assert done.exit_code == 0 and "made on a base in nf4, and this one is not: --quantize nf4" in done.stderr
+    done = run("export", tmp_path / "nf4", "-o", tmp_path / "served", "--data", place / "task.txt")
+    assert done.exit_code == 0 and "note: it was made on a base in nf4" in done.stdout, done.output
+    assert "nf4" not in run("export", place / "trained", "-o", tmp_path / "other").output
+
+
+def test_one_strength_needs_neither_data_nor_a_pass(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_init.loading.models.ModelSource.load", None)  # no weights of the base are needed
+    done = run("dial", place / "trained", "-o", tmp_path / "kept", "--strength", 0.6)
+    assert done.exit_code == 0 and "0.6 in all layers" in done.stdout, done.output
+    torch.testing.assert_close(logits(place, tmp_path / "kept"), logits(place, "trained", 0.6), atol=1e-5, rtol=1e-5)
+    assert "0.6 in all layers" in run("inspect", tmp_path / "kept").stdout and not (tmp_path / "kept/dial.png").exists()
+    assert "its strength is the dial's: 0.6" in run("export", tmp_path / "kept", "-o", tmp_path / "served").stdout

@@ -157,3 +157,13 @@ def test_the_example_plans_with_and_without_a_file(file, tmp_path, monkeypatch, 
         assert f"{plan.parameters:,} parameters" in out
         assert yaml.safe_load((tmp_path / "axolotl.yaml").read_text())["lora_r"] in (plan.rank, max(plan.values()))
         assert (tmp_path / "plan.svg").stat().st_size > 10_000
+
+
+def test_each_row_of_a_comparison_shows_how_many_more_parameters_it_has(file):
+    shown = run(file, "--rank", 2, "--rho", 2, "--compare", "uniform", "--compare", "rank=4,policy=uniform").stdout
+    asked = (dict(rank=2), dict(rank=2, policy="uniform"), dict(rank=4, policy="uniform"))
+    first, *others = (allocate_ranks(Statistics.load(file), rho=2.0, **one).parameters for one in asked)
+    heads, *rows, _ = shown.splitlines()
+    assert "to first" in heads
+    for row, parameters in zip(rows, [first, *others], strict=True):
+        assert f" {parameters / first - 1:+.1%} " in row

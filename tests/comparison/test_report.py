@@ -9,11 +9,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_init.comparison import workbench
+from lora_init.comparison.findings import summarise
 from lora_init.comparison.report import write_report
 from lora_init.comparison.runs import Run
+from lora_init.comparison.tables import run_tables
 from lora_init.comparison.training import evaluate
 from tests.comparison.made import compare, set_up_bench
-from tests.comparisons import planted, write
+from tests.comparisons import planted, settings, write
 
 HOSTILE = '<script>alert("1")</script>|*_$x^2$'
 
@@ -103,3 +105,10 @@ def test_the_adapter_of_the_best_start_is_kept_once_and_not_replaced(home, tmp_p
     assert f"holds eva, 0.01, seed {kept['seed']} and stays; the best is now random, 0.01, seed" in lines[-1]
     after = {file.name: file.read_bytes() for file in (out / "best").iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"run.json"}
+
+
+def test_a_run_has_one_mean_in_all_tables(tmp_path):
+    runs = [one for one in planted({"eva": 0.0}, noise=0.02) if one["seed"] < 2 or one["learning_rate"] == 1e-3]
+    tables = run_tables(summarise(runs, settings(sweep="halving")))
+    best, rates = (tables[name].set_index("start") for name in ("best", "learning_rates"))
+    assert list(best["runs"]) == ["3", "3"] and [cell.rstrip("*") for cell in rates["1e-3"]] == list(best["mean loss"])

@@ -316,3 +316,37 @@ def test_one_strength_needs_no_data_and_with_data_reports_both_ends():
     assert "task" not in found.to_dict()["chosen"] and {*found.strengths.values()} == {0.8}
     with pytest.raises(LoraInitError, match="needs batches of the task"):
         dial(model)
+
+
+def test_a_list_is_read_whole_and_of_a_loader_the_first_batches():
+    model, batches = trained_model(dtype=torch.float32)
+    many, keep = [batch for batch in batches for _ in range(20)], batches_for("llama", n_batches=4, seed=1)
+    found = dial(model, many, keep, strength=0.9)
+    assert found.read == (4 * len(many), 16) and found.examples == found.read
+    assert dial(model, iter(many), keep, strength=0.9).read == (4 * 48, 16)
+    assert "of 192 and 16 that were read" in dial(model, iter(many), keep, uniform=True).summary()["measured on"]
+
+
+def test_layers_that_share_a_tensor_are_refused():
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True)
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
+    with pytest.raises(LoraInitError, match="has ensure_weight_tying, which has no strength"):
+        dial(model, strength=0.8)
+
+
+def test_one_adapter_that_is_on_is_dialed_whatever_others_there_are():
+    model, batches = trained_model(dtype=torch.float32)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj", "q_proj"]))
+    other = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".other." in name}
+    keep = batches_for("llama", n_batches=4, seed=1)
+    found = dial(model, batches, keep)
+    assert {*found.strengths} == {*own_strengths(trained_model()[0])} and found.task["chosen"].loss > 0
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.items())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(LoraInitError, match="adapters default, other are active"):
+        dial(model, batches, keep)
+    model.set_adapter("default")
+    with model.disable_adapter(), pytest.raises(LoraInitError, match="'default' is disabled"):
+        dial(model, strength=0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

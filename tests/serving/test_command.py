@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import transformers
+from peft import LoraConfig, get_peft_model
 
 from tests.commands import WORDS, assert_one_line_error, run, save_model
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_bert, tiny_llama
 from tests.serving.made import ADAPTERS, train
 
 
@@ -80,3 +82,31 @@ def test_an_adapter_of_a_base_of_another_size_is_warned_of(tmp_path):
     done = run("export", tmp_path / "new", "-o", tmp_path / "other", "--base", tmp_path / "deeper")
     assert done.exit_code == 0 and "warning: adapter_config.json says that the base has" in done.stderr
     assert done.stderr.rstrip().endswith("Is it the same base?")
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "load"),
+    [
+        ("SEQ_CLS", "a classifier", "AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=3)"),
+        ("FEATURE_EXTRACTION", "an encoder", "AutoModel.from_pretrained({base!r})"),
+    ],
+)
+def test_models_that_write_no_text_are_offered_no_engine_of_text(task, kind, load, tmp_path):
+    base = str(save_model(tiny_bert(), tmp_path / "base"))
+    auto = load.partition(".")[0]
+    more = {"num_labels": 3, "ignore_mismatched_sizes": True} if task == "SEQ_CLS" else {}
+    model = getattr(transformers, auto).from_pretrained(base, **more)
+    config = LoraConfig(task_type=task, target_modules=["query"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "trained")
+    shown = run("inspect", tmp_path / "trained").stdout
+    assert f"It is of {kind}, and the engines of `lora-init export` write text." in shown and "vLLM" not in shown
+    done = run("export", tmp_path / "trained", "-o", tmp_path / "for-peft", "--base", base)
+    command = f"PeftModel.from_pretrained({load.format(base=base)}, '{tmp_path / 'for-peft'}')"
+    assert done.stdout.splitlines()[-1] == command, done.output
+    if task == "SEQ_CLS":
+        merge = ["export", tmp_path / "trained", "-o", tmp_path / "merged", "--merge-into"]
+        assert_one_line_error(run(*merge, base), "num_labels=")
+        fitting = getattr(transformers, auto).from_pretrained(base, **more)
+        fitting.save_pretrained(tmp_path / "fitting")
+        done = run(*merge, tmp_path / "fitting")
+        assert done.exit_code == 0 and "warning" not in done.stderr, done.output

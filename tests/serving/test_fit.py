@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import lora_init
 from lora_init import LoraInitError, check_fit, export_adapter
+from lora_init.adapters import directory as directory_room
+from lora_init.loading import checkpoint, models
+from lora_init.serving import server
 from tests.commands import assert_one_line_error, run
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 from tests.layers.made import mixtral, qwen3_moe
@@ -334,3 +337,73 @@ def test_inspect_says_what_fits_by_its_exit_status(bases, tmp_path):
     assert json.loads(run("inspect", directory, "--base", bases / "llama", "--json").stdout)["fit"]["fits"] is False
     assert run("export", directory, "-o", tmp_path / "b", "--rename").exit_code == 0
     assert run("inspect", tmp_path / "b", "--engine", "vllm").exit_code == 0
+
+
+def test_an_adapter_fits_the_tied_base_that_it_was_made_for(bases, tmp_path):
+    lora_init.initialize(load(bases / "tied"), batches_for("llama"), rank=4).save_pretrained(tmp_path / "a")
+    assert not check_fit(tmp_path / "a", str(bases / "tied")).misfits
+    other = load(bases / "tied")
+    other.model.embed_tokens.weight.data.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    assert "with other weights" in check_fit(tmp_path / "a", str(tmp_path / "other")).lines[0]
+
+
+class Silent:
+    """A server that has every adapter, and is not asked."""
+
+    models = ()
+
+    def __init__(self, *arguments):
+        pass
+
+    def find(self, name, model, base):
+        return name, None
+
+
+@pytest.mark.parametrize("command", ["dial", "verify", "export"])
+def test_commands_refuse_a_misfit_before_a_model_is_loaded(bases, tmp_path, monkeypatch, command):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    change(directory, target_modules=["q_proj", "v_proj", "k_proj"])
+    (tmp_path / "data.txt").write_text("the cat\n" * 20)
+    monkeypatch.setattr(server, "Server", Silent)
+    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(models.ModelSource, "load", None)
+    more = {
+        "dial": [tmp_path / "data.txt", "-o", tmp_path / "b"],
+        "verify": ["--url", "http://127.0.0.1:1"],
+        "export": ["-o", tmp_path / "b"],
+    }
+    result = run(command, directory, *more[command])
+    code = 2 if command == "verify" else 1  # which has 1 for another thing that is served
+    assert_one_line_error(result, "k_proj.lora_A.weight: is not in adapter_model", code=code)
+
+
+def test_half_a_base_is_named_in_one_line(bases, tmp_path):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    shutil.copytree(bases / "shards", tmp_path / "half")
+    first = min((tmp_path / "half").glob("model-*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-8])
+    assert_one_line_error(run("inspect", directory, "--base", tmp_path / "half"), first.name, "is damaged")
+    first.unlink()
+    assert_one_line_error(run("inspect", directory, "--base", tmp_path / "half"), f"has no {first.name}")
+    assert_one_line_error(run("inspect", directory, "--base", tmp_path / "nowhere"), "no such directory")
+
+
+def test_no_weight_is_read(bases, tmp_path, monkeypatch):
+    """Only headers: neither the adapter's tensors nor those of the base, whose model has none."""
+    import safetensors
+
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    for holder in (safetensors.torch, directory_room):
+        monkeypatch.setattr(holder, "load_file", None, raising=False)
+    monkeypatch.setattr(checkpoint.Stored, "read", None)
+    assert not check_fit(directory).misfits
+
+
+def test_nothing_is_renamed_where_names_fit_or_no_name_does(bases, tmp_path):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    with pytest.raises(LoraInitError, match=r"has the names of LlamaForCausalLM\. Leave rename out"):
+        export_adapter(directory, tmp_path / "b", rename=True)
+    change(directory, named("q_proj", "q_prj"))
+    with pytest.raises(LoraInitError, match=r"has no layer of this name\. Nearest: model\.layers"):
+        export_adapter(directory, tmp_path / "b", rename=True)

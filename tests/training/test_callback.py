@@ -278,3 +278,10 @@ def test_what_cannot_be_dialed_at_the_end_stays_as_trained(tmp_path, tokenizer, 
         assert said.startswith("lora_init: not dialed, and the adapter is as trained: ") and reason in said
     trainer(tmp_path, plain, lora_init.StartCallback(samples=8), **settings).train()
     assert all(torch.equal(value, adapter_of(plain)[name]) for name, value in adapter_of(adapted).items())
+
+
+def test_a_frozen_a_stays_as_it_began(tmp_path):
+    watch, adapted = Watch(samples=8, freeze_a=True), model()
+    trainer(tmp_path, adapted, watch).train()
+    for name, value in adapter_of(adapted).items():
+        assert torch.equal(value, watch.begun[name]) == (".lora_A." in name), name

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -309,3 +310,20 @@ def test_the_head_of_a_classifier_is_trained_whole(with_adapter, tmp_path):
     assert head and all("classifier" in name for name in head)
     trainer.train()
     assert all(not torch.equal(adapted.get_parameter(name), before) for name, before in head.items())
+
+
+def test_a_measured_rate_is_that_of_the_trainers_own_steps(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer)
+    adapted = lora_init.initialize(trainer, rank=4, learning_rate="measured")
+    batches = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in trainer.get_train_dataloader()]
+    again = lora_init.learning_rate(adapted, batches, steps=TrainerDoor(trainer).steps).rate
+    assert trainer.args.learning_rate == pytest.approx(again, rel=0.3) and again != 1e-2
+
+
+def test_it_ends_with_one_line_on_stderr(tmp_path, tokenizer, capsys):
+    lora_init.initialize(sft(tmp_path, tokenizer), rank=4)
+    line = capsys.readouterr().err.splitlines()[-1]
+    said = r"eva: 14 layers, rank [\d to]+, \d+ batches of 4 examples, \d+\.\d s\. "
+    assert re.fullmatch(said + "Train with AdamW at .*", line)
+    lora_init.initialize(sft(tmp_path, tokenizer), rank=4, progress=False)
+    assert "batches of 4 examples" not in capsys.readouterr().err
