@@ -16,10 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -142,12 +144,10 @@ class Bench:
         peft_model = init.apply(self.model)
         rate = run.at or measure_rate(peft_model, self.sample[:4], run.steps).rate * run.x
         training = Training(run.steps, run.batch, run.warmup, [0, run.steps])
-        adamw = torch.optim.AdamW
-        if run.optimizer == "prodigy":
-            rate = 1.0
-            torch.optim.AdamW = _prodigy  # type: ignore[misc, assignment]
-        result = train(peft_model, self.task, training, learning_rate=rate, seed=run.seed, plain_loss=1e3)
-        torch.optim.AdamW = adamw  # type: ignore[misc]
+        found = run.optimizer == "prodigy"
+        rate = 1.0 if found else rate
+        with patch("torch.optim.AdamW", _prodigy) if found else nullcontext():
+            result = train(peft_model, self.task, training, learning_rate=rate, seed=run.seed, plain_loss=1e3)
         kept = text_loss(peft_model, self.kept) - self.base_kept
         self.model = peft_model.unload()
         del peft_model

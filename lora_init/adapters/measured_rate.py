@@ -19,7 +19,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import NothingCountsError, TokenMasks
 from lora_init.layers.running import call_model
 from lora_init.layers.targets import HEADS
-from lora_init.layers.wrappers import unwrapped
+from lora_init.layers.wrappers import unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
 from lora_init.statistics.statistics import Sizes
 
@@ -68,23 +68,17 @@ def learning_rate(
     if any(getattr(layer, "use_dora", {}).get(adapter_name) for layer in layers.values()):
         raise LoraInitError("learning_rate(): the rule was not measured with DoRA. Tune the rate: lora-init compare.")
     found = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
-    found = as_batches(found, _base_of(model), 0)
+    found = as_batches(found, without_adapter(unwrapped(model)), 0)
     of_data, why = one_epoch(getattr(found, "settings", {}))
     rate = measure_rate(model, found, of_data if steps is None else steps, adapter_name, freeze_a)
     return rate if steps is not None else replace(rate, why_steps=why)
-
-
-def _base_of(model: nn.Module) -> nn.Module:
-    base: Any = unwrapped(model)
-    plain: nn.Module = base.get_base_model() if hasattr(base, "get_base_model") else base
-    return plain
 
 
 def measure_rate(
     model: nn.Module, batches: Iterable[Any], steps: int, adapter_name: str = "default", freeze_a: bool = False
 ) -> LearningRate:
     """Measure the rate of an adapter, whatever its B is: of starts whose B is not zero the rule holds as well."""
-    base, layers = _base_of(model), adapter_layers(unwrapped(model))
+    base, layers = without_adapter(unwrapped(model)), adapter_layers(unwrapped(model))
     responses = measure_responses(base, layers, batches, adapter_name, freeze_a)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     left_out = [name for name in layers if name not in responses]

@@ -17,7 +17,7 @@ from torch import nn
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, Target, find_targets, is_in
-from lora_init.layers.wrappers import plain_name
+from lora_init.layers.wrappers import plain_name, without_adapter
 from lora_init.planning.lora_config import exact_pattern
 from lora_init.private_parts import has_added_adapter
 
@@ -156,9 +156,7 @@ def adapter_layers(peft_model: PeftModel | nn.Module) -> dict[str, Any]:
     from peft.tuners.lora.layer import ParamWrapper
 
     layers: dict[str, Any] = {}
-    base: Any = peft_model
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    for name, module in base.named_modules():
+    for name, module in without_adapter(peft_model).named_modules():
         if isinstance(module, ParamWrapper):  # one inside another for each parameter of a module
             layers[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module
         # nn.MultiheadAttention's adapter holds the one of its output projection: one layer, not two.

@@ -171,9 +171,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             for name, what in WRITES.get(context.command.name or "", {}).items():
                 if options[name] is not None:
                     check_output(options[name], what)
-            _running.wanted = Wanted(**{one.name: options.get(one.name) for one in fields(Wanted)})
-            if options.get("options"):
-                _running.wanted = None
+            wanted = {one.name: options.get(one.name) for one in fields(Wanted)}
+            _running.wanted = None if options.get("options") else Wanted(**wanted)
             for name, kind in shared.items():
                 options[name] = kind(**{one.name: options.pop(one.name) for one in _options(kind)})
             function(**options)

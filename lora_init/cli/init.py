@@ -126,9 +126,8 @@ def init(
     else:
         asked = replace(asked, start=BANK_WAYS[from_bank.by])
         source = OfBank(names, loading, there, from_bank.bank, from_bank.similarity)
-    idle = [name for name, value in (("--weights", correction.weights), ("--unchecked", correction.unchecked)) if value]
-    if idle and not asked.start.by_error:
-        raise LoraInitError(f"{', '.join(idle)}: for --method {_named(by_error=True)} alone. Leave it out.")
+    if not asked.start.by_error:
+        refuse_idle(("weights", "unchecked"), f"for --method {_named(by_error=True)} alone")
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED, NothingCountsError, shifts_labels
 from lora_init.layers.running import Forward, call_model, evaluating, on_device_of
+from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import pad_batch
 from lora_init.loading.reader import Encoded
 
@@ -85,7 +86,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     first = int((labels != IGNORED).any(dim=0).int().argmax())
     kept = labels.shape[1] - max(first - 1, 0)  # the logits before a label predict it
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    plain: Any = without_adapter(model)
     if "logits_to_keep" in inspect.signature(plain.forward).parameters:
         # As positions, not as their number: a number makes a slice, which is not contiguous, and to multiply that with
         # a frozen lm_head torch on a CPU copies the lm_head for each sequence.

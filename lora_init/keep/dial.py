@@ -21,6 +21,7 @@ from lora_init.keep.dialed import UNIFORM, Change, Dial, Point
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.running import call_model, evaluating, on_device_of
+from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import as_batches
 from lora_init.serving.trained import OTHER_UPDATES
 
@@ -421,7 +422,7 @@ def label_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     batch, shifted = on_device_of(model, batch), shifts_labels(model)
     if shifted and batch.keys() == _PLAIN:
         return token_losses(model, batch)
-    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    plain: Any = without_adapter(model)
     labels, logits = batch["labels"], call_model(plain, batch, with_labels=not shifted).logits
     if logits.shape[:2] != labels.shape:
         more = ", ".join(sorted({*batch} - _PLAIN)) or "nothing else"

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import evaluating
+from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import pad_batch, padding_token
 
 _ASKED = (
@@ -121,7 +122,8 @@ def _sample(
 
     What the checkpoint says of generation does not count: penalties, the likeliest tokens.
     """
-    plain, longest = model.get_base_model() if hasattr(model, "get_base_model") else model, max(map(len, prompts))
+    plain: Any = without_adapter(model)
+    longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=model.device)
     said = plain.generation_config

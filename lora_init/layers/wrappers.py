@@ -22,6 +22,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if inner is None else unwrapped(inner)
 
 
+def without_adapter(model: nn.Module) -> nn.Module:
+    """Return the model inside a PeftModel, with the adapter's layers in place; a plain model as it is."""
+    inner: Any = model
+    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return base
+
+
 def plain_names(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules of a model under the names that they have where no part is wrapped, the plain module each."""
     modules: dict[str, nn.Module] = {}

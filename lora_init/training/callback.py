@@ -19,7 +19,7 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
 from lora_init.adapters.doors.carriers import InPlace, Wrapped
-from lora_init.adapters.doors.trainers import undisturbed
+from lora_init.adapters.doors.trainers import examples_of_a_step, undisturbed
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.adapters.pipeline import Source, choose, run
 from lora_init.errors import LoraInitError, is_number
@@ -107,7 +107,8 @@ class StartCallback(TrainerCallback):
         texts = [self.texts[i % len(self.texts)] for i in range(first + args.process_index, end, args.world_size)]
         if texts:  # all of one length
             batch = {key: torch.cat([text[key] for text in texts]).to(model.device) for key in texts[0]}
-            weight = _TEXT_WEIGHT * len(texts) * args.world_size / _examples(args)  # processes take a mean of theirs
+            share = len(texts) * args.world_size / examples_of_a_step(args)  # processes take a mean of theirs
+            weight = _TEXT_WEIGHT * share
             (weight * model.train()(**batch).loss).backward()
 
     def on_train_end(
@@ -132,7 +133,7 @@ class StartCallback(TrainerCallback):
             _say(state, f"dial, {about}: {text}")
 
     def _texts_until(self, args: TrainingArguments, step: int) -> float:
-        return self.replay * _examples(args) * step
+        return self.replay * examples_of_a_step(args) * step
 
     def _start(self, carrier: Filled, args: Any, state: TrainerState, train_dataloader: Any, rest: Any) -> None:
         data = getattr(train_dataloader, "dataset", None)
@@ -192,11 +193,6 @@ def _batches(loader: Any, model: Any) -> Iterator[Iterator[dict[str, Any]]]:
     finally:
         if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
             loader.end()
-
-
-def _examples(args: TrainingArguments) -> int:
-    """Count the examples of a step."""
-    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def _check_replay(args: TrainingArguments, tokenizer: Any) -> None:

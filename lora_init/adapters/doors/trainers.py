@@ -76,7 +76,7 @@ class TrainerDoor:
         args, rows = self.trainer.args, self.trainer.train_dataset
         if args.max_steps > 0:
             return int(args.max_steps)
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        per_step = examples_of_a_step(args)
         return max(1, math.ceil(args.num_train_epochs * len(rows) / per_step)) if hasattr(rows, "__len__") else None
 
     @property
@@ -202,3 +202,8 @@ class _Twice(IterableDataset[Any]):
     def __getattr__(self, name: str) -> Any:
         """Return what Trainer looks for in data, such as `set_epoch`."""
         return getattr(self.rows, name)
+
+
+def examples_of_a_step(args: Any) -> int:
+    """Count the examples of a step, of all processes, by a trainer's arguments."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
