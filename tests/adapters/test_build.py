@@ -145,6 +145,15 @@ def test_fewer_directions_than_rank_give_the_rank_that_there_is():
     assert build_adapter(collect(model, [torch.randn(1, 8)], rank=4), 4, "random").ranks == {"0": 4}
 
 
+def test_fewer_directions_than_rank_leave_a_multiple_of_a_convolutions_groups():
+    model = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2))
+    stats = collect(model, [torch.randn(1, 4, 6)], ["0"], rank=4)
+    with pytest.warns(UserWarning, match=r"2 of 4"):
+        init = build_adapter(stats, 4)
+    assert stats["0"].n_components == 3 and init.ranks == {"0": 2}
+    lora_layers(init.apply(model))["0"](torch.randn(1, 4, 6))
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_initialize_does_all_of_it_in_one_call(name):
     batches = batches_for(name, 6)

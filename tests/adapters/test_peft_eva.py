@@ -44,10 +44,10 @@ def structured_llama():
     return model
 
 
-def wrap(model, peft_config):
+def wrap(model, peft_config, **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lora with eva initialization")
-        return get_peft_model(model, peft_config)
+        return get_peft_model(model, peft_config, **options)
 
 
 def layers_of(peft_model):
@@ -271,13 +271,13 @@ def test_rslora_keeps_the_scaling_of_every_layer():
     assert scalings[1][0] == pytest.approx(8.0) and scalings[1][-1] == pytest.approx(8.0)  # 16 / sqrt(4)
 
 
-def test_adapters_of_a_half_precision_model_stay_float32():
+def test_adapters_of_a_half_precision_model_keep_their_type():
     kinds = []
-    for module in (theirs, ours):
-        model = wrap(structured_llama().bfloat16(), config())
+    for module, cast in ((theirs, True), (ours, True), (ours, False)):
+        model = wrap(structured_llama().bfloat16(), config(), autocast_adapter_dtype=cast)
         quietly(module.initialize_lora_eva_weights, model, batches_for("llama", 6, batch_size=8))
         kinds.append({p.dtype for n, p in model.named_parameters() if "lora_" in n})
-    assert kinds == [{torch.float32, torch.bfloat16}, {torch.float32}]
+    assert kinds == [{torch.float32, torch.bfloat16}, {torch.float32}, {torch.bfloat16}]
 
 
 def eva_of_a_share(rank, size, folder):

@@ -61,6 +61,21 @@ def test_with_a_mask_of_labels_the_mean_gradient_is_of_the_tokens_that_predict_o
     assert (found["labels"] - whole).norm() > 0.02 * whole.norm()
 
 
+@pytest.mark.parametrize("token_mask", ["attention", "labels"])
+def test_the_padding_before_the_first_label_is_in_the_mean_gradient(token_mask):
+    """It predicts the first token of a row that is padded on the left and begins with a label."""
+    model, ids = tiny_llama(), torch.full((1, 12), 5)
+    padding = torch.arange(12)[None] < 5
+    batch = {"input_ids": ids, "attention_mask": (~padding).long(), "labels": ids.masked_fill(padding, -100)}
+    stats = collect(model, [batch], ["down_proj"], rank=16, gradients=True, token_mask=token_mask)
+    model(**batch).loss.backward()
+    for name in stats:
+        assert stats[name].n_samples == (7 if token_mask == "attention" else 6)
+        found, exact = stats.gradient(name), model.get_submodule(name).weight.grad
+        mean = found.left.double().T @ torch.diag(found.singular_values) @ found.right.double()
+        torch.testing.assert_close(mean.float(), exact, rtol=0.0, atol=1e-4 * float(exact.abs().max()))
+
+
 def test_q_k_and_v_differ_and_their_inputs_do_not():
     stats = collect(tiny_llama(), labelled("llama"), rank=4, gradients=True)
     q, v = (stats.gradient(f"model.layers.0.self_attn.{part}_proj") for part in "qv")

@@ -64,6 +64,8 @@ def test_a_merged_model_does_what_peft_does(name, kind, tmp_path):
     exported = export_adapter(tmp_path / "trained", tmp_path / "merged", merge_into=str(tmp_path / "base"))
     merged = load(tmp_path / "merged")
     assert merged.dtype == torch.bfloat16 and exported.rank == 0
+    written = [tensor for file in (tmp_path / "merged").glob("*.safetensors") for tensor in load_file(file).values()]
+    assert {tensor.dtype for tensor in written} == {torch.bfloat16}
     expected = adapted(IDS).logits.detach()
     effect = (expected - load(tmp_path / "base").float()(IDS).logits).abs().max()
     # The merged weights are rounded to bfloat16, to 8 bits; the adapter's effect is far above that.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoKrConfig, LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import lora_init
@@ -67,6 +67,19 @@ def test_the_adapter_starts_as_initialize_would_have_it(tmp_path, method, capsys
         assert name.endswith("lora_B.default.weight") or not torch.equal(before[name], watch.begun[name])
     said = capsys.readouterr().err
     assert f"lora_init: {method or 'eva'} start of 4 layers" in said and "from 8 examples of the data at most" in said
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_the_examples_to_learn_from_are_those_of_all_processes(n_processes, tmp_path, monkeypatch):
+    """Of 16 examples one process reads four batches of four, and each of two reads two."""
+    read, adapted = [], model()
+    made = trainer(tmp_path, adapted)
+    made.state.max_steps = 3
+    loader = DataLoader(rows(), 4, collate_fn=lambda part: read.append(part) or made.data_collator(part))
+    monkeypatch.setattr(TrainingArguments, "world_size", n_processes)
+    start = lora_init.StartCallback(samples=16, tolerance=0.0)
+    start.on_train_begin(made.args, made.state, made.control, model=adapted, train_dataloader=loader)
+    assert len(read) == 4 // n_processes
 
 
 def test_training_is_otherwise_as_it_would_have_been(tmp_path):

@@ -151,6 +151,22 @@ def test_statistics_are_from_the_batches_that_training_sees(made, tmp_path, toke
         assert torch.equal(ours, theirs) and torch.equal(theirs, undisturbed)
 
 
+def test_a_collator_with_a_state_of_its_own_begins_training_as_it_was(tmp_path, tokenizer):
+    class Drawing(DataCollatorForSeq2Seq):
+        drawn = 0
+
+        def __call__(self, rows, return_tensors=None):
+            self.drawn += 1
+            return super().__call__(rows, return_tensors)
+
+    trainer = plain(tmp_path, tokenizer)
+    trainer.data_collator = collator = Drawing(tokenizer)
+    lora_init.initialize(trainer, rank=4, max_batches=2)
+    assert trainer.data_collator is collator and collator.drawn == 0
+    trainer.train()
+    assert collator.drawn >= 3
+
+
 def test_nothing_of_the_pass_is_left_in_the_trainer(tmp_path, tokenizer):
     """Accelerate counts steps by the loaders that are open: one left over would end every accumulation early."""
     trainer = sft(tmp_path, tokenizer)
