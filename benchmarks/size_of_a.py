@@ -1,10 +1,10 @@
 """How large A should start, and whether one forward pass tells the rate: `python -m benchmarks.size_of_a`, resumable.
 
-SmolLM2-135M-Instruct and Gemma 3 270M on OpenBookQA and PIQA, and MiniLM with a new head on two tasks of classes; rank 8
-in every linear layer, lora_alpha 16, batches of 8, language models in bfloat16. A is multiplied layer by layer so that
-A x has a given size in units of `random`'s there; `rows` leaves the start's own rows, of length one. Every run is at the
-rate that `lora_init.learning_rate` finds for its start, times `x`. `results/size_of_a/runs.jsonl` has a line for each
-run. Several processes share the work: each claims a run by a file before it begins. Arguments: the models to train.
+SmolLM2-135M-Instruct and Gemma 3 270M on OpenBookQA and PIQA, and MiniLM with a new head on two tasks of classes; rank
+8 in every linear layer, lora_alpha 16, batches of 8, language models in bfloat16. A is multiplied layer by layer so
+that A x has a given size in units of `random`'s there; `rows` leaves the start's own rows, of length one. Every run is
+at the rate that `lora_init.learning_rate` finds for its start, times `x`. `results/size_of_a/runs.jsonl` has a line for
+each run. Several processes share the work: each claims a run by a file before it begins. Arguments: models to train.
 """
 
 from __future__ import annotations
