@@ -1,8 +1,7 @@
-"""The run from a model and data to an adapter, which every way in walks: `initialize`, `lora-init init`, a callback.
+"""The run from a model and data to an adapter, which every entrance walks: `initialize`, `init`, a callback, `compare`.
 
 What differs between them is where model, data and statistics come from: a `Source` has them and does a step in its own
-way. A comparison has statistics of its own; it splits its batches (`split`) and builds on them (`build`). What was
-asked for travels as an `Asked`, the start in it as an object; what is read travels as `Examples`.
+way. What was asked for travels as an `Asked`, the start in it as an object; what is read travels as `Examples`.
 """
 
 from __future__ import annotations

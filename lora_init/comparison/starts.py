@@ -16,13 +16,24 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked, Pass, Shape
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
 from lora_init.adapters.peft_model import adapter_layers, check_fits, load_adapter, match_modes, remember
-from lora_init.adapters.pipeline import build
+from lora_init.adapters.pipeline import Examples, Source, build, run
 from lora_init.adapters.quantized import QuantizationErrors
-from lora_init.adapters.starts import CORRECTION, FULL, RANDOM, BankWay, FullTraining, PeftStart, Start, compared_names
+from lora_init.adapters.starts import (
+    CORRECTION,
+    FULL,
+    RANDOM,
+    BankWay,
+    FullTraining,
+    PeftStart,
+    Recipe,
+    Start,
+    compared_names,
+)
 from lora_init.bank.embeddings import embed
 from lora_init.bank.start import start_from_bank
 from lora_init.bank.store import Bank
@@ -238,32 +249,61 @@ def _blank(basis: Basis, variance: float = 0.0) -> Statistics:
     )
 
 
+class Shared(Source):
+    """A model, examples and statistics that runs of a comparison share; ranks are those of the start's recipe."""
+
+    def __init__(self, asked: Variant, recipe: Recipe, basis: Basis, stats: Statistics) -> None:
+        self.variant, self.recipe, self.basis, self.stats = asked, recipe, basis, stats
+
+    def check(self, asked: Asked) -> Asked:
+        """Return it as it is: what cannot be built was refused when the comparison began."""
+        return asked
+
+    def read(self, asked: Asked) -> tuple[Examples, Asked]:
+        """Return the batches that are set aside, for a start that measures a loss."""
+        return Examples((), self.basis.aside() if asked.start.takes_step else ()), asked
+
+    def load(self, examples: Examples, asked: Asked) -> tuple[nn.Module, Asked]:
+        """Return the plain model."""
+        return self.basis.model, asked
+
+    def collect(self, model: nn.Module, examples: Examples, asked: Asked) -> tuple[Statistics, Asked]:
+        """Return the statistics."""
+        return self.stats, asked
+
+    def allocate(self, stats: Statistics, asked: Asked) -> RankAllocation:
+        """Allocate as many ranks, or as many parameters, as `random` has."""
+        recipe, rank, equal = self.recipe, self.basis.shape.rank, self.variant.equal_parameters
+        targets = [stats.targets[name] for name in stats]
+        of_policy: dict[str, Any] = dict(rho=recipe.rho, policy=recipe.policy)
+        if equal and recipe.freeze_a:  # the statistics are for twice the rank
+            alike = min(2 * rank, rank_with_frozen_a(targets, rank))
+            ranks = RankAllocation(dict.fromkeys(stats, alike), rank)
+        elif equal:
+            ranks = allocate_ranks(stats, parameters=sum(target.parameters(rank) for target in targets), **of_policy)
+        elif recipe.reads_data and not recipe.start.by_error:  # errors have as many directions as the layer
+            ranks = allocate_ranks(stats, rank=rank, **of_policy)
+        else:
+            ranks = RankAllocation(dict.fromkeys(stats, rank), rank)
+        return replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
+
+    def build(
+        self, model: nn.Module, stats: Statistics, ranks: RankAllocation, examples: Examples, asked: Asked
+    ) -> AdapterInit:
+        """Build the adapter; what quantization took from the weights is known."""
+        return build(model, stats, ranks, asked, examples.aside, self.basis.errors)
+
+
 @singledispatch
 def _put(start: Start, asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
     """Put a start on the model. Ours is built from statistics, and steps as far as lowers the loss most."""
     assert asked.recipe is not None  # made by us
-    recipe, shape, targets = asked.recipe, basis.shape, [stats.targets[name] for name in stats]
-    rank, alpha = shape.rank, shape.lora_alpha
-    ranks: RankAllocation | int = rank
-    if asked.equal_parameters and recipe.freeze_a:
-        ranks = min(2 * rank, rank_with_frozen_a(targets, rank))  # the statistics are for twice the rank
-        ranks = allocate_ranks(stats, rank=ranks, rho=1.0) if recipe.reads_data else ranks
-    elif recipe.reads_data and asked.equal_parameters:
-        budget = sum(target.parameters(rank) for target in targets)
-        ranks = allocate_ranks(stats, parameters=budget, rho=recipe.rho, policy=recipe.policy)
-    elif recipe.reads_data and not recipe.start.by_error:  # errors have as many directions as the layer
-        ranks = allocate_ranks(stats, rank=rank, rho=recipe.rho, policy=recipe.policy)
-    if isinstance(ranks, RankAllocation):
-        ranks = replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
-    else:
-        alpha = alpha * ranks / rank
     own = Asked(
-        start=recipe.start,
-        shape=Shape(lora_alpha=alpha, freeze_a=recipe.freeze_a),
+        start=asked.recipe.start,
+        shape=Shape(lora_alpha=basis.shape.lora_alpha, freeze_a=asked.recipe.freeze_a),
         run=Pass(seed=basis.seed, **AS_TRAINED),
     )
-    aside = basis.aside() if recipe.start.takes_step else ()
-    init = build(basis.model, stats, ranks, own, aside, basis.errors)
+    init = run(Shared(asked, asked.recipe, basis, stats), own)
     return init.apply(basis.model), init.gamma
 
 
