@@ -49,17 +49,19 @@ def added(folder, program, **insertions):
 
 def test_an_option_is_in_the_signature_the_help_the_check_and_the_record(tmp_path):
     program = """
-print(inspect.signature(initialize).parameters["two_sided"])
-print(help_has("--two-sided", "Startbothsides."))
-run(two_sides=True)
-config = run(two_sided=True).peft_config["default"]
-print(carried(config.to_dict())["two_sided"])
+print(inspect.signature(initialize).parameters["sides"])
+print(help_has("--sides", "Sidestostart."))
+run(side=2)
+run(sides=0)
+config = run(sides=2).peft_config["default"]
+print(carried(config.to_dict())["sides"])
 """
-    option = next(block for block in BLOCKS if "two_sided" in block)
-    signature, in_help, check, record = added(tmp_path, program, asked=(option, "    use_dora: Annotated"))
-    assert signature == "two_sided: bool = False"
-    assert check.startswith("initialize() has no argument two_sides=. Did you mean two_sided?")
-    assert in_help == record == "True"
+    option = next(block for block in BLOCKS if "sides:" in block)
+    signature, in_help, name, value, record = added(tmp_path, program, asked=(option, "    use_dora: Annotated"))
+    assert signature == "sides: int = 1"
+    assert name.startswith("initialize() has no argument side=. Did you mean sides?")
+    assert value == "sides=0, expected a whole number of at least 1."
+    assert in_help == "True" and record == "2"
 
 
 def test_a_start_is_in_the_help_and_makes_an_adapter(tmp_path):

@@ -6,15 +6,18 @@ command line offers it; a field without is for Python alone. Importing this file
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from inspect import signature
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, ParamSpec, TypeAlias, TypeVar, get_type_hints
 
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, find_start
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import FORMATS
 
@@ -48,8 +51,29 @@ def read_names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
+@cache
+def _least(part: Any) -> dict[str, tuple[bool, float]]:
+    """Find which fields of a dataclass have a smallest value, and whether they are whole numbers."""
+    hints = get_type_hints(part, include_extras=True).items()
+    declared = {name: (hint, getattr(hint, "__metadata__", [{}])[0]) for name, hint in hints}
+    return {name: ("float" not in str(hint), how["min"]) for name, (hint, how) in declared.items() if "min" in how}
+
+
+class _Checked:
+    """Refuses numbers below the smallest value that is declared, as the command line does."""
+
+    def __post_init__(self) -> None:
+        part: Any = type(self)
+        for name, (whole, least) in _least(part).items():
+            value = getattr(self, name)
+            fits = is_number(value) and least <= value < math.inf and (isinstance(value, Integral) or not whole)
+            if value is not None and not fits:
+                kind = "whole number" if whole else "number"
+                raise LoraInitError(f"{{{name}}}, expected a {kind} of at least {least:g}.", **{name: value})
+
+
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class Reading(_Checked):
     """How data become examples: options of every command that reads data, and arguments of `load_batches`."""
 
     title: ClassVar = "Data"
@@ -69,7 +93,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(_Checked):
     """Which of the examples are read, and as what: the other arguments of `load_batches`. None is for what fits."""
 
     title: ClassVar = "Data"
@@ -86,7 +110,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Ranks(_Checked):
     """How much rank there is, and how far it may move between layers."""
 
     title: ClassVar = "Layers and ranks"
@@ -95,7 +119,7 @@ class Ranks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layers:
+class Layers(_Checked):
     """Which layers take an adapter: arguments of `find_targets`."""
 
     title: ClassVar = "Layers and ranks"
@@ -122,7 +146,7 @@ class Layers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shape(_Checked):
     """What the adapter is like: arguments of `build_adapter`, which an `AdapterInit` has, too.
 
     What a LoraConfig has no field for is in the record of an adapter directory.
@@ -154,7 +178,7 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction:
+class Correction(_Checked):
     """What a correction of a quantized base is made of, and whether it must be one."""
 
     title: ClassVar = "The adapter"
@@ -168,7 +192,7 @@ class Correction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
+class Pass(_Checked):
     """How the pass over the data is made: the other arguments of `collect`."""
 
     title: ClassVar = "The pass over the data"
