@@ -5,26 +5,32 @@ Importing this file imports no torch.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_init.errors import LoraInitError, first_line
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """A group of entry points."""
 
     name: str  # such as "lora_init.starts"
     kind: str  # what one is called in messages
 
+    @cached_property
     def entries(self) -> dict[str, list[EntryPoint]]:
-        """Return what is installed, by name."""
-        return _entries(self.name)
+        """What is installed, by name."""
+        found: dict[str, list[EntryPoint]] = {}
+        for entry in entry_points(group=self.name):
+            found.setdefault(entry.name, []).append(entry)
+        return found
 
     @contextmanager
     def loading(self, name: str) -> Iterator[tuple[EntryPoint, str]]:
@@ -33,7 +39,7 @@ class Group(NamedTuple):
         Raises:
             LoraInitError: Several packages have it, or the block failed.
         """
-        entry, *others = self.entries()[name]
+        entry, *others = self.entries[name]
         where = f"{self.kind} {name!r} of {package_of(entry)}"
         if others:
             raise LoraInitError(f"{where} is also in {', '.join(map(package_of, others))}. Uninstall all but one.")
@@ -45,23 +51,10 @@ class Group(NamedTuple):
             raise LoraInitError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
 
     def warn_of(self, name: str) -> None:
-        """Warn once of those that cannot be had, since their name is ours."""
-        _warn_of(self, name)
-
-
-@functools.cache
-def _entries(group: str) -> dict[str, list[EntryPoint]]:
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=group):
-        found.setdefault(entry.name, []).append(entry)
-    return found
-
-
-@functools.cache
-def _warn_of(group: Group, name: str) -> None:
-    for entry in group.entries().get(name, ()):
-        text = f"{group.kind} {name!r} of {package_of(entry)} is not used: this name is lora_init's own."
-        warnings.warn(text, stacklevel=4)
+        """Warn of those that cannot be had, since their name is ours."""
+        for entry in self.entries.get(name, ()):
+            text = f"{self.kind} {name!r} of {package_of(entry)} is not used: this name is lora_init's own."
+            warnings.warn(text, stacklevel=3)
 
 
 def package_of(entry: EntryPoint) -> str:

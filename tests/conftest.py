@@ -41,9 +41,11 @@ def installed(monkeypatch):
 
     def forget():
         from lora_init.adapters import starts
+        from lora_init.planning import policies
 
-        for cached in (packages._entries, packages._warn_of, starts._load):
-            cached.cache_clear()
+        for theirs in (starts._THEIRS, policies._THEIRS):
+            vars(theirs).pop("entries", None)
+        starts._load.cache_clear()
 
     yield install
     monkeypatch.undo()

@@ -345,7 +345,7 @@ _TAKEN = {*_OWN, *_VARIATIONS, FROM_BANK}
 
 def start_names() -> tuple[str, ...]:
     """Return the names of all starts, other packages' last. None of these is imported for it."""
-    return (*_OWN, *(name for name in _THEIRS.entries() if name not in _TAKEN))
+    return (*_OWN, *(name for name in _THEIRS.entries if name not in _TAKEN))
 
 
 def buildable() -> list[str]:

@@ -141,7 +141,7 @@ _THEIRS = Group("lora_init.policies", "policy")
 
 def policy_names() -> tuple[str, ...]:
     """Return the names of all policies, other packages' last. None of these is imported for it."""
-    return (*POLICIES, *(name for name in _THEIRS.entries() if name not in POLICIES))
+    return (*POLICIES, *(name for name in _THEIRS.entries if name not in POLICIES))
 
 
 def find_policy(name: str) -> Policy:
