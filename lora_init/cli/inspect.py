@@ -373,9 +373,9 @@ def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     """Show the share of variance that the first components capture, median over the layers of a kind."""
     collected = max((len(layer["explained_variance_ratio"]) for layer in layers.values()), default=0)
     counts = [count for count in (1, 4, 16, 64, 256) if count < collected] + [collected]
-    grid, rows = layer_grid(layers), []
-    for kind in grid.kinds:
-        group = [layers[name] for name in grid.of_kind(kind).values()]
+    rows = []
+    for kind, names in layer_grid(layers).by_kind.items():
+        group = [layers[name] for name in names.values()]
         shares = [[sum(layer["explained_variance_ratio"][:count]) for layer in group] for count in counts]
         held_out = [layer["held_out"] for layer in group if layer["held_out"] is not None]
         widths = dict.fromkeys(str(layer["in_features"]) for layer in group)
@@ -469,8 +469,7 @@ def _merge_view(about: Mapping[str, Any]) -> list[Any]:
 def _with_gaps(ranks: Mapping[str, int]) -> dict[str, int]:
     """Add the layers that have no adapter while others of their kind have one: they are not in the directory."""
     grid, whole = layer_grid(ranks), dict(ranks)
-    for kind in grid.kinds:
-        layers = grid.of_kind(kind)
+    for layers in grid.by_kind.values():
         block, name = next(iter(layers.items()))
         gaps = [other for other in grid.blocks if other >= 0 and other not in layers]
         whole |= {name.replace(f".{block}.", f".{other}.", 1): 0 for other in gaps if block >= 0}

@@ -36,9 +36,13 @@ class LayerGrid:
     blocks: list[int]  # block numbers, rising; -1 stands for layers outside any block
     cells: dict[tuple[str, int], str]  # names of layers by (kind, block); few models have more than one in a cell
 
-    def of_kind(self, kind: str) -> dict[int, str]:
-        """Name the layers of a kind by block."""
-        return {block: self.cells[kind, block] for block in self.blocks if (kind, block) in self.cells}
+    @property
+    def by_kind(self) -> dict[str, dict[int, str]]:
+        """The layers of each kind by block."""
+        return {
+            kind: {block: self.cells[kind, block] for block in self.blocks if (kind, block) in self.cells}
+            for kind in self.kinds
+        }
 
 
 def layer_grid(names: Iterable[str]) -> LayerGrid:

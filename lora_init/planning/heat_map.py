@@ -24,9 +24,9 @@ def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
     """Lay ranks out as block x kind; NaN where there is no adapter."""
     import pandas as pd
 
-    grid = layer_grid(ranks)
     columns = {
-        kind: {block: ranks[name] or math.nan for block, name in grid.of_kind(kind).items()} for kind in grid.kinds
+        kind: {block: ranks[name] or math.nan for block, name in layers.items()}
+        for kind, layers in layer_grid(ranks).by_kind.items()
     }
     return pd.DataFrame(columns, dtype=float).sort_index().rename(index={-1: ""})
 

@@ -167,8 +167,7 @@ def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]
     place = {name: i for i, name in enumerate(names)}
     ties: list[list[int]] = []
     if per_kind:
-        grid = layer_grid(names)
-        ties += [[place[name] for name in grid.of_kind(kind).values()] for kind in grid.kinds]
+        ties += [[place[name] for name in layers.values()] for layers in layer_grid(names).by_kind.values()]
     for endings in _read_ties(tie):
         groups: dict[str, list[int]] = {}
         for ending in endings:

@@ -61,8 +61,8 @@ def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> P
 
 def kind_totals(plan: RankAllocation) -> pd.DataFrame:
     """Sum a plan up by kind of layer, in model order: layers, least, most, total_rank, parameters, explained."""
-    table = plan.to_pandas()
-    kind_of = {name: kind for kind, layers in _by_kind(plan).items() for name in layers.values()}
+    table, kinds = plan.to_pandas(), layer_grid(plan).by_kind
+    kind_of = {name: kind for kind, layers in kinds.items() for name in layers.values()}
     totals = table.groupby([kind_of[name] for name in table.index]).agg(
         layers=("rank", "size"),
         least=("rank", "min"),
@@ -71,25 +71,14 @@ def kind_totals(plan: RankAllocation) -> pd.DataFrame:
         parameters=("parameters", "sum"),
         explained=("explained_variance", "mean"),
     )
-    return totals.loc[list(_by_kind(plan))]
-
-
-def _by_kind(ranks: Mapping[str, int]) -> dict[str, dict[int, str]]:
-    """Name the layers of each kind by block."""
-    grid = layer_grid(ranks)
-    return {kind: grid.of_kind(kind) for kind in grid.kinds}
-
-
-def uniform_twin(plan: RankAllocation, stats: Statistics) -> RankAllocation:
-    """Compute what the plan is compared with: the same total rank, shared out as evenly as can be."""
-    with warnings.catch_warnings():  # where the data has too few directions was said when the plan was made
-        warnings.simplefilter("ignore")
-        return allocate_ranks(stats, total_rank=plan.total_rank, policy="uniform", exclude=plan.excluded)
+    return totals.loc[list(kinds)]
 
 
 def totals_against_uniform(plan: RankAllocation, stats: Statistics) -> list[tuple[str, ...]]:
     """Set what a plan costs and explains beside uniform ranks of the same sum: rows of name, plan, uniform ranks."""
-    both = (plan, uniform_twin(plan, stats))
+    with warnings.catch_warnings():  # where the data has too few directions was said when the plan was made
+        warnings.simplefilter("ignore")
+        both = plan, allocate_ranks(stats, total_rank=plan.total_rank, policy="uniform", exclude=plan.excluded)
     used = [[rank for rank in one.values() if rank] for one in both]
     rows = {
         "layers with an adapter": [f"{len(ranks)} of {len(plan)}" for ranks in used],
@@ -185,7 +174,7 @@ def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
     """Lay all three pictures out in one figure, sized so that every cell can be read."""
     from matplotlib.figure import Figure
 
-    kinds = _by_kind(plan)
+    kinds = layer_grid(plan).by_kind
     shown = list(kinds.items())[:_MOST_KINDS]
     map_width, map_height = map_size(plan)
     columns = 4 if map_height < 9 else 2  # inches: beside a tall map, spectra go in a tall stack

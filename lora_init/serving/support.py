@@ -78,7 +78,7 @@ def beyond_engine(
 
 def _beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     grid, most = layer_grid(ranks), max(ranks.values(), default=0)
-    kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
+    kinds = [{ranks[name] for name in layers.values()} for layers in grid.by_kind.values()]
     named = int(config.get("r") or most)
     scales = set(scalings(config, ranks).values()) if "lora_alpha" in config else set()
     # Engines have one scaling, the config's, whatever patterns say. No alpha makes some exactly the same.

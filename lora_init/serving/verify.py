@@ -296,7 +296,7 @@ class Local:
         for reason, of in served.items():
             reasons.setdefault(tuple(round(of[name] / scaling[name], 4) for name in names), []).append(reason)
         reasons.pop((1.0,) * len(names), None)  # which is as trained
-        parts = {kind: {*layer_grid(names).of_kind(kind).values()} for kind in layer_grid(names).kinds}
+        parts = {kind: {*layers.values()} for kind, layers in layer_grid(names).by_kind.items()}
         for name in names:
             parts.setdefault(name.split(".")[-2:][0], set()).add(name)
         faults = [Fault("ignored", "what answers is the base", dict.fromkeys(names, 0.0))]
