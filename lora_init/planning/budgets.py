@@ -51,12 +51,7 @@ class Budget:
         return f"{{{self.kind}}}" + (f" in {self.dtype}" if self.kind == "megabytes" else where)
 
     def __str__(self) -> str:
-        if self.kind == "variance":
-            where = "in every layer" if self.coverage == "every-layer" else "over all layers"
-            return f"variance={self.asked:g} {where}"
-        if self.kind == "megabytes":
-            return f"megabytes={self.asked:g} in {self.dtype}"
-        return f"{self.kind}={self.asked:,}"
+        return self.text.format(**{self.kind: f"{self.kind}={self.asked:,}"})
 
 
 def parse_count(value: object, argument: str) -> int:
