@@ -16,18 +16,14 @@ def scaling_of(lora_alpha: float, rank: int, use_rslora: bool = False) -> float:
 
 
 def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
-    """Return the alpha by which a layer of this rank comes out at exactly this scaling; an int where it is whole.
+    """Return the alpha by which a layer of this rank comes out at this scaling; an int where it is whole.
 
     Example:
         >>> alpha_for(scaling_of(16, 13), 26)
         32
     """
-    divisor = math.sqrt(rank) if use_rslora else rank
-    alpha = scaling * divisor
-    # The product may be rounded so that the quotient is the neighbour of the scaling.
-    near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0.0))
-    exact = next((value for value in near if value / divisor == scaling), alpha)
-    return int(exact) if exact.is_integer() else exact
+    alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
+    return round(alpha) if math.isclose(alpha, round(alpha)) else alpha
 
 
 def exact_pattern(names: Iterable[str]) -> str:
