@@ -44,11 +44,8 @@ def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
     path = Path(path).expanduser()
     check_output(path, "file")
     if path.exists():
-        article = "an" if kind.startswith(("SVG", "HTML")) else "a"
         if not re.match(_BEGINNINGS[kind], _beginning(path), re.DOTALL):
-            raise LoraInitError(
-                f"{path} exists and is not {article} {kind}, so it is never replaced. Choose another name."
-            )
+            raise LoraInitError(f"{path} exists and is no {kind}, so it is never replaced. Choose another name.")
         if not overwrite:
             raise LoraInitError(f"{path} exists. Choose another name, or pass --overwrite to replace this {kind}.")
 

@@ -49,7 +49,7 @@ def test_only_a_file_of_the_same_kind_is_replaced_and_only_if_asked(tmp_path, ki
             with pytest.raises(LoraInitError, match=r"file exists\. Choose another name, or pass --overwrite"):
                 check_writable(path, False, kind)
         else:
-            with pytest.raises(LoraInitError, match=f"is not an? {kind}, so it is never replaced"):
+            with pytest.raises(LoraInitError, match=f"is no {kind}, so it is never replaced"):
                 check_writable(path, True, kind)
 
 
