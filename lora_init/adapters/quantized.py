@@ -156,9 +156,9 @@ class QuantizationErrors(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) -> Tensor:
-    """Read the matrix that a layer multiplies by, float32 [d_out, d_in]; `dtype` is the type of what it reads.
+    """Read the matrix that a layer multiplies by, float32 [d_out, d_in], from what it returns for the unit vectors.
 
-    That is PEFT's if the layer returns its product with that for a few rows, else what it returns for the unit vectors.
+    `dtype` is the type of what it reads.
     """
     part = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)]), torch.empty(0))
     device, shape = part.device, (target.out_features, target.in_features)
@@ -171,35 +171,18 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
             module.bias = None
         with evaluating(module):
             product = module(probe.to(dtype)).float()
-            matrix, allowed = _dequantized(module), _CAST
-            if matrix is None or matrix.shape != shape or _distance(product, probe @ matrix.T) > allowed:
-                matrix, allowed = _of_units(module, shape[1], dtype, device), _KERNEL
+            matrix = _of_units(module, shape[1], dtype, device)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise LoraInitError(f"{where}: what it multiplies by cannot be read: {first_line(error)}") from error
     finally:
         if bias is not None:
             module.bias = bias
-    if matrix.shape != shape or not _distance(product, probe @ matrix.T) <= allowed:
+    if matrix.shape != shape or not bool(torch.dist(product, probe @ matrix.T) <= _KERNEL * product.norm()):
         raise LoraInitError(
             f"{where}: it does not compute the product of its input with a matrix, so that no error of a weight can be "
             "read. Leave it out of the targets."
         )
     return matrix.cpu() if device.type == "mps" else matrix  # which has no float64
-
-
-def _dequantized(module: Any) -> Tensor | None:
-    """Read the weight by PEFT, float32, which knows several libraries; None where it does not know this one."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = getattr(module, "weight", None)
-    try:
-        found: Tensor = dequantize_module_weight(module).detach().float()
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None
-    finally:
-        if weight is not None:
-            module.weight = weight  # PEFT puts a copy there
-    return found
 
 
 def _of_units(module: Any, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -211,19 +194,11 @@ def _of_units(module: Any, width: int, dtype: torch.dtype, device: torch.device)
     return torch.cat(columns).T.contiguous()
 
 
-def _distance(product: Tensor, expected: Tensor) -> float:
-    return float((product - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
 def _bits(module: nn.Module, target: Target) -> int:
     """Count the bits that a weight takes in memory, scales included, down to 8, 4 or 0: not known."""
     parts = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    size = (
-        8
-        * sum(part.nbytes for part in parts if not part.is_floating_point())
-        / target.in_features
-        / target.out_features
-    )
+    n_bytes = sum(part.nbytes for part in parts if not part.is_floating_point())
+    size = 8 * n_bytes / (target.in_features * target.out_features)
     return 8 if 8 <= size < 9.5 else 4 if 4 <= size < 5.5 else 0
 
 
