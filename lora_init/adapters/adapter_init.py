@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.asked import Shape
 from lora_init.adapters.base_weights import check_correctable, correct_outputs, correct_weights
-from lora_init.adapters.card import card_of, origin_of, table_of
+from lora_init.adapters.card import card_of, origin_of
 from lora_init.adapters.directory import LORA_A, LORA_B, carrying, write_start
 from lora_init.adapters.learning_rate import TRAINING, LearningRate, Response, one_epoch, training_in_words
 from lora_init.adapters.peft_model import (
@@ -110,7 +110,14 @@ class AdapterInit(Shape):
 
     def to_pandas(self) -> pd.DataFrame:
         """Make a table with a row for each layer: kind, widths, rank, trainable parameters, explained variance."""
-        return table_of(self)
+        import pandas as pd
+
+        table = pd.DataFrame([vars(self.targets[name]) for name in self.weights])
+        table = table[["name", "kind", "in_features", "out_features"]].set_index("name").rename_axis("layer")
+        table["rank"] = list(self.ranks.values())
+        table["parameters"] = list(self.parameters().values())
+        table["explained_variance"] = [self.explained.get(name) for name in self.weights]
+        return table
 
     def plot(self) -> Figure:
         """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""

@@ -12,8 +12,6 @@ from lora_init.adapters.asked import Shape
 from lora_init.adapters.directory import card_header, hub_id, start_digest
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lora_init.adapters.adapter_init import AdapterInit
 
 _FREEZE = """# A is meant to stay as it is. PEFT has no setting for that, so say it before the trainer is made:
@@ -121,15 +119,3 @@ directory = {directory!r}  # where this file is
 
 {init.how_to_train}
 """
-
-
-def table_of(init: AdapterInit) -> pd.DataFrame:
-    """Make a table with a row for each layer."""
-    import pandas as pd
-
-    table = pd.DataFrame([vars(init.targets[name]) for name in init.weights])
-    table = table[["name", "kind", "in_features", "out_features"]].set_index("name").rename_axis("layer")
-    table["rank"] = list(init.ranks.values())
-    table["parameters"] = list(init.parameters().values())
-    table["explained_variance"] = [init.explained.get(name) for name in init.weights]
-    return table

@@ -36,11 +36,6 @@ def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool 
 
 def random(width: int, rank: int, generator: torch.Generator) -> Tensor:
     """Start A as PEFT does by default: U(-1/sqrt(d_in), 1/sqrt(d_in)). Its rows have norm 0.58."""
-    return kaiming(rank, width, generator)
-
-
-def kaiming(rank: int, width: int, generator: torch.Generator) -> Tensor:
-    """Draw A [rank, width] as PEFT does."""
     return nn.init.kaiming_uniform_(torch.empty(rank, width), a=math.sqrt(5), generator=generator)
 
 
@@ -69,7 +64,7 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
     """
     check_rank(spectrum, rank)
     of_unit_rows = energy(spectrum, spectrum.components[:rank])
-    return with_energy(spectrum, kaiming(rank, spectrum.components.shape[1], generator), of_unit_rows)
+    return with_energy(spectrum, random(spectrum.components.shape[1], rank, generator), of_unit_rows)
 
 
 def as_large_as_random(spectrum: Spectrum, a: Tensor) -> Tensor:
@@ -263,7 +258,7 @@ def qera(spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator
     right = left @ error
     size = torch.linalg.norm(right, dim=1, keepdim=True)
     share = (size / scaling).sqrt()
-    a, b = kaiming(rank, error.shape[1], generator), torch.zeros(error.shape[0], rank)
+    a, b = random(error.shape[1], rank, generator), torch.zeros(error.shape[0], rank)
     a[: len(left)] = (right / size * share).cpu().float()
     b[:, : len(left)] = (left * share).T.cpu().float()
     return LoraWeights(a, b)

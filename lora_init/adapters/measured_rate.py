@@ -82,7 +82,8 @@ def measure_rate(
     responses = measure_responses(base, layers, batches, adapter_name, freeze_a)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     left_out = [name for name in layers if name not in responses]
-    return LearningRate(responses, steps, trains_head(getattr(config, "task_type", None)), left_out)
+    # PEFT trains the head of such a task whole, which often begins at random.
+    return LearningRate(responses, steps, getattr(config, "task_type", None) in HEADS, left_out)
 
 
 def measure_responses(
@@ -114,11 +115,6 @@ def measure_responses(
     return responses
 
 
-def trains_head(task_type: Any) -> bool:
-    """Return whether PEFT trains the head of such a task whole, which often begins at random."""
-    return str(getattr(task_type, "value", task_type)) in HEADS
-
-
 class _Sums(Sink):
     """Sums over tokens: of |x_j| for each group, of |(A x)_i| for each A, of the mean square for each base layer."""
 
@@ -134,7 +130,6 @@ class _Sums(Sink):
         self._add(_X + group, group, row_norms(rows, None, 1))
 
     def output(self, layer: str, y: Tensor, tokens: Tensor | None) -> None:
-        """Add to the sums of a base layer, or of an A."""
         of_a = layer.endswith(_A)
         norms = row_norms(y, tokens, 1 if of_a else 2)
         self._add(layer, layer.removesuffix(_A), norms if of_a else norms.square() / y.shape[-1])
