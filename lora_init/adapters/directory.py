@@ -18,6 +18,7 @@ from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError
 from lora_init.files import check_free, digests_of, is_as_written, new_directory, read_json, write_json
 from lora_init.layers.targets import PREFIX
+from lora_init.loading.checkpoint import read_header
 from lora_init.planning.lora_config import from_patterns
 
 CONFIG_FILE = "adapter_config.json"
@@ -64,7 +65,7 @@ class AdapterDirectory:
             raise LoraInitError(f"{path} is a link to {path.readlink()}, which does not exist. Download it again.")
         if not path.is_file():
             raise LoraInitError(f"{self.path} has no {WEIGHTS_FILE}. Only adapters in safetensors files are read.")
-        return _header_of(path)
+        return read_header(path)
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -144,20 +145,6 @@ class AdapterDirectory:
         return by_start or any(".lora_" not in key for key in self.shapes)
 
 
-def _header_of(path: Path) -> dict[str, tuple[list[int], str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118 - no mapping
-            return {key: (list(one.get_shape()), one.get_dtype()) for key, one in slices}
-    except SafetensorError as error:
-        with path.open("rb") as opened:
-            pointer = opened.read(12) == b"version http"
-        found = "a pointer of Git LFS and not the file: run git lfs pull" if pointer else f"damaged: {error}"
-        raise LoraInitError(f"{path} is {found}.") from error
-
-
 def _form_of(path: Path) -> str:
     """Describe what else than PEFT's adapter is in a file or directory, by the names of its files and tensors."""
     files = [path] if path.is_file() else sorted(path.iterdir())
@@ -166,7 +153,7 @@ def _form_of(path: Path) -> str:
     file = next((file for file in files if file.suffix == ".safetensors"), None)
     if (path / "config.json").is_file() or (path / "pytorch_model.bin").is_file():
         return "is a checkpoint of a whole model"
-    keys = [] if file is None else [*_header_of(file)]
+    keys = [] if file is None else [*read_header(file)]
     return form_of(keys) if keys else "is a file" if path.is_file() else ""
 
 

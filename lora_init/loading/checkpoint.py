@@ -51,13 +51,21 @@ def find_tensors(source: str) -> dict[str, Stored]:
     for path in (directory / file for file in files):
         if not path.is_file():
             raise LoraInitError(f"{source!r} has no {path.name}. Only whole safetensors checkpoints are read.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    tensors[name] = Stored(path, name, tuple(file.get_slice(name).get_shape()))
-        except SafetensorError as error:
-            raise LoraInitError(f"{path} is damaged: {error}.") from error
+        tensors |= {name: Stored(path, name, tuple(shape)) for name, (shape, _) in read_header(path).items()}
     return tensors
+
+
+def read_header(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Read the names of the tensors in a safetensors file, with the shape and the type of each, such as `"BF16"`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118 - no mapping
+            return {key: (list(one.get_shape()), one.get_dtype()) for key, one in slices}
+    except SafetensorError as error:
+        with path.open("rb") as opened:
+            pointer = opened.read(12) == b"version http"
+        found = "a pointer of Git LFS and not the file: run git lfs pull" if pointer else f"damaged: {error}"
+        raise LoraInitError(f"{path} is {found}.") from error
 
 
 def find_parameter(
