@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import EvaConfig
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import (
     UNSUPPORTED_LORA_MODULES,
     forward_fn_dict,
@@ -23,7 +22,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
-from lora_init.adapters.peft_model import adapter_layers, match_modes, remember
+from lora_init.adapters.peft_model import adapter_layers, as_it_was, match_modes, remember
 from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
@@ -85,7 +84,11 @@ def get_eva_state_dict(
     if peft_config.eva_config is None:
         peft_config = copy.copy(peft_config)
         peft_config.eva_config = EvaConfig()
-    modules = _adapter_layers(model, adapter_name) if wrapped else _target_layers(model, peft_config)
+    if wrapped:
+        own = {f"{PREFIX}{name}": one for name, one in adapter_layers(model).items() if adapter_name in one.lora_A}
+        modules = {name: one for name, one in own.items() if not isinstance(one, UNSUPPORTED_LORA_MODULES)}
+    else:
+        modules = _target_layers(model, peft_config)
     if not modules:
         return {}
     functions = _Functions(peft_config, forward_fn or forward_fn_dict, prepare_model_inputs_fn, prepare_layer_inputs_fn)
@@ -103,8 +106,7 @@ def get_eva_state_dict(
                 stacklevel=2,
             )
         if wrapped:
-            for parameter in model.parameters():  # which PEFT's own context does not see to
-                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            stack.enter_context(as_it_was(model))  # PEFT's own context does not see to requires_grad
             stack.enter_context(model.disable_adapter())  # type: ignore[operator]
         spectra = _collect(model, modules, dataloader, max(most.values()), functions, processes, show_progress_bar)
     # The largest ratios get a rank each. Stable: ties go to the earlier layer.
@@ -263,7 +265,6 @@ class _Batch(dict[str, Any]):
     """A batch as PEFT's EVA takes it. PEFT before 0.20 looks for the labels among its attributes."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return an entry as an attribute."""
         if name in self:
             return self[name]
         raise AttributeError(name)
@@ -280,7 +281,6 @@ class _Functions:
     for_layers: Any = None
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuse a mapping that names other layers."""
         if isinstance(self.layer_inputs, Mapping):
             self.layer_inputs = {_plain(name): function for name, function in self.layer_inputs.items()}
             unknown = set(self.layer_inputs).difference(map(_plain, names))
@@ -314,18 +314,7 @@ class _Functions:
 
 
 def _plain(name: str) -> str:
-    """Name a layer as the unwrapped model does."""
     return name.removeprefix(PREFIX)
-
-
-def _adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """Find the layers of a PeftModel that have this adapter and that read rows."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return {
-        name: cast("nn.Module", layer)
-        for name, layer in layers.items()
-        if adapter_name in layer.lora_A and not isinstance(layer, UNSUPPORTED_LORA_MODULES)
-    }
 
 
 def _target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
