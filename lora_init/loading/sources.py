@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,7 +107,8 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
             label = f"{files[0].resolve().parent.name}/{files[0].name}" if len(files) == 1 else f"{len(files)} files"
             table = _from_files(label, files)
         elif isinstance(source, str):
-            label, table = "standard input", _from_memory(_json_lines(sys.stdin), split, seed)
+            label = "standard input"
+            table = _from_memory(_json_lines(sys.stdin, label), split, seed)
         else:
             label, table = "data in memory", _from_memory(source, split, seed)
         if table.info.builder_name == "text":  # a blank line is no example
@@ -244,27 +245,14 @@ def _check_lines(files: Sequence[str]) -> None:
     """Find the line of JSON lines that is none, as of a file that was cut off."""
     for file in (Path(name) for name in files if _suffix(Path(name)) == ".jsonl"):
         with suppress(OSError, EOFError, zlib.error), _opened(file) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    json.loads(line.strip() or "0")
-                except ValueError as error:
-                    place = f"{file.resolve().parent.name}/{file.name}, line {number}"
-                    raise LoraInitError(f"{place} is not JSON: {first_line(error)} Is it cut off?") from error
+            _json_lines(lines, f"{file.resolve().parent.name}/{file.name}")
 
 
 def _as_written(table: Any, files: Sequence[str]) -> Any:
-    """Read columns of JSON again of which `datasets` makes points in time: they are text in the file."""
-    import datasets
-
-    columns: dict[str, list[Any]] = {name: [] for name, kind in table.features.items() if "timestamp" in str(kind)}
-    if not columns:
+    """Read JSON again of which `datasets` makes points in time: they are text in the file."""
+    if not any("timestamp" in str(kind) for kind in table.features.values()):
         return table
-    for row in chain.from_iterable(_json_rows(Path(file)) for file in files):
-        for name, values in columns.items():
-            values.append(row.get(name))
-    others = table.remove_columns(list(columns))
-    read = datasets.Dataset.from_dict(columns)
-    return datasets.concatenate_datasets([others, read], axis=1) if others.column_names else read
+    return _from_memory([row for file in files for row in _json_rows(Path(file))], "train", 0)
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
@@ -280,6 +268,7 @@ def _json_rows(file: Path) -> Iterator[Any]:
 
 def _from_memory(source: Any, split: str, seed: int) -> Any:
     import datasets
+    import pandas
     import pyarrow  # type: ignore[import-untyped]
 
     if isinstance(source, datasets.DatasetDict):
@@ -295,8 +284,8 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
         if type(source).__name__ == "DataFrame":
             return datasets.Dataset.from_pandas(source, preserve_index=False)
         if isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source):
-            columns = dict.fromkeys(name for row in source for name in row)  # `datasets` takes the first row's
-            return datasets.Dataset.from_dict({name: [_or_none(row.get(name)) for row in source] for name in columns})
+            frame = pandas.DataFrame(map(dict, source), dtype=object)  # of all rows; `datasets` takes the first row's
+            return datasets.Dataset.from_dict(frame.where(frame.notna(), None).to_dict("list"))
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         said = " ".join(map(str, error.args))
         raise LoraInitError(f"the rows mix kinds of values in a column: {said}. Write all of it as text.") from error
@@ -306,21 +295,13 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
     )
 
 
-def _or_none(value: Any) -> Any:
-    """Return None instead of pandas' missing values: NaN, NA, NaT."""
-    from pandas import isna
-    from pandas.api.types import is_scalar
-
-    return None if is_scalar(value) and isna(value) else value
-
-
-def _json_lines(lines: Iterable[str]) -> list[Any]:
+def _json_lines(lines: Iterable[str], place: str) -> list[Any]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
-            raise LoraInitError(f"standard input, line {number} is not JSON: {first_line(error)}") from None
+            raise LoraInitError(f"{place}, line {number} is not JSON: {first_line(error)} Is it cut off?") from error
     return rows
 
 
