@@ -6,7 +6,6 @@ import io
 import textwrap
 import warnings
 from collections.abc import Mapping
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -116,14 +115,11 @@ def budget_curves(plan: RankAllocation, stats: Statistics) -> dict[str, dict[int
 
 
 # From the palette of Okabe and Ito, distinct to every kind of color vision, as are dashes and markers.
-_STYLES = (
-    {"color": "#555555", "linestyle": "--", "marker": "s"},
-    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    {"color": "#D55E00", "linestyle": "-.", "marker": "^"},
-    {"color": "#009E73", "linestyle": ":", "marker": "D"},
-    {"color": "#56B4E9", "linestyle": "--", "marker": "v"},
-    {"color": "#E69F00", "linestyle": "-", "marker": "P"},
-)
+_STYLES: Mapping[str, Any] = {
+    "color": ("#555555", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00"),
+    "linestyle": ("--", "-", "-.", ":", "--", "-"),
+    "marker": ("s", "o", "^", "D", "v", "P"),
+}
 _CHOSEN = "#CC0066"
 _MOST_KINDS = 12
 
@@ -153,8 +149,9 @@ def draw_budget_curve(axes: Any, plan: RankAllocation, curves: Mapping[str, Mapp
     from matplotlib.ticker import EngFormatter, PercentFormatter
 
     count = EngFormatter(sep="")
-    for (policy, curve), style in zip(curves.items(), cycle(_STYLES), strict=False):
-        axes.plot(list(curve), list(curve.values()), label=policy, markersize=3.5, linewidth=1.4, **style)
+    axes.set_prop_cycle(**_STYLES)
+    for policy, curve in curves.items():
+        axes.plot(list(curve), list(curve.values()), label=policy, markersize=3.5, linewidth=1.4)
     axes.plot(
         [plan.parameters], [plan.explained_variance], "*", color=_CHOSEN, markersize=15, markeredgecolor="white",
         label=f"this plan: {EngFormatter(places=1, sep='')(plan.parameters)}, {plan.explained_variance:.1%}", zorder=5,
