@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import SCALING, Shape
 from lora_init.adapters.config import read_config_for
 from lora_init.adapters.directory import check_place
-from lora_init.adapters.initializers import check_rank, energies
-from lora_init.adapters.layer_start import Material, error_before_and_after, layer_start
+from lora_init.adapters.initializers import check_rank, energies, error_seen
+from lora_init.adapters.layer_start import Material, layer_start
 from lora_init.adapters.learning_rate import Response, response
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, buildable, find_start
 from lora_init.adapters.weights import Weights
@@ -181,7 +182,9 @@ def build_from(
         error = of.error(name)
         weights[name] = layer_start(of, name, r, error)
         if error is not None:
-            seen[name] = error_before_and_after(stats[name], error, weights[name], of.scaling)
+            a, b = weights[name].to(error.device, error.dtype)
+            left = torch.addmm(error, b, a, alpha=-of.scaling)
+            seen[name] = error_seen(stats[name], error), error_seen(stats[name], left)
             squares += float(error.norm()) ** 2
     unsupported = {
         name: kind

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.asked import Shape
-from lora_init.adapters.initializers import as_large_as_random, error_seen, layer_generator, scaled_by_gamma
+from lora_init.adapters.initializers import as_large_as_random, layer_generator, scaled_by_gamma
 from lora_init.adapters.providers import PROVIDERS
 from lora_init.adapters.quantized import read_product
 from lora_init.adapters.starts import Start
@@ -129,11 +129,3 @@ def _called(start: Start, layer: LayerToStart) -> LoraWeights:
     if not bool(a.isfinite().all() and b.isfinite().all()):
         raise LoraInitError(f"{where}: its function returned NaN or inf, or what is too large for float32.")
     return LoraWeights(a, b)
-
-
-def error_before_and_after(
-    spectrum: Spectrum, error: Tensor, weights: LoraWeights, scaling: float
-) -> tuple[float, float]:
-    """Compute how far an error moves the output of its layer, without and with the adapter, see `error_seen`."""
-    a, b = weights.to(error.device, error.dtype)
-    return error_seen(spectrum, error), error_seen(spectrum, torch.addmm(error, b, a, alpha=-scaling))
