@@ -426,7 +426,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("missing check", "digests_of(directory, digests) == digests", "True"),
         ("unclosed file", "            fresh.unlink()", "            pass"),
     ],
-    "cli/compare.py": [
+    "cli/options.py": [
         ("dropped factor", ' / (100 if text.endswith("%") else 1)', ""),
     ],
 }

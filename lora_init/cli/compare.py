@@ -16,7 +16,8 @@ from typer import Argument, Option
 from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 from lora_init.cli.console import FAILED, importing, is_quiet, print_result, prints_json, say
-from lora_init.cli.options import Device, Dtype, FloatWeights, MaxLength, Quantize, TrustRemoteCode, read_numbers
+from lora_init.cli.options import FloatWeights, LoadingQuantized, MaxLength, read_numbers, read_share
+from lora_init.cli.tables import columns
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
@@ -120,11 +121,8 @@ def compare(
         int | None, _runs(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
     ] = None,
     ray: Annotated[str | None, _runs(help="Do the runs on a Ray cluster: auto, or its address.")] = None,
-    quantize: Quantize = None,
     weights: FloatWeights = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    loading: LoadingQuantized,
     bank: Annotated[
         Path | None,
         Option(rich_help_panel="Starts from a bank", help="Bank for bank-nearest, -mixture, -generated and -mean."),
@@ -144,13 +142,15 @@ def compare(
         "target_modules": read_modules(target_modules),
         "statistics_batches": read_numbers("--statistics-batches", statistics_batches, int),
         "time": None if time is None else _read_seconds(time),
-        "precision": None if precision is None else _read_share(precision),
+        "precision": None if precision is None else read_share("--precision", precision),
         **vars(reading),
+        **vars(loading),
         "progress": False if is_quiet() else None,
     }
     with importing(model, data):
         from lora_init.comparison.compare import compare as run_comparison
-    arguments: dict[str, Any] = {name: value for name, value in given.items() if name not in ("eval_points", "reading")}
+    own = ("eval_points", "reading", "loading")
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if name not in own}
     found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
     if found.outlook is not None:
         plan = {"runs": [asdict(run) | {"start": str(run.start)} for run in found.planned], **found.outlook.to_dict()}
@@ -226,7 +226,6 @@ def _detectable(n_seeds: int, ahead: Mapping[str, Any], percent: Callable[[float
 
 def show_comparison(console: Console, summary: Summary) -> None:
     """Print verdicts, notes and tables."""
-    from rich.table import Table
     from rich.text import Text
 
     from lora_init.comparison.tables import run_tables
@@ -241,16 +240,10 @@ def show_comparison(console: Console, summary: Summary) -> None:
         console.print(Text(text))
     console.print()
     for name, cells in run_tables(summary).items():
-        if name == "runs":
-            continue
-        table = Table(box=None, padding=(0, 1), pad_edge=False)
-        for place, column in enumerate(cells.columns):
-            table.add_column(Text(column), justify="right" if place else "left", overflow="fold")
-        for row in cells.itertuples(index=False):
-            table.add_row(*map(Text, row))
-        console.print()
-        console.print(Text(name.replace("_", " "), "bold"))
-        console.print(table)
+        if name != "runs":
+            console.print()
+            console.print(Text(name.replace("_", " "), "bold"))
+            console.print(columns(cells.to_dict("records")))
     if summary.command:
         console.print(Text(f"\n{summary.command}"))
 
@@ -266,10 +259,3 @@ def _read_seconds(text: str) -> float:
     if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
         raise LoraInitError(f"--time {text!r}: expected a duration such as 90s, 30m, 2h or 1h30m.")
     return sum(float(number) * units[unit] for number, unit in parts)
-
-
-def _read_share(text: str) -> float:
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise LoraInitError(f"--precision {text!r}: expected a share such as 1% or 0.01.") from None

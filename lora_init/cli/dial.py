@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, print_result
-from lora_init.cli.options import Device, Dtype, MaxLength, Quantize, TrustRemoteCode
+from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, read_share
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError
 
@@ -58,10 +58,7 @@ def dial(
         int,
         Option(min=0, rich_help_panel="The pass over the data", help="Seed of the sample and of what the base writes."),
     ] = 0,
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    loading: LoadingQuantized,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier dial wrote.")] = False,
 ) -> None:
     """Find how strongly each layer of a trained ADAPTER should act, so that the model keeps what it knew."""
@@ -81,7 +78,7 @@ def dial(
         from lora_init.serving.base import read_base
         from lora_init.serving.fit import check_fit
         from lora_init.serving.trained import read_trained, with_parameters
-    rule = Rule(_share(lose), keep_within, strength)
+    rule = Rule(None if lose is None else read_share("--lose", lose), keep_within, strength)
     check_free(output, overwrite, **OURS)
     trained = read_trained(adapter)
     check_dialable(trained.config, trained.others, str(adapter))
@@ -93,9 +90,9 @@ def dial(
     if data is None and strength is not None:
         found = Dial.unmeasured(str(rule), dict.fromkeys(trained.layers, strength))
     else:
-        source = open_model(base or trained.base, trust_remote_code=trust_remote_code)
-        source.check_quantized(quantize)
-        if trained.quantized and not quantize and getattr(source.config, "quantization_config", None) is None:
+        source = open_model(base or trained.base, trust_remote_code=loading.trust_remote_code)
+        source.check_quantized(loading.quantize)
+        if trained.quantized and not loading.quantize and getattr(source.config, "quantization_config", None) is None:
             how = trained.quantized
             warnings.warn(
                 f"{adapter} was made on a base in {how}, and this one is not: --quantize {how}.", stacklevel=2
@@ -105,8 +102,7 @@ def dial(
         )
         batches = read(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8))
         kept = None if keep is None else read(keep, samples=samples // 2, batch_size=min(samples // 6, KEPT_BATCH))
-        with busy(f"loading {source.name}"):
-            loaded = source.load(dtype=dtype, device=device, quantize=quantize)
+        loaded = loading.load(source)
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
             found = turn(model, rule, batches, kept, source.tokenizer, uniform, seed)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
@@ -116,13 +112,6 @@ def dial(
     print_result(result, lambda console, _: console.print(facts(shown)), written=True)
 
 
-def _share(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise LoraInitError(f"--lose {text!r}: expected a share, such as 2% or 0.02.") from None
-
-
 def replay(
     model: Annotated[str, Argument(help="Directory or hub id of the model.", show_default=False)],
     output: Annotated[Path, Option("--output", "-o", help="JSON lines to write.", show_default=False)],
@@ -130,9 +119,8 @@ def replay(
     length: Annotated[int, Option(min=1, help="Tokens of a text, of an answer at most.")] = 64,
     seed: Annotated[int, Option(min=0, help="Seed of what is drawn.")] = 0,
     chat: Annotated[bool, Option("--chat", help="Answers to short questions, by the chat template.")] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Let MODEL write texts at temperature 1, to be mixed into training so that it keeps what it knew."""
     output = output.expanduser()
@@ -143,10 +131,9 @@ def replay(
         from lora_init.keep.replay import check_texts
         from lora_init.keep.replay import replay as write
         from lora_init.loading.models import open_model
-    source = open_model(model, trust_remote_code=trust_remote_code)
+    source = open_model(model, trust_remote_code=loading.trust_remote_code)
     check_texts(source.config, source.tokenizer, length, chat)
-    with busy(f"loading {model}"):
-        loaded = source.load(dtype=dtype, device=device)
+    loaded = loading.load(source)
     with busy(f"writing {n} texts"):
         rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat)
     write_whole(output, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -11,7 +11,7 @@ from typer import Argument, Option
 from lora_init.adapters.asked import Asked, Correction, Layers, Pass, Ranks, Reading, Sample, Shape
 from lora_init.adapters.starts import BANK_WAY, BANK_WAYS, DEFAULT, DEFAULT_FOR_CLASSES, FROM_BANK, STARTS, buildable
 from lora_init.cli.console import importing, offered, print_result, process_group, process_rank, refuse_idle
-from lora_init.cli.options import Loading
+from lora_init.cli.options import LoadingQuantized
 from lora_init.cli.summary import show_bank_summary, show_summary, summary_of, summary_of_bank
 from lora_init.errors import LoraInitError
 from lora_init.loading.sources import FILE_TYPES
@@ -107,7 +107,7 @@ def init(
     shape: Shape,
     correction: Correction,
     run: Pass,
-    loading: Loading,
+    loading: LoadingQuantized,
     from_bank: FromBank,
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Option
 
+from lora_init.cli.console import busy
 from lora_init.errors import LoraInitError
+
+if TYPE_CHECKING:
+    from lora_init.loading.models import LoadedModel, ModelSource
 
 _MODEL = "Model"  # heading in the help
 TrustRemoteCode = Annotated[
     bool,
     Option("--trust-remote-code", rich_help_panel=_MODEL, help="Run code that comes with the model. Read it first."),
-]
-Quantize = Annotated[
-    Literal["nf4", "fp4", "int8"] | None,
-    Option(rich_help_panel=_MODEL, help="Quantize the base while it is loaded, as QLoRA does, by bitsandbytes."),
 ]
 FloatWeights = Annotated[
     str | None,
@@ -26,17 +26,7 @@ FloatWeights = Annotated[
         help="The float model that a quantized MODEL was made of. Default: MODEL itself.",
     ),
 ]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    Option(
-        rich_help_panel=_MODEL,
-        help="Type of the base weights. auto: the checkpoint's, or float32 where the CPU emulates that.",
-    ),
-]
-
-
 WrittenAs = Literal["float32", "float16", "bfloat16"]
-Device = Annotated[str, Option(rich_help_panel=_MODEL, help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
 Samples = Annotated[int, Option(rich_help_panel="Data", min=1, help="Examples to draw at random, at most.")]
 MaxLength = Annotated[int, Option(rich_help_panel="Data", min=2, help="Tokens of an example at most.")]
 
@@ -45,10 +35,37 @@ MaxLength = Annotated[int, Option(rich_help_panel="Data", min=2, help="Tokens of
 class Loading:
     """How the weights of a model are read."""
 
-    dtype: Dtype = "auto"
-    device: Device = "auto"
+    title: ClassVar = _MODEL
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        dict(help="Type of the base weights. auto: the checkpoint's, or float32 where the CPU emulates that."),
+    ] = "auto"
+    device: Annotated[str, dict(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto"
     trust_remote_code: TrustRemoteCode = False
-    quantize: Quantize = None
+
+    def load(self, source: ModelSource, **more: Any) -> LoadedModel:
+        """Read the weights of a model."""
+        how = {name: value for name, value in vars(self).items() if name != "trust_remote_code"}
+        with busy(f"loading {source.name}"):
+            return source.load(**how, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingQuantized(Loading):
+    """How they are read, or quantized while they are read."""
+
+    quantize: Annotated[
+        Literal["nf4", "fp4", "int8"] | None,
+        dict(help="Quantize the base while it is loaded, as QLoRA does, by bitsandbytes."),
+    ] = None
+
+
+def read_share(option: str, text: str) -> float:
+    """Read a share such as 2% or 0.02."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise LoraInitError(f"{option} {text!r}: expected a share such as 2% or 0.02.") from None
 
 
 def read_numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]:

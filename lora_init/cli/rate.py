@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, print_next, print_result
-from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
+from lora_init.cli.options import Loading, MaxLength
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ def rate(
     *,
     reading: Reading,
     max_length: MaxLength = 512,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading,
 ) -> None:
     """Print the learning rate of an ADAPTER from a few forward passes, whoever made it."""
     with importing(data=data):
@@ -43,15 +41,14 @@ def rate(
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import open_model
     directory = AdapterDirectory(adapter)
-    base = base or directory.config.get("base_model_name_or_path")
+    base = base or directory.base
     if not base:
         raise LoraInitError(f"{adapter} does not name its base model. Pass --base.")
-    source = open_model(base, trust_remote_code=trust_remote_code)
+    source = open_model(base, trust_remote_code=loading.trust_remote_code)
     batches = load_batches(
         data, source.tokenizer, **vars(reading), samples=64, max_length=max_length, seq2seq=source.seq2seq
     )
-    with busy(f"loading {source.name}"):
-        loaded = source.load(dtype=dtype, device=device)
+    loaded = loading.load(source)
     with busy("measuring"), with_adapter(loaded.model, directory) as model:
         found = learning_rate(model, batches, steps=steps, freeze_a=bool(directory.origin.get("freeze_a")))
     first, last = found.layers[0], found.layers[-1]

@@ -21,7 +21,7 @@ from lora_init.bank.start import BankStart, start_from_bank
 from lora_init.bank.store import open_bank
 from lora_init.cli.bank import read_encoder
 from lora_init.cli.console import busy, given, is_quiet, offered, refuse_idle, say
-from lora_init.cli.options import Loading
+from lora_init.cli.options import LoadingQuantized
 from lora_init.collection.collect import OtherSettingsError
 from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError, require
@@ -52,7 +52,7 @@ class Named(Source):
     opened: ModelSource
     loaded: LoadedModel
 
-    def __init__(self, names: Names, loading: Loading, there: Statistics | None) -> None:
+    def __init__(self, names: Names, loading: LoadingQuantized, there: Statistics | None) -> None:
         self.names, self.loading, self.there = names, loading, there
         self.plan: RankAllocation | None = None
 
@@ -117,11 +117,7 @@ class Named(Source):
         classes, seed = examples.classes, asked.run.seed  # of a new head
         if self.names.data is None and self.there is not None:
             classes, seed = self.there.provenance.settings.get("classes", ()), self.there.provenance.seed
-        how = self.loading
-        with busy(f"loading {self.names.model}"):
-            self.loaded = self.opened.load(
-                dtype=how.dtype, device=how.device, quantize=how.quantize, seed=seed, n_labels=len(classes) or None
-            )
+        self.loaded = self.loading.load(self.opened, seed=seed, n_labels=len(classes) or None)
         model: nn.Module = self.loaded.model
         if self.plan is not None:
             self.plan.check_model(fingerprint(model), f"{type(model).__name__} {self.names.model}")
@@ -168,7 +164,9 @@ class OfBank(Named):
 
     found: BankStart
 
-    def __init__(self, names: Names, loading: Loading, there: Statistics | None, bank: Path, similarity: str) -> None:
+    def __init__(
+        self, names: Names, loading: LoadingQuantized, there: Statistics | None, bank: Path, similarity: str
+    ) -> None:
         super().__init__(names, loading, there)
         self.bank, self.similarity = open_bank(bank), similarity
 

@@ -86,7 +86,7 @@ def columns(rows: Sequence[Mapping[str, str]]) -> Table:
 
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     for i, name in enumerate(rows[0] if rows else ()):
-        table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+        table.add_column(Text(name), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row.values()))
     return table

@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, in_words, print_error, print_next, print_result
-from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
+from lora_init.cli.options import Loading, MaxLength
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, explain
 
@@ -64,9 +64,7 @@ def verify(
     max_length: MaxLength = 512,
     api_key: Annotated[str | None, Option(envvar="LORA_INIT_API_KEY", help="Key of the server.")] = None,
     timeout: Annotated[float, Option(min=0.1, help="Seconds to wait for an answer.")] = 60.0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading,
 ) -> None:
     """Check whether a running server serves adapters as trained.
 
@@ -99,12 +97,12 @@ def verify(
             served[one] = server.find(name, name if several else model, served_base)
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
-        from lora_init.loading.models import load_model
+        from lora_init.loading.models import open_model
         from lora_init.serving.fit import check_fit
         from lora_init.serving.verify import AS_EXPORTED, AS_TRAINED, CANNOT_TELL, verify
     for one in served:
         with noting(one):
-            if not trust_remote_code:
+            if not loading.trust_remote_code:
                 check_fit(one, base).check()
             sources[one] = base or AdapterDirectory(one).base
     if not sources:
@@ -114,8 +112,7 @@ def verify(
     chat = next((form for form in (bool(chats), not chats) if server.ask(any_name, _HELLO[form])), None)
     if chat is None:
         raise LoraInitError(f"{server.url} gives no log-probabilities, neither of texts nor of chats.")
-    with busy(f"loading {source}"):
-        loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = loading.load(open_model(source, trust_remote_code=loading.trust_remote_code))
     if loaded.task_type != "CAUSAL_LM" or (chat and not loaded.tokenizer.chat_template):
         what = f"a {type(loaded.model).__name__}" if loaded.task_type != "CAUSAL_LM" else "without a chat template"
         raise LoraInitError(f"{source!r} is {what}, so this server's log-probabilities cannot be computed here.")

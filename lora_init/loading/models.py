@@ -172,16 +172,11 @@ def load_model(
     source: str,
     *,
     task_type: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
     trust_remote_code: bool = False,
-    seed: int = 0,
-    n_labels: int | None = None,
+    **options: Any,
 ) -> LoadedModel:
     """Load a language model and its tokenizer; arguments as for `open_model` and `ModelSource.load`."""
-    find_device(device)
-    opened = open_model(source, task_type=task_type, trust_remote_code=trust_remote_code)
-    return opened.load(dtype=dtype, device=device, seed=seed, n_labels=n_labels)
+    return open_model(source, task_type=task_type, trust_remote_code=trust_remote_code).load(**options)
 
 
 def find_device(device: str) -> Any:

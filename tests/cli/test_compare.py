@@ -115,7 +115,7 @@ def test_a_dry_run_says_what_it_would_do_and_take_and_writes_nothing(command, tm
         (["--batch-size", 500], "expected 500 or more"),
         (["--time", "2 weeks"], "--time '2 weeks': expected a duration such as 90s, 30m, 2h or 1h30m."),
         (["--time", "0s"], "--time 0: expected a number above zero"),
-        (["--precision", "little"], "--precision 'little': expected a share such as 1% or 0.01."),
+        (["--precision", "little"], "--precision 'little': expected a share such as 2% or 0.02."),
         (["--statistics-batches", "4,4"], "--statistics-batches 4,4: expected numbers of batches, each once."),
         (["--statistics-batches", "few"], "--statistics-batches 'few': expected whole numbers"),
         (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),
