@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
-from lora_init.cli.console import FAILED, importing, is_quiet, print_result, prints_json, say
+from lora_init.cli.console import FAILED, importing, print_result, running, say
 from lora_init.cli.options import FloatWeights, LoadingQuantized, MaxLength, read_numbers, read_share
 from lora_init.cli.tables import columns
 from lora_init.errors import LoraInitError
@@ -66,7 +66,7 @@ def compare(
         str | None, Option(help="Limit, such as 20m or 2h: what is left open is made as small as that needs.")
     ] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Say what it would do and how long it takes; a step is measured, nothing kept.")
+        bool, Option(help="Say what it would do and how long it takes; a step is measured, nothing kept.")
     ] = False,
     train_samples: Annotated[int, _data(min=1, help="Training examples at most.")] = 1024,
     selection_samples: Annotated[
@@ -83,15 +83,13 @@ def compare(
     ] = None,
     answer: Annotated[str, _data(help="With --options: column that says which is right.")] = "answer",
     normalize: Annotated[
-        bool, _data("--normalize", help="With --options: divide the log-likelihood by the number of tokens.")
+        bool, _data(help="With --options: divide the log-likelihood by the number of tokens.")
     ] = False,
     name: Annotated[str | None, _data(help="Name of the task in the report. Default: the data's name.")] = None,
     retain_data: Annotated[str | None, _data(help="Text of another kind, to measure forgetting.")] = None,
     retain_template: Annotated[str | None, _data(callback=unescape, help="How an example of it reads.")] = None,
     retain_samples: Annotated[int, _data(min=1, help="Examples of it.")] = 64,
-    dial: Annotated[
-        bool, _data("--dial/--no-dial", help="With --retain-data: evaluate each adapter at several strengths.")
-    ] = True,
+    dial: Annotated[bool, _data(help="With --retain-data: evaluate each adapter at several strengths.")] = True,
     replay: Annotated[str | None, _data(help="Text to train on, too, one beside the examples of each step.")] = None,
     target_modules: Annotated[str, _runs(help="As for lora-init init.")] = "all-linear",
     steps: Annotated[
@@ -112,7 +110,7 @@ def compare(
     extend: Annotated[
         int, _runs(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
     ] = 4,
-    full: Annotated[bool, _runs("--full", help="Also train all weights, to say how much there is to win.")] = False,
+    full: Annotated[bool, _runs(help="Also train all weights, to say how much there is to win.")] = False,
     statistics_batches: Annotated[
         str, _runs(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
     ] = "32",
@@ -145,7 +143,7 @@ def compare(
         "precision": None if precision is None else read_share("--precision", precision),
         **vars(reading),
         **vars(loading),
-        "progress": False if is_quiet() else None,
+        "progress": False if running.quiet else None,
     }
     with importing(model, data):
         from lora_init.comparison.compare import compare as run_comparison
@@ -160,7 +158,7 @@ def compare(
     about["verdicts"] = [asdict(verdict) for verdict in found.summary.verdicts]
     about["notes"] = found.summary.notes
     print_result(about, lambda console, _: show_comparison(console, found.summary), written=True)
-    if not prints_json():
+    if not running.as_json:
         say(f"{found.directory / 'report.html'}: written")
         if (found.directory / "best").exists():
             say(f"{found.directory / 'best'}: the trained adapter of the best start")

@@ -66,13 +66,13 @@ def make_console(stderr: bool = False) -> Console:
 def busy(text: str) -> Status:
     """Show on stderr what is going on, where that is a terminal; a context manager."""
     console = make_console(stderr=True)
-    console.quiet = _running.quiet
+    console.quiet = running.quiet
     return console.status(text)
 
 
 def say(text: str) -> None:
     """Print one line to stderr; of several processes the first one does."""
-    if not process_rank() and not _running.quiet:
+    if not process_rank() and not running.quiet:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -84,9 +84,9 @@ def print_error(text: str) -> None:
 
 def print_result(content: Any, show: Callable[[Console, Any], None], written: object = False) -> None:
     """Print plain values as `--json` or `show` has them; with `-q` no summary of what was `written`."""
-    if _running.as_json:
+    if running.as_json:
         typer.echo(json.dumps(content, indent=2, allow_nan=False))
-    elif not (written and _running.quiet):
+    elif not (written and running.quiet):
         show(make_console(), content)
 
 
@@ -109,7 +109,7 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(FAILED) from None
     except Exception as error:
-        if _running.verbose:
+        if running.verbose:
             raise
         print_error(explain(error, in_words))
         raise SystemExit(FAILED) from None
@@ -127,7 +127,7 @@ class _Running:
     as_json: bool = False
 
 
-_running = _Running()
+running = _Running()
 
 
 def _common(
@@ -147,15 +147,15 @@ def _common(
         bool, Option("--help-all", is_eager=True, callback=print_whole, help="Show every option in full, and exit.")
     ] = False,
 ) -> None:
-    _running.options = {}
+    running.options = {}
     for parameter in context.command.params:
         on = next((name for name in parameter.opts if name.startswith("--")), None)
         if on is not None and parameter.name is not None:
-            _running.options[parameter.name] = on, next(iter(parameter.secondary_opts), f"no {on}")
+            running.options[parameter.name] = on, next(iter(parameter.secondary_opts), f"no {on}")
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    _running.given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    _running.quiet, _running.as_json = quiet, as_json
-    _running.verbose = verbose or bool(os.environ.get("LORA_INIT_DEBUG"))
+    running.given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    running.quiet, running.as_json = quiet, as_json
+    running.verbose = verbose or bool(os.environ.get("LORA_INIT_DEBUG"))
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -172,13 +172,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 if options[name] is not None:
                     check_output(options[name], what)
             wanted = {one.name: options.get(one.name) for one in fields(Wanted)}
-            _running.wanted = None if options.get("options") else Wanted(**wanted)
+            running.wanted = None if options.get("options") else Wanted(**wanted)
             for name, kind in shared.items():
                 options[name] = kind(**{one.name: options.pop(one.name) for one in _options(kind)})
             function(**options)
 
     groups = (_options(one.annotation) if one.name in shared else [one] for one in own)
     parameters = [*chain.from_iterable(groups), *_parameters(_common)]
+    for one in parameters:
+        if one.default is False and one.annotation.__metadata__[0].default is ...:  # a switch, without a --no-
+            one.annotation.__metadata__[0].default = f"--{one.name.replace('_', '-')}"  # where Option("--name") has it
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [one.replace(kind=one.KEYWORD_ONLY) for one in parameters]
     )
@@ -197,10 +200,7 @@ def _options(kind: Any) -> Iterator[inspect.Parameter]:
             said = dict(how)
             default, text = said.pop("default", one.default), said.pop("kind", one.annotation.__origin__)
             panel = None if said.pop("first", False) else kind.title
-            flags = [f"--{one.name.replace('_', '-')}"] if default is False else []  # without a --no-
-            yield one.replace(
-                default=default, annotation=Annotated[text, Option(*flags, rich_help_panel=panel, **said)]
-            )
+            yield one.replace(default=default, annotation=Annotated[text, Option(rich_help_panel=panel, **said)])
         elif how is not None:
             yield one
 
@@ -221,7 +221,7 @@ def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:
 
 def given(arguments: Iterable[str]) -> list[str]:
     """Return the options of those arguments that are on the command line."""
-    return [_running.options[name][0] for name in arguments if name in _running.given]
+    return [running.options[name][0] for name in arguments if name in running.given]
 
 
 def refuse_idle(arguments: Iterable[str], why: str) -> None:
@@ -231,21 +231,11 @@ def refuse_idle(arguments: Iterable[str], why: str) -> None:
         raise LoraInitError(f"{', '.join(idle)}: {why}. Leave {'it' if len(idle) == 1 else 'them'} out.")
 
 
-def prints_json() -> bool:
-    """Return whether the command that runs prints JSON, and nothing else, to stdout."""
-    return _running.as_json
-
-
-def is_quiet() -> bool:
-    """Return whether the command that runs was asked to print only what matters."""
-    return _running.quiet
-
-
 def in_words(name: str, value: Any) -> str:
     """Write an option as the command that runs does: `--rank 64`, `--overwrite`, `--no-center`; others as arguments."""
-    if name not in _running.options:
+    if name not in running.options:
         return in_python(name, value)
-    on, off = _running.options[name]
+    on, off = running.options[name]
     if value is ... or isinstance(value, bool):
         return off if value is False else on
     words = [value] if isinstance(value, str) or not isinstance(value, Iterable) else value
@@ -255,7 +245,7 @@ def in_words(name: str, value: Any) -> str:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Print warnings of this package alone, each as one line on stderr, and once."""
-    if _running.verbose:
+    if running.verbose:
         yield
         return
     said: set[str] = set()
@@ -285,13 +275,13 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
         check_model_source(model)
     if data is not None:
         check_data(data)
-        if _running.wanted is not None:
-            check_columns(data, _running.wanted)
+        if running.wanted is not None:
+            check_columns(data, running.wanted)
     import logging
 
     with busy("importing torch and transformers"):
         yield
-        if not _running.verbose:
+        if not running.verbose:
             import transformers
 
             logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, print_result
-from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, read_share
+from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, of_adapter, read_share
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError
 
@@ -41,14 +41,10 @@ def dial(
         float | None, Option(help="Instead of --lose: most rise of the loss on text to keep.")
     ] = None,
     strength: Annotated[float | None, Option(help="Instead of --lose: this strength in all layers.")] = None,
-    uniform: Annotated[bool, Option("--uniform", help="One strength for all layers.")] = False,
+    uniform: Annotated[bool, Option(help="One strength for all layers.")] = False,
     alpha_pattern: Annotated[
         bool,
-        Option(
-            "--alpha-pattern",
-            rich_help_panel="The adapter",
-            help="Write strengths to alpha_pattern, which few engines read, and leave B.",
-        ),
+        of_adapter(help="Write strengths to alpha_pattern, which few engines read, and leave B."),
     ] = False,
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
     reading: Reading,
@@ -59,7 +55,7 @@ def dial(
         Option(min=0, rich_help_panel="The pass over the data", help="Seed of the sample and of what the base writes."),
     ] = 0,
     loading: LoadingQuantized,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier dial wrote.")] = False,
+    overwrite: Annotated[bool, Option(help="Replace what an earlier dial wrote.")] = False,
 ) -> None:
     """Find how strongly each layer of a trained ADAPTER should act, so that the model keeps what it knew."""
     if data is None and (strength is None or keep is not None):
@@ -118,7 +114,7 @@ def replay(
     n: Annotated[int, Option("--n", min=1, help="Number of texts.")] = 256,
     length: Annotated[int, Option(min=1, help="Tokens of a text, of an answer at most.")] = 64,
     seed: Annotated[int, Option(min=0, help="Seed of what is drawn.")] = 0,
-    chat: Annotated[bool, Option("--chat", help="Answers to short questions, by the chat template.")] = False,
+    chat: Annotated[bool, Option(help="Answers to short questions, by the chat template.")] = False,
     *,
     loading: Loading,
 ) -> None:

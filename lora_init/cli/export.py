@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result
-from lora_init.cli.options import MaxLength, Samples, WrittenAs
+from lora_init.cli.options import MaxLength, Samples, WrittenAs, of_adapter
 from lora_init.cli.tables import columns, facts
 from lora_init.errors import LoraInitError, explain, require_version
 from lora_init.serving.engines import ENGINES, find_engine
@@ -33,26 +33,19 @@ def export(
     rank: Annotated[int | None, Option(help="Rank of every layer; below the adapter's, it is compressed.")] = None,
     parameters: Annotated[str | None, Option(help="Compress to this many parameters, such as 2.5M.")] = None,
     megabytes: Annotated[float | None, Option(help="Compress to this size, in 10^6 bytes.")] = None,
-    keep_ranks: Annotated[bool, Option("--keep-ranks", help="Let ranks differ, as the trained update needs.")] = False,
+    keep_ranks: Annotated[bool, Option(help="Let ranks differ, as the trained update needs.")] = False,
     dtype: Annotated[WrittenAs | None, Option(help="Type of A and B. Default: the adapter's own.")] = None,
     start: Annotated[Path | None, Option(help="The adapter before training, if it changed the base.")] = None,
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
     merge_into: Annotated[str | None, Option(help="Write this whole model with the adapter merged in.")] = None,
-    reduce_intruders: Annotated[
-        bool, Option("--reduce-intruders", rich_help_panel="The adapter", help="Take most intruders out, by PEFT.")
-    ] = False,
-    rename: Annotated[
-        bool,
-        Option(
-            "--rename", rich_help_panel="The adapter", help="Write names of tensors that fit the base: see inspect."
-        ),
-    ] = False,
+    reduce_intruders: Annotated[bool, of_adapter(help="Take most intruders out, by PEFT.")] = False,
+    rename: Annotated[bool, of_adapter(help="Write names of tensors that fit the base: see inspect.")] = False,
     data: Annotated[str | None, Option(help="Data to measure the loss on before and after, as for init.")] = None,
     *,
     reading: Reading,
     samples: Samples = 64,
     max_length: MaxLength = 512,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
+    overwrite: Annotated[bool, Option(help="Replace what an earlier export wrote.")] = False,
 ) -> None:
     """Bring trained adapters into the form that an engine loads, with the same outputs.
 

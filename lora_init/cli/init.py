@@ -11,7 +11,7 @@ from typer import Argument, Option
 from lora_init.adapters.asked import Asked, Correction, Layers, Pass, Ranks, Reading, Sample, Shape
 from lora_init.adapters.starts import BANK_WAY, BANK_WAYS, DEFAULT, DEFAULT_FOR_CLASSES, FROM_BANK, STARTS, buildable
 from lora_init.cli.console import importing, offered, print_result, process_group, process_rank, refuse_idle
-from lora_init.cli.options import LoadingQuantized
+from lora_init.cli.options import LoadingQuantized, of_adapter
 from lora_init.cli.summary import show_bank_summary, show_summary, summary_of, summary_of_bank
 from lora_init.errors import LoraInitError
 from lora_init.loading.sources import FILE_TYPES
@@ -77,10 +77,7 @@ def init(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        Option(
-            rich_help_panel="The adapter",
-            help="What it says to train with, as lora-init compare found it. Default: the rate of the rule.",
-        ),
+        of_adapter(help="What it says to train with, as lora-init compare found it. Default: the rate of the rule."),
     ] = None,
     steps: Annotated[
         int | None, Option(min=1, help="Steps that it will be trained for. Default: an epoch in batches of 8.")
@@ -90,14 +87,9 @@ def init(
     statistics: Annotated[
         Path | None, Option(help="File for the statistics; the same command continues it, later ones need no DATA.")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would do and cost; no weights are read.")] = False,
+    dry_run: Annotated[bool, Option(help="Say what it would do and cost; no weights are read.")] = False,
     overwrite: Annotated[
-        bool,
-        Option(
-            "--overwrite",
-            rich_help_panel="Output",
-            help="Replace the adapter, and statistics of other data or settings.",
-        ),
+        bool, Option(rich_help_panel="Output", help="Replace the adapter, and statistics of other data or settings.")
     ] = False,
     layers: Layers,
     ranks_from: Annotated[

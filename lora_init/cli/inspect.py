@@ -36,7 +36,7 @@ def inspect(
         list[Path], Argument(help="Statistics, plans, or directories of adapters or comparisons.", show_default=False)
     ],
     intruders: Annotated[
-        bool, Option("--intruders", help="Count directions of the trained weights that the base model did not have.")
+        bool, Option(help="Count directions of the trained weights that the base model did not have.")
     ] = False,
     merge_type: Annotated[
         Literal["bfloat16", "float16", "int8", "nf4"] | None,
@@ -107,7 +107,7 @@ def merge(
     weights: Annotated[
         str | None, Option(help="Share of each file, as 0.7,0.3. Default: each row counts once.")
     ] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file that is there.")] = False,
+    overwrite: Annotated[bool, Option(help="Replace the file that is there.")] = False,
 ) -> None:
     """Merge statistics FILES of one model: shards of one data set, data that came later, or a mixture by weights."""
     check_writable(output, overwrite, "statistics file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Option
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
     from lora_init.loading.models import LoadedModel, ModelSource
 
 _MODEL = "Model"  # heading in the help
+of_adapter = partial(Option, rich_help_panel="The adapter")
 TrustRemoteCode = Annotated[
-    bool,
-    Option("--trust-remote-code", rich_help_panel=_MODEL, help="Run code that comes with the model. Read it first."),
+    bool, Option(rich_help_panel=_MODEL, help="Run code that comes with the model. Read it first.")
 ]
 FloatWeights = Annotated[
     str | None,

@@ -12,7 +12,7 @@ import typer
 from typer import Argument, Option
 
 from lora_init.adapters.asked import read_names
-from lora_init.cli.console import print_next, print_result, prints_json, say
+from lora_init.cli.console import print_next, print_result, running, say
 from lora_init.cli.options import WrittenAs, read_numbers
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
@@ -193,7 +193,7 @@ def ranks(
     tie: Annotated[
         list[str] | None, _limits(help="Layers of one rank in each block, as q_proj,k_proj. Repeatable.")
     ] = None,
-    uniform_per_kind: Annotated[bool, _limits("--uniform-per-kind", help="One rank for each kind of layer.")] = False,
+    uniform_per_kind: Annotated[bool, _limits(help="One rank for each kind of layer.")] = False,
     override: Annotated[list[str] | None, _limits(help="Limits, as '*.down_proj:max_rank=8'. Repeatable.")] = None,
     exclude: Annotated[list[str] | None, _limits(help="Layers that get no rank: name, ending or wildcard.")] = None,
     compare: Annotated[list[str] | None, Option(help="Also plan: uniform, or parameters=1M,rho=1. Repeatable.")] = None,
@@ -202,9 +202,9 @@ def ranks(
     lora_alpha: Annotated[
         float | None, _output(help="For --format: scaled by lora_alpha / rank. Default: twice the rank.")
     ] = None,
-    use_rslora: Annotated[bool, _output("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
+    use_rslora: Annotated[bool, _output(help="For --format: by lora_alpha / sqrt(rank).")] = False,
     plot: Annotated[Path | None, Option(help="Picture to write: .png or .svg.")] = None,
-    overwrite: Annotated[bool, _output("--overwrite", help="Replace an older plan or picture.")] = False,
+    overwrite: Annotated[bool, _output(help="Replace an older plan or picture.")] = False,
 ) -> None:
     """Plan ranks from the file STATISTICS under a budget. It takes no model, no data, and no time."""
     given = locals()
@@ -216,7 +216,7 @@ def ranks(
     variants = read_variants(compare or [], arguments)
     asked = [arguments, *variants.values()]
     _refuse(
-        tool and (compare or prints_json()), "--format prints one plan for one tool. Leave --compare and --json out."
+        tool and (compare or running.as_json), "--format prints one plan for one tool. Leave --compare and --json out."
     )
     _refuse(dtype and not any(one.get("megabytes") for one in asked), "--dtype is for --megabytes.")
     _refuse(coverage and not any(one.get("variance") for one in asked), "--coverage is for --variance.")

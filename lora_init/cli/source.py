@@ -20,7 +20,7 @@ from lora_init.bank.similarity import neighbours
 from lora_init.bank.start import BankStart, start_from_bank
 from lora_init.bank.store import open_bank
 from lora_init.cli.bank import read_encoder
-from lora_init.cli.console import busy, given, is_quiet, offered, refuse_idle, say
+from lora_init.cli.console import busy, given, offered, refuse_idle, running, say
 from lora_init.cli.options import LoadingQuantized
 from lora_init.collection.collect import OtherSettingsError
 from lora_init.collection.losses import mean_loss
@@ -131,7 +131,7 @@ class Named(Source):
             _say_used(self.there)
             return self.there, asked
         before = _written(file)
-        asked = asked.but(statistics=file, progress=False if is_quiet() else None)
+        asked = asked.but(statistics=file, progress=False if running.quiet else None)
         with _saying_what_is_kept(file):
             try:
                 stats, asked = super().collect(model, examples, asked)
@@ -214,7 +214,6 @@ _OF_PASS = [name for name in offered(Pass) if name != "seed"]
 
 
 def _check_made_for(stats: Statistics, model: nn.Module, asked: Asked) -> None:
-    """Refuse a statistics file of another model or other layers."""
     made = stats.provenance
     if made.fingerprint != fingerprint(model):
         origin = f"{made.model_class} {made.model_id}".strip()

@@ -99,7 +99,6 @@ _Parts = list[tuple[str, str | None]]  # literal text, and the column whose valu
 
 
 def _parse(template: str, argument: str, names: list[str], label: str) -> tuple[_Parts, list[str]]:
-    """Split a template into its parts and the columns that it names."""
     try:  # names are only compared with the columns, never evaluated as `str.format` would: {x.__class__}
         parsed = list(Formatter().parse(template))
     except ValueError as error:

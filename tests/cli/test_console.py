@@ -197,7 +197,7 @@ def test_an_error_names_options_and_each_way_in_writes_them_its_way(
 ):
     error = LoraInitError(f"rank=3, '{{x}}': {{{next(iter(options))}}} is wrong.", **options)
     init = typer.main.get_command(cli.app).commands["init"]
-    monkeypatch.setattr(console, "_running", console._Running())
+    monkeypatch.setattr(console, "running", console._Running())
     assert str(error) == explain(error, in_words) == f"rank=3, '{{x}}': {in_python} is wrong."
     console._common(init.make_context("init", [], resilient_parsing=True))
     assert explain(error, in_words) == f"rank=3, '{{x}}': {on_the_command_line} is wrong."
