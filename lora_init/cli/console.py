@@ -19,27 +19,14 @@ import typer
 from typer import Option
 
 from lora_init.cli.help import print_whole
-from lora_init.errors import LoraInitError, LoraInitWarning, Message, explain, in_python, require
+from lora_init.errors import LoraInitError, LoraInitWarning, Message, explain, in_python
 from lora_init.files import check_output
 from lora_init.loading.examples import Wanted
-from lora_init.serving.engines import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-
-# Libraries of extras that a command, an option, or a value of an option needs.
-_LIBRARIES = {
-    "compare": ("matplotlib", "scipy", "sklearn"),
-    "compare --ray": ("ray",),
-    "dial": ("matplotlib",),
-    "ranks --plot": ("matplotlib",),
-    "init --by mixture": ("scipy",),
-    "inspect --intruders": ("scipy",),
-    "export --reduce-intruders": ("scipy",),
-    **{f"export --engine {name}": engine.libraries for name, engine in ENGINES.items()},
-}
 
 # What commands write, by argument, as for `check_output`: looked at before anything else.
 WRITES = {
@@ -167,7 +154,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(context: typer.Context, quiet: bool, verbose: bool, as_json: bool, help_all: bool, **options: Any) -> None:
         _common(context, quiet, verbose, as_json, help_all)
         with one_line_errors():
-            require(*_libraries(context.command.name, options))
             for name, what in WRITES.get(context.command.name or "", {}).items():
                 if options[name] is not None:
                     check_output(options[name], what)
@@ -208,15 +194,6 @@ def _options(kind: Any) -> Iterator[inspect.Parameter]:
 def offered(*kinds: Any) -> list[str]:
     """Return the names of those fields of these dataclasses that the command line offers."""
     return [one.name for kind in kinds for one in _options(kind)]
-
-
-def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:
-    """List the libraries of extras that a command needs with these options."""
-    for needing, libraries in _LIBRARIES.items():
-        of, option, value, *_ = *needing.split(), "", ""
-        found = options.get(option.removeprefix("--").replace("-", "_"))
-        if of == name and (not option or (found == value if value else found)):
-            yield from libraries
 
 
 def given(arguments: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, print_result
 from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, of_adapter, read_share
 from lora_init.cli.tables import facts
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, require
 
 EXAMPLE = """\b
 Example:
@@ -58,6 +58,7 @@ def dial(
     overwrite: Annotated[bool, Option(help="Replace what an earlier dial wrote.")] = False,
 ) -> None:
     """Find how strongly each layer of a trained ADAPTER should act, so that the model keeps what it knew."""
+    require("matplotlib")  # for the picture, at the end
     if data is None and (strength is None or keep is not None):
         what = "--keep is measured beside the task" if strength is not None else "strengths are chosen on its task"
         raise LoraInitError(f"{what}: name DATA, or --strength 0.8 alone for that strength in all layers.")

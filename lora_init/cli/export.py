@@ -12,9 +12,9 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result
-from lora_init.cli.options import MaxLength, Samples, WrittenAs, of_adapter
+from lora_init.cli.options import MaxLength, WrittenAs, of_adapter
 from lora_init.cli.tables import columns, facts
-from lora_init.errors import LoraInitError, explain, require_version
+from lora_init.errors import LoraInitError, explain, require, require_version
 from lora_init.serving.engines import ENGINES, find_engine
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def export(
     data: Annotated[str | None, Option(help="Data to measure the loss on before and after, as for init.")] = None,
     *,
     reading: Reading,
-    samples: Samples = 64,
+    samples: Annotated[int, Option(rich_help_panel="Data", min=1, help="Examples to draw at random, at most.")] = 64,
     max_length: MaxLength = 512,
     overwrite: Annotated[bool, Option(help="Replace what an earlier export wrote.")] = False,
 ) -> None:
@@ -54,7 +54,9 @@ def export(
     """
     if data is not None and (merge_into or start or not find_engine(engine).writes_peft):
         raise LoraInitError("--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
+    require(*find_engine(engine).libraries)
     if reduce_intruders:
+        require("scipy")
         require_version("peft", "0.19", "--reduce-intruders")
     places = _places(directories, output, engine)
     if start is not None and len(places) > 1:

@@ -13,7 +13,7 @@ from lora_init.adapters.starts import BANK_WAY, BANK_WAYS, DEFAULT, DEFAULT_FOR_
 from lora_init.cli.console import importing, offered, print_result, process_group, process_rank, refuse_idle
 from lora_init.cli.options import LoadingQuantized, of_adapter
 from lora_init.cli.summary import show_bank_summary, show_summary, summary_of, summary_of_bank
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, require
 from lora_init.loading.sources import FILE_TYPES
 
 if TYPE_CHECKING:
@@ -150,5 +150,7 @@ def _check_words(method: str | None, data: str | None, from_bank: FromBank, lear
         idle = ["rho", "ranks_from", "dry_run", "label", "learning_rate", "steps"]
         idle += [name for name in offered(Layers, Shape, Correction, Pass) if name not in _WITH_BANK]
         refuse_idle(idle, "a bank's adapters decide that")
+        if from_bank.by == "mixture":
+            require("scipy")
     if learning_rate is not None and not 0.0 < learning_rate < 1.0:
         raise LoraInitError(f"--learning-rate {learning_rate:g}: expected a number between 0 and 1, such as 2e-4.")

@@ -144,6 +144,7 @@ def describe_intruders(
     path: Path, about: Mapping[str, Any], model: str | None, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Load the base model of an adapter directory, and count its intruder dimensions, layers in model order."""
+    require("scipy")
     if about["what"] != "adapter":
         raise LoraInitError(
             f"{path} is no adapter ({about['what']}), and --intruders is about a trained one. Name its directory."

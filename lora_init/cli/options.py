@@ -28,7 +28,6 @@ FloatWeights = Annotated[
     ),
 ]
 WrittenAs = Literal["float32", "float16", "bfloat16"]
-Samples = Annotated[int, Option(rich_help_panel="Data", min=1, help="Examples to draw at random, at most.")]
 MaxLength = Annotated[int, Option(rich_help_panel="Data", min=2, help="Tokens of an example at most.")]
 
 

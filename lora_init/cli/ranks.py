@@ -15,7 +15,7 @@ from lora_init.adapters.asked import read_names
 from lora_init.cli.console import print_next, print_result, running, say
 from lora_init.cli.options import WrittenAs, read_numbers
 from lora_init.cli.tables import columns, facts, rank_table
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.errors import LoraInitError, did_you_mean, require
 from lora_init.files import check_writable
 from lora_init.planning.policies import POLICIES, policy_names
 from lora_init.planning.snippets import TOOLS
@@ -269,6 +269,7 @@ def _check_outputs(output: Path | None, plot: Path | None, overwrite: bool) -> N
     if plot is not None:
         from lora_init.planning.pictures import picture_kind
 
+        require("matplotlib")
         _refuse(plot == output, f"--output and --plot both name {plot}. Choose another name for one of the two.")
         check_writable(plot, overwrite, picture_kind(plot))
 

@@ -24,7 +24,7 @@ from lora_init.cli.console import busy, given, offered, refuse_idle, running, sa
 from lora_init.cli.options import LoadingQuantized
 from lora_init.collection.collect import OtherSettingsError
 from lora_init.collection.losses import mean_loss
-from lora_init.errors import LoraInitError, require
+from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import HEADS, find_targets
@@ -69,8 +69,6 @@ class Named(Source):
             raise LoraInitError(
                 f"--method {start.name} finds the size of its step by the loss on examples, and DATA is missing."
             )
-        if self.loading.quantize is not None:
-            require("bitsandbytes")
         check(asked, output=names.output, overwrite=names.overwrite)
         find_device(self.loading.device)
         ranks, of_file = asked.ranks, (self.there.provenance.rho if self.there else None) or SPARE

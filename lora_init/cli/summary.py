@@ -81,7 +81,7 @@ def summary_of(source: Named, directory: Path, built: AdapterInit) -> dict[str, 
         "load": _how_to_load(source.names.model, directory, built),
         "recommended": built.recommended,
         "train": built.how_to_train,
-        "notes": [*special, *made.notes, *ranks.notes, *_judged(built), *_beyond(built, ranks)],
+        "notes": [*special, *made.notes, *ranks.notes, *_notes(built, ranks)],
     }
 
 
@@ -115,16 +115,12 @@ def show_bank_summary(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(facts(rows))
 
 
-def _judged(built: AdapterInit) -> list[str]:
-    """Note that labels went into a start: of 256 examples, a third held out, it made a held-out loss 20 % lower."""
-    seen = "it has seen the labels of these examples: judge what you train from it by others."
-    return [seen] if built.start.by_gradient else []
-
-
-def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:
-    """Note what comes on top of a budget that a plan was made for: DoRA's magnitudes, and the type that PEFT trains."""
-    counts = ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes")
-    notes = [f"{ranks.budget} does not count DoRA's magnitudes."] if built.use_dora and counts else []
+def _notes(built: AdapterInit, ranks: RankAllocation) -> list[str]:
+    notes = []
+    if built.start.by_gradient:  # of 256 examples, a third held out, labels made a held-out loss 20 % lower
+        notes.append("it has seen the labels of these examples: judge what you train from it by others.")
+    if built.use_dora and ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes"):
+        notes.append(f"{ranks.budget} does not count DoRA's magnitudes.")
     if built.dtype != "float32":
         notes.append(f"PEFT trains and saves float32; `lora-init export --dtype {built.dtype}` keeps {ranks.budget}.")
     return notes
