@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result
-from lora_init.cli.options import MaxLength, WrittenAs, of_adapter
+from lora_init.cli.options import MaxLength, WrittenAs, of_adapter, one_base
 from lora_init.cli.tables import columns, facts
 from lora_init.errors import LoraInitError, explain, require, require_version
 from lora_init.serving.engines import ENGINES, find_engine
@@ -105,7 +105,6 @@ def export(
 
 
 def _places(directories: list[Path], output: Path, engine: str | None) -> dict[Path, Path]:
-    """Return which adapter is written where."""
     if len(directories) == 1:
         return {output: directories[0]}
     suffix = ".gguf" if find_engine(engine).is_file else ""
@@ -122,14 +121,11 @@ def _load(directories: Sequence[Path], base: str | None) -> LoadedModel:
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.loading.models import load_model
 
-    bases = set()
+    bases = []
     for directory in directories:
         with suppress(LoraInitError):
-            bases.add(base or AdapterDirectory(directory).base)
-    if len(bases) > 1:
-        of = ", ".join(sorted(bases))
-        raise LoraInitError(f"--data and --reduce-intruders need one base, and the adapters are of {of}. Name --base.")
-    source = bases.pop() if bases else AdapterDirectory(directories[0]).base  # which raises
+            bases.append(base or AdapterDirectory(directory).base)
+    source = one_base(bases) if bases else AdapterDirectory(directories[0]).base  # which raises
     with busy(f"loading {source}"):
         return load_model(source, dtype="float32")
 

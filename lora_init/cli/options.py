@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -58,6 +59,14 @@ class LoadingQuantized(Loading):
         Literal["nf4", "fp4", "int8"] | None,
         dict(help="Quantize the base while it is loaded, as QLoRA does, by bitsandbytes."),
     ] = None
+
+
+def one_base(bases: Iterable[str]) -> str:
+    """Return the base that all adapters have."""
+    found = sorted({*bases})
+    if len(found) > 1:
+        raise LoraInitError(f"the adapters are of {', '.join(found)}. Take those of one base, or name --base.")
+    return found[0]
 
 
 def read_share(option: str, text: str) -> float:

@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, in_words, print_error, print_next, print_result
-from lora_init.cli.options import Loading, MaxLength
+from lora_init.cli.options import Loading, MaxLength, one_base
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, explain
 
@@ -107,7 +107,7 @@ def verify(
             sources[one] = base or AdapterDirectory(one).base
     if not sources:
         raise LoraInitError(" ".join(dict.fromkeys(failed.values())))
-    source, any_name = _one_base(sources), served[next(iter(sources))][0]
+    source, any_name = one_base(sources.values()), served[next(iter(sources))][0]
     chats = [] if data is None or reading.template else _chats(data, reading, 2 * n)
     chat = next((form for form in (bool(chats), not chats) if server.ask(any_name, _HELLO[form])), None)
     if chat is None:
@@ -129,7 +129,8 @@ def verify(
             results[directory] = verify(directory, loaded.model, loaded.tokenizer, prompts, ask, at_base, n=n)
     verdicts = {found.verdict for found in results.values()} - {AS_TRAINED, AS_EXPORTED}
     wrong = [one for one in names if one in failed or results[one].verdict in verdicts]
-    _show(names, results, failed, _look(wrong[0], source) if wrong else _request(server.url, any_name, chat))
+    look = f"lora-init inspect {shlex.quote(str(wrong[0]))} --base {shlex.quote(source)}" if wrong else ""
+    _show(names, results, failed, look or _request(server.url, any_name, chat))
     if verdicts or failed:
         raise SystemExit(DIFFERS if verdicts - {CANNOT_TELL} else UNKNOWN)
 
@@ -139,22 +140,9 @@ def _beginnings() -> Iterator[str]:
         yield from (" ".join(words[:i]) for i in range(3, len(words)))
 
 
-def _look(directory: Path, base: str) -> str:
-    """Write a command that says whether an adapter fits its base."""
-    return f"lora-init inspect {shlex.quote(str(directory))} --base {shlex.quote(base)}"
-
-
 def _request(url: str, model: str, chat: bool) -> str:
-    """Write a command that asks the server for an answer."""
     body = json.dumps({"model": model, "messages" if chat else "prompt": _HELLO[chat], "max_tokens": 64})
     return f"curl {url}/{'chat/' * chat}completions --json {shlex.quote(body)}"
-
-
-def _one_base(sources: Mapping[Path, str]) -> str:
-    if len({*sources.values()}) > 1:
-        of = ", ".join(sorted({*sources.values()}))
-        raise LoraInitError(f"the adapters are of {of}. Ask about the adapters of one base at a time.")
-    return next(iter(sources.values()))
 
 
 def _check_there(directories: list[Path]) -> None:
