@@ -15,7 +15,6 @@ EXTRAS = {
     "scipy": "compare",
     "sklearn": "compare",
     "gguf": "serving",
-    "ray": "ray",
     "httpx2": "verify",
     "bitsandbytes": "quantized",
 }

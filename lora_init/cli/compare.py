@@ -118,7 +118,6 @@ def compare(
     workers: Annotated[
         int | None, _runs(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
     ] = None,
-    ray: Annotated[str | None, _runs(help="Do the runs on a Ray cluster: auto, or its address.")] = None,
     weights: FloatWeights = None,
     loading: LoadingQuantized,
     bank: Annotated[
@@ -131,7 +130,7 @@ def compare(
     Given again, the same command goes on where it was stopped.
     """
     given = locals()
-    if data == "-" and (workers or ray):
+    if data == "-" and workers:
         raise LoraInitError("DATA '-': workers read the data, too, and standard input is read once. Name a file.")
     given |= {
         "starts": None if starts is None else [_start(word) for word in read_names(starts)],

@@ -28,7 +28,7 @@ from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.variants import Variant, by_batches
 from lora_init.comparison.workbench import Sources, Workbench, circumstances, set_up
-from lora_init.comparison.workers import Here, Worker, find_workers, run_all
+from lora_init.comparison.workers import Here, Worker, run_all, start_processes
 from lora_init.errors import LoraInitError, did_you_mean, is_number, require
 from lora_init.layers.targets import find_targets
 from lora_init.loading.models import find_device
@@ -98,7 +98,6 @@ def compare(
     time: float | None = None,
     precision: float | None = None,
     workers: int | None = None,
-    ray: str | None = None,
     dry_run: bool = False,
     command: str = "",
     say: Callable[[str], None] = lambda text: None,
@@ -144,7 +143,6 @@ def compare(
             spent where they still decide, see `RunBudget`.
         precision: Half the width of an interval at which a verdict is precise enough, as a share of random's loss.
         workers: Processes that do runs side by side, each with a GPU of its own if there are any.
-        ray: `"auto"` or the address of a Ray cluster whose workers do the runs.
         dry_run: Only plan, and measure a step, see `Outlook`. Nothing is written.
         command: How this was asked for, kept with the settings.
         say: Receives lines about the progress.
@@ -156,7 +154,7 @@ def compare(
             or in use by another process.
         KeyboardInterrupt: Ctrl-C; the report is written from the runs that ended.
     """
-    _check_asked(model, rank, ray)
+    _check_asked(model, rank)
     options = _read_options(loading)
     find_device(options.device)
     batches = _read_batches(statistics_batches)
@@ -198,9 +196,9 @@ def compare(
         ahead = look_ahead(bench, plan, planned, there, workers or 1)
         return Comparison(Path(output), settings, records, planned, summarise(records, settings), [], ahead)
     crew: list[Worker] = [Here(bench, sys.stderr.isatty() if progress is None else progress)]
-    if workers or ray:
+    if workers:
         del bench  # a GPU may have room for the workers' models only
-        crew = find_workers(make, workers, ray)
+        crew = start_processes(make, workers)
     with open_runs(directory, settings) as log, ExitStack() as stack:
         for worker in crew:
             stack.callback(worker.close)
@@ -220,8 +218,8 @@ def compare(
         return Comparison(Path(output), log.settings, records, planned, summarise(records, log.settings), files)
 
 
-def _check_asked(model: Any, rank: Any, ray: str | None) -> None:
-    require("matplotlib", "scipy", "sklearn", *(["ray"] if ray else []))  # most are for the report, at the end
+def _check_asked(model: Any, rank: Any) -> None:
+    require("matplotlib", "scipy", "sklearn")  # for the report, at the end
     if not isinstance(model, (str, Path)):
         raise LoraInitError(f"compare() takes a directory or hub id in this place and got a {type(model).__name__}.")
     whole_number(rank, "rank", 1)

@@ -1,4 +1,4 @@
-"""Who does the runs: this process, others on this machine, or a Ray cluster. Each run is one call, and one record."""
+"""Who does the runs: this process, or others on this machine. Each run is one call, and one record."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from functools import cache
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -56,22 +57,6 @@ class Here(Worker):
 
     def close(self) -> None:
         """There is nothing to end."""
-
-
-class _Other:
-    """What another process holds: a workbench that the first run sets up."""
-
-    def __init__(self, make: Callable[[], Workbench], threads: int) -> None:
-        self._make, self._threads = make, threads
-        self._bench: Workbench | None = None
-
-    def carry_out(self, run: Run, keep: bool) -> Record:
-        if self._bench is None:
-            warnings.simplefilter("ignore")  # the first process has shown them
-            transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-            torch.set_num_threads(self._threads)  # which may change numbers in the last bits
-            self._bench = self._make()
-        return self._bench.carry_out(run, keep=keep)
 
 
 class Process:
@@ -121,16 +106,25 @@ class Process:
         self._pool = None
 
 
-_held: list[_Other] = []  # in another process: one
+_makes: list[Callable[[], Workbench]] = []  # in another process: what makes its workbench
 
 
-def _begin(place: int, *arguments: Any) -> None:
+def _begin(place: int, make: Callable[[], Workbench], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
     tqdm.set_lock(threading.RLock())  # its own is for several processes, and outlives one that is killed
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
-    _held.append(_Other(*arguments))
+    torch.set_num_threads(threads)  # which may change numbers in the last bits
+    _makes.append(make)
+
+
+@cache
+def _bench() -> Workbench:
+    """Make the workbench of this process, with its first run."""
+    warnings.simplefilter("ignore")  # the first process has shown them
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return _makes[0]()
 
 
 def _end_with_parent() -> None:
@@ -140,69 +134,18 @@ def _end_with_parent() -> None:
 
 
 def _carry_out(run: Run, keep: bool) -> Record:
-    return _held[0].carry_out(run, keep)
+    return _bench().carry_out(run, keep=keep)
 
 
-class RayActor:
-    """An actor of a Ray cluster."""
-
-    def __init__(self, make: Callable[[], Workbench], gpus: int) -> None:
-        self._arguments = (make, torch.get_num_threads())
-        self._options = {"num_cpus": 1, "num_gpus": gpus}
-        self._actor: Any = None
-
-    def submit(self, run: Run, title: str, keep: bool = False) -> Future[Record]:
-        """See `Worker`."""
-        import ray
-
-        if self._actor is None:
-            self._actor = ray.remote(**self._options)(_Other).remote(*self._arguments)
-        future: Future[Record] = self._actor.carry_out.remote(run, keep).future()
-        return future
-
-    def take(self, future: Future[Record]) -> Record | None:
-        """See `Worker`."""
-        import ray
-
-        try:
-            return future.result()
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError:  # killed, out of memory, or its machine is gone
-            self.close()
-            return None
-
-    def close(self) -> None:
-        """See `Worker`."""
-        import ray
-
-        if self._actor is not None:
-            ray.kill(self._actor)
-        self._actor = None
-
-
-def find_workers(make: Callable[[], Workbench], count: int | None, ray: str | None) -> list[Worker]:
-    """Start with Ray where an address is given, else processes."""
-    if ray is None:
-        try:
-            pickle.dumps(make)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise LoraInitError(
-                f"a start cannot be sent to a worker: {first_line(error)} Define its function in a module of its own."
-            ) from error
-        return [Process(make, place) for place in range(count or 1)]
-    import ray as cluster
-
-    if not cluster.is_initialized():
-        try:
-            cluster.init(address=ray, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise LoraInitError(
-                f"{{ray}}: there is no cluster: {first_line(error)} Start one with `ray start --head`.", ray=ray
-            ) from error
-    there = cluster.cluster_resources()
-    gpus = int(there.get("GPU", 0))
-    return [RayActor(make, min(gpus, 1)) for _ in range(count or gpus or int(there.get("CPU", 1)))]
+def start_processes(make: Callable[[], Workbench], count: int) -> list[Worker]:
+    """Prepare processes, each of which makes a workbench of its own with its first run."""
+    try:
+        pickle.dumps(make)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise LoraInitError(
+            f"a start cannot be sent to a worker: {first_line(error)} Define its function in a module of its own."
+        ) from error
+    return [Process(make, place) for place in range(count)]
 
 
 def run_all(

@@ -44,7 +44,6 @@ def test_what_is_missing_is_named_with_its_extra(library, home, tmp_path, monkey
         "matplotlib": ["ranks", tmp_path / "s", "-o", tmp_path / "plan.json", "--plot", tmp_path / "plan.png"],
         "scipy": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"],
         "sklearn": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"],
-        "ray": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out", "--ray", "auto"],
         "gguf": ["export", tmp_path / "adapter", "-o", tmp_path / "a.gguf", "--engine", "llama.cpp"],
         "httpx2": ["verify", tmp_path / "adapter", "--url", "http://127.0.0.1:9/v1"],
         "bitsandbytes": ["init", home / "model", home / "text.txt", "-o", tmp_path / "out", "--quantize", "nf4"],

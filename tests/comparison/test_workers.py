@@ -1,6 +1,5 @@
-"""Who does the runs: processes and a local Ray give the numbers of one, and one that dies costs its run only."""
+"""Who does the runs: processes give the numbers of one, and one that dies costs its run only."""
 
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -17,7 +16,7 @@ from lora_init.comparison import workers
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Run, open_runs, read_runs
 from lora_init.comparison.variants import REFERENCE, Variant
-from lora_init.comparison.workers import find_workers, run_all
+from lora_init.comparison.workers import run_all, start_processes
 from lora_init.errors import LoraInitError
 from tests.comparison.made import again, compare, set_up_bench, without_clock
 from tests.comparisons import record, settings
@@ -129,7 +128,7 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
 
 def test_a_start_that_cannot_be_sent_is_refused():
     with pytest.raises(LoraInitError, match=r"a start cannot be sent to a worker: .*Define its function in a module"):
-        find_workers(partial(set_up_bench, lambda model, seed: model), 2, None)
+        start_processes(partial(set_up_bench, lambda model, seed: model), 2)
 
 
 def dies_at_once():
@@ -137,7 +136,7 @@ def dies_at_once():
 
 
 def test_a_worker_that_dies_while_it_sets_up_costs_its_run_and_one_that_never_starts_is_said(tmp_path, monkeypatch):
-    (worker,) = find_workers(dies_at_once, 1, None)
+    (worker,) = start_processes(dies_at_once, 1)
     assert carry_out(worker, Run(REFERENCE, 0, 1e-3)) is None
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit(1)")  # as one that calls compare() without a guard ends
@@ -151,42 +150,7 @@ def carry_out(worker, run):
 
 
 def test_a_worker_that_cannot_set_up_says_why(home, tmp_path):
-    (worker,) = find_workers(partial(set_up_bench, home, tmp_path, "nothing-here"), 1, None)
+    (worker,) = start_processes(partial(set_up_bench, home, tmp_path, "nothing-here"), 1)
     with pytest.raises(LoraInitError, match="nothing-here"):
         carry_out(worker, Run(REFERENCE, 0, 1e-3))
     worker.close()
-
-
-def test_without_ray_one_line_says_how_to_install_it(home, tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr("lora_init.errors.find_spec", lambda name: None if name == "ray" else find(name))
-    with pytest.raises(LoraInitError, match=r"this needs ray.*pip install 'lora-init\[ray\]'"):
-        compare(home, tmp_path / "out", ray="auto")
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
-@pytest.mark.slow
-def test_a_local_ray_of_two_gives_the_numbers_of_one(home, alone, tmp_path, cluster):
-    compare(home, tmp_path / "out", learning_rates=[1e-2], seeds=3, ray="auto")
-    assert without_clock(read_runs(tmp_path / "out")) == without_clock(read_runs(alone.directory))
-
-
-@pytest.mark.slow
-def test_an_actor_that_is_killed_costs_its_run_only(home, tmp_path, cluster, monkeypatch):
-    actor = workers.RayActor(partial(set_up_bench, home, tmp_path), gpus=0)
-    run = Run(REFERENCE, 0, 1e-2)
-    first = carry_out(actor, run)
-    cluster.kill(actor._actor)
-    assert carry_out(actor, run) is None
-    assert without_clock([carry_out(actor, run)]) == without_clock([first])
-    actor.close()
-    broken = workers.RayActor(partial(set_up_bench, home, tmp_path, "nothing-here"), gpus=0)
-    with pytest.raises(LoraInitError, match="nothing-here"):
-        carry_out(broken, run)
