@@ -8,7 +8,7 @@ import platform
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from numbers import Integral, Real
@@ -24,7 +24,7 @@ from lora_init.collection.backward import BackwardHooks
 from lora_init.collection.loop import TOLERANCE, Collected, Pass, progress_bar, run_pass
 from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, digest_of, own_batches
-from lora_init.collection.settings import Position, Settings, read_settings
+from lora_init.collection.settings import Position, read_settings
 from lora_init.errors import LoraInitError, LoraInitWarning, explain
 from lora_init.files import check_writable, locked
 from lora_init.layers.identity import count_parameters, fingerprint
@@ -78,7 +78,6 @@ class _Job:
     model: nn.Module
     targets: Targets
     modules: Mapping[str, nn.Module]  # all of the model
-    settings: Settings
     provenance: Provenance  # as it is before the pass
     forward: Forward
     loss: Loss | None
@@ -86,6 +85,11 @@ class _Job:
     overwrite: bool
     progress: bool | None
     skip_bad_batches: int
+
+    @property
+    def n_components(self) -> int:
+        """Components of each layer."""
+        return round(float(self.provenance.settings["rho"]) * self.provenance.rank)
 
 
 def collect(
@@ -198,7 +202,9 @@ def collect(
     _check_numbers(
         rank=rank, max_batches=max_batches, rho=rho, tolerance=tolerance, seed=seed, skip_bad_batches=skip_bad_batches
     )
-    _check_flags(center=center, gradients=gradients)
+    for name, flag in (("center", center), ("gradients", gradients)):
+        if flag not in (True, False):
+            raise LoraInitError(f"{{{name}}}, expected True or False.", **{name: flag})
     if loss is not None and not gradients:
         raise LoraInitError("loss= is for {gradients}; without gradients no loss is computed.", gradients=True)
     if forward is not None:
@@ -212,40 +218,41 @@ def collect(
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     targets.check_layers()
     _check_targets(model, targets, rank)
-    settings = Settings(
-        # Before the pass: bitsandbytes repacks weights when they are first used.
-        fingerprint=fingerprint(model),
-        layers=f"{len(targets.layers)} ({_hash_of(targets)})",
-        # The file knows no scalars of numpy.
-        rank=int(rank),
-        rho=float(rho),
-        center=bool(center),
-        token_mask=token_mask,
-        max_batches=int(max_batches),
-        tolerance=float(tolerance),
-        seed=int(seed),
-        gradients=bool(gradients),
-        task_type=task_type,
-        data=str(data or ""),
-        forward=_name_of(forward),
-        loss=_name_of(loss),
-        of_batches=getattr(batches, "settings", {}),
-    )
+    # The file knows no scalars of numpy.
+    settings = {
+        **getattr(batches, "settings", {}),
+        "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
+        "rho": float(rho),
+        "max_batches": int(max_batches),
+        "tolerance": float(tolerance),
+        "forward": _name_of(forward),
+    }
+    if gradients:
+        settings["loss"] = _name_of(loss)
     provenance = Provenance(
         model_id=model_id(model),
         model_class=class_name(model),
+        # Before the pass: bitsandbytes repacks weights when they are first used.
+        fingerprint=fingerprint(model),
         n_parameters=count_parameters(model),
         quantisation=quantization_of(model),
         target_modules=_listed(target_modules),
         exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
         target_parameters=None if target_parameters is None else sorted(target_parameters),
+        task_type=task_type,
+        data=str(data or ""),
+        center=bool(center),
+        token_mask=token_mask,
+        seed=int(seed),
+        rank=int(rank),
+        gradients=bool(gradients),
+        settings=settings,
         versions={
             "lora_init": lora_init.__version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "python": platform.python_version(),
         },
-        **settings.stored(),
     )
 
     def forward_as_called(model: nn.Module, batch: Any) -> Any:
@@ -254,7 +261,7 @@ def collect(
 
     file = None if statistics is None else Path(statistics).expanduser()
     job = _Job(
-        model, targets, plain_names(model), settings, provenance, forward_as_called, loss, file, overwrite, progress,
+        model, targets, plain_names(model), provenance, forward_as_called, loss, file, overwrite, progress,
         int(skip_bad_batches),
     )  # fmt: skip
     try:
@@ -266,16 +273,16 @@ def collect(
 
 def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     """Make the pass, or what is left of it; write the file."""
-    file, settings, run = job.file, job.settings, _set_up(job)
-    processes.check_alike(settings.compared())
+    file, run, max_batches = job.file, _set_up(job), job.provenance.settings["max_batches"]
+    processes.check_alike(read_settings(job.provenance))
     # Not before all are here: one that begins again may be ahead of the one that writes.
     there = file is not None and file.exists()
     processes.check_alike({"statistics file": [file and str(file), there]})
     with _reserved(file, processes):
         earlier = _earlier(job)
-        done = Position("") if earlier is None else Position.of(earlier.provenance)
+        done = Position() if earlier is None else Position.of(earlier.provenance)
         shard = own_batches(processes, batches, done.used, in_step=is_sharded(job.model))
-        digest = digest_of(batches[: settings.max_batches]) if isinstance(batches, list) else None
+        digest = digest_of(batches[:max_batches]) if isinstance(batches, list) else None
         of_list = processes.share(digest)
         start = Position(shard.first, of_list, shard.common)
         if earlier is not None:
@@ -293,7 +300,7 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
             if processes.rank == 0 and file is not None and any(so_far.n_batches):
                 _write(file, frozen(so_far))
 
-        left, may_fail = settings.max_batches - sum(done.used), max(job.skip_bad_batches - done.n_bad, 0)
+        left, may_fail = max_batches - sum(done.used), max(job.skip_bad_batches - done.bad_batches, 0)
         with (
             progress_bar(batches, left, job.progress if processes.rank == 0 else False) as bar,
             run.hooks,
@@ -320,22 +327,22 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
 
 
 def _set_up(job: _Job) -> Pass:
-    settings, targets = job.settings, job.targets
-    masks = TokenMasks(job.model, settings.token_mask, settings.gradients)
-    modules = {name: job.modules[target.module] for name, target in targets.layers.items()}
+    made, layers = job.provenance, job.targets.layers
+    masks = TokenMasks(job.model, made.token_mask, made.gradients)
+    modules = {name: job.modules[target.module] for name, target in layers.items()}
     # A function of the caller's may run the model twice, and a loss needs what comes after the output embedding.
-    to_the_end = settings.gradients or settings.forward is not None
+    to_the_end = made.gradients or made.settings["forward"] is not None
     hooks = ActivationHooks(job.model, modules, masks, to_the_end=to_the_end)
     return Pass(
         hooks,
         job.forward,
-        settings.n_components,
-        settings.rank,
-        BackwardHooks(hooks, targets.layers, job.forward, job.loss) if settings.gradients else None,
-        settings.center,
-        settings.tolerance,
-        settings.seed,
-        n_triplets=max(settings.n_components, 2 * settings.rank),  # lora-ga needs two a rank
+        job.n_components,
+        made.rank,
+        BackwardHooks(hooks, layers, job.forward, job.loss) if made.gradients else None,
+        made.center,
+        made.settings["tolerance"],
+        made.seed,
+        n_triplets=max(job.n_components, 2 * made.rank),  # lora-ga needs two a rank
     )
 
 
@@ -343,7 +350,7 @@ def _with_statistics(error: BaseException, name: str, result: Statistics) -> Bas
     """Let what ended a pass carry what was complete, and say how to go on if that was a single batch."""
     kept = result if result.provenance.n_batches else None
     if kept is not None and name:
-        remedy, n_bad = "{skip_bad_batches} goes on without it.", Position.of(kept.provenance).n_bad + 1
+        remedy, n_bad = "{skip_bad_batches} goes on without it.", Position.of(kept.provenance).bad_batches + 1
         if isinstance(error, LoraInitError):
             error = error.within(remedy=remedy, skip_bad_batches=n_bad).with_traceback(error.__traceback__)
         else:
@@ -407,12 +414,6 @@ def _check_numbers(**numbers: Any) -> None:
             raise LoraInitError(f"{{{name}}}, expected a {of} of at least {least}.", **{name: number})
 
 
-def _check_flags(**flags: Any) -> None:
-    for name, flag in flags.items():
-        if flag not in (True, False):
-            raise LoraInitError(f"{{{name}}}, expected True or False.", **{name: flag})
-
-
 def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
     narrow = [target for target in targets.layers.values() if target.in_features < rank]
     if narrow:
@@ -430,19 +431,19 @@ def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
 
 def _earlier(job: _Job) -> Statistics | None:
     """Read the file of an earlier pass, if it is there and this pass is to use it."""
-    file, ours = job.file, job.settings
+    file, ours = job.file, job.provenance
     if file is None or job.overwrite or not file.exists():
         return None
     earlier = Statistics.load(file)
     if earlier.provenance.fingerprint != ours.fingerprint:
         raise LoraInitError(
             f"{file} was made from another model ({earlier.provenance.model}), not from this one "
-            f"({job.provenance.model}). Name another file."
+            f"({ours.model}). Name another file."
         )
     theirs = read_settings(earlier.provenance)
     # With gradients, labels count at other rows; and going on without them would drop those that there are.
     beside = earlier.provenance.complete and ours.token_mask != "labels"
-    for setting, asked in ours.compared().items():
+    for setting, asked in read_settings(ours).items():
         made = theirs.get(setting, asked)  # a file of an earlier version does not say
         if made == asked or (setting == "gradients" and made and beside):
             continue
@@ -459,8 +460,9 @@ def _write(file: Path, statistics: Statistics) -> None:
 
 
 def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
-    """Make the result of what a pass has found."""
-    found.compare(job.settings.rank)
+    for kind in found.kinds:
+        for halves in kind.values():
+            halves.compare(job.provenance.rank)
     groups = {
         name: record.whole().spectrum()
         for name, record in found.groups.items()
@@ -476,11 +478,11 @@ def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
     ran = [
         name
         for name in layers
-        if found.group_of.get(name) in groups and (name in gradients or not job.settings.gradients)
+        if found.group_of.get(name) in groups and (name in gradients or not job.provenance.gradients)
     ]
     never_ran = [name for name in layers if name not in ran]
-    used = (sum(found.n_batches),) if start.common_loader else tuple(found.n_batches)
-    position = replace(start, used=used, n_bad=len(found.bad))
+    used = [sum(found.n_batches)] if start.common_loader else found.n_batches
+    position = replace(start, used=used, bad_batches=len(found.bad))
     provenance = replace(
         job.provenance,
         n_batches=sum(found.n_batches) - len(found.bad),
@@ -490,7 +492,7 @@ def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
         n_labels=found.n_labels,
         keeps=found.keeps if sum(found.n_batches) - len(found.bad) > 1 else None,  # of one batch no half is known
         complete=found.stop_reason not in ("interrupted", "failed"),
-        settings={**job.provenance.settings, **position.stored()},
+        settings={**job.provenance.settings, **asdict(position)},
     )
     result = Statistics(
         groups=groups,
@@ -509,10 +511,8 @@ def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
 def _sizes(found: Collected, ran: list[str], groups: Mapping[str, Spectrum]) -> Iterator[tuple[str, Sizes]]:
     for name in ran:
         group, tokens = found.group_of[name], found.sums["tokens", name]
-        sizes = Sizes(
-            found.sums["inputs", group] / groups[group].n_samples,
-            math.sqrt(found.sums["outputs", name] / tokens) if tokens else math.nan,
-        )
+        output = math.sqrt(found.sums["outputs", name] / tokens) if tokens else math.nan
+        sizes = Sizes(found.sums["inputs", group] / groups[group].n_samples, output)
         if all(map(math.isfinite, sizes)):
             yield name, sizes
 
@@ -535,9 +535,7 @@ def _continued(earlier: Statistics, later: Statistics) -> Statistics:
     """Merge the two parts of a pass that was interrupted."""
     old, new = earlier.provenance, later.provenance
     merged = earlier.merge(later) if new.n_batches else earlier
-    position = Position.of(new)
-    used, n_bad = position.used_after(Position.of(old))
-    settings = {**new.settings, **replace(position, used=used, n_bad=n_bad).stored()}
+    settings = {**new.settings, **asdict(Position.of(new).after(Position.of(old)))}
     made = replace(merged.provenance, stop_reason=new.stop_reason, complete=new.complete, settings=settings)
     return replace(merged, provenance=made)
 
@@ -562,7 +560,7 @@ def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ra
     for name in dict.fromkeys(found.group_of.values()):
         if name in groups:
             kept, width = groups[name].components.shape
-            expected = min(job.settings.n_components, width)
+            expected = min(job.n_components, width)
             if kept < expected:
                 notes.append(f"{name}: {groups[name].n_samples} rows span only {kept} of {expected} components.")
     if found.empty:
