@@ -156,6 +156,11 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         yield fresh
         fresh.replace(path)
+    except OSError as error:
+        raise LoraInitError(
+            f"{path}: cannot be written: {error.strerror or error}. Nothing was changed; free some space or choose "
+            "another place."
+        ) from error
     finally:
         with suppress(OSError):
             fresh.unlink()

@@ -46,7 +46,8 @@ def neighbours(
         )
     if statistics is not None and statistics.provenance.fingerprint != bank.fingerprint:
         raise LoraInitError(f"the statistics are of another model ({statistics.provenance.model}) than {bank.path}.")
-    known = {name: bank.embeddings(name) for name in bank.last_of_task}
+    # Of checkpoints along a training the last one trained longest.
+    known = {names[-1]: bank.embeddings(names[-1]) for names in bank.tasks.values()}
     within = torch.cat([rows - rows.mean(0) for rows in known.values()])
     spread = within.double().square().mean(0).sqrt().clamp_min(1e-12)
     mean = embeddings.double().mean(0)

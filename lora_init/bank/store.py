@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
-from lora_init.files import read_fields, read_json, write_whole
+from lora_init.files import check_output, read_fields, read_json, write_whole
 from lora_init.serving.trained import LINEAR, Layer, Trained
 from lora_init.statistics.statistics import Statistics
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
@@ -55,11 +54,6 @@ class Bank:
         for name, entry in self.entries.items():
             tasks.setdefault(entry.task, []).append(name)
         return tasks
-
-    @property
-    def last_of_task(self) -> list[str]:
-        """The entry of each task that came last: of checkpoints along a training, the one that trained longest."""
-        return [names[-1] for names in self.tasks.values()]
 
     def in_words(self) -> str:
         """Return what is in it, with a hash of all files."""
@@ -137,7 +131,9 @@ def add_entry(
     path = new.path
     check_name(name)
     check_plain_lora(trained)
-    with _locked(path):
+    check_output(path, "folder")
+    path.mkdir(parents=True, exist_ok=True)
+    with FileLock(path / ".lock"):
         bank = open_bank(path) if (path / INDEX).is_file() else new
         check_base(bank, new.fingerprint, new.model)
         if bank.encoder != new.encoder:
@@ -185,21 +181,7 @@ def _write_index(bank: Bank) -> None:
     entries = {name: asdict(entry) for name, entry in bank.entries.items()}
     about = {"fingerprint": bank.fingerprint, "model": bank.model, "encoder": bank.encoder, "entries": entries}
     content = json.dumps({"format": _FORMAT, "version": _VERSION, **about}, indent=2) + "\n"
-    try:
-        write_whole(bank.path / INDEX, content.encode())
-    except OSError as error:
-        raise LoraInitError(f"{bank.path}: cannot be written: {error.strerror or error}. Free some space.") from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".lock").acquire()
-    except OSError as error:
-        raise LoraInitError(f"{path}: cannot be written: {error.strerror or error}. Choose another place.") from error
-    with lock:
-        yield
+    write_whole(bank.path / INDEX, content.encode())
 
 
 def _hash_of(path: Path) -> str:

@@ -51,10 +51,7 @@ def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> P
     # Text as text and no date, so that the same plan gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora_init", "font.family": "sans-serif"}):
         make_figure(plan, stats).savefig(buffer, format=kind, metadata=nothing)
-    try:
-        write_whole(path, buffer.getvalue())
-    except OSError as error:
-        raise LoraInitError(f"{path}: the picture could not be written: {error.strerror or error}.") from error
+    write_whole(path, buffer.getvalue())
     return path
 
 

@@ -247,10 +247,7 @@ def save_plan(plan: RankAllocation, path: str | Path) -> Path:
     """Write a plan to a JSON file. A crash leaves the old file or none, never half a one."""
     path = Path(path).expanduser()
     text = json.dumps(plan_to_dict(plan), indent=1, ensure_ascii=False) + "\n"
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise LoraInitError(f"{path}: the plan could not be written: {error.strerror or error}.") from error
+    write_whole(path, text.encode())
     return path
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora_init.errors import LoraInitError, first_line
-from lora_init.files import parse_json, write_whole
+from lora_init.files import check_place, parse_json, write_whole
 
 
 def write_tensors(
@@ -25,13 +25,9 @@ def write_tensors(
     path = Path(path).expanduser()
     text = json.dumps({**header, "digests": {name: _digest(tensor) for name, tensor in tensors.items()}})
     metadata = {"format": kind, "version": str(version), "header": text, "sha256": _sha256(text.encode())}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
-    except OSError as error:
-        raise LoraInitError(
-            f"{path}: cannot be written: {error.strerror or error}. Free some space or choose another place."
-        ) from error
+    check_place(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
     return path
 
 
@@ -60,14 +56,11 @@ class TensorFile:
                 "make the file again."
             )
         text = metadata.get("header", "")
-        if _sha256(text.encode()) != metadata.get("sha256"):
-            raise self.changed("its header")
-        try:
+        with self.checking("its header"):
+            if _sha256(text.encode()) != metadata.get("sha256"):
+                raise self.changed("its header")
             self.header: dict[str, Any] = parse_json(text)
-        except ValueError as error:
-            raise self.changed("its header") from error
-        if not isinstance(self.header, dict) or not isinstance(self.header.get("digests"), dict):
-            raise self.changed("its header")
+            self._digests = dict(self.header["digests"])
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -75,7 +68,7 @@ class TensorFile:
             tensor: Tensor = self._file.get_tensor(name)
         except SafetensorError as error:
             raise self.changed(f"tensor {name!r}") from error
-        if _digest(tensor) != self.header["digests"].get(name):
+        if _digest(tensor) != self._digests.get(name):
             raise self.changed(f"tensor {name!r}")
         return tensor
 

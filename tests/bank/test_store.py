@@ -17,7 +17,6 @@ def test_what_was_added_comes_back(bank, trained):
     again = open_bank(bank.path)
     assert again == bank
     assert again.tasks == {"task0": ["task0-early", "task0"], "task1": ["task1"], "task2": ["task2"]}
-    assert again.last_of_task == ["task0", "task1", "task2"]
     for name, layer in read_trained(trained["task1"]).layers.items():
         kept = again.layers("task1")[name]
         assert torch.equal(kept.a, layer.a) and torch.equal(kept.b, layer.b) and kept.scaling == layer.scaling

@@ -60,5 +60,5 @@ def test_bad_input(tmp_path):
     with pytest.raises(LoraInitError, match=r"made for some/model .* another"):
         save_picture(plan, llama_like(2, fingerprint="f2"), tmp_path / "plan.png")
     for ending in ("png", "svg"):
-        with pytest.raises(LoraInitError, match="the picture could not be written: No such file"):
+        with pytest.raises(LoraInitError, match="cannot be written: No such file"):
             save_picture(plan, stats, tmp_path / "no" / f"plan.{ending}")
