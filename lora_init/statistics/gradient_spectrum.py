@@ -98,7 +98,6 @@ class _State(NamedTuple):
     n_chosen: int  # rows that had been seen when Q and V were chosen
 
     def to(self, device: torch.device) -> _State:
-        """Move to a device."""
         outputs, inputs, left, right, squares = (part.to(device) for part in self[:5])
         return _State(outputs, inputs, left, right, squares, self.n_samples, self.n_chosen)
 
@@ -154,7 +153,8 @@ class MeanGradient:
     @property
     def squares(self) -> Tensor:
         """Sum of g_t^2 over the rows, float64 [d_out]."""
-        return self._known().squares.cpu()
+        assert self._state is not None  # asked for once there are rows, as the triplets are
+        return self._state.squares.cpu()
 
     def project(self, g: Tensor, x: Tensor) -> None:
         """Take in rows g [n, d_out] and x [n, d_in] of any float type; they count once `update` is called.
@@ -247,12 +247,8 @@ class MeanGradient:
 
         Rows are orthonormal; there are fewer where G has fewer directions.
         """
-        return freeze_triplets(*product_svd(*self._known().factors(), k), k)
-
-    def _known(self) -> _State:
-        if self._state is None:
-            raise LoraInitError("no gradients were seen. Feed rows with project and update first.")
-        return self._state
+        assert self._state is not None
+        return freeze_triplets(*product_svd(*self._state.factors(), k), k)
 
 
 def _balancing(rows: Tensor) -> Tensor:

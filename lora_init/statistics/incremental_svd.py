@@ -35,8 +35,6 @@ _SMALLEST, _LARGEST = 1e-30, torch.finfo(torch.float32).max
 # A batch of so many times the mean square of the rows before is taken in exactly: the directions to project on are not
 # its own, and what it has beside the new ones would be less than the rounding of these.
 _JUMP = 100.0
-# Share of the sum of squares from which the mean is subtracted before the products. Of real inputs it is 0.1 to 0.8.
-_MOSTLY = 0.9
 
 
 class HeldOut(NamedTuple):
@@ -91,12 +89,6 @@ class _State(NamedTuple):
     weights: Tensor  # w, scatter along each direction, falling, float64 [k], on the CPU
     tests: Tensor  # T, orthonormal rows, float32 [k, d]: what the next rows are projected on
 
-    @classmethod
-    def of_rows(cls, rows: _Rows, size: int) -> _State:
-        """Decompose a few rows exactly, and keep `size` directions."""
-        weights, directions = principal_directions(rows.factor.double(), size)
-        return cls(rows.moments, directions.float(), weights.cpu(), directions.float())
-
     def plus(self, new: _Sums) -> _State:
         """Take a Nystrom step, see `IncrementalSVD`."""
         along = (self.tests @ self.directions.T).double()  # T V^T
@@ -129,7 +121,6 @@ class _State(NamedTuple):
         return min(float(captured.sum()) / best, 1.0) if best > 0 else 1.0
 
     def rows(self) -> _Rows:
-        """Return C by rows."""
         return _Rows(self.moments, self.weights.sqrt().to(self.directions.device)[:, None] * self.directions)
 
     def to(self, device: torch.device) -> _State:
@@ -240,15 +231,15 @@ class IncrementalSVD:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         rows = rows if weights is None else rows * weights[:, None]
         try:
-            moments, rows, mean = _centered(rows, self.center)
+            moments, offsets = _centered(rows, self.center)
         except LoraInitError:
             self.forget_batch()
             raise
         if state is None:
-            self._take_exactly(moments, rows - mean)
+            self._take_exactly(moments, offsets)
             return
-        directions = state.tests.to(rows.dtype)
-        along = rows @ directions.T - directions @ mean  # [n, k]
+        directions = state.tests.to(offsets.dtype)
+        along = offsets @ directions.T  # [n, k]
         gram = (along.double().T @ along.double()).cpu()
         gap = moments.mean - state.moments.mean
         tested = gram.diagonal() + len(rows) * (directions @ gap.to(directions.dtype)).double().square().cpu()
@@ -256,12 +247,9 @@ class IncrementalSVD:
         self._tested = HeldOut(tested, total).plus(self._tested)
         jumps = total * state.moments.n_samples > _JUMP * state.moments.scatter * len(rows)
         if jumps or len(rows) <= self._n_directions or len(state.weights) < min(self._n_directions, rows.shape[1]):
-            self._take_exactly(moments, rows - mean)
+            self._take_exactly(moments, offsets)
             return
-        # Each column of `along` sums to zero but for rounding, which counts where the mean is large.
-        rest = along.double().sum(0).to(along.dtype)
-        image = torch.addr(along.T @ rows, rest, mean, alpha=-1)
-        self._sums = _Sums(moments, gram, image).plus(self._sums, directions)
+        self._sums = _Sums(moments, gram, along.T @ offsets).plus(self._sums, directions)
 
     def _take_exactly(self, moments: Moments, offsets: Tensor) -> None:
         """Take in a batch of few rows, or one for which too few directions are known, without `directions`."""
@@ -292,7 +280,9 @@ class IncrementalSVD:
 
     def _add(self, rows: _Rows) -> None:
         state = self._take_gathered()
-        self._state = _State.of_rows(rows.plus(state.rows() if state else None), self._n_directions)
+        moments, factor = rows.plus(state.rows() if state else None)
+        weights, directions = principal_directions(factor.double(), self._n_directions)
+        self._state = _State(moments, directions.float(), weights.cpu(), directions.float())
 
     def merge(self, other: IncrementalSVD) -> IncrementalSVD:
         """Take in what another one has seen, as if its rows had come here. `other` is not changed.
@@ -339,27 +329,22 @@ class IncrementalSVD:
         return freeze(moments, directions[: self.n_components], weights[: self.n_components])
 
 
-def _centered(rows: Tensor, center: bool) -> tuple[Moments, Tensor, Tensor]:
-    """Return the moments of rows [n, d], and rows and a mean [d] whose difference is exact.
+def _centered(rows: Tensor, center: bool) -> tuple[Moments, Tensor]:
+    """Return the moments of rows [n, d] and the rows less their mean, which is zero if uncentered.
 
-    Those are the rows as they came and their mean, so that nothing of n x d is made, unless the mean is so large that
-    the difference of products would be rounding: then the rows are centered and the mean given is zero. They are in
-    float64 if squares demand it. Uncentered, the mean is zero.
+    They are in float64 if squares demand it.
     """
-    mean = rows.mean(0) if center else rows.new_zeros(rows.shape[1])
+    mean = rows.mean(0) if center else torch.zeros_like(rows[0])
     squares = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
     if rows.dtype != torch.float64 and not _SMALLEST < squares < _LARGEST:
         return _centered(rows.double(), center)
     if not math.isfinite(squares):
         raise_if_not_finite(rows.square().sum(1))
-    of_mean = len(rows) * float(mean.double() @ mean.double())
-    if of_mean < _MOSTLY * squares:
-        return Moments(len(rows), mean.double(), squares - of_mean), rows, mean
     offsets = rows - mean
     scatter = float(torch.linalg.vector_norm(offsets, dim=1).double().square().sum())
-    if scatter <= NEGLIGIBLE * of_mean:  # constant rows: rounding of the mean
+    if scatter <= NEGLIGIBLE * squares:  # constant rows: rounding of the mean
         scatter, offsets = 0.0, torch.zeros_like(offsets)
-    return Moments(len(rows), mean.double(), scatter), offsets, torch.zeros_like(mean)
+    return Moments(len(rows), mean.double(), scatter), offsets
 
 
 def leading_rows(rows: Tensor, start: Tensor) -> Tensor:

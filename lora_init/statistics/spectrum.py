@@ -50,12 +50,6 @@ class Spectrum:
         return self.explained_variance / self.total_variance
 
 
-def fix_signs(components: Tensor) -> Tensor:
-    """Flip each row of [..., k, d] so that its entry of largest magnitude is positive: the sign rule of the package."""
-    index = components.abs().argmax(dim=-1, keepdim=True)
-    return components * torch.where(components.gather(-1, index) < 0, -1.0, 1.0).to(components.dtype)
-
-
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """Measure the angles between the spans of the rows of `a` [p, d] and of `b` [q, d].
 
@@ -98,10 +92,10 @@ class Moments:
 def freeze(moments: Moments, directions: Tensor, weights: Tensor) -> Spectrum:
     """Make the result: scatter becomes variance, signs are fixed, everything moves to the CPU."""
     degrees = max(moments.n_samples - 1, 1)
-    q, r = torch.linalg.qr(directions.double().T)
-    orthonormal = (q * r.diagonal().sign()).T  # each row stays where it points
+    rows = torch.linalg.qr(directions.double().T).Q.T
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))  # of each row, and positive in the result
     return Spectrum(
-        components=fix_signs(orthonormal).to("cpu", torch.float32).contiguous(),
+        components=(rows * largest.sign()).to("cpu", torch.float32).contiguous(),
         explained_variance=(weights / degrees).cpu(),
         total_variance=moments.scatter / degrees,
         mean=moments.mean.to("cpu", torch.float32),
@@ -116,10 +110,15 @@ def principal_directions(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     eigenvalues are orthonormal to fewer digits: `freeze` mends that.
     """
     wide = len(rows) < rows.shape[1]
-    weights, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
-    kept = min(size, int((weights > weights[-1:].clamp_min(0.0) * NEGLIGIBLE).sum()))
-    weights, vectors = weights.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    weights, vectors = _leading(rows @ rows.T if wide else rows.T @ rows, size)
     return weights, (vectors / weights.sqrt()).T @ rows if wide else vectors.T
+
+
+def _leading(matrix: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the `size` largest eigenvalues, falling, and their vectors in columns; those of rounding are left out."""
+    weights, vectors = torch.linalg.eigh(matrix)
+    kept = min(size, int((weights > weights[-1:].clamp_min(0.0) * NEGLIGIBLE).sum()))
+    return weights.flip(0)[:kept], vectors.flip(1)[:, :kept]
 
 
 def check_rows(rows: Tensor, width: int | None) -> None:
@@ -216,8 +215,5 @@ class ExactPCA:
         """
         if self._moments is None or self._scatter is None:
             raise LoraInitError(NO_ROWS)
-        weights, vectors = torch.linalg.eigh(self._scatter)
-        weights, vectors = weights.flip(0), vectors.flip(1)
-        kept = int((weights > weights[:1].clamp_min(0.0) * NEGLIGIBLE).sum())
-        kept = min(kept, self.n_components or kept)
-        return freeze(self._moments, vectors[:, :kept].T, weights[:kept])
+        weights, vectors = _leading(self._scatter, self.n_components or len(self._scatter))
+        return freeze(self._moments, vectors.T, weights)

@@ -282,8 +282,7 @@ class Statistics(Mapping[str, Spectrum]):
         """
         tensors: dict[str, Tensor] = {}
         groups: dict[str, dict[str, Any]] = {}
-        for name in self.groups:
-            spectrum = self.groups[name]
+        for name, spectrum in self.groups.items():
             tensors[f"{name}/components"] = spectrum.components
             tensors[f"{name}/explained_variance"] = spectrum.explained_variance
             tensors[f"{name}/mean"] = spectrum.mean
