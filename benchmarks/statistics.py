@@ -68,10 +68,6 @@ class Into(Sink):
     def __init__(self, take: Callable[[str, Tensor], Any]) -> None:
         self._take = take
 
-    def wants(self, group: str) -> bool:
-        """All are wanted."""
-        return True
-
     def rows(self, group: str, rows: Tensor) -> None:
         """Hand them on."""
         self._take(group, rows)

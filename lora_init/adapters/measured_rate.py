@@ -121,10 +121,6 @@ class _Sums(Sink):
     def __init__(self) -> None:
         self.sums: dict[str, tuple[float, int]] = {}
 
-    def wants(self, group: str) -> bool:
-        """Take the rows of every group."""
-        return True
-
     def rows(self, group: str, rows: Tensor) -> None:
         """Add to the sum of a group."""
         self._add(_X + group, group, row_norms(rows, None, 1))

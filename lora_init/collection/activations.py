@@ -23,11 +23,7 @@ RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 class Sink:
-    """Receives what is read in a pass, and must not keep the tensors. This one wants nothing."""
-
-    def wants(self, group: str) -> bool:
-        """Check whether a group needs more rows."""
-        return False
+    """Receives what is read in a pass, and must not keep the tensors. This one takes no notice of it."""
 
     def rows(self, group: str, rows: Tensor) -> None:
         """Take the rows [n, d_in] that a group has read in a run of its layers."""
@@ -74,31 +70,29 @@ class ActivationHooks:
         # Sharded and offloaded weights are put away at the end of a pass, so such a pass runs to its end.
         to_the_end |= is_sharded(model) or is_offloaded(model)
         self._head = head if isinstance(head, nn.Module) and not to_the_end else None
-        self._handles: list[Any] = []
-        self._mode = ExitStack()
+        self._stack = ExitStack()
         self._batch: Any = None
         self._sink: Sink | None = None
 
     def __enter__(self) -> ActivationHooks:
-        self._mode.enter_context(evaluating(self.model))
+        self._stack.enter_context(evaluating(self.model))
+        handles = [self.model.register_forward_pre_hook(self._start_call, with_kwargs=True), *self.masks.hooks()]
         for name, module in self.modules.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
             if self._rows is None and name not in self._experts:
-                self._handles.append(module.register_forward_hook(partial(self._output_hook, name), with_kwargs=True))
+                handles.append(module.register_forward_hook(partial(self._output_hook, name), with_kwargs=True))
         if self._head is not None:
-            self._handles.append(self._head.register_forward_pre_hook(self._end_pass, prepend=True))
-        self._handles += [self.model.register_forward_pre_hook(self._start_call, with_kwargs=True), *self.masks.hooks()]
+            handles.append(self._head.register_forward_pre_hook(self._end_pass, prepend=True))
+        for handle in handles:
+            self._stack.callback(handle.remove)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._mode.close()
-        self._handles = []
+        self._stack.close()
 
     @contextmanager
     def watch(self, batch: Any, sink: Sink) -> Iterator[Any]:
-        """Call `sink.rows` for every group that gets rows, and wants them, in a forward pass inside the block.
+        """Call `sink.rows` for every group that gets rows in a forward pass inside the block.
 
         Yields the batch on the model's device. The sink is called inside the pass, without autocast and gradients, with
         the rows of the tokens that count.
@@ -153,8 +147,7 @@ class ActivationHooks:
         with torch.no_grad(), Precision().off():
             if self._rows is not None:
                 group = self.group_of.setdefault(name, name)
-                if sink.wants(group):
-                    sink.rows(group, self._rows(name, args, kwargs))
+                sink.rows(group, self._rows(name, args, kwargs))
             elif name in self._experts:
                 self._read_experts(self._experts[name], args, kwargs, sink)
             else:
@@ -171,8 +164,7 @@ class ActivationHooks:
         group = self.group_of.setdefault(name, groups[0] if groups else name)
         if group not in groups:
             groups.append(group)
-            if sink.wants(group):
-                sink.rows(group, self.masks.rows(name, x) if patches is None else patches.rows(x))
+            sink.rows(group, self.masks.rows(name, x) if patches is None else patches.rows(x))
 
     def _check_groups(self) -> None:
         """Check that the layers of each group read the same in this pass, too, as far as they ran."""
@@ -190,7 +182,7 @@ class ActivationHooks:
         tokens = self.masks.tokens(experts.name, hidden)
         if tokens is not None:
             hidden, chosen = hidden[tokens], chosen[tokens]
-        for group, rows in experts.rows(hidden, chosen, sink.wants):
+        for group, rows in experts.rows(hidden, chosen):
             sink.rows(group, rows)
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_init.collection.activations import ActivationHooks, Sink, input_of
 from lora_init.collection.losses import Loss, count_labels, own_loss
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
+from lora_init.layers.masks import rows_of
 from lora_init.layers.running import Forward
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, reshard, run_eagerly
@@ -32,11 +33,6 @@ class _Call:
     version: int
     tokens: Tensor | None
     out_features: int
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Take the rows of the tokens that count."""
-        rows = tensor.reshape(-1, tensor.shape[-1])
-        return rows if self.tokens is None else rows.index_select(0, self.tokens)
 
 
 class NoGradientsError(LoraInitError):
@@ -121,7 +117,7 @@ class BackwardHooks:
             if n_calls == len(self._waiting) > 0:
                 raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
             for call in self._waiting:
-                rows = call.rows(call.x)
+                rows = rows_of(call.x, call.tokens)
                 sink.gradient(call.name, rows, rows.new_zeros(len(rows), call.out_features))
         finally:
             self._sink, self._waiting = None, {}
@@ -170,7 +166,7 @@ class BackwardHooks:
                 f"layer {call.name!r}: what it read was changed in place afterwards, so its gradient is not known."
             )
         with torch.no_grad(), Precision().off():
-            self._sink.gradient(call.name, call.rows(call.x), call.rows(gradient))
+            self._sink.gradient(call.name, rows_of(call.x, call.tokens), rows_of(gradient, call.tokens))
 
 
 def _wanting_gradient(module: nn.Module, args: Any, output: Any) -> Any:

@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -39,7 +39,6 @@ SAVE_EVERY = 60.0
 
 
 _Half = TypeVar("_Half", IncrementalSVD, MeanGradient)
-_Record = TypeVar("_Record", bound="Halves[Any]")
 
 
 @dataclass
@@ -116,11 +115,10 @@ class GroupRecord(Halves[IncrementalSVD]):
         later = [share for _, share, _ in self.shares[len(self.shares) // 2 :]]
         return statistics.fmean(later) if later else math.nan
 
-    def merge(self, other: Halves[IncrementalSVD]) -> None:
+    def merge(self, other: Any) -> None:
         """Take in what another process has seen of this group."""
         super().merge(other)
-        if isinstance(other, GroupRecord):
-            self.shares = sorted(self.shares + other.shares)
+        self.shares = sorted(self.shares + other.shares)
 
 
 def is_enough(keeps: float, relative: Sequence[float], tolerance: float) -> bool:
@@ -154,19 +152,6 @@ def row_norms(x: Tensor, rows: Tensor | None, order: int) -> Tensor:
     return norms if rows is None else norms.index_select(0, rows)
 
 
-def both(make: Callable[[], _Half]) -> tuple[_Half, _Half]:
-    """Make two empty halves."""
-    return make(), make()
-
-
-def _merge_each(ours: dict[str, _Record], theirs: Mapping[str, _Record]) -> None:
-    for name, record in theirs.items():
-        if name in ours:
-            ours[name].merge(record)
-        else:
-            ours[name] = record
-
-
 @dataclass
 class Collected:
     """What one pass found, before anything is frozen; see `Provenance` for what is not explained here."""
@@ -184,16 +169,10 @@ class Collected:
     stop_reason: str = "interrupted"
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "decomposition": 0.0, "data": 0.0})
 
-    def of_all(self) -> Iterator[Halves[Any]]:
-        """Iterate over all halves that there are."""
-        yield from self.groups.values()
-        yield from self.weighted.values()
-        yield from self.gradients.values()
-
-    def compare(self, rank: int) -> None:
-        """Compare the halves of all layers."""
-        for halves in self.of_all():
-            halves.compare(rank)
+    @property
+    def kinds(self) -> tuple[dict[str, Any], ...]:
+        """The halves of all layers by name, of each kind."""
+        return self.groups, self.weighted, self.gradients
 
     @property
     def keeps(self) -> float:
@@ -201,8 +180,8 @@ class Collected:
 
         Of inputs, weighted rows and gradients it is the least; 0 before anything was compared.
         """
-        kinds: list[Iterable[Halves[Any]]] = [self.groups.values(), self.weighted.values(), self.gradients.values()]
-        return min((statistics.fmean(one.keeps for one in kind) for kind in kinds if kind), default=0.0)
+        means = (statistics.fmean(one.keeps for one in kind.values()) for kind in self.kinds if kind)
+        return min(means, default=0.0)
 
     @property
     def relative(self) -> list[float]:
@@ -215,9 +194,12 @@ class Collected:
 
     def merge(self, other: Collected) -> None:
         """Take in what another process has found in the same pass."""
-        _merge_each(self.groups, other.groups)
-        _merge_each(self.weighted, other.weighted)
-        _merge_each(self.gradients, other.gradients)
+        for ours, theirs in zip(self.kinds, other.kinds, strict=True):
+            for name, halves in theirs.items():
+                if name in ours:
+                    ours[name].merge(halves)
+                else:
+                    ours[name] = halves
         self.sums.update(other.sums)
         self.n_labels += other.n_labels
         self.group_of = other.group_of | self.group_of
@@ -281,8 +263,9 @@ class Pass(Sink):
     def forget(self) -> None:
         """Drop the batch that was projected, or what there is of it."""
         self._n_labels, self._sums = 0, {}
-        for halves in self.found.of_all():
-            halves.current.forget_batch()
+        for kind in self.found.kinds:
+            for halves in kind.values():
+                halves.current.forget_batch()
 
     def idle(self, batch: Any) -> None:
         """Run a batch that does not count: the other processes run their part of a sharded model with this one."""
@@ -294,10 +277,6 @@ class Pass(Sink):
         with torch.no_grad(), self.hooks.watch(batch, sink) as moved, run_eagerly():
             self.forward(self.hooks.model, moved)
         return 0
-
-    def wants(self, group: str) -> bool:
-        """Take the rows of every group."""
-        return True
 
     def rows(self, group: str, rows: Tensor) -> None:
         """Add rows to the batch of a group."""
@@ -318,15 +297,16 @@ class Pass(Sink):
         """Add to the batch of a layer's mean gradient, and of the rows weighted by its size."""
         with self._computing(name):
             if name not in self.found.gradients:
-                self.found.gradients[name] = Halves(both(partial(MeanGradient, self.n_triplets, self.seed)))
+                make = partial(MeanGradient, self.n_triplets, self.seed)
+                self.found.gradients[name] = Halves((make(), make()))
             self.found.gradients[name].current.project(g, x)
-            norms = torch.linalg.vector_norm(g, dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
-            self._record(self.found.weighted, name).current.project(x, norms)
+            self._record(self.found.weighted, name).current.project(x, row_norms(g, None, 2))
 
     def _record(self, records: dict[str, GroupRecord], name: str) -> GroupRecord:
         if name not in records:
             center = self.center and records is self.found.groups
-            records[name] = GroupRecord(both(partial(IncrementalSVD, self.n_components, center, self.seed)))
+            make = partial(IncrementalSVD, self.n_components, center, self.seed)
+            records[name] = GroupRecord((make(), make()))
         return records[name]
 
     @contextmanager
@@ -348,19 +328,16 @@ class Pass(Sink):
         self.found.sums.update({key: float(value) for key, value in self._sums.items()})
         self._sums = {}
         self.found.group_of = dict(self.hooks.group_of)
-        may_end = number + 1 >= MIN_BATCHES
-        updated = []
-        for layer, record in chain(self.found.groups.items(), self.found.weighted.items()):
-            with self._computing(layer):
-                if record.update():
-                    updated.append(record)
-                    if may_end:
-                        record.compare(self.rank)
-        for layer, mean in self.found.gradients.items():
-            with self._computing(layer):
-                if mean.update() and may_end:
-                    mean.compare(self.rank)
-        compared = [record for record in updated if record.record_share(number)]
+        compared = []
+        for kind in self.found.kinds:
+            for layer, halves in kind.items():
+                with self._computing(layer):
+                    if not halves.update():
+                        continue
+                    if number + 1 >= MIN_BATCHES:
+                        halves.compare(self.rank)
+                    if isinstance(halves, GroupRecord) and halves.record_share(number):
+                        compared.append(halves)
         falls = sum(falls_sharply([share for _, share, _ in record.shares]) for record in compared)
         if 2 * falls > len(compared):
             warnings.warn(
@@ -391,7 +368,7 @@ def run_pass(
     found, total, n_bad, saved = run.found, 0, 0, time.monotonic()
     while True:
         wants = not (processes.interrupted or run.converged)
-        wanting = processes.sum(*(wants and rank == processes.rank for rank in range(processes.size)))
+        wanting = processes.gather(wants)
         before = sum(wanting[: processes.rank])  # processes that take a batch of this step before this one does
         position = shard.start + (total + before if shard.common else found.n_batches[0])
         wants = wants and before < max_batches - total
@@ -464,12 +441,9 @@ def _attempt(
 
 
 def _line(error: BaseException, name: str) -> str:
-    """Describe why a batch failed."""
-    return (
-        str(error)
-        if isinstance(error, LoraInitError)
-        else f"{name or 'the data'}: {type(error).__name__}: {first_line(error)}"
-    )
+    if isinstance(error, LoraInitError):
+        return str(error)
+    return f"{name or 'the data'}: {type(error).__name__}: {first_line(error)}"
 
 
 def progress_bar(batches: Iterable[Any], max_batches: int, progress: bool | None) -> tqdm[Any]:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -23,15 +23,8 @@ from torch import Tensor
 
 from lora_init.errors import LoraInitError, first_line
 
-
-class Mergeable(Protocol):
-    """What processes can find together."""
-
-    def merge(self, other: Any) -> None:
-        """Take in what another process has found."""
-
-
-Found = TypeVar("Found", bound=Mergeable)
+if TYPE_CHECKING:
+    from lora_init.collection.loop import Collected
 
 
 class Processes:
@@ -101,12 +94,7 @@ class Processes:
 
     def sum(self, *numbers: int) -> list[int]:
         """Add numbers up over all processes."""
-        if self.size == 1:
-            return list(numbers)
-        total = torch.tensor([int(number) for number in numbers])  # booleans would be combined by "or"
-        with self._named_errors():
-            torch.distributed.all_reduce(total, group=self._group)
-        return [int(number) for number in total]
+        return [sum(column) for column in zip(*self.gather(numbers), strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all processes, by rank."""
@@ -127,7 +115,7 @@ class Processes:
                         "Give all processes the same model and arguments."
                     )
 
-    def merge(self, found: Found) -> Found:
+    def merge(self, found: Collected) -> Collected:
         """Return what all processes have found: two neighbors merged, then two such pairs, and so on.
 
         What this process has found is not changed.
@@ -145,7 +133,7 @@ class Processes:
                     whole.merge(from_bytes(received[0]))
                 step *= 2
         content = to_bytes(whole) if self.rank == 0 else None
-        shared: Found = from_bytes(self.share(content))
+        shared: Collected = from_bytes(self.share(content))
         return shared  # rank 0 reads the bytes, too: all do the same
 
     def share(self, value: Any, source: int = 0) -> Any:
@@ -157,7 +145,7 @@ class Processes:
         return values[0]
 
 
-def to_bytes(found: Mergeable) -> bytes:
+def to_bytes(found: Any) -> bytes:
     """Write what a pass has found as bytes, for `from_bytes`."""
     buffer = io.BytesIO()
     torch.save(found, buffer)

@@ -53,7 +53,7 @@ def layer_grid(names: Iterable[str]) -> LayerGrid:
         >>> grid.kinds, grid.blocks, grid.cells["up", 1]
         (['up', 'down'], [0, 1], 'h.1.up')
     """
-    places = {name: _place(name) for name in names}
+    places = {name: place_of(name) for name in names}
     in_block: dict[int, list[tuple[str, str]]] = {}
     for kind, block in places.values():
         in_block.setdefault(block, []).append(kind)
@@ -64,7 +64,7 @@ def layer_grid(names: Iterable[str]) -> LayerGrid:
     return LayerGrid(list(labels.values()), sorted({block for _, block in places.values()}), cells)
 
 
-def _place(name: str) -> tuple[tuple[str, str], int]:
+def place_of(name: str) -> tuple[tuple[str, str], int]:
     """Split model.layers.3.mlp.up_proj into the kind (model.layers, mlp.up_proj) and the block 3."""
     match = _NUMBER.search(name)
     if match is None:

@@ -81,7 +81,9 @@ class TokenMasks:
             _check_padding(labelled, own)
         if self._shifted and labelled is not None:
             labelled = nn.functional.pad(labelled[:, 1:], (0, 1))
-        main = _both(own, labelled) if self.by_labels else own
+        main = own
+        if self.by_labels and labelled is not None:  # there are labels, as `_check_shapes` has found
+            main = labelled if own is None or own.shape != labelled.shape else labelled & own
         self._main = self._predicting = _numbered(main)
         if self._gradients and "start_positions" in batch:  # the softmax of an answer's ends is over padding, too
             self._predicting = None
@@ -116,9 +118,7 @@ class TokenMasks:
     def rows(self, name: str, x: Tensor) -> Tensor:
         """Flatten a layer's input [..., d] to the rows [n, d] that count."""
         x = x[None] if x.dim() == 1 else x
-        flat = x.reshape(-1, x.shape[-1])
-        tokens = self.tokens(name, x)
-        return flat if tokens is None else flat.index_select(0, tokens)
+        return rows_of(x, self.tokens(name, x))
 
     def tokens(self, name: str, x: Tensor, predicting: bool = False) -> Tensor | None:
         """Return the numbers of the rows of a layer's input [..., d] that count, or have a gradient; None if all do."""
@@ -138,6 +138,12 @@ class TokenMasks:
         while name not in self._part_of:
             name = name.rpartition(".")[0]
         return self._part_of[name]
+
+
+def rows_of(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Flatten [..., d] to rows [n, d], all or those with the numbers `tokens`."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if tokens is None else flat.index_select(0, tokens)
 
 
 def _text_parts(model: nn.Module) -> dict[str, bool]:
@@ -211,9 +217,3 @@ def _check_padding(labelled: Tensor, attended: Tensor | None) -> None:
             f"{on_padding} labels are on padding, where the attention mask is 0: the loss would count them, and "
             f"gradients leave padding out. Set these labels to {IGNORED}."
         )
-
-
-def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b if a.shape == b.shape else b

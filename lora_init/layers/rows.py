@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,29 +88,25 @@ class Experts:
     in_features: int
     out_features: int
 
-    def rows(self, hidden: Tensor, chosen: Tensor, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the group and the rows [n, d_in] of each expert that was chosen, and of all experts, if wanted.
+    def rows(self, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the group and the rows [n, d_in] of each expert that was chosen, and of all experts.
 
         A token [d] that went to k experts, chosen [tokens, k], counts in each. In the group of all, which has the name
         of the parameter, it counts k times too, or once where its rows are k times the same.
         """
         first = self.name.endswith(_FIRST)
-        if first and wanted(self.name):
+        if first:
             yield self.name, hidden
         pooled = []
         for expert in range(self.n_experts):
-            group = expert_group(self.name, expert)
-            if not wanted(group) and (first or not wanted(self.name)):
-                continue
             rows = hidden[(chosen == expert).any(-1)]
             if not len(rows):
                 continue
             if not first:
                 rows = self._inside(rows, expert)
                 pooled.append(rows)
-            if wanted(group):
-                yield group, rows
-        if pooled and wanted(self.name):
+            yield expert_group(self.name, expert), rows
+        if pooled:
             yield self.name, torch.cat(pooled)
 
     def _inside(self, rows: Tensor, expert: int) -> Tensor:

@@ -47,15 +47,13 @@ def matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
         try:
             return regex.fullmatch(patterns, name, timeout=_PATIENCE) is not None
         except regex.error as error:
-            raise LoraInitError(
-                f"{{{argument}}} is not a regular expression: {error}.", **{argument: patterns}
-            ) from None
+            problem = f"is not a regular expression: {error}."
         except TimeoutError:
-            raise LoraInitError(
-                f"{{{argument}}} was not matched with {name!r} within {_PATIENCE:g} s, as happens with "
-                "repetitions inside repetitions. Write it without, or name layers.",
-                **{argument: patterns},
-            ) from None
+            problem = (
+                f"was not matched with {name!r} within {_PATIENCE:g} s, as happens with repetitions inside "
+                "repetitions. Write it without, or name layers."
+            )
+        raise LoraInitError(f"{{{argument}}} {problem}", **{argument: patterns})
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 

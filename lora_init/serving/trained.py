@@ -19,13 +19,13 @@ from lora_init.adapters.directory import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, Adap
 from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import is_as_written, read_json
+from lora_init.layers.grid import place_of
 from lora_init.layers.targets import PREFIX, Target, file_prefixes
 from lora_init.loading.models import QUANTIZATIONS
 from lora_init.planning.lora_config import from_patterns, lora_config, scaling_of
 
 DIAL_FILE = "dial.json"  # what the dial says of the strengths that it wrote an adapter at
 _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
-_BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 # Ends of the names of A and B in the file.
 LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
@@ -70,11 +70,6 @@ class Layer:
     def widths(self) -> tuple[int, int]:
         """Widths d_in and d_out."""
         return int(self.a.shape[-1]), int(self.b.shape[-2])
-
-    @property
-    def cost(self) -> int:
-        """Parameters of one rank."""
-        return max(self.experts, 1) * sum(self.widths)
 
     def padded(self, rank: int) -> Layer:
         """Append zero rows to A and zero columns to B, which changes nothing."""
@@ -124,15 +119,6 @@ class Trained:
     def rank(self) -> int:
         """The largest rank of a layer."""
         return max(layer.rank for layer in self.layers.values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that A and B are written in."""
-        return next(iter(self.layers.values())).a.dtype
-
-    def written_as(self, dtype: torch.dtype) -> Trained:
-        """Change the type that A and B are written in; B keeps its own until then."""
-        return replace(self, layers={name: replace(one, a=one.a.to(dtype)) for name, one in self.layers.items()})
 
     @property
     def update_size(self) -> float:
@@ -380,12 +366,12 @@ def config_of(trained: Trained, target_modules: Collection[str]) -> dict[str, An
 
 def zero_layers(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:
     """Make adapters that add nothing for layers without one, of those kinds that have one in another block."""
-    kinds = {_BLOCK.sub("#", name, count=1) for name, layer in trained.layers.items() if layer.ends == LINEAR}
+    kinds = {place_of(name)[0] for name, layer in trained.layers.items() if layer.ends == LINEAR}
     zeros = next(iter(trained.layers.values())).a.new_zeros
     return {
         name: Layer(zeros(1, d_in), zeros(d_out, 1), trained.scaling)
         for name, (d_in, d_out) in widths.items()
-        if _BLOCK.sub("#", name, count=1) in kinds
+        if place_of(name)[0] in kinds
         and name not in trained.layers
         # A bias that was trained is read under its name only in a layer without an adapter.
         and f"{PREFIX}{name}.bias" not in trained.others

@@ -34,13 +34,13 @@ def two_layers():
 
 
 class Into(Sink):
-    def __init__(self, rows, wants):
-        self.rows, self.wants = rows, wants
+    def __init__(self, rows):
+        self.rows = rows
 
 
 @torch.no_grad()
-def run(hooks, batch, rows, wants=lambda group: True, forward=call_model):
-    with hooks.watch(batch, Into(rows, wants)) as moved:
+def run(hooks, batch, rows, forward=call_model):
+    with hooks.watch(batch, Into(rows)) as moved:
         forward(hooks.model, moved)
 
 

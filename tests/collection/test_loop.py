@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_init import collect, principal_angles
 from lora_init.collection.collect import Interrupted
-from lora_init.collection.loop import GroupRecord, Halves, both, falls_sharply
+from lora_init.collection.loop import GroupRecord, Halves, falls_sharply
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests import reference
 from tests.collection.made import low_rank_inputs, two_layers
@@ -152,7 +152,7 @@ def test_the_progress_bar_is_quiet_unless_asked(capsys):
 
 
 def record(*batches):
-    one = GroupRecord(both(lambda: IncrementalSVD(4)))
+    one = GroupRecord((IncrementalSVD(4), IncrementalSVD(4)))
     for batch in batches:
         one.current.project(batch)
         one.update()
