@@ -75,10 +75,8 @@ def start_from_bank(
     update = WAYS[by](bank, [found.name for found in order], embeddings, weigh)
     cut = {name: balanced(layer, rank) for name, layer in update.layers.items()}
     gamma, build = shape.gamma, partial(build, cut, rank, shape.lora_alpha or SCALING * rank)
-    if loss_of is None:
-        return BankStart(build(gamma or 1.0), order, update.weights, update.passes)
     try:
-        init = find_step_size(model, build, loss_of, gamma, first=1.0)
+        init = build(gamma or 1.0) if loss_of is None else find_step_size(model, build, loss_of, gamma, first=1.0)
     except NoStepError as error:
         raise LoraInitError(
             f"{bank.path}: take none. No size of the adapter by {by!r} lowers the loss on the examples set aside "

@@ -45,16 +45,7 @@ _PLAIN = {"input_ids", "attention_mask", "labels"}
 
 @dataclass(frozen=True)
 class Rule:
-    """What a user asks of the dial; one of the three.
-
-    Attributes:
-        lose: Share by which the task's loss may exceed the loss at the best strength; then the least forgetting.
-        keep_within: Most rise of the loss on text to keep; then the best task.
-        strength: This one in all layers.
-
-    Raises:
-        LoraInitError: Several are given, or one is out of range.
-    """
+    """What a user asks of the dial, one of the three, as `dial` has them. Refuses several, and what is out of range."""
 
     lose: float | None = None
     keep_within: float | None = None
@@ -206,7 +197,10 @@ def turn(
         keep = replayed(model, tokenizer, max(n // 2, 3), seed, min(max(n // 2, 3) // 3, KEPT_BATCH))
     kept = _read(as_batches(keep, model, seed), "keep")
     if not own:
-        _check_other(task, kept)
+        texts = _sequences(kept)
+        share = len(texts & _sequences(task)) / len(texts)
+        if share >= _SHARED:
+            raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task. Pass text of another kind.")
     found = _search(model, _thirds(task, rule, uniform), _thirds(kept, rule, uniform), rule, uniform)
     return replace(found, read=(n, sum(len(batch["labels"]) for batch in kept)))
 
@@ -236,14 +230,6 @@ def _thirds(batches: list[Any], rule: Rule, uniform: bool) -> _Parts:
         return [], batches, batches
     fit, choose, report = (batches[i::3] for i in range(3))
     return fit, fit + choose if uniform else choose, report
-
-
-def _check_other(task: list[Any], kept: list[Any]) -> None:
-    """Refuse text to keep that is examples of the task."""
-    texts, own = _sequences(kept), _sequences(task)
-    share = len(texts & own) / len(texts)
-    if share >= _SHARED:
-        raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task, too. Pass text of another kind.")
 
 
 def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
@@ -381,7 +367,8 @@ def fit_strengths(
                     b.data = whole * value
                 gradient = torch.zeros(len(names))
                 for batches, share in ((task, 1.0), (keep, weight)):
-                    loss = share * _mean(*label_losses(model, batches[step % len(batches)]))
+                    losses, labelled = label_losses(model, batches[step % len(batches)])
+                    loss = share * losses.sum() / labelled.sum()
                     found = torch.autograd.grad(loss, outputs, materialize_grads=True)
                     # B is value * trained, so the derivative by the value is <dL/dB, trained>, also at 0.
                     slopes = [float((g.float() * b).sum()) for g, b in zip(found, trained, strict=True)]
@@ -405,16 +392,11 @@ def _active(model: PeftModel) -> tuple[str, dict[str, Any]]:
 
 def _outputs(model: PeftModel) -> dict[str, nn.Parameter]:
     name, layers = _active(model)
-    return {
-        at: layer.lora_embedding_B[name]
-        if name in getattr(layer, "lora_embedding_B", {})
-        else layer.lora_B[name].weight
-        for at, layer in layers.items()
-    }
-
-
-def _mean(losses: Tensor, labelled: Tensor) -> Tensor:
-    return losses.sum() / labelled.sum()
+    found = {}
+    for at, layer in layers.items():
+        embedding = getattr(layer, "lora_embedding_B", {})
+        found[at] = embedding[name] if name in embedding else layer.lora_B[name].weight
+    return found
 
 
 def label_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

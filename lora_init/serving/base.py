@@ -138,13 +138,13 @@ def on_meta(model_class: Any, config: Any) -> nn.Module | None:
 
 def widths_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return d_in and d_out of each linear layer and embedding by name, in model order."""
-    layers = model.named_modules()
-    return {n: _widths(m) for n, m in layers if isinstance(m, (nn.Embedding, nn.Linear)) or is_conv1d(m)}
-
-
-def _widths(module: Any) -> tuple[int, int]:
-    first, second = module.weight.shape
-    return (int(first), int(second)) if is_transposed(module) else (int(second), int(first))
+    widths = {}
+    module: Any
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.Linear)) or is_conv1d(module):
+            first, second = module.weight.shape
+            widths[name] = (first, second) if is_transposed(module) else (second, first)
+    return widths
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -246,14 +246,10 @@ def _untie(base: Base, trained: Trained, wanted: Collection[str], sources: dict[
 
 def _check_shape(base: Base, name: str, tensor: Tensor) -> None:
     """Refuse a tensor that was trained whole in another size, as embeddings are after new tokens."""
-    shape = base.model.get_parameter(name).shape
+    shape, how = base.model.get_parameter(name).shape, "Load it so (num_labels=)"
+    if name.removesuffix(".weight") in base.embeddings:
+        how = "After new tokens: call resize_token_embeddings() on the base"
     if tensor.shape != shape:
-        is_embedding = name.removesuffix(".weight") in base.embeddings
-        how = (
-            "After new tokens: call resize_token_embeddings() on the base"
-            if is_embedding
-            else "Load it so (num_labels=)"
-        )
         raise LoraInitError(
             f"{name!r} is {list(tensor.shape)} in the adapter and {list(shape)} in {base.source!r}. {how}, save "
             "it, and merge into that."

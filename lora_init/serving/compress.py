@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import PREFIX
-from lora_init.serving.engines import VLLM_RANKS
+from lora_init.serving.engines import VLLM_RANKS, vllm_rank
 from lora_init.serving.trained import Layer, Trained, zero_layers
 from lora_init.statistics.gradient_spectrum import product_svd
 
@@ -31,7 +31,7 @@ def fit(
         raise LoraInitError(
             f"{{rank}}: no layer of this adapter can have more than rank {widest}. Choose less.", rank=rank
         )
-    costs = {name: layer.cost for name, layer in layers.items()}
+    costs = {name: max(layer.experts, 1) * sum(layer.widths) for name, layer in layers.items()}  # of one rank
     ranks = {name: layer.rank for name, layer in layers.items()}
     factors: dict[str, Factors] = {}
     if keep_ranks and (most is not None or rank is not None):
@@ -50,8 +50,7 @@ def fit(
                 f"layer {dropped!r} has a bias or magnitudes of its own, and the budget is below rank 1. Give more."
             )
     elif not keep_ranks:
-        largest = max(ranks.values())
-        chosen = rank or next((allowed for allowed in VLLM_RANKS if allowed >= largest), largest)
+        chosen = rank or vllm_rank(max(ranks.values()))
         ranks = dict.fromkeys(ranks, chosen if most is None else min(chosen, most // sum(costs.values())))
     if not any(ranks.values()):
         raise LoraInitError(

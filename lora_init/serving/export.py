@@ -184,10 +184,12 @@ def export_adapter(
         result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))
         return _write(result, lambda place: write_merged(place, trained, model, sources), overwrite, trained)
     if megabytes is not None:
-        own = trained.dtype.itemsize if dtype is None else bytes_per_parameter(dtype)
+        own = next(iter(trained.layers.values())).a.itemsize if dtype is None else bytes_per_parameter(dtype)
         most = int(megabytes * 10**6 / (wanted.bytes_each or own))
     final, errors, error = fit(trained, rank, most, keep_ranks, model.widths)
-    final = final if dtype is None else final.written_as(getattr(torch, dtype))
+    if dtype is not None:  # B is written in the type of A
+        layers = {name: replace(one, a=one.a.to(getattr(torch, dtype))) for name, one in final.layers.items()}
+        final = replace(final, layers=layers)
     check_rank(engine, final.rank)
     below = [allowed for allowed in VLLM_RANKS if allowed < final.rank]
     padded = below and not (sizes or keep_ranks) and final.rank > trained.rank
@@ -334,13 +336,8 @@ def _write(result: Exported, write: Callable[[Path], None], overwrite: bool, tra
     """Write a file or a directory in one piece, a directory with a card and a record of what was done."""
     path = result.path
     if find_engine(result.engine).is_file:
-        try:
-            with new_file(path) as fresh:
-                write(fresh)
-        except OSError as error:
-            raise LoraInitError(
-                f"{path}: cannot be written: {error.strerror or error}. Nothing was changed."
-            ) from error
+        with new_file(path) as fresh:
+            write(fresh)
         return replace(result, n_bytes=path.stat().st_size)
     with new_directory(path, overwrite, RECORD_FILE, _replaceable(path)) as fresh:
         try:

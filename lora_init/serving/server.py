@@ -118,9 +118,7 @@ class Server:
             said = parse_json(content)
         except ValueError as error:
             if status == 200:
-                raise LoraInitError(
-                    f"{self.url} answers with no JSON. An OpenAI-compatible API often ends in /v1."
-                ) from error
+                raise LoraInitError(f"{self.url} answers with no JSON.{_ENDS}") from error
             said = content.decode(errors="replace")
         if answer.has_redirect_location:
             raise self._error(status, f"it is at {answer.headers['Location']}", " Give that by {url}.")

@@ -205,7 +205,7 @@ def test_only_what_an_export_wrote_is_replaced(base, tmp_path):
     with pytest.raises(LoraInitError, match="is not overwritten"):
         export_adapter(trained, trained, overwrite=True)
     (tmp_path / "a.gguf").write_text("mine")
-    with pytest.raises(LoraInitError, match="is not a GGUF file"):
+    with pytest.raises(LoraInitError, match="is no GGUF file"):
         export_adapter(trained, tmp_path / "a.gguf", "llama.cpp", overwrite=True)
 
 
