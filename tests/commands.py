@@ -11,13 +11,18 @@ from lora_init.cli import app as cli
 WORDS = "the cat sat on a mat and saw one dog run to two red hats in my green house".split()  # noqa: SIM905
 
 
+def tokenizer_of(words, **more):
+    """Make a tokenizer of whole words."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special, **more)
+
+
 def save_model(model, directory):
     """Write a model with a tokenizer of whole words, as a user would have it on disk."""
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    tokenizer_of(WORDS).save_pretrained(directory)
     return directory
 
 

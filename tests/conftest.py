@@ -8,10 +8,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from lora_init.errors import LoraInitError
+
 
 def pytest_collection_modifyitems(items):
     """Run the slow tests first: at the end one would keep a process alone, while the others are idle."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_fixture_setup(fixturedef):
+    """Let what several tests share be the same, whichever of them comes first."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +58,14 @@ def installed(monkeypatch):
     yield install
     monkeypatch.undo()
     forget()
+
+
+def refused(message, function, /, *arguments, **options):
+    """Call what has to fail with one line that matches; return the line."""
+    with pytest.raises(LoraInitError, match=message) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def tiny_llama(**changes):

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lora_init.cli import app as cli
+from tests.commands import tokenizer_of
 from tests.conftest import tiny_bert, tiny_llama
 
 MODEL, DATA = "HuggingFaceTB/SmolLM2-135M-Instruct", "boolq.jsonl"
@@ -22,11 +21,7 @@ CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content']
 def home(tmp_path_factory):
     """A folder with a model whose tokenizer knows some words and numbers, with data, and with statistics of both."""
     home = tmp_path_factory.mktemp("docs")
-    words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS, *map(str, range(39))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = CHAT
+    tokenizer = tokenizer_of([*WORDS, *map(str, range(39))], chat_template=CHAT)
     for name, widths in ((MODEL, {}), (LARGE, dict(hidden_size=64, intermediate_size=128))):
         tokenizer.save_pretrained(home / name)
         tiny_llama(**widths).save_pretrained(home / name)

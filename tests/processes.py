@@ -14,8 +14,8 @@ import uuid
 from pathlib import Path
 
 # A server that has imported what takes seconds, and has done nothing else, forks the processes.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.processes_imports"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.processes_imports"])
 
 
 class Processes:
@@ -33,7 +33,7 @@ class Processes:
         self._folder.mkdir()
         environment.setdefault("MEET", f"tcp://localhost:{free_port()}")
         common = (function.__module__, function.__name__, self._folder, folder, size, arguments, environment)
-        self.running = [_CONTEXT.Process(target=_child, args=(*common, rank), daemon=True) for rank in range(size)]
+        self.running = [FORKS.Process(target=_child, args=(*common, rank), daemon=True) for rank in range(size)]
         for process in self.running:
             process.start()
 

@@ -6,7 +6,9 @@ import transformers.models.llama.modeling_llama
 import lora_init.adapters.build
 import lora_init.cli
 import lora_init.collection.collect
+import lora_init.comparison.compare
 import lora_init.loading.batches
+import tests.comparison.made
 import tests.conftest
 
 __all__ = ["lora_init", "tests", "torch", "transformers"]

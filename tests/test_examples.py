@@ -17,7 +17,7 @@ from tests.assets import EXAMPLES, demo_assets
 SHORT = {
     "demo": ["--samples=24", "--steps=2", "--held-out=8", "--output=OUTPUT", "--page=OUTPUT.html"],
     "embeddings": ["--steps=2", "--output=OUTPUT"],
-    "finetune_classifier": ["--samples=40", "--steps=2", "--output=OUTPUT"],
+    "finetune_classifier": ["--samples=25", "--steps=2", "--output=OUTPUT"],
     "finetune_llm": ["--samples=4", "--steps=2", "--output=OUTPUT"],
     "finetune_vit": ["--steps=120", "--output=OUTPUT"],
     "grpo_trl": ["--output=OUTPUT"],

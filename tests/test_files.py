@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from lora_init.errors import LoraInitError
 from lora_init.files import check_free, check_writable, locked, new_directory, new_file, read_json, write_whole
+from tests.conftest import refused
 
 KINDS = ["plan", "statistics file", "PNG picture", "SVG picture", "HTML page"]
 
@@ -46,16 +47,13 @@ def test_only_a_file_of_the_same_kind_is_replaced_and_only_if_asked(tmp_path, ki
         write(path, there)
         if there == kind:
             check_writable(path, True, kind)
-            with pytest.raises(LoraInitError, match=r"file exists\. Choose another name, or pass --overwrite"):
-                check_writable(path, False, kind)
+            refused(r"file exists\. Choose another name, or pass --overwrite", check_writable, path, False, kind)
         else:
-            with pytest.raises(LoraInitError, match=f"is no {kind}, so it is never replaced"):
-                check_writable(path, True, kind)
+            refused(f"is no {kind}, so it is never replaced", check_writable, path, True, kind)
 
 
 def test_a_directory_is_no_file_and_has_to_exist(tmp_path):
-    with pytest.raises(LoraInitError, match="is a directory, and a file is needed"):
-        check_writable(tmp_path, True, "plan")
+    refused("is a directory, and a file is needed", check_writable, tmp_path, True, "plan")
     with pytest.raises(LoraInitError, match=r"there is no directory .*none. Create it first"):
         check_writable(tmp_path / "none" / "plan.json", False, "plan")
 
@@ -81,10 +79,8 @@ def test_a_full_disk_and_a_file_in_the_way_are_found_before_the_work(tmp_path, m
     with pytest.raises(LoraInitError, match=r"out: .*/file cannot be written to \(Not a directory\)"):
         check_free(tmp_path / "file" / "out", False, "marker", ())
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(LoraInitError, match="No space left on device"):
-        check_free(tmp_path / "out", False, "marker", ())
-    with pytest.raises(LoraInitError, match="No space left on device"):
-        check_writable(tmp_path / "plan.json", False, "plan")
+    refused("No space left on device", check_free, tmp_path / "out", False, "marker", ())
+    refused("No space left on device", check_writable, tmp_path / "plan.json", False, "plan")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 

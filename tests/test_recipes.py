@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lora_init
 
 ROOT = Path(__file__).parents[1]
@@ -32,47 +34,52 @@ def help_has(*words):
 """
 
 
-def added(folder, program, **insertions):
-    """Run a program with a copy of the package, in which a block stands before or after a line of a file."""
-    shutil.copytree(Path(lora_init.__file__).parent, folder / "lora_init", ignore=shutil.ignore_patterns("__pycache__"))
-    for name, (block, line) in insertions.items():
-        file = folder / "lora_init/adapters" / f"{name}.py"
-        source = file.read_text(encoding="utf-8")
-        assert source.count(line) == 1
-        file.write_text(source.replace(line, f"{block}{line}"), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + program], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_an_option_is_in_the_signature_the_help_the_check_and_the_record(tmp_path):
-    program = """
+PROGRAM = """
 print(inspect.signature(initialize).parameters["sides"])
 print(help_has("--sides", "Sidestostart."))
 run(side=2)
 run(sides=0)
 config = run(sides=2).peft_config["default"]
 print(carried(config.to_dict())["sides"])
+print(help_has("first-rows"))
+adapted = run(method="first-rows", unit_rows=True)
+layer = adapted.base_model.model[0]
+print(torch.equal(layer.lora_A["default"].weight, layer.base_layer.weight[:2]))
 """
-    option = next(block for block in BLOCKS if "sides:" in block)
-    signature, in_help, name, value, record = added(tmp_path, program, asked=(option, "    use_dora: Annotated"))
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What a copy of the package prints, in which each block stands before a line of its file."""
+    folder = tmp_path_factory.mktemp("recipes")
+    option, function, start = (
+        next(block for block in BLOCKS if word in block) for word in ("sides:", "def first_rows", "Start(")
+    )
+    blocks = {
+        "asked": (option, "    use_dora: Annotated"),
+        "initializers": (f"{function}\n\n", "def random("),
+        "starts": (start, "    FullTraining(FULL"),
+    }
+    shutil.copytree(Path(lora_init.__file__).parent, folder / "lora_init", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, (block, line) in blocks.items():
+        file = folder / "lora_init/adapters" / f"{name}.py"
+        source = file.read_text(encoding="utf-8")
+        assert source.count(line) == 1
+        file.write_text(source.replace(line, f"{block}{line}"), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + PROGRAM], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_an_option_is_in_the_signature_the_help_the_check_and_the_record(printed):
+    signature, in_help, name, value, record = printed[:5]
     assert signature == "sides: int = 1"
     assert name.startswith("initialize() has no argument side=. Did you mean sides?")
     assert value == "sides=0, expected a whole number of at least 1."
     assert in_help == "True" and record == "2"
 
 
-def test_a_start_is_in_the_help_and_makes_an_adapter(tmp_path):
-    program = """
-print(help_has("first-rows"))
-adapted = run(method="first-rows", unit_rows=True)
-layer = adapted.base_model.model[0]
-print(torch.equal(layer.lora_A["default"].weight, layer.base_layer.weight[:2]))
-"""
-    function, start = (next(block for block in BLOCKS if word in block) for word in ("def first_rows", "Start("))
-    in_help, equal = added(
-        tmp_path, program, initializers=(f"{function}\n\n", "def random("), starts=(start, "    FullTraining(FULL")
-    )
-    assert in_help == equal == "True"
+def test_a_start_is_in_the_help_and_makes_an_adapter(printed):
+    assert printed[5:] == ["True", "True"]

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
 from lora_init import LoraInitError, initialize, load_batches
-from tests.conftest import tiny_bert, tiny_llama
+from tests.conftest import refused, tiny_bert, tiny_llama
 from tests.loading.made import bert_tokenizer, byte_tokenizer
 
 ROWS = [{"question": f"what is {i}", "answer": f"it is {i * i}"} for i in range(12)]
@@ -71,18 +71,13 @@ def test_classes_are_those_of_the_models_head():
         initialize(tiny_bert(), numbered, rank=2, **reading)
 
 
-@pytest.mark.parametrize(
-    ("source", "options", "words"),
-    [
-        ("nowhere.jsonl", {}, "nowhere.jsonl"),
-        (ROWS, dict(template="{missing}"), "missing"),
-        (ROWS, dict(samples=0), "samples=0"),
-    ],
-)
+@pytest.mark.parametrize(("source", "options", "words"), [
+    ("nowhere.jsonl", {}, "nowhere.jsonl"),
+    (ROWS, dict(template="{missing}"), "missing"),
+    (ROWS, dict(samples=0), "samples=0"),
+])  # fmt: skip
 def test_bad_data_are_one_line(source, options, words):
-    with pytest.raises(LoraInitError, match=words) as error:
-        initialize(llama(), source, tokenizer=byte_tokenizer(), **options)
-    assert "\n" not in str(error.value)
+    refused(words, initialize, llama(), source, tokenizer=byte_tokenizer(), **options)
 
 
 def asked(**more):

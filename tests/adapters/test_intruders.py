@@ -7,11 +7,10 @@ from torch import nn
 
 from lora_init.adapters.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.errors import LoraInitError
 from lora_init.layers.targets import find_targets
 from tests.commands import save_model
 from tests.comparison.made import assert_same, snapshot
-from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
+from tests.conftest import refused, tiny_bert, tiny_gpt2, tiny_llama
 from tests.versions import needs_intruders
 
 NAMES = ["q_proj", "down_proj", "up_proj"]
@@ -132,23 +131,17 @@ def tiny_llama_again(model):
 
 def test_what_cannot_be_examined():
     model = tiny_llama()
-    with pytest.raises(LoraInitError, match="LlamaForCausalLM has no LoRA adapter"):
-        intruder_dimensions(model)
-    with pytest.raises(LoraInitError, match="nowhere: no such adapter directory"):
-        intruder_dimensions(model, "nowhere")
+    refused("LlamaForCausalLM has no LoRA adapter", intruder_dimensions, model)
+    refused("nowhere: no such adapter directory", intruder_dimensions, model, "nowhere")
     peft_model = with_adapter(model)
-    with pytest.raises(LoraInitError, match="expected at least 1"):
-        intruder_dimensions(peft_model, k=0)
-    with pytest.raises(LoraInitError, match=r"q_proj' has an adapter, and base= has no"):
-        intruder_dimensions(peft_model, base={})
+    refused("expected at least 1", intruder_dimensions, peft_model, k=0)
+    refused(r"q_proj' has an adapter, and base= has no", intruder_dimensions, peft_model, base={})
     peft_model.merge_adapter()
-    with pytest.raises(LoraInitError, match="merged already"):
-        intruder_dimensions(peft_model)
+    refused("merged already", intruder_dimensions, peft_model)
     peft_model.unmerge_adapter()
     weight = model.model.layers[0].self_attn.q_proj.base_layer.weight
     model.model.layers[0].self_attn.q_proj.base_layer.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(LoraInitError, match="q_proj' is quantized"):
-        intruder_dimensions(peft_model)
+    refused("q_proj' is quantized", intruder_dimensions, peft_model)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_init
-from lora_init import LoraInitError, build_adapter, collect, learning_rate
+from lora_init import build_adapter, collect, learning_rate
 from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, one_epoch, response
 from lora_init.statistics.statistics import Sizes
 from tests.adapters.made import batches, tiny
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 
 ONE = {"layer": Response(2.0, 0.0)}
 
@@ -103,23 +103,14 @@ def test_wrong_input_is_one_line(adapted):
         ),
     }
     for words, call in cases.items():
-        with pytest.raises(LoraInitError) as error:
-            call()
-        assert words in str(error.value) and "\n" not in str(error.value)
+        assert words in refused("", call)
 
 
-@pytest.mark.parametrize(
-    ("rate", "optimizer", "words"),
-    [
-        (2e-3, "adamw_torch", ""),
-        (
-            1e-4,
-            "adamw_torch",
-            "learning_rate is 1e-4 in the trainer's args, and the forward pass says 2.9e-3 for 48 st",
-        ),
-        (2e-3, "sgd", "the learning rate was measured for AdamW, and the trainer has optim='sgd'"),
-    ],
-)
+@pytest.mark.parametrize(("rate", "optimizer", "words"), [
+    (2e-3, "adamw_torch", ""),
+    (1e-4, "adamw_torch", "learning_rate is 1e-4 in the trainer's args, and the forward pass says 2.9e-3 for 48 st"),
+    (2e-3, "sgd", "the learning rate was measured for AdamW, and the trainer has optim='sgd'"),
+])  # fmt: skip
 def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, words):
     said = LearningRate(ONE, 48).far_off(SimpleNamespace(learning_rate=rate, optim=optimizer))
     assert len(said) == bool(words) and all(line.startswith(words) for line in said)

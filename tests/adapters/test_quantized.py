@@ -22,7 +22,7 @@ from lora_init import (
 from lora_init.adapters.quantized import loss_or_distance, with_losses
 from lora_init.loading.models import QUANTIZATIONS
 from tests.collection.made import PackedLinear
-from tests.conftest import batches_for, tiny_llama
+from tests.conftest import batches_for, refused, tiny_llama
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -148,8 +148,7 @@ def test_a_correction_that_does_not_lower_the_loss_is_refused(directory):
     stats = collect(model, batches[4:], rank=4, rho=1)
     errors = QuantizationErrors(model, stats.targets)
     init = build_adapter(stats, 4, "qera", errors={name: -errors[name] for name in errors})
-    with pytest.raises(LoraInitError, match="nothing to gain"):
-        with_losses(model, init, errors, loss_or_distance(model, errors, batches[:4]))
+    refused("nothing to gain", with_losses, model, init, errors, loss_or_distance(model, errors, batches[:4]))
     assert (
         with_losses(model, init, errors, loss_or_distance(model, errors, batches[:4]), unchecked=True).share_closed < 0
     )
@@ -164,8 +163,7 @@ def check_refused(message, model, directory, layers=None):
 
 def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
     model = load(directory)
-    with pytest.raises(LoraInitError, match="cannot be read"):
-        QuantizationErrors(model, find_targets(model).layers, tmp_path / "nothing")
+    refused("cannot be read", QuantizationErrors, model, find_targets(model).layers, tmp_path / "nothing")
     other = tmp_path / "wider"
     tiny_llama(hidden_size=64, intermediate_size=192).save_pretrained(other)
     with pytest.raises(LoraInitError, match=r"layer 'model.layers.0.mlp.gate_proj', a Linear4bit.*\[192, 64\]"):
@@ -181,13 +179,11 @@ def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
     check_refused("it was not quantized", plain(), directory)
     with torch.device("meta"), pytest.raises(LoraInitError, match="not in memory"):
         QuantizationErrors(plain(), find_targets(plain()).layers, directory)
-    with pytest.raises(LoraInitError, match="loaded from"):
-        QuantizationErrors(plain(), find_targets(plain()).layers)
+    refused("loaded from", QuantizationErrors, plain(), find_targets(plain()).layers)
     model.config.quantization_config.to_json_file(str(tmp_path / "q.json"))
     saved = tmp_path / "quantized"
     model.save_pretrained(saved)
-    with pytest.raises(LoraInitError, match="is quantized"):
-        QuantizationErrors(model, find_targets(model).layers, saved)
+    refused("is quantized", QuantizationErrors, model, find_targets(model).layers, saved)
 
 
 def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):

@@ -18,6 +18,7 @@ from lora_init.errors import LoraInitError
 from lora_init.serving.trained import Layer
 from lora_init.statistics.statistics import Provenance
 from tests.bank import made
+from tests.conftest import refused
 
 
 def update(layer):
@@ -173,9 +174,7 @@ def test_an_unrelated_bank_says_take_none(by, trained, tmp_path):
         dict(batch, labels=batch["labels"].where(batch["labels"] == -100, batch["labels"] - 30))
         for batch in made.batches(0, 4, seed=5)
     ]
-    with pytest.raises(LoraInitError, match="take none") as error:
-        start(bank, 0, by, aside=flipped)
-    assert "\n" not in str(error.value) and "--method eva" in str(error.value)
+    assert "--method eva" in refused("take none", start, bank, 0, by, aside=flipped)
 
 
 def test_never_worse_than_the_plain_model(bank):
@@ -209,16 +208,12 @@ def test_the_adapter_is_one_that_peft_trains(bank, tmp_path):
     model(**made.batches(1)[0]).loss.backward()
 
 
-@pytest.mark.parametrize(
-    ("by", "more", "message"),
-    [
-        ("neerest", {}, "by='neerest' is unknown. Did you mean nearest"),
-        ("generated", {}, "has no generator yet. Train it: lora-init bank train"),
-    ],
-)
+@pytest.mark.parametrize(("by", "more", "message"), [
+    ("neerest", {}, "by='neerest' is unknown. Did you mean nearest"),
+    ("generated", {}, "has no generator yet. Train it: lora-init bank train"),
+])  # fmt: skip
 def test_what_cannot_be_is_refused(by, more, message, bank):
-    with pytest.raises(LoraInitError, match=message):
-        start(bank, 1, by, **more)
+    refused(message, start, bank, 1, by, **more)
 
 
 def test_a_generator_needs_adapters_of_the_same_layers(bank, tmp_path):
@@ -227,5 +222,4 @@ def test_a_generator_needs_adapters_of_the_same_layers(bank, tmp_path):
     config = LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False)
     get_peft_model(made.base(), config).save_pretrained(tmp_path / "other")
     bank = made.add(bank.path, 1, tmp_path / "other", name="other")
-    with pytest.raises(LoraInitError, match="adapts other layers than the first"):
-        train_generator(bank, steps=1)
+    refused("adapts other layers than the first", train_generator, bank, steps=1)

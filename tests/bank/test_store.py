@@ -1,7 +1,6 @@
 """The directory: what is added comes back, what is foreign or damaged is refused in one line, nothing is replaced."""
 
 import json
-import multiprocessing
 
 import pytest
 import torch
@@ -11,6 +10,8 @@ from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.serving.trained import read_trained
 from tests.bank import made
+from tests.conftest import refused
+from tests.processes import FORKS
 
 
 def test_what_was_added_comes_back(bank, trained):
@@ -24,23 +25,20 @@ def test_what_was_added_comes_back(bank, trained):
 
 
 def test_a_name_is_never_given_twice(bank, trained):
-    with pytest.raises(LoraInitError, match="has an entry 'task1' already"):
-        made.add(bank.path, 1, trained["task1"])
+    refused("has an entry 'task1' already", made.add, bank.path, 1, trained["task1"])
     assert open_bank(bank.path) == bank
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "../out", "a.b", "generator", "x" * 81, "-a"])
 def test_a_name_is_a_plain_name_of_a_file(name, bank, trained):
-    with pytest.raises(LoraInitError, match="a name has letters"):
-        made.add(bank.path, 1, trained["task1"], name=name or " ")
+    refused("a name has letters", made.add, bank.path, 1, trained["task1"], name=name or " ")
 
 
 def test_a_name_in_the_index_is_not_trusted(bank):
     index = json.loads((bank.path / "bank.json").read_text())
     index["entries"]["../../elsewhere"] = index["entries"].pop("task1")
     (bank.path / "bank.json").write_text(json.dumps(index))
-    with pytest.raises(LoraInitError, match="a name has letters"):
-        open_bank(bank.path)
+    refused("a name has letters", open_bank, bank.path)
 
 
 def test_another_base_is_refused(bank, trained):
@@ -49,21 +47,15 @@ def test_another_base_is_refused(bank, trained):
     assert open_bank(bank.path) == bank
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: (path / "task1.safetensors").unlink(), "task1.safetensors is missing or not what was added"),
-        (lambda path: (path / "task1.safetensors").write_bytes(b"x" * 100), "is missing or not what was added"),
-        (
-            lambda path: (path / "task1.safetensors").write_bytes((path / "task2.safetensors").read_bytes()),
-            "is missing or not what was added",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda path: (path / "task1.safetensors").unlink(), "task1.safetensors is missing or not what was added"),
+    (lambda path: (path / "task1.safetensors").write_bytes(b"x" * 100), "is missing or not what was added"),
+    (lambda path: (path / "task1.safetensors").write_bytes((path / "task2.safetensors").read_bytes()),
+     "is missing or not what was added"),
+])  # fmt: skip
 def test_a_damaged_or_foreign_entry_is_refused(damage, message, bank):
     damage(bank.path)
-    with pytest.raises(LoraInitError, match=message):
-        open_bank(bank.path).layers("task1")
+    refused(message, open_bank(bank.path).layers, "task1")
     assert open_bank(bank.path).layers("task2")
 
 
@@ -76,17 +68,14 @@ def test_an_index_of_other_types_is_damaged(place, bank):
         inner = inner[key]
     inner[last] = [1]
     (bank.path / "bank.json").write_text(json.dumps(index))
-    with pytest.raises(LoraInitError, match=rf"bank.json is damaged .* has {last}=\[1\]"):
-        open_bank(bank.path)
+    refused(rf"bank.json is damaged .* has {last}=\[1\]", open_bank, bank.path)
 
 
 def test_no_bank_and_an_empty_one(bank, tmp_path):
-    with pytest.raises(LoraInitError, match="is no bank"):
-        open_bank(tmp_path)
+    refused("is no bank", open_bank, tmp_path)
     index = json.loads((bank.path / "bank.json").read_text()) | {"entries": {}}
     (bank.path / "bank.json").write_text(json.dumps(index))
-    with pytest.raises(LoraInitError, match="is an empty bank"):
-        open_bank(bank.path)
+    refused("is an empty bank", open_bank, bank.path)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +86,9 @@ def test_only_plain_lora_is_kept(options, bank, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     get_peft_model(made.base(), LoraConfig(target_modules=["q_proj"], **options)).save_pretrained(tmp_path / "odd")
-    with pytest.raises(LoraInitError, match="a bank holds plain LoRA of linear layers"):
-        made.add(bank.path, 1, tmp_path / "odd", name="odd")
+    refused("a bank holds plain LoRA of linear layers", made.add, bank.path, 1, tmp_path / "odd", name="odd")
     get_peft_model(made.base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "new")
-    with pytest.raises(LoraInitError, match="never trained"):
-        made.add(bank.path, 1, tmp_path / "new", name="new")
+    refused("never trained", made.add, bank.path, 1, tmp_path / "new", name="new")
 
 
 def test_statistics_come_along(bank, trained, tmp_path):
@@ -110,16 +97,14 @@ def test_statistics_come_along(bank, trained, tmp_path):
     found = made.add(bank.path, 1, trained["task1"], name="with", statistics=file)
     assert found.statistics("with").provenance == stats.provenance and found.statistics("task1") is None
     (bank.path / "with.statistics.safetensors").write_bytes(b"x")
-    with pytest.raises(LoraInitError, match="not what was added"):
-        found.statistics("with")
+    refused("not what was added", found.statistics, "with")
 
 
 def test_statistics_of_another_model_are_refused(bank, trained, tmp_path):
     torch.manual_seed(5)
     file = tmp_path / "statistics.safetensors"
     collect(made.tiny_llama(), made.batches(1), rank=4, statistics=file)
-    with pytest.raises(LoraInitError, match="of another model"):
-        made.add(bank.path, 1, trained["task1"], name="with", statistics=file)
+    refused("of another model", made.add, bank.path, 1, trained["task1"], name="with", statistics=file)
     assert open_bank(bank.path) == bank
 
 
@@ -129,9 +114,8 @@ def _add(path, folder, name):
 
 
 def test_two_processes_add_at_once(bank, trained):
-    context = multiprocessing.get_context("spawn")
     names = [f"new{i}" for i in range(2)]
-    workers = [context.Process(target=_add, args=(bank.path, trained["task1"], name)) for name in names]
+    workers = [FORKS.Process(target=_add, args=(bank.path, trained["task1"], name)) for name in names]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -41,22 +41,19 @@ _COMMANDS = {name: one for name, one in _GROUP.commands.items() if name != "bank
 _COMMANDS |= {f"bank {name}": one for name, one in _GROUP.commands["bank"].commands.items()}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["init"],
-        ["init", "model", "data"],
-        ["init", "model", "data", "-o", "out", "--rank", "0"],
-        ["init", "model", "data", "-o", "out", "--rho", "0.5"],
-        ["init", "model", "data", "-o", "out", "--batch-size", "0"],
-        ["init", "model", "data", "-o", "out", "--method", "magic"],
-        ["init", "model", "data", "-o", "out", "--no-such-option"],
-        ["inspect"],
-        ["bank", "add", "bank"],
-        ["--nonsense"],
-        ["nosuchcommand"],
-    ],
-)
+@pytest.mark.parametrize("arguments", [
+    ["init"],
+    ["init", "model", "data"],
+    ["init", "model", "data", "-o", "out", "--rank", "0"],
+    ["init", "model", "data", "-o", "out", "--rho", "0.5"],
+    ["init", "model", "data", "-o", "out", "--batch-size", "0"],
+    ["init", "model", "data", "-o", "out", "--method", "magic"],
+    ["init", "model", "data", "-o", "out", "--no-such-option"],
+    ["inspect"],
+    ["bank", "add", "bank"],
+    ["--nonsense"],
+    ["nosuchcommand"],
+])  # fmt: skip
 def test_wrong_usage_exits_with_2(arguments):
     assert_one_line_error(run(*arguments), "--help.", code=2)
 
@@ -85,15 +82,12 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
-@pytest.mark.parametrize(
-    ("command", "argument", "registry"),
-    [
-        (init, "method", [*buildable(), FROM_BANK]),
-        (Reading, "format", FORMATS),
-        (ranks, "policy", policy_names()),
-        (ranks, "tool", TOOLS),
-    ],
-)
+@pytest.mark.parametrize(("command", "argument", "registry"), [
+    (init, "method", [*buildable(), FROM_BANK]),
+    (Reading, "format", FORMATS),
+    (ranks, "policy", policy_names()),
+    (ranks, "tool", TOOLS),
+])  # fmt: skip
 def test_choices_of_the_command_line_are_what_the_registry_has(command, argument, registry):
     hint = get_type_hints(command)[argument]
     literal = next(kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal)
@@ -146,22 +140,19 @@ def test_nothing_names_this_machine():
     assert os.sep + "work" + os.sep not in Path(cli.__file__).read_text()
 
 
-@pytest.mark.parametrize(
-    ("call", "closest"),
-    [
-        (lambda: allocate_ranks(statistics(), rank=2, policy="evaa"), "eva"),
-        (lambda: allocate_ranks(statistics(), megabytes=1, dtype="float23"), "float32"),
-        (lambda: allocate_ranks(statistics(), variance=0.9, coverage="totl"), "total"),
-        (lambda: allocate_ranks(statistics(), rank=2, overrides={"0": {"max_rnk": 2}}), "max_rank"),
-        (lambda: snippet(allocate_ranks(statistics(), rank=2), "axolotll"), "axolotl"),
-        (lambda: build_adapter(statistics(), 2, "evva"), "eva"),
-        (lambda: collect(nn.Sequential(nn.Linear(8, 8)), [torch.randn(8, 8)], rank=2, token_mask="label"), "labels"),
-        (lambda: load_batches([{"text": "x"}], byte_tokenizer(), format="alpacca"), "alpaca"),
-        (lambda: open_model("x", task_type="CAUSALLM"), "CAUSAL_LM"),
-        (lambda: find_engine("vlm"), "vllm"),
-        (lambda: RunPlan([REFERENCE], [1e-3], [0], "halvin"), "halving"),
-    ],
-)
+@pytest.mark.parametrize(("call", "closest"), [
+    (lambda: allocate_ranks(statistics(), rank=2, policy="evaa"), "eva"),
+    (lambda: allocate_ranks(statistics(), megabytes=1, dtype="float23"), "float32"),
+    (lambda: allocate_ranks(statistics(), variance=0.9, coverage="totl"), "total"),
+    (lambda: allocate_ranks(statistics(), rank=2, overrides={"0": {"max_rnk": 2}}), "max_rank"),
+    (lambda: snippet(allocate_ranks(statistics(), rank=2), "axolotll"), "axolotl"),
+    (lambda: build_adapter(statistics(), 2, "evva"), "eva"),
+    (lambda: collect(nn.Sequential(nn.Linear(8, 8)), [torch.randn(8, 8)], rank=2, token_mask="label"), "labels"),
+    (lambda: load_batches([{"text": "x"}], byte_tokenizer(), format="alpacca"), "alpaca"),
+    (lambda: open_model("x", task_type="CAUSALLM"), "CAUSAL_LM"),
+    (lambda: find_engine("vlm"), "vllm"),
+    (lambda: RunPlan([REFERENCE], [1e-3], [0], "halvin"), "halving"),
+])  # fmt: skip
 def test_every_choice_that_is_none_is_answered_with_the_closest(call, closest):
     with pytest.raises(LoraInitError, match=rf"Did you mean {closest}\?"):
         call()

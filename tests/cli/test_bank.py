@@ -72,15 +72,12 @@ def test_each_way_writes_an_adapter_that_peft_loads(by, bank, home):
     assert shown.exit_code == 0 and f"bank-{by}" in shown.stdout
 
 
-@pytest.mark.parametrize(
-    ("more", "parts"),
-    [
-        (["--by", "generated"], ["has no generator yet", "lora-init bank train"]),
-        (["--similarity", "subspaces"], ["--statistics"]),
-        (["--use-dora", "--rho", "1"], ["--rho, --use-dora: a bank's adapters decide that. Leave them out."]),
-        (["--dry-run"], ["--dry-run"]),
-    ],
-)
+@pytest.mark.parametrize(("more", "parts"), [
+    (["--by", "generated"], ["has no generator yet", "lora-init bank train"]),
+    (["--similarity", "subspaces"], ["--statistics"]),
+    (["--use-dora", "--rho", "1"], ["--rho, --use-dora: a bank's adapters decide that. Leave them out."]),
+    (["--dry-run"], ["--dry-run"]),
+])  # fmt: skip
 def test_what_cannot_be_is_one_line(more, parts, bank, home):
     assert_one_line_error(start(home, bank, *more), *parts)
     assert not (bank.parent / "out").exists()

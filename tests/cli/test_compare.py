@@ -103,24 +103,21 @@ def test_a_dry_run_says_what_it_would_do_and_take_and_writes_nothing(command, tm
     assert "on seeds 2" not in two and "with 2 seeds 2.7 %, with 5 seeds 0.85 % of the loss" in two
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--starts", "random,evva"], "start 'evva' is unknown. Did you mean eva"),
-        (["--learning-rates", "1e-3,fast"], "--learning-rates '1e-3,fast': expected numbers separated by commas."),
-        (["--learning-rates", "-1e-3"], "--learning-rates -0.001: expected positive numbers"),
-        (["--eval-points", "9"], "expected rising steps from 0 to 4"),
-        (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
-        (["--label", "class"], "what --label names"),
-        (["--batch-size", 500], "expected 500 or more"),
-        (["--time", "2 weeks"], "--time '2 weeks': expected a duration such as 90s, 30m, 2h or 1h30m."),
-        (["--time", "0s"], "--time 0: expected a number above zero"),
-        (["--precision", "little"], "--precision 'little': expected a share such as 2% or 0.02."),
-        (["--statistics-batches", "4,4"], "--statistics-batches 4,4: expected numbers of batches, each once."),
-        (["--statistics-batches", "few"], "--statistics-batches 'few': expected whole numbers"),
-        (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--starts", "random,evva"], "start 'evva' is unknown. Did you mean eva"),
+    (["--learning-rates", "1e-3,fast"], "--learning-rates '1e-3,fast': expected numbers separated by commas."),
+    (["--learning-rates", "-1e-3"], "--learning-rates -0.001: expected positive numbers"),
+    (["--eval-points", "9"], "expected rising steps from 0 to 4"),
+    (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
+    (["--label", "class"], "what --label names"),
+    (["--batch-size", 500], "expected 500 or more"),
+    (["--time", "2 weeks"], "--time '2 weeks': expected a duration such as 90s, 30m, 2h or 1h30m."),
+    (["--time", "0s"], "--time 0: expected a number above zero"),
+    (["--precision", "little"], "--precision 'little': expected a share such as 2% or 0.02."),
+    (["--statistics-batches", "4,4"], "--statistics-batches 4,4: expected numbers of batches, each once."),
+    (["--statistics-batches", "few"], "--statistics-batches 'few': expected whole numbers"),
+    (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),
+])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
     result = run(*command, *arguments, code=1)
     assert message in result.stderr and result.stdout == ""
@@ -129,7 +126,7 @@ def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
 
 # Its second run waits until a signal comes, so that nothing depends on how fast the machine is.
 WAITING = """
-import signal, sys, time
+import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 from lora_init import cli
 from lora_init.comparison import workbench
@@ -139,7 +136,7 @@ def waiting(*arguments, **options):
     if len(calls) == 2:
         print("the second run waits", file=sys.stderr, flush=True)
     while len(calls) == 2:
-        time.sleep(0.01)
+        signal.pause()
     return train(*arguments, **options)
 workbench.train = waiting
 cli.main()

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
 
 from lora_init import Statistics
 from lora_init.cli import app as cli
@@ -36,12 +35,12 @@ def home(tmp_path_factory):
     return home
 
 
-def torchrun(*arguments, cwd=None):
-    """Run two processes; kill them all if they hang."""
+def torchrun(*arguments):
+    """Run a script in two processes; kill them all if they hang."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = subprocess.Popen(
-        [*command, *arguments], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         out, err = running.communicate(timeout=300)
@@ -55,15 +54,16 @@ def torchrun(*arguments, cwd=None):
 
 
 @needs_torchrun
-def test_torchrun_makes_one_result_and_says_it_once(home, tmp_path, monkeypatch):
-    arguments = ["-m", "lora_init", "init", "model", "text.txt", "-o", str(tmp_path / "out"), "--rank", "4", "--json"]
-    out = torchrun(*arguments, "--statistics", str(tmp_path / "stats"), cwd=home)
-    assert json.loads(out)["adapter"] == str(tmp_path / "out")  # one result, not two
-    assert {entry.name for entry in tmp_path.iterdir()} == {"out", "stats"}
-    alone = ["init", "model", "text.txt", "-o", str(tmp_path / "alone"), "--rank", "4"]
-    monkeypatch.chdir(home)
-    assert CliRunner().invoke(cli.app, [*alone, "--statistics", str(tmp_path / "one")]).exit_code == 0
-    stats, expected = Statistics.load(tmp_path / "stats"), Statistics.load(tmp_path / "one")
+def test_two_processes_make_one_result_and_say_it_once(home, tmp_path):
+    init, made = ["init", str(home / "model"), str(home / "text.txt"), "--rank", "4"], tmp_path / "made"
+    made.mkdir()
+    arguments = [*init, "--json", "-o", str(made / "out"), "--statistics", str(made / "stats")]
+    (code, out, err), second = run(command_line, 2, tmp_path, *arguments, MASTER_PORT=free_port())
+    assert code == 0 and "Traceback" not in err, err
+    assert json.loads(out)["adapter"] == str(made / "out") and second == [0, "", ""]  # one result, not two
+    assert {entry.name for entry in made.iterdir()} == {"out", "stats"}
+    assert run_here(*init, "-o", tmp_path / "alone", "--statistics", tmp_path / "one").exit_code == 0
+    stats, expected = Statistics.load(made / "stats"), Statistics.load(tmp_path / "one")
     assert stats.provenance.data == expected.provenance.data and stats.provenance.n_batches == 4
     # In fewer than MIN_BATCHES no layer can be done, so that none is done in one of the two passes only.
     assert {name: stats[name].n_samples for name in stats} == {name: expected[name].n_samples for name in expected}
@@ -96,6 +96,7 @@ def command_line(rank, size, folder, *arguments):
         code = 0
     except SystemExit as end:
         code = end.code or 0
+    assert not torch.distributed.is_initialized()  # what a command has opened, it closes
     sys.stdout.flush(), sys.stderr.flush()
     return [code, *(file.read_text() for file in read)]
 
@@ -123,21 +124,16 @@ def test_each_process_says_what_is_wrong_with_it_and_all_end(home, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("error", "part"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller --batch-size"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller --batch-size"),
-        (MemoryError(), "smaller --batch-size"),
-        (
-            OSError(28, "No space left on device", "out/adapter_model.safetensors"),
-            "out/adapter_model.safetensors: No space",
-        ),
-        (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
-        (RuntimeError("first line\nsecond line"), "unexpected RuntimeError: first line. LORA_INIT_DEBUG=1"),
-        (KeyError("x"), "unexpected KeyError"),
-    ],
-)
+@pytest.mark.parametrize(("error", "part"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller --batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller --batch-size"),
+    (MemoryError(), "smaller --batch-size"),
+    (OSError(28, "No space left on device", "out/adapter_model.safetensors"),
+     "out/adapter_model.safetensors: No space"),
+    (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
+    (RuntimeError("first line\nsecond line"), "unexpected RuntimeError: first line. LORA_INIT_DEBUG=1"),
+    (KeyError("x"), "unexpected KeyError"),
+])  # fmt: skip
 def test_whatever_goes_wrong_is_one_line(command, monkeypatch, error, part):
     def fail(*_, **__):
         raise error
@@ -177,21 +173,18 @@ def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
     assert capsys.readouterr().err == "warning: ours is long\n"
 
 
-@pytest.mark.parametrize(
-    ("options", "in_python", "on_the_command_line"),
-    [
-        ({"overwrite": True}, "overwrite=True", "--overwrite"),
-        ({"center": False}, "center=False", "--no-center"),
-        ({"whiten": False}, "whiten=False", "no --whiten"),
-        ({"rank": 64}, "rank=64", "--rank 64"),
-        ({"gamma": 2.0}, "gamma=2.0", "--gamma 2"),
-        ({"gamma": ...}, "gamma=", "--gamma"),
-        ({"method": "eva"}, "method='eva'", "--method eva"),
-        ({"template": "{x} y"}, "template='{x} y'", "--template '{x} y'"),
-        ({"target_modules": ["q", "k"]}, "target_modules=['q', 'k']", "--target-modules q,k"),
-        ({"rows": 3}, "rows=3", "rows=3"),
-    ],
-)
+@pytest.mark.parametrize(("options", "in_python", "on_the_command_line"), [
+    ({"overwrite": True}, "overwrite=True", "--overwrite"),
+    ({"center": False}, "center=False", "--no-center"),
+    ({"whiten": False}, "whiten=False", "no --whiten"),
+    ({"rank": 64}, "rank=64", "--rank 64"),
+    ({"gamma": 2.0}, "gamma=2.0", "--gamma 2"),
+    ({"gamma": ...}, "gamma=", "--gamma"),
+    ({"method": "eva"}, "method='eva'", "--method eva"),
+    ({"template": "{x} y"}, "template='{x} y'", "--template '{x} y'"),
+    ({"target_modules": ["q", "k"]}, "target_modules=['q', 'k']", "--target-modules q,k"),
+    ({"rows": 3}, "rows=3", "rows=3"),
+])  # fmt: skip
 def test_an_error_names_options_and_each_way_in_writes_them_its_way(
     options, in_python, on_the_command_line, monkeypatch
 ):

@@ -227,15 +227,12 @@ def test_without_data_a_file_serves_another_rank(command, tmp_path, monkeypatch)
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (["--rank", "9"], ["--rank 9 lets a layer have rank 9", "Collect again"]),
-        (["--target-modules", "q_proj"], ["0 are missing, 12 too many"]),
-        (["--method", "eva-grad"], ["have no gradients. Collect them with --gradients, from data"]),
-        (["--method", "lora-one"], ["by the loss on examples, and DATA is missing"]),
-    ],
-)
+@pytest.mark.parametrize(("options", "parts"), [
+    (["--rank", "9"], ["--rank 9 lets a layer have rank 9", "Collect again"]),
+    (["--target-modules", "q_proj"], ["0 are missing, 12 too many"]),
+    (["--method", "eva-grad"], ["have no gradients. Collect them with --gradients, from data"]),
+    (["--method", "lora-one"], ["by the loss on examples, and DATA is missing"]),
+])  # fmt: skip
 def test_without_data_a_file_that_does_not_serve_is_refused_and_kept(command, tmp_path, options, parts):
     file = tmp_path / "s.safetensors"
     assert run(*command, "--statistics", file).exit_code == 0
@@ -302,45 +299,41 @@ def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
 # Errors
 
 
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        ({1: "./nowhere"}, ["model './nowhere': no such directory"]),
-        ({1: "some/model"}, ["'some/model'", "HF_HUB_OFFLINE is set"]),
-        ({1: "empty"}, ["has no config.json"]),
-        ({1: "adapter"}, ["it is an adapter. Name its base model"]),
-        ({1: "text.txt"}, ["is a file"]),
-        ({1: "damaged"}, ["'damaged' cannot be loaded"]),
-        ({1: "truncated"}, ["'truncated' cannot be loaded"]),
-        ({1: "unknown"}, ["'unknown' cannot be loaded", "nosuchtype"]),
-        ({1: "remote"}, ["'remote' needs code that comes with it", "--trust-remote-code"]),
-        ({1: "vision"}, ["reads text only"]),
-        ({2: "nowhere.jsonl"}, ["nowhere.jsonl", "no such file"]),
-        ({2: "rows.jsonl"}, ["passage", "question"]),
-        ({"--target-modules": "qproj"}, ["matches no layer", "'q_proj' (2 layers)"]),
-        ({"--target-modules": "(q"}, ["--target-modules", "(q"]),
-        ({"--rank": "64"}, ["--rank 64", "input width 32"]),
-        ({"--device": "quantum"}, ["device 'quantum' cannot be used here"]),
-        ({"--device": "cuda:99"}, ["device 'cuda:99' cannot be used here"]),
-        ({"--task-type": "POETRY"}, ["'POETRY' is unknown", "CAUSAL_LM"]),
-        ({"--task-type": "seq_class"}, ["'seq_class' is unknown. Did you mean SEQ_CLS?"]),
-        ({"--task-type": "SEQ_CLS", "--method": "grad-a"}, ["need classes, not texts alone", "--label COLUMN"]),
-        ({"--task-type": "TOKEN_CLS", "--method": "grad-a"}, ["need classes", "Use initialize() in Python"]),
-        ({"--task-type": "CAUSAL_LM", "--label": "text"}, ["--task-type CAUSAL_LM does not. Give one."]),
-        ({"--label": "kind"}, ["--label kind is not a column. Columns of"]),
-        ({"--label": "text", "--token-mask": "labels"}, ["--label text: a class is no --token-mask labels"]),
-        ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
-        ({"--statistics": "nowhere/s"}, ["nowhere/s: there is no directory nowhere. Create it first."]),
-        ({"--statistics": "text.txt"}, ["text.txt"]),
-        ({"-o": "text.txt"}, ["text.txt is a file, and a directory is needed"]),
-        ({"-o": "model"}, ["model exists and is not empty", "pass --overwrite"]),
-        ({"--target-modules": "embed_tokens"}, ["selects only layers that cannot start from data"]),
-        ({"--split": "validation"}, ["--split validation is for a folder", "not for text.txt"]),
-        ({"--ranks": "text.txt"}, ["--ranks names a plan, which has all ranks. Leave --rank and --rho out."]),
-        ({1: "no-tokenizer"}, ["'no-tokenizer' has no tokenizer beside it"]),
-    ],
-    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
-)
+@pytest.mark.parametrize(("change", "parts"), [
+    ({1: "./nowhere"}, ["model './nowhere': no such directory"]),
+    ({1: "some/model"}, ["'some/model'", "HF_HUB_OFFLINE is set"]),
+    ({1: "empty"}, ["has no config.json"]),
+    ({1: "adapter"}, ["it is an adapter. Name its base model"]),
+    ({1: "text.txt"}, ["is a file"]),
+    ({1: "damaged"}, ["'damaged' cannot be loaded"]),
+    ({1: "truncated"}, ["'truncated' cannot be loaded"]),
+    ({1: "unknown"}, ["'unknown' cannot be loaded", "nosuchtype"]),
+    ({1: "remote"}, ["'remote' needs code that comes with it", "--trust-remote-code"]),
+    ({1: "vision"}, ["reads text only"]),
+    ({2: "nowhere.jsonl"}, ["nowhere.jsonl", "no such file"]),
+    ({2: "rows.jsonl"}, ["passage", "question"]),
+    ({"--target-modules": "qproj"}, ["matches no layer", "'q_proj' (2 layers)"]),
+    ({"--target-modules": "(q"}, ["--target-modules", "(q"]),
+    ({"--rank": "64"}, ["--rank 64", "input width 32"]),
+    ({"--device": "quantum"}, ["device 'quantum' cannot be used here"]),
+    ({"--device": "cuda:99"}, ["device 'cuda:99' cannot be used here"]),
+    ({"--task-type": "POETRY"}, ["'POETRY' is unknown", "CAUSAL_LM"]),
+    ({"--task-type": "seq_class"}, ["'seq_class' is unknown. Did you mean SEQ_CLS?"]),
+    ({"--task-type": "SEQ_CLS", "--method": "grad-a"}, ["need classes, not texts alone", "--label COLUMN"]),
+    ({"--task-type": "TOKEN_CLS", "--method": "grad-a"}, ["need classes", "Use initialize() in Python"]),
+    ({"--task-type": "CAUSAL_LM", "--label": "text"}, ["--task-type CAUSAL_LM does not. Give one."]),
+    ({"--label": "kind"}, ["--label kind is not a column. Columns of"]),
+    ({"--label": "text", "--token-mask": "labels"}, ["--label text: a class is no --token-mask labels"]),
+    ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
+    ({"--statistics": "nowhere/s"}, ["nowhere/s: there is no directory nowhere. Create it first."]),
+    ({"--statistics": "text.txt"}, ["text.txt"]),
+    ({"-o": "text.txt"}, ["text.txt is a file, and a directory is needed"]),
+    ({"-o": "model"}, ["model exists and is not empty", "pass --overwrite"]),
+    ({"--target-modules": "embed_tokens"}, ["selects only layers that cannot start from data"]),
+    ({"--split": "validation"}, ["--split validation is for a folder", "not for text.txt"]),
+    ({"--ranks": "text.txt"}, ["--ranks names a plan, which has all ranks. Leave --rank and --rho out."]),
+    ({1: "no-tokenizer"}, ["'no-tokenizer' has no tokenizer beside it"]),
+], ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(home, tmp_path, monkeypatch, change, parts):
     make_bad_models(home, tmp_path)
     for name in ("model", "text.txt", "rows.jsonl"):
@@ -356,17 +349,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(home, tmp_path, monkeypatch, c
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        (["--lora-alpha", "0"], "--lora-alpha 0 must be a positive number"),
-        (["--whiten", "--method", "random"], "--whiten is for the start eva; --method random has no variances"),
-        (["--gamma", "3"], "--gamma 3 with --method eva"),
-        (["--method", "lora-one", "--use-dora"], "DoRA's magnitudes"),
-        (["--device", "quantum"], "'quantum' cannot be used"),
-        (["--template", "{nothing}"], "has no column 'nothing'"),
-    ],
-)
+@pytest.mark.parametrize(("options", "part"), [
+    (["--lora-alpha", "0"], "--lora-alpha 0 must be a positive number"),
+    (["--whiten", "--method", "random"], "--whiten is for the start eva; --method random has no variances"),
+    (["--gamma", "3"], "--gamma 3 with --method eva"),
+    (["--method", "lora-one", "--use-dora"], "DoRA's magnitudes"),
+    (["--device", "quantum"], "'quantum' cannot be used"),
+    (["--template", "{nothing}"], "has no column 'nothing'"),
+])  # fmt: skip
 def test_what_can_be_refused_is_refused_before_the_weights_are_read(command, monkeypatch, options, part):
     def never(*_, **__):
         raise AssertionError("the weights were read")

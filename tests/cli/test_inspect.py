@@ -79,17 +79,14 @@ def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
     assert process.wait() == 1
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("adapter_config.json", "{"),
-        ("adapter_config.json", "[]"),
-        ("adapter_config.json", '{"peft_type": "IA3"}'),
-        ("adapter_model.safetensors", "short"),
-        ("adapter_model.safetensors", None),
-        ("lora_init.json", "{"),
-    ],
-)
+@pytest.mark.parametrize(("file", "content"), [
+    ("adapter_config.json", "{"),
+    ("adapter_config.json", "[]"),
+    ("adapter_config.json", '{"peft_type": "IA3"}'),
+    ("adapter_model.safetensors", "short"),
+    ("adapter_model.safetensors", None),
+    ("lora_init.json", "{"),
+])  # fmt: skip
 def test_inspect_a_damaged_adapter(made, tmp_path, file, content):
     for part in (made / "out").iterdir():
         (tmp_path / part.name).write_bytes(part.read_bytes())

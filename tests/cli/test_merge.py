@@ -69,20 +69,17 @@ def test_what_is_there_stays_unless_told(run, home, tmp_path):
     assert_one_line_error(run("a", "b", output="own/below"), "there is no directory")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["a"], "one part alone"),
-        (["a", "b", "--weights", "0.7,0.2"], "their sum is 0.9, expected positive numbers whose sum is 1"),
-        (["a", "b", "--weights", "1.2,-0.2"], "expected positive numbers"),
-        (["a", "b", "--weights", "0.7,0.2,0.1"], "3 for 2 parts"),
-        (["a", "b", "--weights", "0.7;0.3"], "expected numbers separated by commas"),
-        (["a", "b", "--weights", ""], "expected numbers separated by commas"),
-        (["a", "uncentred"], "uncentred was made with center=False"),
-        (["a", "b", "a"], "hold the same statistics"),
-        (["a", "nothing"], "is not a file"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["a"], "one part alone"),
+    (["a", "b", "--weights", "0.7,0.2"], "their sum is 0.9, expected positive numbers whose sum is 1"),
+    (["a", "b", "--weights", "1.2,-0.2"], "expected positive numbers"),
+    (["a", "b", "--weights", "0.7,0.2,0.1"], "3 for 2 parts"),
+    (["a", "b", "--weights", "0.7;0.3"], "expected numbers separated by commas"),
+    (["a", "b", "--weights", ""], "expected numbers separated by commas"),
+    (["a", "uncentred"], "uncentred was made with center=False"),
+    (["a", "b", "a"], "hold the same statistics"),
+    (["a", "nothing"], "is not a file"),
+])  # fmt: skip
 def test_what_is_refused_is_not_written(run, tmp_path, arguments, words):
     assert_one_line_error(run(*arguments), words)
     assert not (tmp_path / "out").exists()

@@ -47,17 +47,14 @@ def test_it_corrects_a_base_that_it_quantizes(command, wide, tmp_path, monkeypat
     assert "Linear4bit" in str(type(scope["base_model"].model.layers[0].mlp.up_proj.base_layer))
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (["--method", "qera"], ["is not quantized", "Pass --quantize nf4"]),
-        (["--weights", "there"], ["--weights: for --method qera alone"]),
-        (["--quantize", "nf4", "--unchecked"], ["--unchecked: for --method qera alone"]),
-        (["--quantize", "nf4", "--method", "qera", "--weights", "./nothing"], ["float weights", "cannot be read"]),
-        (["--quantize", "nf4", "--method", "qera", "--use-dora"], ["DoRA"]),
-        (["--quantize", "nf4", "--method", "qera", "--gamma", "3"], ["--gamma 3 "]),
-    ],
-)
+@pytest.mark.parametrize(("options", "parts"), [
+    (["--method", "qera"], ["is not quantized", "Pass --quantize nf4"]),
+    (["--weights", "there"], ["--weights: for --method qera alone"]),
+    (["--quantize", "nf4", "--unchecked"], ["--unchecked: for --method qera alone"]),
+    (["--quantize", "nf4", "--method", "qera", "--weights", "./nothing"], ["float weights", "cannot be read"]),
+    (["--quantize", "nf4", "--method", "qera", "--use-dora"], ["DoRA"]),
+    (["--quantize", "nf4", "--method", "qera", "--gamma", "3"], ["--gamma 3 "]),
+])  # fmt: skip
 def test_what_cannot_be_is_refused(command, tmp_path, options, parts):
     refused = run(*command, *options)
     assert refused.exit_code == 1 and not (tmp_path / "out").exists()

@@ -91,32 +91,29 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--rank", 4, "--parameters", "1M"], "--rank 4 and --parameters 1M are 2 budgets. Give one."),
-        (["--rank", 0], "--rank 0: a whole number from 1"),
-        (["--rank", 9], "Collect again with rank 9"),
-        (["--exclude", "q_prj"], "exclude: 'q_prj' matches no layer. Closest: q_proj"),
-        (["--override", "down_proj"], "--override 'down_proj': write it like"),
-        (["--override", "down_proj:max=8"], "overrides['down_proj']: 'max' is no limit. Choose from rank, min_rank"),
-        (["--override", "down_proj:max_rank=x"], "max_rank='x': a whole number of at least 0 is needed"),
-        (["--compare", "rho=x"], "--rho x: a finite number of at least 1 is needed"),
-        (["--allowed-ranks", "8;16"], "--allowed-ranks '8;16': expected whole numbers separated by commas"),
-        (["--compare", "best"], "--compare 'best': expected a policy, or a change such as 'rank=8'."),
-        (["--compare", "size=3"], "--compare 'size=3': 'size' is unknown"),
-        (["--compare", "rank="], "'rank=' is not of the form key=value"),
-        (["--plot", "plan.pdf"], "pictures are written as"),
-        (["--format", "peft", "--json"], "Leave --compare and --json out"),
-        (["--rho", "inf"], "--rho inf: a finite number of at least 1"),
-        (["--dtype", "bfloat16"], "--dtype is for --megabytes"),
-        (["--coverage", "total", "--compare", "uniform"], "--coverage is for --variance"),
-        (["--lora-alpha", 8], "--lora-alpha and --use-rslora are for --format"),
-        (["--use-rslora", "--json"], "--lora-alpha and --use-rslora are for --format"),
-        (["--format", "peft", "--lora-alpha", 0], "--lora-alpha 0 must be a positive number"),
-        (["--tie", "q_proj"], "ties nothing"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--rank", 4, "--parameters", "1M"], "--rank 4 and --parameters 1M are 2 budgets. Give one."),
+    (["--rank", 0], "--rank 0: a whole number from 1"),
+    (["--rank", 9], "Collect again with rank 9"),
+    (["--exclude", "q_prj"], "exclude: 'q_prj' matches no layer. Closest: q_proj"),
+    (["--override", "down_proj"], "--override 'down_proj': write it like"),
+    (["--override", "down_proj:max=8"], "overrides['down_proj']: 'max' is no limit. Choose from rank, min_rank"),
+    (["--override", "down_proj:max_rank=x"], "max_rank='x': a whole number of at least 0 is needed"),
+    (["--compare", "rho=x"], "--rho x: a finite number of at least 1 is needed"),
+    (["--allowed-ranks", "8;16"], "--allowed-ranks '8;16': expected whole numbers separated by commas"),
+    (["--compare", "best"], "--compare 'best': expected a policy, or a change such as 'rank=8'."),
+    (["--compare", "size=3"], "--compare 'size=3': 'size' is unknown"),
+    (["--compare", "rank="], "'rank=' is not of the form key=value"),
+    (["--plot", "plan.pdf"], "pictures are written as"),
+    (["--format", "peft", "--json"], "Leave --compare and --json out"),
+    (["--rho", "inf"], "--rho inf: a finite number of at least 1"),
+    (["--dtype", "bfloat16"], "--dtype is for --megabytes"),
+    (["--coverage", "total", "--compare", "uniform"], "--coverage is for --variance"),
+    (["--lora-alpha", 8], "--lora-alpha and --use-rslora are for --format"),
+    (["--use-rslora", "--json"], "--lora-alpha and --use-rslora are for --format"),
+    (["--format", "peft", "--lora-alpha", 0], "--lora-alpha 0 must be a positive number"),
+    (["--tie", "q_proj"], "ties nothing"),
+])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_1(file, arguments, message):
     result = run(file, *arguments, code=1)
     assert message in result.stderr and result.stdout == ""

@@ -6,11 +6,10 @@ import pytest
 from transformers import AutoTokenizer
 
 import lora_init
-from lora_init.errors import LoraInitError
 from lora_init.loading.models import ModelSource
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.comparisons import SMALL, make_home
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
@@ -150,5 +149,4 @@ def test_a_call_says_in_one_line_what_is_wrong(case, home, tmp_path, monkeypatch
     def compare(**changes):
         return lora_init.compare(str(home / "llama"), home / "rows.jsonl", tmp_path / "out", **SMALL | changes)
 
-    with pytest.raises(LoraInitError, match=line):
-        call(compare)
+    refused(line, call, compare)

@@ -28,15 +28,12 @@ def test_the_loss_of_a_classifier_is_that_of_transformers():
     assert float(batch_loss(model, batch)) == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("labels", "loss_type", "count"),
-    [
-        (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForCausalLM", 3),
-        (torch.tensor([[5, 5, -100], [-100, 5, 5]]), None, 3),
-        (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForMaskedLM", 4),
-        (torch.tensor([1, 0, 1, -100]), "ForSequenceClassification", 3),
-    ],
-)
+@pytest.mark.parametrize(("labels", "loss_type", "count"), [
+    (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForCausalLM", 3),
+    (torch.tensor([[5, 5, -100], [-100, 5, 5]]), None, 3),
+    (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForMaskedLM", 4),
+    (torch.tensor([1, 0, 1, -100]), "ForSequenceClassification", 3),
+])  # fmt: skip
 def test_labels_are_counted_as_the_loss_averages_them(labels, loss_type, count):
     model = nn.Linear(2, 2)
     model.loss_type = loss_type

@@ -12,7 +12,7 @@ from lora_init.collection import loop
 from lora_init.collection.collect import Interrupted, OtherSettingsError
 from tests import reference
 from tests.collection.made import all_rows
-from tests.conftest import MODELS, batches_for
+from tests.conftest import MODELS, batches_for, refused
 
 SETTINGS = {"rank": 4, "tolerance": 0.0, "data": "some data"}
 
@@ -106,22 +106,19 @@ def test_a_complete_file_is_used_without_running_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("complete", [True, False])
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"rank": 3}, r"stats was made with rank 4, and 3 is asked for\. Pass overwrite=True to begin again, or use"),
-        ({"rho": 1.0}, r"with rho 2\.0, and 1\.0"),
-        ({"seed": 1}, "with seed 0, and 1"),
-        ({"center": False}, "with center True, and False"),
-        ({"token_mask": "labels"}, "with token_mask 'attention', and 'labels'"),
-        ({"tolerance": 0.1}, r"with tolerance 0\.0, and 0\.1"),
-        ({"max_batches": 5}, "with max_batches 64, and 5"),
-        ({"data": "other"}, "with data 'some data', and 'other'"),
-        ({"target_modules": ["q_proj"]}, r"with layers '14 \(\w+\)', and '2 \(\w+\)'"),
-        ({"gradients": True}, "with gradients False, and True"),
-        ({"batches": batches_for("llama", seed=1)}, "from other data: the batches are other ones"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"rank": 3}, r"stats was made with rank 4, and 3 is asked for\. Pass overwrite=True to begin again, or use"),
+    ({"rho": 1.0}, r"with rho 2\.0, and 1\.0"),
+    ({"seed": 1}, "with seed 0, and 1"),
+    ({"center": False}, "with center True, and False"),
+    ({"token_mask": "labels"}, "with token_mask 'attention', and 'labels'"),
+    ({"tolerance": 0.1}, r"with tolerance 0\.0, and 0\.1"),
+    ({"max_batches": 5}, "with max_batches 64, and 5"),
+    ({"data": "other"}, "with data 'some data', and 'other'"),
+    ({"target_modules": ["q_proj"]}, r"with layers '14 \(\w+\)', and '2 \(\w+\)'"),
+    ({"gradients": True}, "with gradients False, and True"),
+    ({"batches": batches_for("llama", seed=1)}, "from other data: the batches are other ones"),
+])  # fmt: skip
 def test_other_settings_data_and_models_are_refused(complete, changes, expected, tmp_path):
     file, counting = tmp_path / "stats", Counting()
     if complete:
@@ -192,14 +189,11 @@ def infinite(output, batch):
     return output.loss * (float("inf") if batch["input_ids"][0, 0] == 1 else 1.0)
 
 
-@pytest.mark.parametrize(
-    ("way", "kind", "text"),
-    [
-        ("reading", OSError, "the file is damaged"),
-        ("forward", ZeroDivisionError, None),
-        ("loss", LoraInitError, rf"^batch 4: the loss is inf.*{GOES_ON}$"),
-    ],
-)
+@pytest.mark.parametrize(("way", "kind", "text"), [
+    ("reading", OSError, "the file is damaged"),
+    ("forward", ZeroDivisionError, None),
+    ("loss", LoraInitError, rf"^batch 4: the loss is inf.*{GOES_ON}$"),
+])  # fmt: skip
 def test_what_was_complete_before_an_error_is_kept_and_a_bad_batch_can_be_skipped(way, kind, text, tmp_path):
     batches, file = batches_for("llama", n_batches=6), tmp_path / "stats"
     others = batches[:4] + batches[5:]
@@ -247,8 +241,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_pass(tmp_path):
         (tmp_path / "none" / "stats", "there is no directory .*none. Create it first"),
         (tmp_path, "a file is needed"),
     ):
-        with pytest.raises(LoraInitError, match=expected):
-            collect(model(), batches_for("llama"), statistics=file, forward=counting, **SETTINGS)
+        refused(expected, collect, model(), batches_for("llama"), statistics=file, forward=counting, **SETTINGS)
     assert counting.n == 0 and not list(tmp_path.iterdir())
 
 

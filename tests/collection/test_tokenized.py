@@ -7,7 +7,7 @@ from datasets import Dataset
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import as_batches
-from tests.conftest import tiny_llama, tiny_vit
+from tests.conftest import refused, tiny_llama, tiny_vit
 
 
 def tokenized(n=24, **columns):
@@ -61,8 +61,7 @@ def test_a_batch_is_as_a_collator_makes_it():
 def test_a_column_that_makes_no_batch_is_named(name, values):
     model = tiny_vit() if name == "pixel_values" else tiny_llama()
     rows = tokenized(n=2, **{name: lambda ids: values})
-    with pytest.raises(LoraInitError, match=rf"column '{name}' of the data set: .*\. Expected numbers in each row"):
-        collect(model, rows, rank=2)
+    refused(rf"column '{name}' of the data set: .*\. Expected numbers in each row", collect, model, rows, rank=2)
 
 
 def test_texts_are_refused_with_what_to_do():

@@ -160,14 +160,11 @@ def test_a_recommended_start_is_judged_at_its_own_rate_too():
 ENDS = ("random", "full")
 
 
-@pytest.mark.parametrize(
-    ("left", "said"),
-    [
-        (0.05, "So random goes 98 % of the way, and 29.4 % is left. The runs could have shown 3.3 % at best."),
-        (0.0002, ": nothing to win here that they could show."),
-        (-0.01, "That is no lower than random: nothing to win here."),
-    ],
-)
+@pytest.mark.parametrize(("left", "said"), [
+    (0.05, "So random goes 98 % of the way, and 29.4 % is left. The runs could have shown 3.3 % at best."),
+    (0.0002, ": nothing to win here that they could show."),
+    (-0.01, "That is no lower than random: nothing to win here."),
+])  # fmt: skip
 def test_headroom(left, said):
     summary = summarise(with_headroom(left, 0.0), settings(starts=["random", "eva", "full"]))
     assert said in summary.headroom and summary.headroom.startswith("The plain model has a loss of 2.3000, and random")

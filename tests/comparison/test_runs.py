@@ -12,6 +12,7 @@ from lora_init.comparison.runs import Run, RunPlan, best_rates, half_decade, ope
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError
 from tests.comparisons import broken, record, settings
+from tests.conftest import refused
 
 RATES, SEEDS = (1e-3, 1e-2), (0, 1, 2)
 
@@ -77,15 +78,12 @@ def test_before_the_sweep_has_ended_the_rates_are_open():
     assert planned[-1].title == "random, best rate, seed 2"
 
 
-@pytest.mark.parametrize(
-    ("optimum", "tried"),
-    [
-        (1e-3, [3e-4, 1e-3, 3e-3]),
-        (3e-3, [3e-4, 1e-3, 3e-3, 1e-2]),
-        (1.0, [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]),  # twice on a side, no more
-        (1e-9, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]),
-    ],
-)
+@pytest.mark.parametrize(("optimum", "tried"), [
+    (1e-3, [3e-4, 1e-3, 3e-3]),
+    (3e-3, [3e-4, 1e-3, 3e-3, 1e-2]),
+    (1.0, [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]),  # twice on a side, no more
+    (1e-9, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]),
+])  # fmt: skip
 def test_the_grid_grows_while_the_best_rate_is_at_its_edge(optimum, tried):
     def loss(run):
         return abs(math.log(run.learning_rate / optimum)), "finished"
@@ -112,13 +110,10 @@ def test_half_decades(rate, up, expected):
     assert half_decade(rate, up) == expected
 
 
-@pytest.mark.parametrize(
-    ("unstable_on", "expected"),
-    [
-        ((0, 1, 2), [(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2), (2, 1e-3)]),
-        ((2,), [(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2), (2, 1e-2), (2, 1e-3)]),
-    ],
-)
+@pytest.mark.parametrize(("unstable_on", "expected"), [
+    ((0, 1, 2), [(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2), (2, 1e-3)]),
+    ((2,), [(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2), (2, 1e-2), (2, 1e-3)]),
+])  # fmt: skip
 def test_a_rate_that_is_unstable_is_not_chosen_or_gives_way_to_the_next(unstable_on, expected):
     def loss(run):
         if run.learning_rate == 1e-2:
@@ -129,26 +124,19 @@ def test_a_rate_that_is_unstable_is_not_chosen_or_gives_way_to_the_next(unstable
     assert [(run.seed, run.learning_rate) for run in done] == expected
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            dict(learning_rates=[1e-3, 0.0]),
-            r"learning_rates=\[0.001, 0.0\]: expected positive numbers up to 1, each once",
-        ),
-        (dict(learning_rates=[-1e-3]), r"learning_rates=\[-0.001\]"),
-        (dict(learning_rates=[float("nan")]), r"learning_rates=\[nan\]"),
-        (dict(learning_rates=[float("inf")]), r"learning_rates=\[inf\]"),
-        (dict(learning_rates=[]), r"learning_rates=\[\]"),
-        (dict(learning_rates=[1e-3, 1e-3]), "each once"),
-        (dict(seeds=[]), r"seeds=\[\]: expected whole numbers"),
-        (dict(seeds=[0, 0]), "each once"),
-        (dict(sweep="grid"), "sweep='grid' is unknown"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(learning_rates=[1e-3, 0.0]), r"learning_rates=\[0.001, 0.0\]: expected positive numbers up to 1, each once"),
+    (dict(learning_rates=[-1e-3]), r"learning_rates=\[-0.001\]"),
+    (dict(learning_rates=[float("nan")]), r"learning_rates=\[nan\]"),
+    (dict(learning_rates=[float("inf")]), r"learning_rates=\[inf\]"),
+    (dict(learning_rates=[]), r"learning_rates=\[\]"),
+    (dict(learning_rates=[1e-3, 1e-3]), "each once"),
+    (dict(seeds=[]), r"seeds=\[\]: expected whole numbers"),
+    (dict(seeds=[0, 0]), "each once"),
+    (dict(sweep="grid"), "sweep='grid' is unknown"),
+])  # fmt: skip
 def test_bad_plans(changes, message):
-    with pytest.raises(LoraInitError, match=message):
-        RunPlan(**dict(starts=[REFERENCE], learning_rates=[1e-3], seeds=[0], sweep="full") | changes)
+    refused(message, RunPlan, **dict(starts=[REFERENCE], learning_rates=[1e-3], seeds=[0], sweep="full") | changes)
 
 
 def test_other_data_is_noticed(tmp_path):
@@ -215,19 +203,16 @@ def test_another_configuration_is_refused_and_named(tmp_path):
         ({"new": 1}, "new was None, now 1"),
     ):
         for opening in (keep, lambda path, **changes: peek(path, settings(**changes))):
-            with pytest.raises(LoraInitError, match=message):
-                opening(tmp_path, **changes)
+            refused(message, opening, tmp_path, **changes)
     assert (tmp_path / "settings.json").read_bytes() == before
     keep(tmp_path, threads=2, versions={"torch": "9"}, command="x")
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(LoraInitError, match="holds no comparison"):
-        keep(tmp_path)
+    refused("holds no comparison", keep, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(LoraInitError, match=r"thesis\.tex is a file, and a directory is needed"):
-        keep(tmp_path / "thesis.tex")
+    refused(r"thesis\.tex is a file, and a directory is needed", keep, tmp_path / "thesis.tex")
     assert peek(tmp_path, settings()) == {}
 
 
@@ -241,9 +226,7 @@ def test_a_second_process_waits_for_nothing(tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(LoraInitError, match=rf"is in use by process {process.pid} on .*\. Wait until") as error:
-            keep(tmp_path)
-        assert "\n" not in str(error.value)
+        refused(rf"is in use by process {process.pid} on .*\. Wait until", keep, tmp_path)
         process.stdin.close()
         assert process.wait(timeout=60) == 0
     keep(tmp_path, record())

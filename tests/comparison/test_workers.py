@@ -7,7 +7,6 @@ import sys
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +19,8 @@ from lora_init.comparison.workers import run_all, start_processes
 from lora_init.errors import LoraInitError
 from tests.comparison.made import again, compare, set_up_bench, without_clock
 from tests.comparisons import record, settings
+from tests.conftest import refused
+from tests.processes import FORKS
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,14 @@ def alone(home, tmp_path_factory):
     return compare(home, tmp_path_factory.mktemp("alone") / "out", learning_rates=[1e-2], seeds=3)
 
 
-def die(model, seed):
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers that a server with all imports forks; `test_two_processes_give_the_numbers_of_one` spawns them."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: FORKS)
+
+
+def die(mark, model, seed):
     """Run as `again`, but end the process that does it, the first time that it is called."""
-    mark = Path(os.environ["MARK"])
     if seed == 1 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -67,10 +73,10 @@ def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_nothing(monke
     assert worker.take(worker.submit(run, "")) == (run, False)
 
 
-def test_a_worker_that_is_killed_costs_its_run_only(home, tmp_path, monkeypatch):
-    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+@pytest.mark.usefixtures("forked")
+def test_a_worker_that_is_killed_costs_its_run_only(home, tmp_path):
     lines = []
-    starts = ["random", ("mine", die)]
+    starts = ["random", ("mine", partial(die, tmp_path / "mark"))]
     found = compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-2], seeds=3, workers=2, say=lines.append)
     assert [line for line in lines if "the worker that did it is gone; it is done again" in line]
     assert {record["status"] for record in found.records} == {"finished"} and len(found.records) == 6
@@ -135,22 +141,22 @@ def dies_at_once():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_worker_that_dies_while_it_sets_up_costs_its_run_and_one_that_never_starts_is_said(tmp_path, monkeypatch):
     (worker,) = start_processes(dies_at_once, 1)
     assert carry_out(worker, Run(REFERENCE, 0, 1e-3)) is None
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit(1)")  # as one that calls compare() without a guard ends
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None, __file__=str(script)))
-    with pytest.raises(LoraInitError, match="a worker ended while it started"):
-        carry_out(worker, Run(REFERENCE, 0, 1e-3))
+    refused("a worker ended while it started", carry_out, worker, Run(REFERENCE, 0, 1e-3))
 
 
 def carry_out(worker, run):
     return worker.take(worker.submit(run, ""))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_worker_that_cannot_set_up_says_why(home, tmp_path):
     (worker,) = start_processes(partial(set_up_bench, home, tmp_path, "nothing-here"), 1)
-    with pytest.raises(LoraInitError, match="nothing-here"):
-        carry_out(worker, Run(REFERENCE, 0, 1e-3))
+    refused("nothing-here", carry_out, worker, Run(REFERENCE, 0, 1e-3))
     worker.close()

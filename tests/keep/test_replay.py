@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from lora_init import LoraInitError, load_batches
 from lora_init.keep.replay import _sample, replay, replayed
 from tests.commands import save_model
-from tests.conftest import tiny_gpt2, tiny_llama, tiny_t5
+from tests.conftest import refused, tiny_gpt2, tiny_llama, tiny_t5
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
@@ -86,15 +86,12 @@ def test_for_chats_it_answers_questions(tokenizer):
 
 
 def test_what_cannot_write_is_refused(tokenizer, monkeypatch):
-    with pytest.raises(LoraInitError, match="T5ForConditionalGeneration continues no text"):
-        replay(tiny_t5(), tokenizer)
+    refused("T5ForConditionalGeneration continues no text", replay, tiny_t5(), tokenizer)
     for more in ({}, {"chat": True}):
         tokenizer.chat_template = TEMPLATE
         with pytest.raises(LoraInitError, match=r"length=3000: .* and the model takes 64"):
             replay(tiny_gpt2() if more else tiny_llama(), tokenizer, length=3000, **more)
     tokenizer.chat_template = None
-    with pytest.raises(LoraInitError, match="no chat template"):
-        replay(tiny_llama(), tokenizer, chat=True)
+    refused("no chat template", replay, tiny_llama(), tokenizer, chat=True)
     monkeypatch.setattr(type(tokenizer), "decode", lambda *_, **__: " ")
-    with pytest.raises(LoraInitError, match="only empty texts"):
-        replay(tiny_llama(), tokenizer, n=1)
+    refused("only empty texts", replay, tiny_llama(), tokenizer, n=1)

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_init import ExactPCA, LoraInitError, allocate_ranks, build_adapter, collect, find_targets
+from lora_init import ExactPCA, allocate_ranks, build_adapter, collect, find_targets
 from lora_init.layers.rows import MAX_PATCHES, patches_of
+from tests.conftest import refused
 from tests.versions import NO_CONFIG
 
 # A convolution and the shape of its input: what varies in the world.
@@ -127,8 +128,7 @@ def test_ranks_of_a_grouped_convolution_are_multiples_of_its_groups():
         plan = allocate_ranks(stats, rank=3, policy=policy)
         assert plan["grouped"] % 4 == 0, policy
         assert plan.total_rank <= 6
-    with pytest.raises(LoraInitError, match="layer 'grouped': rank 3 is no multiple of its 4 groups"):
-        build_adapter(stats, 3)
+    refused("layer 'grouped': rank 3 is no multiple of its 4 groups", build_adapter, stats, 3)
 
 
 def test_large_images_give_a_bounded_sample_of_patches():
@@ -150,8 +150,7 @@ def test_large_images_give_a_bounded_sample_of_patches():
 
 def test_a_dilated_convolution_that_peft_gets_wrong_is_refused():
     model = Net(nn.Conv2d(3, 8, 3, dilation=2))
-    with pytest.raises(LoraInitError, match=r"layer 'conv': PEFT's adapter leaves out dilation=\(2, 2\)"):
-        find_targets(model, ["conv"])
+    refused(r"layer 'conv': PEFT's adapter leaves out dilation=\(2, 2\)", find_targets, model, ["conv"])
     from peft import LoraConfig, get_peft_model
 
     broken = get_peft_model(model, LoraConfig(r=2, target_modules=["conv"]))

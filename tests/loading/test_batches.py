@@ -10,6 +10,7 @@ from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lora_init import LoraInitError, load_batches
+from tests.conftest import refused
 from tests.loading.made import CHAT, bert_tokenizer, byte_tokenizer, texts
 from tests.versions import OLD_DATASETS
 
@@ -72,15 +73,12 @@ THINKING = (
 )
 
 
-@pytest.mark.parametrize(
-    ("said", "labelled"),
-    [
-        (["hi", "hello", "?", " 4 ", "?", "XY"], "hello<|im_end|>\n4<|im_end|>\n<think>\n\n</think>\n\nXY<|im_end|>\n"),
-        (["hi", "hello", "and?"], "hello<|im_end|>\n"),
-        ([None, "I begin", "hi", "XYZ"], "I begin<|im_end|>\n<think>\n\n</think>\n\nXYZ<|im_end|>\n"),
-        ([None, "user"], "user<|im_end|>\n"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("said", "labelled"), [
+    (["hi", "hello", "?", " 4 ", "?", "XY"], "hello<|im_end|>\n4<|im_end|>\n<think>\n\n</think>\n\nXY<|im_end|>\n"),
+    (["hi", "hello", "and?"], "hello<|im_end|>\n"),
+    ([None, "I begin", "hi", "XYZ"], "I begin<|im_end|>\n<think>\n\n</think>\n\nXYZ<|im_end|>\n"),
+    ([None, "user"], "user<|im_end|>\n"),
+])  # fmt: skip
 def test_answers_are_labelled_whatever_the_template_makes_of_earlier_ones(write, said, labelled):
     tokenizer = byte_tokenizer(chat_template=THINKING, eos_token="<|im_end|>")
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said) if text]
@@ -118,16 +116,13 @@ def test_rows_with_a_missing_field_are_left_out_and_counted(write, tokenizer):
     assert batches.description.endswith("2 left out with an empty field")
 
 
-@pytest.mark.parametrize(
-    ("values", "known", "classes"),
-    [
-        (["b", "a", "b", "c"], (), ("a", "b", "c")),
-        ([10, 9, 2, 9], (), ("2", "9", "10")),  # by number, so that 0, 1, 2, ... are what they are
-        (["no", "yes", "no", "no"], ("yes", "no", "maybe"), ("yes", "no", "maybe")),  # as the checkpoint's head has it
-        (["no", "yes", "no", "no"], ("LABEL_0", "LABEL_1"), ("no", "yes")),
-        ([10.5, 2.5, -1.0, 2.5], (), ("-1", "2.5", "10.5")),
-    ],
-)
+@pytest.mark.parametrize(("values", "known", "classes"), [
+    (["b", "a", "b", "c"], (), ("a", "b", "c")),
+    ([10, 9, 2, 9], (), ("2", "9", "10")),  # by number, so that 0, 1, 2, ... are what they are
+    (["no", "yes", "no", "no"], ("yes", "no", "maybe"), ("yes", "no", "maybe")),  # as the checkpoint's head has it
+    (["no", "yes", "no", "no"], ("LABEL_0", "LABEL_1"), ("no", "yes")),
+    ([10.5, 2.5, -1.0, 2.5], (), ("-1", "2.5", "10.5")),
+])  # fmt: skip
 def test_classes_are_labels_of_whole_texts(write, tokenizer, values, known, classes):
     rows = [{"q": str(value).removesuffix(".0") * 3, "kind": value} for value in [*values, None]]
     batches = load_batches(write(rows), tokenizer, template="{q}", label="kind", known_classes=known, batch_size=3)
@@ -196,43 +191,37 @@ def test_a_classifier_pools_the_token_that_it_pools_in_training_on_the_tokenizer
     torch.testing.assert_close(gradient(ours), gradient({**theirs, "labels": torch.tensor([1, 0, 1])}))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(template="{passage}", label="kind"), "label='kind' is not a column. Columns of"),
-        (
-            dict(template="{passage}", label="label"),
-            "column 'label' has 1 different values, and a classification needs",
-        ),
-        (dict(template="{passage}", label="label", completion="{label}"), "a classification has no completion"),
-        (dict(template="{passage.__class__}"), "has no column 'passage.__class__'. Its columns: passage, label."),
-        (dict(template="{passage[0]}"), "has no column 'passage[0]'"),
-        (dict(template="{passage:{label.__class__}}"), "only column names go in braces"),
-        (dict(template="{passage!r}"), "only column names go in braces"),
-        (dict(template="{pasage}"), "has no column 'pasage'. Its columns: passage, label."),
-        (dict(template="{}"), "has no column ''"),
-        (dict(template="no column"), "names no column. Columns of"),
-        (dict(template="{passage"), "Write {{ for a brace"),
-        (dict(template="{passage}", completion="{answer}"), "completion='{answer}': "),
-        (dict(format="chat"), "format='chat' is unknown. Choose from messages, sharegpt, prompt-completion,"),
-        (dict(format="text", template="{passage}"), "format='text' and a template say two things. Give one"),
-        (dict(format="alpaca"), "has the columns passage, label. Expected instruction and output; name others, such"),
-        (dict(completion="{label}"), "needs a template for the prompt"),
-        (dict(), "has the columns passage, label. Expected messages, or conversations, or prompt and completion, or"),
-        (dict(), "name others, such as template='{passage}' with completion=' {label}'."),
-        (dict(label="label"), "name others, such as template='{passage}'."),
-        (dict(template="{passage}", batch_size=0), "batch_size=0 must be at least 1"),
-        (dict(template="{passage}", batch_size="8"), "batch_size='8' must be at least 1, as a number"),
-        (dict(template=3), "template=3: expected a text with columns in braces"),
-        (dict(template="{passage}", max_length=1), "max_length=1 must be at least 2"),
-        (dict(template="{passage}", samples=0), "samples=0 must be at least 1"),
-        (dict(template="{passage}", seed=-1), "seed=-1 must be at least 0"),
-        (dict(template="{passage}", offset=-1), "offset=-1 at least 0"),
-        (dict(template="{passage}", offset=1), "no usable example among 1 rows read as template '{passage}' after the"),
-        (dict(template="{passage}", seq2seq=True), "an encoder-decoder model needs a prompt"),
-        (dict(template="{passage}", completion="{label}", max_length=4), "1 left out without a labelled token among"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(template="{passage}", label="kind"), "label='kind' is not a column. Columns of"),
+    (dict(template="{passage}", label="label"), "column 'label' has 1 different values, and a classification needs"),
+    (dict(template="{passage}", label="label", completion="{label}"), "a classification has no completion"),
+    (dict(template="{passage.__class__}"), "has no column 'passage.__class__'. Its columns: passage, label."),
+    (dict(template="{passage[0]}"), "has no column 'passage[0]'"),
+    (dict(template="{passage:{label.__class__}}"), "only column names go in braces"),
+    (dict(template="{passage!r}"), "only column names go in braces"),
+    (dict(template="{pasage}"), "has no column 'pasage'. Its columns: passage, label."),
+    (dict(template="{}"), "has no column ''"),
+    (dict(template="no column"), "names no column. Columns of"),
+    (dict(template="{passage"), "Write {{ for a brace"),
+    (dict(template="{passage}", completion="{answer}"), "completion='{answer}': "),
+    (dict(format="chat"), "format='chat' is unknown. Choose from messages, sharegpt, prompt-completion,"),
+    (dict(format="text", template="{passage}"), "format='text' and a template say two things. Give one"),
+    (dict(format="alpaca"), "has the columns passage, label. Expected instruction and output; name others, such"),
+    (dict(completion="{label}"), "needs a template for the prompt"),
+    (dict(), "has the columns passage, label. Expected messages, or conversations, or prompt and completion, or"),
+    (dict(), "name others, such as template='{passage}' with completion=' {label}'."),
+    (dict(label="label"), "name others, such as template='{passage}'."),
+    (dict(template="{passage}", batch_size=0), "batch_size=0 must be at least 1"),
+    (dict(template="{passage}", batch_size="8"), "batch_size='8' must be at least 1, as a number"),
+    (dict(template=3), "template=3: expected a text with columns in braces"),
+    (dict(template="{passage}", max_length=1), "max_length=1 must be at least 2"),
+    (dict(template="{passage}", samples=0), "samples=0 must be at least 1"),
+    (dict(template="{passage}", seed=-1), "seed=-1 must be at least 0"),
+    (dict(template="{passage}", offset=-1), "offset=-1 at least 0"),
+    (dict(template="{passage}", offset=1), "no usable example among 1 rows read as template '{passage}' after the"),
+    (dict(template="{passage}", seq2seq=True), "an encoder-decoder model needs a prompt"),
+    (dict(template="{passage}", completion="{label}", max_length=4), "1 left out without a labelled token among"),
+])  # fmt: skip
 def test_bad_arguments_say_what_to_do(write, tokenizer, arguments, message):
     path = write([{"passage": "Ice floats.", "label": True}])
     with pytest.raises(LoraInitError, match=re.escape(message)) as caught:
@@ -244,14 +233,11 @@ def test_bad_arguments_say_what_to_do(write, tokenizer, arguments, message):
 def test_bad_messages_name_the_row(write, tokenizer):
     good = {"role": "user", "content": "hi"}
     path = write([{"messages": [good]}])
-    with pytest.raises(LoraInitError, match="this tokenizer has no chat template"):
-        load_batches(path, tokenizer)
+    refused("this tokenizer has no chat template", load_batches, path, tokenizer)
     chatty = byte_tokenizer(chat_template=CHAT)
     path = write([{"messages": [{"role": "tool", "content": "x"}]}])
-    with pytest.raises(LoraInitError, match=r"data.jsonl, line 1: the chat template refuses .* no tools here"):
-        load_batches(path, chatty)
-    with pytest.raises(LoraInitError, match="line 1: messages must be a list of"):
-        load_batches(write([{"messages": "hi"}]), chatty)
+    refused(r"data.jsonl, line 1: the chat template refuses .* no tools here", load_batches, path, chatty)
+    refused("line 1: messages must be a list of", load_batches, write([{"messages": "hi"}]), chatty)
 
 
 def test_batches_have_little_padding_and_every_stretch_is_mixed(write, tokenizer):

@@ -13,6 +13,7 @@ from lora_init.errors import LoraInitError
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import check_model_source, open_model
 from lora_init.loading.sources import check_data
+from tests.conftest import refused
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -68,14 +69,12 @@ def no_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", ["hub/datasets--owner--Name", "data/owner___name"])
 def test_without_a_network_a_cache_is_asked_alone(place, tmp_path, no_hub):
-    with pytest.raises(LoraInitError, match=r"^data 'owner/Name': no such file .* be reached: no route to the hub\.$"):
-        check_data("owner/Name")
+    refused(r"^data 'owner/Name': no such file .* be reached: no route to the hub\.$", check_data, "owner/Name")
     assert not constants.HF_HUB_OFFLINE
     (tmp_path / place).mkdir(parents=True)
     check_data("owner/Name")
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(LoraInitError, match=r"model 'owner/Name': .*HF_HUB_OFFLINE is set"):
-        check_model_source("owner/Name")
+    refused(r"model 'owner/Name': .*HF_HUB_OFFLINE is set", check_model_source, "owner/Name")
 
 
 def test_in_python_too_a_hub_that_does_not_answer_is_one_line_and_a_cache_is_asked_alone(tmp_path, no_hub, monkeypatch):
@@ -87,12 +86,10 @@ def test_in_python_too_a_hub_that_does_not_answer_is_one_line_and_a_cache_is_ask
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
     monkeypatch.setattr("datasets.load_dataset", from_pretrained)
-    with pytest.raises(LoraInitError, match=r"^model 'owner/Name': no such file .* be reached: no route to the hub\.$"):
-        open_model("owner/Name")
+    refused(r"^model 'owner/Name': no such file .* be reached: no route to the hub\.$", open_model, "owner/Name")
     with pytest.raises(LoraInitError, match=r"^data 'owner/Name': no such file .* be reached: no route to the hub\.$"):
         load_batches("owner/Name", tokenizer=None)
     assert not asked  # their clients would try for half a minute
     (tmp_path / "hub/models--owner--Name").mkdir(parents=True)
-    with pytest.raises(LoraInitError, match="nothing in the cache"):
-        open_model("owner/Name")
+    refused("nothing in the cache", open_model, "owner/Name")
     assert asked["local_files_only"] and not constants.HF_HUB_OFFLINE  # what else the process asks is not our business

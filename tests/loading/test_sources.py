@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from lora_init import LoraInitError, load_batches
 from lora_init.loading.sources import read_rows
+from tests.conftest import refused
 from tests.loading.made import texts
 
 
@@ -56,9 +57,7 @@ def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
         "nothing": "doesn't contain any data files",
         "hollow.jsonl": r"no usable example among 2 rows read as text \(2 left out with an empty field\)",
     }.items():
-        with pytest.raises(LoraInitError, match=message) as caught:
-            load_batches(tmp_path / name, tokenizer)
-        assert "\n" not in str(caught.value), name
+        refused(message, load_batches, tmp_path / name, tokenizer)
     with pytest.raises(LoraInitError, match=r"mix kinds of values in a column: .* Write all of it as text"):
         load_batches([{"text": "a"}, {"text": 1}], tokenizer)
 
@@ -73,8 +72,7 @@ def test_folder_reads_one_kind_and_one_split(write, tokenizer, tmp_path):
     assert batches.description.startswith("plain/: 2 of 2 examples")
     # A script beside the data is never run.
     (tmp_path / "plain/plain.py").write_text("raise SystemExit('this ran')")
-    with pytest.raises(LoraInitError, match="scripts are no longer supported"):
-        load_batches(tmp_path / "plain", tokenizer)
+    refused("scripts are no longer supported", load_batches, tmp_path / "plain", tokenizer)
 
     for name in ("train", "dev", "contest"):  # "test" inside a word marks no split
         write([{"text": name}], f"splits/{name}.jsonl")
@@ -86,8 +84,7 @@ def test_folder_reads_one_kind_and_one_split(write, tokenizer, tmp_path):
     write([{"text": "c"}], "mixed/1.jsonl")
     (tmp_path / "mixed/2.txt").write_text("d")
     assert texts(load_batches(tmp_path / "mixed", tokenizer), tokenizer) == ["c<eos>"]  # the kind there is most of
-    with pytest.raises(LoraInitError, match=r"files of this kind \(.jsonl, .txt\)"):
-        load_batches(tmp_path / "mixed" / "*", tokenizer)
+    refused(r"files of this kind \(.jsonl, .txt\)", load_batches, tmp_path / "mixed" / "*", tokenizer)
 
 
 def test_hub_id_goes_to_datasets_with_subset_and_split(monkeypatch, tokenizer):
@@ -104,18 +101,14 @@ def test_hub_id_goes_to_datasets_with_subset_and_split(monkeypatch, tokenizer):
     assert batches.description.startswith("owner/name (small), validation: 1 of 1 examples")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("text,b\n1,2,3\n4,5\n", "data.csv: datasets cannot read it: Length of header .* does not match"),
-        ('text,b\n1,2\n\n"x\ny",5\n4,5,6\n', "Expected 2 fields in line 5, saw 3"),
-        ("text,b\n" + "x" * 200_000 + ",2\n4,5,6\n", "Expected 2 fields in line 3, saw 3"),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), [
+    ("text,b\n1,2,3\n4,5\n", "data.csv: datasets cannot read it: Length of header .* does not match"),
+    ('text,b\n1,2\n\n"x\ny",5\n4,5,6\n', "Expected 2 fields in line 5, saw 3"),
+    ("text,b\n" + "x" * 200_000 + ",2\n4,5,6\n", "Expected 2 fields in line 3, saw 3"),
+])  # fmt: skip
 def test_a_record_with_too_many_fields_is_refused(tmp_path, tokenizer, content, message):
     (tmp_path / "data.csv").write_text(content)
-    with pytest.raises(LoraInitError, match=message):
-        load_batches(tmp_path / "data.csv", tokenizer)
+    refused(message, load_batches, tmp_path / "data.csv", tokenizer)
 
 
 def test_data_in_memory_streams_patterns_and_standard_input(write, tokenizer, tmp_path, monkeypatch):
@@ -140,11 +133,9 @@ def test_data_in_memory_streams_patterns_and_standard_input(write, tokenizer, tm
         3: "data of type int: expected a path",
         (1, 2): "data of type tuple: expected a path",
     }.items():
-        with pytest.raises(LoraInitError, match=message):
-            load_batches(source, tokenizer)
+        refused(message, load_batches, source, tokenizer)
     monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "a"}\nnot json\n'))
-    with pytest.raises(LoraInitError, match="standard input, line 2 is not JSON"):
-        load_batches("-", tokenizer)
+    refused("standard input, line 2 is not JSON", load_batches, "-", tokenizer)
 
 
 def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, tokenizer):

@@ -6,11 +6,10 @@ from torch import nn
 
 import lora_init
 from lora_init.collection.collect import collect
-from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from tests.collection.made import labelled
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 
 RANK = 4
 
@@ -90,5 +89,4 @@ def test_gora_needs_plain_weights(case):
     blind = lora_init.Statistics(
         {n: stats[n] for n in stats}, {n: n for n in stats}, stats.targets, stats.provenance, gradients=gone
     )
-    with pytest.raises(LoraInitError, match="worth nothing, since the weights are quantized"):
-        allocate_ranks(blind, rank=2, policy="gora")
+    refused("worth nothing, since the weights are quantized", allocate_ranks, blind, rank=2, policy="gora")

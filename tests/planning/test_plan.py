@@ -10,6 +10,7 @@ from hypothesis import given
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
 from lora_init.planning.plan import load_plan, save_plan
+from tests.conftest import refused
 from tests.planning.made import WIDE, distinct, explained, full_plan, laws, statistics, widths3
 
 
@@ -48,10 +49,7 @@ def test_a_plan_survives_its_file_copies_and_pickles(tmp_path):
 def test_a_plan_for_another_model_is_refused():
     stats, plan = full_plan()
     other = full_plan(fingerprint="f2", model_id="other/model")[0]
-    with pytest.raises(
-        LoraInitError, match=r"made for some/model \(fingerprint f1\), .* another: .* other/model \(f2\)"
-    ):
-        plan.check(other)
+    refused(r"made for some/model \(fingerprint f1\), .* another: .* other/model \(f2\)", plan.check, other)
     with pytest.raises(LoraInitError, match=r"names layer 'h.0.q_proj', which the statistics do not have"):
         RankAllocation(dict(plan), 2).check(statistics(WIDE))
     plan.check(stats)
@@ -63,30 +61,26 @@ def put(content, *path, value):
     content[path[-1]] = value
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: put(c, "format_version", value=2), "format version 2, and this lora_init reads 1"),
-        (lambda c: put(c, "format", value="x"), "is not a plan of lora_init"),
-        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=-1), "damaged: .*'h.0.q_proj' has .*'rank': -1"),
-        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value="9"), "damaged: .*'h.0.q_proj' has .*'rank': '9'"),
-        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=65), "damaged: .*'rank': 65, .*'in_features': 64"),
-        (lambda c: put(c, "layers", "h.0.q_proj", "explained_variance", value=2), "damaged: .*'explained_variance': 2"),
-        (lambda c: put(c, "rank", value=0), "damaged: .*rank=0"),
-        (lambda c: put(c, "layers", value=[]), "damaged"),
-        (lambda c: put(c, "budget", value={"a": 1}), "damaged"),
-        (lambda c: put(c, "budget", "asked", value="1M"), "damaged: .*Budget has asked='1M'"),
-        (lambda c: put(c, "provenance", "fingerprint", value=3), "damaged: .*Provenance has fingerprint=3"),
-        (lambda c: c.pop("policy"), "damaged: KeyError 'policy'"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda c: put(c, "format_version", value=2), "format version 2, and this lora_init reads 1"),
+    (lambda c: put(c, "format", value="x"), "is not a plan of lora_init"),
+    (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=-1), "damaged: .*'h.0.q_proj' has .*'rank': -1"),
+    (lambda c: put(c, "layers", "h.0.q_proj", "rank", value="9"), "damaged: .*'h.0.q_proj' has .*'rank': '9'"),
+    (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=65), "damaged: .*'rank': 65, .*'in_features': 64"),
+    (lambda c: put(c, "layers", "h.0.q_proj", "explained_variance", value=2), "damaged: .*'explained_variance': 2"),
+    (lambda c: put(c, "rank", value=0), "damaged: .*rank=0"),
+    (lambda c: put(c, "layers", value=[]), "damaged"),
+    (lambda c: put(c, "budget", value={"a": 1}), "damaged"),
+    (lambda c: put(c, "budget", "asked", value="1M"), "damaged: .*Budget has asked='1M'"),
+    (lambda c: put(c, "provenance", "fingerprint", value=3), "damaged: .*Provenance has fingerprint=3"),
+    (lambda c: c.pop("policy"), "damaged: KeyError 'policy'"),
+])  # fmt: skip
 def test_a_damaged_plan_is_refused(tmp_path, change, message):
     path = save_plan(full_plan()[1], tmp_path / "plan.json")
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(LoraInitError, match=message):
-        load_plan(path)
+    refused(message, load_plan, path)
 
 
 # --- In a notebook --------------------------------------------------------------------------------------------------

@@ -8,10 +8,9 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.snippets import TOOLS, snippet
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 from tests.planning.made import model_and_statistics
 
 MEASURED = {"learning_rate": 2e-4, "warmup": 0.1, "schedule": "cosine", "optimizer": "AdamW"}
@@ -120,15 +119,12 @@ def test_trl_trains_the_adapter_as_was_measured(tmp_path, monkeypatch):
 
 def test_unknown_formats_and_empty_plans():
     plan, _ = allocated(model_and_statistics()[1])
-    with pytest.raises(LoraInitError, match=r"format='toml' is unknown. Choose from peft, trl, axolotl"):
-        snippet(plan, "toml")
+    refused(r"format='toml' is unknown. Choose from peft, trl, axolotl", snippet, plan, "toml")
     for alpha in (0, math.nan, -1):
-        with pytest.raises(LoraInitError, match="must be a positive number"):
-            snippet(plan, "peft", alpha)
+        refused("must be a positive number", snippet, plan, "peft", alpha)
     nothing = replace(plan, ranks=dict.fromkeys(plan, 0))
     for tool in TOOLS:
-        with pytest.raises(LoraInitError, match="no layer any rank"):
-            snippet(nothing, tool)
+        refused("no layer any rank", snippet, nothing, tool)
 
 
 def axolotl_reads(config):

@@ -8,9 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
+
+from tests.commands import tokenizer_of
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -20,12 +21,7 @@ CHAT = (
 
 def word_tokenizer():
     """Make a tokenizer of 64 words."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(58))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = CHAT
-    return tokenizer
+    return tokenizer_of(["user", "assistant", *(f"w{i}" for i in range(58))], chat_template=CHAT)
 
 
 class Engine:

@@ -57,16 +57,13 @@ def test_several_are_written_beside_each_other_with_a_table_and_one_command_and_
     assert mixed[0]["error"] == 0.0 and "no adapter_model.safetensors" in mixed[1]["failed"]
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--engine", "lama.cpp"], "engine 'lama.cpp' is unknown. Did you mean llama.cpp?"),
-        (["--engine", "mlx", "--keep-ranks"], "mlx takes one rank for all layers."),
-        (["--engine", "ollama", "--data", "x"], "--data: PEFT measures the loss."),
-        (["--parameters", "many"], "--parameters many: a whole number from 1 to 10^12 is needed"),
-        (["--merge-into", "base", "--rank", "2"], "no ranks"),
-    ],
-)
+@pytest.mark.parametrize("options, message", [
+    (["--engine", "lama.cpp"], "engine 'lama.cpp' is unknown. Did you mean llama.cpp?"),
+    (["--engine", "mlx", "--keep-ranks"], "mlx takes one rank for all layers."),
+    (["--engine", "ollama", "--data", "x"], "--data: PEFT measures the loss."),
+    (["--parameters", "many"], "--parameters many: a whole number from 1 to 10^12 is needed"),
+    (["--merge-into", "base", "--rank", "2"], "no ranks"),
+])  # fmt: skip
 def test_wrong_usage_is_one_line(options, message, trained, tmp_path):
     done = run("export", trained, "-o", tmp_path / "served", *options)
     assert_one_line_error(done, message)
@@ -84,13 +81,10 @@ def test_an_adapter_of_a_base_of_another_size_is_warned_of(tmp_path):
     assert done.stderr.rstrip().endswith("Is it the same base?")
 
 
-@pytest.mark.parametrize(
-    ("task", "kind", "load"),
-    [
-        ("SEQ_CLS", "a classifier", "AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=3)"),
-        ("FEATURE_EXTRACTION", "an encoder", "AutoModel.from_pretrained({base!r})"),
-    ],
-)
+@pytest.mark.parametrize(("task", "kind", "load"), [
+    ("SEQ_CLS", "a classifier", "AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=3)"),
+    ("FEATURE_EXTRACTION", "an encoder", "AutoModel.from_pretrained({base!r})"),
+])  # fmt: skip
 def test_models_that_write_no_text_are_offered_no_engine_of_text(task, kind, load, tmp_path):
     base = str(save_model(tiny_bert(), tmp_path / "base"))
     auto = load.partition(".")[0]

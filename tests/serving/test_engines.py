@@ -154,6 +154,7 @@ SOME = "PEFT and vLLM (--max-lora-rank {}) take this adapter as it is. SGLang, l
         ([8, 16, 8, 16], SOME.format(16)),
         ([8, 8, 8, 0], SOME.format(8)),
         ([1, 2, 3, 260], SOME.format(320)),
+        ([1, 2, 3, 512], SOME.format(512)),
         ([1, 2, 3, 513], "PEFT takes this adapter as it is. vLLM, SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need"),
         ([0, 0, 0, 0], "nothing to serve"),
     ],

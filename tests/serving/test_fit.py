@@ -15,7 +15,7 @@ from lora_init.adapters import directory as directory_room
 from lora_init.loading import checkpoint, models
 from lora_init.serving import server
 from tests.commands import assert_one_line_error, run
-from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
+from tests.conftest import batches_for, refused, tiny_bert, tiny_gpt2, tiny_llama
 from tests.layers.made import mixtral, qwen3_moe
 from tests.serving.made import config_of, load, logits, randomise
 from tests.versions import OLD_TRANSFORMERS
@@ -239,8 +239,7 @@ def test_no_code_that_comes_with_a_base_is_run(bases, tmp_path):
     (tmp_path / "custom/new.py").write_text("raise SystemExit('run')")
     config = {"model_type": "new", "auto_map": {"AutoConfig": "new.Config"}}
     (tmp_path / "custom/config.json").write_text(json.dumps(config))
-    with pytest.raises(LoraInitError, match="cannot be read"):
-        check_fit(directory, str(tmp_path / "custom"))
+    refused("cannot be read", check_fit, directory, str(tmp_path / "custom"))
 
 
 @pytest.mark.parametrize("case", NAMES)

@@ -109,3 +109,6 @@ def test_reading_scales_as_peft_does(base, tmp_path):
     for name, layer in layers.items():
         module = model.get_base_model().get_submodule(name)
         assert layer.rank == module.r["default"] and math.isclose(layer.scaling, module.scaling["default"])
+    updates = [model.get_base_model().get_submodule(name).get_delta_weight("default") for name in layers]
+    size = math.sqrt(sum(float(update.double().square().sum()) for update in updates))
+    assert math.isclose(read_trained(trained).update_size, size, rel_tol=1e-5)

@@ -14,7 +14,7 @@ from lora_init import LoraInitError
 from lora_init.serving import server
 from tests import commands
 from tests.commands import run
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 from tests.serving.engine import FAULTS, Engine, changed, without, word_tokenizer
 
 # What could not be asked is not what differs, which is 1.
@@ -225,15 +225,13 @@ def test_a_function_is_asked_in_place_of_a_server_and_the_model_is_left_as_it_wa
     assert found.verdict == "served as trained" and found.residual < 1e-5 and (found.prompts, found.values) == (4, 256)
     assert dict(model.named_modules()) == before and not hasattr(model, "peft_config")
     assert all(torch.equal(state[key], t) for key, t in model.state_dict().items())
-    with pytest.raises(LoraInitError, match="verify needs a prompt"):
-        lora_init.verify(home / "ranks", model, engine.tokenizer, [], told("served"))
+    refused("verify needs a prompt", lora_init.verify, home / "ranks", model, engine.tokenizer, [], told("served"))
     for wrong, said in (
         ("http://x", "served= is 'http://x', expected a function"),
         (lambda *, given: {}, r"served= takes \(\*, given\), and is called with \(prompt\)"),
         (lambda prompt: [1.0], "return list, expected token: log-probability"),
     ):
-        with pytest.raises(LoraInitError, match=said):
-            lora_init.verify(home / "ranks", model, engine.tokenizer, prompts, wrong)
+        refused(said, lora_init.verify, home / "ranks", model, engine.tokenizer, prompts, wrong)
     with pytest.raises(LoraInitError, match=r"verify\(\) takes a model in this place"):
         lora_init.verify(home / "ranks", "base", engine.tokenizer, prompts, told("served"))
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from lora_init import LoraInitError, ServingCallback, ServingWatch
 from lora_init.serving.server import Server
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 from tests.serving.engine import Engine, word_tokenizer
 
 PROMPTS = [" ".join(f"w{(5 * i + j * j) % 58}" for j in range(3 + i)) for i in range(8)]
@@ -252,9 +252,7 @@ def test_a_server_is_asked_by_its_url(tmp_path):
 
 
 def test_wrong_use_is_one_line():
-    with pytest.raises(LoraInitError, match="got 0 and keep=16"):
-        ServingWatch(word_tokenizer(), [], lambda prompt: {})
-    with pytest.raises(LoraInitError, match="every=0"):
-        ServingCallback(ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}), every=0)
+    refused("got 0 and keep=16", ServingWatch, word_tokenizer(), [], lambda prompt: {})
+    refused("every=0", ServingCallback, ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}), every=0)
     with warnings.catch_warnings(), pytest.raises(LoraInitError, match="this LlamaForCausalLM has none"):
         ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}).note(tiny_llama(), 0)

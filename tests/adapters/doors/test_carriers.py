@@ -8,9 +8,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.errors import LoraInitError
 from tests.adapters.doors.made import CONFIG, add_adapter
-from tests.conftest import batches_for, tiny_llama
+from tests.conftest import batches_for, refused, tiny_llama
 
 
 def test_the_layers_are_filled_and_stay_the_same_objects():
@@ -86,8 +85,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_filled_is_refused(case):
     make, message = REFUSED[case]
-    with pytest.raises(LoraInitError, match=message):
-        make()
+    refused(message, make)
 
 
 def test_transformers_saves_and_loads_what_was_filled(tmp_path):

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel
 import lora_init
 from lora_init.adapters.doors.prompts import PromptTrainer, _answered
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.errors import LoraInitError
-from tests.conftest import tiny_llama
+from tests.adapters.doors.made import seen_by
+from tests.conftest import refused, tiny_llama
 from tests.loading.made import bert_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -39,14 +39,7 @@ def trainer_of(kind, folder, chats=False, peft_config=None, **more):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "chats"), [("GRPO", False), ("RLOO", True)])
 def test_the_statistics_are_of_prompts_with_answers_of_the_models_own(kind, chats, tmp_path, monkeypatch):
-    seen, inner = [], PromptTrainer.batches
-
-    def record(door, loader):
-        for batch in inner(door, loader):
-            seen.append(batch)
-            yield batch
-
-    monkeypatch.setattr(PromptTrainer, "batches", record)
+    seen = seen_by(PromptTrainer, monkeypatch)
     with_config = chats or kind == "RLOO"  # which loads a second model as its reference otherwise
     trainer = trainer_of(kind, tmp_path, chats, LoraConfig(**LORA) if with_config else None)
     before = torch.random.get_rng_state()
@@ -100,19 +93,9 @@ def test_answers_are_sampled_as_the_trainer_samples_them(asked, backend, tmp_pat
     assert torch.equal(ours["input_ids"], expected)
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        (
-            "lora-ga",
-            "changes the base weights, and GRPOTrainer compares what it trains with the model without its adapter",
-        ),
-        (
-            "natural-gradient",
-            "needs the gradient of the training loss, and this GRPOTrainer computes a loss of its own",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("method", "message"), [
+    ("lora-ga", "changes the base weights, and GRPOTrainer compares what it trains with the model without its adapter"),
+    ("natural-gradient", "needs the gradient of the training loss, and this GRPOTrainer computes a loss of its own"),
+])  # fmt: skip
 def test_starts_that_do_not_fit_are_refused(method, message, tmp_path):
-    with pytest.raises(LoraInitError, match=message):
-        lora_init.initialize(trainer_of("GRPO", tmp_path), method=method)
+    refused(message, lora_init.initialize, trainer_of("GRPO", tmp_path), method=method)

@@ -15,7 +15,7 @@ from lora_init.errors import LoraInitError
 library = pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 
-from tests.adapters.doors.made import add_adapter  # noqa: E402
+from tests.adapters.doors.made import add_adapter, seen_by  # noqa: E402
 from tests.adapters.doors.sentences import LOSSES, PAIRS, TEXTS, encoder, made, reranker_trainer, trainer_of  # noqa: E402
 
 
@@ -73,14 +73,7 @@ def test_the_cached_loss_has_the_gradients_of_the_plain_one(tmp_path):
 
 
 def test_training_reads_the_batches_that_the_statistics_are_from(tmp_path, monkeypatch):
-    seen, trained, inner = [], [], SentenceTrainer.batches
-
-    def record(door, loader):
-        for batch in inner(door, loader):
-            seen.append(batch["anchor_input_ids"].clone())
-            yield batch
-
-    monkeypatch.setattr(SentenceTrainer, "batches", record)
+    seen, trained = seen_by(SentenceTrainer, monkeypatch), []
     trainer = trainer_of(tmp_path)
     lora_init.initialize(trainer, rank=2)
     step = trainer.training_step
@@ -88,7 +81,9 @@ def test_training_reads_the_batches_that_the_statistics_are_from(tmp_path, monke
         trained.append(inputs["anchor_input_ids"].clone()), step(model, inputs, *rest)
     )[1]  # fmt: skip
     trainer.train()
-    assert len(trained) == 3 and all(torch.equal(*pair) for pair in zip(seen, trained, strict=False))
+    assert len(trained) == 3 and all(
+        torch.equal(ours["anchor_input_ids"], theirs) for ours, theirs in zip(seen, trained, strict=False)
+    )
 
 
 @pytest.mark.parametrize(("label", "method"), [(True, "natural-gradient"), (False, "eva")])
