@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -89,7 +90,10 @@ def llama_cpp(file):
 @pytest.mark.parametrize("engine", ["llama.cpp", "ollama"])
 def test_gguf_scales_each_pair_rightly_and_sorts_the_rows_of_q_and_k(engine, keep_ranks, base, tmp_path):
     trained = train(base, tmp_path / "trained", **UNEVEN)
-    exported = export_adapter(trained, tmp_path / "served.gguf", engine, keep_ranks=keep_ranks)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ResourceWarning)
+        exported = export_adapter(trained, tmp_path / "served.gguf", engine, keep_ranks=keep_ranks)
+    assert not [one for one in said if "unclosed file" in str(one.message)]
     file = exported.path if engine == "llama.cpp" else exported.path / "adapter.gguf"
     read = llama_cpp(file)
     short = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
