@@ -56,7 +56,7 @@ def test_what_is_there_stays_unless_told(run, home, tmp_path):
     assert (tmp_path / "out").read_bytes() == (home / "c").read_bytes()
     assert run("a", "b", "--overwrite").exit_code == 0
     (tmp_path / "mine").write_text("mine")
-    assert_one_line_error(run("a", "b", "--overwrite", output="mine"), "is not a statistics file, so it is never repl")
+    assert_one_line_error(run("a", "b", "--overwrite", output="mine"), "is no statistics file, so it is never repl")
     assert (tmp_path / "mine").read_text() == "mine"
     # A file may be merged into itself.
     (tmp_path / "own").write_bytes((home / "c").read_bytes())
