@@ -126,7 +126,7 @@ def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
 
 # Its second run waits until a signal comes, so that nothing depends on how fast the machine is.
 WAITING = """
-import signal, sys
+import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 from lora_init import cli
 from lora_init.comparison import workbench
@@ -136,7 +136,7 @@ def waiting(*arguments, **options):
     if len(calls) == 2:
         print("the second run waits", file=sys.stderr, flush=True)
     while len(calls) == 2:
-        signal.pause()
+        time.sleep(0.01)
     return train(*arguments, **options)
 workbench.train = waiting
 cli.main()
