@@ -106,6 +106,17 @@ class AdapterDirectory:
         """Whether it is as lora_init wrote it, before training. PEFT drops the record, or leaves it as it was."""
         return is_as_written(self.path, ORIGIN_FILE)
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether it is a start: as lora_init wrote it, or with a B of zeros. Reads B up to the first that is not zero."""
+        if self.is_start:
+            return True
+        from safetensors import safe_open
+
+        keys = [key for key in self.shapes if key.endswith(LORA_B)]  # `shapes` checks the file
+        with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
+            return bool(keys) and not any(file.get_tensor(key).any() for key in keys)
+
     @cached_property
     def origin(self) -> dict[str, Any]:
         """What lora_init knew when it made the adapter, also after training; empty if it did not make it."""

@@ -220,7 +220,7 @@ def describe(path: str | Path, steps: int | None = None) -> dict[str, Any]:
     """Read what statistics, a plan, an adapter or a comparison are and hold, as plain values.
 
     Any LoRA directory of PEFT will do; where it comes from is known only if lora_init made it, before or after
-    training. Weights and components are not read, only their shapes.
+    training. Of weights and components only shapes are read, and of an adapter the first B that is not zero.
     """
     path = Path(path).expanduser()
     if path.is_dir() and (path / "settings.json").is_file() and not (path / "adapter_config.json").is_file():
@@ -279,6 +279,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.keep.dialed import PICTURE_FILE
+    from lora_init.serving.export import exported_as
     from lora_init.serving.support import serving_note
     from lora_init.serving.trained import DIAL_FILE
 
@@ -306,6 +307,8 @@ def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
         if is_as_written(path, DIAL_FILE)
         else None,
         "base_change": directory.base_change,
+        "untrained": directory.is_untrained,
+        "exported": exported_as(path),
         "serving": serving_note(everywhere, config, shapes, directory.base_change),
     }
 
@@ -333,9 +336,17 @@ def _next(about: Mapping[str, Any]) -> str:
     fit = about.get("fit") or {"fits": True, "engine": None}
     if not fit["fits"] and not fit["renames"]:
         return f"lora-init inspect {path} --base MODEL"
-    options = ["--rename"] * (not fit["fits"]) + ["--start DIRECTORY"] * bool(about["base_change"])
+    if fit["fits"] and about["exported"]:
+        return "\nthen: ".join(filter(None, about["exported"].values()))
+    untrained = fit["fits"] and about["untrained"]
+    if untrained and not about["train"]:
+        return f"lora-init rate {path} DATA --steps 300"
+    before = path if untrained else "DIRECTORY"
+    options = ["--rename"] * (not fit["fits"]) + [f"--start {before}"] * bool(about["base_change"])
     options += [] if about["task_type"] in WRITE_NO_TEXT else [f"--engine {fit['engine'] or 'vllm'}"]
-    return " ".join(["lora-init export", path, *options, "-o", served])
+    trained, output = ("TRAINED", "served") if untrained else (path, served)
+    export = " ".join(["lora-init export", trained, *options, "-o", output])
+    return f"train it as said above; then {export}" if untrained else export
 
 
 def _plan_view(about: Mapping[str, Any], width: int) -> list[Any]:

@@ -18,7 +18,16 @@ from lora_init.adapters.directory import CARD_FILE, WEIGHTS_FILE, AdapterDirecto
 from lora_init.adapters.intruders import intruder_dimensions
 from lora_init.adapters.peft_model import as_it_was
 from lora_init.errors import LoraInitError, require_version
-from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, read_json, write_json
+from lora_init.files import (
+    check_free,
+    check_writable,
+    digests_of,
+    is_as_written,
+    new_directory,
+    new_file,
+    read_json,
+    write_json,
+)
 from lora_init.layers.targets import PREFIX
 from lora_init.loading.models import CLASS_OF_TASK
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
@@ -301,6 +310,15 @@ def command_for_all(exports: Sequence[Exported]) -> str:
     several, largest = find_engine(exports[0].engine).several, max(exports, key=lambda one: one.rank)
     words = [f"{_name(one.path)}={shlex.quote(str(one.path))}" for one in [largest, *exports]]
     return largest.command.removesuffix(words[0]) + several.join(words[1:]) if several else ""
+
+
+def exported_as(path: Path) -> dict[str, str] | None:
+    """Return the commands that serve and verify what `export_adapter` wrote there, moved or not; None of another."""
+    if not is_as_written(path, RECORD_FILE):
+        return None
+    record = read_json(path / RECORD_FILE)
+    was, now = str(record.get("path")), str(path.resolve())
+    return {key: str(record.get(key, "")).replace(shlex.quote(was), shlex.quote(now)) for key in ("command", "verify")}
 
 
 def verify_for_all(exports: Sequence[Exported], base: str | None = None) -> str:

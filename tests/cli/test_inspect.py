@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import lora_init
 from tests.commands import assert_one_line_error, run
@@ -64,8 +67,39 @@ def test_inspect_an_adapter(made, home):
     assert about["ranks"] == {key[17:-14]: len(a) for key, a in weights.items() if "lora_A" in key}
     assert about["parameters"] == sum(tensor.numel() for tensor in weights.values())
     assert about["origin"]["method"] == "eva"
-    path = made / "out"
-    assert result.stdout.splitlines()[-1] == f"Next: lora-init export {path} --engine vllm -o {path}-served"
+    assert result.stdout.splitlines()[-1] == (
+        "Next: train it as said above; then lora-init export TRAINED --engine vllm -o served"
+    )
+
+
+def test_the_next_command_is_that_of_a_start_of_a_trained_and_of_an_exported_adapter(made, home, tmp_path):
+    def trained_by(fill, path):
+        model = AutoModelForCausalLM.from_pretrained(home / "model")
+        peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        with torch.no_grad():
+            next(p for name, p in peft_model.named_parameters() if "lora_B" in name).fill_(fill)
+        peft_model.save_pretrained(path)
+
+    for fill, name in ((0.0, "start"), (0.1, "trained")):
+        trained_by(fill, tmp_path / name)
+    assert run("export", tmp_path / "trained", "--engine", "vllm", "-o", tmp_path / "served").exit_code == 0
+    assert run("export", tmp_path / "trained", "-o", tmp_path / "for-peft").exit_code == 0
+    (tmp_path / "served").rename(tmp_path / "moved")
+    start, trained, moved = (tmp_path / name for name in ("start", "trained", "moved"))
+
+    def last(path, *options):
+        result = run("inspect", path, *options)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout[result.stdout.index("Next: ") :].splitlines()
+
+    assert last(start) == [f"Next: lora-init rate {start} DATA --steps 300"]
+    assert last(trained) == [f"Next: lora-init export {trained} --engine vllm -o {trained}-served"]
+    assert last(moved) == [
+        f"Next: vllm serve {home / 'model'} --enable-lora --max-lora-rank 8 --lora-modules served={moved}",
+        f"then: lora-init verify {moved} --url http://127.0.0.1:8000/v1 --model served",
+    ]
+    assert last(moved, "--base", home / "model") == last(moved)
+    assert last(tmp_path / "for-peft")[0].startswith("Next: PeftModel.from_pretrained(")
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
