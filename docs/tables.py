@@ -77,7 +77,7 @@ def options() -> Iterator[str]:
         shown: dict[bool, list[str]] = {True: [], False: []}
         for one in command.params:
             if one.param_type_name == "option" and one.opts[0] not in _COMMON:
-                shown[is_further(one)].append(f"`{max(one.opts, key=len)}`")
+                shown[is_further(one)].append(f"`{next(name for name in one.opts if name.startswith('--'))}`")
         yield f"| `{name}` | {' '.join(shown[False])} | {' '.join(shown[True])} |"
 
 

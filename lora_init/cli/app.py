@@ -66,7 +66,8 @@ class _Commands(ListedCommands):
 app = typer.Typer(
     name="lora-init",
     cls=_Commands,
-    help="Compute from your data where LoRA adapters should start and how much rank each layer deserves.",
+    help="Know the learning rate before you train, keep what the model knew, and serve what you trained.",
+    epilog="Where to begin: lora-init. Options of a command: lora-init COMMAND --help.",
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -143,15 +144,15 @@ def env() -> None:
 
 _COMMANDS: dict[Callable[..., None], str | None] = {
     init.init: init.EXAMPLE,
-    inspect.inspect: None,
+    inspect.inspect: inspect.EXAMPLE,
     rate.rate: rate.EXAMPLE,
     ranks.ranks: ranks.EXAMPLE,
     inspect.merge: inspect.MERGE_EXAMPLE,
     compare.compare: compare.EXAMPLE,
     dial.dial: dial.EXAMPLE,
-    dial.replay: None,
-    export.export: None,
-    verify.verify: None,
+    dial.replay: dial.REPLAY_EXAMPLE,
+    export.export: export.EXAMPLE,
+    verify.verify: verify.EXAMPLE,
     env: None,
 }
 for _function, _example in _COMMANDS.items():

@@ -31,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     cls=ListedCommands,
     help="Keep trained adapters as starts for new tasks.",
+    epilog="Options of a command: lora-init bank COMMAND --help.",
 )
 
 BankPath = Annotated[Path, Argument(help="Directory of the bank.", show_default=False)]

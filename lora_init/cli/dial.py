@@ -19,7 +19,11 @@ from lora_init.errors import LoraInitError, require
 
 EXAMPLE = """\b
 Example:
-$ lora-init dial trained train.jsonl -o kept
+$ lora-init dial trained held-out.jsonl -o kept
+"""
+REPLAY_EXAMPLE = """\b
+Example:
+$ lora-init replay MODEL -o replay.jsonl --n 64 --chat
 """
 
 

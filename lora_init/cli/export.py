@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from lora_init.loading.models import LoadedModel
     from lora_init.serving.export import Exported
 
+EXAMPLE = """\b
+Example:
+$ lora-init export trained --engine vllm -o served
+"""
+
 
 def export(
     directories: Annotated[list[Path], Argument(help="Directories of trained LoRA adapters.", show_default=False)],
@@ -32,7 +37,9 @@ def export(
     engine: Annotated[str | None, Option(help=f"One of {', '.join(ENGINES)}. Default: PEFT.")] = None,
     rank: Annotated[int | None, Option(help="Rank of every layer; below the adapter's, it is compressed.")] = None,
     parameters: Annotated[str | None, Option(help="Compress to this many parameters, such as 2.5M.")] = None,
-    megabytes: Annotated[float | None, Option(help="Compress to this size, in 10^6 bytes.")] = None,
+    megabytes: Annotated[
+        float | None, Option(rich_help_panel="The adapter", help="Compress to this size, in 10^6 bytes.")
+    ] = None,
     keep_ranks: Annotated[bool, Option(help="Let ranks differ, as the trained update needs.")] = False,
     dtype: Annotated[WrittenAs | None, Option(help="Type of A and B. Default: the adapter's own.")] = None,
     start: Annotated[Path | None, Option(help="The adapter before training, if it changed the base.")] = None,

@@ -14,6 +14,7 @@ _PANELS = (
     "Starts from a bank", "Output",
 )  # fmt: skip
 _WHOLE = "lora_init.whole_help"
+_UNBROKEN = "\u2011"  # a hyphen at which no line ends, in place of those within names, such as lora-ga
 _WIDEST, _NARROW = 70, 40  # columns of an option and what it takes, in --help-all and in --help
 # What is said of a number or a default in the form of Python or of a range.
 _CLUTTER = [(r" range>", ">"), (r"; (x|\d+)[<>]=?.*?(?=\])", ""), (r"\s*\[(x|\d+)[<>]=?[^\]]*\]", ""),
@@ -21,7 +22,16 @@ _CLUTTER = [(r" range>", ">"), (r"; (x|\d+)[<>]=?.*?(?=\])", ""), (r"\s*\[(x|\d+
             (r"<list\[(\w+)\]>", r"<\1>")]  # fmt: skip
 
 
-class ListedCommands(TyperGroup):
+class _Unbroken:
+    """Writes the help with names in one piece."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, and put ordinary hyphens back."""
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+        formatter.buffer = [piece.replace(_UNBROKEN, "-") for piece in formatter.buffer]
+
+
+class ListedCommands(_Unbroken, TyperGroup):
     """Lists commands with their whole first sentence; click cuts it at the end of the line."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -31,15 +41,20 @@ class ListedCommands(TyperGroup):
             formatter.write_dl([(name, f"{text.rstrip('.')}.") for name, text in sentences.items()])
 
 
-class GroupedCommand(TyperCommand):
+class GroupedCommand(_Unbroken, TyperCommand):
     """Writes the options that everybody needs, and with --help-all every option under a heading for each group."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Name arguments in capitals, as sentences and examples do."""
+        return [re.sub("[{}]", "", piece).upper() for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options into the help."""
         whole = ctx.meta.get(_WHOLE, False)
         for title, rows in grouped_options(self, ctx, whole).items():
             with formatter.section(title):
-                formatter.write_dl(rows, col_max=26)
+                unbroken = [(words, re.sub(r"(?<=\w)-(?=\w)", _UNBROKEN, text)) for words, text in rows]
+                formatter.write_dl(unbroken, col_max=26)
 
 
 def print_whole(context: typer.Context, asked: bool) -> None:
@@ -69,6 +84,9 @@ def grouped_options(command: Any, ctx: Any, whole: bool = True) -> dict[str, lis
             continue
         if record := parameter.get_help_record(ctx):
             words, text = map(_plain, record)
+            if title == "Arguments":
+                name, *kind = words.split(" ")
+                words = " ".join([name.upper(), *kind])
             choices = re.search(r" <(.*\|.*)>$", words)
             if choices and len(words) > (_WIDEST if whole else _NARROW):  # too many to stand beside the option
                 words = words[: choices.start()] + " WORD"

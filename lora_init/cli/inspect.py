@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 _MERGED_SAMPLES = 32  # examples at most, of which the divergence takes 512 tokens
 
+EXAMPLE = """\b
+Example:
+$ lora-init inspect trained --base MODEL --engine vllm
+"""
+
 
 def inspect(
     paths: Annotated[

@@ -35,6 +35,11 @@ _TEXTS = (
 # By whether it is a chat.
 _HELLO: Mapping[bool, Any] = {True: [{"role": "user", "content": "Hello"}], False: "The"}
 
+EXAMPLE = """\b
+Example:
+$ lora-init verify served --url http://127.0.0.1:8000/v1 --data chat.jsonl
+"""
+
 
 @contextmanager
 def _asking() -> Iterator[None]:

@@ -186,5 +186,7 @@ def test_help_fits_a_screen_and_help_all_has_every_option(name, monkeypatch):
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
     short, whole = (run(*name.split(), option).stdout for option in ("--help", "--help-all"))
     assert len(short.splitlines()) <= 40 and max(map(len, short.splitlines())) <= 80 and "--help-all" in short
+    assert not re.search(r"\w-$", f"{short}{whole}", re.MULTILINE)  # names such as lora-ga are in one piece
+    assert re.match(rf"Usage: lora-init {name} \[OPTIONS\]( \[?[A-Z]+\]?(\.\.\.)?)*\n", short)
     options = [one for one in _COMMANDS[name].params if one.param_type_name == "option"]
     assert all(one.opts[0] in whole for one in options) and "--quiet" in whole and "--quiet" not in short
