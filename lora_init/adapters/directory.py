@@ -108,7 +108,7 @@ class AdapterDirectory:
 
     @property
     def is_untrained(self) -> bool:
-        """Whether it is a start: as lora_init wrote it, or with a B of zeros. Reads B up to the first that is not zero."""
+        """Whether it is a start: as lora_init wrote it, or with a B of zeros; reads B to the first that is not zero."""
         if self.is_start:
             return True
         from safetensors import safe_open

@@ -135,10 +135,12 @@ class LearningRate:
 
     def __str__(self) -> str:
         low, high = map(rate_text, self.range)
-        steps = f"{self.steps} steps" + (f" ({self.why_steps})" if self.why_steps else "")
-        beyond = "" if SHORTEST <= self.steps <= LONGEST else f" (extrapolated: measured from {SHORTEST} to {LONGEST})"
+        is_measured = SHORTEST <= self.steps <= LONGEST
+        beyond = "" if is_measured else f"extrapolated: measured from {SHORTEST} to {LONGEST}"
+        asides = "; ".join(filter(None, [self.why_steps, beyond]))
+        steps = f"{self.steps} steps" + (f" ({asides})" if asides else "")
         return (
-            f"Train with {OPTIMIZER} at {rate_text(self.rate)}, warm-up {WARMUP:.0%}, {SCHEDULE}, for {steps}{beyond}. "
+            f"Train with {OPTIMIZER} at {rate_text(self.rate)}, warm-up {WARMUP:.0%}, {SCHEDULE}, for {steps}. "
             f"The best rate is likely between {low} and {high}."
         )
 

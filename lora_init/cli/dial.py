@@ -7,15 +7,18 @@ import shlex
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, importing, print_result
+from lora_init.cli.console import busy, importing, print_next, print_result
 from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, of_adapter, read_share
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXAMPLE = """\b
 Example:
@@ -107,10 +110,14 @@ def dial(
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
             found = turn(model, rule, batches, kept, source.tokenizer, uniform, seed)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
-    serve = shlex.join(["lora-init", "export", str(path), "--engine", "vllm", "-o", f"{path}-served"])
-    shown = {"written": str(path)} | found.summary() | {"next": f"load it as any adapter, or serve it: {serve}"}
-    result = {"path": str(path)} | found.to_dict()
-    print_result(result, lambda console, _: console.print(facts(shown)), written=True)
+    shown = {"written": str(path)} | found.summary()
+    serve = shlex.join(["lora-init", "export", str(output), "--engine", "vllm", "-o", f"{output}-served"])
+
+    def show(console: Console, _: Any) -> None:
+        console.print(facts(shown))
+        print_next(console, serve)
+
+    print_result({"path": str(path)} | found.to_dict(), show, written=True)
 
 
 def replay(
@@ -140,5 +147,9 @@ def replay(
     write_whole(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
     result = {"path": str(output.resolve()), "texts": len(rows), "columns": [*rows[0]], "seed": seed}
     shown = {name: str(value) for name, value in result.items()}
-    shown["next"] = "train with one of these beside eight examples of the task: docs/dial.md, Replay"
-    print_result(result, lambda console, _: console.print(facts(shown)), written=True)
+
+    def show(console: Console, _: Any) -> None:
+        console.print(facts(shown))
+        print_next(console, "train with one of these beside eight examples of the task: docs/dial.md, Replay")
+
+    print_result(result, show, written=True)

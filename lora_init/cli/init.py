@@ -129,7 +129,8 @@ def init(
     built = replace(pipeline.run(source, asked), learning_rate=learning_rate, steps=steps)
     if process_rank():
         return
-    directory = built.save_pretrained(output, overwrite=overwrite, model=source.loaded.model)
+    built.save_pretrained(output, overwrite=overwrite, model=source.loaded.model)
+    directory = output.expanduser()  # as it was typed, for the next command
     if isinstance(source, OfBank):
         print_result(summary_of_bank(source.found, directory), show_bank_summary, written=True)
     else:

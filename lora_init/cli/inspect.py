@@ -349,6 +349,8 @@ def _next(about: Mapping[str, Any]) -> str:
     before = path if untrained else "DIRECTORY"
     options = ["--rename"] * (not fit["fits"]) + [f"--start {before}"] * bool(about["base_change"])
     options += [] if about["task_type"] in WRITE_NO_TEXT else [f"--engine {fit['engine'] or 'vllm'}"]
+    if untrained and about["task_type"] in WRITE_NO_TEXT:
+        return "train it as said above"
     trained, output = ("TRAINED", "served") if untrained else (path, served)
     export = " ".join(["lora-init export", trained, *options, "-o", output])
     return f"train it as said above; then {export}" if untrained else export

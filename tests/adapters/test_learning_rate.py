@@ -148,5 +148,8 @@ def test_the_sentence_names_steps_range_and_what_is_extrapolated():
         "5.8e-3."
     )
     assert "extrapolated: measured from 48 to 400" in str(LearningRate(ONE, 5000))
+    assert " for 18 steps (an epoch; extrapolated: measured from 48 to 400). " in str(
+        LearningRate(ONE, 18, why_steps="an epoch")
+    )
     assert one_epoch({"rows": 500}) == (63, "an epoch of 500 examples in batches of 8")
     assert one_epoch({})[0] == 100

@@ -152,6 +152,8 @@ def test_one_strength_needs_neither_data_nor_a_pass(place, tmp_path, monkeypatch
     monkeypatch.setattr("lora_init.loading.models.ModelSource.load", None)  # no weights of the base are needed
     done = run("dial", place / "trained", "-o", tmp_path / "kept", "--strength", 0.6)
     assert done.exit_code == 0 and "0.6 in all layers" in done.stdout, done.output
+    kept = tmp_path / "kept"
+    assert done.stdout.splitlines()[-1] == f"Next: lora-init export {kept} --engine vllm -o {kept}-served"
     torch.testing.assert_close(logits(place, tmp_path / "kept"), logits(place, "trained", 0.6), atol=1e-5, rtol=1e-5)
     assert "0.6 in all layers" in run("inspect", tmp_path / "kept").stdout and not (tmp_path / "kept/dial.png").exists()
     assert "its strength is the dial's: 0.6" in run("export", tmp_path / "kept", "-o", tmp_path / "served").stdout
