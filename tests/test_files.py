@@ -13,7 +13,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_init.errors import LoraInitError
-from lora_init.files import check_free, check_writable, locked, new_directory, new_file, read_json, write_whole
+from lora_init.files import (
+    check_free,
+    check_writable,
+    digests_of,
+    locked,
+    new_directory,
+    new_file,
+    read_json,
+    write_whole,
+)  # fmt: skip
 from tests.conftest import refused
 
 KINDS = ["plan", "statistics file", "PNG picture", "SVG picture", "HTML page"]
@@ -68,6 +77,24 @@ def test_a_place_is_tried_and_not_asked_for_its_permissions(below):
     arguments = ("marker", ()) if "/" in below else ("plan",)
     with pytest.raises(LoraInitError, match=r"^/proc/.*: /proc cannot be written to \(No such file or directory\)"):
         check(Path("/proc", below), False, *arguments)
+
+
+def test_only_a_directory_that_is_as_it_was_written_here_is_replaced(tmp_path):
+    record, weights = tmp_path / "record.json", tmp_path / "weights"
+    weights.write_text("a")
+    asked = (tmp_path, True, record.name, (record.name, weights.name))
+    refused("has no record.json, so", check_free, *asked)
+    record.write_text(json.dumps({"sha256": digests_of(tmp_path, [weights.name])}))
+    check_free(*asked)
+    weights.write_text("b")
+    refused("has been changed since", check_free, *asked)
+
+
+def test_of_a_file_that_is_not_finished_nothing_stays(tmp_path):
+    with pytest.raises(KeyError), new_file(tmp_path / "out") as fresh:
+        fresh.write_text("half")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_and_a_file_in_the_way_are_found_before_the_work(tmp_path, monkeypatch):

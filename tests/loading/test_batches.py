@@ -6,6 +6,7 @@ import re
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -141,7 +142,8 @@ ROWS_WITH_GAPS = [("aa", 10), ("bb", 2), ("cc", float("nan")), ("dd", None), ("e
 
 
 @pytest.mark.parametrize(
-    "form", ["records", *(() if OLD_DATASETS else ["jsonl"]), "json", "csv", "parquet", "frame", "records of a frame"]
+    "form",
+    ["records", *(() if OLD_DATASETS else ["jsonl"]), "json", "csv", "parquet", "frame", "records of a frame", "set"],
 )
 def test_a_row_without_a_label_or_text_is_left_out_in_every_form(write, tokenizer, tmp_path, form):
     rows = [{"q": text, "kind": kind} for text, kind in ROWS_WITH_GAPS]
@@ -153,6 +155,12 @@ def test_a_row_without_a_label_or_text_is_left_out_in_every_form(write, tokenize
         "csv": lambda: frame.to_csv(tmp_path / "data.csv", index=False) or tmp_path / "data.csv",
         "parquet": lambda: frame.to_parquet(tmp_path / "data.parquet") or tmp_path / "data.parquet",
         "frame": lambda: frame,
+        "set": lambda: Dataset.from_dict(  # which keeps NaN among numbers
+            {
+                "q": [text if isinstance(text, str) else None for text in frame["q"]],
+                "kind": [row["kind"] for row in rows],
+            }
+        ),
         "records of a frame": lambda: frame.convert_dtypes().to_dict("records"),  # pandas.NA
     }
     with pytest.warns(UserWarning, match="2 left out without a label"):

@@ -7,6 +7,7 @@ import torch
 
 from lora_init.errors import LoraInitError
 from lora_init.loading import models
+from lora_init.loading.checkpoint import find_tensors
 from lora_init.loading.models import _kind, load_model
 from tests.commands import save_model
 from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
@@ -81,6 +82,11 @@ def test_half_precision_becomes_float32_where_the_processor_emulates_it(
     for weight, before in zip(found.parameters(), saved.parameters(), strict=True):
         assert torch.equal(weight, before.to(expected))
     assert load_model(str(tmp_path), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_a_quantized_checkpoint_has_no_float_weights(tmp_path):
+    (tmp_path / "config.json").write_text('{"quantization_config": {}}')
+    refused("hold no float weights", find_tensors, str(tmp_path))
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_bert])  # transformers makes an empty tokenizer for the second
