@@ -228,7 +228,7 @@ FAULTS: dict[str, list[Planted]] = {
     ],
     "adapters/learning_rate.py": [
         ("dropped factor", "scaling * growth / size.output", "growth / size.output"),
-        ("wrong sign", "(STEPS / self.steps) ** FALL", "(self.steps / STEPS) ** FALL"),
+        ("wrong sign", "math.sqrt(STEPS / self.steps)", "math.sqrt(self.steps / STEPS)"),
         ("lost setting", " * (NEW_HEAD if self.new_head else 1.0)", ""),
     ],
     "adapters/measured_rate.py": [
@@ -396,7 +396,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("stale cache", "if run.seed not in self._before:", "if not self._before:"),
     ],
     "comparison/starts.py": [
-        ("dropped factor", "alpha = alpha * ranks / rank", "pass"),
+        ("dropped factor", "return replace(ranks, rank=rank)", "return ranks"),
         ("forgotten hook", "            handle.remove()", "            pass"),
     ],
     "comparison/workers.py": [

@@ -13,18 +13,18 @@ is a directory in `results/`, `rate` the start's best one unless given; shares a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from benchmarks import rates, starts, trade_off
+from benchmarks import rates, size_of_a, starts, trade_off
 from benchmarks.size_of_a import Run
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import Effect, effects
@@ -50,7 +50,6 @@ FRESH_OPENBOOKQA, FRESH_SIQA, FRESH_HELLASWAG = "fresh-openbookqa", "fresh-siqa"
 FRESH_SIQA_HALF = "fresh-bfloat16-siqa"  # `natural-gradient`, and `random` at four rates
 FRESH_MEDICAL, FRESH_KINDS = "fresh-minilm-medical-subjects", "fresh-minilm-siqa-kinds"
 FRESH_SPECIALTIES = "fresh-minilm-specialties"
-MEASURED = "measured-minilm-specialties"  # three rates around the one that the rule gives, and `random` at 2e-4
 GEMMA = "gemma-openbookqa"
 # Two seeds chose 3e-3; on all eight both losses are lower at 2e-3.
 TUNED = {(SPECIALTIES, RANDOM): 2e-3}
@@ -106,7 +105,7 @@ def above_at(study: str, rate: float, *names: str) -> Any:
 def ends(start: str, *studies: str) -> tuple[Any, ...]:
     """Return `above` in each study, and `rise` where it was measured."""
     return tuple(
-        (above(study, start), *([] if isnan(rise(study, start)) else [rise(study, start)])) for study in studies
+        (above(study, start), *([] if math.isnan(rise(study, start)) else [rise(study, start)])) for study in studies
     )
 
 
@@ -387,12 +386,15 @@ def rule(of_all: bool = True) -> tuple[float, float, float]:
     return rates.judged(rates.errors(of_all=of_all))
 
 
-SIZED = ("openbookqa", "piqa")  # the tasks of `benchmarks.size_of_a`
+LANGUAGE = ("openbookqa", "piqa")
+# The tasks of each model in `benchmarks.size_of_a`, and the start that is recommended there.
+SIZED = {"smollm2": LANGUAGE, "gemma": LANGUAGE, "minilm": ("minilm-specialties", "minilm-medical-subjects")}
+OURS = {"smollm2": "eva", "gemma": "eva", "minilm": "natural-gradient"}
 
 
 def sized(model: str, start: str, size: str = "1", **changed: Any) -> tuple[float, ...]:
-    """Return how far runs of `benchmarks.size_of_a` end above `eva` as it is by default, on each of their two tasks."""
-    return tuple(round(_above_ours(Run(model, task, start, size, **changed)), 1) + 0.0 for task in SIZED)
+    """Return how far runs of `benchmarks.size_of_a` end above the recommended start, in %, on each of their tasks."""
+    return tuple(round(_above(run, OURS[model]), 1) + 0.0 for run in _sized(model, start, size, **changed))
 
 
 def best_of_three(model: str, start: str, size: str = "1") -> tuple[float, ...]:
@@ -403,25 +405,46 @@ def best_of_three(model: str, start: str, size: str = "1") -> tuple[float, ...]:
 
 def sized_rise(model: str, start: str, **changed: Any) -> tuple[float, ...]:
     """Return how much the loss on passages rises in training, on each of the two tasks."""
-    return tuple(round(_sized_mean(Run(model, task, start, **changed), "rise"), 2) + 0.0 for task in SIZED)
+    return tuple(round(_sized_mean(run, "rise"), 2) + 0.0 for run in _sized(model, start, **changed))
 
 
-def classes(start: str, rate: float) -> float:
-    """Return how far a start at a rate ends above `natural-gradient` at the rate of the rule, on specialties, in %."""
-    return 100 * (loss(MEASURED, start, rate=rate) / loss(MEASURED, "natural-gradient", rate=8.3e-4) - 1)
+def against(other: str, model: str, start: str, **changed: Any) -> tuple[float, float]:
+    """Return how far a start ends above another one, both at the rate of the rule, in %, and what was detectable.
 
-
-def level(model: str, seeds: int = 2) -> tuple[float, float]:
-    """Return how far `random` ends above `eva`, both at the rate of the rule, and what was detectable."""
-    runs = [(task, _above_ours(Run(model, task, "random", seed=seed))) for task in SIZED for seed in range(seeds)]
-    tasks, values = zip(*runs, strict=True)
-    low, high = _within_tasks(pd.Series(values, index=pd.Index(tasks, name="task")))
+    The mean is over two tasks and the seeds that both have.
+    """
+    runs = [replace(run, seed=seed) for run in _sized(model, start, **changed) for seed in range(3)]
+    values = pd.Series([_above(run, other) for run in runs], index=pd.Index([run.task for run in runs], name="task"))
+    low, high = _within_tasks(values.dropna())
     return (low + high) / 2, (high - low) / 2
 
 
-def _above_ours(run: Run) -> float:
-    ours = Run(run.model, run.task, "eva", seed=run.seed)
-    return 100.0 * (_sized_mean(run, "loss") / _sized_mean(ours, "loss") - 1.0)
+def limit(**changes: Any) -> float:
+    """Return how far the run nearest to the rule's rate ends above the best of its sweep, with something changed."""
+    found = size_of_a.pairs()
+    return float(found[found["run"].eq(Run("smollm2", "openbookqa", "random", **changes))]["above"].iloc[0])
+
+
+def n_sweeps() -> int:
+    """Count the sweeps of `benchmarks.size_of_a`, of a task, a start and a way of training each."""
+    return len(size_of_a.pairs())
+
+
+def sweeps_within() -> tuple[float, float]:
+    """Return the shares of these whose best rate is within a factor of 2 and of 1.5 of the rule's, in %."""
+    found = size_of_a.pairs()
+    off = np.log(found["predicted"] / found["best"]).abs()
+    return tuple(100 * float((off < math.log(factor)).mean()) for factor in (2.0, 1.5))  # type: ignore[return-value]
+
+
+def _sized(model: str, start: str, size: str = "1", **changed: Any) -> list[Run]:
+    of_model = size_of_a.OF_CLASSES if model == "minilm" else {}
+    return [Run(model, task, start, size, **of_model | changed) for task in SIZED[model]]
+
+
+def _above(run: Run, other: str) -> float:
+    reference = Run(run.model, run.task, other, steps=run.steps, seed=run.seed)
+    return 100.0 * (_sized_mean(run, "loss") / _sized_mean(reference, "loss") - 1.0)
 
 
 def _sized_mean(run: Run, value: str) -> float:

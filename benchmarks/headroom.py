@@ -21,7 +21,6 @@ most eight. A study asks more of a task:
 - `enough`: what `natural-gradient` loses from as many batches as `collect` takes by itself.
 - `fresh`: what is recommended, at its own rate, and `random` at the best of several, with other examples to train on,
   to choose the rate by and to report. `fresh-rank-16` and `fresh-300-steps` do the same with these, on four seeds.
-- `measured`: the starts at three rates around the one that a forward pass tells, and `random` at 2e-4.
 - `rates-100`, `rates-1000` and `rates-rank-64`: `random` at several rates in a shorter run, a longer one, and with a
   larger adapter: how wide the range of good rates is.
 
@@ -117,7 +116,6 @@ STUDIES: dict[str, dict[str, Any]] = {
     "fresh": FRESH,
     "fresh-rank-16": FRESH | {"rank": 16},
     "fresh-300-steps": FRESH | {"steps": 300, "evaluation_points": [300]},
-    "measured": FRESH | {"seeds": 2, "sweep": "full"},
     "rates-100": RATES | {"steps": 100, "evaluation_points": [100], "learning_rates": [3e-4, 1e-3, 3e-3, 1e-2]},
     "rates-1000": RATES | {"steps": 1000, "evaluation_points": [100, 300, 1000], "learning_rates": [1e-4, 3e-4, 1e-3]},
     "rates-rank-64": RATES | {"rank": 64, "learning_rates": [1e-4, 3e-4, 1e-3]},

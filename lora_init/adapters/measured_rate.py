@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -65,8 +66,6 @@ def learning_rate(
             "get_peft_model() or PeftModel.from_pretrained()."
         )
     check_fresh(layers, adapter_name, f"the adapter {adapter_name!r}", "The rule is for adapters before training.")
-    if any(getattr(layer, "use_dora", {}).get(adapter_name) for layer in layers.values()):
-        raise LoraInitError("learning_rate(): the rule was not measured with DoRA. Tune the rate: lora-init compare.")
     found = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
     found = as_batches(found, without_adapter(unwrapped(model)), 0)
     of_data, why = one_epoch(getattr(found, "settings", {}))
@@ -96,7 +95,7 @@ def measure_responses(
     watched = {name: layer.get_base_layer() for name, layer in seen.items()}
     watched |= {name + _A: layer.lora_A[adapter_name] for name, layer in seen.items()}
     sums, masks = _Sums(), TokenMasks(base, token_mask)
-    with ActivationHooks(base, watched, masks, to_the_end=True) as hooks, torch.no_grad():
+    with _plain(seen.values()), ActivationHooks(base, watched, masks, to_the_end=True) as hooks, torch.no_grad():
         for number, batch in enumerate(islice(batches, _MAX_BATCHES)):
             try:
                 with hooks.watch(batch, sums) as moved:
@@ -113,6 +112,19 @@ def measure_responses(
         found = response(size, sums.mean(name + _A), layer.r[adapter_name], layer.scaling[adapter_name], freeze_a)
         responses |= {name: found} if found else {}
     return responses
+
+
+@contextmanager
+def _plain(layers: Collection[Any]) -> Iterator[None]:
+    """Run layers without what extends LoRA in them: DoRA also multiplies A by a unit matrix, which is no input."""
+    variants = [layer.lora_variant for layer in layers]
+    for layer in layers:
+        layer.lora_variant = {}
+    try:
+        yield
+    finally:
+        for layer, variant in zip(layers, variants, strict=True):
+            layer.lora_variant = variant
 
 
 class _Sums(Sink):

@@ -307,7 +307,7 @@ def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if ".lora_" in key),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
-        "train": training_in_words(rate, origin.get("learning_rate"), bool(config.get("use_dora"))) if origin else None,
+        "train": training_in_words(rate, origin.get("learning_rate")) if origin else None,
         "dial": read_json(path / DIAL_FILE) | {"picture": str(path / PICTURE_FILE)}
         if is_as_written(path, DIAL_FILE)
         else None,
