@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lora_init.collection.losses import text_loss
 from lora_init.comparison.tasks import Loading, load_task
-from lora_init.comparison.training import Training, evaluate, metrics, train
+from lora_init.comparison.training import REPLAYED, Training, evaluate, metrics, train
 from lora_init.loading.batches import pad_batch
 from tests.conftest import batches_for, refused, tiny_llama
 
@@ -38,10 +38,10 @@ def with_adapter(model=None):
     return get_peft_model(model or tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
 
 
-def run(task, seed=0, steps=8, rate=1e-2, points=(0, 4, 8), model=None, warmup=0.25, plain_loss=4.0):
+def run(task, seed=0, steps=8, rate=1e-2, points=(0, 4, 8), model=None, warmup=0.25, plain_loss=4.0, replay=()):
     model = model or with_adapter()
     training = Training(steps, 4, warmup, points)
-    return model, train(model, task, training, learning_rate=rate, seed=seed, plain_loss=plain_loss)
+    return model, train(model, task, training, learning_rate=rate, seed=seed, plain_loss=plain_loss, replay=replay)
 
 
 def test_it_learns_and_measures(task):
@@ -68,9 +68,11 @@ def test_the_first_step_is_as_large_as_adamw_makes_it(task):
     assert torch.allclose(b.abs(), torch.full_like(b, 1e-3), rtol=1e-2)
 
 
-def test_it_is_the_loop_that_one_would_write(task):
-    """AdamW without decay, clipping to 1, a line up and a cosine down: the same weights."""
-    model, _ = run(task)
+@pytest.mark.parametrize("replays", [False, True])
+def test_it_is_the_loop_that_one_would_write(task, replays):
+    """AdamW without decay, clipping to 1, a line up and a cosine down, a text weighed beside each batch: the same."""
+    texts = [task.batch(next(iter(task.order(7, 1, 4))))] * replays
+    model, _ = run(task, replay=texts)
     plain = with_adapter().train()
     trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -79,6 +81,8 @@ def test_it_is_the_loop_that_one_would_write(task):
         optimizer.param_groups[0]["lr"] = 1e-2 * factor
         optimizer.zero_grad()
         plain(**task.batch(items)).loss.backward()
+        for text in texts:
+            (REPLAYED * plain(**text).loss).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     ours = [parameter for parameter in model.parameters() if parameter.requires_grad]

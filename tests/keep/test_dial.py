@@ -294,6 +294,8 @@ def test_one_strength_needs_no_data_and_with_data_reports_both_ends():
             ends[value] = example_losses(model, batches).sum(0)
     measured = dial(copy.deepcopy(model), batches, batches_for("llama", n_batches=4, seed=1), strength=0.8)
     assert [point.strength for point in measured.curve] == [0.0, 0.8, 1.0] and measured.examples == (16, 16)
+    rises = [measured.keep[name].change for name in ("base", "chosen", "trained")]  # of the same examples
+    assert [point.rise for point in measured.curve] == pytest.approx(rises, abs=1e-5) and abs(rises[1]) > 0.001
     for name, sums in (("base", ends[0.0]), ("trained", ends[1.0]), ("chosen", expected.sum(0))):
         assert measured.task[name].loss == pytest.approx(float(sums[0] / sums[1]))
     found = dial(model, strength=0.8)
