@@ -29,7 +29,7 @@ def alone(home, tmp_path_factory):
 
 
 @pytest.fixture
-def forked(monkeypatch):
+def forks(monkeypatch):
     """Workers that a server with all imports forks; `test_two_processes_give_the_numbers_of_one` spawns them."""
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: FORKS)
 
@@ -73,8 +73,7 @@ def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_nothing(monke
     assert worker.take(worker.submit(run, "")) == (run, False)
 
 
-@pytest.mark.usefixtures("forked")
-def test_a_worker_that_is_killed_costs_its_run_only(home, tmp_path):
+def test_a_worker_that_is_killed_costs_its_run_only(forks, home, tmp_path):
     lines = []
     starts = ["random", ("mine", partial(die, tmp_path / "mark"))]
     found = compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-2], seeds=3, workers=2, say=lines.append)
@@ -141,8 +140,7 @@ def dies_at_once():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.usefixtures("forked")
-def test_a_worker_that_dies_while_it_sets_up_costs_its_run_and_one_that_never_starts_is_said(tmp_path, monkeypatch):
+def test_a_worker_that_dies_as_it_sets_up_costs_its_run_and_one_that_never_starts_is_said(forks, tmp_path, monkeypatch):
     (worker,) = start_processes(dies_at_once, 1)
     assert carry_out(worker, Run(REFERENCE, 0, 1e-3)) is None
     script = tmp_path / "script.py"
@@ -155,8 +153,7 @@ def carry_out(worker, run):
     return worker.take(worker.submit(run, ""))
 
 
-@pytest.mark.usefixtures("forked")
-def test_a_worker_that_cannot_set_up_says_why(home, tmp_path):
+def test_a_worker_that_cannot_set_up_says_why(forks, home, tmp_path):
     (worker,) = start_processes(partial(set_up_bench, home, tmp_path, "nothing-here"), 1)
     refused("nothing-here", carry_out, worker, Run(REFERENCE, 0, 1e-3))
     worker.close()

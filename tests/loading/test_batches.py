@@ -155,12 +155,7 @@ def test_a_row_without_a_label_or_text_is_left_out_in_every_form(write, tokenize
         "csv": lambda: frame.to_csv(tmp_path / "data.csv", index=False) or tmp_path / "data.csv",
         "parquet": lambda: frame.to_parquet(tmp_path / "data.parquet") or tmp_path / "data.parquet",
         "frame": lambda: frame,
-        "set": lambda: Dataset.from_dict(  # which keeps NaN among numbers
-            {
-                "q": [text if isinstance(text, str) else None for text in frame["q"]],
-                "kind": [row["kind"] for row in rows],
-            }
-        ),
+        "set": lambda: Dataset.from_dict({"q": ["aa", "bb", "cc", "dd", "ee", None], "kind": [*frame["kind"]]}),  # NaN
         "records of a frame": lambda: frame.convert_dtypes().to_dict("records"),  # pandas.NA
     }
     with pytest.warns(UserWarning, match="2 left out without a label"):

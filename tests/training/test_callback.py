@@ -71,7 +71,6 @@ def test_the_adapter_starts_as_initialize_would_have_it(tmp_path, method, capsys
 
 @pytest.mark.parametrize("n_processes", [1, 2])
 def test_the_examples_to_learn_from_are_those_of_all_processes(n_processes, tmp_path, monkeypatch):
-    """Of 16 examples one process reads four batches of four, and each of two reads two."""
     read, adapted = [], model()
     made = trainer(tmp_path, adapted)
     made.state.max_steps = 3

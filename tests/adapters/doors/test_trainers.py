@@ -149,8 +149,6 @@ def test_a_collator_with_a_state_of_its_own_begins_training_as_it_was(tmp_path, 
     trainer.data_collator = collator = Drawing(tokenizer)
     lora_init.initialize(trainer, rank=4, max_batches=2)
     assert trainer.data_collator is collator and collator.drawn == 0
-    trainer.train()
-    assert collator.drawn >= 3
 
 
 def test_nothing_of_the_pass_is_left_in_the_trainer(tmp_path, tokenizer):
