@@ -425,18 +425,6 @@ def limit(**changes: Any) -> float:
     return float(found[found["run"].eq(Run("smollm2", "openbookqa", "random", **changes))]["above"].iloc[0])
 
 
-def n_sweeps() -> int:
-    """Count the sweeps of `benchmarks.size_of_a`, of a task, a start and a way of training each."""
-    return len(size_of_a.pairs())
-
-
-def sweeps_within() -> tuple[float, float]:
-    """Return the shares of these whose best rate is within a factor of 2 and of 1.5 of the rule's, in %."""
-    found = size_of_a.pairs()
-    off = np.log(found["predicted"] / found["best"]).abs()
-    return tuple(100 * float((off < math.log(factor)).mean()) for factor in (2.0, 1.5))  # type: ignore[return-value]
-
-
 def _sized(model: str, start: str, size: str = "1", **changed: Any) -> list[Run]:
     of_model = size_of_a.OF_CLASSES if model == "minilm" else {}
     return [Run(model, task, start, size, **of_model | changed) for task in SIZED[model]]

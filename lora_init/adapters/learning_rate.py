@@ -29,7 +29,7 @@ RANK, OVERLAP = 8, 0.25  # at which both were fitted; directions of another numb
 # A new head, which begins at random, wants a larger change.
 STEPS, NEW_HEAD = 48, 4.8
 WITHIN = 2.0  # the factor within which 63 of 65 best rates were
-SHORTEST, LONGEST = 48, 400  # numbers of steps between which it was measured
+SHORTEST, LONGEST = 24, 400  # numbers of steps between which it was measured
 FAR = 3.0  # a rate this many times off costs more than a start gains
 TRAINING = {"warmup": WARMUP, "schedule": SCHEDULE, "optimizer": OPTIMIZER}
 

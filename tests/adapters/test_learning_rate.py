@@ -151,8 +151,8 @@ def test_the_sentence_names_steps_range_and_what_is_extrapolated():
         "Train with AdamW at 2.9e-3, warm-up 10%, cosine, for 48 steps. The best rate is likely between 1.4e-3 and "
         "5.8e-3."
     )
-    assert "extrapolated: measured from 48 to 400" in str(LearningRate(ONE, 5000))
-    assert " for 18 steps (an epoch; extrapolated: measured from 48 to 400). " in str(
+    assert "extrapolated: measured from 24 to 400" in str(LearningRate(ONE, 5000))
+    assert " for 18 steps (an epoch; extrapolated: measured from 24 to 400). " in str(
         LearningRate(ONE, 18, why_steps="an epoch")
     )
     assert one_epoch({"rows": 500}) == (63, "an epoch of 500 examples in batches of 8")
