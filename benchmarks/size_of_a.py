@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -241,6 +241,7 @@ def swept() -> dict[Run, dict[float, list[float]]]:
     return {run: rates for run, rates in found.items() if len(rates) >= 3}
 
 
+@cache
 def pairs() -> pd.DataFrame:
     """Compare the rule's rate with the best of each sweep, by a parabola over log rate; a row for each.
 
