@@ -1,6 +1,7 @@
 """The ways from a bank to a start: each finds the task it is for, and an unrelated bank is refused."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -146,6 +147,26 @@ def test_what_is_generated_is_for_the_prompts(with_generator):
         assert min(apart, key=apart.get) == f"task{task}"
         before, after = start(with_generator, task, "generated").init.losses
         assert after < before - 0.3
+
+
+def test_embeddings_count_by_how_far_they_are_from_the_banks_mean(with_generator):
+    generator, embeddings = load_generator(with_generator), embed(made.base(), made.batches(0, seed=9))
+    moved = replace(generator, shift=generator.shift + 5.0).generate(embeddings + 5.0)
+    for name, layer in generator.generate(embeddings).items():
+        assert torch.allclose(moved[name].b, layer.b, rtol=1e-3, atol=1e-5)
+
+
+def test_an_entry_of_other_widths_than_the_models_is_refused():
+    name = "model.layers.0.self_attn.q_proj"
+    wide = {name: Layer(torch.ones(1, 3), torch.ones(4, 1), 1.0)}
+    refused(
+        f"an adapter of {name!r}, 3 -> 4, which is none of this model",
+        _adapter,
+        made.base(),
+        Provenance("", "", "", []),
+        "nearest",
+        wide,
+    )
 
 
 def test_rotating_an_adapter_changes_nothing(trained, tmp_path):
