@@ -200,11 +200,12 @@ def export_adapter(
         layers = {name: replace(one, a=one.a.to(getattr(torch, dtype))) for name, one in final.layers.items()}
         final = replace(final, layers=layers)
     check_rank(engine, final.rank)
+    heads = {key: tensor.shape for key, tensor in final.others.items()}
     below = [allowed for allowed in VLLM_RANKS if allowed < final.rank]
     padded = below and not (sizes or keep_ranks) and final.rank > trained.rank
     result = replace(
         result, rank=final.rank, smaller=(below[-1], error_at(trained, below[-1])) if padded else None,
-        command=_command(wanted, path, model.source, final), errors=errors, error=error,
+        command=_command(wanted, path, model.source, final.rank, final.config, heads), errors=errors, error=error,
         verify=_verify(wanted.server, path, Path(directory), wanted.writes_peft, start is None and not error, base),
         added=tuple(name for name in final.layers if name not in trained.layers),
         parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
@@ -293,14 +294,16 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
     return replace(trained, layers=layers), counts
 
 
-def _command(engine: Engine, path: Path, base: str, trained: Trained) -> str:
+def _command(
+    engine: Engine, path: Path, base: str, rank: int, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> str:
     quote = repr if engine is PEFT else shlex.quote
-    filled = {"base": quote(base), "path": quote(str(path)), "name": _name(path), "rank": vllm_rank(trained.rank)}
-    command, task = engine.command.format_map(filled), trained.config.get("task_type")
+    filled = {"base": quote(base), "path": quote(str(path)), "name": _name(path), "rank": vllm_rank(rank)}
+    command, task = engine.command.format_map(filled), config.get("task_type")
     if engine is not PEFT:
         return command
     if task in ("SEQ_CLS", "TOKEN_CLS"):
-        heads = [len(t) for key, t in trained.others.items() if key.endswith(("classifier.weight", "score.weight"))]
+        heads = [shape[0] for key, shape in shapes.items() if key.endswith(("classifier.weight", "score.weight"))]
         command = command.replace("), ", f", num_labels={heads[0]}), ", 1) if heads else command
     return command.replace("AutoModelForCausalLM", CLASS_OF_TASK.get(task or "", "AutoModelForCausalLM"))
 
@@ -313,12 +316,19 @@ def command_for_all(exports: Sequence[Exported]) -> str:
 
 
 def exported_as(path: Path) -> dict[str, str] | None:
-    """Return the commands that serve and verify what `export_adapter` wrote there, moved or not; None of another."""
-    if not is_as_written(path, RECORD_FILE):
+    """Write the commands that serve and verify what `export_adapter` wrote there, moved or not; None of another.
+
+    The record says for which engine. A command that stands in it is not passed on: the directory may be anybody's.
+    """
+    name = read_json(path / RECORD_FILE).get("engine") if is_as_written(path, RECORD_FILE) else ""
+    if name not in [None, *ENGINES]:
         return None
-    record = read_json(path / RECORD_FILE)
-    was, now = str(record.get("path")), str(path.resolve())
-    return {key: str(record.get(key, "")).replace(shlex.quote(was), shlex.quote(now)) for key in ("command", "verify")}
+    engine, path, adapter = find_engine(name), path.resolve(), AdapterDirectory(path)
+    rank = max(adapter.ranks.values(), default=0)
+    return {
+        "command": _command(engine, path, adapter.base, rank, adapter.config, adapter.shapes),
+        "verify": _verify(engine.server, path, path, is_peft=True, fits=True, base=None),
+    }
 
 
 def verify_for_all(exports: Sequence[Exported], base: str | None = None) -> str:

