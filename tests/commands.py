@@ -1,12 +1,17 @@
 """What tests of commands share: a model and data on disk, a run in this process, and what an error looks like."""
 
 import json
+from functools import cache
 
+import typer.testing
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lora_init.cli import app as cli
+
+# The command is made of its declarations once, not for each call.
+typer.testing._get_command = cache(typer.testing._get_command)
 
 WORDS = "the cat sat on a mat and saw one dog run to two red hats in my green house".split()  # noqa: SIM905
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -76,6 +77,29 @@ def free_port():
 def run(function, size, folder, *arguments, seconds=150, **environment):
     """Run it in `size` processes; return what each returned."""
     return Processes(function, size, folder, *arguments, **environment).results(seconds)
+
+
+def command_line(rank, size, folder, *words):
+    """Exit code, stdout and stderr of `lora-init`, or of a script that is named first, in a process of its own."""
+    import torch
+
+    from lora_init import cli
+
+    written = [folder / f"{rank}-{number}" for number in (1, 2)]
+    for number, file in enumerate(written, 1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    words = [str(word).replace("RANK", str(rank)) for word in words]
+    script = words.pop(0) if words[0].endswith(".py") else None
+    sys.argv = [script or "lora-init", *words]
+    code = 0
+    try:
+        runpy.run_path(script, run_name="__main__") if script else cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    assert not torch.distributed.is_initialized()  # what a command has opened, it closes
+    sys.stdout.flush(), sys.stderr.flush()
+    return [code, *(file.read_text() for file in written)]
 
 
 def _child(module, function, own, folder, size, arguments, environment, rank):

@@ -4,13 +4,15 @@ import html
 import json
 import re
 import runpy
+import subprocess
 import sys
 import zipfile
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 
-from tests import assets
+from tests import assets, commands
 from tests.assets import EXAMPLES, demo_assets
 
 # Which arguments make a script short. "OUTPUT" becomes a folder of the test.
@@ -38,10 +40,9 @@ def run(monkeypatch, tmp_path, capfd):
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(str(EXAMPLES))
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
-        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))  # for the scripts' own processes
-        monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
         arguments = [argument.replace("OUTPUT", str(tmp_path / "output")) for argument in SHORT.get(name, [])]
         monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setattr(subprocess, "run", here)
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capfd.readouterr().out
 
@@ -52,6 +53,14 @@ def run(monkeypatch, tmp_path, capfd):
 def small(tmp_path_factory):
     """The real model's first layers and tokens, for what takes minutes with all; tests/adapters runs the whole one."""
     return assets.part_of_smollm2(tmp_path_factory.mktemp("small"))
+
+
+def here(words, **options):
+    """Run a command that a script would run in a Python of its own."""
+    assert words[:3] == [sys.executable, "-m", "lora_init"]
+    done = commands.run(*words[3:])
+    print(done.stdout)
+    return SimpleNamespace(returncode=done.exit_code)
 
 
 def test_every_script_is_run():

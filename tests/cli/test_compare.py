@@ -3,17 +3,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from lora_init.cli import app as cli
+from lora_init.comparison import workbench
 from lora_init.comparison.runs import read_runs, read_settings
 from lora_init.comparison.workbench import Workbench
 from tests.comparisons import make_home
+from tests.processes import command_line, free_port
+from tests.processes import run as run_processes
 
 
 @pytest.fixture(scope="module")
@@ -124,42 +124,24 @@ def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-# Its second run waits until a signal comes, so that nothing depends on how fast the machine is.
-WAITING = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
-from lora_init import cli
-from lora_init.comparison import workbench
-train, calls = workbench.train, []
-def waiting(*arguments, **options):
-    calls.append(1)
-    if len(calls) == 2:
-        print("the second run waits", file=sys.stderr, flush=True)
-    while len(calls) == 2:
-        time.sleep(0.01)
-    return train(*arguments, **options)
-workbench.train = waiting
-cli.main()
-"""
+def interrupted(rank, size, folder, sent, *words):
+    """Run the command, and send its process a signal in the middle of its second run."""
+    train, calls = workbench.train, []
+
+    def training(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), sent)
+        return train(*arguments, **options)
+
+    workbench.train = training
+    return command_line(rank, size, folder, *words)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, tmp_path, sent):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", WAITING, *map(str, command)]
-    with subprocess.Popen(words, env=environment, stdout=-1, stderr=-1, text=True) as process:
-        seen = []
-        for line in process.stderr:
-            seen.append(line)
-            if line == "the second run waits\n":
-                break
-        assert any(line.startswith("run 1/10") for line in seen), seen
-        process.send_signal(sent)
-        try:
-            out, errors = process.communicate(timeout=300)
-        finally:
-            process.kill()  # one that does not end must not hold up the suite
-    assert process.returncode == 130 and out == ""
+    ((code, out, errors),) = run_processes(interrupted, 1, tmp_path, sent, *map(str, command), MASTER_PORT=free_port())
+    assert code == 130 and out == "" and "run 1/10" in errors
     said, last = errors.splitlines()[-2:]
     assert last == "interrupted" and "out: 1 of 10 runs are kept, with their report" in said
     assert said.endswith("The same command goes on from there.")

@@ -1,13 +1,8 @@
 """What all commands share: one line per error, its words, signals; under torchrun one result and one exit code."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +13,12 @@ from lora_init.cli import app as cli
 from lora_init.cli import console
 from lora_init.cli.console import in_words, one_line_errors
 from lora_init.errors import LoraInitError, explain
+from tests.assets import EXAMPLES
 from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here
 from tests.conftest import tiny_llama
-from tests.processes import free_port, run
+from tests.processes import command_line, free_port, run
 from tests.versions import needs_torchrun
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +27,6 @@ def home(tmp_path_factory):
     save_model(tiny_llama(), home / "model")
     (home / "text.txt").write_text("\n".join(" ".join(WORDS[i % 19 :] + WORDS[: i % 7]) for i in range(28)))
     return home
-
-
-def torchrun(*arguments):
-    """Run a script in two processes; kill them all if they hang."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    running = subprocess.Popen(
-        [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        out, err = running.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        running.send_signal(signal.SIGTERM)  # which the launcher passes on, then it kills
-        running.communicate(timeout=60)
-        raise
-    assert running.returncode == 0, err
-    assert "destroy_process_group" not in err and "Traceback" not in err
-    return out
 
 
 @needs_torchrun
@@ -75,30 +51,13 @@ def test_two_processes_make_one_result_and_say_it_once(home, tmp_path):
 
 @needs_torchrun
 def test_the_example_trains_what_two_processes_found(tmp_path):
-    out = torchrun(str(ROOT / "examples" / "two_processes.py"), "--output", str(tmp_path / "adapter"))
+    words = [str(EXAMPLES / "two_processes.py"), "--output", str(tmp_path / "adapter")]
+    (code, out, err), _ = run(command_line, 2, tmp_path, *words, MASTER_PORT=free_port())
+    assert code == 0 and "destroy_process_group" not in err and "Traceback" not in err, err
     assert "2 processes: 24 batches, 3072 tokens" in out
     losses = [float(loss) for loss in re.findall(r"epoch \d: loss of the last batch here (\S+)", out)]
     assert len(losses) == 3 and losses[2] < losses[0]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-
-
-def command_line(rank, size, folder, *arguments):
-    """Exit code, stdout and stderr of the command in this process."""
-    read = []
-    for number in (1, 2):
-        file = os.open(folder / f"{rank}-{number}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        os.dup2(file, number)
-        read.append(folder / f"{rank}-{number}")
-    sys.argv = ["lora-init", *(argument.replace("RANK", str(rank)) for argument in arguments)]
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    assert not torch.distributed.is_initialized()  # what a command has opened, it closes
-    sys.stdout.flush(), sys.stderr.flush()
-    return [code, *(file.read_text() for file in read)]
 
 
 @needs_torchrun
