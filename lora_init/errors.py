@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -42,11 +43,10 @@ class Message(Exception):
         super().__init__(self.spelled(in_python))
 
     def spelled(self, spell: Spell) -> str:
-        """Write it, with options as `spell` does, in one line."""
-        text = self.text
-        for name, value in self.options.items():
-            text = text.replace(f"{{{name}}}", spell(name, value))
-        return " ".join(text.split())
+        """Write it, with options as `spell` does, in one line; a name that stands in a value stays."""
+        options = {f"{{{name}}}": spell(name, value) for name, value in self.options.items()}
+        names = re.compile("|".join(map(re.escape, options)))  # without options the empty places, which stay empty
+        return " ".join(names.sub(lambda found: options.get(found[0], ""), self.text).split())
 
 
 class LoraInitError(Message, ValueError):

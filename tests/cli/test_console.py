@@ -153,3 +153,5 @@ def test_an_error_names_options_and_each_way_in_writes_them_its_way(
     assert str(error) == explain(error, in_words) == f"rank=3, '{{x}}': {in_python} is wrong."
     console._common(init.make_context("init", [], resilient_parsing=True))
     assert explain(error, in_words) == f"rank=3, '{{x}}': {on_the_command_line} is wrong."
+    within = LoraInitError("{template} has no {rank}.", template="{rank}", rank=3)
+    assert str(within) == "template='{rank}' has no rank=3."
