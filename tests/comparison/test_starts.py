@@ -61,7 +61,7 @@ class Case:
 
     def logits(self, model=None):
         with torch.no_grad():
-            return torch.cat([(model or self.model)(**batch).logits.flatten() for batch in self.batches])
+            return torch.cat([(model or self.model)(**batch).logits for batch in self.batches])
 
 
 @pytest.fixture(scope="module", params=sorted(TASKS))
@@ -162,6 +162,15 @@ def test_parameter_counts(case):
         assert max(ranks.values()) <= 2 * RANK and len(set(ranks.values())) > 1
         full = start == "eva-frozen-a" and all(own == 2 * RANK for own in equal_ranks.values())
         assert equal <= expected and (full or equal > expected - step), start
+
+
+def test_narrow_layers_take_more_ranks_for_equal_parameters_and_the_scaling_stays():
+    case = Case("llama")
+    case.model = tiny_llama(intermediate_size=512)
+    prepared = case.prepare("eva-rho2+equal-parameters")
+    assert sum(prepared.ranks.values()) > 1.2 * RANK * len(prepared.ranks)
+    layers = adapter_layers(prepared.peft_model).values()
+    assert {layer.scaling["default"] for layer in layers} == {8 / RANK}
 
 
 def test_full_fine_tuning_trains_the_model_itself_in_float32():
