@@ -10,15 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_init
-from lora_init import (
-    LoraInitError,
-    QuantizationErrors,
-    build_adapter,
-    collect,
-    export_adapter,
-    find_targets,
-    mean_loss,
-)
+from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
 from lora_init.adapters.quantized import loss_or_distance, with_losses
 from lora_init.loading.models import QUANTIZATIONS
 from tests.collection.made import PackedLinear

@@ -72,12 +72,8 @@ def test_options_reach_the_comparison(command, home, tmp_path):
         "seeds": [0], "dtype": "float32",
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
-    for part in (
-        "32 examples to train on, 6 to select by and 8 to report",
-        "split seed 1",
-        "at most 20 tokens",
-        "answer position",
-    ):
+    rows = "32 examples to train on, 6 to select by and 8 to report"
+    for part in (rows, "split seed 1", "at most 20 tokens", "answer position"):
         assert part in settings["data"]
     assert "8 of 8 examples" in settings["retain_data"]
 
