@@ -1,5 +1,8 @@
 """Models, batches and helpers that several tests of comparison need."""
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import torch
 
 import lora_init
@@ -35,11 +38,13 @@ def assert_same(before, after):
 CLOCK = ("peak_memory_bytes",)
 
 
-def compare(home, output, model="llama", **changes):
+def compare(home, output, model="llama", drawn=False, **changes):
+    """Compare on small models; the pictures, which take most of the time, are drawn if asked for."""
     settings = SMALL | dict(starts=("random", "eva")) | changes
     if settings.get("label") or settings.get("options"):
         settings["completion"] = None
-    return lora_init.compare(str(home / model), home / "rows.jsonl", output, **settings)
+    with nullcontext() if drawn else patch("lora_init.comparison.report.pictures", return_value={}):
+        return lora_init.compare(str(home / model), home / "rows.jsonl", output, **settings)
 
 
 def without_clock(records):

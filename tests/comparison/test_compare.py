@@ -26,7 +26,7 @@ def full(home, tmp_path_factory):
     retain.write_text("\n".join(["one dog run to the red hats", "my green house"] * 4))
     lines = []
     found = compare(
-        home, output, options="options", retain_data=retain, retain_samples=8, say=lines.append,
+        home, output, drawn=True, options="options", retain_data=retain, retain_samples=8, say=lines.append,
         learning_rates=[1e-3],
         starts=("random", "orthogonal", "eva-rho1", "eva-rho2", "eva-ranks", "eva-frozen-a"),
     )  # fmt: skip
@@ -159,6 +159,7 @@ def run_until_killed(home, output, ended):
     compare(home, output, learning_rates=[1e-2], seeds=3, say=ended.send)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_run_it_ends_with_the_same_table(home, tmp_path):
     uninterrupted = compare(home, tmp_path / "whole", learning_rates=[1e-2], seeds=3)
     for _ in range(2):

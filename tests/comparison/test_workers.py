@@ -42,6 +42,7 @@ def die(mark, model, seed):
     return again(model, seed)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(home, alone, tmp_path):
     found = compare(home, tmp_path / "out", learning_rates=[1e-2], seeds=3, workers=2)
     assert without_clock(read_runs(tmp_path / "out")) == without_clock(read_runs(alone.directory))
@@ -73,6 +74,7 @@ def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_nothing(monke
     assert worker.take(worker.submit(run, "")) == (run, False)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_its_run_only(forks, home, tmp_path):
     lines = []
     starts = ["random", ("mine", partial(die, tmp_path / "mark"))]
@@ -102,13 +104,13 @@ class Stub:
         return future.result()
 
 
-def test_a_run_that_two_workers_died_of_has_failed_and_the_others_go_on(tmp_path):
+@pytest.mark.parametrize(("deaths", "status"), [(1, "finished"), (2, "failed")])
+def test_a_run_that_two_workers_died_of_has_failed_and_the_others_go_on(tmp_path, deaths, status):
     runs = [Run(REFERENCE, seed, 1e-3) for seed in range(4)]
     with open_runs(tmp_path / "out", settings()) as log:
-        crew = [Stub([runs[1]] * 2), Stub([runs[1]] * 2)]
-        run_all(lambda records: (runs, []), log, crew, RunBudget(), lambda text: None)
+        run_all(lambda records: (runs, []), log, [Stub([runs[1]] * deaths)], RunBudget(), lambda text: None)
         ended = {run.seed: record["status"] for run, record in log.records.items()}
-    assert ended == {0: "finished", 1: "failed", 2: "finished", 3: "finished"}
+    assert ended == {0: "finished", 1: status, 2: "finished", 3: "finished"}
 
 
 def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
