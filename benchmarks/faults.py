@@ -228,7 +228,8 @@ FAULTS: dict[str, list[Planted]] = {
     ],
     "adapters/learning_rate.py": [
         ("dropped factor", "scaling * growth / size.output", "growth / size.output"),
-        ("wrong sign", "math.sqrt(STEPS / self.steps)", "math.sqrt(self.steps / STEPS)"),
+        ("wrong sign", "STEPS / self.steps / self.share", "self.steps / STEPS / self.share"),
+        ("dropped factor", "STEPS / self.steps / self.share", "STEPS / self.steps"),
         ("lost setting", " * (NEW_HEAD if self.new_head else 1.0)", ""),
     ],
     "adapters/measured_rate.py": [

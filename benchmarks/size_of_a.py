@@ -95,6 +95,12 @@ FARTHER = [dict(rank=64, alpha=128), dict(alpha=80), dict(layers="attention")]  
 
 def runs() -> Iterator[Run]:
     """List all runs, those that say most first."""
+    yield from (Run(*pair, "random", x=x, layers="q_proj,v_proj") for pair in PAIRS[::2] for x in (3.0, 1.0, 9.0))
+    for layers, x in product(("attention", "mlp"), (2.0, 4.0, 1.0)):
+        yield from (Run(*pair, "random", x=x, layers=layers) for pair in PAIRS[::2])
+    for seed, layers, x in product((1, 2), ("attention", "mlp"), (1.0, 3.0)):
+        yield Run(*PAIRS[0], "random", x=x, layers=layers, seed=seed)
+    yield from (Run(*PAIRS[1], "random", x=x, layers="q_proj,v_proj") for x in (3.0, 1.0, 9.0))
     for start, size in [*DEFAULT, ("natural-gradient", "1")]:
         yield from (Run(*pair, start, size) for pair in PAIRS)
     yield from (Run(*pair, "random", at=2e-4) for pair in PAIRS)  # PEFT's default at the rate that most take
@@ -174,8 +180,9 @@ class Bench:
         if self.bench:
             self.bench._renew_head(self.bench.loaded, run.seed)
             task_type = "SEQ_CLS"
+        layers = run.layers.split(",") if "," in run.layers else run.layers
         stats = lora_init.collect(
-            self.model, self.sample, run.layers, rank=run.rank, rho=run.rho, gradients=gradients, task_type=task_type,
+            self.model, self.sample, layers, rank=run.rank, rho=run.rho, gradients=gradients, task_type=task_type,
             progress=False, **(AS_TRAINED if gradients and self.bench else {}),
         )  # fmt: skip
         ranks = lora_init.allocate_ranks(stats, run.rank, rho=run.rho)

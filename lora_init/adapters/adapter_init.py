@@ -15,7 +15,7 @@ from lora_init.adapters.asked import Shape
 from lora_init.adapters.base_weights import check_correctable, correct_outputs, correct_weights
 from lora_init.adapters.card import card_of, origin_of
 from lora_init.adapters.directory import LORA_A, LORA_B, carrying, write_start
-from lora_init.adapters.learning_rate import TRAINING, LearningRate, Response, one_epoch, training_in_words
+from lora_init.adapters.learning_rate import TRAINING, LearningRate, Response, one_epoch, share_of, training_in_words
 from lora_init.adapters.peft_model import (
     as_it_was,
     attach,
@@ -155,9 +155,9 @@ class AdapterInit(Shape):
             return None
         steps, why = one_epoch(self.provenance.settings)
         left_out = [name for name in (*self.weights, *self.unsupported) if name not in self.responses]
-        return LearningRate(
-            self.responses, self.steps or steps, self.provenance.task_type in HEADS, left_out, "" if self.steps else why
-        )
+        new_head = self.provenance.task_type in HEADS
+        share = share_of(len(self.weights) + len(self.unsupported), self.provenance.n_linear)
+        return LearningRate(self.responses, self.steps or steps, new_head, left_out, "" if self.steps else why, share)
 
     @property
     def recommended(self) -> dict[str, Any] | None:

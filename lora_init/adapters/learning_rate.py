@@ -4,9 +4,11 @@ Each of Adam's first steps moves every entry of B by about the learning rate, wh
 output y = W x, scaling s and start A [r, d_in], a move of unit sign in B by eta changes y by eta s sum |(A x)_i|. A
 moves as well, which adds eta^2 s c r sum |x_j| / 2, where c is fitted. The rate for 48 steps is the eta at which this
 change, over the root mean square of W x, is C in the geometric mean over layers. How far A and B move grows with the
-root of the number of steps, so the rate falls with it. The r directions of a layer add up only in part, so the change
-is divided by (r / 8)^(1/4), a fitted power. C and c were fitted on SmolLM2-135M, see docs/learning-rates.md; muA (arXiv
-2602.06204) derives how a rate scales with width and rank, without the constant.
+root of the number of steps, so the rate falls with it. Changes of layers add up like independent ones: where a share of
+the model's linear layers has the adapter, the rate is higher by the root of one over the share. The r directions of a
+layer add up only in part, so the change is divided by (r / 8)^(1/4), a fitted power. C and c were fitted on
+SmolLM2-135M, see docs/learning-rates.md; muA (arXiv 2602.06204) derives how a rate scales with width and rank, without
+the constant.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ RANK, OVERLAP = 8, 0.25  # at which both were fitted; directions of another numb
 STEPS, NEW_HEAD = 48, 4.8
 WITHIN = 2.0  # the factor within which 63 of 65 best rates were
 SHORTEST, LONGEST = 24, 400  # numbers of steps between which it was measured
+SMALLEST = 2 / 7  # share of the linear layers at which it was measured; unfused experts can be hundreds of them
 FAR = 3.0  # a rate this many times off costs more than a start gains
 TRAINING = {"warmup": WARMUP, "schedule": SCHEDULE, "optimizer": OPTIMIZER}
 
@@ -52,6 +55,11 @@ class Response(NamedTuple):
     quadratic: float  # by A and B together; 0 where A is frozen
 
 
+def share_of(n_layers: int, n_linear: int) -> float:
+    """Compute the share of a model's linear layers that have an adapter, as far down as was measured; 1 if unknown."""
+    return min(1.0, max(SMALLEST, n_layers / n_linear)) if n_linear else 1.0
+
+
 def response(size: Sizes, ax: float, rank: int, scaling: float, freeze_a: bool = False) -> Response | None:
     """Compute the response of a layer from the mean of sum |(A x)_i|; None if input or output is always zero."""
     if not (size.output > 0.0 and ax > 0.0):
@@ -71,6 +79,7 @@ class LearningRate:
         new_head: Whether a head is trained whole, beginning at random.
         left_out: Layers that say nothing: what they read or compute is zero throughout, or no hook sees it.
         why_steps: Where the number of steps comes from, in words; empty if it was given.
+        share: Share of the model's linear layers that have the adapter.
 
     Raises:
         LoraInitError: There is no layer, or steps is no number of at least 1.
@@ -81,6 +90,7 @@ class LearningRate:
     new_head: bool = False
     left_out: Sequence[str] = ()
     why_steps: str = ""
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if not is_number(self.steps) or self.steps < 1:
@@ -96,7 +106,7 @@ class LearningRate:
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if self._mean_log_change(middle) < math.log(best) else (low, middle)
-        return float(f"{math.exp(low) * math.sqrt(STEPS / self.steps):.1e}")
+        return float(f"{math.exp(low) * math.sqrt(STEPS / self.steps / self.share):.1e}")
 
     def _mean_log_change(self, log_rate: float) -> float:
         eta = math.exp(log_rate)
@@ -127,7 +137,7 @@ class LearningRate:
         responses = {name: [float(f"{value:.4g}") for value in pair] for name, pair in self.responses.items()}
         return {
             "responses": responses, "steps": self.steps, "why_steps": self.why_steps, "new_head": self.new_head,
-            "left_out": [*self.left_out],
+            "left_out": [*self.left_out], "share": self.share,
         }  # fmt: skip
 
     @classmethod

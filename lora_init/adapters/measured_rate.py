@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.learning_rate import LearningRate, Response, one_epoch, response
+from lora_init.adapters.learning_rate import LearningRate, Response, one_epoch, response, share_of
 from lora_init.adapters.peft_model import adapter_layers, check_fresh
 from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.collection.loop import row_norms
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import NothingCountsError, TokenMasks
 from lora_init.layers.running import call_model
-from lora_init.layers.targets import HEADS
+from lora_init.layers.targets import HEADS, count_linear
 from lora_init.layers.wrappers import unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
 from lora_init.statistics.statistics import Sizes
@@ -82,7 +82,9 @@ def measure_rate(
     config = getattr(model, "peft_config", {}).get(adapter_name)
     left_out = [name for name in layers if name not in responses]
     # PEFT trains the head of such a task whole, which often begins at random.
-    return LearningRate(responses, steps, getattr(config, "task_type", None) in HEADS, left_out)
+    task_type = getattr(config, "task_type", None)
+    share = share_of(len(layers), count_linear(base, task_type))
+    return LearningRate(responses, steps, task_type in HEADS, left_out, share=share)
 
 
 def measure_responses(

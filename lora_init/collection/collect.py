@@ -30,7 +30,7 @@ from lora_init.files import check_writable, locked
 from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import Forward, call_model
-from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, find_targets
+from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets
 from lora_init.layers.wrappers import (
     Precision,
     class_name,
@@ -235,6 +235,7 @@ def collect(
         # Before the pass: bitsandbytes repacks weights when they are first used.
         fingerprint=fingerprint(model),
         n_parameters=count_parameters(model),
+        n_linear=count_linear(model, task_type),
         quantisation=quantization_of(model),
         target_modules=_listed(target_modules),
         exclude_modules=None if exclude_modules is None else _listed(exclude_modules),

@@ -18,7 +18,7 @@ from torch import nn
 from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.layers.grid import PURPOSES, by_purpose
 from lora_init.layers.rows import CONVOLUTIONS, Experts, find_parameters, patches_of
-from lora_init.layers.wrappers import class_name, plain_names, unwrapped
+from lora_init.layers.wrappers import class_name, plain_name, plain_names, unwrapped
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -30,6 +30,15 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Check whether `"all-linear"` means this layer."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def count_linear(model: nn.Module, task_type: str | None = None) -> int:
+    """Count the layers that `"all-linear"` means, also where some have an adapter or are trained whole."""
+    model, heads = unwrapped(model), HEADS.get(task_type or "", ())
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = (name for name, module in model.named_modules() if is_linear(module) and module is not output)
+    others = (".lora_", ".modules_to_save.", ".original_module")
+    return sum(not any(part in name for part in others) and not is_in(plain_name(name), heads) for name in linear)
 
 
 def is_in(name: str, modules: Collection[str]) -> bool:

@@ -37,6 +37,7 @@ class Provenance:
         model_class: Name of the model's class.
         fingerprint: Hash of the names and shapes of the weights and of a sample of their values, see `fingerprint`.
         n_parameters: Number of parameters of the model; 0 if unknown.
+        n_linear: Number of layers that `"all-linear"` means in the model; 0 if unknown.
         target_modules: As given to `collect`.
         target_parameters: As given to `collect`.
         exclude_modules: As given to `collect`.
@@ -69,6 +70,7 @@ class Provenance:
     target_modules: str | list[str]
     target_parameters: list[str] | None = None
     n_parameters: int = 0
+    n_linear: int = 0
     exclude_modules: str | list[str] | None = None
     task_type: str | None = None
     data: str = ""

@@ -14,7 +14,7 @@ from lora_init import build_adapter, collect, learning_rate
 from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, one_epoch, response
 from lora_init.statistics.statistics import Sizes
 from tests.adapters.made import batches, tiny
-from tests.conftest import refused, tiny_llama
+from tests.conftest import refused, tiny_bert, tiny_llama
 
 ONE = {"layer": Response(2.0, 0.0)}
 
@@ -27,12 +27,7 @@ def test_a_move_of_unit_sign_in_b_changes_an_output_by_what_the_response_says():
     moved = scaling * ax.abs().sum(1) * eta  # B moves with the sign of A x in each column
     y = (data @ model[0].weight.T).square().mean().sqrt()
     sizes = Sizes(float(data.abs().sum(1).mean()), float(y))
-    exact = response(
-        sizes,
-        float(ax.abs().sum(1).mean()),
-        4,
-        scaling / 2**0.25,  # see `OVERLAP`
-    )  # see `RANK`
+    exact = response(sizes, float(ax.abs().sum(1).mean()), 4, scaling / 2**0.25)  # see `RANK` and `OVERLAP`
     assert exact.linear * eta == pytest.approx(float(moved.mean() / y), rel=1e-9)
     assert exact.quadratic == pytest.approx(float(scaling * GROWTH * 4 * data.abs().sum(1).mean() / 2 / y), rel=1e-9)
     # Of A x the pass knows the second moment alone. These inputs are Gaussian, of 16 dimensions.
@@ -63,6 +58,21 @@ def test_the_rate_falls_with_the_root_of_the_steps_and_rises_for_a_new_head():
     for responses in (ONE, of_both):
         assert LearningRate(responses, 192).rate == pytest.approx(LearningRate(responses, 48).rate / 2, rel=0.05)
     assert LearningRate(ONE, 48, new_head=True).rate == pytest.approx(CHANGE / 2 * NEW_HEAD, rel=0.05)
+
+
+def test_the_rate_rises_with_the_root_of_one_over_the_share_of_the_layers(llama, tokens):
+    part = ["q_proj", "v_proj"]  # of seven kinds
+    init = build_adapter(collect(llama, [tokens], part, rank=4), 4)
+    adapted = get_peft_model(llama, LoraConfig(r=4, target_modules=part))
+    for found in (init.rate, learning_rate(adapted, [tokens], steps=48)):
+        assert found.share == 2 / 7 and LearningRate.read(found.stored()).share == 2 / 7
+        assert replace(found, share=1.0).rate * 3.5**0.5 == pytest.approx(found.rate, rel=0.05)
+    classifier = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    for found in (
+        build_adapter(collect(tiny_bert(), [tokens], rank=2, task_type="SEQ_CLS"), 2).rate,
+        learning_rate(classifier, [tokens], steps=48),
+    ):
+        assert found.share == 1.0  # PEFT trains the head whole
 
 
 @pytest.mark.parametrize("method", ["random", "eva"])
