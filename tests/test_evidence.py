@@ -67,12 +67,9 @@ def test_figures_are_what_the_runs_say():  # one test for all pages: they share 
 
 
 def test_a_figure_is_written_as_it_stands_there():
-    text = (
-        "ends +1,234.5 %, **−0.25** to 3 (5e-4) above 7<!-- figure: cited(2000, 0.126, 0.4), cited(3e-3), cited(7) -->"
-    )
-    right = (
-        "ends +2,000.0 %, **+0.13** to 0 (3e-3) above 7<!-- figure: cited(2000, 0.126, 0.4), cited(3e-3), cited(7) -->"
-    )
+    said = "<!-- figure: cited(2000, 0.126, 0.4), cited(3e-3), cited(7) -->"
+    text = f"ends +1,234.5 %, **−0.25** to 3 (5e-4) above 7{said}"
+    right = f"ends +2,000.0 %, **+0.13** to 0 (3e-3) above 7{said}"
     assert figures.corrected(text) == right and figures.corrected(right) == right
     with pytest.raises(ValueError, match=r"line 1: cited.*: 2 values, and 1 numbers before it"):
         list(figures.figures("1 <!-- figure: cited(1) --> 2 <!-- figure: cited(1, 2) -->"))

@@ -79,7 +79,7 @@ class LearningRate:
         new_head: Whether a head is trained whole, beginning at random.
         left_out: Layers that say nothing: what they read or compute is zero throughout, or no hook sees it.
         why_steps: Where the number of steps comes from, in words; empty if it was given.
-        share: Share of the model's linear layers that have the adapter.
+        share: Share of the linear layers that have the adapter, in the part of the model that holds it.
 
     Raises:
         LoraInitError: There is no layer, or steps is no number of at least 1.

@@ -83,7 +83,7 @@ def measure_rate(
     left_out = [name for name in layers if name not in responses]
     # PEFT trains the head of such a task whole, which often begins at random.
     task_type = getattr(config, "task_type", None)
-    share = share_of(len(layers), count_linear(base, task_type))
+    share = share_of(len(layers), count_linear(base, layers, task_type))
     return LearningRate(responses, steps, task_type in HEADS, left_out, share=share)
 
 

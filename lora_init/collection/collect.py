@@ -235,7 +235,7 @@ def collect(
         # Before the pass: bitsandbytes repacks weights when they are first used.
         fingerprint=fingerprint(model),
         n_parameters=count_parameters(model),
-        n_linear=count_linear(model, task_type),
+        n_linear=count_linear(model, targets.layers, task_type),
         quantisation=quantization_of(model),
         target_modules=_listed(target_modules),
         exclude_modules=None if exclude_modules is None else _listed(exclude_modules),

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import regex
@@ -32,13 +32,19 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def count_linear(model: nn.Module, task_type: str | None = None) -> int:
-    """Count the layers that `"all-linear"` means, also where some have an adapter or are trained whole."""
+def count_linear(model: nn.Module, names: Iterable[str], task_type: str | None = None) -> int:
+    """Count the layers that `"all-linear"` means, also where some have an adapter or are trained whole.
+
+    They are those of the part of the model that holds the named ones: a language model without the vision before it.
+    """
     model, heads = unwrapped(model), HEADS.get(task_type or "", ())
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    linear = (name for name, module in model.named_modules() if is_linear(module) and module is not output)
+    steps = zip(*(name.split(".") for name in names), strict=False)
+    part = [step[0] for step in takewhile(lambda step: len({*step}) == 1, steps)]
+    linear = (plain_name(name) for name, one in model.named_modules() if is_linear(one) and one is not output)
     others = (".lora_", ".modules_to_save.", ".original_module")
-    return sum(not any(part in name for part in others) and not is_in(plain_name(name), heads) for name in linear)
+    counted = (name for name in linear if not any(other in name for other in others) and not is_in(name, heads))
+    return sum(name.split(".")[: len(part)] == part for name in counted)
 
 
 def is_in(name: str, modules: Collection[str]) -> bool:

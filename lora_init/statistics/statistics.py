@@ -37,7 +37,7 @@ class Provenance:
         model_class: Name of the model's class.
         fingerprint: Hash of the names and shapes of the weights and of a sample of their values, see `fingerprint`.
         n_parameters: Number of parameters of the model; 0 if unknown.
-        n_linear: Number of layers that `"all-linear"` means in the model; 0 if unknown.
+        n_linear: Number of layers that `"all-linear"` means in the part of the model that was read; 0 if unknown.
         target_modules: As given to `collect`.
         target_parameters: As given to `collect`.
         exclude_modules: As given to `collect`.

@@ -12,6 +12,7 @@ from torch import nn
 import lora_init
 from lora_init import build_adapter, collect, learning_rate
 from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, one_epoch, response
+from lora_init.layers.targets import count_linear, find_targets
 from lora_init.statistics.statistics import Sizes
 from tests.adapters.made import batches, tiny
 from tests.conftest import refused, tiny_bert, tiny_llama
@@ -71,6 +72,9 @@ def test_the_rate_rises_with_the_root_of_one_over_the_share_of_the_layers(llama,
     stats = collect(tiny_bert(), [tokens], rank=2, task_type="SEQ_CLS")
     for found in (build_adapter(stats, 2).rate, learning_rate(classifier, [tokens], steps=48)):
         assert found.share == 1.0  # PEFT trains the head whole
+    both = nn.ModuleDict({"vision": tiny_llama().model, "text": tiny_llama().model})
+    names = [*find_targets(both).layers]
+    assert [count_linear(both, part) for part in (names, names[14:], names[:2], names[:1])] == [28, 14, 4, 1]
 
 
 @pytest.mark.parametrize("method", ["random", "eva"])
