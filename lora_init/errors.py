@@ -45,8 +45,8 @@ class Message(Exception):
     def spelled(self, spell: Spell) -> str:
         """Write it, with options as `spell` does, in one line; a name that stands in a value stays."""
         options = {f"{{{name}}}": spell(name, value) for name, value in self.options.items()}
-        names = re.compile("|".join(map(re.escape, options)))  # without options the empty places, which stay empty
-        return " ".join(names.sub(lambda found: options.get(found[0], ""), self.text).split())
+        names = "|".join(map(re.escape, options)) or "(?!)"  # which matches nothing
+        return " ".join(re.sub(names, lambda found: options[found[0]], self.text).split())
 
 
 class LoraInitError(Message, ValueError):

@@ -18,7 +18,7 @@ from torch import nn
 from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.layers.grid import PURPOSES, by_purpose
 from lora_init.layers.rows import CONVOLUTIONS, Experts, find_parameters, patches_of
-from lora_init.layers.wrappers import class_name, plain_name, plain_names, unwrapped
+from lora_init.layers.wrappers import class_name, plain_names, unwrapped
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -38,13 +38,17 @@ def count_linear(model: nn.Module, names: Iterable[str], task_type: str | None =
     They are those of the part of the model that holds the named ones: a language model without the vision before it.
     """
     model, heads = unwrapped(model), HEADS.get(task_type or "", ())
-    output = getattr(model, "get_output_embeddings", lambda: None)()
     steps = zip(*(name.split(".") for name in names), strict=False)
     part = [step[0] for step in takewhile(lambda step: len({*step}) == 1, steps)]
-    linear = (plain_name(name) for name, one in model.named_modules() if is_linear(one) and one is not output)
     others = (".lora_", ".modules_to_save.", ".original_module")
+    linear = _linear(model, plain_names(model))
     counted = (name for name in linear if not any(other in name for other in others) and not is_in(name, heads))
     return sum(name.split(".")[: len(part)] == part for name in counted)
+
+
+def _linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [name for name, module in modules.items() if is_linear(module) and module is not output]
 
 
 def is_in(name: str, modules: Collection[str]) -> bool:
@@ -295,8 +299,7 @@ def _selected(
     """Name the modules that `target_modules` means."""
     keyword = target_modules.lower().replace("_", "-") if isinstance(target_modules, str) else ""
     if keyword in (ALL_LINEAR, *PURPOSES):
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        linear = [name for name, module in modules.items() if is_linear(module) and module is not output]
+        linear = _linear(model, modules)
         return linear if keyword == ALL_LINEAR else _of_purpose(keyword, modules, linear, type(model).__name__)
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     selected = [name for name in modules if matches(target_modules, name, "target_modules")]
