@@ -106,8 +106,8 @@ def with_gradients(rank, size, folder):
     models = {"plain": llama(), "ddp": torch.nn.parallel.DistributedDataParallel(llama())}
     models |= {"fsdp": fully_sharded(llama()), "fsdp-linear": fully_sharded(llama(), linear=True)}
     models["fsdp"](**batches[0])  # leaves the outermost part whole
-    loop.SAVE_EVERY = 0.0  # by one process: what needs the weights, of which each holds a part, has to wait
     for name, model in models.items():
+        loop.SAVE_EVERY = 0.0 if name == "fsdp" else 60.0  # by one process: what needs the weights has to wait
         stats = collect(model, uneven, **SETTINGS, gradients=True, statistics=folder / f"{name}-file")
         found[name] = (
             kept(stats, folder, f"{name}-{rank}"),
