@@ -419,10 +419,10 @@ def against(other: str, model: str, start: str, **changed: Any) -> tuple[float, 
     return (low + high) / 2, (high - low) / 2
 
 
-def limit(model: str = "smollm2", **changes: Any) -> float:
+def limit(model: str = "smollm2", task: str = "openbookqa", **changes: Any) -> float:
     """Return how far the run nearest to the rule's rate ends above the best of its sweep, with something changed."""
     found = size_of_a.pairs()
-    return float(found[found["run"].eq(Run(model, "openbookqa", "random", **changes))]["above"].iloc[0])
+    return float(found[found["run"].eq(Run(model, task, "random", **changes))]["above"].iloc[0])
 
 
 def part_of_layers(model: str) -> tuple[float, ...]:

@@ -71,7 +71,7 @@ def response(size: Sizes, ax: float, rank: int, scaling: float, freeze_a: bool =
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A learning rate for AdamW, with a warm-up of 10 % and a cosine to zero, batches of 8.
+    """A learning rate for AdamW, warm-up of 10 %, cosine to zero, batches of 4 to 32.
 
     Attributes:
         responses: For each layer, how far it moves.

@@ -41,7 +41,7 @@ def learning_rate(
 
     Any adapter of PEFT whose B is zero will do: of `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` or
     `initialize`. Its gradients are not needed, and the model is as it was afterwards. One rate for all layers; the
-    optimizer is AdamW with batches of 8, see `LearningRate`.
+    optimizer is AdamW with batches of 4 to 32, see `LearningRate`.
 
     Args:
         model: A model with the adapter.
