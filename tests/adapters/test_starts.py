@@ -87,3 +87,6 @@ def test_a_start_may_take_the_weight_of_the_base_and_is_told_apart_where_there_i
     layer = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
     assert torch.equal(layer.lora_A["default"].weight, layer.base_layer.weight[:RANK])
     refused("the start is made from its weight", build_adapter, stats, RANK, "rows")
+    b_infinite = Start("b", "", b_is_zero=False, function=lambda weight, rank: (weight[:rank], weight[:, :rank] / 0))
+    packages(b=b_infinite)
+    refused("returned NaN or inf", build_adapter, stats, RANK, "b", model=tiny_llama())

@@ -40,9 +40,8 @@ def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(com
     stepped = run(*command, "--method", "lora-one", "--rho", "1", "--json")
     said = json.loads(stepped.stdout)
     assert said["loss_at_start"] < said["loss_before"] and said["gamma"] >= 1.0
-    assert (
-        "before any training" in said["notes"][0] and "before any training" in (tmp_path / "step/README.md").read_text()
-    )
+    for text in (said["notes"][0], (tmp_path / "step/README.md").read_text()):
+        assert "before any training" in text
     planned = run("ranks", file, "--policy", "gradient", "--rank", "2", "--compare", "eva", "--compare", "gora")
     assert planned.exit_code == 0 and "gora" in planned.stdout, planned.output
 

@@ -85,10 +85,8 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     assert yaml.safe_load(result.stdout)["lora_r"] == 4
     assert "p.json: written" in result.stderr and "p.svg: written" in result.stderr
     assert (tmp_path / "p.svg").stat().st_size > 1000
-    assert (
-        str(tmp_path / "p.json")
-        in run(file, "--rank", 4, "--format", "llama-factory", "--output", tmp_path / "p.json", "--overwrite").stdout
-    )
+    options = ["--rank", 4, "--format", "llama-factory", "--output", tmp_path / "p.json", "--overwrite"]
+    assert str(tmp_path / "p.json") in run(file, *options).stdout
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -77,9 +77,8 @@ def test_every_start_is_trained_with_the_same_replayed_text(home, tmp_path):
     texts = home / "replay.txt"
     texts.write_text("\n".join(["the red hats run to one dog", "my green house", "one dog"] * 4))
     options = dict(learning_rates=[1e-2], seeds=1, retain_data=texts, retain_samples=12, dial=False)
-    plain, found = (
-        compare(home, tmp_path / str(i), **options, replay=replay) for i, replay in enumerate((None, texts))
-    )
+    plain = compare(home, tmp_path / "0", **options)
+    found = compare(home, tmp_path / "1", **options, replay=texts)
     assert "12 of 12 examples" in found.settings["replay"] and "replay" not in plain.settings
     (order,) = {record["data_order"] for record in found.records}
     assert order != plain.records[0]["data_order"]

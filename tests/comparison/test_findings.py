@@ -168,9 +168,8 @@ ENDS = ("random", "full")
 def test_headroom(left, said):
     summary = summarise(with_headroom(left, 0.0), settings(starts=["random", "eva", "full"]))
     assert said in summary.headroom and summary.headroom.startswith("The plain model has a loss of 2.3000, and random")
-    random, full = (
-        summary.table[summary.table["best"] & summary.table["start"].eq(name)]["loss"].mean() for name in ENDS
-    )
+    best = summary.table[summary.table["best"]]
+    random, full = (best[best["start"].eq(name)]["loss"].mean() for name in ENDS)
     against = percent((full - random) / random, "+")
     assert f"ends at {full:.4f}, at 1e-3: {against} against random ({against} to {against})." in summary.headroom
     assert [verdict.start for verdict in summary.verdicts] == ["eva"]

@@ -121,11 +121,8 @@ def test_pefts_update_of_an_expert_reads_that_experts_directions(name, ending):
     stats = collect(model, batches(12), ["q_proj"], rank=2, target_parameters=BOTH)
     peft_model = build_adapter(stats, 2).apply(model)
     parameter = f"model.layers.0.mlp.{ending}"
-    wrapper = next(
-        m
-        for n, m in peft_model.named_modules()
-        if isinstance(m, ParamWrapper) and m.parameter_name == ending.split(".")[1] and "layers.0" in n
-    )
+    wrappers = [m for n, m in peft_model.named_modules() if isinstance(m, ParamWrapper) and "layers.0" in n]
+    wrapper = next(m for m in wrappers if m.parameter_name == ending.split(".")[1])
     nn.init.normal_(wrapper.lora_B["default"].weight)
     update = wrapper.get_delta_weight("default").detach()  # as the parameter is laid out
     update = update.mT if name == "gpt_oss" else update  # [experts, d_out, d_in]
@@ -156,6 +153,8 @@ def test_an_expert_without_enough_rows_starts_from_those_of_all():
     for expert in range(6):
         source = stats[up] if expert in few else stats.groups[f"{up}.{expert}"]
         assert torch.equal(a[expert], source.components[:2])
+    drawn = build_adapter(stats, 2, "random").weights[up].a.reshape(6, -1)
+    assert not torch.equal(drawn[0], drawn[1])
     # Some rows, but fewer than two for each of the components to be found: those of all too.
     stats = collect(model, batches(1), rank=8, target_parameters=BOTH)
     assert 0 < stats.groups[f"{up}.0"].n_samples < 2 * stats[up].n_components

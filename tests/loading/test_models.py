@@ -93,3 +93,11 @@ def test_a_quantized_checkpoint_has_no_float_weights(tmp_path):
 def test_a_tokenizer_that_is_not_there(build, tmp_path):
     build().save_pretrained(tmp_path)
     refused(r"has no tokenizer beside it. Save the tokenizer of the base model there: ", load_model, str(tmp_path))
+
+
+def test_a_head_of_another_size_is_drawn_and_padding_is_the_tokenizers(tmp_path):
+    two = tiny_bert()
+    two.config.pad_token_id = 9
+    loaded = load_model(str(save_model(two, tmp_path)), n_labels=3)
+    assert loaded.drawn == {"classifier.weight", "classifier.bias"}
+    assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id != 9

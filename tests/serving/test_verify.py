@@ -257,10 +257,8 @@ def test_what_is_wrong_with_the_server_is_one_line(home):
         engine.raw = b"<html>"
         assert "answers with no JSON" in error("--url", url)
         engine.status, engine.raw = 404, b"Not Found"
-        assert (
-            "v1/models is not there. Name the adapter by --model. An OpenAI-compatible API often ends in /v1."
-            in error("--url", url)
-        )
+        missing = "v1/models is not there. Name the adapter by --model. An OpenAI-compatible API often ends in /v1."
+        assert missing in error("--url", url)
         engine.status, engine.headers = 307, {"Location": "http://127.0.0.1:9/other/v1"}
         assert "answers 307: it is at http://127.0.0.1:9/other/v1. Give that by --url." in error("--url", url)
         engine.status, engine.raw, engine.headers = 200, b" " * (2**24 + 1), {}

@@ -50,9 +50,8 @@ def test_whole_spectra_mix_exactly(center, shares):
     sets = sets_of_rows()
     merged = mix([spectrum_of(one, None, center) for one in sets], 24, shares)
     expected, mean = covariance_of(sets, shares or [len(one) / 480 for one in sets], center)
-    found = (
-        merged.components.double().numpy().T * merged.explained_variance.numpy() @ merged.components.double().numpy()
-    )
+    components = merged.components.double().numpy()
+    found = components.T * merged.explained_variance.numpy() @ components
     # float32 components and means
     assert np.abs(found - expected).max() < 1e-5 * expected.max()
     assert merged.total_variance == pytest.approx(np.trace(expected), rel=1e-6)

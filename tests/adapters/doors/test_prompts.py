@@ -51,11 +51,8 @@ def test_the_statistics_are_of_prompts_with_answers_of_the_models_own(kind, chat
     assert sum(len(batch["input_ids"]) for batch in seen) == 16  # each prompt once
     for batch in seen:
         answers = batch["labels"] != -100
-        assert (
-            (answers.sum(1) >= 1).all()
-            and (answers.sum(1) <= 5).all()
-            and not (answers & ~batch["attention_mask"].bool()).any()
-        )
+        assert (answers.sum(1) >= 1).all() and (answers.sum(1) <= 5).all()
+        assert not (answers & ~batch["attention_mask"].bool()).any()
         for row, kept in zip(batch["input_ids"], answers, strict=True):
             assert 2 not in row[kept][:-1]  # nothing after the end
     trainer.train()
