@@ -56,11 +56,9 @@ def lora_layers(peft_model):
 
 def snapshot(model):
     """Everything about a model that a failed `apply` could leave behind."""
-    return (
-        {name: (id(module), module.training, len(module._forward_hooks)) for name, module in model.named_modules()},
-        {name: (id(p), p.requires_grad, p.clone()) for name, p in model.named_parameters()},
-        sorted(vars(model)),
-    )
+    modules = {name: (id(one), one.training, len(one._forward_hooks)) for name, one in model.named_modules()}
+    parameters = {name: (id(p), p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    return modules, parameters, sorted(vars(model))
 
 
 def same(before, after):

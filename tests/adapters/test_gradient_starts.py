@@ -85,10 +85,8 @@ def test_the_chosen_a_has_the_largest_squared_gradient_of_b(case, method, per_to
     assert found[method] == pytest.approx(promised, rel=1e-3)
     assert found[method] > found["eva"] and found[method] > found["orthogonal"]
     for seed in range(5):
-        assert (
-            squared_gradients(model, batches, name, a_of(stats, "orthogonal", seed=seed)[name], per_token)
-            < found[method]
-        )
+        a = a_of(stats, "orthogonal", seed=seed)[name]
+        assert squared_gradients(model, batches, name, a, per_token) < found[method]
 
 
 def reference(mean, rank, method, gamma):

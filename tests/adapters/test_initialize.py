@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
-from lora_init import LoraInitError, initialize, load_batches
+from lora_init import LoraInitError, Statistics, initialize, load_batches
 from tests.conftest import refused, tiny_bert, tiny_llama
 from tests.loading.made import bert_tokenizer, byte_tokenizer
 
@@ -52,6 +52,13 @@ def test_data_of_every_kind_are_read(source, tmp_path):
         assert torch.equal(tensor, theirs[name]), name
 
 
+def test_statistics_have_what_rho_needs_and_gradients_if_asked_for(tmp_path):
+    asked = dict(tokenizer=byte_tokenizer(), gradients=True, statistics=tmp_path / "stats", **READING)
+    initialize(llama(), ROWS, rank=2, rho=4, **asked)
+    made = Statistics.load(tmp_path / "stats").provenance
+    assert made.settings["rho"] == 4 and made.gradients
+
+
 def test_classes_are_those_of_the_models_head():
     rows = [{"text": "a b c d e f"[: 2 * i + 1], "kind": ("even", "odd")[i % 2]} for i in range(6)]
     model, seen = tiny_bert(), []
@@ -66,6 +73,8 @@ def test_classes_are_those_of_the_models_head():
     expected = load_batches(rows, known_classes=("odd", "even"), **reading)
     assert seen == [label for batch in expected for label in batch["labels"].tolist()]
     assert adapted.peft_config["default"].task_type == "SEQ_CLS"
+    turned = load_batches(rows, known_classes=("even", "odd"), **reading)
+    refused("the data count the classes as even, odd, the model", initialize, adapted.unload(), turned, rank=2)
     numbered = [{**row, "kind": i} for i, row in enumerate(rows)]
     with pytest.raises(LoraInitError, match=r"the data have 6 classes, the model's head 2.* with num_labels=6\."):
         initialize(tiny_bert(), numbered, rank=2, **reading)
@@ -75,9 +84,11 @@ def test_classes_are_those_of_the_models_head():
     ("nowhere.jsonl", {}, "nowhere.jsonl"),
     (ROWS, dict(template="{missing}"), "missing"),
     (ROWS, dict(samples=0), "samples=0"),
+    (ROWS, dict(samples=2.5), "samples=2.5, expected a whole number"),
 ])  # fmt: skip
 def test_bad_data_are_one_line(source, options, words):
     refused(words, initialize, llama(), source, tokenizer=byte_tokenizer(), **options)
+    refused("it gives all layers one rank", initialize, llama(), ROWS, method="lora-ga", rho=2)
 
 
 def asked(**more):

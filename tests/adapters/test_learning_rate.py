@@ -68,6 +68,7 @@ def test_the_rate_rises_with_the_root_of_one_over_the_share_of_the_layers(llama,
     for found in (init.rate, learning_rate(adapted, [tokens], steps=48)):
         assert found.share == 2 / 7 and LearningRate.read(found.stored()).share == 2 / 7
         assert replace(found, share=1.0).rate * 3.5**0.5 == pytest.approx(found.rate, rel=0.05)
+    assert build_adapter(collect(tiny_llama(), [tokens], part, rank=4, task_type="SEQ_CLS"), 4).rate.new_head
     classifier = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
     stats = collect(tiny_bert(), [tokens], rank=2, task_type="SEQ_CLS")
     for found in (build_adapter(stats, 2).rate, learning_rate(classifier, [tokens], steps=48)):

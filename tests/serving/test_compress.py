@@ -57,11 +57,8 @@ def test_ranks_go_to_the_largest_singular_values():
     for budget in range(10):
         chosen = best_ranks(factors, costs, budget)
         assert sum(chosen.values()) <= budget
-        every = (
-            dict(zip(factors, ranks, strict=True))
-            for ranks in itertools.product(range(4), repeat=3)
-            if sum(ranks) <= budget
-        )
+        products = itertools.product(range(4), repeat=3)
+        every = (dict(zip(factors, ranks, strict=True)) for ranks in products if sum(ranks) <= budget)
         assert errors(factors, chosen)[1] == pytest.approx(min(map(left, every)), abs=1e-4)
 
 
