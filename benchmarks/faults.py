@@ -430,5 +430,53 @@ FAULTS: dict[str, list[Planted]] = {
     "cli/options.py": [
         ("dropped factor", ' / (100 if text.endswith("%") else 1)', ""),
     ],
+    "collection/processes.py": [
+        ("dropped term", "whole.merge(from_bytes(received[0]))", "from_bytes(received[0])"),
+        ("shared state", "whole, step = from_bytes(to_bytes(found)), 1", "whole, step = found, 1"),
+        ("missing check", "if theirs.get(setting) != first:", "if False:"),
+        ("stale count", "start = used[processes.rank] if used else 0", "start = 0"),
+    ],
+    "layers/wrappers.py": [
+        ("forgotten state", "            module.reshard()", "            pass"),
+        ("wrong name", 'name.split(".") if part not in WRAPPED)', 'name.split("."))'),
+        ("lost tensor", "tensor = kept[id(modules[owner])][ending]", "pass"),
+        ("lost precision", "return self.on(enabled=False)", "return self.on()"),
+    ],
+    "loading/models.py": [
+        ("wrong order", '(getattr(config, "id2label", None) or {}).items())',
+         '(getattr(config, "id2label", None) or {}).items(), reverse=True)'),
+        ("lost setting", "model.config.pad_token_id = padding_token(self.tokenizer)", "pass"),
+        ("lost seed", "torch.manual_seed(seed)", "pass"),
+        ("lost name", 'frozenset([*loading["missing_keys"], *reshaped])', 'frozenset(loading["missing_keys"])'),
+        ("missing check", "if is_quantized:\n            raise", "if False:\n            raise"),
+    ],
+    "adapters/pipeline.py": [
+        ("wrong rows", '"offset": sample.offset + sample.samples', '"offset": sample.offset'),
+        ("missing check", "if {*classes} == {*head} and tuple(classes) != head:", "if False:"),
+        ("missing check", "if asked.start.one_rank and round(rho * rank) > rank:", "if False:"),
+        ("lost setting", "self.rho or asked.ranks.rho, SPARE", "self.rho or 1.0, SPARE"),
+        ("lost setting", "DEFAULT_FOR_CLASSES if classifies else DEFAULT", "DEFAULT"),
+        ("lost head", "whole += [name for name in heads_of(model) if not is_in(name, (*heads, *whole))]", "pass"),
+    ],
+    "adapters/layer_start.py": [
+        ("missing check", "if list(error.shape) != shape or not bool(error.isfinite().all()):",
+         "if list(error.shape) != shape:"),
+        ("lost dtype", "error.to(torch.promote_types(error.dtype, torch.float32))", "error"),
+        ("lost setting", "if not (start.matched or of.shape.unit_rows):", "if not start.matched:"),
+        ("missing check", "if not bool(a.isfinite().all() and b.isfinite().all()):",
+         "if not bool(a.isfinite().all()):"),
+        ("same draw", "layer_generator(self.of.seed, self.part)", "layer_generator(self.of.seed, self.target.name)"),
+        ("lost setting", "weights if of.shape.gamma is None else scaled_by_gamma(weights, of.shape.gamma)", "weights"),
+    ],
+    "adapters/adapter_init.py": [
+        ("dropped factor", " // max(self.targets[name].experts, 1) for", " for"),
+        ("lost setting", "LearningRate(self.responses, self.steps or steps,", "LearningRate(self.responses, steps,"),
+        ("lost setting", "new_head = self.provenance.task_type in HEADS", "new_head = False"),
+        ("lost setting", "            freeze_a(adapted)", "            pass"),
+    ],
+    "adapters/asked.py": [
+        ("missing check", "isinstance(value, Integral) or not whole", "True"),
+        ("lost setting", "return self.run.gradients or self.start.by_gradient", "return self.start.by_gradient"),
+    ],
 }
 # fmt: on
