@@ -85,10 +85,10 @@ def test_classes_are_those_of_the_models_head():
     (ROWS, dict(template="{missing}"), "missing"),
     (ROWS, dict(samples=0), "samples=0"),
     (ROWS, dict(samples=2.5), "samples=2.5, expected a whole number"),
+    (ROWS, dict(method="lora-ga", rho=2), "it gives all layers one rank"),
 ])  # fmt: skip
 def test_bad_data_are_one_line(source, options, words):
     refused(words, initialize, llama(), source, tokenizer=byte_tokenizer(), **options)
-    refused("it gives all layers one rank", initialize, llama(), ROWS, method="lora-ga", rho=2)
 
 
 def asked(**more):
