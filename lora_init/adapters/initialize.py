@@ -126,7 +126,7 @@ def initialize(
     began, door = time.perf_counter(), find_trainer(model)
     with door.opened(choose(asked, classifies or door.classifies)) as (read, own):
         source = Source(door.carrier, own) if batches is None else Source(door.carrier, batches, tokenizer)
-        init = replace(run(source, read), steps=door.steps)
+        init = replace(run(source, read), length=door.length)
         adapted = _applied(init, door.carrier, adapter_name)
     door.hand_over(adapted)
     if learning_rate and init.rate:

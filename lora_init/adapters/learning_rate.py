@@ -3,9 +3,10 @@
 Each of Adam's first steps moves every entry of B by about the learning rate, whatever the gradient is. In a layer with
 output y = W x, scaling s and start A [r, d_in], a move of unit sign in B by eta changes y by eta s sum |(A x)_i|. A
 moves as well, which adds eta^2 s c r sum |x_j| / 2, where c is fitted. The rate for 48 steps is the eta at which this
-change, over the root mean square of W x, is C in the geometric mean over layers. How far A and B move grows with the
-root of the number of steps, so the rate falls with it. Changes of layers add up like independent ones: where a share of
-the model's linear layers has the adapter, the rate is higher by the root of one over the share. The r directions of a
+change, over the root mean square of W x, is C in the geometric mean over layers. Longer runs want a lower rate: a
+little lower on examples that are all new, and much lower where the same examples come again, see `factor`. Changes of
+layers add up like independent ones: where a share of the model's linear layers has the adapter, the rate is higher by
+the root of one over the share. The r directions of a
 layer add up only in part, so the change is divided by (r / 8)^(1/4), a fitted power. C and c were fitted on
 SmolLM2-135M, see docs/learning-rates.md; muA (arXiv 2602.06204) derives how a rate scales with width and rank, without
 the constant.
@@ -15,23 +16,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_init.errors import LoraInitError, is_number
+from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
+from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
     from lora_init.statistics.statistics import Sizes
 
-OPTIMIZER, WARMUP, SCHEDULE, BATCH_SIZE = "AdamW", 0.1, "cosine", 8
+OPTIMIZER, WARMUP, SCHEDULE = "AdamW", 0.1, "cosine"
 # Fitted at 48 steps of 8 examples on SmolLM2-135M: what the change is at the best rate, and the growth of A.
 CHANGE, GROWTH = 0.0058, 2.5
 RANK, OVERLAP = 8, 0.25  # at which both were fitted; directions of another number add up only in part
 # A new head, which begins at random, wants a larger change.
 STEPS, NEW_HEAD = 48, 4.8
 WITHIN = 2.0  # the factor within which 63 of 65 best rates were
-SHORTEST, LONGEST = 24, 400  # numbers of steps between which it was measured
+# How the rate falls with the steps, by a power: on fresh examples, and for each further epoch. See `factor`.
+FALL, REPEATED, FALL_NEW_HEAD = 1 / 6, 1.0, 0.5
+SHORTEST, LONGEST = 24, 480  # numbers of steps between which it was measured
 SMALLEST = 2 / 7  # share of the linear layers at which it was measured; unfused experts can be hundreds of them
 FAR = 3.0  # a rate this many times off costs more than a start gains
 TRAINING = {"warmup": WARMUP, "schedule": SCHEDULE, "optimizer": OPTIMIZER}
@@ -55,6 +59,22 @@ class Response(NamedTuple):
     quadratic: float  # by A and B together; 0 where A is frozen
 
 
+def factor(length: TrainingLength, new_head: bool = False) -> float:
+    """Compute the rate of a training of this length over that of 48 steps, in which no example comes again.
+
+    The best rate of SmolLM2 fell with the 1/6th power of the steps from 48 to 480 where all examples were new. 4.3
+    epochs of 900 examples wanted a ninth of that or less; a fall with the epochs is what two such runs leave room for.
+    Rates of a new head were measured from 100 to 400 steps, about three epochs: they fell with the root of the steps.
+
+    Example:
+        >>> round(factor(TrainingLength(480)), 2), round(factor(TrainingLength(480, rows=900)), 2)
+        (0.68, 0.16)
+    """
+    if new_head:
+        return math.pow(STEPS / length.steps, FALL_NEW_HEAD)
+    return math.pow(STEPS / length.steps, FALL) / math.pow(length.epochs, REPEATED)
+
+
 def share_of(n_layers: int, n_linear: int) -> float:
     """Compute the share of a model's linear layers that have an adapter, as far down as was measured; 1 if unknown."""
     return min(1.0, max(SMALLEST, n_layers / n_linear)) if n_linear else 1.0
@@ -75,26 +95,22 @@ class LearningRate:
 
     Attributes:
         responses: For each layer, how far it moves.
-        steps: Of the training.
+        length: Of the training: steps, examples in a step, and how many there are.
         new_head: Whether a head is trained whole, beginning at random.
         left_out: Layers that say nothing: what they read or compute is zero throughout, or no hook sees it.
-        why_steps: Where the number of steps comes from, in words; empty if it was given.
         share: Share of the linear layers that have the adapter, in the part of the model that holds it.
 
     Raises:
-        LoraInitError: There is no layer, or steps is no number of at least 1.
+        LoraInitError: There is no layer.
     """
 
     responses: Mapping[str, Response]
-    steps: int
+    length: TrainingLength
     new_head: bool = False
     left_out: Sequence[str] = ()
-    why_steps: str = ""
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not is_number(self.steps) or self.steps < 1:
-            raise LoraInitError(f"steps={self.steps!r}, expected a number of training steps of at least 1.")
         if not self.responses:
             raise LoraInitError("no layer says how far it moves: inputs or outputs are zero throughout, or unknown.")
 
@@ -106,12 +122,21 @@ class LearningRate:
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if self._mean_log_change(middle) < math.log(best) else (low, middle)
-        return float(f"{math.exp(low) * math.sqrt(STEPS / self.steps / self.share):.1e}")
+        return float(f"{math.exp(low) * factor(self.length, self.new_head) / math.sqrt(self.share):.1e}")
+
+    @property
+    def steps(self) -> int:
+        """Steps of the training."""
+        return self.length.steps
 
     def _mean_log_change(self, log_rate: float) -> float:
         eta = math.exp(log_rate)
         changes = [eta * one.linear + eta * eta * one.quadratic for one in self.responses.values()]
         return sum(map(math.log, changes)) / len(changes)
+
+    def of_steps(self, steps: int) -> LearningRate:
+        """Return the rate for another number of steps on the same data."""
+        return replace(self, length=replace(self.length, steps=steps, why=""))
 
     @property
     def range(self) -> tuple[float, float]:
@@ -136,27 +161,38 @@ class LearningRate:
         """Lay out as plain values what `read` takes."""
         responses = {name: [float(f"{value:.4g}") for value in pair] for name, pair in self.responses.items()}
         return {
-            "responses": responses, "steps": self.steps, "why_steps": self.why_steps, "new_head": self.new_head,
-            "left_out": [*self.left_out], "share": self.share,
+            "responses": responses, **asdict(self.length), "new_head": self.new_head, "left_out": [*self.left_out],
+            "share": self.share,
         }  # fmt: skip
 
     @classmethod
-    def read(cls, stored: Mapping[str, Any], steps: int | None = None) -> LearningRate:
-        """Make it of what `stored` returned, for another number of steps if one is given."""
+    def read(
+        cls, stored: Mapping[str, Any], steps: int | None = None, epochs: float | None = None,
+        train_batch_size: int | None = None,
+    ) -> LearningRate:  # fmt: skip
+        """Make it of what `stored` returned, for a training of another length if one is given."""
         responses = {name: Response(*pair) for name, pair in stored["responses"].items()}
-        changed = {} if steps is None else {"steps": steps, "why_steps": ""}
-        return cls(**{**stored, "responses": responses, **changed})
+        batch_size, rows = stored.get("batch_size", BATCH_SIZE), stored.get("rows")  # older records have neither
+        if steps is None and epochs is None and train_batch_size is None:
+            length = TrainingLength(stored["steps"], batch_size, rows, stored.get("why", ""))
+        else:
+            length = TrainingLength.plan(rows, steps, epochs, train_batch_size or batch_size)
+        others = {name: stored[name] for name in ("new_head", "left_out", "share") if name in stored}
+        return cls(responses, length, **others)
 
     def __str__(self) -> str:
         low, high = map(rate_text, self.range)
-        is_measured = SHORTEST <= self.steps <= LONGEST
-        beyond = "" if is_measured else f"extrapolated: measured from {SHORTEST} to {LONGEST}"
-        asides = "; ".join(filter(None, [self.why_steps, beyond]))
-        steps = f"{self.steps} steps" + (f" ({asides})" if asides else "")
         return (
-            f"Train with {OPTIMIZER} at {rate_text(self.rate)}, warm-up {WARMUP:.0%}, {SCHEDULE}, for {steps}. "
-            f"The best rate is likely between {low} and {high}."
+            f"Train with {OPTIMIZER} at {rate_text(self.rate)}, warm-up {WARMUP:.0%}, {SCHEDULE}, for {self.length}. "
+            f"The best rate is likely between {low} and {high}{self._beyond}."
         )
+
+    @property
+    def _beyond(self) -> str:
+        """What was not measured, in words."""
+        if SHORTEST <= self.steps <= LONGEST:
+            return ""
+        return f"; this is extrapolated: steps were measured from {SHORTEST} to {LONGEST}"
 
     def far_off(self, settings: Any) -> list[str]:
         """Compare with a trainer's arguments: a line if its rate is more than three times off, or is not AdamW's."""
@@ -167,7 +203,7 @@ class LearningRate:
             return []
         return [
             f"learning_rate is {rate_text(settings.learning_rate)} in the trainer's args, and the forward pass says "
-            f"{rate_text(self.rate)} for {self.steps} steps. Set that, or pass initialize() learning_rate='measured'."
+            f"{rate_text(self.rate)} for {self.length}. Set that, or pass initialize() learning_rate='measured'."
         ]
 
 
@@ -178,11 +214,3 @@ def training_in_words(rate: LearningRate | None, asked: float | None = None) -> 
     if rate is None:
         return "The learning rate is unknown: its statistics have no sizes of layers. `lora-init rate` measures it."
     return str(rate)
-
-
-def one_epoch(settings: Mapping[str, Any]) -> tuple[int, str]:
-    """Return how many steps an epoch takes, by what `load_batches` says of the data, and that in words."""
-    rows = settings.get("rows")
-    if not isinstance(rows, int) or rows < 1:
-        return 100, "assumed; say how many yours has"
-    return math.ceil(rows / BATCH_SIZE), f"an epoch of {rows:,} examples in batches of {BATCH_SIZE}"

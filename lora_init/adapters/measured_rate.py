@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.learning_rate import LearningRate, Response, one_epoch, response, share_of
+from lora_init.adapters.learning_rate import LearningRate, Response, response, share_of
 from lora_init.adapters.peft_model import adapter_layers, check_fresh
+from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
 from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.collection.loop import row_norms
 from lora_init.errors import LoraInitError
@@ -33,6 +33,8 @@ def learning_rate(
     batches: Iterable[Any],
     *,
     steps: int | None = None,
+    epochs: float | None = None,
+    train_batch_size: int = BATCH_SIZE,
     tokenizer: Any = None,
     adapter_name: str = "default",
     freeze_a: bool = False,
@@ -46,7 +48,9 @@ def learning_rate(
     Args:
         model: A model with the adapter.
         batches: As `collect` takes them; with a tokenizer, as `load_batches` does.
-        steps: Of the training. Default: an epoch of the data in batches of 8, where their number is known, else 100.
+        steps: Of the training. Default: what `epochs` are, where the number of examples is known, else 100.
+        epochs: How often the training sees each example. Default: what `steps` are, else once.
+        train_batch_size: Examples in a step of the training, of all processes and accumulated batches.
         tokenizer: The model's, where `batches` are texts.
         adapter_name: PEFT's name of the adapter.
         freeze_a: Whether A stays as it is in training.
@@ -68,14 +72,15 @@ def learning_rate(
     check_fresh(layers, adapter_name, f"the adapter {adapter_name!r}", "The rule is for adapters before training.")
     found = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
     found = as_batches(found, without_adapter(unwrapped(model)), 0)
-    of_data, why = one_epoch(getattr(found, "settings", {}))
-    rate = measure_rate(model, found, of_data if steps is None else steps, adapter_name, freeze_a)
-    return rate if steps is not None else replace(rate, why_steps=why)
+    rows = getattr(found, "settings", {}).get("rows")
+    length = TrainingLength.plan(rows, steps, epochs, train_batch_size)
+    return measure_rate(model, found, length, adapter_name, freeze_a)
 
 
 def measure_rate(
-    model: nn.Module, batches: Iterable[Any], steps: int, adapter_name: str = "default", freeze_a: bool = False
-) -> LearningRate:
+    model: nn.Module, batches: Iterable[Any], length: TrainingLength, adapter_name: str = "default",
+    freeze_a: bool = False,
+) -> LearningRate:  # fmt: skip
     """Measure the rate of an adapter, whatever its B is: of starts whose B is not zero the rule holds as well."""
     base, layers = without_adapter(unwrapped(model)), adapter_layers(unwrapped(model))
     responses = measure_responses(base, layers, batches, adapter_name, freeze_a)
@@ -84,7 +89,7 @@ def measure_rate(
     # PEFT trains the head of such a task whole, which often begins at random.
     task_type = getattr(config, "task_type", None)
     share = share_of(len(layers), count_linear(base, layers, task_type))
-    return LearningRate(responses, steps, task_type in HEADS, left_out, share=share)
+    return LearningRate(responses, length, task_type in HEADS, left_out, share)
 
 
 def measure_responses(

@@ -10,8 +10,8 @@ from typer.core import TyperCommand, TyperGroup
 
 # Headings of --help-all in this order. Options without a `rich_help_panel` come before them, and are in --help.
 _PANELS = (
-    "Data", "Layers and ranks", "Limits", "The adapter", "The pass over the data", "Runs", "Model",
-    "Starts from a bank", "Output",
+    "Data", "Layers and ranks", "Limits", "The adapter", "The training to come", "The pass over the data", "Runs",
+    "Model", "Starts from a bank", "Output",
 )  # fmt: skip
 _WHOLE = "lora_init.whole_help"
 _UNBROKEN = "\u2011"  # a hyphen at which no line ends, in place of those within names, such as lora-ga

@@ -11,7 +11,7 @@ from typer import Argument, Option
 from lora_init.adapters.asked import Asked, Correction, Layers, Pass, Ranks, Reading, Sample, Shape
 from lora_init.adapters.starts import BANK_WAY, BANK_WAYS, DEFAULT, DEFAULT_FOR_CLASSES, FROM_BANK, STARTS, buildable
 from lora_init.cli.console import importing, offered, print_result, process_group, process_rank, refuse_idle
-from lora_init.cli.options import LoadingQuantized, of_adapter
+from lora_init.cli.options import Length, LoadingQuantized, of_adapter
 from lora_init.cli.summary import show_bank_summary, show_summary, summary_of, summary_of_bank
 from lora_init.errors import LoraInitError, require
 from lora_init.loading.sources import FILE_TYPES
@@ -79,9 +79,7 @@ def init(
         float | None,
         of_adapter(help="What it says to train with, as lora-init compare found it. Default: the rate of the rule."),
     ] = None,
-    steps: Annotated[
-        int | None, Option(min=1, help="Steps that it will be trained for. Default: an epoch in batches of 8.")
-    ] = None,
+    length: Length,
     reading: Reading,
     sample: Sample,
     statistics: Annotated[
@@ -112,12 +110,12 @@ def init(
         method, reading=reading, sample=sample, ranks=ranks, layers=layers, shape=shape, correction=correction, run=run
     )
     there = find_statistics(names, asked)
-    source = Named(names, loading, there)
+    source = Named(names, loading, there, length)
     if from_bank.bank is None:
         asked = pipeline.choose(asked, sample.label is not None or source.of_classes)
     else:
         asked = replace(asked, start=BANK_WAYS[from_bank.by])
-        source = OfBank(names, loading, there, from_bank.bank, from_bank.similarity)
+        source = OfBank(names, loading, there, length, from_bank.bank, from_bank.similarity)
     if not asked.start.by_error:
         refuse_idle(("weights", "unchecked"), f"for --method {_named(by_error=True)} alone")
     if dry_run:
@@ -126,7 +124,7 @@ def init(
         examples, asked = source.read(source.check(asked))
         print_result(estimate(source, examples.batches, asked), show_estimate)
         return
-    built = replace(pipeline.run(source, asked), learning_rate=learning_rate, steps=steps)
+    built = replace(pipeline.run(source, asked), learning_rate=learning_rate, length=source.length)
     if process_rank():
         return
     built.save_pretrained(output, overwrite=overwrite, model=source.loaded.model)
@@ -148,7 +146,7 @@ def _check_words(method: str | None, data: str | None, from_bank: FromBank, lear
     if from_bank.bank is None:
         refuse_idle(("by", "similarity"), "that is for --method from-bank")
     else:
-        idle = ["rho", "ranks_from", "dry_run", "label", "learning_rate", "steps"]
+        idle = ["rho", "ranks_from", "dry_run", "label", "learning_rate", *offered(Length)]
         idle += [name for name in offered(Layers, Shape, Correction, Pass) if name not in _WITH_BANK]
         refuse_idle(idle, "a bank's adapters decide that")
         if from_bank.by == "mixture":

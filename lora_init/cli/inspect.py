@@ -16,7 +16,7 @@ from typer import Argument, Option
 from lora_init.adapters.asked import Reading
 from lora_init.adapters.learning_rate import LearningRate, training_in_words
 from lora_init.cli.console import FAILED, busy, importing, print_next, print_result
-from lora_init.cli.options import TrustRemoteCode, read_numbers
+from lora_init.cli.options import Length, TrustRemoteCode, read_numbers
 from lora_init.cli.tables import columns, correction_facts, facts, finite, quantization_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable, is_as_written, read_json
@@ -60,10 +60,8 @@ def inspect(
         Path | None, Option(help="With --merge: statistics of the base, to count rounding where the data are.")
     ] = None,
     data: Annotated[str | None, Option(help="With --merge: data to measure the divergence on, as for init.")] = None,
-    steps: Annotated[
-        int | None, Option(min=1, help="Steps that an adapter will be trained for: its learning rate depends on them.")
-    ] = None,
     *,
+    length: Length,
     reading: Reading,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -78,7 +76,7 @@ def inspect(
     for path in paths:
         fit = describe_fit(path, base, engine) if checks else None
         with _damage_of(path):
-            descriptions.append(describe(path, steps))
+            descriptions.append(describe(path, length))
         if fit is not None:
             descriptions[-1]["fit"], fits = fit, fits and fit["fits"]
         if intruders:
@@ -221,7 +219,7 @@ def describe_merge(
     }  # fmt: skip
 
 
-def describe(path: str | Path, steps: int | None = None) -> dict[str, Any]:
+def describe(path: str | Path, length: Length | None = None) -> dict[str, Any]:
     """Read what statistics, a plan, an adapter or a comparison are and hold, as plain values.
 
     Any LoRA directory of PEFT will do; where it comes from is known only if lora_init made it, before or after
@@ -234,7 +232,7 @@ def describe(path: str | Path, steps: int | None = None) -> dict[str, Any]:
 
         return describe_directory(path)
     if path.is_dir():
-        return _describe_adapter(path, steps)
+        return _describe_adapter(path, length or Length())
     if not path.exists():
         raise LoraInitError(
             f"{path}: no such file or directory. Expected statistics, a plan, an adapter directory or a comparison."
@@ -281,7 +279,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
+def _describe_adapter(path: Path, length: Length) -> dict[str, Any]:
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.keep.dialed import PICTURE_FILE
     from lora_init.serving.export import exported_as
@@ -290,7 +288,7 @@ def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
 
     directory = AdapterDirectory(path)
     config, shapes, origin, ranks = directory.config, directory.shapes, directory.origin, directory.ranks
-    rate = LearningRate.read(origin["rate"], steps) if "rate" in origin else None
+    rate = LearningRate.read(origin["rate"], **vars(length)) if "rate" in origin else None
     everywhere = _with_gaps(ranks) | dict.fromkeys(origin.get("left_out", ()), 0)
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
     known = [name for name in origin.get("explained", {}) if name in ranks]

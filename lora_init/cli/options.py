@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Option
 
+from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
 from lora_init.cli.console import busy
 from lora_init.errors import LoraInitError
 
@@ -59,6 +60,27 @@ class LoadingQuantized(Loading):
         Literal["nf4", "fp4", "int8"] | None,
         dict(help="Quantize the base while it is loaded, as QLoRA does, by bitsandbytes."),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How long an adapter will be trained, which its learning rate depends on."""
+
+    title: ClassVar = "The training to come"
+    steps: Annotated[
+        int | None, dict(min=1, help="Steps that it will be trained for. Default: what --epochs are.", first=True)
+    ] = None
+    epochs: Annotated[float | None, dict(help="How often training sees each example. Default: once.", first=True)] = (
+        None
+    )
+    train_batch_size: Annotated[
+        int | None,
+        dict(min=1, help="Examples in a step, over all GPUs and accumulated batches. Default: 8."),
+    ] = None
+
+    def plan(self, rows: int | None) -> TrainingLength:
+        """Complete it with the number of examples."""
+        return TrainingLength.plan(rows, self.steps, self.epochs, self.train_batch_size or BATCH_SIZE)
 
 
 def one_base(bases: Iterable[str]) -> str:

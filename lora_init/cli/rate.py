@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, print_next, print_result
-from lora_init.cli.options import Loading, MaxLength
+from lora_init.cli.options import Length, Loading, MaxLength
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
@@ -25,10 +25,8 @@ def rate(
     adapter: Annotated[Path, Argument(help="Directory of a LoRA adapter before training.", show_default=False)],
     data: Annotated[str, Argument(help="What it will be trained on, as for init.", show_default=False)],
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
-    steps: Annotated[
-        int | None, Option(min=1, help="Steps that it will be trained for. Default: an epoch in batches of 8.")
-    ] = None,
     *,
+    length: Length,
     reading: Reading,
     max_length: MaxLength = 512,
     loading: Loading,
@@ -48,14 +46,18 @@ def rate(
     batches = load_batches(
         data, source.tokenizer, **vars(reading), samples=64, max_length=max_length, seq2seq=source.seq2seq
     )
+    planned = length.plan(batches.settings.get("rows"))  # refuses what contradicts, before the weights are read
     loaded = loading.load(source)
     with busy("measuring"), with_adapter(loaded.model, directory) as model:
-        found = learning_rate(model, batches, steps=steps, freeze_a=bool(directory.origin.get("freeze_a")))
+        found = learning_rate(
+            model, batches, steps=length.steps, epochs=length.epochs, train_batch_size=planned.batch_size,
+            freeze_a=bool(directory.origin.get("freeze_a")),
+        )  # fmt: skip
     first, last = found.layers[0], found.layers[-1]
     left_out = f"\n{len(found.left_out)} layers say nothing, such as {found.left_out[0]}." if found.left_out else ""
     result = {
-        "learning_rate": found.rate, "range": found.range, "steps": found.steps, "moves_most": first,
-        "moves_least": last, "left_out": [*found.left_out],
+        "learning_rate": found.rate, "range": found.range, "steps": found.steps, "epochs": found.length.epochs,
+        "moves_most": first, "moves_least": last, "left_out": [*found.left_out],
     }  # fmt: skip
     text = f"{found}\nMoves most: {first}; least: {last}.{left_out}"
 

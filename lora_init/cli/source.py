@@ -15,13 +15,14 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked, Pass, Reading, Sample
 from lora_init.adapters.pipeline import SPARE, Examples, Source, check, fit_to, read, split
 from lora_init.adapters.starts import BankWay
+from lora_init.adapters.training_length import TrainingLength
 from lora_init.bank.embeddings import embed
 from lora_init.bank.similarity import neighbours
 from lora_init.bank.start import BankStart, start_from_bank
 from lora_init.bank.store import open_bank
 from lora_init.cli.bank import read_encoder
 from lora_init.cli.console import busy, given, offered, refuse_idle, running, say
-from lora_init.cli.options import LoadingQuantized
+from lora_init.cli.options import Length, LoadingQuantized
 from lora_init.collection.collect import OtherSettingsError
 from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
@@ -51,9 +52,10 @@ class Named(Source):
 
     opened: ModelSource
     loaded: LoadedModel
+    length: TrainingLength
 
-    def __init__(self, names: Names, loading: LoadingQuantized, there: Statistics | None) -> None:
-        self.names, self.loading, self.there = names, loading, there
+    def __init__(self, names: Names, loading: LoadingQuantized, there: Statistics | None, length: Length) -> None:
+        self.names, self.loading, self.there, self.said = names, loading, there, length
         self.plan: RankAllocation | None = None
 
     @property
@@ -92,8 +94,10 @@ class Named(Source):
             opened = self.opened = self._open(asked)
             asked = asked.but(task_type=opened.task_type)
             if self.names.data is None:
+                self.length = self.said.plan(self.there.provenance.settings.get("rows") if self.there else None)
                 return Examples(None), asked
             found = read(self.names.data, opened.tokenizer, asked, seq2seq=opened.seq2seq, known=opened.classes)
+            self.length = self.said.plan(found[0].settings.get("rows"))
             return split(*found, asked.measures), asked
 
     def _open(self, asked: Asked) -> ModelSource:
@@ -163,9 +167,10 @@ class OfBank(Named):
     found: BankStart
 
     def __init__(
-        self, names: Names, loading: LoadingQuantized, there: Statistics | None, bank: Path, similarity: str
-    ) -> None:
-        super().__init__(names, loading, there)
+        self, names: Names, loading: LoadingQuantized, there: Statistics | None, length: Length, bank: Path,
+        similarity: str,
+    ) -> None:  # fmt: skip
+        super().__init__(names, loading, there, length)
         self.bank, self.similarity = open_bank(bank), similarity
 
     def collect(self, model: nn.Module, examples: Examples, asked: Asked) -> tuple[Any, Asked]:

@@ -72,7 +72,7 @@ class AskedSize:
         starts = [start for start in plan.starts if self.starts is not None or start.base in bases]
         training = self.training(size)
         if self.rates:
-            rates = {name: replace(rate, steps=training.steps).rate for name, rate in self.rates.items()}
+            rates = {name: rate.of_steps(training.steps).rate for name, rate in self.rates.items()}
             plan = replace(plan, learning_rates=[], recommended=rates)
         bench = replace(bench, task=bench.task.cut(*self.folds(size)), training=training, _before={})
         return bench, replace(plan, starts=starts, tuned=size.tuned or bool(plan.learning_rates))

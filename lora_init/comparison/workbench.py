@@ -26,6 +26,7 @@ from lora_init.adapters.pipeline import split
 from lora_init.adapters.quantized import QuantizationErrors
 from lora_init.adapters.starts import FULL
 from lora_init.adapters.step_size import n_aside
+from lora_init.adapters.training_length import TrainingLength
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import text_loss
@@ -327,6 +328,7 @@ class Workbench:
         size they have.
         """
         found: dict[str, LearningRate] = {}
+        length = TrainingLength(self.training.steps, self.training.batch_size, len(self.task.train))
         for start in starts:
             read = REFERENCE if blank and (start.recipe is None or start.recipe.reads_data) else start
             if start.base == FULL or str(read) in found:
@@ -335,7 +337,7 @@ class Workbench:
             with suppress(LoraInitError):  # its runs say why
                 prepared = self._prepare(read, 0)
                 try:
-                    found[str(start)] = measure_rate(prepared.peft_model, self._batches(0, 0, 4), self.training.steps)
+                    found[str(start)] = measure_rate(prepared.peft_model, self._batches(0, 0, 4), length)
                 finally:
                     prepared.release()
         return found

@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
 from lora_init.adapters.doors.carriers import InPlace, Wrapped
-from lora_init.adapters.doors.trainers import examples_of_a_step, undisturbed
+from lora_init.adapters.doors.trainers import examples_of_a_step, length_of, undisturbed
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.adapters.pipeline import Source, choose, run
 from lora_init.errors import LoraInitError, is_number
@@ -147,7 +147,8 @@ class StartCallback(TrainerCallback):
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
             init = run(Source(carrier, batches), asked.but(data="training batches"))
             carrier.put(init, "")
-        rate = replace(init, steps=state.max_steps).rate
+        rows = len(data) if isinstance(data, Sized) else None
+        rate = replace(init, length=length_of(args, state.max_steps, rows)).rate
         if self.measured and rate and args.learning_rate:
             _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
         for said in rate.far_off(args) if rate else ():

@@ -11,7 +11,8 @@ from torch import nn
 
 import lora_init
 from lora_init import build_adapter, collect, learning_rate
-from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, one_epoch, response
+from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, factor, response
+from lora_init.adapters.training_length import TrainingLength
 from lora_init.layers.targets import count_linear, find_targets
 from lora_init.statistics.statistics import Sizes
 from tests.adapters.made import batches, tiny
@@ -48,17 +49,56 @@ def tokens():
 @pytest.mark.parametrize("scaling", [0.1, 1.0, 50.0])
 def test_the_rate_solves_the_rule(scaling):
     responses = {str(i): Response(scaling * (i + 1), scaling * 40.0 * i) for i in range(3)}
-    rate = LearningRate(responses, 48).rate
+    rate = LearningRate(responses, TrainingLength(48)).rate
     change = [rate * one.linear + rate**2 * one.quadratic for one in responses.values()]
     assert math.prod(change) ** (1 / 3) == pytest.approx(CHANGE, rel=0.1)  # the rate has two digits
 
 
-def test_the_rate_falls_with_the_root_of_the_steps_and_rises_for_a_new_head():
-    assert LearningRate(ONE, 48).rate == pytest.approx(CHANGE / 2, rel=0.02)
+def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs_and_rises_for_a_new_head():
+    assert LearningRate(ONE, TrainingLength(48)).rate == pytest.approx(CHANGE / 2, rel=0.02)
     of_both = {"layer": Response(2.0, 400.0)}  # A and B move alike: the power is the same
     for responses in (ONE, of_both):
-        assert LearningRate(responses, 192).rate == pytest.approx(LearningRate(responses, 48).rate / 2, rel=0.05)
-    assert LearningRate(ONE, 48, new_head=True).rate == pytest.approx(CHANGE / 2 * NEW_HEAD, rel=0.05)
+        short, long, again = (
+            LearningRate(responses, length).rate
+            for length in (TrainingLength(48), TrainingLength(480), TrainingLength(480, rows=960))
+        )
+        assert short / long == pytest.approx(10 ** (1 / 6), rel=0.05) and long / again == pytest.approx(4, rel=0.05)
+        # Accumulated, the same steps see each example as often as a larger batch does.
+        larger = LearningRate(responses, TrainingLength(480, 32, rows=3840)).rate
+        assert larger == pytest.approx(again, rel=0.05)
+    assert LearningRate(ONE, TrainingLength(48), new_head=True).rate == pytest.approx(CHANGE / 2 * NEW_HEAD, rel=0.05)
+    assert factor(TrainingLength(192, rows=100), new_head=True) == 0.5  # measured so, over three epochs
+
+
+@pytest.mark.parametrize(("rows", "said", "expected"), [
+    (500, {}, "63 steps of 8 (an epoch of 500 examples in batches of 8)"),
+    (500, {"epochs": 3}, "189 steps of 8 (3 epochs of 500 examples in batches of 8)"),
+    (500, {"epochs": 0.5}, "32 steps of 8 (0.5 epochs of 500 examples in batches of 8)"),
+    (500, {"epochs": 2, "batch_size": 32}, "32 steps of 32 (2 epochs of 500 examples in batches of 32)"),
+    (500, {"steps": 40}, "40 steps of 8"),
+    (900, {"steps": 480}, "480 steps of 8 (4.3 epochs of 900 examples)"),
+    (500, {"steps": 188, "epochs": 3}, "188 steps of 8 (3.0 epochs of 500 examples)"),
+    (None, {}, "100 steps of 8 (assumed; say how many yours has)"),
+    (None, {"steps": 30}, "30 steps of 8"),
+    (None, {"steps": 375, "epochs": 3}, "375 steps of 8 (3.0 epochs of 1,000 examples)"),
+    (4, {}, "1 steps of 8 (an epoch of 4 examples in batches of 8)"),
+])  # fmt: skip
+def test_a_length_is_completed_from_what_is_said(rows, said, expected):
+    assert str(TrainingLength.plan(rows, **said)) == expected
+
+
+@pytest.mark.parametrize(("rows", "said", "words"), [
+    (500, {"steps": 9, "epochs": 3}, "steps=9 and epochs=3 contradict: 3 epochs of 500 examples in batches of 8 are"),
+    (None, {"epochs": 3}, "epochs=3: the number of examples is unknown, as of a stream. Say steps=, or both."),
+    (100, {"batch_size": 128}, "train_batch_size=128, and there are 100 examples. Take fewer, or more data."),
+    (500, {"epochs": 0}, "epochs=0, expected a number above 0."),
+    (500, {"epochs": math.nan}, "epochs=nan, expected a number above 0."),
+    (500, {"steps": 0}, "steps=0, expected a number of training steps of at least 1."),
+    (500, {"steps": "9"}, "steps='9', expected a number of training steps of at least 1."),
+    (500, {"batch_size": 0}, "train_batch_size=0, expected a number of examples of at least 1."),
+])  # fmt: skip
+def test_a_length_that_contradicts_itself_is_refused(rows, said, words):
+    assert refused("", lambda: TrainingLength.plan(rows, **said)).startswith(words)
 
 
 def test_the_rate_rises_with_the_root_of_one_over_the_share_of_the_layers(llama, tokens):
@@ -83,7 +123,7 @@ def test_the_pass_of_collect_and_that_of_learning_rate_agree(method):
     model, data = tiny(), batches()
     init = build_adapter(collect(model, data, rank=4), 4, method)
     measured = learning_rate(init.apply(model), data, steps=100)
-    assert measured.rate == pytest.approx(replace(init, steps=100).rate.rate, rel=0.1)
+    assert measured.rate == pytest.approx(replace(init, length=TrainingLength(100)).rate.rate, rel=0.1)
     for name, pair in init.responses.items():
         assert measured.responses[name].quadratic == pytest.approx(pair.quadratic, rel=1e-6)
 
@@ -131,7 +171,7 @@ def test_wrong_input_is_one_line(adapted):
     (2e-3, "sgd", "the learning rate was measured for AdamW, and the trainer has optim='sgd'"),
 ])  # fmt: skip
 def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, words):
-    said = LearningRate(ONE, 48).far_off(SimpleNamespace(learning_rate=rate, optim=optimizer))
+    said = LearningRate(ONE, TrainingLength(48)).far_off(SimpleNamespace(learning_rate=rate, optim=optimizer))
     assert len(said) == bool(words) and all(line.startswith(words) for line in said)
 
 
@@ -160,16 +200,23 @@ def test_an_older_file_has_no_sizes_and_its_adapter_says_how_to_get_a_rate():
 
 
 def test_the_sentence_names_steps_range_and_what_is_extrapolated():
-    assert str(LearningRate(ONE, 48)) == (
-        "Train with AdamW at 2.9e-3, warm-up 10%, cosine, for 48 steps. The best rate is likely between 1.4e-3 and "
-        "5.8e-3."
+    assert str(LearningRate(ONE, TrainingLength(48))) == (
+        "Train with AdamW at 2.9e-3, warm-up 10%, cosine, for 48 steps of 8. The best rate is likely between 1.4e-3 "
+        "and 5.8e-3."
     )
-    assert "extrapolated: measured from 24 to 400" in str(LearningRate(ONE, 5000))
-    assert " for 18 steps (an epoch; extrapolated: measured from 24 to 400). " in str(
-        LearningRate(ONE, 18, why_steps="an epoch")
-    )
-    assert one_epoch({"rows": 500}) == (63, "an epoch of 500 examples in batches of 8")
-    assert one_epoch({})[0] == 100
+    assert "extrapolated: steps were measured from 24 to 480" in str(LearningRate(ONE, TrainingLength(5000)))
+    assert " for 18 steps of 8 (an epoch). " in str(LearningRate(ONE, TrainingLength(18, why="an epoch")))
+
+
+def test_a_record_keeps_the_length_and_takes_another():
+    rate = LearningRate(ONE, TrainingLength(480, 16, rows=1920), new_head=True)
+    stored = rate.stored()
+    assert replace(LearningRate.read(stored), left_out=()) == rate
+    assert LearningRate.read(stored, steps=100).length == TrainingLength(100, 16, 1920)
+    assert LearningRate.read(stored, epochs=2).length.steps == 240
+    assert LearningRate.read(stored, train_batch_size=32).length.steps == 60
+    older = {name: value for name, value in stored.items() if name not in ("batch_size", "rows", "why")}
+    assert LearningRate.read(older).length == TrainingLength(480)
 
 
 def test_dora_has_the_rate_of_the_same_adapter_without_it_and_stays_dora():
@@ -177,6 +224,6 @@ def test_dora_has_the_rate_of_the_same_adapter_without_it_and_stays_dora():
     adapted = init.apply(tiny())
     assert replace(init, use_dora=False).rate.rate == init.rate.rate
     assert learning_rate(adapted, batches(), steps=100).rate == pytest.approx(
-        replace(init, steps=100).rate.rate, rel=0.1
+        replace(init, length=TrainingLength(100)).rate.rate, rel=0.1
     )
     assert adapted.base_model.model[0].lora_variant

@@ -1,6 +1,7 @@
 """`lora-init init`: the adapter that it makes, the statistics file, and what it refuses."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -65,10 +66,28 @@ def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(c
         assert "rank 2 in " in made.stdout
         rate = origin["recommended"].pop("learning_rate")
         assert origin["recommended"] == {"warmup": 0.1, "schedule": "cosine", "optimizer": "AdamW"} and 1e-5 < rate < 1
-        line = f"Train with AdamW at {rate_text(rate)}, warm-up 10%, cosine, for 50 steps."
+        line = f"Train with AdamW at {rate_text(rate)}, warm-up 10%, cosine, for 50 steps of 8"
         inspected = " ".join(run("inspect", out).stdout.split())
         assert line in made.stdout and line in (out / "README.md").read_text() and line in inspected
         assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 5
+
+
+def test_the_length_of_the_training_is_an_option_and_a_contradiction_is_refused_before_the_weights(
+    command, home, tmp_path, monkeypatch
+):
+    n = len((home / "rows.jsonl").read_text().splitlines())
+    out = tmp_path / "adapter"
+    words = ["init", *command[1:3], "--rank", 2, "--method", "random", "-o", out]
+    assert run(*words, "--epochs", 3, "--train-batch-size", 4).exit_code == 0
+    rate = json.loads((out / "lora_init.json").read_text())["rate"]
+    assert (rate["steps"], rate["batch_size"], rate["rows"]) == (3 * math.ceil(n / 4), 4, n)
+    assert f" for {math.ceil(n / 8)} steps of 8 (an epoch of " in " ".join(
+        run("inspect", out, "--epochs", 1, "--train-batch-size", 8).stdout.split()
+    )
+    monkeypatch.setattr("lora_init.loading.models.ModelSource.load", None)  # a call would be a TypeError
+    for asked in ([*words, "--overwrite"], ["inspect", out]):
+        refused = run(*asked, "--steps", 9999, "--epochs", 3)
+        assert refused.exit_code == 1 and "--steps 9999 and --epochs 3 contradict: 3 epochs of" in refused.stderr
 
 
 def refuse(*_):

@@ -3,6 +3,7 @@
 import pytest
 
 from lora_init.adapters.learning_rate import LearningRate, Response
+from lora_init.adapters.training_length import TrainingLength
 from lora_init.comparison import compare as comparing
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace
@@ -25,7 +26,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lay_out(home, tmp_path_factory):
     bench = set_up_bench(home, tmp_path_factory.mktemp("bench"))
-    rates = {str(start): LearningRate({"layer": Response(1.0, 0.0)}, 100) for start in STARTS}
+    rates = {str(start): LearningRate({"layer": Response(1.0, 0.0)}, TrainingLength(100)) for start in STARTS}
     plan = RunPlan(STARTS, [1.0], range(32), "halving")
     asked = AskedSize(Loading(), None, 4, 0.1, None, None, rates)
     return lambda size: asked.lay_out(bench, plan, size)
@@ -36,7 +37,7 @@ def test_a_shorter_limit_makes_a_smaller_comparison(lay_out):
     places = [SIZES.index(size) for size in chosen]
     assert places[0] == 0 and places == sorted(places) and len(set(places)) > 3
     bench, plan = lay_out(SIZES[-1])
-    rate = LearningRate({"layer": Response(1.0, 0.0)}, 24).rate  # of so short a run
+    rate = LearningRate({"layer": Response(1.0, 0.0)}, TrainingLength(24)).rate  # of so short a run
     assert (plan.starts, plan.learning_rates, plan.recommended["eva"]) == (STARTS[:2], [], rate)
     assert plan.asked(STARTS[1]) == [rate] and len(plan.asked(STARTS[0])) == 3
     assert (bench.training.steps, list(bench.training.evaluation_points)) == (24, [0, 24])

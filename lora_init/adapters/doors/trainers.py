@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
 from lora_init.adapters.starts import DEFAULT
+from lora_init.adapters.training_length import TrainingLength
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import call_model
 from lora_init.loading.models import task_of
@@ -71,13 +72,15 @@ class TrainerDoor:
         return self.has_plain_loss and "input_ids" in inspect.signature(type(self.carrier.model).forward).parameters
 
     @property
-    def steps(self) -> int | None:
-        """How many steps it will train for; None if its data does not say how long it is."""
+    def length(self) -> TrainingLength | None:
+        """How long it will train; None if neither its arguments nor its data say so."""
         args, rows = self.trainer.args, self.trainer.train_dataset
+        n = len(rows) if hasattr(rows, "__len__") else None
         if args.max_steps > 0:
-            return int(args.max_steps)
-        per_step = examples_of_a_step(args)
-        return max(1, math.ceil(args.num_train_epochs * len(rows) / per_step)) if hasattr(rows, "__len__") else None
+            return length_of(args, args.max_steps, n)
+        if n is None:
+            return None
+        return length_of(args, max(1, math.ceil(args.num_train_epochs * n / examples_of_a_step(args))), n)
 
     @property
     def source_of_loss(self) -> str:
@@ -202,6 +205,12 @@ class _Twice(IterableDataset[Any]):
     def __getattr__(self, name: str) -> Any:
         """Return what Trainer looks for in data, such as `set_epoch`."""
         return getattr(self.rows, name)
+
+
+def length_of(args: Any, steps: int, rows: int | None) -> TrainingLength:
+    """Describe a training of so many steps by a trainer's arguments, over so many examples."""
+    batch_size = examples_of_a_step(args)
+    return TrainingLength(int(steps), batch_size if rows is None else min(batch_size, max(rows, 1)), rows)
 
 
 def examples_of_a_step(args: Any) -> int:

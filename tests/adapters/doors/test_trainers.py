@@ -200,7 +200,7 @@ def test_labels_of_a_trainer_say_which_tokens_count(tmp_path, tokenizer):
 
 def test_steps_are_those_that_the_trainer_takes(tmp_path, tokenizer):
     trainer = plain(tmp_path, tokenizer, max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=2)
-    assert TrainerDoor(trainer).steps == math.ceil(len(trainer.get_train_dataloader()) / 2) > 1
+    assert TrainerDoor(trainer).length.steps == math.ceil(len(trainer.get_train_dataloader()) / 2) > 1
 
 
 def trained(trainer):
@@ -308,7 +308,7 @@ def test_a_measured_rate_is_that_of_the_trainers_own_steps(tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer)
     adapted = lora_init.initialize(trainer, rank=4, learning_rate="measured")
     batches = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in trainer.get_train_dataloader()]
-    again = lora_init.learning_rate(adapted, batches, steps=TrainerDoor(trainer).steps).rate
+    again = lora_init.learning_rate(adapted, batches, steps=TrainerDoor(trainer).length.steps).rate
     assert trainer.args.learning_rate == pytest.approx(again, rel=0.3) and again != 1e-2
 
 

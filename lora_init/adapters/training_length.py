@@ -1,0 +1,104 @@
+"""How long a training is: steps, examples in a step, how often it sees each. Importing this file imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lora_init.errors import LoraInitError, is_number
+
+BATCH_SIZE = 8  # examples in a step, where nothing is said
+_ASSUMED = 100  # steps, where nothing is known
+
+
+@dataclass(frozen=True)
+class TrainingLength:
+    """How long a training is.
+
+    Attributes:
+        steps: Steps of the optimizer.
+        batch_size: Examples in a step, of all processes and of all batches that are accumulated.
+        rows: Number of different examples; None if it is unknown, as of a stream: then none repeats.
+        why: Where the number of steps comes from, in words; empty if it was given.
+
+    Raises:
+        LoraInitError: One of these is no number of at least 1, or a step has more examples than there are.
+    """
+
+    steps: int
+    batch_size: int = BATCH_SIZE
+    rows: int | None = None
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        if not is_number(self.steps) or self.steps < 1:
+            raise LoraInitError("{steps}, expected a number of training steps of at least 1.", steps=self.steps)
+        if not is_number(self.batch_size) or self.batch_size < 1:
+            raise LoraInitError(
+                "{train_batch_size}, expected a number of examples of at least 1.", train_batch_size=self.batch_size
+            )
+        if self.rows is not None and self.batch_size > max(self.rows, BATCH_SIZE):
+            raise LoraInitError(
+                f"{{train_batch_size}}, and there are {self.rows} examples. Take fewer, or more data.",
+                train_batch_size=self.batch_size,
+            )
+
+    @classmethod
+    def plan(
+        cls, rows: int | None, steps: int | None = None, epochs: float | None = None, batch_size: int = BATCH_SIZE
+    ) -> TrainingLength:
+        """Complete what is known: steps from epochs and rows; without either one epoch, or 100 steps of a stream.
+
+        Example:
+            >>> TrainingLength.plan(1000, epochs=3)
+            TrainingLength(steps=375, batch_size=8, rows=1000, why='3 epochs of 1,000 examples in batches of 8')
+
+        Raises:
+            LoraInitError: Steps and epochs contradict, or there are epochs of a stream.
+        """
+        if epochs is not None and (not is_number(epochs) or not 0 < epochs < math.inf):
+            raise LoraInitError("{epochs}, expected a number above 0.", epochs=epochs)
+        length = cls(steps or _ASSUMED if steps is None else steps, batch_size, rows)
+        if rows is None:
+            return length._of_stream(steps, epochs)
+        if steps is not None and epochs is None:
+            return length
+        times = 1.0 if epochs is None else epochs
+        expected = max(1, math.ceil(times * math.ceil(rows / batch_size)))
+        if steps is not None and abs(steps - expected) > max(1.0, times):
+            raise LoraInitError(
+                f"{{steps}} and {{epochs}} contradict: {times:g} epochs of {rows:,} examples in batches of "
+                f"{batch_size} are {expected} steps. Leave one of them out.",
+                steps=steps, epochs=epochs,
+            )  # fmt: skip
+        if steps is not None:
+            return length
+        number = "an epoch" if times == 1.0 else f"{times:g} epochs"
+        return cls(expected, batch_size, rows, f"{number} of {rows:,} examples in batches of {batch_size}")
+
+    def _of_stream(self, steps: int | None, epochs: float | None) -> TrainingLength:
+        if steps is None and epochs is not None:
+            raise LoraInitError(
+                "{epochs}: the number of examples is unknown, as of a stream. Say {steps}, or both.",
+                epochs=epochs, steps=...,
+            )  # fmt: skip
+        if epochs is not None and epochs > 1.0:
+            return TrainingLength(self.steps, self.batch_size, max(1, round(self.steps * self.batch_size / epochs)))
+        why = "assumed; say how many yours has" if steps is None else ""
+        return TrainingLength(self.steps, self.batch_size, None, why)
+
+    @property
+    def epochs(self) -> float:
+        """How often an example is seen; 1 where none repeats, or their number is unknown."""
+        return max(1.0, self.steps * self.batch_size / self.rows) if self.rows else 1.0
+
+    def __str__(self) -> str:
+        """Write it as a part of a sentence.
+
+        Example:
+            >>> print(TrainingLength(480, rows=900))
+            480 steps of 8 (4.3 epochs of 900 examples)
+        """
+        repeats = f"{self.epochs:.1f} epochs of {self.rows:,} examples" if self.epochs >= 1.05 else ""
+        of = self.why or repeats
+        return f"{self.steps} steps of {self.batch_size}" + (f" ({of})" if of else "")
