@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks import rates, size_of_a, starts, trade_off
+from benchmarks import public_sweeps, rates, size_of_a, starts, trade_off
 from benchmarks.size_of_a import Run
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import Effect, effects
@@ -455,6 +455,16 @@ def _sized_runs() -> list[dict[str, Any]]:
 def rule_pairs(of_all: bool = True) -> int:
     """Count the pairs of task and start that the rule is judged by."""
     return len(rates.errors(of_all=of_all))
+
+
+def rank_power() -> tuple[float, float, float]:
+    """Return with what power of the rank best rates of public sweeps rise: median, mean, standard error of the mean."""
+    return public_sweeps.rank_power()
+
+
+def rank_models() -> int:
+    """Count the models of those sweeps."""
+    return len(public_sweeps.rank_powers())
 
 
 def cited(*numbers: float) -> tuple[float, ...]:
