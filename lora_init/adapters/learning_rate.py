@@ -32,12 +32,16 @@ CHANGE, GROWTH = 0.0058, 2.5
 RANK, OVERLAP = 8, 0.25  # at which both were fitted; directions of another number add up only in part
 # A new head, which begins at random, wants a larger change.
 STEPS, NEW_HEAD = 48, 4.8
-WITHIN = 2.0  # the factor within which 63 of 65 best rates were
-# How the rate falls with the steps, by a power: on fresh examples, and for each further epoch. See `factor`.
+# How the rate falls with the steps, by a power: on new examples, and for each further epoch. See `factor`.
 FALL, REPEATED, FALL_NEW_HEAD = 1 / 6, 1.0, 0.5
-SHORTEST, LONGEST = 24, 480  # numbers of steps between which it was measured
+# What is known of the logarithm of the best rate: its standard deviation around the rule where the rule was measured
+# (65 sweeps), and how that grows for each factor of e in steps, epochs and batch size away from there.
+SPREAD, SPREAD_STEPS, SPREAD_EPOCHS, SPREAD_BATCH = 0.35, 0.15, 0.5, 0.2
+MEASURED_AT, MEASURED_AT_NEW_HEAD = (48, 1.0), (200, 3.0)  # steps and epochs of most of those sweeps
+UNKNOWN = 4.0  # a range that reaches farther than by this factor says that the rate is not known
+SHORTEST, LONGEST, LARGEST = 24, 480, 32  # steps between which it was measured, and examples in a step
 SMALLEST = 2 / 7  # share of the linear layers at which it was measured; unfused experts can be hundreds of them
-FAR = 3.0  # a rate this many times off costs more than a start gains
+FAR = 3.0  # a rate this many times off costs more than a start gains, where the best one is known that well
 TRAINING = {"warmup": WARMUP, "schedule": SCHEDULE, "optimizer": OPTIMIZER}
 
 
@@ -91,7 +95,7 @@ def response(size: Sizes, ax: float, rank: int, scaling: float, freeze_a: bool =
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A learning rate for AdamW, warm-up of 10 %, cosine to zero, batches of 4 to 32.
+    """A learning rate for AdamW, warm-up of 10 %, cosine to zero.
 
     Attributes:
         responses: For each layer, how far it moves.
@@ -139,9 +143,24 @@ class LearningRate:
         return replace(self, length=replace(self.length, steps=steps, why=""))
 
     @property
+    def within(self) -> float:
+        """The factor within which the best rate is with a probability of 95 %, by the spread around the rule."""
+        steps, epochs = MEASURED_AT_NEW_HEAD if self.new_head else MEASURED_AT
+        away = math.hypot(
+            SPREAD,
+            SPREAD_STEPS * math.log(self.length.steps / steps),
+            SPREAD_EPOCHS * math.log(self.length.epochs / epochs),
+            SPREAD_BATCH * math.log(self.length.batch_size / BATCH_SIZE),
+        )
+        return math.exp(2.0 * away)
+
+    @property
     def range(self) -> tuple[float, float]:
-        """A factor of two down and up, where most best rates were that the rule was judged by."""
-        return float(f"{self.rate / WITHIN:.2g}"), float(f"{self.rate * WITHIN:.2g}")
+        """From where to where the best rate likely is: a factor of `within` down and up."""
+        return self._around(self.within)
+
+    def _around(self, apart: float) -> tuple[float, float]:
+        return float(f"{self.rate / apart:.2g}"), float(f"{self.rate * apart:.2g}")
 
     @property
     def layers(self) -> list[str]:
@@ -182,24 +201,30 @@ class LearningRate:
 
     def __str__(self) -> str:
         low, high = map(rate_text, self.range)
+        what = f"{OPTIMIZER} at {rate_text(self.rate)}, warm-up {WARMUP:.0%}, {SCHEDULE}, for {self.length}"
+        if self.within <= UNKNOWN:
+            return f"Train with {what}. The best rate is likely between {low} and {high}{self._beyond}."
+        lower, higher = map(rate_text, self._around(math.sqrt(self.within)))
         return (
-            f"Train with {OPTIMIZER} at {rate_text(self.rate)}, warm-up {WARMUP:.0%}, {SCHEDULE}, for {self.length}. "
-            f"The best rate is likely between {low} and {high}{self._beyond}."
+            f"Train with {what}. The best rate is not known for such a training, and likely between {low} and {high}: "
+            f"try {lower} and {higher}{self._beyond}."
         )
 
     @property
     def _beyond(self) -> str:
         """What was not measured, in words."""
-        if SHORTEST <= self.steps <= LONGEST:
-            return ""
-        return f"; this is extrapolated: steps were measured from {SHORTEST} to {LONGEST}"
+        steps = "" if SHORTEST <= self.steps <= LONGEST else f"{SHORTEST} to {LONGEST} steps"
+        batch = "" if self.length.batch_size <= LARGEST else f"steps of at most {LARGEST} examples"
+        measured = " and ".join(filter(None, [steps, batch]))
+        return f" (extrapolated: measured were {measured})" if measured else ""
 
     def far_off(self, settings: Any) -> list[str]:
         """Compare with a trainer's arguments: a line if its rate is more than three times off, or is not AdamW's."""
         optimizer = str(getattr(settings.optim, "value", settings.optim))
         if "adamw" not in optimizer:
             return [f"the learning rate was measured for AdamW, and the trainer has optim={optimizer!r}: tune it."]
-        if self.rate / FAR < settings.learning_rate < self.rate * FAR:
+        far = max(FAR, self.within)
+        if self.rate / far < settings.learning_rate < self.rate * far:
             return []
         return [
             f"learning_rate is {rate_text(settings.learning_rate)} in the trainer's args, and the forward pass says "

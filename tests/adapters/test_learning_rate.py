@@ -199,13 +199,26 @@ def test_an_older_file_has_no_sizes_and_its_adapter_says_how_to_get_a_rate():
     assert "`lora-init rate` measures it" in init.how_to_train
 
 
-def test_the_sentence_names_steps_range_and_what_is_extrapolated():
-    assert str(LearningRate(ONE, TrainingLength(48))) == (
-        "Train with AdamW at 2.9e-3, warm-up 10%, cosine, for 48 steps of 8. The best rate is likely between 1.4e-3 "
-        "and 5.8e-3."
+@pytest.mark.parametrize(("length", "words"), [
+    (TrainingLength(48), "for 48 steps of 8. The best rate is likely between 1.4e-3 and 5.8e-3."),
+    (TrainingLength(18, why="an epoch"), "for 18 steps of 8 (an epoch). The best rate is likely between "),
+    (TrainingLength(20), " (extrapolated: measured were 24 to 480 steps)."),
+    (TrainingLength(900, 64), " (extrapolated: measured were 24 to 480 steps and steps of at most 32 examples)."),
+    (TrainingLength(480, rows=900), "is not known for such a training, and likely between 8e-5 and 2.7e-3: try 1.9e-4 and "),
+])  # fmt: skip
+def test_the_sentence_names_the_length_the_range_and_what_is_extrapolated(length, words):
+    assert words in str(LearningRate(ONE, length))
+
+
+def test_the_range_widens_with_the_distance_from_what_was_measured():
+    near, *far = (
+        LearningRate(ONE, length).within
+        for length in (TrainingLength(48), TrainingLength(480), TrainingLength(48, 64), TrainingLength(48, rows=100))
     )
-    assert "extrapolated: steps were measured from 24 to 480" in str(LearningRate(ONE, TrainingLength(5000)))
-    assert " for 18 steps of 8 (an epoch). " in str(LearningRate(ONE, TrainingLength(18, why="an epoch")))
+    assert near == pytest.approx(2.0, rel=0.02) and min(far) > 1.05 * near
+    new_head = LearningRate(ONE, TrainingLength(200, rows=533), new_head=True)
+    assert new_head.within == pytest.approx(near, rel=0.02)
+    assert new_head.range == pytest.approx([new_head.rate / near, new_head.rate * near], rel=0.05)
 
 
 def test_a_record_keeps_the_length_and_takes_another():
