@@ -18,6 +18,7 @@ from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
 from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, as_saved, find_tensors
+from lora_init.loading.models import CLASS_OF_TASK, kind_of
 from lora_init.serving.trained import LINEAR, Trained, ends_of
 
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
@@ -79,27 +80,49 @@ def read_config(source: str) -> Any:
         ) from error
 
 
-def read_base(source: str, trained: Trained) -> Base:
-    """Build the base model on the meta device, in the class that the adapter's names are of."""
+def read_base(source: str, trained: Trained, for_engine: bool = False) -> Base:
+    """Build the base model on the meta device, in the class that the adapter's names are of, see `build_base`."""
+    made = build_base(trained.config, source, read_config(source), for_engine)
+    base = Base(source, made, widths_of(made), _parameters(made, trained.config))
+    layer = _first_misfit(trained, base)
+    if layer is None:
+        return base
+    raise LoraInitError(
+        f"the adapter's layer {layer!r} is not in {type(made).__name__} {source!r} with its widths. Is it the base "
+        "that it was trained on ({base})? Load it with PEFT, which brings older names into the model's form, and save "
+        "it again.",
+        base=...,
+    )
+
+
+def build_base(adapter: Mapping[str, Any], source: str, config: Any, for_engine: bool = False) -> Any:
+    """Build a base model without weights, in the one class in which it would be loaded for an adapter.
+
+    That is the class of the adapter's task, or the one that the adapter names; else, and for an engine, the class that
+    the checkpoint was saved as. Which class has the adapter's names does not count.
+    """
     import transformers
 
-    config = read_config(source)
-    mapping = trained.config.get("auto_mapping") or {}
-    auto_classes = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel")
-    classes = (mapping.get("base_model_class", ""), *(config.architectures or ()), *auto_classes)
-    problem = ""
-    for name in dict.fromkeys(classes):
-        made = on_meta(getattr(transformers, name, None), config)
-        if made is None:
-            continue
-        base = Base(source, made, widths_of(made), _parameters(made, trained.config))
-        layer = _first_misfit(trained, base)
-        if layer is None:
-            return base
-        problem = problem or f"the adapter's layer {layer!r} is not in {type(made).__name__} {source!r} with its widths"
-    problem = problem or f"{source!r} is of a class that transformers does not know"
-    remedy = "Load it with PEFT, which brings older names into the model's form, and save it again."
-    raise LoraInitError(f"{problem}. Is it the base that it was trained on ({{base}})? {remedy}", base=...)
+    task, mapping = adapter.get("task_type"), adapter.get("auto_mapping") or {}
+    saved = str((config.architectures or [""])[0])
+    kind = kind_of(saved, bool(getattr(config, "is_encoder_decoder", False)))
+    of_task = saved if kind and kind[0] == task else CLASS_OF_TASK.get(str(task), "")
+    first = "" if for_engine else of_task if task else str(mapping.get("base_model_class"))
+    for name in dict.fromkeys((first, saved, "AutoModel")):
+        made = on_meta(getattr(transformers, name, None), config) if is_for(name, config) is not False else None
+        if made is not None:
+            return made
+    raise LoraInitError(
+        f"{source!r} is of a class that transformers does not know. Name the base by {{base}}.", base=...
+    )
+
+
+def is_for(name: str, config: Any) -> bool | None:
+    """Return whether a class of transformers is for models of a configuration; None for a name of no such class."""
+    import transformers
+
+    kind = getattr(getattr(transformers, name, None), "config_class", None)
+    return None if kind is None else isinstance(config, kind) or isinstance(config.get_text_config(), kind)
 
 
 def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target]:
@@ -127,7 +150,9 @@ def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target
 
 def on_meta(model_class: Any, config: Any) -> nn.Module | None:
     """Build a model without weights; None where there is no such class, or it does not go with the configuration."""
-    make: Any = getattr(model_class, "from_config", model_class)  # Auto classes have it
+    make: Any = getattr(model_class, "from_config", None)  # Auto classes have it
+    if make is None and getattr(model_class, "config_class", None) is not None:
+        make = model_class
     try:
         with torch.device("meta"):
             model: nn.Module = make(config)

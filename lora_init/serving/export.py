@@ -29,16 +29,16 @@ from lora_init.files import (
     write_json,
 )
 from lora_init.layers.targets import PREFIX
-from lora_init.loading.models import CLASS_OF_TASK
+from lora_init.loading.models import CLASS_OF_TASK, kind_of
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
-from lora_init.serving.base import is_transposed, plan_merge, read_base, with_changed_copies, write_merged
+from lora_init.serving.base import is_transposed, plan_merge, write_merged
 from lora_init.serving.compress import error_at, fit
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
-from lora_init.serving.fit import check_fit
+from lora_init.serving.fit import compare
 from lora_init.serving.kept import Kept, kept_by_merge
-from lora_init.serving.support import check_engine
-from lora_init.serving.trained import Trained, note_of, read_trained, subtract, with_parameters
+from lora_init.serving.support import on_base
+from lora_init.serving.trained import Trained, note_of, read_trained
 
 RECORD_FILE = "export.json"
 _UNTRAINED = "B is zero in every layer: the adapter was never trained, and changes nothing."
@@ -156,18 +156,14 @@ def export_adapter(
     if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
         raise LoraInitError("{start} is the trained adapter itself. Name it as it was before training.", start=start)
     began = AdapterDirectory(directory)
-    renames = check_fit(directory, merge_into or base).to_rename(str(began.path)) if rename else {}
+    source = merge_into or base or began.base
+    renames = compare(directory, source, engine).to_rename(str(began.path)) if rename else {}
     trained = read_trained(directory, start, renames)
     _check_start(began, start, merge_into)
     if not rename:
-        check_fit(directory, merge_into or base).check()
-    model = read_base(merge_into or base or trained.base, trained)
-    trained = with_changed_copies(with_parameters(trained, model.parameters), model)
-    if start is not None:
-        before = with_parameters(read_trained(start, start), model.parameters)
-        trained = subtract(trained, before, began.origin, str(start))
+        compare(directory, source, engine).check()
+    trained, model = on_base(engine, trained, source, start, began.origin)
     share = began.error_size / trained.update_size if began.error_size else None
-    check_engine(engine or "PEFT", wanted, trained, model)
     sources = intruders = None
     if merge_into is not None:  # a bias beside an adapter has another name in the adapter's file
         others = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in trained.others.items()}
@@ -305,7 +301,9 @@ def _command(
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         heads = [shape[0] for key, shape in shapes.items() if key.endswith(("classifier.weight", "score.weight"))]
         command = command.replace("), ", f", num_labels={heads[0]}), ", 1) if heads else command
-    return command.replace("AutoModelForCausalLM", CLASS_OF_TASK.get(task or "", "AutoModelForCausalLM"))
+    named = kind_of(str((config.get("auto_mapping") or {}).get("base_model_class")), False)
+    auto_class = CLASS_OF_TASK.get(task or "", named[1] if named else "AutoModelForCausalLM")
+    return command.replace("AutoModelForCausalLM", auto_class)
 
 
 def command_for_all(exports: Sequence[Exported]) -> str:

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.targets import PREFIX
 from lora_init.layers.wrappers import plain_name
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, find_tensors
-from lora_init.loading.models import CLASS_OF_TASK
 from lora_init.planning.lora_config import from_patterns
-from lora_init.serving.base import Base, on_meta, read_config, widths_of
+from lora_init.serving.base import Base, build_base, is_for, on_meta, read_config, widths_of
 from lora_init.serving.engines import find_engine
-from lora_init.serving.support import beyond_engine
+from lora_init.serving.support import beyond_engine, why_no_export
 
 # Layer and part in the name of a tensor, also where the adapter's own name stands in it, as it does on the model.
 _PARTS = r"lora_(?:embedding_)?[AB]|lora_magnitude_vector"
@@ -35,6 +34,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What stands in front of the same layer in one class of a model and not in another.
 _WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model", "module"}
+_CLASSIFIES = ("SEQ_CLS", "TOKEN_CLS")
+_OTHER_WEIGHTS = "with other weights: another revision, or one that was trained further"
 # What PEFT and transformers raise where a configuration and a model do not go together.
 _REFUSED = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError, ImportError, re.error)
 
@@ -43,7 +44,9 @@ _REFUSED = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotIm
 class Misfit:
     """What of an adapter would not be applied, or not as it was trained."""
 
-    kind: str  # "name", "config", "missing", "shape", "vocabulary", "rank", "type", "engine", "base" or "revision"
+    # "name", "config", "missing", "shape", "vocabulary", "rank", "type", "base" or "revision"; "engine" where `export`
+    # writes what an engine takes, "export" where it does not
+    kind: str
     where: str  # the tensor in the file, or the file
     problem: str
 
@@ -57,7 +60,8 @@ class FitReport:
         model_class: The class of the model that the names were compared with.
         tensors: Number of tensors in the adapter's file.
         misfits: What would not be applied; empty if the adapter fits.
-        renames: For each tensor whose name is not that of the model, the name that is; empty unless each has just one.
+        renames: For each tensor whose name is not that of the model, the name that is; empty unless each has just one,
+            and nothing else is wrong.
         notes: What else to know.
     """
 
@@ -77,6 +81,11 @@ class FitReport:
         lines = [f"{first[kind].where}: {first[kind].problem}{more[kind]}" for kind in counts]
         return [*lines, "`lora-init export --rename` writes names that fit."] if lines and self.renames else lines
 
+    @property
+    def stops(self) -> bool:
+        """Whether anything would not be applied. All is where the base has other weights than the adapter's own."""
+        return any(one.kind not in ("base", "revision") for one in self.misfits)
+
     def to_rename(self, where: str) -> Mapping[str, str]:
         """Return `renames`; refuse an adapter in which more is wrong than names, or no name is."""
         replace(self, misfits=tuple(one for one in self.misfits if one.kind not in ("name", "config"))).check()
@@ -87,7 +96,7 @@ class FitReport:
 
     def check(self) -> None:
         """Refuse an adapter that would not be applied, for what comes first; warn of one that is for other weights."""
-        if any(one.kind not in ("base", "revision") for one in self.misfits):
+        if self.stops:
             raise LoraInitError(" ".join([self.lines[0], *(self.lines[-1:] if self.renames else [])]))
         for one in self.misfits:
             warnings.warn(f"{one.where} {one.problem} Is it the same base?", stacklevel=3)
@@ -116,27 +125,38 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
         >>> check_fit("trained", engine="vllm").misfits  # doctest: +SKIP
         ()
     """
+    report = compare(directory, base, engine)
+    if engine is None or (report.stops and not report.renames):
+        return report
     adapter, wanted = AdapterDirectory(directory), find_engine(engine)
+    kind, problem = "export", why_no_export(engine, adapter.path, report.base, report.renames)
+    if not problem and (beyond := beyond_engine(wanted, adapter.ranks, adapter.config, adapter.header)):
+        kind, problem = "engine", f"{wanted.title} {beyond}. `lora-init export --engine {engine}` writes what it takes."
+    more = (Misfit(kind, str(adapter.path), problem),) if problem else ()
+    return replace(report, misfits=(*report.misfits, *more))
+
+
+def compare(directory: str | Path, base: str | None, engine: str | None) -> FitReport:
+    """Compare names and shapes as `check_fit` does, with those of the class that an engine loads if one is named."""
+    adapter = AdapterDirectory(directory)
     source = base or adapter.base
     if form := form_of(adapter.header):
         raise LoraInitError(f"{adapter.path / WEIGHTS_FILE} {form}. PEFT's save_pretrained() writes what is read here.")
-    found = [(fit, fit.report(source, converts=engine is None)) for fit in _fits(adapter, source, engine is not None)]
-    if not found:
-        raise LoraInitError(
-            f"{source!r} is of a class that transformers does not know. Name the base by {{base}}.", base=...
-        )
-    folder, tensors = _checkpoint_of(source, adapter.config.get("revision"))
-    fit, report = min(found, key=lambda one: len(one[1].misfits))
-    more = [] if report.misfits else [*_of_another_base(fit, folder, tensors)]
-    if engine is not None:
-        beyond = beyond_engine(wanted, adapter.ranks, adapter.config, adapter.header, adapter.base_change)
-        head = fit.base.embeddings[1] if fit.base.tied else ""
-        if not beyond and head in adapter.layers:
-            beyond = f"takes no adapter of {head!r}, whose weight is also that of the other embedding"
-        how = "--start DIRECTORY` converts it" if adapter.base_change else f"--engine {engine}` writes what it takes"
-        if beyond:
-            more.append(Misfit("engine", str(adapter.path), f"{wanted.title} {beyond}. `lora-init export {how}."))
-    return replace(report, misfits=(*report.misfits, *more))
+    config = read_config(source)
+    fit = _Fit(adapter, partial(build_base, adapter.config, source, config, engine is not None))
+    report = fit.report(source, converts=engine is None)
+    if report.misfits:
+        return report
+    notes = [*report.notes]
+    if engine is None and not adapter.config.get("task_type"):
+        own = _Fit(adapter, partial(build_base, {}, source, config))
+        if lost := len(own.report(source, converts=True).misfits):
+            notes.append(
+                f"{fit.name} is what the adapter names. A {own.name}, as the checkpoint is, loses {lost} of it."
+            )
+    others = [*_of_another_base(fit, source, config)]
+    misfits = tuple(one for one in others if isinstance(one, Misfit))
+    return replace(report, misfits=misfits, notes=(*notes, *(one for one in others if isinstance(one, str))))
 
 
 def _checkpoint_of(source: str, revision: Any) -> tuple[Path | None, dict[str, Stored]]:
@@ -153,20 +173,6 @@ def _checkpoint_of(source: str, revision: Any) -> tuple[Path | None, dict[str, S
         return folder, {}
     quantized = '"quantization_config"' in (folder / "config.json").read_text(encoding="utf-8")
     return folder, {} if quantized else find_tensors(str(folder))
-
-
-def _fits(adapter: AdapterDirectory, source: str, as_saved: bool) -> Iterator[_Fit]:
-    """Put the adapter on the classes that it may be of: its own, that of its task, that of the checkpoint."""
-    import transformers
-
-    config = read_config(source)
-    mapping, task = adapter.config.get("auto_mapping") or {}, adapter.config.get("task_type")
-    saved, of_task = config.architectures or (), CLASS_OF_TASK.get(task, "") if task else "AutoModel"
-    classes = saved if as_saved and saved else [mapping.get("base_model_class"), *saved, of_task]
-    for name in dict.fromkeys(str(name) for name in classes if name):
-        make = getattr(transformers, name, None)
-        if on_meta(make, config) is not None:
-            yield _Fit(adapter, lambda make=make: on_meta(make, config))
 
 
 class _Fit:
@@ -192,7 +198,7 @@ class _Fit:
             return
         self.rank = peft_model.active_peft_config.r
         self.expected = {key: [*tensor.shape] for key, tensor in state.items()}
-        self.whole = {key: [*tensor.shape] for key, tensor in weights.items() if ".lora_" not in key}
+        self.whole = {key: [*tensor.shape] for key, tensor in (weights | state).items() if ".lora_" not in key}
 
     def _adapted(self, **changes: Any) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -221,7 +227,8 @@ class _Fit:
                 found += self._of_shape(key, shape, wanted)
         misnamed = {key: new for key, (misfit, new) in strangers.items() if misfit.kind == "name"}
         one_to_one = None not in misnamed.values() and len({*misnamed.values()} - {*header}) == len(misnamed)
-        renames = {key: new for key, new in misnamed.items() if new is not None and one_to_one}
+        alone = one_to_one and all(one.kind == "config" for one in found)
+        renames = {key: new for key, new in misnamed.items() if new is not None and alone}
         if misnamed and converts and self._converts():
             notes.append("PEFT brings its names into the model's form; for engines `lora-init export --rename` does.")
         else:
@@ -235,9 +242,9 @@ class _Fit:
         match, wanted = _TENSOR.fullmatch(key), [*expected]
         layer = (match["layer"] if match else key.rpartition(".")[0]).removeprefix(PREFIX)
         axis = None if match is None else {"A": 0, "B": 1}.get(match["part"][-1])
-        if axis is not None and len(shape) == len(wanted):
+        if axis is not None and len(shape) == len(wanted) > axis:  # a bias of B has none
             wanted[axis] = self._rank_of(layer, shape[axis], wanted[axis] // self.rank)
-        if match is None and self.adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        if match is None and self.adapter.config.get("task_type") in _CLASSIFIES:
             wanted[:1] = shape[:1]  # a head has as many labels as the adapter was trained for
         other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
         tokens = self.base.config.vocab_size if layer.removesuffix(".base_layer") in self.base.embeddings else None
@@ -276,7 +283,8 @@ class _Fit:
         """Describe a tensor whose name has no place, and find the name under which it fits."""
         match = _TENSOR.fullmatch(key)
         if match is None:
-            new = PREFIX + key if PREFIX + key in self.expected else None
+            fitting = [name for name in self._whole_by_core.get(_core(key), ()) if self.whole[name] == [*shape]]
+            new = fitting[0] if len(fitting) == 1 else None
             return Misfit("name", key, f"{self.name} with this adapter has no tensor of this name."), new
         core, part = _core(match["layer"]), match["part"]
         end = part + ".weight" * (part in ("lora_A", "lora_B"))
@@ -302,6 +310,14 @@ class _Fit:
             found[_core(name)].append(name)
         return found
 
+    @cached_property
+    def _whole_by_core(self) -> dict[str, list[str]]:
+        """The names of whole weights, by what is left of them without wrappers."""
+        found = defaultdict(list)
+        for name in self.whole:
+            found[_core(name)].append(name)
+        return found
+
     def _takes(self, layer: str, end: str, shape: Sequence[int]) -> bool:
         """Return whether a layer has the widths of a tensor, whatever its rank."""
         wanted = self.expected.get(f"{PREFIX}{layer}.{end}")
@@ -314,20 +330,45 @@ def _core(layer: str) -> str:
     return ".".join(dropwhile(_WRAPPERS.__contains__, plain_name(layer).split(".")))
 
 
-def _of_another_base(fit: _Fit, folder: Path | None, tensors: Mapping[str, Stored]) -> Iterator[Misfit]:
+def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | str]:
     """Compare the base with the one that the adapter was made for, as far as that is known."""
-    revision, made = str(fit.adapter.config.get("revision")), fit.adapter.origin.get("provenance") or {}
+    import transformers
+
+    adapter, revision = fit.adapter, str(fit.adapter.config.get("revision"))
+    folder, tensors = _checkpoint_of(source, revision)
     other = "" if folder is None else folder.absolute().name
     if _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(other) and other != revision:
         yield Misfit("revision", CONFIG_FILE, f"names revision {revision}, and this is {other}.")
-    known, here = made.get("n_parameters"), count_parameters(fit.base.model)
-    if made.get("model_class") != fit.name or made.get("quantisation"):
+    made, mapping = adapter.origin.get("provenance") or {}, adapter.config.get("auto_mapping") or {}
+    recorded = str(made.get("model_class") or mapping.get("base_model_class"))
+    own = build_base({}, source, config)
+    if is_for(recorded, config) is False:
+        yield Misfit("base", CONFIG_FILE, f"says that it is for a {recorded}, and this is a {type(own).__name__}.")
         return
-    if known and known != here:
-        yield Misfit("base", CONFIG_FILE, f"says that the base has {known} parameters, and this one has {here}.")
-    elif made.get("fingerprint") and (own := _fingerprint(fit.make(), tensors)) and own != made["fingerprint"]:
-        said = "is for a base of the same form with other weights: another revision, or one that was trained further."
-        yield Misfit("base", str(fit.adapter.path), said)
+    model = on_meta(getattr(transformers, recorded, None), config)
+    if model is not None and made and not made.get("quantisation"):
+        known, here = made.get("n_parameters"), count_parameters(model)
+        if known and known != here and adapter.config.get("task_type") not in _CLASSIFIES:  # a head of other classes
+            yield Misfit("base", CONFIG_FILE, f"says that the base has {known} parameters, and this one has {here}.")
+            return
+        if found := _fingerprint(model, tensors):
+            if made.get("fingerprint") not in (None, found):
+                yield Misfit("base", str(adapter.path), f"is for a base of the same form {_OTHER_WEIGHTS}.")
+            return
+    body = {"task_type": "FEATURE_EXTRACTION"} if adapter.config.get("task_type") in _CLASSIFIES else {}
+    named = adapter.base
+    if not named or Path(named).expanduser().resolve() == Path(source).expanduser().resolve():
+        return
+    theirs: dict[str, Stored] = {}
+    with suppress(LoraInitError):
+        folder, theirs = _checkpoint_of(named, revision)
+        if folder is not None and type(read_config(str(folder))) is not type(config):
+            yield Misfit("base", CONFIG_FILE, f"names {named!r}, which is not a {type(own).__name__} as this is.")
+            return
+    if not theirs or not tensors:
+        yield f"The adapter names {named!r} as its base, which is not here to be compared with {source!r}."
+    elif len({_fingerprint(build_base(body, source, config), found) for found in (tensors, theirs)}) > 1:
+        yield Misfit("base", CONFIG_FILE, f"names {named!r}, which is a base of the same form {_OTHER_WEIGHTS}.")
 
 
 def _fingerprint(model: Any, tensors: Mapping[str, Stored]) -> str:

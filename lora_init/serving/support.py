@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lora_init.adapters.directory import LORA_A, LORA_B
@@ -11,9 +14,18 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.lora_config import scaling_of
-from lora_init.serving.base import Base
-from lora_init.serving.engines import ENGINES, PEFT, Engine
-from lora_init.serving.trained import EMBEDDING, MAGNITUDE, OTHER_UPDATES, Trained, scalings
+from lora_init.serving.base import Base, read_base, with_changed_copies
+from lora_init.serving.engines import ENGINES, PEFT, Engine, check_rank, find_engine, vllm_rank
+from lora_init.serving.trained import (
+    EMBEDDING,
+    MAGNITUDE,
+    OTHER_UPDATES,
+    Trained,
+    read_trained,
+    scalings,
+    subtract,
+    with_parameters,
+)
 
 # Kinds of model that write no text, in words.
 WRITE_NO_TEXT = {
@@ -66,12 +78,8 @@ def serving_note(
     )
 
 
-def beyond_engine(
-    engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[str], base_change: str
-) -> str:
+def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[str]) -> str:
     """Describe what of an adapter directory an engine would not serve as trained; empty if it takes all of it."""
-    if base_change:
-        return f"takes no adapter that began as {base_change}, which changes the base weights"
     alone = next((key for key in _PEFT_ALONE if config.get(key)), None) or next(_beyond_layers(config, tensors), None)
     return f"takes no {alone} in a directory of PEFT" if alone else _beyond_engine(engine, ranks, config)
 
@@ -115,6 +123,36 @@ def _beyond_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterato
 
 def _listed(words: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def why_no_export(engine: str, directory: Path, source: str, renames: Mapping[str, str]) -> str:
+    """Return why `export` refuses to write an adapter for an engine; empty if it writes it."""
+    try:
+        trained, _ = on_base(engine, read_trained(directory, None, renames), source)
+        check_rank(engine, vllm_rank(trained.rank))
+    except LoraInitError as error:
+        return error.spelled(lambda name, _: f"`lora-init export --{name.replace('_', '-')}`")
+    return ""
+
+
+def on_base(
+    engine: str | None, trained: Trained, source: str, start: str | Path | None = None,
+    origin: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Trained, Base]:  # fmt: skip
+    """Put an adapter on its base without weights, less its start if one is named; refuse what an engine does not take.
+
+    `origin` is what the adapter says of its start.
+    """
+    model = read_base(source, trained, for_engine=engine is not None)
+    mapping = trained.config.get("auto_mapping") or {}
+    if mapping.get("base_model_class") not in (None, type(model.model).__name__):  # the names are not of that class
+        trained = replace(trained, config={**trained.config, "auto_mapping": None})
+    trained = with_changed_copies(with_parameters(trained, model.parameters), model)
+    if start is not None:
+        before = with_parameters(read_trained(start, start), model.parameters)
+        trained = subtract(trained, before, origin, str(start))
+    check_engine(engine or PEFT.title, find_engine(engine), trained, model)
+    return trained, model
 
 
 def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> None:

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModel, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 import lora_init
 from lora_init import LoraInitError, check_fit, export_adapter
@@ -181,13 +183,13 @@ OTHERS = {
     "experts not in the config": (MOE, None, dict(target_parameters=None), "does not select it"),
     "integers": (LLAMA, one(lambda a: a.to(torch.int8)), {}, "is I8, and A and B are float32, float16 or bfloat16"),
     "eight bits": (VISION, one(lambda a: a.to(torch.float8_e4m3fn)), {}, "is F8_E4M3, and A and B are"),
-    "rank beyond vLLM": (("llama", QV | dict(r=600)), None, dict(engine="vllm"), "vLLM takes at most rank 512, and"),
+    "rank beyond vLLM": (("llama", QV | dict(r=600)), None, dict(engine="vllm"), "vllm takes at most rank 512, and"),
     "rank beyond TGI": (("llama", QV | dict(r=12)), None, dict(engine="tgi"), "TGI takes rank 8 or a multiple of 16"),
     "ranks for SGLang": (("llama", QV | dict(rank_pattern={"q_proj": 2})), None, dict(engine="sglang"), "SGLang rea"),
     "rsLoRA for SGLang": (("llama", QV | dict(use_rslora=True)), None, dict(engine="sglang"), "does not read use_rs"),
-    "DoRA for vLLM": (("llama", QV | dict(use_dora=True)), None, dict(engine="vllm"), "vLLM takes no DoRA"),
-    "experts for vLLM": (MOE, None, dict(engine="vllm"), "vLLM takes no adapter of experts"),
-    "embedding for vLLM": (("llama", dict(target_modules=["embed_tokens"])), None, dict(engine="vllm"), "takes no t"),
+    "DoRA for vLLM": (("llama", QV | dict(use_dora=True)), None, dict(engine="vllm"), "vllm does not take DoRA."),
+    "experts for vLLM": (MOE, None, dict(engine="vllm"), "vllm does not take an adapter of the parameter"),
+    "embedding for vLLM": (("llama", dict(target_modules=["embed_tokens"])), None, dict(engine="vllm"), "not take an"),
     "a tied head for vLLM": (("tied", dict(target_modules=["lm_head", "q_proj"])), None, dict(engine="vllm"), "tied"),
     "MLX": (LLAMA, None, dict(engine="mlx"), "MLX reads no directory of PEFT. `lora-init export --engine mlx`"),
     "vocabulary": (("more tokens", dict(target_modules=["embed_tokens"])), None, dict(base="llama"), "is for 70 tok"),
@@ -345,6 +347,139 @@ def test_an_adapter_fits_the_tied_base_that_it_was_made_for(bases, tmp_path):
     other.model.embed_tokens.weight.data.add_(1)
     other.save_pretrained(tmp_path / "other")
     assert "with other weights" in check_fit(tmp_path / "a", str(tmp_path / "other")).lines[0]
+
+
+def short(tensors):
+    """Names as of the class without its head: one `model.` less."""
+    return named(r"model\.model\.model\.", "model.model.")(tensors)
+
+
+# Names that plain PEFT does not apply to what `AutoModelForCausalLM` loads, on a checkpoint of that class.
+UNTYPED = QV | dict(task_type=None)
+LOST = {
+    "no task type": (UNTYPED, short),
+    "no task type, no prefix": (UNTYPED, named(rf"^{PREFIX}", "")),
+    "no task type, every layer": (dict(target_modules="all-linear", task_type=None), short),
+    "an embedding without the prefix": (dict(target_modules=["embed_tokens", "q_proj"]), named(rf"^{PREFIX}", "")),
+    "an embedding, short": (dict(target_modules=["embed_tokens", "q_proj"], task_type=None), short),
+    "lm_head without the prefix": (dict(target_modules=["lm_head", "q_proj"]), named(rf"^{PREFIX}", "")),
+    "a whole lm_head without the prefix": (QV | dict(modules_to_save=["lm_head"]), named(rf"^{PREFIX}", "")),
+    "a whole embedding, short": (UNTYPED | dict(modules_to_save=["embed_tokens"]), short),
+    "new tokens without the prefix": (QV | dict(trainable_token_indices=[3, 5]), named(rf"^{PREFIX}", "")),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+@pytest.mark.filterwarnings("ignore")
+def test_names_of_another_class_than_the_checkpoints_do_not_pass_and_are_repaired(bases, tmp_path, case):
+    settings, misname = LOST[case]
+    directory = adapter(bases, "llama", tmp_path / "a", **settings)
+    base, expected = load(bases / "llama"), logits(load(bases / "llama"), directory)
+    change(directory, misname)
+    try:
+        applied = not torch.equal(logits(base, directory), logits(load(bases / "llama")))
+    except KeyError:  # of a module that is trained whole
+        applied = False
+    assert not applied
+    for engine in (None, "vllm"):
+        found = check_fit(directory, engine=engine)
+        assert found.stops and found.renames and found.model_class == "LlamaForCausalLM"
+        with pytest.raises(LoraInitError):
+            export_adapter(directory, tmp_path / "b", engine)
+    export_adapter(directory, tmp_path / "b", keep_ranks=True, rename=True)
+    torch.testing.assert_close(logits(load(bases / "llama"), tmp_path / "b"), expected)
+    assert not check_fit(tmp_path / "b").misfits
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_class_that_an_adapter_names_is_kept_and_what_its_checkpoint_loses_is_said(bases, tmp_path):
+    model = AutoModel.from_pretrained(bases / "llama")
+    get_peft_model(model, LoraConfig(**QV, init_lora_weights=False)).save_pretrained(tmp_path / "a")
+    found = check_fit(tmp_path / "a")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "a").base_model.model
+    assert not found.misfits and found.model_class == type(loaded).__name__
+    (note,) = found.notes
+    assert note == "LlamaModel is what the adapter names. A LlamaForCausalLM, as the checkpoint is, loses 8 of it."
+    done = export_adapter(tmp_path / "a", tmp_path / "b")
+    assert "PeftModel.from_pretrained(AutoModel.from_pretrained(" in done.command
+    with pytest.raises(LoraInitError, match="LlamaForCausalLM has no layer of this name"):
+        export_adapter(tmp_path / "a", tmp_path / "c", "vllm")
+    export_adapter(tmp_path / "a", tmp_path / "c", "vllm", rename=True)
+    assert not check_fit(tmp_path / "c").misfits and not check_fit(tmp_path / "c", engine="vllm").misfits
+
+
+def qwen3(**changes):
+    """A base of another architecture, in which the tensors of a Llama's adapter have the same names and shapes."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    settings = tiny_llama().config.to_dict() | {"head_dim": 8, "architectures": None, "model_type": "qwen3"} | changes
+    return Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
+
+
+MADE_BY = {
+    "ours": lambda bases, to: lora_init.initialize(load(bases / "llama"), batches_for("llama"), rank=4),
+    "ours without a head": lambda bases, to: lora_init.initialize(
+        AutoModel.from_pretrained(bases / "llama"), batches_for("llama"), rank=4, task_type="FEATURE_EXTRACTION"
+    ),
+    "PEFT": lambda bases, to: adapter(bases, "llama", to, **QV),
+    "PEFT without a task type": lambda bases, to: adapter(bases, "llama", to, **UNTYPED),
+}
+
+
+@pytest.mark.parametrize("maker", MADE_BY)
+@pytest.mark.parametrize(("base", "expected"), [
+    ("llama", None),
+    ("qwen3", "Qwen3ForCausalLM"),
+    ("other weights", "a base of the same form with other weights"),
+])  # fmt: skip
+def test_a_base_of_another_architecture_or_other_weights_is_named(bases, tmp_path, maker, base, expected):
+    torch.manual_seed(2)
+    qwen3().save_pretrained(tmp_path / "qwen3")
+    made = MADE_BY[maker](bases, tmp_path / "a")
+    if made != tmp_path / "a":
+        made.save_pretrained(tmp_path / "a")
+    shutil.copytree(bases / base, tmp_path / base) if base != "qwen3" else None  # under another path than is named
+    found = check_fit(tmp_path / "a", str(tmp_path / base))
+    assert [one.kind for one in found.misfits] == ["base"] * (expected is not None)
+    assert expected is None or expected in found.lines[0]
+    assert not found.stops and found.notes == ()
+    with pytest.warns(match="Is it the same base?") if expected else nullcontext():
+        export_adapter(tmp_path / "a", tmp_path / "b", base=str(tmp_path / base))
+
+
+def test_a_base_that_is_not_here_is_named(bases, tmp_path):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    change(directory, base_model_name_or_path="somebody/llama")
+    found = check_fit(directory, str(bases / "llama"))
+    assert not found.misfits and "names 'somebody/llama' as its base, which is not here to be" in found.notes[0]
+
+
+TRAINED_WITH = {name: RIGHT[name] for name in (
+    "plain", "every layer", "some layers", "ranks", "rsLoRA", "DoRA", "embedding", "new tokens", "whole head", "biases",
+    "experts", "encoder", "classifier",
+)}  # fmt: skip
+TRAINED_WITH |= {
+    "a tied head": ("tied", dict(target_modules=["lm_head", "q_proj"])),
+    "a tied embedding": ("tied", dict(target_modules=["embed_tokens", "q_proj"])),
+    "a bias of LoRA": ("llama", QV | dict(lora_bias=True)),
+    "a rank beyond": ("llama", QV | dict(r=600)),
+    "DoRA here and there": ("llama", QV | dict(use_dora=True, layers_to_transform=[1])),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED_WITH)
+@pytest.mark.parametrize("engine", ["vllm", "tgi", "llama.cpp", "mlx"])
+@pytest.mark.filterwarnings("ignore")
+def test_inspect_promises_what_export_writes(bases, tmp_path, case, engine):
+    name, settings = TRAINED_WITH[case]
+    directory = adapter(bases, name, tmp_path / "a", **settings)
+    kinds = {one.kind for one in check_fit(directory, engine=engine).misfits}
+    try:
+        export_adapter(directory, tmp_path / "b", engine)
+    except LoraInitError:
+        assert kinds == {"export"}
+    else:
+        assert kinds <= {"engine"}
 
 
 class Silent:
