@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -18,7 +17,7 @@ from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.collection.loop import row_norms
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import NothingCountsError, TokenMasks
-from lora_init.layers.running import call_model
+from lora_init.layers.running import call_model, restoring
 from lora_init.layers.targets import HEADS, count_linear
 from lora_init.layers.wrappers import unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
@@ -102,7 +101,13 @@ def measure_responses(
     watched = {name: layer.get_base_layer() for name, layer in seen.items()}
     watched |= {name + _A: layer.lora_A[adapter_name] for name, layer in seen.items()}
     sums, masks = _Sums(), TokenMasks(base, token_mask)
-    with _plain(seen.values()), ActivationHooks(base, watched, masks, to_the_end=True) as hooks, torch.no_grad():
+    with (
+        restoring("lora_variant", seen.values()),
+        ActivationHooks(base, watched, masks, to_the_end=True) as hooks,
+        torch.no_grad(),
+    ):
+        for layer in seen.values():
+            layer.lora_variant = {}  # DoRA also multiplies A by a unit matrix, which is no input
         for number, batch in enumerate(islice(batches, _MAX_BATCHES)):
             try:
                 with hooks.watch(batch, sums) as moved:
@@ -119,19 +124,6 @@ def measure_responses(
         found = response(size, sums.mean(name + _A), layer.r[adapter_name], layer.scaling[adapter_name], freeze_a)
         responses |= {name: found} if found else {}
     return responses
-
-
-@contextmanager
-def _plain(layers: Collection[Any]) -> Iterator[None]:
-    """Run layers without what extends LoRA in them: DoRA also multiplies A by a unit matrix, which is no input."""
-    variants = [layer.lora_variant for layer in layers]
-    for layer in layers:
-        layer.lora_variant = {}
-    try:
-        yield
-    finally:
-        for layer, variant in zip(layers, variants, strict=True):
-            layer.lora_variant = variant
 
 
 class _Sums(Sink):

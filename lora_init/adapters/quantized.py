@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import as_it_was
 from lora_init.collection.losses import Loss, mean_loss, own_loss
 from lora_init.errors import LoraInitError, first_line
-from lora_init.layers.running import Forward, call_model, evaluating, on_device_of
+from lora_init.layers.running import Forward, call_model, evaluating, on_device_of, restoring
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import is_sharded, is_tensor_parallel, model_id, plain_names, unwrapped
 from lora_init.loading.checkpoint import Stored, find_parameter, find_tensors, read_parameter
@@ -119,14 +119,11 @@ class QuantizationErrors(Mapping[str, Tensor]):
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Let the layers compute with W, read anew in each forward pass, so that no second model is in memory."""
-        with ExitStack() as stack:
+        with restoring("forward", [self._modules[name] for name in self._targets]):
             for name in self._targets:
                 self.weight(name)  # which may run the layer once
                 module = self._modules[name]
-                own = vars(module).get("forward")  # as accelerate's hooks set it
                 module.forward = partial(self._exact, name, module)  # a hook would run after the layer's own product
-                found_again = partial(delattr, module, "forward")  # the method of its class
-                stack.callback(found_again if own is None else partial(setattr, module, "forward", own))
             yield
 
     def _exact(self, name: str, module: Any, rows: Tensor) -> Tensor:
@@ -167,16 +164,13 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
     probe[4:] *= 2.0
     bias = getattr(module, "bias", None)
     try:
-        if bias is not None:  # beside a bias that is much larger a weight would lose its digits
-            module.bias = None
-        with evaluating(module):
+        with restoring("bias", [] if bias is None else [module]), evaluating(module):
+            if bias is not None:  # beside a bias that is much larger a weight would lose its digits
+                module.bias = None
             product = module(probe.to(dtype)).float()
             matrix = _of_units(module, shape[1], dtype, device)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise LoraInitError(f"{where}: what it multiplies by cannot be read: {first_line(error)}") from error
-    finally:
-        if bias is not None:
-            module.bias = bias
     if matrix.shape != shape or not bool(torch.dist(product, probe @ matrix.T) <= _KERNEL * product.norm()):
         raise LoraInitError(
             f"{where}: it does not compute the product of its input with a matrix, so that no error of a weight can be "

@@ -75,17 +75,25 @@ class ActivationHooks:
         self._sink: Sink | None = None
 
     def __enter__(self) -> ActivationHooks:
-        self._stack.enter_context(evaluating(self.model))
-        handles = [self.model.register_forward_pre_hook(self._start_call, with_kwargs=True), *self.masks.hooks()]
-        for name, module in self.modules.items():
-            handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
-            if self._rows is None and name not in self._experts:
-                handles.append(module.register_forward_hook(partial(self._output_hook, name), with_kwargs=True))
-        if self._head is not None:
-            handles.append(self._head.register_forward_pre_hook(self._end_pass, prepend=True))
-        for handle in handles:
-            self._stack.callback(handle.remove)
+        with self._stack as stack:  # also where one of these raises, what was done is undone
+            stack.enter_context(evaluating(self.model))
+            self._add_hooks(stack)
+            self._stack = stack.pop_all()
         return self
+
+    def _add_hooks(self, stack: ExitStack) -> None:
+        def add(handle: Any) -> None:
+            stack.callback(handle.remove)
+
+        add(self.model.register_forward_pre_hook(self._start_call, with_kwargs=True))
+        for handle in self.masks.hooks():
+            add(handle)
+        for name, module in self.modules.items():
+            add(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
+            if self._rows is None and name not in self._experts:
+                add(module.register_forward_hook(partial(self._output_hook, name), with_kwargs=True))
+        if self._head is not None:
+            add(self._head.register_forward_pre_hook(self._end_pass, prepend=True))
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()

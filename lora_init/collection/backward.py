@@ -18,7 +18,7 @@ from lora_init.collection.activations import ActivationHooks, Sink, input_of
 from lora_init.collection.losses import Loss, count_labels, own_loss
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.masks import rows_of
-from lora_init.layers.running import Forward
+from lora_init.layers.running import Forward, restoring
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, reshard, run_eagerly
 from lora_init.private_parts import goes_backward, version_of
@@ -75,10 +75,8 @@ class BackwardHooks:
         model = self._hooks.model
         reshard(model)  # the parameters that want no gradient have to be those that all others are gathered from
         with self._stack as stack:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    stack.callback(parameter.requires_grad_, True)
-                    parameter.requires_grad_(False)
+            stack.enter_context(restoring("requires_grad", model.parameters()))
+            model.requires_grad_(False)
             for name, module in self._hooks.modules.items():
                 stack.callback(module.register_forward_hook(partial(self._hook, name), with_kwargs=True).remove)
             embedding = None
@@ -186,10 +184,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
         if classes is not None and isinstance(module, classes.GradientCheckpointingLayer)
         and module.gradient_checkpointing and "forward" not in vars(module)
     ]  # fmt: skip
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
+    with restoring("forward", layers):
         for layer in layers:
-            del layer.forward
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield

@@ -20,7 +20,7 @@ from lora_init.errors import LoraInitError
 from lora_init.keep.dialed import UNIFORM, Change, Dial, Point
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
-from lora_init.layers.running import call_model, evaluating, on_device_of
+from lora_init.layers.running import call_model, evaluating, on_device_of, restoring
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import as_batches
 from lora_init.serving.trained import OTHER_UPDATES
@@ -325,15 +325,12 @@ def strengths(model: PeftModel, values: float | Tensor | Mapping[str, float | Te
     named keep theirs. Tensors may require gradients, except for experts that PEFT adapts as parameters.
     """
     adapter, layers = _active(model)
-    before = {name: layer.scaling[adapter] for name, layer in layers.items()}
     each = values if isinstance(values, Mapping) else dict.fromkeys(layers, values)
-    try:
+    with restoring("scaling", layers.values()):
         for name, value in each.items():
-            layers[name].scaling[adapter] = before[name] * value
+            before = layers[name].scaling
+            layers[name].scaling = before | {adapter: before[adapter] * value}
         yield
-    finally:
-        for name, layer in layers.items():
-            layer.scaling[adapter] = before[name]
 
 
 def fit_strengths(
@@ -356,32 +353,25 @@ def fit_strengths(
     values = torch.tensor(begin, requires_grad=True)
     adam = torch.optim.Adam([values], lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
+    with restoring("requires_grad", model.parameters()), restoring("data", outputs), evaluating(model):
         model.requires_grad_(False)
         for b in outputs:
             b.requires_grad_(True)
-        with evaluating(model):
-            for step in range(steps):
-                for b, whole, value in zip(outputs, trained, values.tolist(), strict=True):
-                    b.data = whole * value
-                gradient = torch.zeros(len(names))
-                for batches, share in ((task, 1.0), (keep, weight)):
-                    losses, labelled = label_losses(model, batches[step % len(batches)])
-                    loss = share * losses.sum() / labelled.sum()
-                    found = torch.autograd.grad(loss, outputs, materialize_grads=True)
-                    # B is value * trained, so the derivative by the value is <dL/dB, trained>, also at 0.
-                    slopes = [float((g.float() * b).sum()) for g, b in zip(found, trained, strict=True)]
-                    gradient += torch.tensor(slopes)  # layers may be on several devices
-                values.grad = gradient
-                adam.step()
-                schedule.step()
-                values.data.clamp_(0.0, STRONGEST)
-    finally:
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-        for b, whole in zip(outputs, trained, strict=True):
-            b.data = whole
+        for step in range(steps):
+            for b, whole, value in zip(outputs, trained, values.tolist(), strict=True):
+                b.data = whole * value
+            gradient = torch.zeros(len(names))
+            for batches, share in ((task, 1.0), (keep, weight)):
+                losses, labelled = label_losses(model, batches[step % len(batches)])
+                loss = share * losses.sum() / labelled.sum()
+                found = torch.autograd.grad(loss, outputs, materialize_grads=True)
+                # B is value * trained, so the derivative by the value is <dL/dB, trained>, also at 0.
+                slopes = [float((g.float() * b).sum()) for g, b in zip(found, trained, strict=True)]
+                gradient += torch.tensor(slopes)  # layers may be on several devices
+            values.grad = gradient
+            adam.step()
+            schedule.step()
+            values.data.clamp_(0.0, STRONGEST)
     return dict(zip(names, values.tolist(), strict=True))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lora_init.errors import LoraInitError
-from lora_init.layers.running import evaluating
+from lora_init.layers.running import disabled, evaluating, restoring
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import pad_batch, padding_token
 
@@ -85,7 +85,7 @@ def _write(
         raise LoraInitError(f"{type(model).__name__} continues no text. Pass text to keep instead.")
     check_texts(model.config, tokenizer, length, chat)
     n_tokens = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-    place, base = model.device, model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+    place, base = model.device, disabled(model) if hasattr(model, "disable_adapter") else nullcontext()
     with torch.random.fork_rng([place] if place.type == "cuda" else []), evaluating(model), base:
         torch.manual_seed(seed)
         for first in range(0, n, _BATCH):
@@ -126,15 +126,13 @@ def _sample(
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=model.device)
-    said = plain.generation_config
-    plain.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    said = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=pad, eos_token_id=ends if stops and ends else None,
         suppress_tokens=None if stops else ends or None,
     )  # fmt: skip
-    try:
-        texts = plain.generate(input_ids=ids, attention_mask=mask)
-    finally:
+    with restoring("generation_config", [plain]):
         plain.generation_config = said
+        texts = plain.generate(input_ids=ids, attention_mask=mask)
     return list(texts[:, longest:].tolist())
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from accelerate.utils import send_to_device
@@ -22,20 +22,33 @@ _PACKS = "support_avx512bf16_for_cpu"
 
 
 @contextmanager
+def restoring(attribute: str, holders: Iterable[Any]) -> Iterator[None]:
+    """Put an attribute of objects back after the block, whatever raises; a method of their class is found again."""
+    with ExitStack() as stack:
+        for holder in holders:
+            if attribute in vars(holder) or not callable(getattr(type(holder), attribute, None)):
+                stack.callback(setattr, holder, attribute, getattr(holder, attribute))
+            else:
+                stack.callback(vars(holder).pop, attribute, None)
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its modules into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    packing = [(module, getattr(module, _PACKS)) for module in model.modules() if hasattr(module, _PACKS)]
-    model.eval()
-    for module, _ in packing:
-        setattr(module, _PACKS, False)
-    try:
+    packing = [module for module in model.modules() if hasattr(module, _PACKS)]
+    with restoring("training", model.modules()), restoring(_PACKS, packing):
+        model.eval()
+        for module in packing:
+            setattr(module, _PACKS, False)
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module, packs in packing:
-            setattr(module, _PACKS, packs)
+
+
+@contextmanager
+def disabled(peft_model: Any) -> Iterator[None]:
+    """Switch the adapter of a PeftModel off while the block runs; PEFT then lets all of it train, also a frozen A."""
+    with restoring("requires_grad", peft_model.parameters()), peft_model.disable_adapter():
+        yield
 
 
 def on_device_of(model: nn.Module, batch: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from lora_init.adapters.peft_model import adapter_layers, check_plain, with_adap
 from lora_init.errors import LoraInitError
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import layer_grid
+from lora_init.layers.running import disabled, restoring
 from lora_init.packages import check_takes
 from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.export import RECORD_FILE
@@ -240,17 +241,17 @@ class Local:
 
     @contextmanager
     def _under(self, fault: Fault) -> Iterator[None]:
-        """Put a fault on PEFT's layers while the block runs; if that raises, `verify` gives the layers up."""
-        with self.model.disable_adapter() if fault.verdict == "ignored" else nullcontext():
-            kept = [(layer, dict(layer.scaling), dict(layer.lora_variant)) for layer in self.layers.values()]
+        """Put a fault on PEFT's layers while the block runs."""
+        layers, off = self.layers.values(), fault.verdict == "ignored"
+        with restoring("scaling", layers), restoring("lora_variant", layers), ExitStack() as stack:
+            if off:
+                stack.enter_context(disabled(self.model))
             for name, factor in fault.factors.items():
-                self.layers[name].scaling[self.name] *= factor
+                layer = self.layers[name]
+                layer.scaling = layer.scaling | {self.name: layer.scaling[self.name] * factor}
                 if not (factor and fault.magnitudes):
-                    self.layers[name].lora_variant.pop(self.name, None)
+                    layer.lora_variant = {}
             yield
-            for layer, scaling, variant in kept:
-                layer.scaling.update(scaling)
-                layer.lora_variant.update(variant)
 
     def observe(self, ask: Ask | None, prompts: Sequence[Any]) -> Tensor:
         """Read answers of an engine, [prompts, vocabulary]; NaN where it tells nothing, or a text of several tokens."""

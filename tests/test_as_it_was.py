@@ -1,0 +1,257 @@
+"""A model that is changed for a moment is as it was, whatever raises: each call that is made meanwhile raises once."""
+
+import copy
+import sys
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from peft import EvaConfig, LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+import lora_init
+from lora_init import LoraInitError
+from lora_init.adapters import quantized
+from lora_init.keep.dial import fit_strengths, strengths, turn
+from lora_init.layers.targets import find_targets
+from tests.collection.made import labelled
+from tests.conftest import batches_for, tiny_llama
+from tests.serving.engine import word_tokenizer
+
+PROMPTS = [" ".join(f"w{(5 * i + j * j) % 58}" for j in range(3 + i)) for i in range(4)]
+ADAPTER = dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
+
+
+class Stopped(BaseException):
+    """What no `except Exception` catches, as Ctrl-C is."""
+
+
+def plain():
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.2, attention_bias=True).train()
+    model.model.layers[0].eval()  # somebody's own choice
+    model.model.embed_tokens.weight.requires_grad_(False)
+    return model
+
+
+def adapted(dora=False, fill=0.1):
+    """A model in training: A of one layer is frozen, one module is in evaluation mode."""
+    model = get_peft_model(plain(), LoraConfig(**ADAPTER, use_dora=dora, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=fill) if fill else None
+        if "lora_A" in name and "q_proj" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def saved(tmp_path, **config):
+    model = get_peft_model(plain(), LoraConfig(**ADAPTER | config, task_type="CAUSAL_LM", init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@torch.no_grad()
+def answer(model, prompt):
+    ids = torch.tensor([word_tokenizer()(prompt)["input_ids"]])
+    top = model(ids).logits[0, -1].float().log_softmax(-1).topk(20)
+    return dict(zip(top.indices.tolist(), (0.5 * top.values).tolist(), strict=True))
+
+
+def watching(model):
+    """Ask an engine that serves something else, so that all faults are tried."""
+    ask = partial(answer, copy.deepcopy(model).eval())
+    return lora_init.ServingWatch(word_tokenizer(), PROMPTS, ask, ask)
+
+
+def call_back(model):
+    callback = lora_init.ServingCallback(watching(model), every=1)
+    args, state, control = TrainingArguments("unused", report_to=[]), TrainerState(global_step=1), TrainerControl()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callback.on_step_begin(args, state, control, model=model)
+        callback.on_step_end(args, state, control, model=model)
+
+
+def with_strengths(model):
+    with strengths(model, 0.5):
+        lora_init.mean_loss(model, labelled("llama")[:1])
+
+
+def dialed(model):
+    turn(model, lora_init.keep.dial.Rule(), labelled("llama")[:9], labelled("llama", seed=1)[:9], None)
+
+
+def trainer_of(model, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for batch in batches_for("llama") for row in batch["input_ids"]]
+    args = TrainingArguments(tmp_path / "run", max_steps=2, report_to=[], per_device_train_batch_size=4)
+    return Trainer(model, args, train_dataset=rows)
+
+
+def product(model):
+    for name, target in find_targets(model, ["q_proj"]).layers.items():
+        quantized.read_product(model.get_submodule(name), target, torch.float32, name)
+
+
+def exact(model, tmp_path):
+    model.save_pretrained(tmp_path / "float")
+    errors = lora_init.QuantizationErrors(model, find_targets(model, ["q_proj"]).layers, tmp_path / "float")
+    with errors.undone():
+        lora_init.mean_loss(model, labelled("llama")[:1])
+
+
+def checkpointed():
+    model = plain()
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def stepped(model):
+    stats = lora_init.collect(model, labelled("llama")[:2], rank=4, gradients=True)
+    build = lambda gamma: lora_init.build_adapter(stats, 4, "lora-one", gamma=gamma)  # noqa: E731
+    lora_init.find_step_size(model, build, lambda one: lora_init.mean_loss(one, labelled("llama")[:1]))
+
+
+def eva_of(model):
+    config = LoraConfig(**ADAPTER, init_lora_weights="eva", eva_config=EvaConfig())
+    lora_init.get_eva_state_dict(model, batches_for("llama"), config)
+
+
+# What is done to a model, a plain one or one with an adapter, that is no more than looked at.
+PLAIN = {
+    "verify": lambda model, tmp: lora_init.verify(
+        saved(tmp), model, word_tokenizer(), PROMPTS, partial(answer, plain().eval())
+    ),
+    "collect gradients": lambda model, tmp: lora_init.collect(model, labelled("llama")[:2], rank=4, gradients=True),
+    "find_step_size": lambda model, tmp: stepped(model),
+    "get_eva_state_dict": lambda model, tmp: eva_of(model),
+    "read_product": lambda model, tmp: product(model),
+    "undone": exact,
+    "replay": lambda model, tmp: lora_init.replay(model, word_tokenizer(), 2, 3),
+    "intruders": lambda model, tmp: lora_init.intruder_dimensions(model, saved(tmp)),
+    "reduce_intruders": lambda model, tmp: lora_init.export_adapter(
+        saved(tmp), tmp / "out", base=base(tmp), reduce_intruders=model
+    ),
+}  # fmt: skip
+ADAPTED = {
+    "ServingWatch.note": lambda model, tmp: watching(model).note(model, 0),
+    "ServingWatch.check": lambda model, tmp: watching(model).check(model, 0),
+    "ServingCallback": lambda model, tmp: call_back(model),
+    "strengths": lambda model, tmp: with_strengths(model),
+    "fit_strengths": lambda model, tmp: fit_strengths(model, *[labelled("llama")[:2]] * 2, 1.0, steps=2),
+    "turn": lambda model, tmp: dialed(model),
+    "replay of an adapter": lambda model, tmp: lora_init.replay(model, word_tokenizer(), 2, 3),
+    "intruders of an adapter": lambda model, tmp: lora_init.intruder_dimensions(model),
+    "get_eva_state_dict of an adapter": lambda model, tmp: eva_of(model),
+}  # fmt: skip
+# What changes a model for good, and leaves it as it was where it fails.
+CHANGES = {
+    "initialize": lambda model, tmp: lora_init.initialize(model, batches_for("llama"), rank=4),
+    "initialize by a step": lambda model, tmp: lora_init.initialize(
+        model, labelled("llama"), method="lora-one", rank=4
+    ),
+    "initialize a trainer": lambda model, tmp: lora_init.initialize(trainer_of(model, tmp), rank=4),
+}
+
+
+def base(tmp_path):
+    plain().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def state_of(model):
+    """Describe all that a model is: its modules, their attributes and hooks, its weights, what is trained of it."""
+    state = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, dict):
+                state[name, key] = {one: plain_or_id(each) for one, each in value.items()}
+            else:
+                state[name, key] = plain_or_id(value)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().clone().view(torch.uint8).sum(dtype=torch.int64).item()
+        state[name] = (id(parameter), parameter.requires_grad, parameter.grad is None, values)
+    return state
+
+
+def plain_or_id(value):
+    return value if isinstance(value, (bool, int, float, str)) else id(value)
+
+
+class Raising:
+    """Raise in one of the calls that the library, the model, or whoever is asked makes in a block; count them first."""
+
+    def __init__(self, at=None):
+        self.at, self.calls = at, []
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+    def trace(self, frame, event, argument):
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        ours = "/lora_init/" in file and not function.startswith("<")
+        if not (ours or file.endswith("modeling_llama.py") or function == "answer"):
+            return
+        if function in PUTS_BACK:
+            return
+        self.calls.append((file, function, frame.f_code.co_firstlineno))
+        if len(self.calls) == self.at:
+            sys.settrace(None)
+            raise Stopped
+
+
+MOST = 8  # places in each case: all of them take half an hour
+# Functions that put things back, or are called while that is done.
+PUTS_BACK = {"restore", "__exit__", "stop", "forget_loader", "end"}
+
+
+def places(calls, most):
+    """So many first calls of a function, evenly spread."""
+    first = sorted({call: i for i, call in reversed([*enumerate(calls, 1)])}.values())
+    return first[:: -(-len(first) // most)]
+
+
+def rated(model, tmp_path):
+    lora_init.learning_rate(model, batches_for("llama"))
+
+
+ALL = {
+    **{name: (plain, act, True) for name, act in PLAIN.items()},
+    **{name: (adapted, act, True) for name, act in ADAPTED.items()},
+    "collect gradients, checkpointed": (checkpointed, PLAIN["collect gradients"], True),
+    "ServingWatch.check, DoRA": (partial(adapted, dora=True), ADAPTED["ServingWatch.check"], True),
+    "learning_rate": (partial(adapted, fill=0.0), rated, True),
+    "learning_rate, DoRA": (partial(adapted, dora=True, fill=0.0), rated, True),
+    **{name: (plain, act, False) for name, act in CHANGES.items()},
+}
+
+
+@pytest.mark.parametrize("case", ALL)
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_is_as_it_was_whatever_raises(tmp_path, case):
+    make, act, looks = ALL[case]
+    model, counting = make(), Raising()
+    before = state_of(model)
+    (tmp_path / "0").mkdir()
+    with counting:
+        act(model, tmp_path / "0")
+    if looks:
+        assert difference(state_of(model), before) == {}
+    at = places(counting.calls, MOST)
+    assert len(at) > 2
+    for number in at:
+        model = make()
+        before = state_of(model)
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises((Stopped, LoraInitError)), Raising(number):
+            act(model, tmp_path / str(number))
+        assert difference(state_of(model), before) == {}, counting.calls[number - 1]
+
+
+def difference(after, before):
+    return {key: (before.get(key), after.get(key)) for key in {*before, *after} if before.get(key) != after.get(key)}
