@@ -183,14 +183,14 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
     """
     # resolve() follows a symbolic link to a directory: the target is replaced, the link stays.
     final = Path(directory).expanduser().resolve()
-    check_free(final, overwrite, marker, replaceable)
+    check_free(directory, overwrite, marker, replaceable)
     fresh, old = _temporary(final, "tmp"), _temporary(final, "old")
     _sweep(final, "tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         yield fresh
-        check_free(final, overwrite, marker, replaceable)  # another process may have written meanwhile
+        check_free(directory, overwrite, marker, replaceable)  # another process may have written meanwhile
         if final.exists():
             final.rename(old)
         fresh.rename(final)
@@ -200,7 +200,7 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
             old.rename(final)
         if isinstance(error, OSError):
             raise LoraInitError(
-                f"{final}: cannot be written: {error.strerror or error}. Nothing was changed; "
+                f"{directory}: cannot be written: {error.strerror or error}. Nothing was changed; "
                 "free some space or choose another directory."
             ) from error
         raise
@@ -211,30 +211,30 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
 def check_free(path: str | Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
     """Check that `new_directory` may write here, and can, so that nobody finds out after the work."""
     final = Path(path).expanduser().resolve()
-    check_output(final, "directory")
+    check_output(Path(path).expanduser(), "directory")
     if final.is_mount():
-        raise LoraInitError(f"{final} is a mount point, which cannot be replaced. Name a directory in it.")
+        raise LoraInitError(f"{path} is a mount point, which cannot be replaced. Name a directory in it.")
     present = sorted(entry.name for entry in final.iterdir()) if final.is_dir() else []
     if not present:
         return
     if not overwrite:
         raise LoraInitError(
-            f"{final} exists and is not empty. Choose another directory, or pass {{overwrite}}.", overwrite=True
+            f"{path} exists and is not empty. Choose another directory, or pass {{overwrite}}.", overwrite=True
         )
     if marker not in present:
         raise LoraInitError(
-            f"{final} has no {marker}, so lora_init did not write it, and it is not overwritten. "
+            f"{path} has no {marker}, so lora_init did not write it, and it is not overwritten. "
             "Choose another directory, or delete this one yourself."
         )
     if not is_as_written(final, marker):
         raise LoraInitError(
-            f"{final} was written by lora_init and has been changed since, as by a training that saved into it. "
+            f"{path} was written by lora_init and has been changed since, as by a training that saved into it. "
             "Choose another directory, or delete this one yourself."
         )
     others = [name for name in present if name not in replaceable]
     if others:
         raise LoraInitError(
-            f"{final} holds more than an adapter ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), which "
+            f"{path} holds more than an adapter ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), which "
             "overwriting would delete. Choose another directory, or delete this one yourself."
         )
 

@@ -108,12 +108,15 @@ class AdapterDirectory:
 
     @property
     def is_untrained(self) -> bool:
-        """Whether it is a start: as lora_init wrote it, or with a B of zeros; reads B to the first that is not zero."""
-        if self.is_start:
-            return True
+        """Whether it is a start: as lora_init wrote it, or with a B of zeros."""
+        return self.is_start or self.adds_nothing
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether B is zero in every layer; reads it to the first that is not."""
         from safetensors import safe_open
 
-        keys = [key for key in self.shapes if key.endswith(LORA_B)]  # `shapes` checks the file
+        keys = [key for key in self.shapes if key.endswith((LORA_B, ".lora_embedding_B"))]  # `shapes` checks the file
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
             return bool(keys) and not any(file.get_tensor(key).any() for key in keys)
 

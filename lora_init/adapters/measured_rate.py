@@ -68,6 +68,12 @@ def learning_rate(
             f"learning_rate(): {type(model).__name__} has no LoRA adapter {adapter_name!r}. Put one on: initialize(), "
             "get_peft_model() or PeftModel.from_pretrained()."
         )
+    for layer in layers.values():
+        if adapter_name not in layer.active_adapters or layer.disable_adapters or layer.merged:
+            raise LoraInitError(
+                f"the adapter {adapter_name!r} is not active, disabled or merged, so no pass goes through it. Call "
+                "set_adapter(), enable_adapter_layers() or unmerge_adapter() first."
+            )
     check_fresh(layers, adapter_name, f"the adapter {adapter_name!r}", "The rule is for adapters before training.")
     found = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
     found = as_batches(found, without_adapter(unwrapped(model)), 0)
@@ -98,6 +104,8 @@ def measure_responses(
     """Run a model with an adapter in its layers on at most eight batches, and compute how far each layer moves."""
     # An expert's A is read by no module of its own.
     seen = {name: layer for name, layer in layers.items() if not hasattr(layer, "parameter_name")}
+    if not seen:
+        raise LoraInitError("the adapter is of experts' parameters alone, whose A no hook sees: no rate is measured.")
     watched = {name: layer.get_base_layer() for name, layer in seen.items()}
     watched |= {name + _A: layer.lora_A[adapter_name] for name, layer in seen.items()}
     sums, masks = _Sums(), TokenMasks(base, token_mask)

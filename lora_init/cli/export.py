@@ -71,9 +71,12 @@ def export(
     with importing():
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
-        from lora_init.serving.export import Exported, check_output, export_adapter
-    for place in places:
-        check_output(place, engine, overwrite)  # before a model is loaded
+        from lora_init.serving.export import Exported, check_measured, check_output, export_adapter
+    for place, directory in places.items():  # before a model is loaded
+        check_output(place, engine, overwrite)
+        if data is not None or reduce_intruders:
+            with suppress(*[LoraInitError] * (len(places) > 1)):  # of several, the others are written
+                check_measured(AdapterDirectory(directory), base, rank)
     loaded = _load(directories, base) if data is not None or reduce_intruders else None
     batches = None
     if loaded is not None and data is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_RUNS_CODE = "--trust-remote-code"  # which nobody but the user asks for
 _MERGED_SAMPLES = 32  # examples at most, of which the divergence takes 512 tokens
 
 EXAMPLE = """\b
@@ -76,7 +77,7 @@ def inspect(
     for path in paths:
         fit = describe_fit(path, base, engine) if checks else None
         with _damage_of(path):
-            descriptions.append(describe(path, length))
+            descriptions.append(describe(path, length, base))
         if fit is not None:
             descriptions[-1]["fit"], fits = fit, fits and fit["fits"]
         if intruders:
@@ -219,7 +220,7 @@ def describe_merge(
     }  # fmt: skip
 
 
-def describe(path: str | Path, length: Length | None = None) -> dict[str, Any]:
+def describe(path: str | Path, length: Length | None = None, base: str | None = None) -> dict[str, Any]:
     """Read what statistics, a plan, an adapter or a comparison are and hold, as plain values.
 
     Any LoRA directory of PEFT will do; where it comes from is known only if lora_init made it, before or after
@@ -232,7 +233,7 @@ def describe(path: str | Path, length: Length | None = None) -> dict[str, Any]:
 
         return describe_directory(path)
     if path.is_dir():
-        return _describe_adapter(path, length or Length())
+        return _describe_adapter(path, length or Length(), base)
     if not path.exists():
         raise LoraInitError(
             f"{path}: no such file or directory. Expected statistics, a plan, an adapter directory or a comparison."
@@ -279,7 +280,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe_adapter(path: Path, length: Length) -> dict[str, Any]:
+def _describe_adapter(path: Path, length: Length, base: str | None) -> dict[str, Any]:
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.keep.dialed import PICTURE_FILE
     from lora_init.serving.export import exported_as
@@ -289,6 +290,7 @@ def _describe_adapter(path: Path, length: Length) -> dict[str, Any]:
     directory = AdapterDirectory(path)
     config, shapes, origin, ranks = directory.config, directory.shapes, directory.origin, directory.ranks
     rate = LearningRate.read(origin["rate"], **vars(length)) if "rate" in origin else None
+    untrained, asked = directory.is_untrained, origin.get("learning_rate")
     everywhere = _with_gaps(ranks) | dict.fromkeys(origin.get("left_out", ()), 0)
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
     known = [name for name in origin.get("explained", {}) if name in ranks]
@@ -305,13 +307,13 @@ def _describe_adapter(path: Path, length: Length) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if ".lora_" in key),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
-        "train": training_in_words(rate, origin.get("learning_rate")) if origin else None,
+        "train": training_in_words(rate, asked) if origin and (untrained or rate or asked) else None,
         "dial": read_json(path / DIAL_FILE) | {"picture": str(path / PICTURE_FILE)}
         if is_as_written(path, DIAL_FILE)
         else None,
         "base_change": directory.base_change,
-        "untrained": directory.is_untrained,
-        "exported": exported_as(path),
+        "untrained": untrained,
+        "exported": exported_as(path, base),
         "serving": serving_note(everywhere, config, shapes, directory.base_change),
     }
 
@@ -333,25 +335,49 @@ def _next(about: Mapping[str, Any]) -> str:
         option = "--ranks" if about["what"] == "plan" else "--statistics"
         return f"lora-init init MODEL {option} {path} -o adapter"
     if about["what"] == "comparison":
-        return about["command"] or about["settings"].get("command") or f"lora-init compare MODEL DATA -o {path}"
+        asked = about["command"] or about["settings"].get("command")
+        return _anew(asked) or f"lora-init compare MODEL DATA -o {path}"
     from lora_init.serving.support import WRITE_NO_TEXT
 
-    fit = about.get("fit") or {"fits": True, "engine": None}
-    if not fit["fits"] and not fit["renames"]:
-        return f"lora-init inspect {path} --base MODEL"
+    fit = about.get("fit") or {"fits": True, "engine": None, "misfits": ()}
+    kinds = {one["kind"] for one in fit["misfits"]}
+    if kinds - {"engine"} and not fit["renames"]:
+        return _after_misfit(about, kinds)
     if fit["fits"] and about["exported"]:
         return "\nthen: ".join(filter(None, about["exported"].values()))
     untrained = fit["fits"] and about["untrained"]
     if untrained and not about["train"]:
         return f"lora-init rate {path} DATA --steps 300"
     before = path if untrained else "DIRECTORY"
-    options = ["--rename"] * (not fit["fits"]) + [f"--start {before}"] * bool(about["base_change"])
+    options = ["--rename"] * bool(fit.get("renames")) + [f"--start {before}"] * bool(about["base_change"])
     options += [] if about["task_type"] in WRITE_NO_TEXT else [f"--engine {fit['engine'] or 'vllm'}"]
     if untrained and about["task_type"] in WRITE_NO_TEXT:
         return "train it as said above"
     trained, output = ("TRAINED", "served") if untrained else (path, served)
     export = " ".join(["lora-init export", trained, *options, "-o", output])
     return f"train it as said above; then {export}" if untrained else export
+
+
+def _after_misfit(about: Mapping[str, Any], kinds: Collection[str]) -> str:
+    """Write what one does about an adapter that does not fit, and that no other names make fit."""
+    path, fit, named = shlex.quote(about["path"]), about["fit"], about["base_model"]
+    if kinds == {"export"}:
+        more = f"--merge-into {shlex.quote(fit['base'])}" if "--merge-into" in "".join(fit["lines"]) else ""
+        more = f"--start DIRECTORY --engine {fit['engine']}" if about["base_change"] else more
+        served = shlex.quote(f"{about['path']}-served")
+        return f"lora-init export {path} {more} -o {served}" if more else "do as the misfit says, or serve it with PEFT"
+    if named and named != fit["base"]:
+        return f"lora-init inspect {path} --base {shlex.quote(named)}"
+    return "name the base that it was trained on by --base, or save it again from the model that it was trained on"
+
+
+def _anew(command: Any) -> str:
+    """Write a command of a comparison's settings anew, as words alone; empty where it is none of ours, or runs code."""
+    with suppress(ValueError):
+        words = shlex.split(str(command))
+        if words[:1] == ["lora-init"] and words[1:2] in (["init"], ["compare"]) and _RUNS_CODE not in words:
+            return shlex.join(words)
+    return ""
 
 
 def _plan_view(about: Mapping[str, Any], width: int) -> list[Any]:
@@ -443,7 +469,7 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
             head["base"] = f"quantized: {quantization_name(source['quantisation'])}"
         if origin.get("correction"):
             head |= correction_facts(origin["correction"])
-        head["train"] = about["train"]
+        head |= {"train": about["train"]} if about["train"] else {}
         head["data"] = source.get("data") or "not described"
         head["rows"] = rows_read(source)
         if shares:

@@ -38,10 +38,16 @@ def rate(
         from lora_init.adapters.peft_model import with_adapter
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import open_model
+        from lora_init.serving.fit import check_fit
     directory = AdapterDirectory(adapter)
     base = base or directory.base
     if not base:
         raise LoraInitError(f"{adapter} does not name its base model. Pass --base.")
+    if not loading.trust_remote_code:
+        check_fit(adapter, base).check()
+    if not directory.adds_nothing:
+        remedy = "`lora-init inspect` has its rate." if directory.is_start else "Name the adapter before its training."
+        raise LoraInitError(f"{adapter}: B is not zero, and the rule is for adapters before training. {remedy}")
     source = open_model(base, trust_remote_code=loading.trust_remote_code)
     batches = load_batches(
         data, source.tokenizer, **vars(reading), samples=64, max_length=max_length, seq2seq=source.seq2seq

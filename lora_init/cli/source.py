@@ -23,7 +23,7 @@ from lora_init.bank.store import open_bank
 from lora_init.cli.bank import read_encoder
 from lora_init.cli.console import busy, given, offered, refuse_idle, running, say
 from lora_init.cli.options import Length, LoadingQuantized
-from lora_init.collection.collect import OtherSettingsError
+from lora_init.collection.collect import OtherSettingsError, check_targets
 from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
@@ -93,6 +93,8 @@ class Named(Source):
         with busy(f"reading {self.names.model} and the data"):
             opened = self.opened = self._open(asked)
             asked = asked.but(task_type=opened.task_type)
+            if (empty := opened.empty()) is not None:
+                check_targets(empty, find_targets(empty, **vars(asked.layers)), asked.ranks.rank)
             if self.names.data is None:
                 self.length = self.said.plan(self.there.provenance.settings.get("rows") if self.there else None)
                 return Examples(None), asked

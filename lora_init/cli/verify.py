@@ -126,6 +126,11 @@ def verify(
         settings = dict(vars(reading), samples=2 * n, max_length=max_length)
         texts = _beginnings() if data is None else _texts(data, loaded.tokenizer, **settings)
         prompts = [[{"role": "user", "content": text}] if chat else text for text in dict.fromkeys(texts)]
+    if not prompts:
+        without = f"{server.url} has no /chat/completions, and " * bool(chats)
+        raise LoraInitError(
+            f"{without}no text of --data {data} has the same tokens as a prompt. Take other data, or none."
+        )
     results: dict[Path, Verification] = {}
     for directory in sources:
         name, base_name = served[directory]

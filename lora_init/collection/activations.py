@@ -82,18 +82,16 @@ class ActivationHooks:
         return self
 
     def _add_hooks(self, stack: ExitStack) -> None:
-        def add(handle: Any) -> None:
-            stack.callback(handle.remove)
-
-        add(self.model.register_forward_pre_hook(self._start_call, with_kwargs=True))
+        stack.callback(self.model.register_forward_pre_hook(self._start_call, with_kwargs=True).remove)
         for handle in self.masks.hooks():
-            add(handle)
+            stack.callback(handle.remove)
         for name, module in self.modules.items():
-            add(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
+            stack.callback(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True).remove)
             if self._rows is None and name not in self._experts:
-                add(module.register_forward_hook(partial(self._output_hook, name), with_kwargs=True))
+                after = partial(self._output_hook, name)
+                stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         if self._head is not None:
-            add(self._head.register_forward_pre_hook(self._end_pass, prepend=True))
+            stack.callback(self._head.register_forward_pre_hook(self._end_pass, prepend=True).remove)
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()

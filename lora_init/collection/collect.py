@@ -217,7 +217,7 @@ def collect(
     batches = as_batches(batches, model, int(seed))
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     targets.check_layers()
-    _check_targets(model, targets, rank)
+    check_targets(model, targets, rank)
     # The file knows no scalars of numpy.
     settings = {
         **getattr(batches, "settings", {}),
@@ -415,7 +415,8 @@ def _check_numbers(**numbers: Any) -> None:
             raise LoraInitError(f"{{{name}}}, expected a {of} of at least {least}.", **{name: number})
 
 
-def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
+def check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
+    """Refuse a rank beyond a layer's width, and a model of which a process has a part of each layer."""
     narrow = [target for target in targets.layers.values() if target.in_features < rank]
     if narrow:
         raise LoraInitError(

@@ -175,8 +175,6 @@ def compare(
     bench = make(training=asked.training())
     plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
-    if narrow := next((target for target in targets if rank > target.in_features), None):
-        raise LoraInitError(f"rank {rank} is larger than the input width {narrow.in_features} of {narrow.name!r}.")
     asked = replace(asked, rates=bench.measured_rates(plan.starts, dry_run) if learning_rates is None else {})
     bench.check(plan.starts if dry_run else [start for start in plan.starts if str(start) not in asked.rates])
     lay_out = partial(asked.lay_out, bench, plan)

@@ -28,7 +28,7 @@ from lora_init.adapters.starts import FULL
 from lora_init.adapters.step_size import n_aside
 from lora_init.adapters.training_length import TrainingLength
 from lora_init.bank.store import Bank, check_base, open_bank
-from lora_init.collection.collect import collect
+from lora_init.collection.collect import check_targets, collect
 from lora_init.collection.losses import text_loss
 from lora_init.collection.processes import digest_of
 from lora_init.comparison.runs import FORMAT, Record, Run
@@ -398,6 +398,8 @@ def set_up(
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
     source.check_quantized(options.quantize)
+    if (empty := source.empty()) is not None:
+        check_targets(empty, find_targets(empty, shape.target_modules, task_type=source.task_type), shape.rank)
     is_quantized = options.quantize is not None or getattr(source.config, "quantization_config", None) is not None
     has_float = options.quantize is not None or options.weights is not None
     check_quantized(sources.starts, is_quantized, has_float)

@@ -72,6 +72,13 @@ class ModelSource:
         """Classes that the configuration names, in the order of the head's outputs."""
         return classes_of(self.config)
 
+    def empty(self) -> Any:
+        """Build it without weights; None where transformers has no such class, or code that comes with it is run."""
+        import transformers
+
+        make = getattr(transformers, self.saved_as, getattr(transformers, self.auto_class))
+        return None if self.options["trust_remote_code"] else on_meta(make, self.config)
+
     def load(
         self,
         *,
@@ -132,6 +139,20 @@ class ModelSource:
         require("bitsandbytes")
         if is_quantized:
             raise LoraInitError(f"model {self.name!r} is quantized already. Leave --quantize out.")
+
+
+def on_meta(model_class: Any, config: Any) -> Any:
+    """Build a model without weights; None where there is no such class, or it does not go with the configuration."""
+    import torch
+
+    make: Any = getattr(model_class, "from_config", None)  # Auto classes have it
+    if make is None and getattr(model_class, "config_class", None) is not None:
+        make = model_class
+    try:
+        with torch.device("meta"):
+            return make(config)
+    except (ValueError, AttributeError, TypeError):
+        return None
 
 
 def classes_of(config: Any) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
 from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, as_saved, find_tensors
-from lora_init.loading.models import CLASS_OF_TASK, kind_of
+from lora_init.loading.models import CLASS_OF_TASK, kind_of, on_meta
 from lora_init.serving.trained import LINEAR, Trained, ends_of
 
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
@@ -146,19 +146,6 @@ def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target
     named = {target.name: target for target in found}
     prefixes = {name: prefix.removeprefix(PREFIX) for name, prefix in file_prefixes(found).items()}
     return linear | {prefixes[name]: target for name, target in named.items()}
-
-
-def on_meta(model_class: Any, config: Any) -> nn.Module | None:
-    """Build a model without weights; None where there is no such class, or it does not go with the configuration."""
-    make: Any = getattr(model_class, "from_config", None)  # Auto classes have it
-    if make is None and getattr(model_class, "config_class", None) is not None:
-        make = model_class
-    try:
-        with torch.device("meta"):
-            model: nn.Module = make(config)
-    except (ValueError, AttributeError, TypeError):
-        return None
-    return model
 
 
 def widths_of(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -27,10 +27,7 @@ def fit(
     if not keep_ranks and not trained.dora:
         layers |= zero_layers(trained, widths)
     widest = max(min(layer.widths) for layer in layers.values())
-    if rank is not None and rank > max(widest, VLLM_RANKS[-1]):
-        raise LoraInitError(
-            f"{{rank}}: no layer of this adapter can have more than rank {widest}. Choose less.", rank=rank
-        )
+    check_most_rank(rank, widest)
     costs = {name: max(layer.experts, 1) * sum(layer.widths) for name, layer in layers.items()}  # of one rank
     ranks = {name: layer.rank for name, layer in layers.items()}
     factors: dict[str, Factors] = {}
@@ -66,6 +63,14 @@ def fit(
     }
     fitted = cut if keep_ranks else {name: layer.padded(ranks[name]) for name, layer in cut.items()}
     return replace(trained, layers=fitted), {name: relative[name] for name in lossy}, total
+
+
+def check_most_rank(rank: int | None, widest: int) -> None:
+    """Refuse a rank that no layer can have."""
+    if rank is not None and rank > max(widest, VLLM_RANKS[-1]):
+        raise LoraInitError(
+            f"{{rank}}: no layer of this adapter can have more than rank {widest}. Choose less.", rank=rank
+        )
 
 
 @dataclass(frozen=True, eq=False)

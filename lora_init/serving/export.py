@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from lora_init.adapters.directory import CARD_FILE, WEIGHTS_FILE, AdapterDirectory, card_header
+from lora_init.adapters.directory import CARD_FILE, LORA_A, LORA_B, WEIGHTS_FILE, AdapterDirectory, card_header
 from lora_init.adapters.intruders import intruder_dimensions
 from lora_init.adapters.peft_model import as_it_was
 from lora_init.errors import LoraInitError, require_version
@@ -33,11 +33,11 @@ from lora_init.loading.models import CLASS_OF_TASK, kind_of
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
 from lora_init.serving.base import is_transposed, plan_merge, write_merged
-from lora_init.serving.compress import error_at, fit
+from lora_init.serving.compress import check_most_rank, error_at, fit
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
 from lora_init.serving.fit import compare
 from lora_init.serving.kept import Kept, kept_by_merge
-from lora_init.serving.support import on_base
+from lora_init.serving.support import WRITE_NO_TEXT, on_base
 from lora_init.serving.trained import Trained, note_of, read_trained
 
 RECORD_FILE = "export.json"
@@ -230,10 +230,19 @@ def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Pat
     """Check, before the work, that an export for an engine may be written there; return the absolute path."""
     path = Path(output).expanduser().resolve()
     if find_engine(engine).is_file:
-        check_writable(path, overwrite, "GGUF file")
+        check_writable(Path(output).expanduser(), overwrite, "GGUF file")
     else:
-        check_free(path, overwrite, RECORD_FILE, _replaceable(path))
+        check_free(output, overwrite, RECORD_FILE, _replaceable(path))
     return path
+
+
+def check_measured(adapter: AdapterDirectory, base: str | None, rank: int | None) -> None:
+    """Refuse, before its base is loaded, an adapter that does not fit it, has no loss of text, or not that rank."""
+    compare(adapter.path, base, None).check()
+    if kind := WRITE_NO_TEXT.get(str(adapter.config.get("task_type"))):
+        raise LoraInitError(f"{adapter.path} is of {kind}, and the loss is that of text. Leave --data out.")
+    ends = [(adapter.shapes[f"{PREFIX}{name}{end}"]) for name in adapter.layers for end in (LORA_A, LORA_B)]
+    check_most_rank(rank, max(min(a[-1], b[0]) for a, b in zip(ends[::2], ends[1::2], strict=True)))
 
 
 def _check_options(
@@ -313,19 +322,21 @@ def command_for_all(exports: Sequence[Exported]) -> str:
     return largest.command.removesuffix(words[0]) + several.join(words[1:]) if several else ""
 
 
-def exported_as(path: Path) -> dict[str, str] | None:
+def exported_as(path: Path, base: str | None = None) -> dict[str, str] | None:
     """Write the commands that serve and verify what `export_adapter` wrote there, moved or not; None of another.
 
-    The record says for which engine. A command that stands in it is not passed on: the directory may be anybody's.
+    `base` takes the place of the one that the adapter names. The record says for which engine. A command that stands in
+    it is not passed on: the directory may be anybody's.
     """
     name = read_json(path / RECORD_FILE).get("engine") if is_as_written(path, RECORD_FILE) else ""
     if name not in [None, *ENGINES]:
         return None
     engine, path, adapter = find_engine(name), path.resolve(), AdapterDirectory(path)
-    rank = max(adapter.ranks.values(), default=0)
+    rank, named = max(adapter.ranks.values(), default=0), adapter.base
+    source = base or (named if not named.startswith("-") else "BASE")  # which a shell would read as an option
     return {
-        "command": _command(engine, path, adapter.base, rank, adapter.config, adapter.shapes),
-        "verify": _verify(engine.server, path, path, is_peft=True, fits=True, base=None),
+        "command": _command(engine, path, source, rank, adapter.config, adapter.shapes),
+        "verify": _verify(engine.server, path, path, is_peft=True, fits=True, base=None if source == named else source),
     }
 
 

@@ -22,8 +22,9 @@ from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.targets import PREFIX
 from lora_init.layers.wrappers import plain_name
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, find_tensors
+from lora_init.loading.models import on_meta
 from lora_init.planning.lora_config import from_patterns
-from lora_init.serving.base import Base, build_base, is_for, on_meta, read_config, widths_of
+from lora_init.serving.base import Base, build_base, is_for, read_config, widths_of
 from lora_init.serving.engines import find_engine
 from lora_init.serving.support import beyond_engine, why_no_export
 
@@ -109,9 +110,10 @@ class FitReport:
 def check_fit(directory: str | Path, base: str | None = None, engine: str | None = None) -> FitReport:
     """Find out, before anything is loaded, whether each tensor of an adapter finds its layer in a base model.
 
-    PEFT puts the adapter's configuration on the model without weights, in the class that the adapter or the checkpoint
-    names, and names and shapes are compared with the file's header. Where the adapter's record has the fingerprint of
-    its base, 16 numbers of each weight are read.
+    PEFT puts the adapter's configuration on the model without weights, in the class that the adapter names, or else the
+    checkpoint and for engines always the checkpoint, and names and shapes are compared with the file's header. Where
+    the adapter's record has the fingerprint of its base, or both bases are here, 16 numbers of each weight are read.
+    For an engine the adapter's tensors are read, as `export_adapter` does.
 
     Args:
         directory: What PEFT's `save_pretrained`, or ours, wrote.
@@ -130,7 +132,7 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
         return report
     adapter, wanted = AdapterDirectory(directory), find_engine(engine)
     kind, problem = "export", why_no_export(engine, adapter.path, report.base, report.renames)
-    if not problem and (beyond := beyond_engine(wanted, adapter.ranks, adapter.config, adapter.header)):
+    if not problem and (beyond := beyond_engine(wanted, adapter.ranks, adapter.config)):
         kind, problem = "engine", f"{wanted.title} {beyond}. `lora-init export --engine {engine}` writes what it takes."
     more = (Misfit(kind, str(adapter.path), problem),) if problem else ()
     return replace(report, misfits=(*report.misfits, *more))
@@ -147,16 +149,9 @@ def compare(directory: str | Path, base: str | None, engine: str | None) -> FitR
     report = fit.report(source, converts=engine is None)
     if report.misfits:
         return report
-    notes = [*report.notes]
-    if engine is None and not adapter.config.get("task_type"):
-        own = _Fit(adapter, partial(build_base, {}, source, config))
-        if lost := len(own.report(source, converts=True).misfits):
-            notes.append(
-                f"{fit.name} is what the adapter names. A {own.name}, as the checkpoint is, loses {lost} of it."
-            )
-    others = [*_of_another_base(fit, source, config)]
-    misfits = tuple(one for one in others if isinstance(one, Misfit))
-    return replace(report, misfits=misfits, notes=(*notes, *(one for one in others if isinstance(one, str))))
+    said = [*_of_own_class(fit, source, config, engine), *_of_another_base(fit, source, config)]
+    misfits = tuple(one for one in said if isinstance(one, Misfit))
+    return replace(report, misfits=misfits, notes=(*report.notes, *(one for one in said if isinstance(one, str))))
 
 
 def _checkpoint_of(source: str, revision: Any) -> tuple[Path | None, dict[str, Stored]]:
@@ -283,8 +278,9 @@ class _Fit:
         """Describe a tensor whose name has no place, and find the name under which it fits."""
         match = _TENSOR.fullmatch(key)
         if match is None:
-            fitting = [name for name in self._whole_by_core.get(_core(key), ()) if self.whole[name] == [*shape]]
-            new = fitting[0] if len(fitting) == 1 else None
+            sized = (name for name, own in self.whole.items() if own == [*shape])
+            same = [name for name in sized if _core(name) == _core(key)]
+            new = same[0] if len(same) == 1 else None
             return Misfit("name", key, f"{self.name} with this adapter has no tensor of this name."), new
         core, part = _core(match["layer"]), match["part"]
         end = part + ".weight" * (part in ("lora_A", "lora_B"))
@@ -310,14 +306,6 @@ class _Fit:
             found[_core(name)].append(name)
         return found
 
-    @cached_property
-    def _whole_by_core(self) -> dict[str, list[str]]:
-        """The names of whole weights, by what is left of them without wrappers."""
-        found = defaultdict(list)
-        for name in self.whole:
-            found[_core(name)].append(name)
-        return found
-
     def _takes(self, layer: str, end: str, shape: Sequence[int]) -> bool:
         """Return whether a layer has the widths of a tensor, whatever its rank."""
         wanted = self.expected.get(f"{PREFIX}{layer}.{end}")
@@ -330,8 +318,16 @@ def _core(layer: str) -> str:
     return ".".join(dropwhile(_WRAPPERS.__contains__, plain_name(layer).split(".")))
 
 
+def _of_own_class(fit: _Fit, source: str, config: Any, engine: str | None) -> Iterator[str]:
+    """Note what the class of the checkpoint would not apply, where the adapter names another one."""
+    if engine is None and not fit.adapter.config.get("task_type"):
+        own = _Fit(fit.adapter, partial(build_base, {}, source, config))
+        if lost := len(own.report(source, converts=True).misfits):
+            yield f"{fit.name} is what the adapter names. A {own.name}, as the checkpoint is, loses {lost} of it."
+
+
 def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | str]:
-    """Compare the base with the one that the adapter was made for, as far as that is known."""
+    """Compare the base with the one that the adapter was made for: by its record, or else by the base that it names."""
     import transformers
 
     adapter, revision = fit.adapter, str(fit.adapter.config.get("revision"))
@@ -341,34 +337,50 @@ def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | s
         yield Misfit("revision", CONFIG_FILE, f"names revision {revision}, and this is {other}.")
     made, mapping = adapter.origin.get("provenance") or {}, adapter.config.get("auto_mapping") or {}
     recorded = str(made.get("model_class") or mapping.get("base_model_class"))
-    own = build_base({}, source, config)
     if is_for(recorded, config) is False:
-        yield Misfit("base", CONFIG_FILE, f"says that it is for a {recorded}, and this is a {type(own).__name__}.")
+        yield Misfit("base", CONFIG_FILE, f"says that it is for a {recorded}, and this is a {_architecture(config)}.")
         return
     model = on_meta(getattr(transformers, recorded, None), config)
     if model is not None and made and not made.get("quantisation"):
         known, here = made.get("n_parameters"), count_parameters(model)
-        if known and known != here and adapter.config.get("task_type") not in _CLASSIFIES:  # a head of other classes
+        # What is trained whole, as a head of other classes is, has its own size.
+        whole = adapter.config.get("modules_to_save") or adapter.config.get("task_type") in _CLASSIFIES
+        if known and known != here and not whole:
             yield Misfit("base", CONFIG_FILE, f"says that the base has {known} parameters, and this one has {here}.")
             return
-        if found := _fingerprint(model, tensors):
+        if known == here and (found := _fingerprint(model, tensors)):
             if made.get("fingerprint") not in (None, found):
                 yield Misfit("base", str(adapter.path), f"is for a base of the same form {_OTHER_WEIGHTS}.")
             return
-    body = {"task_type": "FEATURE_EXTRACTION"} if adapter.config.get("task_type") in _CLASSIFIES else {}
+    yield from _of_named_base(adapter, source, config, tensors)
+
+
+def _of_named_base(
+    adapter: AdapterDirectory, source: str, config: Any, tensors: Mapping[str, Stored]
+) -> Iterator[Misfit | str]:
+    """Compare the base with the one that the adapter names, if that is here; of classifiers without their heads."""
     named = adapter.base
     if not named or Path(named).expanduser().resolve() == Path(source).expanduser().resolve():
         return
-    theirs: dict[str, Stored] = {}
+    theirs: Mapping[str, Stored] = {}
     with suppress(LoraInitError):
-        folder, theirs = _checkpoint_of(named, revision)
-        if folder is not None and type(read_config(str(folder))) is not type(config):
-            yield Misfit("base", CONFIG_FILE, f"names {named!r}, which is not a {type(own).__name__} as this is.")
+        folder, theirs = _checkpoint_of(named, adapter.config.get("revision"))
+        other = config if folder is None else read_config(str(folder))
+        if type(other) is not type(config):
+            is_a = f"is a {_architecture(other)}, and this is a {_architecture(config)}"
+            yield Misfit("base", CONFIG_FILE, f"names {named!r}, which {is_a}.")
             return
     if not theirs or not tensors:
-        yield f"The adapter names {named!r} as its base, which is not here to be compared with {source!r}."
-    elif len({_fingerprint(build_base(body, source, config), found) for found in (tensors, theirs)}) > 1:
+        yield f"The adapter names {named!r} as its base, with which {source!r} could not be compared."
+        return
+    body = {"task_type": "FEATURE_EXTRACTION"} if adapter.config.get("task_type") in _CLASSIFIES else {}
+    first, second = (_fingerprint(build_base(body, source, config), found) for found in (tensors, theirs))
+    if first != second:
         yield Misfit("base", CONFIG_FILE, f"names {named!r}, which is a base of the same form {_OTHER_WEIGHTS}.")
+
+
+def _architecture(config: Any) -> str:
+    return str((config.architectures or [config.model_type])[0])
 
 
 def _fingerprint(model: Any, tensors: Mapping[str, Stored]) -> str:

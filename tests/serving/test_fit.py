@@ -451,7 +451,7 @@ def test_a_base_that_is_not_here_is_named(bases, tmp_path):
     directory = adapter(bases, "llama", tmp_path / "a", **QV)
     change(directory, base_model_name_or_path="somebody/llama")
     found = check_fit(directory, str(bases / "llama"))
-    assert not found.misfits and "names 'somebody/llama' as its base, which is not here to be" in found.notes[0]
+    assert not found.misfits and "names 'somebody/llama' as its base, with which" in found.notes[0]
 
 
 TRAINED_WITH = {name: RIGHT[name] for name in (

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init import LoraInitError
+from lora_init.cli import verify as verify_command
 from lora_init.serving import server
 from tests import commands
 from tests.commands import run
@@ -134,6 +135,14 @@ def test_chats_are_asked_as_such_and_a_template_without_the_generation_prompt_is
     assert done.exit_code == 1 and done.stdout.startswith("another base or template"), done.output
     engine.generation_prompt, engine.paths = True, ["chat/completions"]  # then texts are what a user says
     assert ask(home, "plain", engine).exit_code == 0
+
+
+def test_chats_that_a_server_cannot_be_asked_are_named(home, monkeypatch):
+    engine = served(home, home / "plain")
+    engine.paths = ["completions"]
+    monkeypatch.setattr(verify_command, "_texts", lambda *arguments, **settings: iter(()))  # no text with these tokens
+    done = ask(home, "plain", engine, data="chats.jsonl")
+    assert_one_line_error(done, "has no /chat/completions, and no text of", "chats.jsonl has the same tokens")
 
 
 def test_several_adapters_are_asked_about_with_one_base_and_one_that_fails_stops_no_other(home, tmp_path):

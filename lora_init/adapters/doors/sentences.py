@@ -15,6 +15,7 @@ from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
 from lora_init.adapters.doors.trainers import TrainerDoor
 from lora_init.errors import LoraInitError, in_one_line
+from lora_init.layers.running import restoring
 
 LIBRARY = "sentence_transformers."
 _BATCH_SIZE = 16
@@ -69,12 +70,9 @@ class Sentences(Carrier):
                 finally:
                     own["forward"] = called
 
-            was, own["forward"] = own.get("forward"), called
-            try:
+            with restoring("forward", [self.model]):
+                own["forward"] = called
                 yield asked
-            finally:
-                own.pop("forward", None)  # `put` may have restored the model already
-                own.update({} if was is None else {"forward": was})
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
         """Put the adapter on the model inside, and return the whole."""
@@ -94,12 +92,9 @@ class SentenceTrainer(TrainerDoor):
     @contextmanager
     def opened(self, asked: Asked) -> Iterator[tuple[Asked, Iterator[Any]]]:
         """Open it as another trainer; the losses of the pass do not count as losses of training."""
-        counted = copy.deepcopy(self.trainer.accum_loss_components)
-        try:
-            with super().opened(asked) as found:
-                yield found
-        finally:
-            self.trainer.accum_loss_components = counted
+        with restoring("accum_loss_components", [self.trainer]), super().opened(asked) as found:
+            self.trainer.accum_loss_components = copy.deepcopy(self.trainer.accum_loss_components)
+            yield found
 
     def forward(self, with_labels: bool) -> Any:
         """Return how a batch is run: by the trainer's loss, which runs the model on each column."""

@@ -1,0 +1,94 @@
+"""`lora-init rate`, and what other commands refuse of an adapter or a rank before a model is loaded."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from lora_init.loading import models
+from tests.commands import assert_one_line_error, run, save_model
+from tests.conftest import tiny_bert, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(home, tmp_path_factory):
+    """Adapters before and after training, of a language model and of a classifier, and a base of another size."""
+    folder = tmp_path_factory.mktemp("rate")
+    save_model(tiny_llama(hidden_size=48), folder / "wide")
+    save_model(tiny_bert(), folder / "bert")
+    (folder / "a folder").mkdir()
+    (folder / "a folder/file").write_text("")
+
+    def save(name, base, auto, fill, **config):
+        model = get_peft_model(getattr(transformers, auto).from_pretrained(base), LoraConfig(r=4, **config))
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.fill_(fill)
+        model.save_pretrained(folder / name)
+
+    for name, fill in (("start", 0.0), ("trained", 0.1)):
+        save(name, home / "model", "AutoModelForCausalLM", fill, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    auto = "AutoModelForSequenceClassification"
+    save("classifier", folder / "bert", auto, 0.1, target_modules=["query"], task_type="SEQ_CLS")
+    made = run("init", home / "model", home / "text.txt", "-o", folder / "ours", "--rank", 4)
+    assert made.exit_code == 0, made.output
+    return folder
+
+
+def test_it_prints_the_rate_of_any_adapter_before_training(folder, home):
+    result = run("rate", folder / "start", home / "text.txt", "--steps", 100)
+    assert result.exit_code == 0 and result.stdout.startswith("Train with AdamW at "), result.output
+
+
+# Words of a command: {home} has the model and data, adapters stand in the folder that is worked in.
+REFUSED = {
+    "rate of a wrong base": (["rate", "start", "{home}/text.txt", "--base", "wide"], "a base of another size"),
+    "rate after training": (
+        ["rate", "trained", "{home}/text.txt"],
+        "trained: B is not zero, and the rule is for adapters before training. Name the adapter before its training.",
+    ),
+    "rank of init": (
+        ["init", "{home}/model", "{home}/text.txt", "-o", "out", "--rank", 1000000],
+        "--rank 1000000 is larger than its input width 32 (14 such layers)",
+    ),
+    "rank of compare": (
+        ["compare", "{home}/model", "{home}/text.txt", "-o", "out", "--rank", 1000000],
+        "--rank 1000000 is larger than its input width 32 (14 such layers)",
+    ),
+    "rank of export": (
+        ["export", "trained", "-o", "out", "--rank", 1000000, "--data", "{home}/text.txt"],
+        "--rank 1000000: no layer of this adapter can have more than rank 32",
+    ),
+    "export of a wrong base": (
+        ["export", "trained", "-o", "out", "--base", "wide", "--data", "{home}/text.txt"], "a base of another size",
+    ),
+    "loss of a classifier": (
+        ["export", "classifier", "-o", "out", "--data", "{home}/text.txt"],
+        "classifier is of a classifier, and the loss is that of text. Leave --data out.",
+    ),
+    "output of export": (["export", "trained", "-o", "a folder"], "error: a folder exists and is not empty"),
+    "output of init": (["init", "{home}/model", "{home}/text.txt", "-o", "a folder"], "error: a folder exists and is"),
+    "output of dial": (["dial", "trained", "--strength", 0.8, "-o", "a folder"], "error: a folder exists and is not"),
+    "file for llama.cpp": (["export", "trained", "-o", "a folder", "--engine", "llama.cpp"], "error: a folder is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_before_a_model_is_loaded_by_the_path_that_was_typed(folder, home, monkeypatch, case):
+    words, expected = REFUSED[case]
+    monkeypatch.setattr(models.ModelSource, "load", None)
+    monkeypatch.chdir(folder)
+    assert_one_line_error(run(*(str(word).format(home=home) for word in words)), expected)
+    assert not (folder / "out").exists()
+
+
+def test_the_export_of_a_classifier_asks_nothing_about_its_own_head(folder, home, tmp_path):
+    save_model(tiny_bert(), tmp_path / "bert")
+    rows = [f"{text},{'abc'[i % 3]}" for i, text in enumerate((home / "text.txt").read_text().splitlines())]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,kind", *rows]))
+    made = run("init", tmp_path / "bert", tmp_path / "rows.csv", "--label", "kind", "-o", tmp_path / "a", "--rank", 2)
+    assert made.exit_code == 0, made.output
+    done = run("export", tmp_path / "a", "-o", tmp_path / "b")
+    assert done.exit_code == 0 and done.stderr == "", done.output
+    assert run("inspect", tmp_path / "a", "--base", tmp_path / "bert").exit_code == 0
