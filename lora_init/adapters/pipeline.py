@@ -36,9 +36,7 @@ from lora_init.loading.batches import Batches, as_batches, load_batches
 from lora_init.loading.models import classes_of, task_of
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import RankAllocation
-from lora_init.statistics.statistics import Statistics
-
-SPARE = 2.0  # components that a pass keeps for each rank at least, so that ranks can be planned from its statistics
+from lora_init.statistics.statistics import SPARE, Statistics
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked, Pass, Reading, Sample
-from lora_init.adapters.pipeline import SPARE, Examples, Source, check, fit_to, read, split
+from lora_init.adapters.pipeline import Examples, Source, check, fit_to, read, split
 from lora_init.adapters.starts import BankWay
 from lora_init.adapters.training_length import TrainingLength
 from lora_init.bank.embeddings import embed
@@ -32,7 +32,7 @@ from lora_init.layers.targets import HEADS, find_targets
 from lora_init.loading.models import LoadedModel, ModelSource, find_device, open_model
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import RankAllocation, load_plan
-from lora_init.statistics.statistics import Statistics
+from lora_init.statistics.statistics import SPARE, Statistics
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Basis:
     shape: AdapterShape  # layers, rank and scaling
     seed: int  # the same seed gives the same adapter
     # Called by starts from data with whether the statistics are centered and whether they have gradients; for
-    # the rank with rho = 2
+    # the rank with the default rho of `collect`
     statistics: Callable[[bool, bool], Statistics] = _no_data
     # Tokens with their mask for PEFT's starts that read data by themselves, and labels for starts from a bank,
     # which tell prompts by them

@@ -199,15 +199,18 @@ class Workbench:
         """Collect the statistics of a seed's training data, or take them from the directory."""
         kind = ("centred" if center else "uncentred") + ("-gradients" if gradients else "")
         kind += f"-{n_batches}" if n_batches else ""
-        file = self.directory / "statistics" / f"seed{seed}-{kind}.safetensors"
+        model, shape = self.loaded.model, self.shape
+        batches = list(self._batches(seed, 0, self.n_batches(n_batches)))
+        # Its name says what it is made of, so that a file of another model, other data or layers is never taken.
+        made_of = [fingerprint(model), str(model.dtype), shape.target_modules, shape.rank, batches]
+        file = self.directory / "statistics" / f"seed{seed}-{kind}-{digest_of(made_of)[:12]}.safetensors"
         if not file.exists():  # workers that come here together write the same
             collect(
-                self.loaded.model,
-                self._batches(seed, 0, self.n_batches(n_batches)),
-                self.shape.target_modules,
+                model,
+                batches,
+                shape.target_modules,
                 task_type=self.loaded.task_type,
-                rank=self.shape.rank,
-                rho=2.0,
+                rank=shape.rank,
                 center=center,
                 max_batches=n_batches or self.statistics_batches,
                 seed=seed,
@@ -226,7 +229,7 @@ class Workbench:
 
         def statistics(center: bool, gradients: bool) -> Statistics:
             return collect(
-                model, batches, layers, task_type=one.task_type, rank=one.rank, rho=2.0, center=center, progress=False,
+                model, batches, layers, task_type=one.task_type, rank=one.rank, center=center, progress=False,
                 gradients=gradients, **(AS_TRAINED if gradients else {}),
             )  # fmt: skip
 
@@ -329,6 +332,7 @@ class Workbench:
         """
         found: dict[str, LearningRate] = {}
         length = TrainingLength(self.training.steps, self.training.batch_size, len(self.task.train))
+        self._renew_head(self.loaded, 0)  # as for the runs of that seed
         for start in starts:
             read = REFERENCE if blank and (start.recipe is None or start.recipe.reads_data) else start
             if start.base == FULL or str(read) in found:

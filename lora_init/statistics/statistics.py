@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "lora_init.statistics"
 FORMAT_VERSION = 2
+SPARE = 2.0  # components that a pass keeps for each rank by default, so that ranks can be planned from its statistics
 _BY_GRADIENT = " by gradient"  # follows the name of a layer in the names of its tensors
 
 

@@ -38,13 +38,13 @@ def assert_same(before, after):
 CLOCK = ("peak_memory_bytes",)
 
 
-def compare(home, output, model="llama", drawn=False, **changes):
+def compare(home, output, model="llama", drawn=False, data="rows.jsonl", **changes):
     """Compare on small models; the pictures, which take most of the time, are drawn if asked for."""
     settings = SMALL | dict(starts=("random", "eva")) | changes
     if settings.get("label") or settings.get("options"):
         settings["completion"] = None
     with nullcontext() if drawn else patch("lora_init.comparison.report.pictures", return_value={}):
-        return lora_init.compare(str(home / model), home / "rows.jsonl", output, **settings)
+        return lora_init.compare(str(home / model), home / data, output, **settings)
 
 
 def without_clock(records):

@@ -6,7 +6,10 @@ import torch
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import Run
 from lora_init.comparison.variants import Variant
+from lora_init.errors import LoraInitError
+from tests.commands import save_model
 from tests.comparison.made import compare, set_up_bench, without_clock
+from tests.conftest import tiny_llama
 
 
 def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
@@ -36,6 +39,50 @@ def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
     assert sorted(calls) == [False, False, True, True]
 
 
+def does_not_fit(model, seed):
+    raise LoraInitError("this start does not fit.")
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        dict(data="other.jsonl"),
+        dict(model="other"),
+        dict(dtype="bfloat16"),
+        dict(target_modules="attention"),
+        dict(rank=1),
+        dict(statistics_batches=2),
+        dict(batch_size=2),
+    ],
+    ids=str,
+)
+def test_statistics_of_a_first_try_are_taken_for_the_same_alone(home, tmp_path, before):
+    """A first command ended before its settings were written: its statistics are of another model, data or layers."""
+    if not (home / "other").exists():
+        torch.manual_seed(5)
+        save_model(tiny_llama(), home / "other")
+        lines = (home / "rows.jsonl").read_text().splitlines()
+        (home / "other.jsonl").write_text("\n".join(lines[::-1][:80]))
+    second = dict(starts=("random", "eva"), learning_rates=None, seeds=1, extend=0, full=False)
+    with pytest.raises(LoraInitError, match="does not fit"):
+        compare(home, tmp_path / "out", **second | before | {"starts": ("random", "eva", ("mine", does_not_fit))})
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "statistics"]
+    found, undisturbed = (compare(home, tmp_path / name, **second) for name in ("out", "clean"))
+    assert found.settings["recommended"] == undisturbed.settings["recommended"]
+    assert without_clock(found.records) == without_clock(undisturbed.records)
+
+
+def test_rates_are_measured_on_the_head_that_is_trained(home, tmp_path, monkeypatch):
+    """A new head is drawn from the seed of a run, whatever the library drew, and statistics are from that one."""
+    bench = set_up_bench(home, tmp_path, "bert", label="first", completion=None)
+    head, real, seen = bench.loaded.model.classifier.weight, workbench.collect, []
+    monkeypatch.setattr(workbench, "collect", lambda *a, **k: seen.append(head.clone()) or real(*a, **k))
+    head.data.zero_()
+    bench.measured_rates([Variant("eva-grad")])
+    bench._renew_head(bench.loaded, 0)
+    assert len(seen) == 1 and torch.equal(seen[0], head)
+
+
 def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
@@ -61,8 +108,8 @@ def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
             assert begin[start] == pytest.approx(begin["random"], rel=1e-5), start
             assert records[start]["report_loss"][-1] < begin[start], start
     assert records["gradient-ranks"]["ranks"] is not None
-    files = sorted(file.name for file in (tmp_path / "lm" / "statistics").iterdir())
-    assert files == ["seed0-centred-gradients.safetensors", "seed0-centred.safetensors"]
+    files = sorted(file.name.rpartition("-")[0] for file in (tmp_path / "lm" / "statistics").iterdir())
+    assert files == ["seed0-centred", "seed0-centred-gradients"]
     classes = compare(
         home, tmp_path / "classes", model="bert", label="first", starts=("random", "eva-grad"), seeds=1,
         learning_rates=(1e-3,),
