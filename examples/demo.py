@@ -234,7 +234,7 @@ def write_page(path: Path, statistics: str, curves: Any, examples: list[dict[str
     import jinja2
 
     stats = lora_init.Statistics.load(statistics)
-    ranks = lora_init.allocate_ranks(stats, rank=16)
+    ranks = lora_init.allocate_ranks(stats, rank=16, rho=2)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )

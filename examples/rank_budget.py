@@ -43,7 +43,7 @@ def main() -> None:
 
     # The model and the data are not needed any more. Each plan takes milliseconds.
     plans = {
-        f"{budget} {policy}": lora_init.allocate_ranks(stats, parameters=budget, policy=policy)
+        f"{budget} {policy}": lora_init.allocate_ranks(stats, parameters=budget, policy=policy, rho=2)
         for budget in arguments.budgets
         for policy in ("uniform", "eva", "cost-aware")
     }

@@ -20,6 +20,7 @@ from lora_init.adapters.starts import DEFAULT, STARTS, Start, find_start
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import FORMATS
+from lora_init.planning.policies import RHO
 
 if TYPE_CHECKING:
     _Format: TypeAlias = str
@@ -115,7 +116,7 @@ class Ranks(_Checked):
 
     title: ClassVar = "Layers and ranks"
     rank: Annotated[int, dict(min=1, help="Average rank of a layer.", first=True)] = RANK
-    rho: Annotated[float, dict(min=1.0, help="At most rho x rank in one layer; 1 gives all the same.")] = 1.0
+    rho: Annotated[float, dict(min=1.0, help="At most rho x rank in one layer; 1 gives all the same.")] = RHO
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,7 +254,7 @@ def _ranks_asked(
         from lora_init.planning.allocate import allocate_ranks
 
         left_out = [name for name in stats if name not in selected]
-        ranks = allocate_ranks(stats, rank=average or stats.provenance.rank, rho=1.0, exclude=left_out)
+        ranks = allocate_ranks(stats, rank=average or stats.provenance.rank, exclude=left_out)
     if isinstance(ranks, RankAllocation):
         ranks.check(stats)
     if not isinstance(ranks, Mapping):

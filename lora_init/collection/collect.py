@@ -47,7 +47,7 @@ from lora_init.loading.models import task_of
 from lora_init.packages import check_takes
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient
 from lora_init.statistics.spectrum import Spectrum
-from lora_init.statistics.statistics import Provenance, Sizes, Statistics, notes_on_experts
+from lora_init.statistics.statistics import SPARE, Provenance, Sizes, Statistics, notes_on_experts
 
 
 class Interrupted(KeyboardInterrupt):
@@ -101,7 +101,7 @@ def collect(
     task_type: str | None = None,
     target_parameters: Collection[str] | None = None,
     rank: int = 16,
-    rho: float = 2.0,
+    rho: float = SPARE,
     center: bool = True,
     token_mask: str = "attention",
     max_batches: int = 64,
@@ -149,7 +149,8 @@ def collect(
         task_type: As in PEFT; goes into the adapter's configuration. Default: the type of a classifier whose head PEFT
             knows, since its head is then trained whole and saved. Heads of other models are for `modules_to_save`.
         rank: Average rank per layer that the statistics must serve.
-        rho: Largest rank of a single layer, over `rank`: `round(rho * rank)` components are kept.
+        rho: Largest rank of a single layer, over `rank`, that can be planned later: `round(rho * rank)` components are
+            kept.
         center: Subtract the mean (PCA, as in PEFT and the EVA authors' code). False gives the uncentered second moment
             of the paper's theorem.
         token_mask: `"attention"` counts all tokens but padding; `"labels"` only those with a label. Without gradients

@@ -14,8 +14,9 @@ from lora_init.errors import LoraInitError
 from lora_init.planning.budgets import BoolArray, Budget, FloatArray, IntArray, choose_budget, costs
 from lora_init.planning.limits import Limits, allowed_by_unit, layer_limits, tie_layers
 from lora_init.planning.plan import RankAllocation
+from lora_init.planning.policies import RHO
 from lora_init.planning.spectra import Rule, Spectra, stack_spectra, worth
-from lora_init.statistics.statistics import Statistics
+from lora_init.statistics.statistics import SPARE, Statistics
 
 __all__ = ["RankAllocation", "allocate_ranks"]
 
@@ -23,7 +24,7 @@ __all__ = ["RankAllocation", "allocate_ranks"]
 def allocate_ranks(
     stats: Statistics,
     rank: int | None = None,
-    rho: float = 2.0,
+    rho: float | None = None,
     *,
     total_rank: int | str | None = None,
     parameters: int | str | None = None,
@@ -44,7 +45,7 @@ def allocate_ranks(
 ) -> RankAllocation:
     """Share one budget of ranks out among the layers.
 
-    With no more than `rank` and `rho` this is EVA's rule (arXiv 2410.07170): the components of all layers compete by
+    With `rank` and a `rho` above 1 this is EVA's rule (arXiv 2410.07170): the components of all layers compete by
     explained-variance ratio for rank x (number of layers) places, at most round(rho x rank) in one layer. Ties go to
     the earlier layer. A policy changes what they compete by, a budget changes what is counted, and limits always hold.
     The sum never exceeds the budget, and no layer could take one more step with what is left. More budget never
@@ -58,7 +59,8 @@ def allocate_ranks(
         rank: Budget: average rank of the layers that take part. Without any budget: the rank that the statistics were
             collected for.
         rho: At most round(rho x average rank) in one layer, under every budget but `variance` and every policy but
-            `uniform`. 1 gives all layers the same rank.
+            `uniform`. Default: 1, as of `initialize`, which gives all layers the same rank; 2 with a policy other than
+            `eva`, which would decide nothing.
         total_rank: Budget: sum of all ranks.
         parameters: Budget: trainable parameters; a whole number, or text such as `"2.5M"`.
         fraction: Budget: share of the base model's parameters.
@@ -88,6 +90,8 @@ def allocate_ranks(
     if not (isinstance(stats, Statistics) and len(stats)):
         kind = type(stats).__name__
         raise LoraInitError(f"Statistics of layers are needed, from collect or Statistics.load(path), not {kind}.")
+    if rho is None:
+        rho = RHO if policy == "eva" else SPARE
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1.0 <= rho < math.inf:
         raise LoraInitError("{rho}: a finite number of at least 1 is needed; 1 gives all layers one rank.", rho=rho)
     base = dict(min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, allowed_ranks=allowed_ranks)
@@ -236,7 +240,7 @@ def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
         return (str(error),)
     if is_stuck and not short.any():
         text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
-        return (f"{text}: every layer has the largest rank that the limits allow.",)
+        return (f"{text}: every layer has the largest rank that the limits and rho allow.",)
     return ()
 
 

@@ -19,7 +19,7 @@ from lora_init.planning.heat_map import draw_heat_map, map_size
 from lora_init.planning.plan import RankAllocation, plan_text, source_text
 from lora_init.planning.policies import POLICIES
 from lora_init.planning.spectra import Spectra, stack_spectra
-from lora_init.statistics.statistics import Statistics
+from lora_init.statistics.statistics import SPARE, Statistics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,9 +92,9 @@ def budget_curves(plan: RankAllocation, stats: Statistics) -> dict[str, dict[int
     """Plan for budgets from an eighth of the plan's parameters to eight times as many, as far as components reach.
 
     For each policy what is explained, by parameters. Rank limits, ties and exclusions are the plan's; so is rho,
-    relative to the average rank of each budget.
+    relative to the average rank of each budget, if it is 2 at least: at 1 there is nothing to decide.
     """
-    settings = {"rho": 2.0, **plan.settings}
+    settings = {**plan.settings, "rho": max(SPARE, plan.settings.get("rho", SPARE))}
     spectra = stack_spectra(stats, [name for name in plan if name not in set(plan.excluded)])
     exists = int((spectra.widths * spectra.collected).sum())
     budgets = np.geomspace(max(plan.parameters / 8, 1), min(plan.parameters * 8, exists), 20)

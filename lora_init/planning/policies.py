@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lora_init.planning.budgets import FloatArray
     from lora_init.statistics.statistics import Statistics
 
+RHO = 1.0  # times the average rank, at most, in one layer if nothing is said: all layers have the same
+
 
 @dataclass(frozen=True)
 class Policy:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lora_init
-from lora_init import build_adapter, collect, load_batches
+from lora_init import allocate_ranks, build_adapter, collect, load_batches
 from lora_init.adapters.learning_rate import rate_text
 from lora_init.collection.backward import NoGradientsError
 from lora_init.loading.models import load_model
@@ -45,6 +45,27 @@ def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(com
         assert "before any training" in text
     planned = run("ranks", file, "--policy", "gradient", "--rank", "2", "--compare", "eva", "--compare", "gora")
     assert planned.exit_code == 0 and "gora" in planned.stdout, planned.output
+
+
+def test_every_way_makes_the_same_adapter_where_nothing_is_said_of_rho(command, home, tmp_path):
+    """By the command, by a plan of `ranks`, by `initialize` and step by step, with defaults everywhere."""
+    command[-1] = "2"  # at which ranks would move
+    file, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
+    assert run(*command, "--statistics", file).exit_code == 0
+    assert run("ranks", file, "--rank", 2, "--output", plan).exit_code == 0
+    planned = ["init", home / "model", "--statistics", file, "--ranks", plan, "-o", tmp_path / "planned"]
+    assert run(*planned).exit_code == 0
+    loaded = load_model(str(home / "model"))
+    batches = load_batches(home / "text.txt", loaded.tokenizer)
+    stats = collect(loaded.model, batches, rank=2, progress=False)
+    for built in (build_adapter(stats, allocate_ranks(stats, rank=2)), build_adapter(stats)):
+        built.save_pretrained(tmp_path / "steps", overwrite=True)
+        ways = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "planned", "steps")]
+        assert ways[0].keys() == ways[1].keys() == ways[2].keys()
+        assert all(torch.equal(ways[0][key], way[key]) for way in ways for key in way)
+    lora_init.initialize(loaded.model, batches, rank=2, progress=False).save_pretrained(tmp_path / "initialized")
+    called = load_file(tmp_path / "initialized" / "adapter_model.safetensors")
+    assert called.keys() == ways[0].keys() and all(torch.equal(called[key], ways[0][key]) for key in called)
 
 
 def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(command, home, tmp_path):

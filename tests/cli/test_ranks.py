@@ -47,8 +47,8 @@ def test_the_options_are_those_of_allocate_ranks(file, tmp_path):
 
 
 def test_it_prints_the_plan(file):
-    text = run(file, "--rank", 4).stdout
-    plan = allocate_ranks(Statistics.load(file), rank=4)
+    text = run(file, "--rank", 4, "--rho", 2).stdout
+    plan = allocate_ranks(Statistics.load(file), rank=4, rho=2)
     words = " ".join(text.split())
     for part in (
         "q_proj", "policy eva, budget rank=4", "56 of 56 ranks (100.00%)", "random tokens",
@@ -58,7 +58,7 @@ def test_it_prints_the_plan(file):
         assert part in words, part
     assert text.splitlines()[-2].startswith("PEFT and vLLM (--max-lora-rank 8) take this adapter as it is. SGLang,")
     assert text.splitlines()[-1].startswith("Next: lora-init init MODEL --statistics")
-    assert ", SGLang, llama.cpp, Ollama, TGI and LoRAX take" in run(file, "--rank", 8, "--rho", 1).stdout
+    assert ", SGLang, llama.cpp, Ollama, TGI and LoRAX take" in run(file, "--rank", 8).stdout
 
 
 def test_it_compares(file):

@@ -74,8 +74,9 @@ def full_plan(**changes):
     rows = {f"h.{i}.{kind}": [0.3 / (i + 1), 0.2, 0.1, 0.05] for i in range(2) for kind in QKV}
     stats = statistics(rows, n_samples=1000, **changes)
     return stats, allocate_ranks(
-        stats, parameters=1000, tie=QKV[:2], overrides={"*.v_proj": {"max_rank": np.int64(1)}}, exclude=["h.1.v_proj"]
-    )
+        stats, rho=2, parameters=1000, tie=QKV[:2], overrides={"*.v_proj": {"max_rank": np.int64(1)}},
+        exclude=["h.1.v_proj"],
+    )  # fmt: skip
 
 
 def cumulative(row):

@@ -52,7 +52,7 @@ def test_a_layer_may_get_nothing_and_layers_with_one_input_tie():
     group_of = {"b.0.q": "b.0.q", "b.0.k": "b.0.q", "b.0.o": "b.0.o"}
     plan = allocate_ranks(statistics(ratios, [(64, 64)] * 3, group_of), rank=2, rho=2)
     assert dict(plan) == {"b.0.q": 3, "b.0.k": 3, "b.0.o": 0}
-    assert dict(allocate_ranks(statistics(ratios, [(64, 64)] * 3, group_of), total_rank=5)) == {
+    assert dict(allocate_ranks(statistics(ratios, [(64, 64)] * 3, group_of), total_rank=5, rho=2)) == {
         "b.0.q": 3, "b.0.k": 2, "b.0.o": 0,
     }  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_a_function_is_a_policy_and_only_counts_matter(ratios):
         return by_name[name][::-1]
 
     plan = allocate_ranks(stats, rank=2, policy=backwards)
-    assert dict(plan) == dict(allocate_ranks(stats, rank=2))
+    assert dict(plan) == dict(allocate_ranks(stats, rank=2, rho=2))
     assert plan.policy == "backwards"
 
 
@@ -255,7 +255,7 @@ def test_layers_with_fewer_directions_than_rank_get_those_that_there_are_and_one
         few = allocate_ranks(statistics([[0.4, 0.3], [0.6, 0.4]], n_samples=3), rank=16)
     assert list(few.values()) == [2, 2]
     with pytest.warns(UserWarning, match="'h.1.up' got as many"):
-        least = allocate_ranks(statistics([[0.3, 0.2, 0.1, 0.1], [0.6]]), rank=2, min_rank=2)
+        least = allocate_ranks(statistics([[0.3, 0.2, 0.1, 0.1], [0.6]]), rank=2, rho=2, min_rank=2)
     assert list(least.values()) == [3, 1]  # min_rank asks for what the data does not have
     with pytest.warns(UserWarning, match="'h.1.up' got as many"):  # and more than the average rank
         allocate_ranks(statistics([[0.3, 0.2, 0.1, 0.1], [0.6]]), total_rank=3, min_rank=2)
@@ -352,7 +352,7 @@ def test_bad_input_is_one_clear_line(arguments, message):
     budgets = {"rank", "total_rank", "parameters", "megabytes", "fraction", "variance"}
     if not budgets & arguments.keys():
         arguments = {"rank": 2} | arguments
-    refused(message, allocate_ranks, statistics(WIDE), **arguments)
+    refused(message, allocate_ranks, statistics(WIDE), **{"rho": 2.0} | arguments)
 
 
 @pytest.mark.parametrize(

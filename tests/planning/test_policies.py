@@ -26,7 +26,7 @@ def test_a_policy_of_another_package_is_used_by_its_name(packages):
     stats = llama_like(2)
     plan = allocate_ranks(stats, parameters=4000, policy="narrow")
     assert dict(plan) == dict(allocate_ranks(stats, parameters=4000, policy="cost-aware")) and plan.policy == "narrow"
-    assert dict(allocate_ranks(stats, rank=4, policy="mirrored")) == dict(allocate_ranks(stats, rank=4, policy="eva"))
+    assert dict(allocate_ranks(stats, rank=4, policy="mirrored")) == dict(allocate_ranks(stats, rank=4, rho=2))
     assert read_variants(["narrow"], {"rank": 4})["narrow"]["policy"] == "narrow"
 
 

@@ -26,7 +26,7 @@ def ranks_and_scalings(config):
 
 
 def allocated(stats):
-    plan = allocate_ranks(stats, rank=4, overrides={"layers.0.self_attn.k_proj": {"rank": 0}})
+    plan = allocate_ranks(stats, rank=4, rho=2, overrides={"layers.0.self_attn.k_proj": {"rank": 0}})
     assert 0 in plan.values() and len(set(plan.values())) > 3
     return plan, {name: rank for name, rank in plan.items() if rank}
 
