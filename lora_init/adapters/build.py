@@ -55,6 +55,12 @@ def check_adapter_options(
             whiten=True,
             method=start.name,
         )
+    if shape.unit_rows and (start.matched or not start.b_is_zero):
+        raise LoraInitError(
+            "{unit_rows} with {method}: its rows have a size of their own. Leave it out.",
+            unit_rows=True,
+            method=start.name,
+        )
     if lora_alpha is not None and not (is_number(lora_alpha) and 0.0 < lora_alpha < math.inf):
         raise LoraInitError(
             "{lora_alpha} must be a positive number. Leave it out to take what is best.", lora_alpha=lora_alpha
@@ -147,6 +153,8 @@ def build_adapter(
             "model and data, Statistics.load() reads a file."
         )
     start, shape = buildable_start(method), Shape(whiten=whiten, unit_rows=unit_rows, gamma=gamma, freeze_a=freeze_a)
+    if errors is not None and not start.by_error:
+        raise LoraInitError("errors= with {method}: it corrects no base. Leave errors out.", method=method)
     of_peft = (lora_alpha, use_rslora, use_dora, lora_dropout, modules_to_save)
     given: dict[str, Any] = {
         name: value for name, value in zip(Shape.of_peft, of_peft, strict=True) if value is not None

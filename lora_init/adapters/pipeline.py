@@ -23,7 +23,7 @@ from lora_init.adapters.doors.carriers import Carrier
 from lora_init.adapters.layer_start import Material
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.quantized import QuantizationErrors, loss_or_distance, with_losses
-from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, find_start
+from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, STARTS, find_start
 from lora_init.adapters.step_size import LEAST, find_step_size, most_aside, set_aside
 from lora_init.collection.backward import NoGradientsError
 from lora_init.collection.collect import collect
@@ -136,6 +136,10 @@ def choose(asked: Asked, classifies: bool) -> Asked:
 def check(asked: Asked, **place: Any) -> None:
     """Refuse what no model and no data can make right; `place` is where the adapter is to be saved."""
     check_adapter_options(asked.start, asked.shape, **place)
+    idle = {} if asked.start.by_error else {name: value for name, value in vars(asked.correction).items() if value}
+    for name in idle:
+        able = " or ".join(one.name for one in STARTS if one.function and one.by_error)
+        raise LoraInitError(f"{{{name}}} is for the start {able}. Leave {name} out.", **idle)
     rank, rho = asked.ranks.rank, asked.ranks.rho
     if asked.start.one_rank and round(rho * rank) > rank:
         raise LoraInitError(
@@ -172,7 +176,7 @@ def read(
     """Read the sample and, where a loss is measured, examples beyond it."""
     sample, run = asked.sample, asked.run
     fitting = {
-        "seq2seq": seq2seq and sample.label is None, "known_classes": known,
+        "seq2seq": seq2seq and sample.label is None, "known_classes": known if sample.label is not None else (),
         "needs_labels": asked.by_gradient or run.token_mask == "labels",
     }  # fmt: skip
     options = vars(sample) | {name: value for name, value in fitting.items() if getattr(sample, name) is None}

@@ -116,8 +116,6 @@ def init(
     else:
         asked = replace(asked, start=BANK_WAYS[from_bank.by])
         source = OfBank(names, loading, there, length, from_bank.bank, from_bank.similarity)
-    if not asked.start.by_error:
-        refuse_idle(("weights", "unchecked"), f"for --method {_named(by_error=True)} alone")
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
 
@@ -151,5 +149,7 @@ def _check_words(method: str | None, data: str | None, from_bank: FromBank, lear
         refuse_idle(idle, "a bank's adapters decide that")
         if from_bank.by == "mixture":
             require("scipy")
+    if learning_rate is not None:
+        refuse_idle(offered(Length), "only the rule's rate depends on it, and --learning-rate names another")
     if learning_rate is not None and not 0.0 < learning_rate < 1.0:
         raise LoraInitError(f"--learning-rate {learning_rate:g}: expected a number between 0 and 1, such as 2e-4.")

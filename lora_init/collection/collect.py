@@ -27,7 +27,7 @@ from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, read_settings
 from lora_init.errors import LoraInitError, LoraInitWarning, explain
 from lora_init.files import check_writable, locked
-from lora_init.layers.identity import count_parameters, fingerprint
+from lora_init.layers.identity import count_parameters, dtype_of, fingerprint
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import Forward, call_model
 from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets
@@ -222,6 +222,7 @@ def collect(
     # The file knows no scalars of numpy.
     settings = {
         **getattr(batches, "settings", {}),
+        "dtype": dtype_of(model),
         "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
         "rho": float(rho),
         "max_batches": int(max_batches),

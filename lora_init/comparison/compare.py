@@ -38,6 +38,8 @@ from lora_init.planning.lora_config import alpha_for
 if TYPE_CHECKING:
     import pandas as pd
 
+_BESIDE = {"options": ("answer", "normalize"), "retain_data": ("retain_template", "retain_samples", "dial")}
+
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
@@ -293,7 +295,13 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
         if name not in known:
             every = [*known, *inspect.signature(compare).parameters]
             raise LoraInitError(f"compare() has no argument {name}=. {did_you_mean(name, every)}")
-    return Loading(**{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}})
+    found = Loading(**{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}})
+    for needed, names in _BESIDE.items():
+        idle = [name for name in names if getattr(found, name) != getattr(Loading(), name)]
+        if idle and getattr(found, needed) is None:
+            options = {idle[0]: getattr(found, idle[0]), needed: ...}
+            raise LoraInitError(f"{{{idle[0]}}} goes with {{{needed}}}. Give both, or leave it out.", **options)
+    return found
 
 
 def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str | None:

@@ -16,6 +16,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
 
 
+def dtype_of(model: nn.Module) -> str:
+    """Return the type of a model's first weight that is no integer, such as `"bfloat16"`; empty if there is none."""
+    return next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), "")
+
+
 def fingerprint(model: nn.Module) -> str:
     """Compute what tells models apart: a hash of the names and shapes of the weights and of 16 values of each.
 

@@ -110,6 +110,8 @@ def load_batches(
     for name, text in (("template", template), ("completion", completion)):
         if text is not None and not isinstance(text, str):
             raise LoraInitError(f"{{{name}}}: expected a text with columns in braces.", **{name: text})
+    if known_classes and label is None:
+        raise LoraInitError("known_classes= says in which order {label} counts. Give both.", label=...)
     if offset < 0 or (samples is not None and samples < 1):
         raise LoraInitError(
             f"{{samples}} must be at least 1 or None for all, and offset={offset} at least 0.", samples=samples

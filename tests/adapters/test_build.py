@@ -53,16 +53,11 @@ def test_a_in_directions_without_variance_stays_of_a_bounded_length():
     assert torch.equal(as_large_as_random(flat, torch.zeros(2, 6)), torch.zeros(2, 6))
 
 
-def test_starts_with_a_size_of_their_own_keep_it():
-    stats = made_up_statistics(tiny_llama())
-    for method in ("random", "random-scaled", "gaussian"):
-        one, two = (build_adapter(stats, 4, method, unit_rows=unit).weights for unit in (True, False))
-        assert all(torch.equal(one[name].a, two[name].a) for name in one)
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(method="pissa"), "method='pissa' is unknown. Choose from eva, random, random-scaled, gaussian, orth"),
     (dict(method="random", whiten=True), "whiten=True is for the start eva"),
+    (dict(method="gaussian", unit_rows=True), "unit_rows=True with method='gaussian': its rows have a size of their own"),
+    (dict(method="eva", errors={}), "errors= with method='eva': it corrects no base"),
     (dict(lora_alpha=0), "lora_alpha=0 must be a positive number"),
     (dict(lora_alpha=float("nan")), "lora_alpha=nan must be"),
     (dict(lora_dropout=1.0), "lora_dropout=1.0 must be"),

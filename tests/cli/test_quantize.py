@@ -49,8 +49,8 @@ def test_it_corrects_a_base_that_it_quantizes(command, wide, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("options", "parts"), [
     (["--method", "qera"], ["is not quantized", "Pass --quantize nf4"]),
-    (["--weights", "there"], ["--weights: for --method qera alone"]),
-    (["--quantize", "nf4", "--unchecked"], ["--unchecked: for --method qera alone"]),
+    (["--weights", "there"], ["--weights there is for the start qera"]),
+    (["--quantize", "nf4", "--unchecked"], ["--unchecked is for the start qera"]),
     (["--quantize", "nf4", "--method", "qera", "--weights", "./nothing"], ["float weights", "cannot be read"]),
     (["--quantize", "nf4", "--method", "qera", "--use-dora"], ["DoRA"]),
     (["--quantize", "nf4", "--method", "qera", "--gamma", "3"], ["--gamma 3 "]),

@@ -57,6 +57,9 @@ COMMANDS = {
         ["init", "bert", "scores.csv", "--template", "{text}", "--label", "score", "-o", "out"],
         "column 'score' has 10 different numbers with fractions, from 0 to 0.9. They are measured values, not classes",
     ),
+    "steps beside a rate": (
+        [*INIT, "--learning-rate", "1e-3", "--steps", 300], "--steps: only the rule's rate depends on it",
+    ),
     "dry run to a file": ([*INIT, "--dry-run", "-o", "text.jsonl"], "text.jsonl is a file, and a directory is needed"),
     "dry comparison to a file": (
         [*COMPARE, "--dry-run", "-o", "text.jsonl"], "text.jsonl is a file, and a directory is needed",
