@@ -124,6 +124,8 @@ def initialize(
     if config is not None:
         raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
     began, door = time.perf_counter(), find_trainer(model)
+    if learning_rate:
+        door.check_rate()
     with door.opened(choose(asked, classifies or door.classifies)) as (read, own):
         source = Source(door.carrier, own) if batches is None else Source(door.carrier, batches, tokenizer)
         init = replace(run(source, read), length=door.length)

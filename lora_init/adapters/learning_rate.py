@@ -15,6 +15,7 @@ the constant.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -54,6 +55,26 @@ def rate_text(rate: float) -> str:
     """
     digits, exponent = f"{rate:.6e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
+
+
+def is_adamw(optimizer: str) -> bool:
+    """Check, by the name of its setting or class, whether an optimizer is one that rates were measured for.
+
+    Example:
+        >>> [is_adamw(name) for name in ("adamw_torch_fused", "PagedAdamW8bit", "galore_adamw", "adafactor")]
+        [True, True, False, False]
+    """
+    return re.fullmatch(r"(paged_?|anyprecision)?adamw\w*|(fused)?adam", optimizer.lower()) is not None
+
+
+def check_measured(optimizer: str, is_plain_loss: bool, trainer: str) -> None:
+    """Refuse to set a rate where none was measured."""
+    what = "" if is_plain_loss else f"the loss of {trainer}"
+    if what := what if is_adamw(optimizer) else f"the optimizer {optimizer}":
+        raise LoraInitError(
+            f"learning_rate='measured': no rate was measured for {what}. Leave it out, and choose the rate as without "
+            "lora_init."
+        )
 
 
 class Response(NamedTuple):
@@ -221,7 +242,7 @@ class LearningRate:
     def far_off(self, settings: Any) -> list[str]:
         """Compare with a trainer's arguments: a line if its rate is more than three times off, or is not AdamW's."""
         optimizer = str(getattr(settings.optim, "value", settings.optim))
-        if "adamw" not in optimizer:
+        if not is_adamw(optimizer):
             return [f"the learning rate was measured for AdamW, and the trainer has optim={optimizer!r}: tune it."]
         far = max(FAR, self.within)
         if self.rate / far < settings.learning_rate < self.rate * far:

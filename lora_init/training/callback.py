@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
 from lora_init.adapters.doors.carriers import InPlace, Wrapped
 from lora_init.adapters.doors.trainers import examples_of_a_step, length_of, undisturbed
+from lora_init.adapters.learning_rate import check_measured
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.adapters.pipeline import Source, choose, run
 from lora_init.errors import LoraInitError, is_number
@@ -145,10 +148,17 @@ class StartCallback(TrainerCallback):
         each = args.train_batch_size * args.world_size
         asked = self.asked.but(max_batches=math.ceil(self.samples / each))
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
-            init = run(Source(carrier, batches), asked.but(data="training batches"))
+            read: Iterator[Any] = batches
+            if self.measured:  # preferences have a beta, or no labels
+                optimizer, first = rest["optimizer"], next(batches, {})
+                name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's holds it
+                is_plain_loss = "labels" in first and not hasattr(args, "beta")
+                check_measured(name, is_plain_loss, f"a trainer with {type(args).__name__}")
+                read = chain([first], batches)
+            init = run(Source(carrier, read), asked.but(data="training batches"))
             carrier.put(init, "")
-        rows = len(data) if isinstance(data, Sized) else None
-        rate = replace(init, length=length_of(args, state.max_steps, rows)).rate
+        there = (len(data), len(train_dataloader)) if isinstance(data, Sized) else ()
+        rate = replace(init, length=length_of(args, state.max_steps, *there)).rate
         if self.measured and rate and args.learning_rate:
             _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
         for said in rate.far_off(args) if rate else ():
@@ -222,8 +232,21 @@ def _set_rate(args: Any, rate: float, optimizer: Any, scheduler: Any) -> None:
     factor, schedule = rate / args.learning_rate, getattr(scheduler, "scheduler", scheduler)  # accelerate's holds it
     for group in optimizer.param_groups:
         group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
-    schedule.base_lrs = [one * factor for one in schedule.base_lrs]
+    state = schedule.state_dict()
+    lists = {name: [one * factor for one in state[name]] for name in ("base_lrs", "_last_lr") if name in state}
+    schedule.load_state_dict(state | lists)
+    # Rates that a schedule ends at are shares of the one that it was made for.
+    shares = {"lr_init": factor} | ({"min_lr_rate": 1 / factor} if "min_lr" in (args.lr_scheduler_kwargs or {}) else {})
+    if hasattr(schedule, "lr_lambdas"):
+        schedule.lr_lambdas = [_scaled(one, shares) for one in schedule.lr_lambdas]
     args.learning_rate = rate
+
+
+def _scaled(function: Any, shares: dict[str, float]) -> Any:
+    """Multiply keywords of a function of a schedule."""
+    known = getattr(function, "keywords", {})
+    scaled = {name: known[name] * share for name, share in shares.items() if name in known}
+    return partial(function, **scaled) if scaled else function
 
 
 def _say(state: TrainerState, text: str) -> None:

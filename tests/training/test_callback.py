@@ -29,12 +29,14 @@ def model(**settings):
     return get_peft_model(tiny_llama(), LoraConfig(**config))
 
 
-def trainer(tmp_path, adapted, *callbacks, data=None, eval_dataset=None, processing_class=None, **more):
+def trainer(
+    tmp_path, adapted, *callbacks, data=None, eval_dataset=None, processing_class=None, kind=TrainingArguments, **more
+):
     settings = dict(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to="none", save_strategy="no",
         use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
     )  # fmt: skip
-    arguments = TrainingArguments(**settings | more)
+    arguments = kind(**settings | more)
     given = dict(eval_dataset=eval_dataset, processing_class=processing_class, callbacks=[*callbacks])
     return Trainer(adapted, arguments, train_dataset=rows() if data is None else data, **given)
 
@@ -111,7 +113,42 @@ def test_the_measured_rate_is_that_of_initialize_and_the_schedule_goes_by_it(tmp
     made.train()
     rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
     assert made.args.learning_rate == expected.args.learning_rate != 1e-2
-    assert rates[1:] == pytest.approx([made.args.learning_rate * left / 3 for left in (2, 1)])
+    assert rates == pytest.approx([made.args.learning_rate * left / 3 for left in (3, 2, 1)])
+
+
+@pytest.mark.parametrize(("schedule", "more"), [
+    ("linear", {}), ("cosine", {"warmup_steps": 2}), ("constant", {}), ("constant_with_warmup", {"warmup_steps": 2}),
+    ("cosine_with_min_lr", {"lr_scheduler_kwargs": {"min_lr": 2e-4}}),
+    ("cosine_with_min_lr", {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}),
+    ("cosine_warmup_with_min_lr", {"lr_scheduler_kwargs": {"min_lr": 2e-4}, "warmup_steps": 1}),
+    ("polynomial", {}), ("inverse_sqrt", {}),
+])  # fmt: skip
+def test_a_measured_rate_is_logged_and_trained_as_if_it_had_been_set(schedule, more, tmp_path):
+    """Step by step, against a trainer whose rate was this one from the start."""
+    logged = []
+    for callback in (lora_init.StartCallback(samples=8, learning_rate="measured"), None):
+        known = {"learning_rate": logged[0][0]} if logged else {}
+        made = trainer(tmp_path, model(), *([callback] if callback else []), logging_steps=1, max_steps=5,
+                       lr_scheduler_type=schedule, **more | known)  # fmt: skip
+        made.train()
+        rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+        logged.append((made.args.learning_rate, rates, made.optimizer.param_groups[0]["lr"]))
+    assert logged[0][1] == pytest.approx(logged[1][1], rel=1e-6) and logged[0][2] == pytest.approx(logged[1][2])
+
+
+class Preferences(TrainingArguments):
+    beta = 0.1
+
+
+@pytest.mark.parametrize(("what", "said"), [
+    ({"optim": "sgd"}, "for the optimizer SGD"), ({"optim": "adafactor"}, "for the optimizer Adafactor"),
+    ({"kind": Preferences}, "for the loss of a trainer with Preferences"),
+    ({"data": [{"input_ids": row["input_ids"]} for row in rows()]}, "for the loss of a trainer with TrainingArguments"),
+])  # fmt: skip
+def test_the_callback_sets_no_rate_where_none_was_measured(what, said, tmp_path):
+    made = trainer(tmp_path, model(), lora_init.StartCallback(samples=8, learning_rate="measured"), **what)
+    refused(f"no rate was measured {said}", made.train)
+    assert made.args.learning_rate == 1e-2
 
 
 class Stream(IterableDataset):

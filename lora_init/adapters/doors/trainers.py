@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
+from lora_init.adapters.learning_rate import check_measured
 from lora_init.adapters.starts import DEFAULT
 from lora_init.adapters.training_length import TrainingLength
 from lora_init.errors import LoraInitError
@@ -73,14 +74,22 @@ class TrainerDoor:
 
     @property
     def length(self) -> TrainingLength | None:
-        """How long it will train; None if neither its arguments nor its data say so."""
+        """How long it will train, by its own count of steps; None if neither its arguments nor its data say so."""
         args, rows = self.trainer.args, self.trainer.train_dataset
-        n = len(rows) if hasattr(rows, "__len__") else None
-        if args.max_steps > 0:
-            return length_of(args, args.max_steps, n)
-        if n is None:
-            return None
-        return length_of(args, max(1, math.ceil(args.num_train_epochs * n / examples_of_a_step(args))), n)
+        if not hasattr(rows, "__len__"):
+            return length_of(args, args.max_steps) if args.max_steps > 0 else None
+        counted = self.trainer.set_initial_training_values
+        with _loader(self.trainer) as loader:
+            given = {"args": args, "dataloader": loader, "total_train_batch_size": examples_of_a_step(args)}
+            taken = inspect.signature(counted).parameters  # transformers 4 has the last one
+            steps = counted(**{name: given[name] for name in given if name in taken})[-1]
+            return length_of(args, steps, len(rows), len(loader))
+
+    def check_rate(self) -> None:
+        """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""
+        made, args = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args
+        optimizer = made[0].__name__ if made else str(getattr(args.optim, "value", args.optim))
+        check_measured(optimizer, self.has_plain_loss, self.name)
 
     @property
     def source_of_loss(self) -> str:
@@ -207,10 +216,15 @@ class _Twice(IterableDataset[Any]):
         return getattr(self.rows, name)
 
 
-def length_of(args: Any, steps: int, rows: int | None) -> TrainingLength:
-    """Describe a training of so many steps by a trainer's arguments, over so many examples."""
+def length_of(args: Any, steps: int, rows: int | None = None, n_batches: int = 0) -> TrainingLength:
+    """Describe a training of so many steps by a trainer's arguments, over so many examples in so many batches.
+
+    The last step of an epoch has those that are left, so that few examples make smaller steps in the mean.
+    """
     batch_size = examples_of_a_step(args)
-    return TrainingLength(int(steps), batch_size if rows is None else min(batch_size, max(rows, 1)), rows)
+    if rows and n_batches:
+        batch_size = min(batch_size, max(1, round(rows / math.ceil(n_batches / args.gradient_accumulation_steps))))
+    return TrainingLength(int(steps), batch_size, rows)
 
 
 def examples_of_a_step(args: Any) -> int:

@@ -1,7 +1,6 @@
 """initialize(trainer): statistics from what the trainer trains on, and the adapter in the trainer."""
 
 import json
-import math
 import re
 
 import pytest
@@ -198,9 +197,47 @@ def test_labels_of_a_trainer_say_which_tokens_count(tmp_path, tokenizer):
     assert counted[1] < counted[0]
 
 
-def test_steps_are_those_that_the_trainer_takes(tmp_path, tokenizer):
-    trainer = plain(tmp_path, tokenizer, max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=2)
-    assert TrainerDoor(trainer).length.steps == math.ceil(len(trainer.get_train_dataloader()) / 2) > 1
+@pytest.mark.parametrize(("rows", "batch", "accumulation", "epochs", "drop_last", "max_steps"), [
+    (9, 2, 4, 3, False, -1), (9, 2, 4, 3, True, -1), (9, 2, 4, 2.5, False, -1), (8, 2, 4, 3, False, -1),
+    (5, 4, 1, 2, False, -1), (5, 4, 1, 2, True, -1), (7, 2, 3, 1, True, -1), (3, 2, 8, 2, False, -1),
+    (9, 2, 4, 3, False, 2), (10, 3, 2, 0.5, False, -1),
+])  # fmt: skip
+def test_steps_are_those_that_the_trainer_takes(
+    rows, batch, accumulation, epochs, drop_last, max_steps, tmp_path, tokenizer
+):
+    how = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=epochs)
+    trainer = plain(tmp_path, tokenizer, max_steps=max_steps, dataloader_drop_last=drop_last, **how)
+    trainer.train_dataset = trainer.train_dataset.select([i % len(trainer.train_dataset) for i in range(rows)])
+    length = TrainerDoor(trainer).length
+    trainer.train()
+    assert length.steps == trainer.state.max_steps == trainer.state.global_step
+    assert length.epochs == pytest.approx(max(1.0, trainer.state.epoch), rel=0.25)
+
+
+def with_own_loss(*given):
+    trainer = plain(*given)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()
+    return trainer
+
+
+UNMEASURED = {
+    "SGD": (lambda *given: plain(*given, optim="sgd"), "for the optimizer sgd"),
+    "Adafactor": (lambda *given: plain(*given, optim="adafactor"), "for the optimizer adafactor"),
+    "Adagrad": (lambda *given: plain(*given, optim="adagrad"), "for the optimizer adagrad"),
+    "Lion": (lambda *given: plain(*given, optim="lion_32bit"), "for the optimizer lion_32bit"),
+    "GaLore": (lambda *given: sft(*given, optim="galore_adamw"), "for the optimizer galore_adamw"),
+    "DPO": (lambda *given: dpo(*given, peft_config=LoraConfig(**LORA)), "for the loss of DPOTrainer"),
+    "a loss of one's own": (with_own_loss, "for the loss of Trainer"),
+}
+
+
+@pytest.mark.parametrize("kind", UNMEASURED)
+def test_a_rate_is_not_set_where_none_was_measured(kind, tmp_path, tokenizer):
+    make, said = UNMEASURED[kind]
+    trainer = make(tmp_path, tokenizer)
+    refused(f"learning_rate='measured': no rate was measured {said}", lora_init.initialize, trainer, rank=4,
+            learning_rate="measured")  # fmt: skip
+    assert trainer.args.learning_rate == 1e-2
 
 
 def trained(trainer):
