@@ -192,8 +192,8 @@ class Bench:
         )  # fmt: skip
         ranks = lora_init.allocate_ranks(stats, run.rank, rho=run.rho)
         init = lora_init.build_adapter(
-            stats, ranks, run.start, lora_alpha=run.alpha, seed=run.seed, unit_rows=run.start != "random", use_dora=run.dora,
-            freeze_a=run.freeze_a,
+            stats, ranks, run.start, lora_alpha=run.alpha, seed=run.seed, unit_rows=run.start != "random",
+            use_dora=run.dora, freeze_a=run.freeze_a,
         )  # fmt: skip
         if run.start != "random" and run.size != "rows":
             init = replace(init, weights=self.resized(stats, init.weights, float(run.size)))

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_init.adapters.directory import carried
 from lora_init.adapters.learning_rate import LearningRate, Response, response, share_of
 from lora_init.adapters.peft_model import adapter_layers, check_fresh
 from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
 from lora_init.collection.activations import ActivationHooks, Sink
+from lora_init.collection.collect import check_batches
 from lora_init.collection.loop import row_norms
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.masks import NothingCountsError, TokenMasks
 from lora_init.layers.running import call_model, restoring
-from lora_init.layers.targets import HEADS, count_linear
+from lora_init.layers.targets import HEADS, count_linear, is_in, new_heads
 from lora_init.layers.wrappers import unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
 from lora_init.statistics.statistics import Sizes
@@ -52,7 +54,8 @@ def learning_rate(
         train_batch_size: Examples in a step of the training, of all processes and accumulated batches.
         tokenizer: The model's, where `batches` are texts.
         adapter_name: PEFT's name of the adapter.
-        freeze_a: Whether A stays as it is in training.
+        freeze_a: Whether A stays as it is in training, which is also read from the parameters and from the record of an
+            adapter of ours.
 
     Returns:
         The rate, `str()` of which is a sentence; the range in which the best one is likely to be; the layers by how
@@ -61,8 +64,7 @@ def learning_rate(
     Raises:
         LoraInitError: There is no such adapter, or its B is not zero; no batch has a token; NaN or inf in a layer.
     """
-    layers = adapter_layers(unwrapped(model)) if isinstance(model, nn.Module) else {}
-    layers = {name: layer for name, layer in layers.items() if adapter_name in (*layer.lora_A, *layer.lora_B)}
+    layers = layers_of(model, adapter_name)
     if not layers:
         raise LoraInitError(
             f"learning_rate(): {type(model).__name__} has no LoRA adapter {adapter_name!r}. Put one on: initialize(), "
@@ -75,6 +77,8 @@ def learning_rate(
                 "set_adapter(), enable_adapter_layers() or unmerge_adapter() first."
             )
     check_fresh(layers, adapter_name, f"the adapter {adapter_name!r}", "The rule is for adapters before training.")
+    if tokenizer is None:
+        check_batches(batches, "learning_rate()")
     found = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
     found = as_batches(found, without_adapter(unwrapped(model)), 0)
     rows = getattr(found, "settings", {}).get("rows")
@@ -87,14 +91,23 @@ def measure_rate(
     freeze_a: bool = False,
 ) -> LearningRate:  # fmt: skip
     """Measure the rate of an adapter, whatever its B is: of starts whose B is not zero the rule holds as well."""
-    base, layers = without_adapter(unwrapped(model)), adapter_layers(unwrapped(model))
-    responses = measure_responses(base, layers, batches, adapter_name, freeze_a)
+    model = unwrapped(model)
+    base, layers = without_adapter(model), layers_of(model, adapter_name)
     config = getattr(model, "peft_config", {}).get(adapter_name)
+    freeze_a = freeze_a or bool(config and carried(config.to_dict()).get("freeze_a"))
+    responses = measure_responses(base, layers, batches, adapter_name, freeze_a)
     left_out = [name for name in layers if name not in responses]
-    # PEFT trains the head of such a task whole, which often begins at random.
-    task_type = getattr(config, "task_type", None)
+    # PEFT trains the head of such a task whole, which often begins at random, and what else it is told to.
+    task_type, whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
+    new_head = task_type in HEADS or any(is_in(name, whole) for name in new_heads(base))
     share = share_of(len(layers), count_linear(base, layers, task_type))
-    return LearningRate(responses, length, task_type in HEADS, left_out, share)
+    return LearningRate(responses, length, new_head, left_out, share)
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Find the layers that have this adapter, embeddings among them."""
+    layers = adapter_layers(unwrapped(model)) if isinstance(model, nn.Module) else {}
+    return {name: layer for name, layer in layers.items() if adapter_name in getattr(layer, "r", {})}
 
 
 def measure_responses(
@@ -102,10 +115,11 @@ def measure_responses(
     freeze_a: bool = False, token_mask: str = "attention",
 ) -> dict[str, Response]:  # fmt: skip
     """Run a model with an adapter in its layers on at most eight batches, and compute how far each layer moves."""
-    # An expert's A is read by no module of its own.
+    # An expert's A is read by no module of its own, and neither is that of an embedding.
     seen = {name: layer for name, layer in layers.items() if not hasattr(layer, "parameter_name")}
+    seen = {name: layer for name, layer in seen.items() if adapter_name in layer.lora_A}
     if not seen:
-        raise LoraInitError("the adapter is of experts' parameters alone, whose A no hook sees: no rate is measured.")
+        raise LoraInitError("the adapter is of embeddings or experts alone, whose A no hook sees: no rate is measured.")
     watched = {name: layer.get_base_layer() for name, layer in seen.items()}
     watched |= {name + _A: layer.lora_A[adapter_name] for name, layer in seen.items()}
     sums, masks = _Sums(), TokenMasks(base, token_mask)
@@ -122,14 +136,19 @@ def measure_responses(
                     call_model(base, moved)
             except NothingCountsError:
                 continue
-            except LoraInitError as error:
-                raise LoraInitError(f"batch {number}: {error}") from None
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                said = error if isinstance(error, LoraInitError) else f"{type(base).__name__} says: {first_line(error)}"
+                raise LoraInitError(f"batch {number}: {said}") from error
     if not sums.sums:
         raise LoraInitError("no batch has a token that counts, so no rate can be told. Check attention_mask.")
     responses: dict[str, Response] = {}
     for name, layer in seen.items():
         size = Sizes(sums.mean(_X + hooks.group_of.get(name, name)), sums.mean(name) ** 0.5)
-        found = response(size, sums.mean(name + _A), layer.r[adapter_name], layer.scaling[adapter_name], freeze_a)
+        a, b = (part[adapter_name].weight for part in (layer.lora_A, layer.lora_B))
+        frozen = freeze_a or (b.requires_grad and not a.requires_grad)  # neither does while an adapter is served
+        found = response(size, sums.mean(name + _A), layer.r[adapter_name], layer.scaling[adapter_name], frozen)
         responses |= {name: found} if found else {}
     return responses
 

@@ -30,7 +30,7 @@ from lora_init.files import check_writable, locked
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import Forward, call_model
-from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets
+from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets, new_heads
 from lora_init.layers.wrappers import (
     Precision,
     class_name,
@@ -223,6 +223,7 @@ def collect(
     settings = {
         **getattr(batches, "settings", {}),
         "dtype": dtype_of(model),
+        "heads": new_heads(model),
         "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
         "rho": float(rho),
         "max_batches": int(max_batches),
@@ -394,6 +395,11 @@ def _check_types(model: Any, batches: Any) -> None:
             f"collect got a {type(model).__name__} with an adapter, and would take its parts for layers. Give it the "
             "plain model: take the adapter off (PEFT: unload(), diffusers: delete_adapters())."
         )
+    check_batches(batches, "collect")
+
+
+def check_batches(batches: Any, taker: str) -> None:
+    """Refuse texts, a single batch and what is no iterable, as an argument of the function `taker`."""
     first = batches[0] if isinstance(batches, (list, tuple)) and batches else None
     wrong = (
         isinstance(first, (int, float))
@@ -403,7 +409,7 @@ def _check_types(model: Any, batches: Any) -> None:
     if wrong or isinstance(first, str):
         got = "texts" if isinstance(first, str) else f"a {type(batches).__name__}"
         raise LoraInitError(
-            f"collect got {got} for the batches, expected an iterable of batches. Make them of texts and files with "
+            f"{taker} got {got} for the batches, expected an iterable of batches. Make them of texts and files with "
             "load_batches, or give initialize() a tokenizer, too; put one batch into a list."
         )
 

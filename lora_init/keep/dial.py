@@ -16,7 +16,7 @@ from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.adapters.starts import changes_base
 from lora_init.collection.losses import token_losses
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, is_number
 from lora_init.keep.dialed import UNIFORM, Change, Dial, Point
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
@@ -57,6 +57,8 @@ class Rule:
             both = " and ".join(f"{{{name}}}" for name in asked)
             raise LoraInitError(f"{both} are both given. One of them says what is chosen.", **dict.fromkeys(asked, ...))
         for name, value in asked.items():
+            if not is_number(value):
+                raise LoraInitError(f"{{{name}}}, expected a number.", **{name: value})
             if name == "strength" and not _WEAKEST <= value < math.inf:
                 raise LoraInitError(
                     f"{{strength}} must be finite and at least {_WEAKEST:g}: 0 is the base.", strength=value

@@ -125,6 +125,11 @@ def heads_of(model: nn.Module) -> list[str]:
     return [name for name in there if (name != body if body in there else hasattr(model, "config") and name in known)]
 
 
+def new_heads(model: nn.Module) -> list[str]:
+    """Name what begins at random where it is trained whole: a head; any linear layer of a model of one's own."""
+    return heads_of(model) if hasattr(unwrapped(model), "config") else _linear(model, plain_names(model))
+
+
 # What a file may say of a layer; more is damage, and would take minutes and gigabytes before anybody notices.
 _WIDEST = 2**24  # the largest vocabularies have about 2**18 tokens
 _MOST_EXPERTS = 2**16  # Switch-C, which has most, has 2**11 (Fedus et al. 2021)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lora_init.errors import LoraInitError
 from lora_init.layers.targets import matches
 
 
@@ -50,7 +51,10 @@ def to_patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
 def from_patterns(patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> dict[str, Any]:
     """Read `rank_pattern` or `alpha_pattern` as PEFT does: a key ends where the name ends, and the first match wins."""
     patterns = patterns or {}
-    keys = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
+    try:
+        keys = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
+    except re.error as error:
+        raise LoraInitError(f"a key of the pattern {dict(patterns)} is no regular expression: {error}.") from error
     found = {name: next((key for key, one in keys.items() if one.match(name)), name) for name in names}
     return {name: patterns.get(key, default) for name, key in found.items()}
 

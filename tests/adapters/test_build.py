@@ -56,7 +56,7 @@ def test_a_in_directions_without_variance_stays_of_a_bounded_length():
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(method="pissa"), "method='pissa' is unknown. Choose from eva, random, random-scaled, gaussian, orth"),
     (dict(method="random", whiten=True), "whiten=True is for the start eva"),
-    (dict(method="gaussian", unit_rows=True), "unit_rows=True with method='gaussian': its rows have a size of their own"),
+    (dict(method="gaussian", unit_rows=True), "unit_rows=True with method='gaussian': its rows have a size"),
     (dict(method="eva", errors={}), "errors= with method='eva': it corrects no base"),
     (dict(lora_alpha=0), "lora_alpha=0 must be a positive number"),
     (dict(lora_alpha=float("nan")), "lora_alpha=nan must be"),

@@ -16,7 +16,7 @@ from lora_init.adapters.training_length import TrainingLength
 from lora_init.layers.targets import count_linear, find_targets
 from lora_init.statistics.statistics import Sizes
 from tests.adapters.made import batches, tiny
-from tests.conftest import batches_for, refused, tiny_bert, tiny_llama
+from tests.conftest import batches_for, refused, tiny_bert, tiny_llama, tiny_vit
 from tests.layers.made import mixtral
 from tests.versions import OLD_TRANSFORMERS
 
@@ -148,7 +148,12 @@ def adapted():
     return get_peft_model(tiny(), LoraConfig(r=2, target_modules=["0", "2"]))
 
 
+def llama_with(*layers):
+    return get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=list(layers) or ["q_proj"]))
+
+
 def test_wrong_input_is_one_line(adapted):
+    far = torch.tensor([[3, 4, 99]])  # 64 tokens there are
     nan = torch.full((4, 16), math.nan, dtype=torch.float64)
     trained = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["0"]))
     nn.init.ones_(trained.base_model.model[0].lora_B["default"].weight)
@@ -159,6 +164,15 @@ def test_wrong_input_is_one_line(adapted):
         "steps=0, expected a number of training steps": lambda: learning_rate(adapted, batches(), steps=0),
         "no batch has a token that counts, so no rate": lambda: learning_rate(adapted, []),
         "batch 0: layer '0': what it reads or computes contains NaN or inf": lambda: learning_rate(adapted, [nan]),
+        "learning_rate() got a str for the batches": lambda: learning_rate(adapted, "rows.jsonl"),
+        "learning_rate() got a Tensor for the batches": lambda: learning_rate(adapted, batches()[0]),
+        "learning_rate() got texts for the batches": lambda: learning_rate(adapted, ["one", "two"]),
+        "batch 0: Sequential says: mat1 and mat2": lambda: learning_rate(adapted, [torch.ones(2, 3)]),
+        "batch 0: LlamaForCausalLM says: index out of range": lambda: learning_rate(llama_with(), [{"input_ids": far}]),
+        "batch 0: LlamaForCausalLM says: Expected tensor": lambda: learning_rate(
+            llama_with(), [{"input_ids": far.float()}]
+        ),
+        "no layer says how far it moves": lambda: learning_rate(llama_with("embed_tokens"), [{"input_ids": far % 60}]),
         "learning_rate='high': 'measured' sets the rate of a trainer": lambda: lora_init.initialize(
             tiny(), batches(), learning_rate="high"
         ),
@@ -202,6 +216,69 @@ def test_a_frozen_a_wants_a_higher_rate():
     free, adapted, frozen = free.rate.rate, frozen.apply(model), frozen.rate.rate
     assert frozen > 1.5 * free
     assert learning_rate(adapted, data, steps=100, freeze_a=True).rate == pytest.approx(frozen, rel=0.1)
+
+
+@pytest.mark.parametrize("how", ["initialize", "the parameters", "the record", "the argument"])
+def test_a_is_frozen_where_the_parameters_or_the_record_say_so(how, llama, tokens):
+    config = dict(r=4, lora_alpha=0.05, target_modules=["q_proj", "down_proj"])
+    free = learning_rate(get_peft_model(tiny_llama(), LoraConfig(**config)), [tokens], steps=48)
+    adapted = get_peft_model(tiny_llama(), LoraConfig(**config))
+    if how in ("initialize", "the record"):
+        stats = collect(llama, [tokens], config["target_modules"], rank=4)
+        adapted = build_adapter(stats, 4, "random", lora_alpha=0.05, freeze_a=True).apply(llama)
+    if how == "the record":  # as PEFT loads it to be trained
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+    if how == "the parameters":
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(".lora_B." in name)
+    found = learning_rate(adapted, [tokens], steps=48, freeze_a=how == "the argument")
+    assert all(one.quadratic > 0 for one in free.responses.values())
+    assert found.rate > 1.5 * free.rate and all(one.quadratic == 0 for one in found.responses.values())
+
+
+def test_an_embedding_and_an_adapter_on_other_layers_are_left_out(llama, tokens):
+    adapted = get_peft_model(llama, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    adapted.add_adapter("second", LoraConfig(r=2, target_modules=["up_proj"]))
+    found = []
+    for name in ("default", "second"):
+        adapted.set_adapter(name)
+        found.append(learning_rate(adapted, [tokens], steps=48, adapter_name=name))
+    first, second = found
+    assert first.left_out == ["model.embed_tokens"] and {name.split(".")[-1] for name in first.layers} == {"q_proj"}
+    assert not second.left_out and {name.split(".")[-1] for name in second.layers} == {"up_proj"}
+
+
+def own_classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+# A model, what PEFT is told to train whole, a batch, and whether that is a new head.
+TOKENS = {"input_ids": torch.arange(3, 63).reshape(6, 10)}
+WHOLE = {
+    "by the task type": (tiny_bert, dict(task_type="SEQ_CLS"), TOKENS, True),
+    "by its name": (tiny_bert, dict(modules_to_save=["classifier"]), TOKENS, True),
+    "of images": (tiny_vit, dict(modules_to_save=["classifier"]), {"pixel_values": torch.rand(2, 1, 16, 16)}, True),
+    "of one's own": (own_classifier, dict(modules_to_save=["4"]), torch.rand(9, 16).double(), True),
+    "nothing": (tiny_bert, {}, TOKENS, False),
+    "of a language model": (tiny_llama, dict(modules_to_save=["lm_head"]), TOKENS, False),
+    "an embedding": (tiny_llama, dict(modules_to_save=["embed_tokens"]), TOKENS, False),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_new_head_is_what_is_trained_whole_whatever_the_task_is_called(kind):
+    """Also where the model is wrapped, as DistributedDataParallel does, and where the pass of `init` tells the rate."""
+    make, whole, batch, is_new = WHOLE[kind]
+    layers = [*find_targets(make()).layers][:2]
+    adapted = get_peft_model(make(), LoraConfig(r=2, target_modules=layers, **whole))
+    for model in (adapted, nn.DataParallel(adapted)):
+        assert learning_rate(model, [batch], steps=48).new_head == is_new
+    if not whole:
+        return  # our own passes see that it is a classifier
+    stats = collect(make(), [batch], layers, rank=2, task_type=whole.get("task_type"))
+    assert build_adapter(stats, 2, modules_to_save=whole.get("modules_to_save")).rate.new_head == is_new
 
 
 def test_a_layer_whose_output_is_zero_is_left_out_and_named():
