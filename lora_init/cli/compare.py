@@ -19,6 +19,7 @@ from lora_init.cli.console import FAILED, importing, print_result, running, say
 from lora_init.cli.options import FloatWeights, LoadingQuantized, MaxLength, read_numbers, read_share
 from lora_init.cli.tables import columns
 from lora_init.errors import LoraInitError
+from lora_init.progress import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,7 +178,6 @@ def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
     """Print what `Outlook` has."""
     from rich.table import Table
 
-    from lora_init.comparison.outlook import duration
     from lora_init.comparison.wording import percent, rate_text
 
     swept, others = ahead["swept"], ahead["others"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, importing, print_next, print_result
+from lora_init.cli.console import busy, importing, print_next, print_result, say
 from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, of_adapter, read_share
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require
@@ -108,7 +108,7 @@ def dial(
         kept = None if keep is None else read(keep, samples=samples // 2, batch_size=min(samples // 6, KEPT_BATCH))
         loaded = loading.load(source)
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
-            found = turn(model, rule, batches, kept, source.tokenizer, uniform, seed)
+            found = turn(model, rule, batches, kept, source.tokenizer, uniform, seed, say)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
     shown = {"written": str(path)} | found.summary()
     serve = shlex.join(["lora-init", "export", str(output), "--engine", "vllm", "-o", f"{output}-served"])
@@ -143,7 +143,7 @@ def replay(
     check_texts(source.config, source.tokenizer, length, chat)
     loaded = loading.load(source)
     with busy(f"writing {n} texts"):
-        rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat)
+        rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat, say)
     write_whole(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
     result = {"path": str(output.resolve()), "texts": len(rows), "columns": [*rows[0]], "seed": seed}
     shown = {name: str(value) for name, value in result.items()}

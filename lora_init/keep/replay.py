@@ -15,6 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.running import disabled, evaluating, restoring
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import pad_batch, padding_token
+from lora_init.progress import Progress, Say
 
 _ASKED = (
     "Explain {}.", "Write a short story about {}.", "What should I know about {}?", "List five facts about {}.",
@@ -30,8 +31,9 @@ LENGTH = 64  # tokens of a text
 
 
 def replay(
-    model: Any, tokenizer: Any, n: int = 64, length: int = LENGTH, seed: int = 0, chat: bool = False
-) -> list[dict[str, Any]]:
+    model: Any, tokenizer: Any, n: int = 64, length: int = LENGTH, seed: int = 0, chat: bool = False,
+    say: Say = lambda text: None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Let a model write texts at temperature 1; of a PEFT model the base does.
 
     A text begins with a token drawn from the whole vocabulary, so that few begin alike, and is as long as asked for: an
@@ -44,6 +46,7 @@ def replay(
         length: New tokens of a text, of an answer at most.
         seed: Seed of what is drawn.
         chat: Ask short questions by the chat template instead. A small model's answers end after a few tokens.
+        say: Receives lines about the progress.
 
     Returns:
         Rows that `load_batches` reads: `text`, or `messages` of a question and the answer.
@@ -52,12 +55,15 @@ def replay(
         LoraInitError: The model cannot write, or writes nothing; a chat without a chat template.
     """
     rows: list[dict[str, Any]] = []
+    progress = Progress(n, say)
     with closing(_write(model, tokenizer, 4 * n, length, seed, chat)) as written:  # some texts end before they begin
         for question, ids in written:
             text = tokenizer.decode(ids, skip_special_tokens=True)
             if text.strip():
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
                 rows.append({"messages": turns} if chat else {"text": text})
+                if len(rows) % _BATCH == 0:
+                    progress.ended(f"{len(rows)} of {n} texts written", _BATCH)
             if len(rows) == n:
                 return rows
     if not rows:
@@ -65,13 +71,21 @@ def replay(
     return rows
 
 
-def replayed(model: Any, tokenizer: Any, n: int, seed: int, batch_size: int) -> list[dict[str, Tensor]]:
+def replayed(
+    model: Any, tokenizer: Any, n: int, seed: int, batch_size: int, say: Say = lambda text: None
+) -> list[dict[str, Tensor]]:
     """Let a model write texts as for `replay`, and return batches of the tokens that it drew.
 
     Text that is read back has other tokens, and an end that it never had: an adapter that ends early would seem to keep
     what the model knew.
     """
-    texts = [(ids, ids) for _, ids in _write(model, tokenizer, n, seed=seed)][:n]
+    texts: list[tuple[list[int], list[int]]] = []
+    progress = Progress(n, say)
+    for _, ids in _write(model, tokenizer, n, seed=seed):
+        texts.append((ids, ids))
+        if len(texts) % _BATCH == 0:
+            progress.ended(f"{min(len(texts), n)} of {n} texts to keep written", _BATCH)
+    texts = texts[:n]
     return [pad_batch(texts[i : i + batch_size], padding_token(tokenizer)) for i in range(0, n, batch_size)]
 
 
