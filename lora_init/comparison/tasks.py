@@ -85,6 +85,7 @@ class Task:
     normalize: bool  # whether an option's log-likelihood is divided by its number of tokens
     data: str  # which examples of which data these are
     label: str  # name of the task in the report
+    rows_of: Mapping[str, int]  # of the data, by class
     spelled_out: bool = True  # whether the column of the answer has its text, as `init` reads it, and no letter
 
     def batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -232,7 +233,10 @@ def load_task(
     spelled_out = not asked.options or all(
         _has_text(row, asked.options, asked.answer) for row in islice(data.table, 100)
     )
-    return Task(kind, train, selection, report, reader.classes, padding, asked.normalize, described, title, spelled_out)
+    return Task(
+        kind, train, selection, report, reader.classes, padding, asked.normalize, described, title, reader.rows_of,
+        spelled_out,
+    )  # fmt: skip
 
 
 def _distinct(usable: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.adapters.starts import changes_base
 from lora_init.collection.losses import token_losses
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.keep.dialed import BEST, UNIFORM, Change, Dial, Point
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
@@ -71,6 +72,9 @@ class Rule:
                 raise LoraInitError(f"{{lose}} is {value:.0%} more loss. Write 2 % as 2% or 0.02.", lose=value)
             if not 0.0 <= value < math.inf:
                 raise LoraInitError(f"{{{name}}} must be a finite number of at least 0.", **{name: value})
+            if name == "strength" and value > STRONGEST:
+                said = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
+                warnings.warn(LoraInitWarning(said, strength=value), stacklevel=4)
         if not asked:
             object.__setattr__(self, "lose", LOSE)
 

@@ -98,7 +98,7 @@ def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command
     monkeypatch.setenv("COLUMNS", "300")  # or long paths are wrapped
     result = run(*command)
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr == f"data: {home.name}/text.txt: 48 of 48 examples, seed 0, at most 512 tokens, text\n"
     for part in ("rank ", "parameters", "MB. ", "Load it: ", "lora-init inspect", str(tmp_path / "out")):
         assert part in result.stdout
 
@@ -171,6 +171,7 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
     command += ["--method", "natural-gradient", "--rank", 2, "--rho", 1, "--seed", 3, "--statistics", file]
     made = run(*command, "-o", out, "--json")
     assert made.exit_code == 0, made.output
+    assert "19 classes (a 3, and 3, cat 3, " in made.stderr.splitlines()[0]  # before the pass
     said, n_classes = json.loads(made.stdout), len(WORDS[:19])
     assert said["classes"] == sorted(WORDS[:19]) and "id2label={0: " in said["load"]
     loaded = load_model(str(tmp_path / "model"), task_type="SEQ_CLS", seed=3, n_labels=n_classes)
@@ -305,7 +306,7 @@ def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
     interrupt_at(4, monkeypatch)
     result = run(*command, "--statistics", file)
     assert result.exit_code == 130
-    assert result.stderr.splitlines() == [
+    assert result.stderr.splitlines()[1:] == [
         f"{file}: kept the statistics of 3 batches. The same command goes on after them.",
         "interrupted",
     ]
