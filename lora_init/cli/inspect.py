@@ -20,7 +20,7 @@ from lora_init.cli.options import Length, TrustRemoteCode, read_numbers
 from lora_init.cli.tables import columns, correction_facts, facts, finite, quantization_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable, is_as_written, read_json
-from lora_init.layers.grid import layer_grid
+from lora_init.layers.grid import layer_grid, one_line_each
 from lora_init.serving.engines import ENGINES
 
 if TYPE_CHECKING:
@@ -408,8 +408,8 @@ def _statistics_view(about: Mapping[str, Any], width: int) -> list[Any]:
         "made for": f"rank {about['rank']} with seed {about['seed']}",
         "made with": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
     }
-    notes = [*about["notes"], *(f"{name} ({kind}) has no spectrum." for name, kind in about["unsupported"].items())]
-    return [head, "", _spectrum_table(about["layers"]), *notes]
+    without = one_line_each({name: f"no spectrum, {kind}." for name, kind in about["unsupported"].items()})
+    return [head, "", _spectrum_table(about["layers"]), *about["notes"], *without]
 
 
 def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:

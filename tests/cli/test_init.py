@@ -69,7 +69,7 @@ def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(c
         line = f"Train with AdamW at {rate_text(rate)}, warm-up 10%, cosine, for 50 steps of 8"
         inspected = " ".join(run("inspect", out).stdout.split())
         assert line in made.stdout and line in (out / "README.md").read_text() and line in inspected
-        assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 5
+        assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 6
 
 
 def test_the_length_of_the_training_is_an_option_and_a_contradiction_is_refused_before_the_weights(
@@ -101,6 +101,7 @@ def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command
     assert result.stderr == f"data: {home.name}/text.txt: 48 of 48 examples, seed 0, at most 512 tokens, text\n"
     for part in ("rank ", "parameters", "MB. ", "Load it: ", "lora-init inspect", str(tmp_path / "out")):
         assert part in result.stdout
+    assert result.stdout.splitlines()[-1] == "Next: train it; then lora-init dial TRAINED HELD-OUT-DATA -o kept"
 
     ids = torch.arange(12)[None]
     base = AutoModelForCausalLM.from_pretrained(home / "model").eval()
@@ -183,6 +184,7 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
         torch.testing.assert_close(tensors[f"base_model.model.{name}.lora_A.weight"], a)
     script = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
+    assert said["next"] == f"train it as {out / 'README.md'} shows; then lora-init inspect TRAINED"
     names = {}
     exec(script, names)
     model = names["model"]

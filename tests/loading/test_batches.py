@@ -353,7 +353,7 @@ def classes(*names):
      "of the first 9 rows 6 left out with an empty field; read as messages."),
     (numbered(1) * 200, {}, "199 duplicates among 200 examples"),
     ([chat(("human", "a"), ("assistant", "b"))], {}, "the chat template does not know the role 'human'. Rename it"),
-    ([chat(("system", "be brief"), ("user", "a"), ("assistant", "b"))], {}, "leaves out the turns of the role 'system'"),
+    ([chat(("system", "be brief"), ("user", "a"), ("assistant", "b"))], {}, "leaves out the turns of the role 'sys"),
     ([*[ANSWERED] * 2, chat(("user", "a"), ("assistant", " "))], {}, "of the first 3 rows 1 left out with an empty"),
     ([{"text": "a long text"}] * 2, {"max_length": 2}, "2 of 2 examples end at max_length=2 tokens. Raise it"),
 ])  # fmt: skip
