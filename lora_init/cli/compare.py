@@ -17,7 +17,7 @@ from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 from lora_init.cli.console import FAILED, importing, print_result, running, say
 from lora_init.cli.options import FloatWeights, LoadingQuantized, MaxLength, read_numbers, read_share
-from lora_init.cli.tables import columns
+from lora_init.cli.tables import Cells
 from lora_init.errors import LoraInitError
 from lora_init.progress import duration
 
@@ -184,7 +184,8 @@ def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     later = [f"on {_seeds(others)}"] if others else []
     for column in ("start", f"learning rates on {_seeds(swept)}", *later, "runs"):
-        table.add_column(column, justify="right" if column == "runs" else "left", overflow="fold")
+        fixed = column in ("start", "runs")
+        table.add_column(column, justify="right" if column == "runs" else "left", overflow="fold", no_wrap=fixed)
     for start in ahead["starts"]:
         own = start["own_rate"]
         rates = [rate_text(rate) + "*" * (rate == own) for rate in start["rates"]]
@@ -240,7 +241,7 @@ def show_comparison(console: Console, summary: Summary) -> None:
         if name != "runs":
             console.print()
             console.print(Text(name.replace("_", " "), "bold"))
-            console.print(columns(cells.to_dict("records")))
+            console.print(Cells(cells.to_dict("records")))
     if summary.command:
         console.print(Text(f"\n{summary.command}"))
 
