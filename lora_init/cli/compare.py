@@ -56,7 +56,7 @@ def compare(
     ] = None,
     learning_rates: Annotated[
         str | None,
-        Option(help="Tried for every start. Default: three around the rate that a forward pass tells of it."),
+        Option(help="Tried for every start. Default: three around its measured rate, as init prints it."),
     ] = None,
     seeds: Annotated[
         int | None, Option(min=1, help="Seeds: 0, 1, 2 and so on. Default: 5, with a limit at most 32.")
@@ -192,7 +192,7 @@ def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
         then = ["the best" + (f" and {rate_text(own)}*" if own else "")] if others else []
         table.add_row(start["name"], " ".join(rates), *then, str(start["runs"]))
     console.print(table)
-    lines = ["* is the rate that a forward pass tells."] * any(x["own_rate"] for x in ahead["starts"])
+    lines = ["* is the measured rate, as init prints it."] * any(x["own_rate"] for x in ahead["starts"])
     lines.append(f"Data: {ahead['data']}.")
     added = [_ADDED[what].format(n) for what, n in ahead["may_add"].items() if n]
     lines.append(f"{ahead['n_runs']} runs, {ahead['ended']} ended{'; at most ' * bool(added)}{', '.join(added)}.")
