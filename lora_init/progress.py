@@ -12,22 +12,17 @@ class Progress:
     """Work of so many parts, of which some have ended."""
 
     def __init__(self, parts: float, say: Say) -> None:
-        self._left, self._done, self._say, self._began = parts, 0.0, say, time.monotonic()
+        self._parts, self._done, self._say, self._began = parts, 0.0, say, time.monotonic()
 
     def ended(self, text: str, parts: float = 1.0) -> None:
         """Count parts that ended, and print the line about them."""
-        self._done, self._left = self._done + parts, self._left - parts
+        self._done += parts
         each = (time.monotonic() - self._began) / self._done
-        self._say(f"{text}{time_left(self._left * each)}")
+        self._say(text + time_left((self._parts - self._done) * each))
 
 
 def time_left(seconds: float) -> str:
-    """Write the end of a line about a part that ended; empty after the last one.
-
-    Example:
-        >>> time_left(150.0), time_left(0.0)
-        ('; about 2.5 min left', '')
-    """
+    """Write the end of a line about a part that ended; empty after the last one."""
     return f"; about {duration(seconds)} left" if seconds > 0 else ""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,9 +74,9 @@ def dial(
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.adapters.peft_model import with_adapter
         from lora_init.files import check_free
-        from lora_init.keep.dial import KEPT_BATCH, Rule, check_dialable, turn
+        from lora_init.keep.dial import KEPT_BATCH, Rule, check_dialable, check_enough, turn
         from lora_init.keep.dialed import OURS, Dial, write_dialed
-        from lora_init.loading.batches import load_batches
+        from lora_init.loading.batches import load_batches, load_other
         from lora_init.loading.models import open_model
         from lora_init.serving.base import read_base
         from lora_init.serving.fit import check_fit
@@ -101,11 +100,14 @@ def dial(
             warnings.warn(
                 f"{adapter} was made on a base in {how}, and this one is not: --quantize {how}.", stacklevel=2
             )
-        read = partial(
-            load_batches, tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq
-        )
-        batches = read(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8))
-        kept = None if keep is None else read(keep, samples=samples // 2, batch_size=min(samples // 6, KEPT_BATCH))
+        how = dict(tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
+        batches = load_batches(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8), **how)
+        check_enough(batches.n, f"DATA {data}")
+        kept = None
+        if keep is not None:
+            size = min(samples // 6, KEPT_BATCH)
+            kept = load_other(keep, samples=samples // 2, batch_size=size, **how)
+            check_enough(kept.n, f"--keep {keep}")
         loaded = loading.load(source)
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
             found = turn(model, rule, batches, kept, source.tokenizer, uniform, seed, say)

@@ -68,7 +68,7 @@ def export(
     places = _places(directories, output, engine)
     if start is not None and len(places) > 1:
         raise LoraInitError("--start is one adapter before its training. Export those that have one one by one.")
-    with importing():
+    with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
         from lora_init.serving.export import Exported, check_measured, check_output, export_adapter

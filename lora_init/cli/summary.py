@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
@@ -37,14 +36,12 @@ def _next(directory: Path) -> str:
     """Write what one does next with an adapter that `init` wrote."""
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.keep.dial import check_dialable
-    from lora_init.serving.support import WRITE_NO_TEXT
 
-    config = AdapterDirectory(directory).config
-    with suppress(LoraInitError):
-        check_dialable(config, (), str(directory))
-        if config.get("task_type") not in WRITE_NO_TEXT:
-            return "train it; then lora-init dial TRAINED HELD-OUT-DATA -o kept"
-    return f"train it as {directory / 'README.md'} shows; then lora-init inspect TRAINED"
+    try:
+        check_dialable(AdapterDirectory(directory).config, (), "")
+        return "train it; then lora-init dial TRAINED HELD-OUT-DATA -o kept"
+    except LoraInitError:
+        return f"train it as {directory / 'README.md'} shows; then lora-init inspect TRAINED"
 
 
 def summary_of(source: Named, directory: Path, built: AdapterInit) -> dict[str, Any]:

@@ -242,9 +242,14 @@ def _read(batches: Iterable[Any], what: str) -> list[Any]:
             raise LoraInitError(f"{what}: a batch has no labels [batch, length], as a language model takes them.")
         if bool((labels[:, 1:] != IGNORED).any()):
             found.append(batch)
-    if (n := sum(map(len, map(_examples, found)))) < _LEAST:
-        raise LoraInitError(f"{what}: {n} examples have labels, and at least {_LEAST} are needed. Take 36 or more.")
+    check_enough(sum(map(len, map(_examples, found))), what)
     return found
+
+
+def check_enough(n: int, what: str) -> None:
+    """Refuse too few examples to deal out."""
+    if n < _LEAST:
+        raise LoraInitError(f"{what}: {n} example{'s' * (n > 1)}, and at least {_LEAST} are needed. Take 36 or more.")
 
 
 def _count(batches: Iterable[Any]) -> int:
@@ -261,7 +266,7 @@ def _thirds(batches: list[Any], rule: Rule, uniform: bool, seed: int) -> _Parts:
     examples = [example for batch in batches for example in _examples(batch)]
     random.Random(seed).shuffle(examples)
     size = max(len(batch["labels"]) for batch in batches)
-    fit, choose, report = (_batched(examples[i::3], size, seed) for i in range(3))
+    fit, choose, report = (list(_batched(examples[i::3], size, seed)) for i in range(3))
     return fit, fit + choose if uniform else choose, report
 
 
@@ -275,28 +280,23 @@ def _examples(batch: Any) -> list[Any]:
 
 def _is_of_rows(batch: Any) -> bool:
     n = len(batch["labels"])
-    return all(isinstance(value, Tensor) and value.dim() and len(value) == n for value in batch.values())
+    return all(isinstance(value, Tensor) and value.dim() > 1 and len(value) == n for value in batch.values())
 
 
-def _batched(examples: Iterable[Any], size: int, seed: int) -> list[Any]:
-    """Put examples of one form into batches; without a mask for padding they also have one length."""
+def _batched(examples: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
+    """Put examples of one form into batches, padded on the right; without a mask for that they also have one length."""
     groups = defaultdict(list)
     for one in examples:
         of_length = 2 if "attention_mask" in one else 1
         form = [(name, *value.shape[of_length:]) for name, value in one.items()] if _is_of_rows(one) else id(one)
         groups[str(form)].append(one)
-    by_length = (group_by_length(group, size, seed, lambda one: one["labels"].shape[1]) for group in groups.values())
-    return [rows[0] if len(rows) == 1 else _joined(rows) for group in by_length for rows in group]
-
-
-def _joined(rows: list[Any]) -> dict[str, Tensor]:
-    """Pad examples on the right to one batch."""
-    return {
-        name: pad_sequence([row[name][0] for row in rows], True, IGNORED if name == "labels" else 0)
-        if value.dim() > 1
-        else torch.cat([row[name] for row in rows])
-        for name, value in rows[0].items()
-    }
+    for group in groups.values():
+        for rows in group_by_length(group, size, seed, lambda one: int(one["labels"].shape[1])):
+            if len(rows) == 1:
+                yield rows[0]
+                continue
+            padding = {name: IGNORED if name == "labels" else 0 for name in rows[0]}
+            yield {name: pad_sequence([row[name][0] for row in rows], True, pad) for name, pad in padding.items()}
 
 
 def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:

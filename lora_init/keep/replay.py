@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Generator
 from contextlib import closing, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -55,15 +56,12 @@ def replay(
         LoraInitError: The model cannot write, or writes nothing; a chat without a chat template.
     """
     rows: list[dict[str, Any]] = []
-    progress = Progress(n, say)
-    with closing(_write(model, tokenizer, 4 * n, length, seed, chat)) as written:  # some texts end before they begin
+    with closing(_write(model, tokenizer, n, length, seed, chat, say)) as written:
         for question, ids in written:
             text = tokenizer.decode(ids, skip_special_tokens=True)
             if text.strip():
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
                 rows.append({"messages": turns} if chat else {"text": text})
-                if len(rows) % _BATCH == 0:
-                    progress.ended(f"{len(rows)} of {n} texts written", _BATCH)
             if len(rows) == n:
                 return rows
     if not rows:
@@ -79,18 +77,13 @@ def replayed(
     Text that is read back has other tokens, and an end that it never had: an adapter that ends early would seem to keep
     what the model knew.
     """
-    texts: list[tuple[list[int], list[int]]] = []
-    progress = Progress(n, say)
-    for _, ids in _write(model, tokenizer, n, seed=seed):
-        texts.append((ids, ids))
-        if len(texts) % _BATCH == 0:
-            progress.ended(f"{min(len(texts), n)} of {n} texts to keep written", _BATCH)
-    texts = texts[:n]
+    with closing(_write(model, tokenizer, n, LENGTH, seed, False, say)) as written:
+        texts = [(ids, ids) for _, ids in islice(written, n)]
     return [pad_batch(texts[i : i + batch_size], padding_token(tokenizer)) for i in range(0, n, batch_size)]
 
 
 def _write(
-    model: Any, tokenizer: Any, n: int, length: int = LENGTH, seed: int = 0, chat: bool = False
+    model: Any, tokenizer: Any, n: int, length: int, seed: int, chat: bool, say: Say
 ) -> Generator[tuple[str, list[int]], None, None]:
     """Yield what a model writes, and for a chat the question before it."""
     if min(n, length) < 1:
@@ -102,11 +95,13 @@ def _write(
     place, base = model.device, disabled(model) if hasattr(model, "disable_adapter") else nullcontext()
     with torch.random.fork_rng([place] if place.type == "cuda" else []), evaluating(model), base:
         torch.manual_seed(seed)
-        for first in range(0, n, _BATCH):
+        progress = Progress(n, say)
+        for first in range(0, 4 * n, _BATCH):  # some texts end before they begin
             asked = [_QUESTIONS[(first + i) * 37 % len(_QUESTIONS)] for i in range(_BATCH)]
             drawn = torch.randint(n_tokens, (_BATCH, 1)).tolist()
             prompts = [_question(tokenizer, one) for one in asked] if chat else drawn
             texts = _sample(model, prompts, length, padding_token(tokenizer), _ends(model, tokenizer), chat)
+            progress.ended(f"{min(first + _BATCH, n)} of {n} texts written", _BATCH)
             yield from zip(asked, texts if chat else map(operator.add, drawn, texts), strict=True)
 
 

@@ -29,12 +29,7 @@ _ROUTER = re.compile(r"(gate|router)(\.|$)")
 
 
 def one_line_each(said: Mapping[str, str]) -> list[str]:
-    """Write what is said of layers by name, a line for all of which the same is said.
-
-    Example:
-        >>> one_line_each({"h.0.up": "never ran.", "h.1.up": "never ran.", "h.2.up": "read 3 rows."})
-        ['h.0.up and 1 other layer: never ran.', 'h.2.up: read 3 rows.']
-    """
+    """Write what is said of layers by name, a line for all of which the same is said."""
     names: dict[str, list[str]] = {}
     for name, text in said.items():
         names.setdefault(text, []).append(name)

@@ -34,6 +34,11 @@ class Batches(list["dict[str, Tensor]"]):
     description: str = ""  # which examples of which data these are, in words: `data=` of `collect`
     classes: tuple[str, ...] = ()  # those that `labels` count from 0, if the data were read with a `label`
 
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return sum(len(batch["labels"]) for batch in self)
+
     def __init__(self, batches: Iterable[dict[str, Tensor]] = (), settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(batches)
         self.settings = dict(settings or {})
@@ -166,10 +171,10 @@ def load_batches(
     settings = {
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
         "batch_size": batch_size, "seed of the sample": seed, "rows": len(rows.table),
-        **({"classes": [*reader.classes]} if label else {}),
+        **({"classes": [*reader.rows_of]} if label else {}),
     }  # fmt: skip
     batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)
-    batches.classes = reader.classes
+    batches.classes = tuple(reader.rows_of)
     parts = [
         f"{rows.label}: {len(examples)} of {len(rows.table)} examples", f"after the first {offset}" if offset else "",
         f"seed {seed}", f"at most {reader.limit} tokens", f"which {n_full} reach" if n_full else "", reader.recipe.name,
@@ -178,6 +183,18 @@ def load_batches(
     ]  # fmt: skip
     batches.description = ", ".join(part for part in parts if part)
     return batches
+
+
+def load_other(source: Any, tokenizer: Any, template_option: str = "", **how: Any) -> Batches:
+    """Read text beside the data, for which only another option may have a template."""
+    try:
+        return load_batches(source, tokenizer, **how)
+    except LoraInitError as error:
+        if "template" not in error.options:
+            raise
+        said, found, _ = error.text.replace("{template}", f"{{{template_option}}}").partition("; name others")
+        remedy = f". Name one by {{{template_option}}}." if template_option else ". Rename one of them."
+        raise LoraInitError(said + remedy * bool(found), **{template_option: how.get("template") or ...}) from error
 
 
 def group_by_length(items: Sequence[_T], batch_size: int, seed: int, length: Callable[[_T], int]) -> Iterator[list[_T]]:

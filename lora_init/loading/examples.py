@@ -186,7 +186,7 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
         if not turn.keys() - {"role", "name"}:
             raise LoraInitError(f"message {number}, of {turn['role']!r}, has no content. Leave out the row.")
     answers = [turn for turn in turns[first:] if turn["role"] == "assistant"]
-    if answers and not any(_is_said(turn) for turn in answers):
+    if answers and all(turn.keys() <= _BLANK and is_missing(turn.get("content") or None) for turn in answers):
         return None
     options = _without_nulls(row.get("chat_template_kwargs") or {})
 
@@ -209,11 +209,6 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
         return Example(whole, spans, str(turns[: first or _first_answer(turns)]), rendered=True)
     except Exception as error:  # a template is a program: it raises what it likes
         raise LoraInitError(f"the chat template refuses the messages: {error}.") from error
-
-
-def _is_said(turn: Mapping[str, Any]) -> bool:
-    """Return whether a turn has words, or something beside them such as a call of a tool."""
-    return bool(turn.keys() - {"role", "name", "content"}) or not is_missing(turn.get("content") or None)
 
 
 def _warn_of_roles(turns: Sequence[Mapping[str, Any]], whole: str, template: str) -> None:
@@ -288,6 +283,7 @@ def count_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
+_BLANK = {"role", "name", "content"}  # of a turn that calls no tool and has no thoughts
 # What chat templates take beside messages.
 _OF_CHATS = ("tools", "chat_template_kwargs")
 # The first whose columns are there is taken. To add a format, add it here; the command line offers what there is.

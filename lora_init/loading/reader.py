@@ -37,11 +37,6 @@ class Reader:
     rows_of: Mapping[str, int] = field(default_factory=dict)  # by class, in the order in which labels count these
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """The classes, in the order in which labels count them."""
-        return tuple(self.rows_of)
-
-    @property
     def columns(self) -> list[str]:
         """Columns that are read."""
         return [*self.recipe.columns, *([self.label] if self.label else [])]
@@ -57,7 +52,7 @@ class Reader:
             return "with an empty field"
         if self.label is not None:
             name = _class_of(row[self.label])
-            return "without a label" if name is None else (encoded[0], [self.classes.index(name)])
+            return "without a label" if name is None else (encoded[0], [[*self.rows_of].index(name)])
         if self.needs_labels and all(label == IGNORED for label in encoded[1]):
             return f"without a labelled token among the first {self.limit}"
         return encoded

@@ -167,5 +167,6 @@ def test_what_takes_long_says_in_a_log_how_far_it_is(place, tmp_path):
     assert found == sorted(found) and all(" min left" in lines[i] or " s left" in lines[i] for i in found[1:])
     assert run(*words, "-o", tmp_path / "quiet", "-q").stderr == ""
     done = run("replay", place / "base", "-o", tmp_path / "r.jsonl", "--n", 70, "--length", 4)
-    first, second = done.stderr.splitlines()
+    first, second, last = done.stderr.splitlines()
     assert first.startswith("32 of 70 texts") and first.endswith(" left") and second.startswith("64 of 70 texts")
+    assert last == "70 of 70 texts written"
