@@ -100,13 +100,15 @@ def dial(
             warnings.warn(
                 f"{adapter} was made on a base in {how}, and this one is not: --quantize {how}.", stacklevel=2
             )
-        how = dict(tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
-        batches = load_batches(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8), **how)
+        fit: dict[str, Any] = dict(
+            tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq
+        )
+        batches = load_batches(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8), **fit)
         check_enough(batches.n, f"DATA {data}")
         kept = None
         if keep is not None:
             size = min(samples // 6, KEPT_BATCH)
-            kept = load_other(keep, samples=samples // 2, batch_size=size, **how)
+            kept = load_other(keep, samples=samples // 2, batch_size=size, **fit)
             check_enough(kept.n, f"--keep {keep}")
         loaded = loading.load(source)
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:

@@ -224,8 +224,8 @@ def turn(
         share = len(texts & _sequences(task)) / len(texts)
         if share >= _SHARED:
             raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task. Pass text of another kind.")
-    parts = [_thirds(found, rule, uniform, seed) for found in (task, kept)]
-    return replace(_search(model, *parts, rule, uniform, say), read=(n, _count(kept)))
+    parts, others = (_thirds(found, rule, uniform, seed) for found in (task, kept))
+    return replace(_search(model, parts, others, rule, uniform, say), read=(n, _count(kept)))
 
 
 _Parts = tuple[list[Any], list[Any], list[Any]]
