@@ -100,9 +100,7 @@ def dial(
             warnings.warn(
                 f"{adapter} was made on a base in {how}, and this one is not: --quantize {how}.", stacklevel=2
             )
-        fit: dict[str, Any] = dict(
-            tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq
-        )
+        fit: dict[str, Any] = dict(tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
         batches = load_batches(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8), **fit)
         check_enough(batches.n, f"DATA {data}")
         kept = None

@@ -128,7 +128,9 @@ def count_classes(rows: Rows, column: str, used: Collection[str], known: Sequenc
     if column in used:
         raise LoraInitError("{label} is a part of the text, which gives the class away. Take it out.", label=column)
     _warn_of_classes(found, f"{rows.label}, column {column!r}")
-    order = known if found.keys() <= {*known} else sorted(sorted(found), key=numbers.get if are_numbers else None)
+    order = (
+        known if found.keys() <= {*known} else sorted(sorted(found), key=numbers.__getitem__ if are_numbers else None)
+    )
     return {name: found[name] for name in order}
 
 

@@ -249,7 +249,7 @@ def _uncounted(budget: Budget, unsupported: Mapping[str, str]) -> list[str]:
 
 
 def _some(names: Sequence[str], which: BoolArray) -> str:
-    return some([repr(names[i]) for i in np.flatnonzero(which)])
+    return some([repr(names[int(i)]) for i in np.flatnonzero(which)])
 
 
 @dataclass(frozen=True)
