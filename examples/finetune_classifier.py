@@ -31,15 +31,18 @@ args = parser.parse_args()
 set_seed(0)  # the new head is random
 name = demo_assets.minilm()
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
 
 rows = load_dataset("json", data_files=str(demo_assets.dataset("BoolQ", "dev.jsonl")), split="train")
 rows = rows.shuffle(seed=0).select(range(min(args.samples, len(rows))))
+# The classes as lora_init counts them, without rows that have none.
+classes = lora_init.load_batches(rows, tokenizer, template="{question}", label="answer", samples=None).classes
+rows = rows.filter(lambda row: str(row["answer"]) in classes)
+model = AutoModelForSequenceClassification.from_pretrained(name, id2label=dict(enumerate(classes)))
 
 
 def encode(row):
     tokens = tokenizer(row["question"], row["passage"], truncation=True, max_length=192)
-    return {**tokens, "labels": int(row["answer"] == "True")}
+    return {**tokens, "labels": classes.index(str(row["answer"]))}
 
 
 parts = rows.map(encode, remove_columns=rows.column_names).train_test_split(test_size=0.2, seed=0)

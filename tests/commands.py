@@ -43,7 +43,7 @@ def run(*arguments):
 
 def assert_one_line_error(result, *parts, code=1):
     assert result.exit_code == code
-    lines = result.stderr.strip().splitlines()
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("data: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert result.stdout == ""
     for part in parts:

@@ -55,6 +55,19 @@ SMALLER = (
 @pytest.mark.filterwarnings("ignore:.* layers get fewer ranks than asked for")
 @pytest.mark.parametrize("page", RUN)
 def test_blocks_run(page, home, tmp_path, monkeypatch):  # noqa: F811
+    run_blocks(page, TEXTS[page], home, tmp_path, monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:.* layers get fewer ranks than asked for", "ignore:.*left out without a label")
+def test_a_table_with_gaps_is_classified_by_the_classes_of_the_adapter(home, tmp_path, monkeypatch):  # noqa: F811
+    page = "docs/classify-a-csv.md"
+    made = 'rows.to_csv("tickets.csv", index=False)'
+    gaps = f'rows.loc[::9, "category"] = None\nrows.loc[[2, 3], "category"] = ["1", "rare"]\n{made}'
+    assert made in TEXTS[page]
+    run_blocks(page, TEXTS[page].replace(made, gaps), home, tmp_path, monkeypatch)
+
+
+def run_blocks(page, whole, home, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for name in (MODEL, LARGE, ENCODER):
@@ -68,12 +81,12 @@ def test_blocks_run(page, home, tmp_path, monkeypatch):  # noqa: F811
         batches = lora_init.load_batches(DATA, tokenizer, template=TEMPLATE)
         stats = lora_init.Statistics.load("stats.safetensors")
         names |= dict(lora_init=lora_init, tokenizer=tokenizer, model=model, batches=batches, stats=stats)
-    for block in BLOCK.finditer(TEXTS[page]):
+    for block in BLOCK.finditer(whole):
         language, text = block.groups()
         for pattern, smaller in SMALLER:
             text = re.sub(pattern, smaller, text, flags=re.MULTILINE)
         if language == "python":
-            before = TEXTS[page][: block.start()].count("\n") + 1  # so that a traceback names the line of the page
+            before = whole[: block.start()].count("\n") + 1  # so that a traceback names the line of the page
             exec(compile("\n" * before + text, str(ROOT / page), "exec"), names)
         elif language == "bash":
             for command in commands(text):

@@ -181,8 +181,7 @@ def read(
     options = vars(sample) | {name: value for name, value in fitting.items() if getattr(sample, name) is None}
     load = partial(load_batches, source, tokenizer, **vars(asked.reading), seed=run.seed)
     batches = load(**options)
-    n = sum(len(batch["input_ids"]) for batch in batches)
-    if n < LEAST:
+    if (n := batches.n) < LEAST:
         said = f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more."
         warnings.warn(LoraInitWarning(said), stacklevel=5)
     beyond: Sequence[Any] = ()

@@ -17,7 +17,7 @@ from lora_init.adapters.starts import FROM_BANK
 from lora_init.cli.console import busy, command, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands
 from lora_init.cli.options import MaxLength, TrustRemoteCode
-from lora_init.cli.tables import columns, facts, finite
+from lora_init.cli.tables import Cells, facts, finite
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def list_(bank: BankPath) -> None:
             | {"statistics": "yes" if entry.statistics_sha256 else "-", "data": entry.data.partition(":")[0]}
             for name, entry in found.entries.items()
         ]
-        console.print(facts(head), "", columns(rows), markup=False)
+        console.print(facts(head), "", Cells(rows), markup=False)
         _show_next(console, found)
 
     about = {"bank": str(found.path), "model": found.model, "encoder": found.encoder, "entries": entries}

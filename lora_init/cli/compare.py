@@ -15,10 +15,11 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
-from lora_init.cli.console import FAILED, importing, print_result, running, say
+from lora_init.cli.console import FAILED, importing, print_result, refuse_idle, running, say
 from lora_init.cli.options import FloatWeights, LoadingQuantized, MaxLength, read_numbers, read_share
-from lora_init.cli.tables import columns
+from lora_init.cli.tables import Cells
 from lora_init.errors import LoraInitError
+from lora_init.progress import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def compare(
     ] = None,
     learning_rates: Annotated[
         str | None,
-        Option(help="Tried for every start. Default: three around the rate that a forward pass tells of it."),
+        Option(help="Tried for every start. Default: three around its measured rate, as init prints it."),
     ] = None,
     seeds: Annotated[
         int | None, Option(min=1, help="Seeds: 0, 1, 2 and so on. Default: 5, with a limit at most 32.")
@@ -132,6 +133,10 @@ def compare(
     given = locals()
     if data == "-" and workers:
         raise LoraInitError("DATA '-': workers read the data, too, and standard input is read once. Name a file.")
+    if options is None:
+        refuse_idle(("answer", "normalize"), "that is for --options")
+    if retain_data is None:
+        refuse_idle(("retain_template", "retain_samples", "dial"), "that is for --retain-data")
     given |= {
         "starts": None if starts is None else [_start(word) for word in read_names(starts)],
         "learning_rates": learning_rates and read_numbers("--learning-rates", learning_rates, float),
@@ -177,21 +182,21 @@ def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
     """Print what `Outlook` has."""
     from rich.table import Table
 
-    from lora_init.comparison.outlook import duration
     from lora_init.comparison.wording import percent, rate_text
 
     swept, others = ahead["swept"], ahead["others"]
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     later = [f"on {_seeds(others)}"] if others else []
     for column in ("start", f"learning rates on {_seeds(swept)}", *later, "runs"):
-        table.add_column(column, justify="right" if column == "runs" else "left", overflow="fold")
+        fixed = column in ("start", "runs")
+        table.add_column(column, justify="right" if column == "runs" else "left", overflow="fold", no_wrap=fixed)
     for start in ahead["starts"]:
         own = start["own_rate"]
         rates = [rate_text(rate) + "*" * (rate == own) for rate in start["rates"]]
         then = ["the best" + (f" and {rate_text(own)}*" if own else "")] if others else []
         table.add_row(start["name"], " ".join(rates), *then, str(start["runs"]))
     console.print(table)
-    lines = ["* is the rate that a forward pass tells."] * any(x["own_rate"] for x in ahead["starts"])
+    lines = ["* is the measured rate, as init prints it."] * any(x["own_rate"] for x in ahead["starts"])
     lines.append(f"Data: {ahead['data']}.")
     added = [_ADDED[what].format(n) for what, n in ahead["may_add"].items() if n]
     lines.append(f"{ahead['n_runs']} runs, {ahead['ended']} ended{'; at most ' * bool(added)}{', '.join(added)}.")
@@ -240,7 +245,7 @@ def show_comparison(console: Console, summary: Summary) -> None:
         if name != "runs":
             console.print()
             console.print(Text(name.replace("_", " "), "bold"))
-            console.print(columns(cells.to_dict("records")))
+            console.print(Cells(cells.to_dict("records")))
     if summary.command:
         console.print(Text(f"\n{summary.command}"))
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, importing, print_next, print_result
+from lora_init.cli.console import busy, importing, print_next, print_result, say
 from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, of_adapter, read_share
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require
@@ -75,9 +74,9 @@ def dial(
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.adapters.peft_model import with_adapter
         from lora_init.files import check_free
-        from lora_init.keep.dial import KEPT_BATCH, Rule, check_dialable, turn
+        from lora_init.keep.dial import KEPT_BATCH, Rule, check_dialable, check_enough, turn
         from lora_init.keep.dialed import OURS, Dial, write_dialed
-        from lora_init.loading.batches import load_batches
+        from lora_init.loading.batches import load_batches, load_other
         from lora_init.loading.models import open_model
         from lora_init.serving.base import read_base
         from lora_init.serving.fit import check_fit
@@ -101,14 +100,17 @@ def dial(
             warnings.warn(
                 f"{adapter} was made on a base in {how}, and this one is not: --quantize {how}.", stacklevel=2
             )
-        read = partial(
-            load_batches, tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq
-        )
-        batches = read(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8))
-        kept = None if keep is None else read(keep, samples=samples // 2, batch_size=min(samples // 6, KEPT_BATCH))
+        fit: dict[str, Any] = dict(tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
+        batches = load_batches(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8), **fit)
+        check_enough(batches.n, f"DATA {data}")
+        kept = None
+        if keep is not None:
+            size = min(samples // 6, KEPT_BATCH)
+            kept = load_other(keep, samples=samples // 2, batch_size=size, **fit)
+            check_enough(kept.n, f"--keep {keep}")
         loaded = loading.load(source)
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
-            found = turn(model, rule, batches, kept, source.tokenizer, uniform, seed)
+            found = turn(model, rule, batches, kept, source.tokenizer, uniform, seed, say)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
     shown = {"written": str(path)} | found.summary()
     serve = shlex.join(["lora-init", "export", str(output), "--engine", "vllm", "-o", f"{output}-served"])
@@ -143,7 +145,7 @@ def replay(
     check_texts(source.config, source.tokenizer, length, chat)
     loaded = loading.load(source)
     with busy(f"writing {n} texts"):
-        rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat)
+        rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat, say)
     write_whole(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
     result = {"path": str(output.resolve()), "texts": len(rows), "columns": [*rows[0]], "seed": seed}
     shown = {name: str(value) for name, value in result.items()}

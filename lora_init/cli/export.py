@@ -13,7 +13,7 @@ from typer import Argument, Option
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result
 from lora_init.cli.options import MaxLength, WrittenAs, of_adapter, one_base
-from lora_init.cli.tables import columns, facts
+from lora_init.cli.tables import Cells, facts
 from lora_init.errors import LoraInitError, explain, require, require_version
 from lora_init.serving.engines import ENGINES, find_engine
 
@@ -68,7 +68,7 @@ def export(
     places = _places(directories, output, engine)
     if start is not None and len(places) > 1:
         raise LoraInitError("--start is one adapter before its training. Export those that have one one by one.")
-    with importing():
+    with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
         from lora_init.serving.export import Exported, check_measured, check_output, export_adapter
@@ -196,7 +196,7 @@ def _show_all(console: Console, exports: list[Exported], summaries: list[dict[st
             }
             | ({"loss before, after": "{:.4f}, {:.4f}".format(*about["losses"])} if "losses" in about else {})
         )
-    console.print(columns(rows))
+    console.print(Cells(rows))
     together = command_for_all(exports) if exports and base is not None else ""
     each = [(together, verify_for_all(exports, base))] if together else [(one.command, one.verify) for one in exports]
     for serve, verify in each:

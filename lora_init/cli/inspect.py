@@ -17,15 +17,14 @@ from lora_init.adapters.asked import Reading
 from lora_init.adapters.learning_rate import LearningRate, training_in_words
 from lora_init.cli.console import FAILED, busy, importing, print_next, print_result
 from lora_init.cli.options import Length, TrustRemoteCode, read_numbers
-from lora_init.cli.tables import columns, correction_facts, facts, finite, quantization_name, rank_table, rows_read
+from lora_init.cli.tables import Cells, correction_facts, facts, finite, quantization_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable, is_as_written, read_json
-from lora_init.layers.grid import layer_grid
+from lora_init.layers.grid import layer_grid, one_line_each
 from lora_init.serving.engines import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 
 _RUNS_CODE = "--trust-remote-code"  # which nobody but the user asks for
@@ -408,11 +407,11 @@ def _statistics_view(about: Mapping[str, Any], width: int) -> list[Any]:
         "made for": f"rank {about['rank']} with seed {about['seed']}",
         "made with": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
     }
-    notes = [*about["notes"], *(f"{name} ({kind}) has no spectrum." for name, kind in about["unsupported"].items())]
-    return [head, "", _spectrum_table(about["layers"]), *notes]
+    without = one_line_each({name: f"no spectrum, {kind}." for name, kind in about["unsupported"].items()})
+    return [head, "", _spectrum_table(about["layers"]), *about["notes"], *without]
 
 
-def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
+def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> Cells:
     """Show the share of variance that the first components capture, median over the layers of a kind."""
     collected = max((len(layer["explained_variance_ratio"]) for layer in layers.values()), default=0)
     counts = [count for count in (1, 4, 16, 64, 256) if count < collected] + [collected]
@@ -427,7 +426,7 @@ def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
             | {f"top {count}": f"{median(share):.1%}" for count, share in zip(counts, shares, strict=True)}
             | {"held out": f"{median(held_out):.1%}" if held_out else "-"}
         )
-    return columns(rows)
+    return Cells(rows)
 
 
 # What a comparison says beside its verdicts.

@@ -14,7 +14,7 @@ from typer import Argument, Option
 from lora_init.adapters.asked import read_names
 from lora_init.cli.console import print_next, print_result, running, say
 from lora_init.cli.options import WrittenAs, read_numbers
-from lora_init.cli.tables import columns, facts, rank_table
+from lora_init.cli.tables import Cells, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean, require
 from lora_init.files import check_writable
 from lora_init.planning.policies import POLICIES, policy_names
@@ -22,7 +22,6 @@ from lora_init.planning.snippets import TOOLS
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
@@ -105,8 +104,8 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
     from lora_init.serving.support import serving_note
 
     heads = ("", "this plan", "uniform ranks, same sum")
-    totals = columns([dict(zip(heads, row, strict=True)) for row in totals_against_uniform(plan, stats)])
-    kinds = columns(
+    totals = Cells([dict(zip(heads, row, strict=True)) for row in totals_against_uniform(plan, stats)])
+    kinds = Cells(
         [
             {
                 "layers": kind.Index,
@@ -143,7 +142,7 @@ def _spent(plan: RankAllocation) -> str:
     return f"{plan.spent:,.0f} of {budget.limit:,.0f} {budget.unit} ({plan.spent / budget.limit:.2%})"
 
 
-def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
+def comparison_table(plans: Mapping[str, RankAllocation]) -> Cells:
     """Set plans side by side. MB is the file's in float32; least is what is explained in the layer with least."""
     rows, first = [], next(iter(plans.values())).parameters
     for label, plan in plans.items():
@@ -162,7 +161,7 @@ def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
                 "least": f"{least:.1%}",
             }
         )
-    return columns(rows)
+    return Cells(rows)
 
 
 EXAMPLE = """\b

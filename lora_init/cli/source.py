@@ -100,7 +100,9 @@ class Named(Source):
                 return Examples(None), asked
             found = read(self.names.data, opened.tokenizer, asked, seq2seq=opened.seq2seq, known=opened.classes)
             self.length = self.said.plan(found[0].settings.get("rows"))
-            return split(*found, asked.measures), asked
+            examples = split(*found, asked.measures)
+            say(f"data: {examples.data}")
+            return examples, asked
 
     def _open(self, asked: Asked) -> ModelSource:
         """Read what a model is, for classes if the data have them; refuse one that the start cannot be made for."""

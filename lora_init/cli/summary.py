@@ -9,7 +9,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from lora_init.cli.console import print_next
 from lora_init.cli.tables import correction_facts, facts, finite, quantization_name
+from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +30,18 @@ def _how_to_load(model: str, directory: Path, built: AdapterInit) -> str:
         labels = dict(enumerate(map(str, classes)))
         base = f"AutoModelForSequenceClassification.from_pretrained({model!r}, id2label={labels})"
     return f"PeftModel.from_pretrained({base}, {str(directory)!r}, is_trainable=True)"
+
+
+def _next(directory: Path) -> str:
+    """Write what one does next with an adapter that `init` wrote."""
+    from lora_init.adapters.directory import AdapterDirectory
+    from lora_init.keep.dial import check_dialable
+
+    try:
+        check_dialable(AdapterDirectory(directory).config, (), "")
+        return "train it; then lora-init dial TRAINED HELD-OUT-DATA -o kept"
+    except LoraInitError:
+        return f"train it as {directory / 'README.md'} shows; then lora-init inspect TRAINED"
 
 
 def summary_of(source: Named, directory: Path, built: AdapterInit) -> dict[str, Any]:
@@ -81,6 +95,7 @@ def summary_of(source: Named, directory: Path, built: AdapterInit) -> dict[str, 
         "load": _how_to_load(source.names.model, directory, built),
         "recommended": built.recommended,
         "train": built.how_to_train,
+        "next": _next(directory),
         "notes": [*special, *made.notes, *ranks.notes, *_notes(built, ranks)],
     }
 
@@ -94,7 +109,7 @@ def summary_of_bank(found: BankStart, directory: Path) -> dict[str, Any]:
         "method": init.method, "ranks": init.ranks, "parameters": init.n_parameters(),
         "neighbours": [asdict(one) | {"said": one.in_words()} for one in found.neighbours],
         "weights": dict(found.weights), "passes": found.passes, "gamma": init.gamma,
-        "loss_before": finite(before), "loss_at_start": finite(after),
+        "loss_before": finite(before), "loss_at_start": finite(after), "next": _next(directory),
     }  # fmt: skip
 
 
@@ -113,6 +128,7 @@ def show_bank_summary(console: Console, summary: Mapping[str, Any]) -> None:
         "adapter": summary["adapter"],
     }
     console.print(facts(rows))
+    print_next(console, summary["next"])
 
 
 def _notes(built: AdapterInit, ranks: RankAllocation) -> list[str]:
@@ -153,3 +169,4 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         f"Ranks, data and what they capture: lora-init inspect {directory}",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    print_next(console, summary["next"])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lora_init.layers.grid import layer_grid
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group
     from rich.table import Table
 
 # Seven steps of ColorBrewer's YlGnBu, from light to dark: told apart by every kind of colour vision.
@@ -79,17 +80,33 @@ def facts(pairs: Mapping[str, str]) -> Table:
     return table
 
 
-def columns(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Lay out rows under the keys of the first one: the first column on the left, the others on the right."""
-    from rich.table import Table
-    from rich.text import Text
+@dataclass(frozen=True)
+class Cells:
+    """A table of rows under the keys of the first: that column on the left, the others on the right.
 
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for i, name in enumerate(rows[0] if rows else ()):
-        table.add_column(Text(name), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row.values()))
-    return table
+    Columns that the width has no room for go below, beside the first one again.
+    """
+
+    rows: Sequence[Mapping[str, str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        """Yield the bands of the table."""
+        from rich.table import Table
+        from rich.text import Text
+
+        first, *others = self.rows[0] if self.rows else [""]
+        size = {name: 2 + max(map(len, (name, *(row[name] for row in self.rows)))) for name in (first, *others)}
+        while others:
+            band, left = [first], options.max_width + 2 - size[first]
+            while others and (len(band) == 1 or size[others[0]] <= left):
+                left -= size[others[0]]
+                band.append(others.pop(0))
+            table = Table(box=None, padding=(0, 1), pad_edge=False)
+            for name in band:
+                table.add_column(Text(name), justify="left" if name == first else "right", no_wrap=True)
+            for row in self.rows:
+                table.add_row(*(Text(row[name]) for name in band))
+            yield table
 
 
 def rows_read(made: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, read_settings
 from lora_init.errors import LoraInitError, LoraInitWarning, explain
 from lora_init.files import check_writable, locked
+from lora_init.layers.grid import one_line_each, some, span
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import Forward, call_model
@@ -565,14 +566,18 @@ def _hash_of(targets: Targets) -> str:
 
 
 def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
-    notes = [f"{name}: {reason}; PEFT's own initialization." for name, reason in job.targets.reasons.items()]
-    notes += [f"{name}: never ran; PEFT's own initialization." for name in never_ran]
+    own = {**job.targets.reasons, **dict.fromkeys(never_ran, "never ran")}
+    notes = one_line_each({name: f"{reason}; PEFT's own initialization." for name, reason in own.items()})
+    few: dict[str, dict[str, int]] = {}  # components by layer, of those that should have been
     for name in dict.fromkeys(found.group_of.values()):
         if name in groups:
             kept, width = groups[name].components.shape
             expected = min(job.n_components, width)
             if kept < expected:
-                notes.append(f"{name}: {groups[name].n_samples} rows span only {kept} of {expected} components.")
+                few.setdefault(f"of {expected} components", {})[name] = kept
+    for of_all, spans in few.items():
+        n_rows = span([groups[name].n_samples for name in spans])
+        notes.append(f"{some([*spans])}: {n_rows} rows span only {span(spans.values())} {of_all}.")
     if found.empty:
         notes.append(f"{len(found.empty)} of {sum(found.n_batches)} batches were passed over. {found.empty[0]}")
     if found.bad:

@@ -32,6 +32,7 @@ from lora_init.comparison.workers import Here, Worker, run_all, start_processes
 from lora_init.errors import LoraInitError, did_you_mean, is_number, require
 from lora_init.layers.targets import find_targets
 from lora_init.loading.models import find_device
+from lora_init.loading.reader import classes_in_words
 from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import alpha_for
 
@@ -175,6 +176,7 @@ def compare(
     sources = Sources(batches[0], names, own, _absolute(bank))
     make = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, sources=sources)
     bench = make(training=asked.training())
+    say(f"data: {bench.task.data}" + (f"; {classes_in_words(rows_of)}" if (rows_of := bench.task.rows_of) else ""))
     plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
     asked = replace(asked, rates=bench.measured_rates(plan.starts, dry_run) if learning_rates is None else {})

@@ -151,16 +151,3 @@ def seconds_of_statistics(bench: Workbench, pace: Pace, left: Iterable[Run]) -> 
     cost = {True: _PASS_WITH_GRADIENTS, False: _PASS}
     examples = sum(bench.n_batches(batches) * cost[by_gradient] for _, batches, _, by_gradient in passes)
     return examples * bench.training.batch_size * pace.example
-
-
-def duration(seconds: float) -> str:
-    """Write a time to about two digits.
-
-    Example:
-        >>> duration(7.4), duration(150), duration(5400)
-        ('7 s', '2.5 min', '1.5 h')
-    """
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{max(seconds, 1.0):.0f} s"

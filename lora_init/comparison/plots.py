@@ -155,8 +155,8 @@ def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> N
 
 def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limits: tuple[float, float]) -> None:
     """Draw the final loss over learning rates: means, a dot for each run, a cross on top of an unstable rate."""
-    top, best = limits[1] - 0.04 * (limits[1] - limits[0]), best_rates(runs)
-    for name in _shown(runs[runs["best"]], start):
+    height, best, names = limits[1] - limits[0], best_rates(runs), _shown(runs[runs["best"]], start)
+    for i, name in enumerate(names):
         color, marker, line, fill = styles[name]
         own = runs[runs["start"] == name]
         counted = own[own["counts"]]
@@ -166,14 +166,25 @@ def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limit
         axes.plot(near["learning_rate"], near["loss"], ".", color=color, markersize=3)
         axes.plot([best[name]], [means[best[name]]], marker, color=color, markersize=6, fillstyle=fill)
         unstable = own[own["status"] == "unstable"]["learning_rate"].unique()
+        top = limits[1] - (0.05 + 0.09 * i) * height  # a row for each start, so that no cross hides another
         axes.plot(unstable, [top] * len(unstable), "x", color=color, markersize=6, markeredgewidth=1.6)
     rates = sorted(runs["learning_rate"].unique())
     axes.set_xscale("log")
     axes.set_xlim(rates[0] / 1.6, rates[-1] * 1.6)
-    axes.set_xticks(rates, list(map(rate_text, rates)), rotation=90 if len(rates) > 3 else 0)
+    ticks = _apart([*(best[name] for name in reversed(names)), *rates], (rates[-1] / rates[0]) ** 0.08)
+    axes.set_xticks(ticks, list(map(rate_text, ticks)), rotation=90 if len(ticks) > 3 else 0)
     axes.set_xticks([], minor=True)
     axes.set_ylim(*limits)
     _finish(axes, "learning rate", "final loss")
+
+
+def _apart(rates: Iterable[float], factor: float) -> list[float]:
+    """Leave out rates that are nearer than a factor to one before, so that their labels do not overprint."""
+    kept: list[float] = []
+    for rate in rates:
+        if all(max(rate / other, other / rate) >= factor for other in kept):
+            kept.append(rate)
+    return sorted(kept)
 
 
 def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:

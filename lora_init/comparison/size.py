@@ -9,12 +9,13 @@ from typing import Any
 from lora_init.adapters.learning_rate import LearningRate
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 from lora_init.comparison.budget import RunBudget
-from lora_init.comparison.outlook import Pace, duration, seconds_of_run, seconds_of_statistics
+from lora_init.comparison.outlook import Pace, seconds_of_run, seconds_of_statistics
 from lora_init.comparison.runs import SWEEP_SEEDS, RunPlan
 from lora_init.comparison.tasks import CLASSIFICATION, REPORT, SELECTION, Loading
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
+from lora_init.progress import duration
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _levers(bench: Workbench, plan: RunPlan, needed: float, pace: Pace) -> str:
         "{steps}": _seconds_to_answer(shorter, plan, seeds, pace),
     }
     saved = {name: 1.1 * (needed - left) for name, left in sorted(less.items(), key=lambda item: item[1])}
-    return "What would save time: " + ", ".join(f"{name} {duration(time)}" for name, time in saved.items())
+    return ", ".join(f"{name} saves {duration(time)}" for name, time in saved.items())
 
 
 def _seconds_to_answer(bench: Workbench, plan: RunPlan, n_seeds: int, pace: Pace) -> float:

@@ -85,6 +85,7 @@ class Task:
     normalize: bool  # whether an option's log-likelihood is divided by its number of tokens
     data: str  # which examples of which data these are
     label: str  # name of the task in the report
+    rows_of: Mapping[str, int]  # of the data, by class
     spelled_out: bool = True  # whether the column of the answer has its text, as `init` reads it, and no letter
 
     def batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -224,7 +225,7 @@ def load_task(
         )
     if len(report) < FEW and asked.report_samples is None:
         warnings.warn(f"{counted}. So few decide nothing but large differences. Use more data.", stacklevel=2)
-    how = [f"label {asked.label}, {len(reader.classes)} classes"] if asked.label else []
+    how = [f"label {asked.label}, {len(reader.rows_of)} classes"] if asked.label else []
     how += [f"options {asked.options}, answer {asked.answer}"] if asked.options else []
     split = f"split seed {asked.data_seed}, at most {reader.limit} tokens, {reader.recipe.name}"
     described = ", ".join([f"{counted} of {len(data.table)}", split, *how, *skipped])
@@ -232,7 +233,10 @@ def load_task(
     spelled_out = not asked.options or all(
         _has_text(row, asked.options, asked.answer) for row in islice(data.table, 100)
     )
-    return Task(kind, train, selection, report, reader.classes, padding, asked.normalize, described, title, spelled_out)
+    classes, rows_of = tuple(reader.rows_of), reader.rows_of
+    return Task(
+        kind, train, selection, report, classes, padding, asked.normalize, described, title, rows_of, spelled_out
+    )
 
 
 def _distinct(usable: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:
@@ -287,12 +291,12 @@ def _kind(asked: Loading, names: Sequence[str], name: str) -> str:
         return CLASSIFICATION
     if asked.options is None:
         return CAUSAL_LM
-    if asked.answer not in names:
-        raise LoraInitError(f"{{answer}} is not a column. {columns}", answer=asked.answer)
     if asked.options not in names and len(split_options(asked.options.split(","))) < 2:
         raise LoraInitError(
             f"{{options}} is not a column, and not a list of options such as 'yes,no'. {columns}", options=asked.options
         )
+    if asked.answer not in names:
+        raise LoraInitError(f"{{answer}} is not a column. {columns}", answer=asked.answer)
     return MULTIPLE_CHOICE
 
 

@@ -50,7 +50,7 @@ from lora_init.keep.dial import strengths
 from lora_init.layers.identity import dtype_of, fingerprint
 from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.layers.wrappers import quantization_of
-from lora_init.loading.batches import Batches, load_batches
+from lora_init.loading.batches import Batches, load_other
 from lora_init.loading.models import LoadedModel, open_model
 from lora_init.statistics.statistics import Statistics
 
@@ -417,15 +417,15 @@ def set_up(
     if options.retain_data is not None:
         if classifies:
             raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
-        retain = load_batches(
-            options.retain_data, source.tokenizer, template=options.retain_template, samples=options.retain_samples,
-            batch_size=training.batch_size, max_length=options.max_length,
+        retain = load_other(
+            options.retain_data, source.tokenizer, "retain_template", template=options.retain_template,
+            samples=options.retain_samples, batch_size=training.batch_size, max_length=options.max_length,
         )  # fmt: skip
     replay = None
     if options.replay is not None:
         if classifies:
             raise LoraInitError("replay is for language models: a classifier has no loss on text. Leave it out.")
-        replay = load_batches(options.replay, source.tokenizer, batch_size=1, max_length=options.max_length)
+        replay = load_other(options.replay, source.tokenizer, batch_size=1, max_length=options.max_length)
     dtype = "float32" if classifies and options.dtype == "auto" else options.dtype  # for the head
     load = partial(
         _load, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,

@@ -25,6 +25,7 @@ from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Record, Run, RunDirectory
 from lora_init.comparison.workbench import Workbench, failed
 from lora_init.errors import LoraInitError, first_line
+from lora_init.progress import time_left
 
 
 class Worker(Protocol):
@@ -209,5 +210,5 @@ def _ended(record: Mapping[str, Any], n_left: int, seconds: Sequence[float], n_w
     """Report how a run ended, and how long those that are left may take if they are like those that ended."""
     losses = record["report_loss"]
     how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if record["status"] == "finished" else record["error"]
-    left = f"; {n_left} left, about {n_left * fmean(seconds) / n_workers / 60:.1f} min" if n_left else ""
+    left = time_left(n_left * fmean(seconds) / n_workers)
     return f"{record['status']}, {how}, {record['run_seconds'] or 0:.0f} s{left}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.adapters.starts import changes_base
 from lora_init.collection.losses import token_losses
-from lora_init.errors import LoraInitError, is_number
-from lora_init.keep.dialed import UNIFORM, Change, Dial, Point
+from lora_init.errors import LoraInitError, LoraInitWarning, is_number
+from lora_init.keep.dialed import BEST, UNIFORM, Change, Dial, Point
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.running import call_model, evaluating, on_device_of, restoring
 from lora_init.layers.wrappers import without_adapter
-from lora_init.loading.batches import as_batches
+from lora_init.loading.batches import as_batches, group_by_length
+from lora_init.progress import Progress, Say
 from lora_init.serving.trained import OTHER_UPDATES
 
 if TYPE_CHECKING:
@@ -37,8 +42,10 @@ _WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _MORE_STEPS, _LOWER_RATE = 16, 0.05
 _GAIN = 0.01  # of the rise as trained: what a weight must take off for the next one to be tried
 _MOST_BATCHES = 48  # of a loader
+_LEAST = 6  # examples, and texts to keep
 _SHARED = 0.1  # of the text to keep that may be examples of the task
 KEPT_BATCH = 4  # texts to keep in a batch
+_BACKWARD = 3  # forward passes that a step of a fit takes as long as
 LOSE = 0.02
 _PLAIN = {"input_ids", "attention_mask", "labels"}
 
@@ -67,6 +74,9 @@ class Rule:
                 raise LoraInitError(f"{{lose}} is {value:.0%} more loss. Write 2 % as 2% or 0.02.", lose=value)
             if not 0.0 <= value < math.inf:
                 raise LoraInitError(f"{{{name}}} must be a finite number of at least 0.", **{name: value})
+            if name == "strength" and value > STRONGEST:
+                said = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
+                warnings.warn(LoraInitWarning(said, strength=value), stacklevel=4)
         if not asked:
             object.__setattr__(self, "lose", LOSE)
 
@@ -91,6 +101,15 @@ class Rule:
             if within:
                 return within[0]
         return min(groups[-1], key=lambda p: p.rise)
+
+    def broken(self, task: Mapping[str, Change], keep: Mapping[str, Change]) -> list[str]:
+        """Return a note if the limit, which held on the examples to choose by, is broken on those of the report."""
+        rise, said = keep["chosen"].change, []
+        if self.lose is not None and (lost := task["chosen"].loss / task[BEST].loss - 1.0) > self.lose:
+            said = [f"{100 * lost:.1f} % above the task's loss at the best strength, and {100 * self.lose:g} %"]
+        if self.keep_within is not None and rise > self.keep_within:
+            said = [f"text to keep {rise:.3f} above the base's loss, and {self.keep_within:g}"]
+        return [f"measured is {one} was the limit. Dial on more examples, or set a lower limit" for one in said]
 
 
 def check_dialable(config: Mapping[str, Any], whole: Iterable[str], where: str) -> None:
@@ -126,17 +145,19 @@ def dial(
     strength: float | None = None,
     uniform: bool = False,
     seed: int = 0,
+    say: Say = lambda text: None,
 ) -> Dial:
     """Choose how strongly each layer of a trained adapter acts, and multiply it into B, in place.
 
-    A third of the batches is for fitting a strength for each layer by gradient, a third for choosing between these and
-    one strength for all layers, a third for the report; with `uniform` the first two thirds are for choosing. Cost:
-    about 60 forward passes over a third of the batches, 20 with `uniform`.
+    A third of the examples, dealt at random, is for fitting a strength for each layer by gradient, a third for choosing
+    between these and one strength for all layers, a third for the report; with `uniform` the first two thirds are for
+    choosing. Cost: about 60 forward passes over a third of the examples, 20 with `uniform`.
 
     Args:
         model: A PEFT model of a language model, trained by LoRA or rsLoRA.
-        batches: Of the task, as `collect` takes them, with labels; at least three. A list is read whole, of a loader 48
-            batches. Not needed with `strength`, which is then not measured; if given, all of it is for the report.
+        batches: Of the task, as `collect` takes them, with labels; at least six examples. A list is read whole, of a
+            loader 48 batches. Not needed with `strength`, which is then not measured; if given, all of it is for the
+            report.
         keep: Batches of text that the model should still predict as well. Default: the base writes it itself, half as
             many texts as there are examples of the task.
         tokenizer: Needed only for that.
@@ -145,15 +166,16 @@ def dial(
         keep_within: Instead of `lose`: most rise of the loss on text to keep; then the best task.
         strength: Instead of `lose`: this one in all layers.
         uniform: Choose one strength for all layers.
-        seed: Of the text that the base writes.
+        seed: Of how examples are dealt, and of the text that the base writes.
+        say: Receives lines about the progress.
 
     Returns:
         The strengths and losses.
 
     Raises:
         LoraInitError: The adapter was never trained, is disabled, one of several that are active or of a kind whose
-            strength cannot be scaled, batches are too few or have no labels, both are the same, or arguments are out of
-            range.
+            strength cannot be scaled, examples are too few or have no labels, both are the same, or arguments are out
+            of range.
     """
     from peft import get_peft_model_state_dict
 
@@ -179,39 +201,40 @@ def dial(
     if batches is None and strength is not None:
         found = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
     else:
-        found = turn(model, rule, batches, keep, tokenizer, uniform, seed)
+        found = turn(model, rule, batches, keep, tokenizer, uniform, seed, say)
     for at, b in _outputs(model).items():
         b.data *= found.strengths[at]
     return found
 
 
 def turn(
-    model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, uniform: bool = False, seed: int = 0
+    model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, uniform: bool, seed: int, say: Say
 ) -> Dial:
     """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
     task = _read(as_batches(batches, model, seed), "batches")
-    n = sum(len(batch["labels"]) for batch in task)
+    n = _count(task)
     if own := keep is None:
         if tokenizer is None:
             raise LoraInitError(
                 "dial() needs {keep}, batches of text to keep, or tokenizer=: then the base writes it.", keep=...
             )
-        keep = replayed(model, tokenizer, max(n // 2, 3), seed, min(max(n // 2, 3) // 3, KEPT_BATCH))
+        wanted = max(n // 2, _LEAST)
+        keep = replayed(model, tokenizer, wanted, seed, min(wanted // 3, KEPT_BATCH), say)
     kept = _read(as_batches(keep, model, seed), "keep")
     if not own:
         texts = _sequences(kept)
         share = len(texts & _sequences(task)) / len(texts)
         if share >= _SHARED:
             raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task. Pass text of another kind.")
-    found = _search(model, _thirds(task, rule, uniform), _thirds(kept, rule, uniform), rule, uniform)
-    return replace(found, read=(n, sum(len(batch["labels"]) for batch in kept)))
+    parts, others = (_thirds(found, rule, uniform, seed) for found in (task, kept))
+    return replace(_search(model, parts, others, rule, uniform, say), read=(n, _count(kept)))
 
 
 _Parts = tuple[list[Any], list[Any], list[Any]]
 
 
 def _read(batches: Iterable[Any], what: str) -> list[Any]:
-    """Read those batches that have labels: all of a list, of a loader the first."""
+    """Read the batches that have labels: all of a list, of a loader the first."""
     if batches is None:
         raise LoraInitError("dial() needs batches of the task, unless {strength} says what to do.", strength=...)
     found = []
@@ -221,17 +244,61 @@ def _read(batches: Iterable[Any], what: str) -> list[Any]:
             raise LoraInitError(f"{what}: a batch has no labels [batch, length], as a language model takes them.")
         if bool((labels[:, 1:] != IGNORED).any()):
             found.append(batch)
-    if len(found) < 3:
-        raise LoraInitError(f"{what}: {len(found)} batches have labels, and at least 3 are needed. Pass smaller ones.")
+    check_enough(sum(map(len, map(_examples, found))), what)
     return found
 
 
-def _thirds(batches: list[Any], rule: Rule, uniform: bool) -> _Parts:
-    """Split batches into those to fit, to choose and to report by; where nothing is fitted, or chosen, all others."""
+def check_enough(n: int, what: str) -> None:
+    """Refuse too few examples to deal out."""
+    if n < _LEAST:
+        raise LoraInitError(f"{what}: {n} example{'s' * (n > 1)}, and at least {_LEAST} are needed. Take 36 or more.")
+
+
+def _count(batches: Iterable[Any]) -> int:
+    return sum(len(batch["labels"]) for batch in batches)
+
+
+def _thirds(batches: list[Any], rule: Rule, uniform: bool, seed: int) -> _Parts:
+    """Split batches into those to fit, to choose and to report by; where nothing is fitted, or chosen, all others.
+
+    Examples are dealt at random: a batch holds some of similar length, and loss and forgetting depend on the length.
+    """
     if rule.strength is not None:
         return [], batches, batches
-    fit, choose, report = (batches[i::3] for i in range(3))
+    examples = [example for batch in batches for example in _examples(batch)]
+    random.Random(seed).shuffle(examples)
+    size = max(len(batch["labels"]) for batch in batches)
+    fit, choose, report = (list(_batched(examples[i::3], size, seed)) for i in range(3))
     return fit, fit + choose if uniform else choose, report
+
+
+def _examples(batch: Any) -> list[Any]:
+    """Split a batch into examples that have labels; one that is not made of rows stays whole."""
+    if not _is_of_rows(batch):
+        return [batch]
+    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(batch["labels"]))]
+    return [row for row in rows if bool((row["labels"][:, 1:] != IGNORED).any())]
+
+
+def _is_of_rows(batch: Any) -> bool:
+    n = len(batch["labels"])
+    return all(isinstance(value, Tensor) and value.dim() > 1 and len(value) == n for value in batch.values())
+
+
+def _batched(examples: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
+    """Put examples of one form into batches, padded on the right; without a mask for that they also have one length."""
+    groups = defaultdict(list)
+    for one in examples:
+        of_length = 2 if "attention_mask" in one else 1
+        form = [(name, *value.shape[of_length:]) for name, value in one.items()] if _is_of_rows(one) else id(one)
+        groups[str(form)].append(one)
+    for group in groups.values():
+        for rows in group_by_length(group, size, seed, lambda one: int(one["labels"].shape[1])):
+            if len(rows) == 1:
+                yield rows[0]
+                continue
+            padding = {name: IGNORED if name == "labels" else 0 for name in rows[0]}
+            yield {name: pad_sequence([row[name][0] for row in rows], True, pad) for name, pad in padding.items()}
 
 
 def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
@@ -245,18 +312,26 @@ def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
     return found
 
 
-def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: bool) -> Dial:
+def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: bool, say: Say) -> Dial:
     def read(layers: Mapping[str, float], third: int) -> list[Tensor]:
         with strengths(model, layers):
             return [example_losses(model, part[third]) for part in (task, kept)]
 
     def measure(layers: Mapping[str, float], weight: float | None) -> Point:
         on_task, on_kept = map(_ratio, read(layers, 1))
-        return Point(sum(layers.values()) / len(layers), on_task, on_kept - base, weight, layers)
+        strength = sum(layers.values()) / len(layers)
+        how = f"strength {strength:.3g}" + ("" if weight is None else f" on average, fitted with weight {weight:g}")
+        spent = 1.0 if weight is None else 1.0 + fit / 2  # each fit is measured twice
+        progress.ended(f"{how}: task {on_task:.3f}, text to keep {on_kept - base:+.3f}", spent)
+        return Point(strength, on_task, on_kept - base, weight, layers)
 
     nothing = dict.fromkeys(_outputs(model), 0.0)
-    task_at_0, base = map(_ratio, read(nothing, 1))
     steps = CURVE[1:] if rule.strength is None else sorted({rule.strength, 1.0})
+    fit = _BACKWARD * _STEPS / max(len(task[0]), 1)  # in passes over the examples to choose by
+    fits = 0 if uniform or rule.strength is not None else len(_WEIGHTS)
+    progress = Progress(1 + len(steps) + fits * (2 + fit) + 4, say)  # at most: fits end when the rule breaks
+    task_at_0, base = map(_ratio, read(nothing, 1))
+    progress.ended(f"strength 0: task {task_at_0:.3f}")
     curve = [Point(0.0, task_at_0, 0.0, None, nothing)]
     curve += [measure(dict.fromkeys(nothing, step), None) for step in steps]
     notes, fitted, reported = [], [], {"base": curve[0], "trained": curve[1 + steps.index(1.0)]}
@@ -273,10 +348,13 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: b
             chosen = rule.choose(limit, fitted if rule.keep_within is None else [], [*curve[1:], *fitted])
         if rule.keep_within is not None and chosen.rise > rule.keep_within:
             notes.append("no strength keeps what was asked for; the one that forgets least was taken")
+    if rule.lose is not None:
+        reported[BEST] = min(curve[1:], key=lambda point: point.task)
     at = {name: read(point.layers, 2) for name, point in (reported | {"chosen": chosen}).items()}
     on_task = {name: _change(losses[0], at["trained"][0]) for name, losses in at.items()}
     on_kept = {name: _change(losses[1], at["base"][1]) for name, losses in at.items()}
     sizes = len(at["base"][0]), len(at["base"][1])
+    notes = notes or rule.broken(on_task, on_kept)
     return Dial(str(rule), chosen, tuple(curve), tuple(fitted), on_task, on_kept, sizes, tuple(notes))
 
 

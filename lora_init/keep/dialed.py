@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURE_FILE = "dial.png"
+BEST = "best"  # the one strength with the least loss on the task, where the rule is about that loss
 UNIFORM = "uniform"  # the best strength for all layers, where layers have their own
 OURS: dict[str, Any] = {
     "marker": DIAL_FILE,
@@ -54,7 +55,9 @@ class Change:
     error: float
 
     def __str__(self) -> str:
-        return f"{self.loss:.3f} ({self.change:+.3f} ± {self.error:.3f})"
+        before = self.loss - self.change
+        share = f", {100 * self.change / before:+.1f} %" if before else ""
+        return f"{self.loss:.3f} ({self.change:+.3f} ± {self.error:.3f}{share})"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Dial:
         curve: One strength for all layers, rising from 0.
         fitted: Strengths of their own for the layers.
         task: Loss on held-out examples of the task, at the base, as trained, at the best strength for all layers if
-            layers have their own, and as chosen; against that as trained.
+            layers have their own (`uniform`), at the one with the least loss on the task if the rule is about that
+            (`best`), and as chosen; against that as trained.
         keep: Loss on held-out text to keep, likewise; against the base's.
         examples: Held-out examples of the task, and of text to keep.
         notes: What to know, such as that no strength does what was asked for.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Generator
 from contextlib import closing, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.running import disabled, evaluating, restoring
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import pad_batch, padding_token
+from lora_init.progress import Progress, Say
 
 _ASKED = (
     "Explain {}.", "Write a short story about {}.", "What should I know about {}?", "List five facts about {}.",
@@ -30,8 +32,9 @@ LENGTH = 64  # tokens of a text
 
 
 def replay(
-    model: Any, tokenizer: Any, n: int = 64, length: int = LENGTH, seed: int = 0, chat: bool = False
-) -> list[dict[str, Any]]:
+    model: Any, tokenizer: Any, n: int = 64, length: int = LENGTH, seed: int = 0, chat: bool = False,
+    say: Say = lambda text: None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Let a model write texts at temperature 1; of a PEFT model the base does.
 
     A text begins with a token drawn from the whole vocabulary, so that few begin alike, and is as long as asked for: an
@@ -44,6 +47,7 @@ def replay(
         length: New tokens of a text, of an answer at most.
         seed: Seed of what is drawn.
         chat: Ask short questions by the chat template instead. A small model's answers end after a few tokens.
+        say: Receives lines about the progress.
 
     Returns:
         Rows that `load_batches` reads: `text`, or `messages` of a question and the answer.
@@ -52,7 +56,7 @@ def replay(
         LoraInitError: The model cannot write, or writes nothing; a chat without a chat template.
     """
     rows: list[dict[str, Any]] = []
-    with closing(_write(model, tokenizer, 4 * n, length, seed, chat)) as written:  # some texts end before they begin
+    with closing(_write(model, tokenizer, n, length, seed, chat, say)) as written:
         for question, ids in written:
             text = tokenizer.decode(ids, skip_special_tokens=True)
             if text.strip():
@@ -65,18 +69,21 @@ def replay(
     return rows
 
 
-def replayed(model: Any, tokenizer: Any, n: int, seed: int, batch_size: int) -> list[dict[str, Tensor]]:
+def replayed(
+    model: Any, tokenizer: Any, n: int, seed: int, batch_size: int, say: Say = lambda text: None
+) -> list[dict[str, Tensor]]:
     """Let a model write texts as for `replay`, and return batches of the tokens that it drew.
 
     Text that is read back has other tokens, and an end that it never had: an adapter that ends early would seem to keep
     what the model knew.
     """
-    texts = [(ids, ids) for _, ids in _write(model, tokenizer, n, seed=seed)][:n]
+    with closing(_write(model, tokenizer, n, LENGTH, seed, False, say)) as written:
+        texts = [(ids, ids) for _, ids in islice(written, n)]
     return [pad_batch(texts[i : i + batch_size], padding_token(tokenizer)) for i in range(0, n, batch_size)]
 
 
 def _write(
-    model: Any, tokenizer: Any, n: int, length: int = LENGTH, seed: int = 0, chat: bool = False
+    model: Any, tokenizer: Any, n: int, length: int, seed: int, chat: bool, say: Say
 ) -> Generator[tuple[str, list[int]], None, None]:
     """Yield what a model writes, and for a chat the question before it."""
     if min(n, length) < 1:
@@ -88,11 +95,13 @@ def _write(
     place, base = model.device, disabled(model) if hasattr(model, "disable_adapter") else nullcontext()
     with torch.random.fork_rng([place] if place.type == "cuda" else []), evaluating(model), base:
         torch.manual_seed(seed)
-        for first in range(0, n, _BATCH):
+        progress = Progress(n, say)
+        for first in range(0, 4 * n, _BATCH):  # some texts end before they begin
             asked = [_QUESTIONS[(first + i) * 37 % len(_QUESTIONS)] for i in range(_BATCH)]
             drawn = torch.randint(n_tokens, (_BATCH, 1)).tolist()
             prompts = [_question(tokenizer, one) for one in asked] if chat else drawn
             texts = _sample(model, prompts, length, padding_token(tokenizer), _ends(model, tokenizer), chat)
+            progress.ended(f"{min(first + _BATCH, n)} of {n} texts written", _BATCH)
             yield from zip(asked, texts if chat else map(operator.add, drawn, texts), strict=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,25 @@ _KEY_OR_VALUE = re.compile(r"[._](k|v|kv|key|value|c_attn)(_\w+)?$")
 # Within a block: mlp.up_proj, ff.net.2, feed_forward.w1, DenseReluDense.wi_0, intermediate.dense, experts.0.w1, fc1.
 _MLP = re.compile(r"mlp|ffn|\bff|\bfc|feed_?forward|dense|expert|^linear[12]$", re.IGNORECASE)
 _ROUTER = re.compile(r"(gate|router)(\.|$)")
+
+
+def one_line_each(said: Mapping[str, str]) -> list[str]:
+    """Write what is said of layers by name, a line for all of which the same is said."""
+    names: dict[str, list[str]] = {}
+    for name, text in said.items():
+        names.setdefault(text, []).append(name)
+    return [f"{some(found)}: {text}" for text, found in names.items()]
+
+
+def span(numbers: Collection[int]) -> str:
+    """Write the least and the largest of some numbers."""
+    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+
+
+def some(names: Sequence[str]) -> str:
+    """Name the first of several layers, and how many others there are."""
+    others = len(names) - 1
+    return names[0] + (f" and {others} other layer{'s' * (others > 1)}" if others else "")
 
 
 @dataclass(frozen=True)

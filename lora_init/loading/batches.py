@@ -11,9 +11,9 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_init.errors import LoraInitError, first_line, is_number
+from lora_init.errors import LoraInitError, LoraInitWarning, first_line, is_number
 from lora_init.loading.examples import Wanted
-from lora_init.loading.reader import IGNORED, Encoded, open_reader
+from lora_init.loading.reader import IGNORED, Encoded, classes_in_words, open_reader
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 # Batches are cut from pools of this many: long pools save padding, short ones keep every stretch of a pass mixed.
 _POOL = 8
 _BATCH_SIZE = 8  # of load_batches, and of a tokenized data set
-# Share of rows left out above which a warning says so, where labels count.
+# Share of rows left out above which a warning says so.
 _MOST_LEFT_OUT = 0.1
+_SHORT = 8  # tokens, to which no text is cut on purpose
 _T = TypeVar("_T")
 
 
@@ -32,6 +33,11 @@ class Batches(list["dict[str, Tensor]"]):
 
     description: str = ""  # which examples of which data these are, in words: `data=` of `collect`
     classes: tuple[str, ...] = ()  # those that `labels` count from 0, if the data were read with a `label`
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return sum(len(batch["labels"]) for batch in self)
 
     def __init__(self, batches: Iterable[dict[str, Tensor]] = (), settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(batches)
@@ -92,8 +98,8 @@ def load_batches(
         seq2seq: For encoder-decoders: prompt in `input_ids`, completion in `labels`, which then have their own length.
         needs_labels: Leave out rows without a labelled token among the first `max_length`, and warn if that is more
             than a tenth of them. Switch it off where every token counts.
-        label: Column of the class, for a classifier: `labels` are classes, int64 [batch], as `class_names` counts them,
-            and rows without one are left out. Tokens are what `tokenizer(text)` returns, with no
+        label: Column of the class, for a classifier: `labels` are classes, int64 [batch], in the order of
+            `count_classes`, and rows without one are left out. Tokens are what `tokenizer(text)` returns, with no
             end-of-sequence token added.
         known_classes: With `label`: classes of the checkpoint, in its order.
 
@@ -145,8 +151,10 @@ def load_batches(
             f"needs a turn of the assistant's that begins before {{max_length}}.",
             max_length=max_length,
         )
-    if needs_labels and left_out.total() > _MOST_LEFT_OUT * n_read:
-        warnings.warn(f"{rows.label}: of the first {n_read} rows {skipped}.", stacklevel=2)
+    if left_out.total() > _MOST_LEFT_OUT * n_read:
+        warnings.warn(
+            f"{rows.label}: of the first {n_read} rows {skipped}; read as {reader.recipe.name}.", stacklevel=2
+        )
     ends = (IGNORED, getattr(tokenizer, "eos_token_id", None))
     n_cut = sum(len(ids) == reader.limit and of[0] == IGNORED and of[-1] not in ends for ids, of in examples)
     if needs_labels and n_cut > _MOST_LEFT_OUT * len(examples):
@@ -154,22 +162,41 @@ def load_batches(
             f"{rows.label}: {n_cut} of {len(examples)} answers are cut off at {reader.limit} tokens. Raise max_length.",
             stacklevel=2,
         )
+    n_full = sum(len(ids) == reader.limit for ids, _ in examples)
+    if n_full > len(examples) // 2 and reader.limit < _SHORT:
+        said = f"{rows.label}: {n_full} of {len(examples)} examples end at {{max_length}} tokens. Raise it."
+        warnings.warn(LoraInitWarning(said, max_length=max_length), stacklevel=2)
+    if (n_same := len(examples) - len({(*ids, None, *of) for ids, of in examples})) > len(examples) // 2:
+        warnings.warn(f"{rows.label}: {n_same} duplicates among {len(examples)} examples.", stacklevel=2)
     pad = padding_token(tokenizer)
     groups = group_by_length(examples, batch_size, seed, lambda e: len(e[0]))
     settings = {
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
         "batch_size": batch_size, "seed of the sample": seed, "rows": len(rows.table),
-        **({"classes": [*reader.classes]} if label else {}),
+        **({"classes": [*reader.rows_of]} if label else {}),
     }  # fmt: skip
     batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)
-    batches.classes = reader.classes
+    batches.classes = tuple(reader.rows_of)
     parts = [
         f"{rows.label}: {len(examples)} of {len(rows.table)} examples", f"after the first {offset}" if offset else "",
-        f"seed {seed}", f"at most {reader.limit} tokens", reader.recipe.name,
-        f"label {label}, {len(reader.classes)} classes" if label else "", skipped,
+        f"seed {seed}", f"at most {reader.limit} tokens", f"which {n_full} reach" if n_full else "", reader.recipe.name,
+        f"label {label}, {classes_in_words(reader.rows_of)}" if label else "", skipped,
+        f"{n_same} duplicate{'s' * (n_same > 1)}" if n_same else "",
     ]  # fmt: skip
     batches.description = ", ".join(part for part in parts if part)
     return batches
+
+
+def load_other(source: Any, tokenizer: Any, template_option: str = "", **how: Any) -> Batches:
+    """Read text beside the data, for which only another option may have a template."""
+    try:
+        return load_batches(source, tokenizer, **how)
+    except LoraInitError as error:
+        if "template" not in error.options:
+            raise
+        said, found, _ = error.text.replace("{template}", f"{{{template_option}}}").partition("; name others")
+        remedy = f". Name one by {{{template_option}}}." if template_option else ". Rename one of them."
+        raise LoraInitError(said + remedy * bool(found), **{template_option: how.get("template") or ...}) from error
 
 
 def group_by_length(items: Sequence[_T], batch_size: int, seed: int, length: Callable[[_T], int]) -> Iterator[list[_T]]:

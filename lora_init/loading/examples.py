@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from string import Formatter
 from typing import Any
 
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.errors import LoraInitError, LoraInitWarning, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,9 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
     for number, turn in enumerate(turns, 1):
         if not turn.keys() - {"role", "name"}:
             raise LoraInitError(f"message {number}, of {turn['role']!r}, has no content. Leave out the row.")
+    answers = [turn for turn in turns[first:] if turn["role"] == "assistant"]
+    if answers and all(turn.keys() <= _BLANK and is_missing(turn.get("content") or None) for turn in answers):
+        return None
     options = _without_nulls(row.get("chat_template_kwargs") or {})
 
     def render(some: Sequence[Mapping[str, Any]], answer_next: bool = False) -> str:
@@ -198,12 +202,24 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
         tools = row.get("tools") or None
         tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
         whole = render(turns)
+        _warn_of_roles(turns, whole, str(tokenizer.chat_template))
         spans = [
             _span(turns, i, whole, render) for i, turn in enumerate(turns) if i >= first and turn["role"] == "assistant"
         ]
         return Example(whole, spans, str(turns[: first or _first_answer(turns)]), rendered=True)
     except Exception as error:  # a template is a program: it raises what it likes
         raise LoraInitError(f"the chat template refuses the messages: {error}.") from error
+
+
+def _warn_of_roles(turns: Sequence[Mapping[str, Any]], whole: str, template: str) -> None:
+    """Warn of roles that a chat template does not name, or whose words it leaves out."""
+    for turn in turns:
+        role, words = str(turn["role"]), turn.get("content")
+        named = role in _ROLES.values() or f"{role}'" in template or f'{role}"' in template
+        dropped = isinstance(words, str) and words.strip() not in whole and role not in ("assistant", "tool")
+        if dropped or not named:
+            what = "leaves out the turns of" if dropped else "does not know"
+            warnings.warn(LoraInitWarning(f"the chat template {what} the role {role!r}. Rename it."), stacklevel=2)
 
 
 def _first_answer(turns: Sequence[Mapping[str, Any]]) -> int:
@@ -267,6 +283,7 @@ def count_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
+_BLANK = {"role", "name", "content"}  # of a turn that calls no tool and has no thoughts
 # What chat templates take beside messages.
 _OF_CHATS = ("tools", "chat_template_kwargs")
 # The first whose columns are there is taken. To add a format, add it here; the command line offers what there is.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.loading.examples import Example, Recipe, Wanted, count_common, is_missing, recipe
 from lora_init.loading.sources import Rows, columns_of, read_rows
 
@@ -18,6 +20,7 @@ IGNORED = -100  # the label of a token that has none, as in layers.masks
 _MOST_CLASSES = 100
 # Numbers with fractions are classes if they are halves, as of stars, and up to this many; others are measured values.
 _MOST_FRACTIONS = 20
+_MISSING = ("nan", "none", "null", "n/a", "na", "<na>")  # what was a missing value before it became text
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d\d){1,2}\b")
 
 
@@ -31,7 +34,7 @@ class Reader:
     seq2seq: bool = False  # whether the completion has tokens of its own, for an encoder-decoder
     needs_labels: bool = True  # whether rows without a labelled token are left out
     label: str | None = None  # column of the class, for a classifier
-    classes: tuple[str, ...] = ()  # in the order in which labels count them
+    rows_of: Mapping[str, int] = field(default_factory=dict)  # by class, in the order in which labels count these
 
     @property
     def columns(self) -> list[str]:
@@ -49,7 +52,7 @@ class Reader:
             return "with an empty field"
         if self.label is not None:
             name = _class_of(row[self.label])
-            return "without a label" if name is None else (encoded[0], [self.classes.index(name)])
+            return "without a label" if name is None else (encoded[0], [[*self.rows_of].index(name)])
         if self.needs_labels and all(label == IGNORED for label in encoded[1]):
             return f"without a labelled token among the first {self.limit}"
         return encoded
@@ -65,8 +68,8 @@ def open_reader(
         raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
     found = recipe(list(rows.table.column_names), rows.label, tokenizer, wanted, rows.texts(but=label))
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
-    classes = () if label is None else class_names(rows, label, found.columns, known_classes)
-    return Reader(found, tokenizer, limit, seq2seq, needs_labels, label, classes)
+    rows_of = {} if label is None else count_classes(rows, label, found.columns, known_classes)
+    return Reader(found, tokenizer, limit, seq2seq, needs_labels, label, rows_of)
 
 
 def check_columns(source: str, wanted: Wanted) -> None:
@@ -91,8 +94,8 @@ def _check_label(column: str | None, names: Sequence[str], place: str) -> None:
         raise LoraInitError(f"{{label}} is not a column. Columns of {place}: {', '.join(names)}.", label=column)
 
 
-def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the classes of a column in the order in which labels count them.
+def count_classes(rows: Rows, column: str, used: Collection[str], known: Sequence[str] = ()) -> dict[str, int]:
+    """Count the rows of the classes of a column, in the order in which labels count these.
 
     That is the checkpoint's order if it `known` them all, so that its head keeps its meaning; else that of their
     numbers, if they are numbers, or of their names. `used` are the columns that the text is from.
@@ -100,8 +103,7 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
     _check_label(column, rows.table.column_names, rows.label)
     if any(isinstance(value, (list, dict)) for value in rows.table[column]):
         raise LoraInitError(f"{rows.label}: column {column!r} holds lists, and a row has one class. Name another.")
-    named = [name for value in rows.table[column] if (name := _class_of(value)) is not None]
-    found = set(named)
+    found = Counter(name for value in rows.table[column] if (name := _class_of(value)) is not None)
     numbers = {name: number for name in found if (number := _number(name)) is not None}
     are_numbers = len(numbers) == len(found)
     fractions = {number % 1 for number in numbers.values()} if are_numbers else set()
@@ -113,9 +115,9 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
         )
     if found and all(map(_DATE.match, found)):
         raise LoraInitError(f"{rows.label}: column {column!r} holds dates, such as {min(found)}. Name the class.")
-    if len(found) == len(named) > _MOST_FRACTIONS:
+    if len(found) == found.total() > _MOST_FRACTIONS:
         raise LoraInitError(
-            f"{rows.label}: column {column!r} has another value in each of its {len(named)} rows, as numbers of rows "
+            f"{rows.label}: column {column!r} has another value in each of its {len(found)} rows, as numbers of rows "
             "have. Name the column of the class."
         )
     if not 2 <= len(found) <= _MOST_CLASSES:
@@ -125,9 +127,35 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
         )
     if column in used:
         raise LoraInitError("{label} is a part of the text, which gives the class away. Take it out.", label=column)
-    if found <= set(known):
-        return tuple(known)
-    return tuple(sorted(sorted(found), key=numbers.__getitem__ if are_numbers else None))
+    _warn_of_classes(found, f"{rows.label}, column {column!r}")
+    order = (
+        known if found.keys() <= {*known} else sorted(sorted(found), key=numbers.__getitem__ if are_numbers else None)
+    )
+    return {name: found[name] for name in order}
+
+
+def _warn_of_classes(found: Mapping[str, int], place: str) -> None:
+    """Warn of classes that have one row, that are one class in two spellings, or that are missing values in words."""
+    spellings = defaultdict(list)
+    for name in found:
+        spellings[" ".join(name.split()).casefold()].append(name)
+    odd = {
+        "one row: too few to learn from. Leave it out, or join classes": [name for name, n in found.items() if n == 1],
+        "the same but for spaces or case, and counts as another class. Write both alike": [
+            name for names in spellings.values() if len(names) > 1 for name in names
+        ],
+        "what a missing value is written as, and counts as a class. Leave such cells empty": [
+            name for name in found if name.strip().casefold() in _MISSING
+        ],
+    }
+    for what, names in odd.items():
+        if names:
+            warnings.warn(LoraInitWarning(f"{place}: {', '.join(map(repr, names))}: {what}."), stacklevel=5)
+
+
+def classes_in_words(rows_of: Mapping[str, int]) -> str:
+    """Write how many rows each class has."""
+    return f"{len(rows_of)} classes ({', '.join(f'{name} {n}' for name, n in rows_of.items())})"
 
 
 def _class_of(value: Any) -> str | None:

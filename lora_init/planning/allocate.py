@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_init.errors import LoraInitError
+from lora_init.layers.grid import some
 from lora_init.planning.budgets import BoolArray, Budget, FloatArray, IntArray, choose_budget, costs
 from lora_init.planning.limits import Limits, allowed_by_unit, layer_limits, tie_layers
 from lora_init.planning.plan import RankAllocation
@@ -252,9 +253,7 @@ def _uncounted(budget: Budget, unsupported: Mapping[str, str]) -> list[str]:
 
 
 def _some(names: Sequence[str], which: BoolArray) -> str:
-    found = np.flatnonzero(which)
-    others = len(found) - 1
-    return f"{names[found[0]]!r}" + (f" and {others} other layer{'s' * (others > 1)}" if others else "")
+    return some([repr(names[int(i)]) for i in np.flatnonzero(which)])
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,10 @@ def diagnose(
         found = _fault_that_fits(observed, faults, run, 0.7 * residual, by_list, max(by_list, of_effect))
         if found is not None:
             fault, distance = found
-            return verdict(fault.verdict, f"{fault.reason}; {distance:.2g} off, as trained {residual:.2g}")
+            return verdict(
+                fault.verdict,
+                f"{fault.reason}; {distance:.2g} off from it, {residual:.2g} off from the adapter as trained",
+            )
     if residual <= allowed:
         return verdict(AS_TRAINED, f"{residual:.2g} off")
     fits = max(0.0, 1 - (residual / from_base) ** 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -301,7 +302,11 @@ def _notes(parts: Sequence[Statistics]) -> Iterator[str]:
     What was said about the experts of a parameter is said anew.
     """
     experts = {name for part in parts for name, target in part.targets.items() if target.experts}
-    said = [[note for note in part.provenance.notes if note.partition(": ")[0] not in experts] for part in parts]
+    about = re.compile(r"(.*?)( and \d+ other layers?)?: ")
+    said = [
+        [note for note in part.provenance.notes if not ((found := about.match(note)) and found[1] in experts)]
+        for part in parts
+    ]
     everywhere = [note for note in said[0] if all(note in notes for notes in said)]
     yield from everywhere
     for i, notes in enumerate(said, start=1):

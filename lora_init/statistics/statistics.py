@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_init.errors import LoraInitError
 from lora_init.files import is_of, read_fields
+from lora_init.layers.grid import some, span
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, read_target
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
@@ -359,16 +360,14 @@ class Statistics(Mapping[str, Spectrum]):
 
 def notes_on_experts(stats: Statistics) -> list[str]:
     """Name the experts that start from the rows of all experts."""
-    notes = []
-    for name, target in stats.targets.items():
-        few = stats.experts_with_few_rows(name)
-        if few:
-            shown = ", ".join(map(str, few[:8])) + (", ..." if len(few) > 8 else "")
-            notes.append(
-                f"{name}: {len(few)} of {target.experts} experts read fewer than "
-                f"{2 * len(stats.explained_variance(name))} rows and start from the rows of all experts: {shown}."
-            )
-    return notes
+    few = {name: found for name in stats.targets if (found := stats.experts_with_few_rows(name))}
+    if not few:
+        return []
+    counts, needed = span([len(found) for found in few.values()]), [2 * len(stats.explained_variance(n)) for n in few]
+    of_all, (first, *_) = span([stats.targets[name].experts or 0 for name in few]), few.values()
+    shown = ", ".join(map(str, first[:8])) + (", ..." if len(first) > 8 else "") + " in the first" * (len(few) > 1)
+    said = f"{counts} of {of_all} experts read fewer than {span(needed)} rows and start from the rows of all experts"
+    return [f"{some([*few])}: {said}: {shown}."]
 
 
 def _read_group(file: TensorFile, name: str, group: Mapping[str, Any]) -> Spectrum:

@@ -1,4 +1,4 @@
 """A trainer that another tool makes -> its adapter started, trained beside replayed text, and dialed.
 
-Goes in: a configuration of the tool, with one line more. Comes out: what the tool saves.
+Goes in: a configuration of the tool, with two keys more. Comes out: what the tool saves.
 """

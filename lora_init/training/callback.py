@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -92,7 +93,7 @@ class StartCallback(TrainerCallback):
         if self.replay:
             _check_replay(args, tokenizer)
             n = math.ceil(self._texts_until(args, state.max_steps))
-            self.texts = replayed(model, tokenizer, min(n, _MOST_TEXTS), args.seed, 1)
+            self.texts = replayed(model, tokenizer, min(n, _MOST_TEXTS), args.seed, 1, partial(_say, state))
             _say(state, f"{len(self.texts)} texts that the base has written are replayed.")
         if carrier is None:
             _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
@@ -126,7 +127,8 @@ class StartCallback(TrainerCallback):
                     "nothing was evaluated. Evaluate at least once, or take the command `lora-init dial`."
                 )
             with _batches(eval_dataloader, model.get_base_model()) as batches:
-                found = dial(model, batches, tokenizer=rest.get("processing_class"), seed=args.seed)
+                say = partial(_say, state)
+                found = dial(model, batches, tokenizer=rest.get("processing_class"), seed=args.seed, say=say)
         except LoraInitError as error:
             _say(state, f"not dialed, and the adapter is as trained: {error}")
             return

@@ -11,6 +11,7 @@ from lora_init.cli import app as cli
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import read_runs, read_settings
 from lora_init.comparison.workbench import Workbench
+from tests.commands import WORDS
 from tests.comparisons import make_home
 from tests.processes import command_line, free_port
 from tests.processes import run as run_processes
@@ -51,7 +52,7 @@ def test_it_compares_and_goes_on(command, tmp_path):
     assert content["settings"]["evaluation_points"] == [0, 1, 2, 3, 4] and content["settings"]["sweep"] == "halving"
     refused = run(*command, "--rank", 4, "--steps", 5, code=1)
     assert "rank was 2, now 4" in refused.stderr and "steps was 4, now 5" in refused.stderr
-    assert refused.stderr.count("\n") == 1
+    assert [line.partition(": ")[0] for line in refused.stderr.splitlines()] == ["data", "error"]
 
 
 def test_options_reach_the_comparison(command, home, tmp_path):
@@ -76,6 +77,14 @@ def test_options_reach_the_comparison(command, home, tmp_path):
     for part in (rows, "split seed 1", "at most 20 tokens", "answer position"):
         assert part in settings["data"]
     assert "8 of 8 examples" in settings["retain_data"]
+
+
+def test_classes_are_counted_before_the_runs(home, tmp_path):
+    rows = [f"the cat {word},{kind}" for word in WORDS for kind in ("pets", "zoo", "pets")]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,kind", *rows]))
+    options = ["--template", "{text}", "--label", "kind", "--seeds", 1, "--steps", 1, "--learning-rates", "1e-3"]
+    done = run("compare", home / "bert", tmp_path / "rows.csv", "-o", tmp_path / "out", *options, "--dry-run")
+    assert "2 classes (pets 38, zoo 19)" in next(line for line in done.stderr.splitlines() if line[:5] == "data:")
 
 
 def test_a_dry_run_says_what_it_would_do_and_take_and_writes_nothing(command, tmp_path):

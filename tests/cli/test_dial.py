@@ -157,3 +157,16 @@ def test_one_strength_needs_neither_data_nor_a_pass(place, tmp_path, monkeypatch
     torch.testing.assert_close(logits(place, tmp_path / "kept"), logits(place, "trained", 0.6), atol=1e-5, rtol=1e-5)
     assert "0.6 in all layers" in run("inspect", tmp_path / "kept").stdout and not (tmp_path / "kept/dial.png").exists()
     assert "its strength is the dial's: 0.6" in run("export", tmp_path / "kept", "-o", tmp_path / "served").stdout
+
+
+def test_what_takes_long_says_in_a_log_how_far_it_is(place, tmp_path):
+    words = ["dial", place / "trained", place / "task.txt", "--samples", 36]
+    lines = run(*words, "-o", tmp_path / "kept").stderr.splitlines()  # the base writes the text to keep
+    parts = ["18 of 18 texts", "strength 0: task ", "strength 0.4: ", "strength 1.2: ", "fitted with weight 0.3: "]
+    found = [next(i for i, line in enumerate(lines) if part in line) for part in parts]
+    assert found == sorted(found) and all(" min left" in lines[i] or " s left" in lines[i] for i in found[1:])
+    assert run(*words, "-o", tmp_path / "quiet", "-q").stderr == ""
+    done = run("replay", place / "base", "-o", tmp_path / "r.jsonl", "--n", 70, "--length", 4)
+    first, second, last = done.stderr.splitlines()
+    assert first.startswith("32 of 70 texts") and first.endswith(" left") and second.startswith("64 of 70 texts")
+    assert last == "70 of 70 texts written"

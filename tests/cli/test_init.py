@@ -90,7 +90,7 @@ def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(c
         line = f"Train with AdamW at {rate_text(rate)}, warm-up 10%, cosine, for 50 steps of 8"
         inspected = " ".join(run("inspect", out).stdout.split())
         assert line in made.stdout and line in (out / "README.md").read_text() and line in inspected
-        assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 5
+        assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 6
 
 
 def test_the_length_of_the_training_is_an_option_and_a_contradiction_is_refused_before_the_weights(
@@ -119,9 +119,10 @@ def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command
     monkeypatch.setenv("COLUMNS", "300")  # or long paths are wrapped
     result = run(*command)
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr == f"data: {home.name}/text.txt: 48 of 48 examples, seed 0, at most 512 tokens, text\n"
     for part in ("rank ", "parameters", "MB. ", "Load it: ", "lora-init inspect", str(tmp_path / "out")):
         assert part in result.stdout
+    assert result.stdout.splitlines()[-1] == "Next: train it; then lora-init dial TRAINED HELD-OUT-DATA -o kept"
 
     ids = torch.arange(12)[None]
     base = AutoModelForCausalLM.from_pretrained(home / "model").eval()
@@ -192,6 +193,7 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
     command += ["--method", "natural-gradient", "--rank", 2, "--rho", 1, "--seed", 3, "--statistics", file]
     made = run(*command, "-o", out, "--json")
     assert made.exit_code == 0, made.output
+    assert "19 classes (a 3, and 3, cat 3, " in made.stderr.splitlines()[0]  # before the pass
     said, n_classes = json.loads(made.stdout), len(WORDS[:19])
     assert said["classes"] == sorted(WORDS[:19]) and "id2label={0: " in said["load"]
     loaded = load_model(str(tmp_path / "model"), task_type="SEQ_CLS", seed=3, n_labels=n_classes)
@@ -203,6 +205,7 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
         torch.testing.assert_close(tensors[f"base_model.model.{name}.lora_A.weight"], a)
     script = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
+    assert said["next"] == f"train it as {out / 'README.md'} shows; then lora-init inspect TRAINED"
     names = {}
     exec(script, names)
     model = names["model"]
@@ -326,7 +329,7 @@ def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
     interrupt_at(4, monkeypatch)
     result = run(*command, "--statistics", file)
     assert result.exit_code == 130
-    assert result.stderr.splitlines() == [
+    assert result.stderr.splitlines()[1:] == [
         f"{file}: kept the statistics of 3 batches. The same command goes on after them.",
         "interrupted",
     ]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 import lora_init
@@ -39,6 +40,11 @@ def home(tmp_path_factory):
     write("sharegpt.jsonl", [{"conversations": turns}])
     write("pair.jsonl", [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in asked])
     write("scores.csv", ["text,score\n", *(f"the cat {word},{i % 10 / 10}\n" for i, word in enumerate(WORDS))])
+    write("scores2.csv", ["sentence,score\n", *(f"the cat {word},{i % 3}\n" for i, word in enumerate(WORDS))])
+    write("one.jsonl", texts[:1])
+    trained = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    trained.peft_config["default"].base_model_name_or_path = str(home / "llama")
+    trained.save_pretrained(home / "trained")
     write("rank8.safetensors", [])
     (home / "rank8.safetensors").unlink()
     made = run("init", home / "llama", home / "text.jsonl", "-o", home / "a", "--rank", 8,
@@ -98,6 +104,32 @@ COMMANDS = {
     ),
     "gpu": ([*INIT, "--device", "gpu"], "device 'gpu' cannot be used here: expected auto, cpu, cuda, cuda:1 or mps."),
     "gpu to compare": ([*COMPARE, "--device", "gpu"], "device 'gpu' cannot be used here: expected auto, cpu, cuda"),
+    "template for nothing": (
+        [*COMPARE, "--retain-template", "{x}"], "--retain-template: that is for --retain-data. Leave it out.",
+    ),
+    "answer for nothing": ([*COMPARE, "--answer", "right"], "--answer: that is for --options. Leave it out."),
+    "options that are none": ([*COMPARE, "--options", "nope"], "--options nope is not a column, and not a list"),
+    "columns of text to retain": (
+        [*COMPARE, "--report-samples", 12, "--retain-data", "scores2.csv", "--retain-template", "{x}"],
+        "--retain-template '{x}': wrong0/scores2.csv has no column 'x'. Its columns: sentence, score.",
+    ),
+    "text to retain without a template": (
+        [*COMPARE, "--report-samples", 12, "--retain-data", "scores2.csv"],
+        "or instruction and output, or text. Name one by --retain-template",
+    ),
+    "columns of text to replay": (
+        [*COMPARE, "--report-samples", 12, "--replay", "scores2.csv"],
+        "or instruction and output, or text. Rename one of them.",
+    ),
+    "columns of text to keep": (
+        ["dial", "trained", "rows.jsonl", "--template", "{passage}", "-o", "out", "--keep", "scores2.csv"],
+        "or instruction and output, or text. Rename one of them.",
+    ),
+    "one example to dial": (["dial", "trained", "one.jsonl", "-o", "out"], "DATA one.jsonl: 1 example, and at least 6"),
+    "one text to keep": (
+        ["dial", "trained", "text.jsonl", "-o", "out", "--keep", "one.jsonl"], "--keep one.jsonl: 1 example, and at",
+    ),
+    "no data to export by": (["export", "trained", "-o", "out", "--data", "none.jsonl"], "none.jsonl': no such file"),
     "no bank": ([*INIT, "--method", "from-bank", "--bank", "none"], "none is no bank: it has no bank.json. Make one:"),
     "no bank to compare": (
         [*COMPARE, "--starts", "bank-nearest", "--bank", "none"], "none is no bank: it has no bank.json. Make one:",

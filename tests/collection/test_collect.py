@@ -108,16 +108,34 @@ def test_layers_that_never_run_are_said_and_those_that_run_twice_count_twice():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.twice, self.never = nn.Linear(24, 24), nn.Linear(24, 2)
+            self.twice, self.never, self.nor = nn.Linear(24, 24), nn.Linear(24, 2), nn.Linear(24, 2)
 
         def forward(self, x):
             return self.twice(self.twice(x))
 
     stats = collect(Odd(), low_rank_inputs(3), rank=2)
     assert list(stats) == ["twice"]
-    assert stats.unsupported == {"never": "Linear"}
+    assert stats.unsupported == {"never": "Linear", "nor": "Linear"}
     assert stats["twice"].n_samples == 3 * 64 * 2
-    assert "never: never ran; PEFT's own initialization." in stats.provenance.notes
+    assert stats.provenance.notes == ["never and 1 other layer: never ran; PEFT's own initialization."]
+
+
+def test_layers_with_few_directions_are_one_note():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other, self.narrow = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.one(x), self.other(x * torch.arange(24).lt(6)), self.narrow(x[..., :8] * 0 + x[..., :1])
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(1, 3, 24, generator=generator) for _ in range(4)]
+    notes = collect(Two(), batches, rank=8).provenance.notes
+    assert notes == [
+        "one and 1 other layer: 12 rows span only 6 to 11 of 16 components.",
+        "narrow: 12 rows span only 1 of 8 components.",
+    ]
 
 
 def test_mistakes_get_one_clear_line():

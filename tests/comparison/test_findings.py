@@ -49,7 +49,7 @@ def test_a_planted_winner_a_loser_and_a_tie():
     found = verdict(summary)
     assert found.sentence.startswith("eva is better; its final loss is ")
     assert f"{-100 * found.mean / found.reference:.1f} % lower than random's (−0.0" in found.sentence
-    assert "; 3 runs of each; eva at 1e-3, random at 1e-3). The runs could have shown 0." in found.sentence
+    assert "; 3 runs of each; eva at 1e-3, random at 1e-3). A difference of 0." in found.sentence
     assert verdict(summary, "pissa").outcome == "worse"
     assert verdict(summary, "orthogonal").sentence.startswith("orthogonal: no difference shown; ")
     assert summary.headline.startswith(
@@ -135,7 +135,7 @@ def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that
 
 def test_without_a_winner_the_answer_is_what_could_have_been_shown():
     summary = summarise(planted({"eva": 0.0}), settings(init="lora-init init"))
-    assert summary.answer.startswith("No start is shown to be better than random at 1e-3; the runs could have shown ")
+    assert summary.answer.startswith("No start is shown to be better than random at 1e-3; a difference of 0.")
     options = "--samples 8 --max-batches 4 --lora-alpha 16 --method random --rho 1"
     assert summary.command == f"lora-init init {options} --learning-rate 1e-3 --output adapter"
     assert summarise([record()], settings()).answer == "The runs do not say yet which start to use."
@@ -145,13 +145,13 @@ def test_a_recommended_start_is_judged_at_its_own_rate_too():
     runs = planted({"eva+32-alpha": 0.0, "natural-gradient+80-alpha": 0.0})  # which end lowest at 1e-3
     rates = {"eva+32-alpha": 1e-4, "natural-gradient+80-alpha": 1e-3, "pissa": 1e-3}
     own, best = summarise(runs, settings(recommended=rates)).as_recommended
-    assert own.startswith("eva+32-alpha at 1e-4, as a forward pass tells: worse; its final loss differs by +")
-    assert best.startswith("natural-gradient+80-alpha at 1e-3, as a forward pass tells: no difference shown;")
+    assert own.startswith("eva+32-alpha at 1e-4, the measured rate: worse; its final loss differs by +")
+    assert best.startswith("natural-gradient+80-alpha at 1e-3, the measured rate: no difference shown;")
     assert best.endswith("That is the best of its rates.") and "best of" not in own
     [few] = summarise(
         [run for run in runs if run["seed"] == 0], settings(recommended={"eva+32-alpha": 1e-4})
     ).as_recommended
-    assert few == "eva+32-alpha at 1e-4, as a forward pass tells: no statement possible with so few runs."
+    assert few == "eva+32-alpha at 1e-4, the measured rate: no statement possible with so few runs."
     assert summarise(runs, settings()).as_recommended == []
 
 
@@ -161,8 +161,8 @@ ENDS = ("random", "full")
 
 
 @pytest.mark.parametrize(("left", "said"), [
-    (0.05, "So random goes 98 % of the way, and 29.4 % is left. The runs could have shown 3.3 % at best."),
-    (0.0002, ": nothing to win here that they could show."),
+    (0.05, "So random goes 98 % of the way, and 29.4 % is left. A difference of 3.3 % or more would have shown."),
+    (0.0002, ": nothing to win here that would show."),
     (-0.01, "That is no lower than random: nothing to win here."),
 ])  # fmt: skip
 def test_headroom(left, said):

@@ -1,6 +1,8 @@
 """Strengths do what merged weights do, their gradient is that of finite differences, and a model is left as it was."""
 
 import copy
+from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from lora_init.keep.dial import (
     label_losses,
     strengths,
 )  # fmt: skip
-from lora_init.keep.dialed import Point
+from lora_init.keep.dialed import Change, Point
 from tests.conftest import batches_for, refused, tiny_gpt2, tiny_llama, tiny_t5
 
 KINDS = {
@@ -122,16 +124,17 @@ def test_strengths_are_taken_back_after_an_error():
     assert torch.equal(example_losses(model, batches), expected)
 
 
-def test_dial_works_in_place_and_what_is_saved_reloads_with_the_same_outputs(tmp_path):
+def test_dial_works_in_place_and_what_is_saved_reloads_with_the_same_outputs(tmp_path, monkeypatch):
     model, batches = trained_model(dtype=torch.float32)
     expected = tiny_llama()
     expected.load_state_dict(model.get_base_model().state_dict(), strict=False)
     keep = batches_for("llama", n_batches=4, seed=1)
-    refused("at least 3", dial, model, batches[:2], keep)
+    refused("batches: 4 examples, and at least 6", dial, model, batches[:1], keep)
     refused("tokenizer=", dial, model, batches)
     refused("100% of its texts are examples of the task", dial, model, batches, [*batches])
     with torch.no_grad():
         full = model.eval()(**batches[0]).logits
+    report = dealt(model, batches, keep, monkeypatch)[0][2]
     found = dial(model, batches, keep, keep_within=10.0)
     assert found.chosen.task == min(point.task for point in (*found.curve[1:], *found.fitted))
     after = example_losses(model, batches)
@@ -141,8 +144,126 @@ def test_dial_works_in_place_and_what_is_saved_reloads_with_the_same_outputs(tmp
     plain = model.unload()
     again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
     torch.testing.assert_close(example_losses(again, batches), after, atol=1e-5, rtol=1e-5)
-    held_out = example_losses(again, [batches[2]])
+    held_out = example_losses(again, report)
     assert found.task["chosen"].loss == pytest.approx(float(held_out[:, 0].sum() / held_out[:, 1].sum()), rel=1e-5)
+
+
+class _DealtError(Exception):
+    pass
+
+
+def dealt(model, batches, keep, monkeypatch, **options):
+    """Return the batches of the task, and of what to keep, to fit, to choose and to report by."""
+    found = []
+
+    def search(model, task, kept, *rest):
+        found.extend([task, kept])
+        raise _DealtError
+
+    monkeypatch.setattr("lora_init.keep.dial._search", search)
+    with pytest.raises(_DealtError):
+        dial(model, batches, keep, **options)
+    monkeypatch.undo()
+    return found
+
+
+def by_length(kind, seed=0):
+    """24 examples of 4 to 27 tokens in batches of four, the shortest first, as sorting by length makes them."""
+    generator, batches = torch.Generator().manual_seed(seed), []
+    for first in range(4, 28, 4):
+        lengths = torch.arange(first, first + 4)[:, None]
+        mask = (torch.arange(first + 3) < lengths).long()
+        ids = torch.randint(3, 64, mask.shape, generator=generator) * mask
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        if kind == "no mask":  # what is read of it has one length
+            batch = {"input_ids": ids + 1 - mask, "labels": batch["labels"]}
+        elif kind == "packed":
+            batch = {"input_ids": ids + 1 - mask, "position_ids": torch.arange(first + 3).expand_as(ids) % 3,
+                     "labels": batch["labels"]}  # fmt: skip
+        elif kind == "encoder-decoder":
+            batch["labels"] = batch["labels"][:, : first // 2].contiguous()
+        elif kind == "embedded":
+            batch = embedded(batch)
+        elif kind == "half without labels":
+            batch["labels"][::2] = -100
+        batches.append(batch)
+    return batches
+
+
+def names_of(batches):
+    """Return the examples by their labels, which no two share."""
+    rows = [row[row != -100] for batch in batches for row in batch["labels"]]
+    return [tuple(row.tolist()) for row in rows if len(row)]
+
+
+@pytest.mark.parametrize("kind", ["padded", "no mask", "packed", "encoder-decoder", "embedded", "half without labels"])
+def test_examples_are_dealt_at_random_whatever_their_length(kind, monkeypatch):
+    model, _ = trained_model("encoder-decoder" if kind == "encoder-decoder" else "plain")
+    given = by_length(kind), by_length(kind, seed=1)
+    reported = Counter()
+    for seed in range(60):
+        for before, parts in zip(given, dealt(model, *given, monkeypatch, seed=seed), strict=True):
+            assert sorted(names_of(chain(*parts))) == sorted(names_of(before))
+            assert {len(names_of(part)) for part in parts} == {len(names_of(before)) // 3}
+            reported.update(names_of(parts[2]))
+    # A third of 60 deals, and 4.5 standard deviations.
+    assert len(reported) == sum(len(names_of(before)) for before in given) and {*reported.values()} <= {*range(4, 37)}
+    (again, _), (once, _) = (dealt(model, *given, monkeypatch, seed=59) for _ in range(2))
+    assert names_of(again[2]) == names_of(once[2])
+    if kind not in ("no mask", "packed"):  # which cannot be padded
+        assert len(once[2]) == len(names_of(once[2])) / 4
+    found, expected = (example_losses(model, batches) for batches in (chain(*once), given[0]))
+    found, expected = (sorted(rows[rows[:, 1] > 0].tolist()) for rows in (found, expected))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=1e-5)  # float32 losses
+
+
+def test_batches_that_are_not_made_of_rows_are_dealt_whole(monkeypatch):
+    model, batches = trained_model()
+    ids = [batch["input_ids"] for batch in by_length("no mask")]
+    packed = [{"input_ids": one, "labels": one, "max_length_q": 3} for one in ids]
+    parts, _ = dealt(model, packed, batches, monkeypatch)
+    assert sorted(map(id, chain(*parts))) == sorted(map(id, packed)) and [*map(len, parts)] == [2, 2, 2]
+
+
+def test_the_report_says_per_cent_and_where_a_limit_was_broken(monkeypatch):
+    model, batches = trained_model(dtype=torch.float32)
+    kept, seen, uniform = by_length("padded", seed=1), set(), dict(uniform=True)
+    for seed in range(5):
+        task, keep = (part[2] for part in dealt(model, batches, kept, monkeypatch, seed=seed))
+        found = dial(copy.deepcopy(model), batches, kept, seed=seed, **uniform)
+        best = min(found.curve[1:], key=lambda point: point.task)
+        assert found.task["best"].loss == pytest.approx(ratio(model, task, best.strength))
+        now, trained = ratio(model, task, found.chosen.strength), ratio(model, task)
+        for text in (f"{now:.3f} ({now - trained:+.3f} ± ", f", {100 * (now / trained - 1):+.1f} %) now"):
+            assert text in found.summary()["task"]
+        limit = max((ratio(model, keep, best.strength) - ratio(model, keep, 0.0) + best.rise) / 2, 0.0)
+        found = dial(copy.deepcopy(model), batches, kept, seed=seed, keep_within=limit, **uniform)
+        rise = ratio(model, keep, found.chosen.strength) - ratio(model, keep, 0.0)
+        if found.chosen.rise <= limit:
+            assert (f"text to keep {rise:.3f} above" in "".join(found.notes)) == (rise > limit)
+            seen.add(rise > limit)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize(("asked", "chosen", "rise", "words"), [
+    ({}, 2.05, 0.4, "measured is 2.5 % above the task's loss at the best strength, and 2 % was the limit"),
+    ({}, 2.03, 0.4, ""),
+    ({"lose": 0.01}, 2.03, 0.4, "1.5 % above"),
+    ({"keep_within": 0.1}, 9.0, 0.4, "text to keep 0.400 above the base's loss, and 0.1 was the limit"),
+    ({"keep_within": 0.5}, 9.0, 0.4, ""),
+    ({"strength": 0.5}, 9.0, 0.4, ""),
+])  # fmt: skip
+def test_a_limit_is_broken_where_the_report_is_beyond_it(asked, chosen, rise, words):
+    task = {name: Change(loss, 0.0, 0.0) for name, loss in (("best", 2.0), ("trained", 2.1), ("chosen", chosen))}
+    said = Rule(**asked).broken(task, {"chosen": Change(3.0, rise, 0.0)})
+    assert len(said) == bool(words) and words in "".join(said)
+
+
+def ratio(model, batches, strength=1.0):
+    """Return the loss a label."""
+    with strengths(model, strength):
+        losses = example_losses(model, batches)
+    return float(losses[:, 0].sum() / losses[:, 1].sum())
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_examples():

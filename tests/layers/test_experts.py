@@ -146,9 +146,9 @@ def test_an_expert_without_enough_rows_starts_from_those_of_all():
     few = stats.experts_with_few_rows(up)
     assert few == [4, 5]
     assert f"{up}.4" not in stats.groups
-    note = next(note for note in stats.provenance.notes if note.startswith(f"{up}:"))
+    (note,) = (note for note in stats.provenance.notes if note.startswith(f"{up} and 1 other layer:"))
     assert f"2 of 6 experts read fewer than {least} rows" in note
-    assert note.endswith("start from the rows of all experts: 4, 5.")
+    assert note.endswith("start from the rows of all experts: 4, 5 in the first.")
     a = build_adapter(stats, 2, unit_rows=True).weights[up][0].reshape(6, 2, 32)
     for expert in range(6):
         source = stats[up] if expert in few else stats.groups[f"{up}.{expert}"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pandas as pd
 import pytest
@@ -135,7 +136,9 @@ def test_classes_are_labels_of_whole_texts(write, tokenizer, values, known, clas
         ]
         assert batch["labels"].dtype == torch.int64
         assert said == [classes[label] * 3 for label in batch["labels"].tolist()]
-    assert f"label kind, {len(classes)} classes, 1 left out without a label" in batches.description
+    named = Counter(str(value).removesuffix(".0") for value in values)
+    counted = ", ".join(f"{name} {named[name]}" for name in classes)
+    assert f"label kind, {len(classes)} classes ({counted}), 1 left out without a label" in batches.description
 
 
 ROWS_WITH_GAPS = [("aa", 10), ("bb", 2), ("cc", float("nan")), ("dd", None), ("ee", 10), (float("nan"), 2)]
@@ -318,3 +321,56 @@ def test_seq2seq_tokenises_the_completion_as_the_target_language(write):
     (batch,) = load_batches(write([{"prompt": "a b", "completion": "c d"}]), tokenizer, seq2seq=True)
     assert tokenizer.decode(batch["input_ids"][0]) == "i a b [SEP]"
     assert tokenizer.decode(batch["labels"][0]) == "j c d [SEP]"
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": words} for role, words in turns]}
+
+
+ANSWERED = chat(("user", "a"), ("assistant", "b"))
+CLASSES = {"template": "{q}", "label": "k"}
+# A template that writes what users and assistants say, and nothing of anybody else.
+TWO_ROLES = (
+    "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}{{ m['role'] }}: {{ m['content'] }}\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def numbered(n):
+    return [{"text": f"text {i}"} for i in range(n)]
+
+
+def classes(*names):
+    return [{"q": f"text {i}", "k": name} for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(("rows", "options", "words"), [
+    (classes("a", "a", "b", "c", "a"), CLASSES, "column 'k': 'b', 'c': one row: too few to learn from"),
+    (classes("dental", "dental ", "dental", "Dental", "eye", "dental ", "eye", "Dental"), CLASSES,
+     "'dental', 'dental ', 'Dental': the same but for spaces or case"),
+    (classes("a", "nan", "nan", "a", "None", "None"), CLASSES, "'nan', 'None': what a missing value is written as"),
+    ([*[ANSWERED] * 3, *[{"prompt": "a", "completion": "b"}] * 3, *numbered(3)], {},
+     "of the first 9 rows 6 left out with an empty field; read as messages."),
+    (numbered(1) * 200, {}, "199 duplicates among 200 examples"),
+    ([chat(("human", "a"), ("assistant", "b"))], {}, "the chat template does not know the role 'human'. Rename it"),
+    ([chat(("system", "be brief"), ("user", "a"), ("assistant", "b"))], {}, "leaves out the turns of the role 'sys"),
+    ([*[ANSWERED] * 2, chat(("user", "a"), ("assistant", " "))], {}, "of the first 3 rows 1 left out with an empty"),
+    ([{"text": "a long text"}] * 2, {"max_length": 2}, "2 of 2 examples end at max_length=2 tokens. Raise it"),
+])  # fmt: skip
+@pytest.mark.parametrize("needs_labels", [True, False])
+def test_what_is_odd_about_rows_is_said(tokenizer, rows, options, words, needs_labels):
+    tokenizer.chat_template = TWO_ROLES
+    with pytest.warns(UserWarning, match=re.escape(words)):
+        load_batches(rows, tokenizer, needs_labels=needs_labels, **options)
+
+
+@pytest.mark.parametrize(("rows", "options"), [
+    (classes("a", "b", "a", "b", "yes and no", "yes and no"), CLASSES),
+    (numbered(12), {"max_length": 8}),
+    ([chat(("system", " be brief "), ("user", f"a{i}"), ("assistant", ""), ("tool", "1"), ("assistant", f"b{i}"))
+      for i in range(3)], {}),
+])  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_what_is_as_it_should_be_is_not_warned_of(tokenizer, rows, options):
+    tokenizer.chat_template = TWO_ROLES.replace("['user', 'assistant']", "['user', 'assistant', 'system', 'tool']")
+    assert load_batches(rows, tokenizer, **options)

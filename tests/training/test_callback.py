@@ -317,7 +317,7 @@ def test_what_cannot_be_dialed_at_the_end_stays_as_trained(tmp_path, tokenizer, 
     made.train()
     callback.on_train_end(made.args, made.state, made.control, adapted)  # as where evaluation never came
     *_, too_few, nothing = capsys.readouterr().err.splitlines()
-    for said, reason in ((too_few, "1 batches have labels, and at least 3 are needed"), (nothing, "was evaluated")):
+    for said, reason in ((too_few, "batches: 4 examples, and at least 6 are needed"), (nothing, "was evaluated")):
         assert said.startswith("lora_init: not dialed, and the adapter is as trained: ") and reason in said
     trainer(tmp_path, plain, lora_init.StartCallback(samples=8), **settings).train()
     assert all(torch.equal(value, adapter_of(plain)[name]) for name, value in adapter_of(adapted).items())
