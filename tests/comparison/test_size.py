@@ -1,5 +1,7 @@
 """How a limit of time makes a comparison smaller, and what it says where none is small enough."""
 
+import re
+
 import pytest
 
 from lora_init.adapters.learning_rate import LearningRate, Response
@@ -13,6 +15,7 @@ from lora_init.comparison.tasks import Loading
 from lora_init.comparison.variants import Variant
 from tests.comparison.made import compare, set_up_bench
 from tests.comparisons import make_home
+from tests.conftest import refused
 
 STARTS = [Variant(name) for name in ("random", "eva", "natural-gradient")]
 SLOW = Pace(step=10.0, example=0.1)
@@ -71,3 +74,8 @@ def test_a_comparison_in_a_limit_goes_on_at_its_size(home, tmp_path, monkeypatch
     assert any(note.startswith("The limit of time made this a comparison of 24 steps") for note in first.summary.notes)
     again = compare(home, tmp_path / "out", **open_size, seeds=3)
     assert len(again.records) == len(first.records) and read_settings(tmp_path / "out")["steps"] == 24
+
+
+def test_a_refused_limit_says_what_each_lever_saves(lay_out):
+    said = refused("there is no answer", fit, lay_out, SLOW, RunBudget(1.0), True)
+    assert re.search(r"seeds=2 saves [\d.]+ \w+", said) and re.search(r"steps=12 saves [\d.]+ \w+", said)

@@ -294,6 +294,8 @@ def test_rules_choose_what_they_say():
     assert Rule(keep_within=0.1).choose(9.0, points[2:]) == points[2]
     assert chosen(points[1:]) == 0.7 and chosen([point(0.6, 1.1, 0.0)]) == 0.5  # the first of them where one is
     assert str(Rule()) == "the least forgetting at most 2 % above the task's loss at the best strength"
+    with pytest.warns(UserWarning, match=r"strength=9: above 1\.5 the dial itself chooses none"):
+        Rule(strength=9)
     for wrong, words in (
         (dict(lose=-0.1), "at least 0"),
         (dict(lose=2), "200% more loss"),
