@@ -108,7 +108,9 @@ COMMANDS = {
         [*COMPARE, "--retain-template", "{x}"], "--retain-template: that is for --retain-data. Leave it out.",
     ),
     "answer for nothing": ([*COMPARE, "--answer", "right"], "--answer: that is for --options. Leave it out."),
-    "options that are none": (["compare", "llama", "text.jsonl", "-o", "out", "--options", "nope"], "--options nope is not a column, and"),
+    "options that are none": (
+        ["compare", "llama", "text.jsonl", "-o", "out", "--options", "nope"], "--options nope is not a column, and",
+    ),
     "columns of text to retain": (
         [*COMPARE, "--report-samples", 12, "--retain-data", "scores2.csv", "--retain-template", "{x}"],
         "--retain-template '{x}': wrong0/scores2.csv has no column 'x'. Its columns: sentence, score.",
