@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
-from lora_init.cli.console import FAILED, importing, print_result, refuse_idle, running, say
+from lora_init.cli.console import FAILED, importing, print_result, running, say
 from lora_init.cli.options import FloatWeights, LoadingQuantized, MaxLength, read_numbers, read_share
 from lora_init.cli.tables import Cells
 from lora_init.errors import LoraInitError
@@ -133,10 +133,6 @@ def compare(
     given = locals()
     if data == "-" and workers:
         raise LoraInitError("DATA '-': workers read the data, too, and standard input is read once. Name a file.")
-    if options is None:
-        refuse_idle(("answer", "normalize"), "that is for --options")
-    if retain_data is None:
-        refuse_idle(("retain_template", "retain_samples", "dial"), "that is for --retain-data")
     given |= {
         "starts": None if starts is None else [_start(word) for word in read_names(starts)],
         "learning_rates": learning_rates and read_numbers("--learning-rates", learning_rates, float),

@@ -105,9 +105,9 @@ COMMANDS = {
     "gpu": ([*INIT, "--device", "gpu"], "device 'gpu' cannot be used here: expected auto, cpu, cuda, cuda:1 or mps."),
     "gpu to compare": ([*COMPARE, "--device", "gpu"], "device 'gpu' cannot be used here: expected auto, cpu, cuda"),
     "template for nothing": (
-        [*COMPARE, "--retain-template", "{x}"], "--retain-template: that is for --retain-data. Leave it out.",
+        [*COMPARE, "--retain-template", "{x}"], "--retain-template '{x}' goes with --retain-data.",
     ),
-    "answer for nothing": ([*COMPARE, "--answer", "right"], "--answer: that is for --options. Leave it out."),
+    "answer for nothing": ([*COMPARE, "--answer", "right"], "--answer right goes with --options."),
     "options that are none": (
         ["compare", "llama", "text.jsonl", "-o", "out", "--options", "nope"], "--options nope is not a column, and",
     ),
