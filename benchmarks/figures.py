@@ -457,6 +457,13 @@ def rule_pairs(of_all: bool = True) -> int:
     return len(rates.errors(of_all=of_all))
 
 
+def told(start: str) -> tuple[float, ...]:
+    """Return how many times the best rate the rule gives in sweeps of a start: the mean, the least and the most."""
+    of_start = rates.pairs()["start"].str.replace("+equal-parameters", "").eq(start)
+    off = rates.errors()[of_start]
+    return tuple(map(math.exp, (off.mean(), off.min(), off.max())))
+
+
 def rank_power() -> tuple[float, float, float]:
     """Return with what power of the rank best rates of public sweeps rise: median, mean, standard error of the mean."""
     return public_sweeps.rank_power()

@@ -265,9 +265,11 @@ def test_learning_rate(home):
     base.add_adapter("mine", LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj"]))
 
     def call(**given):
-        return lora_init.learning_rate(base, batches_for("llama"), **given).rate, {}
+        found = lora_init.learning_rate(base, batches_for("llama"), **given)
+        return [str(found), found.stored()["responses"]], {}
 
-    check("learning_rate()", call, parameters(lora_init.learning_rate), {"steps": Try(300)})
+    of_length = {"steps": Try(300), "epochs": Try(3, {"steps": 300}), "train_batch_size": Try(16)}
+    check("learning_rate()", call, parameters(lora_init.learning_rate), of_length)
 
 
 def test_dial(home):
@@ -331,7 +333,7 @@ def test_the_command_init(home, tmp_path, beside):
 
     probes = {
         "model": INPUT, "data": INPUT, "output": Free("where it goes"), "learning_rate": Try(1e-3, recorded=True),
-        "steps": Try(900),
+        "steps": Try(900), "epochs": Try(3), "train_batch_size": Try(16),
         "dry_run": Try(True), "statistics": Free("the file"), "ranks_from": Try("nowhere"), "bank": Try("nowhere"),
         "by": Try("mean"), "similarity": Try("both"), "dtype": Try("bfloat16"), "quantize": Try("nf4"),
         "task_type": Try("FEATURE_EXTRACTION"), "rank": Try(3),

@@ -56,11 +56,8 @@ def check_adapter_options(
             method=start.name,
         )
     if shape.unit_rows and (start.matched or not start.b_is_zero):
-        raise LoraInitError(
-            "{unit_rows} with {method}: its rows have a size of their own. Leave it out.",
-            unit_rows=True,
-            method=start.name,
-        )
+        said = "{unit_rows} with {method}: its rows have a size of their own. Leave it out."
+        raise LoraInitError(said, unit_rows=True, method=start.name)
     if lora_alpha is not None and not (is_number(lora_alpha) and 0.0 < lora_alpha < math.inf):
         raise LoraInitError(
             "{lora_alpha} must be a positive number. Leave it out to take what is best.", lora_alpha=lora_alpha

@@ -81,8 +81,9 @@ def initialize(
             `layers_to_transform` and so on). What it sets beyond that is refused by its name, and so is an argument
             that says otherwise.
         adapter_name: PEFT's name for the adapter.
-        learning_rate: With a trainer, `"measured"` sets its learning rate to what the pass says for its steps. Without,
-            a rate that is more than three times off is a warning.
+        learning_rate: With a trainer, `"measured"` sets its learning rate to what the pass says for its steps. It is
+            refused for another optimizer than AdamW, and for another loss than the model's own, such as DPO's: nothing
+            was measured there. Without, a rate that is far off is a warning.
         **options: All other arguments of `collect`, of `build_adapter` and, with a tokenizer, of `load_batches`
             (`label`, whose classes are in the order of the model's `id2label` if it names them). Without `gamma` a
             method that steps sets four batches aside, and at least 16 examples, but at most a quarter of the data, and

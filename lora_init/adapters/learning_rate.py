@@ -58,23 +58,15 @@ def rate_text(rate: float) -> str:
 
 
 def is_adamw(optimizer: str) -> bool:
-    """Check, by the name of its setting or class, whether an optimizer is one that rates were measured for.
-
-    Example:
-        >>> [is_adamw(name) for name in ("adamw_torch_fused", "PagedAdamW8bit", "galore_adamw", "adafactor")]
-        [True, True, False, False]
-    """
+    """Check, by the name of its setting or class, whether an optimizer is one that rates were measured for."""
     return re.fullmatch(r"(paged_?|anyprecision)?adamw\w*|(fused)?adam", optimizer.lower()) is not None
 
 
 def check_measured(optimizer: str, is_plain_loss: bool, trainer: str) -> None:
     """Refuse to set a rate where none was measured."""
-    what = "" if is_plain_loss else f"the loss of {trainer}"
-    if what := what if is_adamw(optimizer) else f"the optimizer {optimizer}":
-        raise LoraInitError(
-            f"learning_rate='measured': no rate was measured for {what}. Leave it out, and choose the rate as without "
-            "lora_init."
-        )
+    if not is_adamw(optimizer) or not is_plain_loss:
+        what = f"the loss of {trainer}" if is_adamw(optimizer) else f"the optimizer {optimizer}"
+        raise LoraInitError(f"learning_rate='measured': no rate was measured for {what}. Leave it out, and tune it.")
 
 
 class Response(NamedTuple):

@@ -23,7 +23,7 @@ from lora_init.adapters.doors.carriers import Carrier
 from lora_init.adapters.layer_start import Material
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.quantized import QuantizationErrors, loss_or_distance, with_losses
-from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, STARTS, find_start
+from lora_init.adapters.starts import CORRECTION, DEFAULT, DEFAULT_FOR_CLASSES, find_start
 from lora_init.adapters.step_size import LEAST, find_step_size, most_aside, set_aside
 from lora_init.collection.backward import NoGradientsError
 from lora_init.collection.collect import collect
@@ -138,8 +138,7 @@ def check(asked: Asked, **place: Any) -> None:
     check_adapter_options(asked.start, asked.shape, **place)
     idle = {} if asked.start.by_error else {name: value for name, value in vars(asked.correction).items() if value}
     for name in idle:
-        able = " or ".join(one.name for one in STARTS if one.function and one.by_error)
-        raise LoraInitError(f"{{{name}}} is for the start {able}. Leave {name} out.", **idle)
+        raise LoraInitError(f"{{{name}}} is for the start {CORRECTION}. Leave it out.", **idle)
     rank, rho = asked.ranks.rank, asked.ranks.rho
     if asked.start.one_rank and round(rho * rank) > rank:
         raise LoraInitError(

@@ -186,7 +186,7 @@ def ranks(
     coverage: Annotated[Coverage | None, _limits(help="For --variance: in which layers. Default: every-layer.")] = None,
     policy: Annotated[Policy, Option(help=f"What ranks compete by. With gradients: {_BY_GRADIENT}.")] = "eva",
     rho: Annotated[
-        float | None, Option(help="At most rho x average rank in one layer. Default: 1, the same; 2 with a policy.")
+        float | None, Option(help="At most rho x average rank in a layer. Default: 1; 2 with a policy.")
     ] = None,
     min_rank: Annotated[int, _limits(help="Smallest rank; 0 lets a layer go without.")] = 0,
     max_rank: Annotated[int | None, _limits(help="Largest rank.")] = None,

@@ -335,13 +335,16 @@ class Workbench:
         self._renew_head(self.loaded, 0)  # as for the runs of that seed
         for start in starts:
             read = REFERENCE if blank and (start.recipe is None or start.recipe.reads_data) else start
-            if start.base == FULL or str(read) in found:
+            frozen = start.recipe is not None and start.recipe.freeze_a
+            if start.base == FULL or (str(read) in found and not frozen):
                 found |= {str(start): found[str(read)]} if str(read) in found else {}
                 continue
             with suppress(LoraInitError):  # its runs say why
                 prepared = self._prepare(read, 0)
                 try:
-                    found[str(start)] = measure_rate(prepared.peft_model, self._batches(0, 0, 4), length)
+                    found[str(start)] = measure_rate(
+                        prepared.peft_model, self._batches(0, 0, 4), length, freeze_a=frozen
+                    )
                 finally:
                     prepared.release()
         return found

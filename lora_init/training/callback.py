@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -44,8 +43,8 @@ class StartCallback(TrainerCallback):
     Args:
         method: See `initialize`. Default: `"eva"`.
         samples: Number of examples to learn from.
-        learning_rate: `"measured"` sets the trainer's to what the pass says for its steps. Without, a rate that is more
-            than three times off is a warning.
+        learning_rate: `"measured"` sets the trainer's to what the pass says for its steps, and is refused for another
+            optimizer than AdamW or a loss of preferences. Without, a rate that is far off is a warning.
         replay: Texts of the base's own to train on beside each example, so that less is forgotten: 0.125 is one beside
             eight. A text weighs as two examples. The losses that the trainer reports are those of its data alone.
         dial: Choose how strongly each layer acts when training has ended, from the trainer's batches for evaluation, as
@@ -148,20 +147,17 @@ class StartCallback(TrainerCallback):
         each = args.train_batch_size * args.world_size
         asked = self.asked.but(max_batches=math.ceil(self.samples / each))
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
-            read: Iterator[Any] = batches
-            if self.measured:  # preferences have a beta, or no labels
-                optimizer, first = rest["optimizer"], next(batches, {})
-                name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's holds it
-                is_plain_loss = "labels" in first and not hasattr(args, "beta")
-                check_measured(name, is_plain_loss, f"a trainer with {type(args).__name__}")
-                read = chain([first], batches)
-            init = run(Source(carrier, read), asked.but(data="training batches"))
+            first, optimizer = next(batches, {}), getattr(rest["optimizer"], "optimizer", rest["optimizer"])
+            is_plain_loss = "labels" in first and not hasattr(args, "beta")  # preferences have a beta, or no labels
+            if self.measured:
+                check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
+            init = run(Source(carrier, chain([first], batches)), asked.but(data="training batches"))
             carrier.put(init, "")
         there = (len(data), len(train_dataloader)) if isinstance(data, Sized) else ()
         rate = replace(init, length=length_of(args, state.max_steps, *there)).rate
         if self.measured and rate and args.learning_rate:
             _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
-        for said in rate.far_off(args) if rate else ():
+        for said in rate.far_off(args) if rate and is_plain_loss else ():
             warnings.warn(said, stacklevel=2)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
         _say(state, f"{what}; the learning rate is {args.learning_rate:.2g}.")
@@ -237,16 +233,10 @@ def _set_rate(args: Any, rate: float, optimizer: Any, scheduler: Any) -> None:
     schedule.load_state_dict(state | lists)
     # Rates that a schedule ends at are shares of the one that it was made for.
     shares = {"lr_init": factor} | ({"min_lr_rate": 1 / factor} if "min_lr" in (args.lr_scheduler_kwargs or {}) else {})
-    if hasattr(schedule, "lr_lambdas"):
-        schedule.lr_lambdas = [_scaled(one, shares) for one in schedule.lr_lambdas]
+    functions = {id(one): one for one in getattr(schedule, "lr_lambdas", ())}  # groups share one
+    for known in (getattr(one, "keywords", {}) for one in functions.values()):
+        known.update({name: known[name] * share for name, share in shares.items() if name in known})
     args.learning_rate = rate
-
-
-def _scaled(function: Any, shares: dict[str, float]) -> Any:
-    """Multiply keywords of a function of a schedule."""
-    known = getattr(function, "keywords", {})
-    scaled = {name: known[name] * share for name, share in shares.items() if name in known}
-    return partial(function, **scaled) if scaled else function
 
 
 def _say(state: TrainerState, text: str) -> None:

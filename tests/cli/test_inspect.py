@@ -226,6 +226,15 @@ def test_inspect_a_damaged_adapter(made, tmp_path, file, content):
     assert_one_line_error(run("inspect", tmp_path), str(tmp_path))
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_inspect_a_pattern_that_is_no_expression(made, tmp_path, field):
+    for part in (made / "out").iterdir():
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {field: {"(": 4}}))
+    assert_one_line_error(run("inspect", tmp_path), "a key of the pattern {'(': 4} is no regular expression: missing )")
+
+
 def test_inspect_a_plan(made, tmp_path):
     assert run("ranks", made / "s.safetensors", "--parameters", "6k", "-o", tmp_path / "plan.json").exit_code == 0
     result = run("inspect", tmp_path / "plan.json")

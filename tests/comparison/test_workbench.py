@@ -83,6 +83,16 @@ def test_rates_are_measured_on_the_head_that_is_trained(home, tmp_path, monkeypa
     assert len(seen) == 1 and torch.equal(seen[0], head)
 
 
+@pytest.mark.parametrize("blank", [True, False])
+def test_the_rate_of_a_frozen_a_is_its_own(home, tmp_path, blank):
+    bench = set_up_bench(home, tmp_path)
+    names = [Variant(name) for name in ("random", "random-frozen-a", "natural-gradient-frozen-a", "eva")]
+    rates = bench.measured_rates(names, blank)
+    for name, rate in rates.items():
+        assert all((one.quadratic == 0.0) == name.endswith("frozen-a") for one in rate.responses.values()), name
+    assert rates["random-frozen-a"].rate > rates["random"].rate
+
+
 def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}

@@ -176,6 +176,8 @@ def test_rules_choose_what_they_say():
     for wrong, words in (
         (dict(lose=-0.1), "at least 0"),
         (dict(lose=2), "200% more loss"),
+        (dict(lose="2"), "lose='2', expected a number"),
+        (dict(strength=True), "strength=True, expected a number"),
         (dict(strength=0.0), "at least 0.001"),
         (dict(strength=1e-31), "at least 0.001"),
         (dict(keep_within=float("nan")), "finite"),

@@ -64,6 +64,10 @@ def name_no_parameters(directory):
     (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | {"target_parameters": 3}))
 
 
+def set_pattern(directory):
+    (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | {"rank_pattern": {"(": 4}}))
+
+
 def set_alpha(directory, alpha):
     (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | {"lora_alpha": alpha}))
 
@@ -82,6 +86,7 @@ BROKEN = {
     "int8": (lambda d: set_type(d, torch.int8), r"layer '.*' is torch.int8, and A and B are float32, float16 or"),
     "complex": (lambda d: set_type(d, torch.complex64), r"layer '.*' is torch.complex64, and A and B are float"),
     "diverged": (diverge, "layer '.*' holds NaN or infinite numbers"),
+    "a pattern": (set_pattern, r"a key of the pattern {'\(': 4} is no regular expression: missing \)"),
     "no parameters": (name_no_parameters, "adapter_config.json is damaged: target_parameters is no list of names"),
     "not there": (lambda directory: directory.rename(directory.with_name("gone")), "no such adapter directory"),
     "no config": (lambda directory: (directory / "adapter_config.json").unlink(), "has no adapter_config.json"),
