@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
