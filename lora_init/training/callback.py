@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -148,9 +149,10 @@ class StartCallback(TrainerCallback):
         each = args.train_batch_size * args.world_size
         asked = self.asked.but(max_batches=math.ceil(self.samples / each))
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
-            first, optimizer = next(batches, {}), getattr(rest["optimizer"], "optimizer", rest["optimizer"])
+            first = next(batches, {})
             is_plain_loss = "labels" in first and not hasattr(args, "beta")  # preferences have a beta, or no labels
             if self.measured:
+                optimizer = getattr(rest["optimizer"], "optimizer", rest["optimizer"])  # accelerate's holds it
                 check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
             init = run(Source(carrier, chain([first], batches)), asked.but(data="training batches"))
             carrier.put(init, "")

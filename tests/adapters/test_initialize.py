@@ -75,7 +75,7 @@ def test_classes_are_those_of_the_models_head():
     assert adapted.peft_config["default"].task_type == "SEQ_CLS"
     turned = load_batches(rows, known_classes=("even", "odd"), **reading)
     refused("the data count the classes as even, odd, the model", initialize, adapted.unload(), turned, rank=2)
-    numbered = [{**row, "kind": i} for i, row in enumerate(rows)]
+    numbered = [{"text": f"{'a b c d e f'[: 2 * i + 1]} {word}", "kind": i} for i in range(6) for word in "gh"]
     with pytest.raises(LoraInitError, match=r"the data have 6 classes, the model's head 2.* with num_labels=6\."):
         initialize(tiny_bert(), numbered, rank=2, **reading)
 

@@ -172,9 +172,7 @@ def test_wrong_input_is_one_line(adapted):
         "batch 0: LlamaForCausalLM says: Expected tensor": lambda: learning_rate(
             llama_with(), [{"input_ids": far.float()}]
         ),
-        "of embeddings or experts": lambda: learning_rate(
-            llama_with("embed_tokens"), [{"input_ids": far % 60}]
-        ),
+        "of embeddings or experts": lambda: learning_rate(llama_with("embed_tokens"), [{"input_ids": far % 60}]),
         "learning_rate='high': 'measured' sets the rate of a trainer": lambda: lora_init.initialize(
             tiny(), batches(), learning_rate="high"
         ),

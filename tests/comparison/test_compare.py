@@ -13,6 +13,7 @@ from lora_init.comparison.tables import run_tables
 from lora_init.comparison.training import TrainingResult
 from lora_init.comparison.workbench import RunRecord
 from lora_init.errors import LoraInitError
+from tests.commands import WORDS
 from tests.comparison.made import again, compare, without_clock
 from tests.conftest import refused, tiny_llama
 from tests.processes import FORKS
@@ -23,7 +24,7 @@ def full(home, tmp_path_factory):
     """All that a language model can be compared by."""
     output = tmp_path_factory.mktemp("full") / "out"
     retain = home / "retain.txt"
-    retain.write_text("\n".join(["one dog run to the red hats", "my green house"] * 4))
+    retain.write_text("\n".join(f"one dog run to the {word}" for word in WORDS[:8]))
     lines = []
     found = compare(
         home, output, drawn=True, options="options", retain_data=retain, retain_samples=8, say=lines.append,
@@ -75,7 +76,9 @@ def test_without_the_dial_adapters_are_evaluated_as_trained_and_the_dry_run_says
 
 def test_every_start_is_trained_with_the_same_replayed_text(home, tmp_path):
     texts = home / "replay.txt"
-    texts.write_text("\n".join(["the red hats run to one dog", "my green house", "one dog"] * 4))
+    texts.write_text(
+        "\n".join(f"{start} {word}" for word in WORDS[:4] for start in ("the red hats run to", "my", "one"))
+    )
     options = dict(learning_rates=[1e-2], seeds=1, retain_data=texts, retain_samples=12, dial=False)
     plain = compare(home, tmp_path / "0", **options)
     found = compare(home, tmp_path / "1", **options, replay=texts)
@@ -166,7 +169,7 @@ def test_killed_in_the_middle_of_a_run_it_ends_with_the_same_table(home, tmp_pat
         process = FORKS.Process(target=run_until_killed, args=(home, tmp_path / "killed", ended))
         process.start()
         ended.close()
-        assert all(": finished" in lines.recv() for _ in range(2))
+        assert lines.recv().startswith("data: ") and all(": finished" in lines.recv() for _ in range(2))
         process.kill()
         process.join()
     assert len(read_runs(tmp_path / "killed")) == 4 < len(uninterrupted.records)
@@ -193,7 +196,7 @@ def test_ctrl_c_leaves_a_report_of_what_ended(home, tmp_path, monkeypatch):
     assert len(read_runs(tmp_path / "out")) == 2
     assert "random" in (tmp_path / "out" / "report.md").read_text()
     kept = "2 of 8 runs are kept, with their report. The same command goes on from there."
-    assert lines[2:] == [f"{tmp_path / 'out'}: {kept}"]
+    assert lines[3:] == [f"{tmp_path / 'out'}: {kept}"]
 
 
 # Runs that go wrong
