@@ -18,6 +18,9 @@ EXTRAS = {
     "gguf": "serving",
     "httpx2": "verify",
     "bitsandbytes": "quantized",
+    "ray": "ray",
+    "distributed": "dask",
+    "submitit": "slurm",
 }
 
 

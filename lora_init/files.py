@@ -105,10 +105,11 @@ def _sweep(path: Path, ending: str) -> None:
     """Remove what processes of this machine that were killed have left beside a path."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})-{_machine()}-[0-9a-f]{{8}}\.{ending}")
     with suppress(OSError):  # no directory, or one that may not be listed
-        for left in path.parent.iterdir():
-            found = pattern.fullmatch(left.name)
+        for entry in os.scandir(path.parent):  # a comparison may have thousands
+            found = pattern.fullmatch(entry.name)
             if found is None or _runs(int(found[1])):
                 continue
+            left = Path(entry)
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:

@@ -61,9 +61,10 @@ def installed(monkeypatch):
 
     def forget():
         from lora_init.adapters import starts
+        from lora_init.comparison import clusters
         from lora_init.planning import policies
 
-        for theirs in (starts._THEIRS, policies._THEIRS):
+        for theirs in (starts._THEIRS, policies._THEIRS, clusters._THEIRS):
             vars(theirs).pop("entries", None)
         starts._load.cache_clear()
 

@@ -119,6 +119,13 @@ def compare(
     workers: Annotated[
         int | None, _runs(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
     ] = None,
+    cluster: Annotated[
+        str | None,
+        _runs(help="Do the runs on ray, ray://HOST:PORT, dask:tcp://HOST:PORT, slurm or slurm:OPTIONS.yaml."),
+    ] = None,
+    gpus_per_run: Annotated[
+        float, _runs(help="With --cluster: GPUs, or the share of one, for a run, if there are any.")
+    ] = 1,
     weights: FloatWeights = None,
     loading: LoadingQuantized,
     bank: Annotated[
@@ -131,8 +138,12 @@ def compare(
     Given again, the same command goes on where it was stopped.
     """
     given = locals()
-    if data == "-" and workers:
+    if data == "-" and (workers or cluster):
         raise LoraInitError("DATA '-': workers read the data, too, and standard input is read once. Name a file.")
+    if cluster is None:
+        refuse_idle(("gpus_per_run",), "that is for --cluster")
+    if time and cluster:
+        say("--time counts from now on, waiting in the queue included; runs that have not ended by then are canceled.")
     given |= {
         "starts": None if starts is None else [_start(word) for word in read_names(starts)],
         "learning_rates": learning_rates and read_numbers("--learning-rates", learning_rates, float),
@@ -140,6 +151,7 @@ def compare(
         "target_modules": read_modules(target_modules),
         "statistics_batches": read_numbers("--statistics-batches", statistics_batches, int),
         "time": None if time is None else _read_seconds(time),
+        "executor": cluster,
         "precision": None if precision is None else read_share("--precision", precision),
         **vars(reading),
         **vars(loading),
@@ -147,7 +159,7 @@ def compare(
     }
     with importing(model, data):
         from lora_init.comparison.compare import compare as run_comparison
-    own = ("eval_points", "reading", "loading")
+    own = ("eval_points", "reading", "loading", "cluster")
     arguments: dict[str, Any] = {name: value for name, value in given.items() if name not in own}
     found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
     if found.outlook is not None:

@@ -6,7 +6,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from html import escape
@@ -18,6 +18,7 @@ import torch
 from lora_init.adapters.asked import SCALING
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, FULL, RANDOM
 from lora_init.comparison.budget import STAGES, RunBudget
+from lora_init.comparison.clusters import open_executor
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.outlook import Outlook, look_ahead, measure
 from lora_init.comparison.report import keep_best, write_report
@@ -28,7 +29,7 @@ from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.variants import Variant, by_batches
 from lora_init.comparison.workbench import Sources, Workbench, circumstances, set_up
-from lora_init.comparison.workers import Here, Worker, run_all, start_processes
+from lora_init.comparison.workers import Job, describe, elsewhere, here, processes, run_all
 from lora_init.errors import LoraInitError, did_you_mean, is_number, require
 from lora_init.layers.targets import find_targets
 from lora_init.loading.models import find_device
@@ -101,6 +102,8 @@ def compare(
     time: float | None = None,
     precision: float | None = None,
     workers: int | None = None,
+    executor: Any = None,
+    gpus_per_run: float = 1,
     dry_run: bool = False,
     command: str = "",
     say: Callable[[str], None] = lambda text: None,
@@ -143,9 +146,13 @@ def compare(
             `bank-mean`. It should not hold the task that is compared on.
         time: Seconds that it may take. What is left open (starts, steps, examples to select by and to report) is then
             made as small as needed to come to an answer, see `size.SIZES`. With it, and with `precision`, seeds are
-            spent where they still decide, see `RunBudget`.
+            spent where they still decide, see `RunBudget`. The queue of an executor counts: its runs are then canceled.
         precision: Half the width of an interval at which a verdict is precise enough, as a share of random's loss.
-        workers: Processes that do runs side by side, each with a GPU of its own if there are any.
+        workers: Processes of this machine that do runs side by side, each with a GPU of its own if there are any.
+        executor: Does the runs instead: any `concurrent.futures.Executor`, such as `Client.get_executor()` of Dask, an
+            executor of submitit, or the name of a cluster: `"ray"`, `"ray://HOST:PORT"`, `"dask:tcp://HOST:PORT"`,
+            `"slurm"` or `"slurm:OPTIONS.yaml"`.
+        gpus_per_run: GPUs, or the share of one, that a run asks a named cluster for, if it has any.
         dry_run: Only plan, and measure a step, see `Outlook`. Nothing is written.
         command: How this was asked for, kept with the settings.
         say: Receives lines about the progress.
@@ -171,6 +178,7 @@ def compare(
     asked = AskedSize(options, steps, batch_size, warmup, evaluation_points, starts)
     directory = Path(output).expanduser().absolute()
     check_there(directory)
+    does = _find_executor(workers, executor, gpus_per_run, directory)
     stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
     shape = AdapterShape(rank, alpha_for(SCALING, rank) if lora_alpha is None else lora_alpha, target_modules)
     sources = Sources(batches[0], names, own, _absolute(bank))
@@ -197,17 +205,16 @@ def compare(
         records, planned = list(there.values()), due(there)[0]
         ahead = look_ahead(bench, plan, planned, there, workers or 1)
         return Comparison(Path(output), settings, records, planned, summarise(records, settings), [], ahead)
-    crew: list[Worker] = [Here(bench, sys.stderr.isatty() if progress is None else progress)]
-    if workers:
+    if does is None:
+        worker = here(bench, sys.stderr.isatty() if progress is None else progress)
+    else:
+        worker = elsewhere(does, Job(make, describe(bench, model_name(model))), does is not executor, workers)
         del bench  # a GPU may have room for the workers' models only
-        crew = start_processes(make, workers)
-    with open_runs(directory, settings) as log, ExitStack() as stack:
-        for worker in crew:
-            stack.callback(worker.close)
+    with open_runs(directory, settings) as log, closing(worker):
         try:
-            run_all(due, log, crew, budget, say)
+            run_all(due, log, worker, budget, say)
             if budget.fits(0.0):
-                keep_best(log, crew[0], say)
+                keep_best(log, worker, say)
         except BaseException as error:  # what went wrong matters more than the report
             if log.records:
                 with suppress(LoraInitError, OSError):
@@ -225,6 +232,17 @@ def _check_asked(model: Any, rank: Any) -> None:
     if not isinstance(model, (str, Path)):
         raise LoraInitError(f"compare() takes a directory or hub id in this place and got a {type(model).__name__}.")
     whole_number(rank, "rank", 1)
+
+
+def _find_executor(workers: int | None, given: Any, gpus: float, directory: Path) -> Any:
+    """Return what does the runs; None for this process."""
+    if workers and given is not None:
+        raise LoraInitError("{workers} is for this machine, and a cluster has its own. Leave one out.", workers=workers)
+    if gpus != 1 and not isinstance(given, str):
+        raise LoraInitError("{gpus_per_run} is for the name of a cluster. Leave it out.", gpus_per_run=gpus)
+    if workers:
+        return processes(workers)
+    return None if given is None else open_executor(given, gpus, directory)
 
 
 def _read_starts(

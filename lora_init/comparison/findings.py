@@ -157,6 +157,9 @@ def _circumstances(table: pd.DataFrame) -> list[str]:
     names = dict.fromkeys(name for run in facts for name in run)
     counts = {name: Counter(str(run.get(name)) for run in facts) for name in names}
     differing = {name: values for name, values in counts.items() if len(values) > 1}
+    if "processor" in differing and table["node"].notna().any():
+        pairs = zip(table["circumstances"], table["node"].fillna("the first machine"), strict=True)
+        differing["processor"] = Counter(f"{run['processor']} on {node}" for run, node in pairs if run in known)
     return [say("circumstances", differing=differing)] if differing else []
 
 

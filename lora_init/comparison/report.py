@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -16,11 +16,9 @@ from lora_init.comparison.plots import pictures
 from lora_init.comparison.runs import BEST, BEST_RUN, Record, Run, RunDirectory, read_runs, read_settings
 from lora_init.comparison.tables import PARTS, run_tables
 from lora_init.comparison.wording import fill, number, page_of, rate_text
+from lora_init.comparison.workers import Worker, come_back
 from lora_init.errors import LoraInitError
 from lora_init.files import new_directory, read_json, write_whole
-
-if TYPE_CHECKING:
-    from lora_init.comparison.workers import Worker
 
 
 def write_report(directory: str | Path) -> list[Path]:
@@ -85,9 +83,9 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
             held = there.title if there else "something else"
             say(f"{path} holds {held} and stays; the best is now {run.title}. Remove {path} to have that one made.")
         return
-    record = worker.take(worker.submit(run, f"{BEST}: {run.title}", keep=True))
-    if record is None:
-        raise LoraInitError(f"the worker that trained {path} died. The same command makes it.")
+    record = come_back(worker.submit(run, f"{BEST}: {run.title}", keep=True))
+    if isinstance(record, str):
+        raise LoraInitError(f"the worker that trained {path} died. The same command makes it. {record}")
     files = record.pop("adapter") if record["status"] == "finished" else {}
     if not files:
         say(f"{path} is not made: {record['error']}")

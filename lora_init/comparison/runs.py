@@ -211,7 +211,7 @@ _NUMBERS = [
 ]  # fmt: skip
 _COLUMNS = [
     "start", "base", "any_batches", "batches", "learning_rate", "seed", "status", "error", "data_order",
-    "evaluation_points", "report_loss", "circumstances", "dial",
+    "evaluation_points", "report_loss", "circumstances", "node", "dial",
     *_NUMBERS,
 ]  # fmt: skip
 

@@ -99,6 +99,7 @@ class RunRecord:
     run_seconds: float | None = None  # wall time of it all
     # What may differ between runs of a comparison, see `circumstances`
     circumstances: dict[str, Any] = field(default_factory=circumstances)
+    node: str | None = None  # name of the machine, if it is another than the comparison's
 
     def joined(self, result: TrainingResult) -> Record:
         """Return both in plain values, as they are written."""

@@ -1,21 +1,25 @@
-"""Who does the runs: this process, or others on this machine. Each run is one call, and one record."""
+"""Who does the runs: this process, or those of a `concurrent.futures.Executor`. Each run is a call, and a record."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import pickle
+import platform
 import signal
 import threading
+import time
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
+from uuid import uuid4
 
 import torch
 import transformers
@@ -23,109 +27,230 @@ from tqdm.auto import tqdm
 
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Record, Run, RunDirectory
-from lora_init.comparison.workbench import Workbench, failed
-from lora_init.errors import LoraInitError, first_line
+from lora_init.comparison.workbench import Workbench, circumstances, failed
+from lora_init.errors import LoraInitError, first_line, in_one_line
 from lora_init.progress import time_left
 
-
-class Worker(Protocol):
-    """Does one run at a time."""
-
-    def submit(self, run: Run, title: str, keep: bool = False) -> Future[Record]:
-        """Begin `Workbench.carry_out`."""
-
-    def take(self, future: Future[Record]) -> Record | None:
-        """Wait for what `submit` began; None if the process that did it is gone, after which one may submit again."""
-        return future.result()
-
-    def close(self) -> None:
-        """End, at once."""
+AHEAD = 1000  # runs that wait in the queue of an executor at most
+PATIENCE = 120.0  # seconds without the end of a first run, after which its queue is spoken of
 
 
-class Here(Worker):
-    """This process, with a bar for the steps. A run is done when `submit` returns."""
+@dataclass(frozen=True)
+class Worker:
+    """Does runs."""
 
-    def __init__(self, bench: Workbench, show: bool) -> None:
-        self._bench, self._show = bench, show
+    submit: Callable[..., Any]  # begins a run, by its title, and to keep or not; returns a future, None if not now
+    at_once: int = 1  # runs that it takes before one has ended
+    nodes: Callable[[], Mapping[Any, str]] = dict  # machines at work, key to name, as far as they are known
+    close: Callable[[], None] = lambda: None  # ends all, at once
 
-    def submit(self, run: Run, title: str, keep: bool = False) -> Future[Record]:
-        """See `Worker`."""
-        future: Future[Record] = Future()
-        steps = self._bench.training.steps
-        with tqdm(desc=title, total=steps, unit="step", leave=False, disable=not self._show) as bar:
-            future.set_result(self._bench.carry_out(run, bar.update, keep))
+
+def here(bench: Workbench, show: bool) -> Worker:
+    """Return this process as a worker, with a bar for the steps. A run is done when `submit` returns."""
+
+    def submit(run: Run, title: str, keep: bool = False) -> Future[Any]:
+        future, steps = Future[Record](), bench.training.steps
+        with tqdm(desc=title, total=steps, unit="step", leave=False, disable=not show) as bar:
+            future.set_result(bench.carry_out(run, bar.update, keep))
         return future
 
-    def close(self) -> None:
-        """There is nothing to end."""
+    return Worker(submit)
 
 
-class Process:
-    """A process of its own on this machine; the i-th has the i-th GPU, if there are any."""
+@dataclass(frozen=True)
+class Job:
+    """What makes a workbench in another process, and what it has to be like. It travels with each run."""
 
-    def __init__(self, make: Callable[[], Workbench], place: int) -> None:
-        self._arguments = (place, make, torch.get_num_threads())
-        self._pool: ProcessPoolExecutor | None = None
-        self._busy = False
+    make: Callable[[], Workbench]
+    expected: Mapping[str, Any]  # as `describe` has it in the first process
+    node: str = field(default_factory=platform.node)
+    threads: int = field(default_factory=torch.get_num_threads)  # which may change numbers in the last bits
+    key: str = field(default_factory=lambda: uuid4().hex)
 
-    def submit(self, run: Run, title: str, keep: bool = False) -> Future[Record]:
-        """See `Worker`."""
-        if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")  # a fork would share CUDA, and threads that are in the middle
-            self._pool = ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=self._arguments)
-            self._id = self._pool.submit(os.getpid)
+
+def elsewhere(executor: Any, job: Job, is_ours: bool, at_once: int | None = None) -> Worker:
+    """Return the processes of an executor as a worker, on this machine or on others."""
+    try:
+        pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise LoraInitError(
+            f"a start cannot be sent to a worker: {first_line(error)} Define its function in a module of its own."
+        ) from error
+    open_ones = set[Future[Any]]()
+
+    def submit(run: Run, title: str, keep: bool = False) -> Future[Any] | None:
+        others = len(open_ones)
         try:
-            future = self._pool.submit(_carry_out, run, keep)
-        except BrokenProcessPool:  # it was killed while it had nothing to do
-            self._pool = None
-            return self.submit(run, title, keep)
-        self._busy = True
-        return future
-
-    def take(self, future: Future[Record]) -> Record | None:
-        """See `Worker`."""
-        try:
-            record = future.result()
-        except BrokenProcessPool:
-            self._pool, self._busy = None, False
-            if self._id.exception() is None:
+            future: Future[Any] = executor.submit(carry_out, job, run, keep, uuid4().hex)
+        except Exception as error:
+            if others:  # a queue may take no more of one user, until another run has ended
                 return None
-            raise LoraInitError(
-                "a worker ended while it started. In a script of your own, call compare() under "
-                "`if __name__ == '__main__':`, as new processes read the script again."
-            ) from None
-        self._busy = False
-        return record
+            raise LoraInitError(f"{title}: it cannot be submitted: {first_line(error)}") from error
+        open_ones.add(future)
+        future.add_done_callback(open_ones.discard)
+        return future
 
-    def close(self) -> None:
-        """See `Worker`."""
-        if self._pool is not None:
-            if self._busy:
-                with suppress(BrokenProcessPool, ProcessLookupError):
-                    os.kill(self._id.result(), signal.SIGKILL)
-            self._pool.shutdown()
-        self._pool = None
+    def close() -> None:
+        for future in [*open_ones]:
+            future.cancel()
+        if is_ours:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    return Worker(submit, at_once or AHEAD, getattr(executor, "nodes", dict), close)
 
 
-_makes: list[Callable[[], Workbench]] = []  # in another process: what makes its workbench
+_one = threading.Lock()  # a run changes the model and seeds what is random, and an executor's process may have threads
+_benches: dict[str, Workbench] = {}  # in another process: the workbench of the comparison it works for, by its key
 
 
-def _begin(place: int, make: Callable[[], Workbench], threads: int) -> None:
+def carry_out(job: Job, run: Run, keep: bool, call: str) -> Record | tuple[Exception, str]:
+    """Carry out a run in a process of an executor. What it raises is returned, as what an executor raises is its own.
+
+    `call` is another each time: Dask takes equal calls for one.
+    """
+    node = None if platform.node() == job.node else platform.node()
+    try:
+        with _one, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first process has shown them
+            torch.set_num_threads(job.threads)
+            if job.key not in _benches:
+                _benches.clear()
+                _benches[job.key] = _set_up(job)
+            record: Record = _benches[job.key].carry_out(run, keep=keep) | {"node": node}
+            return record
+    except Exception as error:
+        named = error.within(f"node {node}") if node and isinstance(error, LoraInitError) else error
+        return named, traceback.format_exc()
+
+
+def _set_up(job: Job) -> Workbench:
+    """Make the workbench, and check that its runs can be compared with those of other processes."""
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    bench = job.make()
+    found, expected = describe(bench, job.expected["model"]), job.expected
+    if differing := [
+        f"{name} is {found[name]!r}, not {expected[name]!r}" for name in found if found[name] != expected[name]
+    ]:
+        raise LoraInitError(
+            f"{'; '.join(differing)}. All nodes need the same versions, model, data and kind of device."
+        )
+    return bench
+
+
+def describe(bench: Workbench, model: str) -> dict[str, Any]:
+    """Describe what has to be equal in all processes; the version of Python does not."""
+    versions: dict[str, Any] = circumstances()["versions"]
+    return bench.settings(model) | versions | {"python": None}
+
+
+def come_back(future: Future[Any]) -> Record | str:
+    """Return the record of a run, or why there is none: the process that did it is gone, and it may be done again."""
+    try:
+        found: Record | tuple[Exception, str] = future.result()
+    except LoraInitError:
+        raise
+    except Exception as error:
+        return f"{in_one_line(error).partition('. ')[0].rstrip('.')}."
+    if isinstance(found, tuple):
+        raise found[0] from RuntimeError(found[1])
+    return found
+
+
+Begun = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+class Remote(Executor):
+    """An executor of a function that begins a call, and returns what waits for its result, and what ends it.
+
+    A thread waits for each call. A future that is canceled ends its call, even one that runs.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[..., Begun],
+        nodes: Callable[[], Mapping[Any, str]] = dict,
+        end: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self._begin, self.nodes, self._end = begin, nodes, end
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        """Begin a call."""
+        future, (result, end) = Future[Any](), self._begin(function, *arguments)
+
+        def settle() -> None:
+            try:
+                found, error = result(), None
+            except Exception as raised:
+                found, error = None, raised
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error) if error else future.set_result(found)
+
+        def ended(future: Future[Any]) -> None:
+            if future.cancelled():
+                with suppress(Exception):  # it may have ended meanwhile
+                    end()
+
+        future.add_done_callback(ended)
+        threading.Thread(target=settle, daemon=True).start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let go of what does the calls."""
+        self._end()
+
+
+def processes(n: int) -> Remote:
+    """Make an executor of processes of this machine for n calls at once, the i-th with the i-th GPU if there are any.
+
+    One that is killed costs its call alone; a `ProcessPoolExecutor` of several would lose the others' calls, too.
+    """
+    idle, pools = [*range(n)], dict[int, tuple[ProcessPoolExecutor, Future[int]]]()  # with the id of the process
+
+    def begin(function: Callable[..., Any], *arguments: Any) -> Begun:
+        place = idle.pop(0)
+        if place not in pools:
+            spawn = multiprocessing.get_context("spawn")  # a fork would share CUDA, and threads that are in the middle
+            pool = ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(place,))
+            pools[place] = pool, pool.submit(os.getpid)
+        pool, number = pools[place]
+        try:
+            future = pool.submit(function, *arguments)
+        except BrokenProcessPool:  # it was killed while it had nothing to do
+            del pools[place]
+            idle.insert(0, place)
+            return begin(function, *arguments)
+
+        def result() -> Any:
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                del pools[place]
+                if number.exception() is None:
+                    raise
+                raise LoraInitError(
+                    "a worker ended while it started. In a script of your own, call compare() under "
+                    "`if __name__ == '__main__':`, as new processes read the script again."
+                ) from None
+            finally:
+                idle.append(place)
+
+        return result, lambda: None
+
+    def end() -> None:
+        for pool, number in [*pools.values()]:
+            with suppress(BrokenProcessPool, ProcessLookupError):
+                os.kill(number.result(), signal.SIGKILL)
+            pool.shutdown()
+
+    return Remote(begin, end=end)
+
+
+def _begin(place: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
     tqdm.set_lock(threading.RLock())  # its own is for several processes, and outlives one that is killed
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
-    torch.set_num_threads(threads)  # which may change numbers in the last bits
-    _makes.append(make)
-
-
-@cache
-def _bench() -> Workbench:
-    """Make the workbench of this process, with its first run."""
-    warnings.simplefilter("ignore")  # the first process has shown them
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return _makes[0]()
 
 
 def _end_with_parent() -> None:
@@ -134,25 +259,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _carry_out(run: Run, keep: bool) -> Record:
-    return _bench().carry_out(run, keep=keep)
-
-
-def start_processes(make: Callable[[], Workbench], count: int) -> list[Worker]:
-    """Prepare processes, each of which makes a workbench of its own with its first run."""
-    try:
-        pickle.dumps(make)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise LoraInitError(
-            f"a start cannot be sent to a worker: {first_line(error)} Define its function in a module of its own."
-        ) from error
-    return [Process(make, place) for place in range(count)]
-
-
 def run_all(
     due: Callable[[Mapping[Run, Record]], tuple[list[Run], list[str]]],
     log: RunDirectory,
-    workers: Sequence[Worker],
+    worker: Worker,
     budget: RunBudget,
     say: Callable[[str], None],
 ) -> None:
@@ -164,40 +274,68 @@ def run_all(
     for run in [run for run, record in log.records.items() if record["status"] == "failed"]:
         del log.records[run]
     seconds = [record["run_seconds"] or 0.0 for record in log.records.values() if "run_seconds" in record][-20:]
-    told, died = 0, Counter[Run]()
-    idle, running = list(workers), dict[Future[Record], tuple[Worker, Run, str]]()
+    told, lost, running = 0, Counter[Run](), dict[Future[Any], tuple[Run, str]]()
+    ended, began, nodes = 0, 0.0, worker.nodes()
+    queues = worker.at_once == AHEAD
+    patience = PATIENCE if queues else None
     while True:
         planned, decided = due(log.records)
         for line in decided[told:]:
             say(line)
         told = max(told, len(decided))
-        begun = {run for _, run, _ in running.values()}
+        begun = {run for run, _ in running.values()}
         left = [run for run in planned if run not in log.records]
         ready = [run for run in left if run.learning_rate is not None and run not in begun]
         expected = fmean(seconds) if seconds else 0.0
-        while idle and ready and budget.fits(expected * (1 + _times_longer(ready[0], log))):  # 1 for the best adapter
-            run, worker = ready.pop(0), idle.pop(0)
+        while ready and len(running) < worker.at_once:
+            run = ready.pop(0)
             title = f"run {len(planned) - len(left) + len(running) + 1}/{len(planned)} {run.title}"
-            running[worker.submit(run, title)] = worker, run, title
+            if not budget.fits(expected * (1 + _times_longer(run, log))):  # 1 for the best adapter
+                break
+            future = worker.submit(run, title)
+            if future is None:
+                break
+            running[future] = run, title
+        if queues and not budget.fits(0.0):
+            for future in [future for future in running if future.cancel()]:
+                del running[future]
         if not running:
             if left:
                 say(f"The time is out with {len(left)} runs left; the same command goes on from there.")
             return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            worker, run, title = running.pop(future)
-            idle.append(worker)
-            record = worker.take(future)
-            if record is None:
-                died[run] += 1
-                if died[run] < 2:
-                    say(f"{title}: the worker that did it is gone; it is done again.")
+        limits = [limit for limit in (patience, budget.seconds and max(0.0, budget.seconds - budget.spent)) if limit]
+        done = wait(running, min(limits, default=None), FIRST_COMPLETED).done
+        if patience and not done:
+            say("No run has come back yet: look whether the cluster has begun one. Ctrl-C ends the wait.")
+        patience, nodes = None, _watch(nodes, worker.nodes(), say)
+        for future in done:
+            run, title = running.pop(future)
+            record = come_back(future)
+            if isinstance(record, str):
+                lost[run] += 1
+                if lost[run] < 2:
+                    say(f"{title}: the worker that did it is gone; it is done again. {record}")
                     continue
-                why = "two workers died while they did it, as when memory runs out"
-                record = failed(run, why)
+                record = _given_up(run, record, log)
             log.add(record)
             seconds.append(record["run_seconds"] or 0.0)
-            say(f"{title}: {_ended(record, len(left) - 1, seconds, len(workers))}")
-            left = left[1:]
+            left, ended, began = left[1:], ended + 1, began or time.monotonic() - seconds[-1]
+            seconds_left = len(left) * (time.monotonic() - began) / ended  # if they end as fast as those before
+            say(f"{title}: {_ended(record, seconds_left, len(nodes))}")
+
+
+def _given_up(run: Run, why: str, log: RunDirectory) -> Record:
+    record = failed(run, f"two workers died while they did it, as when memory runs out. {why}")
+    if not log.records:  # nor would any other
+        raise LoraInitError(f"{run.title}: {record['error']} No run has come back.")
+    return record
+
+
+def _watch(before: Mapping[Any, str], now: Mapping[Any, str], say: Callable[[str], None]) -> Mapping[Any, str]:
+    """Report nodes that are lost; return those that are there."""
+    for key in before.keys() - now.keys():
+        say(f"Node {before[key]} is lost, and its runs are done again. Nodes at work: {len(now)}.")
+    return now
 
 
 def _times_longer(run: Run, log: RunDirectory) -> float:
@@ -206,9 +344,10 @@ def _times_longer(run: Run, log: RunDirectory) -> float:
     return (run.start.steps or steps) / steps
 
 
-def _ended(record: Mapping[str, Any], n_left: int, seconds: Sequence[float], n_workers: int) -> str:
-    """Report how a run ended, and how long those that are left may take if they are like those that ended."""
+def _ended(record: Mapping[str, Any], seconds_left: float, n_nodes: int) -> str:
+    """Report how a run ended, and how long those that are left may take."""
     losses = record["report_loss"]
     how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if record["status"] == "finished" else record["error"]
-    left = time_left(n_left * fmean(seconds) / n_workers)
-    return f"{record['status']}, {how}, {record['run_seconds'] or 0:.0f} s{left}"
+    where = f" on {record['node']}" if record.get("node") else ""
+    nodes = f"; nodes at work: {n_nodes}" if n_nodes else ""
+    return f"{record['status']}, {how}, {record['run_seconds'] or 0:.0f} s{where}{time_left(seconds_left)}{nodes}"

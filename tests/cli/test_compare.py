@@ -121,6 +121,10 @@ def test_a_dry_run_says_what_it_would_do_and_take_and_writes_nothing(command, tm
     (["--precision", "little"], "--precision 'little': expected a share such as 2% or 0.02."),
     (["--statistics-batches", "4,4"], "--statistics-batches 4,4: expected numbers of batches, each once."),
     (["--statistics-batches", "few"], "--statistics-batches 'few': expected whole numbers"),
+    (["--workers", 2, "--cluster", "ray"], "--workers 2 is for this machine"),
+    (["--gpus-per-run", 0.5], "--gpus-per-run"),
+    (["--cluster", "rya"], "cluster 'rya' is unknown. Did you mean ray?"),
+    (["--cluster", "slurm:nowhere.yaml"], "cluster 'slurm:nowhere.yaml': [Errno 2] No such file or directory"),
     (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_1(command, arguments, message):

@@ -40,10 +40,14 @@ def test_what_is_missing_is_named_with_its_extra(library, home, tmp_path, monkey
     assert run("init", home / "model", home / "text.txt", "-o", tmp_path / "adapter", "--statistics", tmp_path / "s",
                "--rank", 4).exit_code == 0  # fmt: skip
     monkeypatch.setitem(sys.modules, library, None)
+    compared = ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"]
     command = {
         "matplotlib": ["ranks", tmp_path / "s", "-o", tmp_path / "plan.json", "--plot", tmp_path / "plan.png"],
-        "scipy": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"],
-        "sklearn": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"],
+        "scipy": compared,
+        "sklearn": compared,
+        "ray": [*compared, "--cluster", "ray"],
+        "distributed": [*compared, "--cluster", "dask:tcp://HOST:8786"],
+        "submitit": [*compared, "--cluster", "slurm"],
         "gguf": ["export", tmp_path / "adapter", "-o", tmp_path / "a.gguf", "--engine", "llama.cpp"],
         "httpx2": ["verify", tmp_path / "adapter", "--url", "http://127.0.0.1:9/v1"],
         "bitsandbytes": ["init", home / "model", home / "text.txt", "-o", tmp_path / "out", "--quantize", "nf4"],

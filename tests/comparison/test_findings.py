@@ -250,3 +250,14 @@ def test_fewer_parameters_are_a_part_of_the_verdict():
     for run in runs:
         run["trainable_parameters"] = 999 if run["start"] == "eva" else 1000
     assert verdict(summarise(runs, settings())).caveats == []
+
+
+def test_where_runs_were_done_is_said_if_processors_differ():
+    places = [("A", None), ("A", "gpu-1"), ("B", "gpu-2"), ("B", "gpu-2")]
+    runs = [
+        record(seed=seed, circumstances={"processor": processor, "threads": 1, "versions": {}}, node=node)
+        for seed, (processor, node) in enumerate(places)
+    ]
+    (note,) = [note for note in summarise(runs, settings()).notes if "Runs differ in" in note]
+    assert "processor (A on the first machine: 1 runs, A on gpu-1: 1 runs, B on gpu-2: 2 runs)" in note
+    assert not [note for note in summarise(runs[:2], settings()).notes if "Runs differ in" in note]

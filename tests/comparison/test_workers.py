@@ -15,8 +15,7 @@ from lora_init.comparison import workers
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Run, open_runs, read_runs
 from lora_init.comparison.variants import REFERENCE, Variant
-from lora_init.comparison.workers import run_all, start_processes
-from lora_init.errors import LoraInitError
+from lora_init.comparison.workers import Job, Worker, come_back, elsewhere, processes, run_all
 from tests.comparison.made import again, compare, set_up_bench, without_clock
 from tests.comparisons import record, settings
 from tests.conftest import refused
@@ -53,7 +52,7 @@ def test_two_processes_give_the_numbers_of_one(home, alone, tmp_path):
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_nothing(monkeypatch):
+def test_a_process_that_was_killed_while_it_had_nothing_to_do_costs_nothing(monkeypatch):
     class Pool:
         gone = True
 
@@ -61,7 +60,7 @@ def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_nothing(monke
             pass
 
         def submit(self, function, *args):
-            if function is workers._carry_out and Pool.gone:
+            if function is max and Pool.gone:
                 Pool.gone = False
                 raise BrokenProcessPool
             future = Future()
@@ -69,9 +68,7 @@ def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_nothing(monke
             return future
 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
-    worker = workers.Process(set_up_bench, 0)
-    run = Run(REFERENCE, 0, 1e-3)
-    assert worker.take(worker.submit(run, "")) == (run, False)
+    assert processes(1).submit(max, 1, 2).result() == (1, 2)
 
 
 @pytest.mark.slow
@@ -85,30 +82,28 @@ def test_a_worker_that_is_killed_costs_its_run_only(forks, home, tmp_path):
     assert all(losses["mine", seed] == losses["random", seed] for seed in range(3))
 
 
-class Stub:
+def stub(deaths=(), at_once=1, ended=lambda: None):
     """A worker without a process, that dies as often as it is told."""
+    deaths = list(deaths)
 
-    def __init__(self, deaths=()):
-        self.deaths = list(deaths)
-
-    def submit(self, run, title, keep=False):
+    def submit(run, title, keep=False):
         future = Future()
-        future.set_result(record(run.start, run.learning_rate, run.seed, run_seconds=1.0))
-        if run in self.deaths:
-            self.deaths.remove(run)
-            future = Future()
-            future.set_result(None)
+        if run in deaths:
+            deaths.remove(run)
+            future.set_exception(BrokenProcessPool("gone."))
+        else:
+            ended()
+            future.set_result(record(run.start, run.learning_rate, run.seed, run_seconds=10.0))
         return future
 
-    def take(self, future):
-        return future.result()
+    return Worker(submit, at_once)
 
 
 @pytest.mark.parametrize(("deaths", "status"), [(1, "finished"), (2, "failed")])
 def test_a_run_that_two_workers_died_of_has_failed_and_the_others_go_on(tmp_path, deaths, status):
     runs = [Run(REFERENCE, seed, 1e-3) for seed in range(4)]
     with open_runs(tmp_path / "out", settings()) as log:
-        run_all(lambda records: (runs, []), log, [Stub([runs[1]] * deaths)], RunBudget(), lambda text: None)
+        run_all(lambda records: (runs, []), log, stub([runs[1]] * deaths), RunBudget(), lambda text: None)
         ended = {run.seed: record["status"] for run, record in log.records.items()}
     assert ended == {0: "finished", 1: status, 2: "finished", 3: "finished"}
 
@@ -117,25 +112,23 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
     runs, now, lines = [Run(REFERENCE, seed, 1e-3) for seed in range(9)], [0.0], []
     monkeypatch.setattr("lora_init.comparison.budget.time.monotonic", lambda: now[0])
 
-    class Slow(Stub):
-        def take(self, future):
-            now[0] += 10.0
-            return super().take(future) | {"run_seconds": 10.0}
+    def ended():
+        now[0] += 10.0
 
     with open_runs(tmp_path / "out", settings()) as log:
-        run_all(lambda records: (runs, []), log, [Slow()], RunBudget(45.0, began=0.0), lines.append)
+        run_all(lambda records: (runs, []), log, stub(ended=ended), RunBudget(45.0, began=0.0), lines.append)
         # After three runs, at 30 s, there is no time for one more and the one that is kept for the adapter.
         assert len(log.records) == 3
         assert lines[-1] == "The time is out with 6 runs left; the same command goes on from there."
     longer, now[0] = [*runs[:2], Run(Variant("random", steps=180), 0, 1e-3)], 0.0  # three times the steps of all
     with open_runs(tmp_path / "longer", settings()) as log:
-        run_all(lambda records: (longer, []), log, [Slow()], RunBudget(59.0, began=0.0), lines.append)
+        run_all(lambda records: (longer, []), log, stub(ended=ended), RunBudget(59.0, began=0.0), lines.append)
         assert len(log.records) == 2
 
 
 def test_a_start_that_cannot_be_sent_is_refused():
-    with pytest.raises(LoraInitError, match=r"a start cannot be sent to a worker: .*Define its function in a module"):
-        start_processes(partial(set_up_bench, lambda model, seed: model), 2)
+    job = Job(partial(set_up_bench, lambda model, seed: model), {})
+    refused("a start cannot be sent to a worker: .*Define its function in a module", elsewhere, None, job, True)
 
 
 def dies_at_once():
@@ -143,19 +136,23 @@ def dies_at_once():
 
 
 def test_a_worker_that_dies_as_it_sets_up_costs_its_run_and_one_that_never_starts_is_said(forks, tmp_path, monkeypatch):
-    (worker,) = start_processes(dies_at_once, 1)
-    assert carry_out(worker, Run(REFERENCE, 0, 1e-3)) is None
+    worker = one_process(dies_at_once)
+    assert "terminated abruptly" in carry_out(worker, Run(REFERENCE, 0, 1e-3))
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit(1)")  # as one that calls compare() without a guard ends
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None, __file__=str(script)))
     refused("a worker ended while it started", carry_out, worker, Run(REFERENCE, 0, 1e-3))
 
 
+def one_process(make):
+    return elsewhere(processes(1), Job(make, {"model": "llama"}), True, 1)
+
+
 def carry_out(worker, run):
-    return worker.take(worker.submit(run, ""))
+    return come_back(worker.submit(run, ""))
 
 
 def test_a_worker_that_cannot_set_up_says_why(forks, home, tmp_path):
-    (worker,) = start_processes(partial(set_up_bench, home, tmp_path, "nothing-here"), 1)
+    worker = one_process(partial(set_up_bench, home, tmp_path, "nothing-here"))
     refused("nothing-here", carry_out, worker, Run(REFERENCE, 0, 1e-3))
     worker.close()

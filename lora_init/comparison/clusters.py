@@ -1,0 +1,122 @@
+"""Executors of Ray, Dask and SLURM, by name; another package brings its own by an entry point.
+
+An engine is a function of its address, the GPUs of a run, and a directory that all machines see. It returns an
+executor, which may have `nodes`: a function that returns the machines at work, key to name.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_init.comparison.workers import Begun, Remote
+from lora_init.errors import LoraInitError, did_you_mean, in_one_line, require
+from lora_init.packages import Group, check_takes
+
+
+def _ray(address: str, gpus: float, directory: Path) -> Executor:
+    import ray
+
+    if not ray.is_initialized():
+        where = f"ray:{address}" if address.startswith("//") else address or "auto"  # which reads RAY_ADDRESS
+        ray.init(where, log_to_driver=False, logging_level="error")
+    # A run that is lost is counted and done again by the comparison, so not by Ray.
+    options: Any = {"num_cpus": 1, "num_gpus": gpus if ray.cluster_resources().get("GPU") else 0, "max_retries": 0}
+
+    def begin(function: Callable[..., Any], *arguments: Any) -> Begun:
+        task = ray.remote(**options)(function).remote(*arguments)
+        return partial(ray.get, task), partial(ray.cancel, task, force=True)
+
+    return Remote(begin, lambda: {x["NodeID"]: x["NodeManagerHostname"] for x in ray.nodes() if x["Alive"]})
+
+
+def _dask(address: str, gpus: float, directory: Path) -> Executor:
+    from distributed import Client
+
+    client: Any = Client(address, timeout=10, set_as_default=False)
+
+    def nodes(what: str = "host") -> dict[Any, Any]:
+        return {key: worker[what] for key, worker in client.scheduler_info(n_workers=-1)["workers"].items()}
+
+    resources = {"GPU": gpus} if any("GPU" in there for there in nodes("resources").values()) else None
+
+    def begin(function: Callable[..., Any], *arguments: Any) -> Begun:
+        task = client.submit(function, *arguments, pure=False, resources=resources)
+
+        def end() -> None:  # a call that runs ends with its process, which a nanny starts again
+            busy = [worker for worker, keys in client.processing().items() if task.key in keys]
+            task.cancel()
+            client.restart_workers(busy)
+
+        return task.result, end
+
+    return Remote(begin, nodes, client.close)
+
+
+def _slurm(address: str, gpus: float, directory: Path) -> Executor:
+    import yaml  # type: ignore[import-untyped]
+    from submitit import SlurmExecutor
+
+    options = {"job_name": "lora-init", "time": 60} | ({"gpus_per_node": gpus} if torch.cuda.is_available() else {})
+    asked = yaml.safe_load(Path(address).read_text(encoding="utf-8")) if address else {}
+    executor = SlurmExecutor(directory / ".submitit")
+    executor.update_parameters(**options | asked)
+    return of_jobs(executor)
+
+
+def of_jobs(executor: Any) -> Executor:
+    """Make an executor of one that returns jobs, which have to be asked whether they are done: submitit's."""
+    lock = threading.Lock()  # one question at a time: all jobs share its answer
+
+    def result(job: Any) -> Any:
+        done = False
+        while not done:
+            time.sleep(1)
+            with lock:
+                done = job.done()
+        return job.result()
+
+    def begin(function: Callable[..., Any], *arguments: Any) -> Begun:
+        job = executor.submit(function, *arguments)
+        return partial(result, job), job.cancel
+
+    return Remote(begin)
+
+
+# Of each its function, the library that it needs, and what to do if it cannot be had.
+CLUSTERS = {
+    "ray": (_ray, "ray", "Start one with `ray start --head`, or name its address: ray://HOST:10001."),
+    "dask": (_dask, "distributed", "Start one with `dask scheduler`, and name its address: dask:tcp://HOST:8786."),
+    "slurm": (_slurm, "submitit", "Run this where `sbatch` works; slurm:FILE.yaml has its options, such as partition."),
+}
+_THEIRS = Group("lora_init.clusters", "cluster")
+
+
+def open_executor(given: Any, gpus: float, directory: Path) -> Executor:
+    """Return an executor as it is; make the one of a name such as `"ray"` or `"dask:tcp://HOST:PORT"`."""
+    if not isinstance(given, str):
+        if not callable(getattr(given, "submit", None)):
+            raise LoraInitError(f"executor= takes an executor, or a cluster's name, and got a {type(given).__name__}.")
+        return given if isinstance(given, Executor) else of_jobs(given)
+    name, _, address = given.partition(":")
+    if name in _THEIRS.entries and name not in CLUSTERS:
+        with _THEIRS.loading(name) as (entry, where):
+            theirs = entry.load()
+            check_takes(theirs, where, "address", "gpus", "directory")
+            executor: Executor = theirs(address, gpus, directory)
+            return executor
+    if name not in CLUSTERS:
+        raise LoraInitError(f"cluster {name!r} is unknown. {did_you_mean(name, [*CLUSTERS, *_THEIRS.entries])}")
+    make, library, remedy = CLUSTERS[name]
+    require(library)
+    try:
+        return make(address, gpus, directory)
+    except Exception as error:  # each engine has its own kinds
+        raise LoraInitError(f"cluster {given!r}: {in_one_line(error)} {remedy}") from error
