@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
-from lora_init.cli.console import FAILED, importing, print_result, running, say
+from lora_init.cli.console import FAILED, importing, print_result, refuse_idle, running, say
 from lora_init.cli.options import FloatWeights, LoadingQuantized, MaxLength, read_numbers, read_share
 from lora_init.cli.tables import Cells
 from lora_init.errors import LoraInitError
