@@ -8,7 +8,18 @@ import tarfile
 from email import message_from_bytes
 from pathlib import Path
 
+from lora_init.errors import EXTRAS
+
 ROOT = Path(__file__).parent.parent
+
+
+def test_what_is_said_to_install_a_library_installs_it():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = {}
+    for extra, needs in re.findall(r"^(\w+) = (\[.*\])", text.partition("optional-dependencies]")[2], re.MULTILINE):
+        for name in re.findall(r'"([a-z0-9-]+)(?:\[\w+\])?>=', needs) if extra not in ("test", "dev", "docs") else ():
+            listed[name.replace("scikit-learn", "sklearn")] = extra
+    assert listed == EXTRAS
 
 
 def test_the_source_distribution_and_its_page(tmp_path):

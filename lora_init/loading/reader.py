@@ -107,7 +107,7 @@ def count_classes(rows: Rows, column: str, used: Collection[str], known: Sequenc
     numbers = {name: number for name in found if (number := _number(name)) is not None}
     are_numbers = len(numbers) == len(found)
     fractions = {number % 1 for number in numbers.values()} if are_numbers else set()
-    if fractions > {0.0} and (len(found) > _MOST_FRACTIONS or fractions - {0.0, 0.5}):
+    if fractions - {0.0} and (len(found) > _MOST_FRACTIONS or fractions - {0.0, 0.5}):
         raise LoraInitError(
             f"{rows.label}: column {column!r} has {len(found)} different numbers with fractions, from "
             f"{min(numbers.values()):g} to {max(numbers.values()):g}. They are measured values, not classes. Round "

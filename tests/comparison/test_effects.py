@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from lora_init.comparison.effects import detectable, effects, unlike_spreads
@@ -99,3 +101,58 @@ def test_false_winners_are_rare_over_all_starts_together():
     rng = np.random.default_rng(0)
     wrong = [any(effect.high < 0 for effect in effects(layout(rng), "random").values()) for _ in range(400)]
     assert np.mean(wrong) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)  # three standard errors
+
+
+# Runs that are missing, by start and seed; two seeds at least are left to each.
+holes = st.sets(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=7)
+
+
+def with_holes(missing, seed):
+    losses = layout(np.random.default_rng(seed), 6).iloc[:4]
+    for start, column in missing:
+        losses.iloc[start, column] = np.nan
+    pairs = losses.notna() & losses.loc["random"].notna()
+    assume(pairs.sum(axis=1).min() >= 2 and losses.notna().any().all() and not unlike_spreads(losses))
+    return losses
+
+
+@settings(max_examples=10, deadline=None)
+@given(holes, st.integers(0, 100))
+def test_with_any_runs_missing_effects_are_those_of_least_squares(missing, seed):
+    """The model that is fitted, written down anew: a number for each seed, one for each start but the reference."""
+    losses = with_holes(missing, seed)
+    cells = [(start, column) for start in losses.index for column in losses if pd.notna(losses.loc[start, column])]
+    names = [*losses.columns, *losses.index[1:]]
+    design = np.array([[float(name in (start, column)) for name in names] for start, column in cells])
+    values = np.array([losses.loc[cell] for cell in cells])
+    fitted, left, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    freedom = len(cells) - rank
+    errors = np.sqrt(np.diag(np.linalg.inv(design.T @ design)) * left.sum() / freedom)
+    found = effects(losses, "random")
+    assert [*found] == [*losses.index[1:]]
+    factors = []
+    for start, mean, error in zip(losses.index[1:], fitted[6:], errors[6:], strict=True):
+        assert found[start].mean == pytest.approx(mean, abs=1e-9)
+        assert found[start].high - mean == pytest.approx(mean - found[start].low, rel=1e-6)
+        factors.append(found[start].detectable / error)
+    # One factor for all: above that of a single comparison, at most Bonferroni's.
+    assert factors == pytest.approx([factors[0]] * 3, rel=1e-6)
+    assert 0.98 * stats.t.ppf(1 - 0.05 / 2, freedom) < factors[0] < 1.02 * stats.t.ppf(1 - 0.05 / 6, freedom)
+
+
+@settings(max_examples=6, deadline=None)
+@given(holes, st.integers(0, 100), st.permutations(range(6)), st.sampled_from([0.01, -1.0, 30.0]))
+def test_effects_follow_what_is_done_to_all_losses(missing, seed, order, factor):
+    losses = with_holes(missing, seed)
+    plain = effects(losses, "random")
+    moved = losses.iloc[::-1, order] * factor + np.arange(6)[None, :] * 100.0  # a seed may do what it likes to all
+    moved.loc["a"] += 2.0
+    found = effects(moved, "random")
+    assert found.keys() == plain.keys()
+    for start, effect in plain.items():
+        ends = sorted([factor * effect.low, factor * effect.high])
+        expected = np.array([factor * effect.mean, *ends]) + 2.0 * (start == "a")
+        # The critical value is right to a few thousandths.
+        assert [found[start].mean, found[start].low, found[start].high] == pytest.approx(
+            expected, abs=5e-3 * abs(factor) * (effect.high - effect.low) + 1e-9
+        )

@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import pytest
 
-from lora_init.comparison.runs import Run, RunPlan, best_rates, half_decade, open_runs, peek, read_runs, run_table
+from lora_init.comparison.runs import (
+    Run,
+    RunPlan,
+    best_rates,
+    half_decade,
+    open_runs,
+    peek,
+    read_runs,
+    read_settings,
+    run_table,
+)
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError
 from tests.comparisons import broken, record, settings
@@ -206,6 +216,27 @@ def test_another_configuration_is_refused_and_named(tmp_path):
             refused(message, opening, tmp_path, **changes)
     assert (tmp_path / "settings.json").read_bytes() == before
     keep(tmp_path, threads=2, versions={"torch": "9"}, command="x")
+
+
+# What may be another when a comparison goes on: it shapes no run that is there.
+FREE = {
+    "sweep", "extend", "match_scale", "tuned", "size", "threads", "versions", "processor", "command", "init", "budget",
+    "folds", "starts", "learning_rates", "seeds",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted({*settings(), *FREE, "examples", "own", "packages", "recommended"}))
+def test_each_setting_may_change_or_is_refused_by_its_name(name, tmp_path):
+    other = {"other": "4"} if name in ("examples", "own", "packages", "recommended") else [4, 5]
+    keep(tmp_path, record(), **({name: {"other": "3"}} if isinstance(other, dict) else {}))
+    before = (tmp_path / "settings.json").read_bytes()
+    if name in FREE:
+        keep(tmp_path, **{name: other})
+        assert read_settings(tmp_path)[name][-2:] == [4, 5]
+        assert len(read_runs(tmp_path)) == 1
+    else:
+        refused(f"{name} was|: other", keep, tmp_path, **{name: other})
+        assert (tmp_path / "settings.json").read_bytes() == before
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):

@@ -236,6 +236,26 @@ def test_bad_arguments_say_what_to_do(write, tokenizer, arguments, message):
     assert str(path.parent.parent) not in str(caught.value)
 
 
+@pytest.mark.parametrize(("values", "message"), [
+    ([["a"], ["b"]] * 12, "data.jsonl: column 'kind' holds lists, and a row has one class. Name another."),
+    ([{"a": 1}, {"a": 2}] * 12, "column 'kind' holds lists"),
+    (["2024-01-03", "2024-02-01", "2024-01-02"] * 8, "column 'kind' holds dates, such as 2024-01-02. Name the class."),
+    ([0.25, 0.75] * 12, "column 'kind' has 2 different numbers with fractions, from 0.25 to 0.75."),
+    (list(range(24)), "column 'kind' has another value in each of its 24 rows"),
+    (["yes", None] * 12, "column 'kind' has 1 different values"),
+])  # fmt: skip
+def test_a_column_of_what_is_no_class_is_refused(write, tokenizer, values, message):
+    path = write([{"passage": f"Ice {number}.", "kind": value} for number, value in enumerate(values)])
+    refused(re.escape(message), load_batches, path, tokenizer, template="{passage}", label="kind")
+
+
+@pytest.mark.parametrize(("value", "kind"), [(["a", "b"], "a list"), ({"a": "b"}, "a mapping")])
+def test_a_list_is_not_written_as_python_writes_it(write, tokenizer, value, kind):
+    path = write([{"passage": value, "label": "x"}] * 3)
+    message = f"column 'passage' holds {kind}, and text is needed. Make it text first, or name another."
+    refused(re.escape(message), load_batches, path, tokenizer, template="{passage}", completion="{label}")
+
+
 def test_bad_messages_name_the_row(write, tokenizer):
     good = {"role": "user", "content": "hi"}
     path = write([{"messages": [good]}])

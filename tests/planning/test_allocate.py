@@ -363,3 +363,9 @@ def test_bad_input_is_one_clear_line(arguments, message):
 )  # fmt: skip
 def test_what_is_no_statistics_is_one_clear_line(stats, message):
     refused(message, allocate_ranks, stats)
+
+
+def test_rows_that_do_not_differ_start_nothing():
+    model, batches = torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.ones(8, 4)] * 2
+    stats = collect(model, batches, rank=2)
+    refused(r"no layer has a direction to start from: its rows \(16 in all\) do not differ", allocate_ranks, stats)

@@ -50,6 +50,24 @@ def test_a_group_is_stored_once(stats, path):
     assert len(names) == len(set(stats.group_of.values())) == 4 < len(stats) == 6
 
 
+READ = {
+    "components": lambda stats, name: stats[name].components,
+    "variances of a spectrum": lambda stats, name: stats[name].explained_variance,
+    "mean": lambda stats, name: stats[name].mean,
+    "variances": lambda stats, name: stats.explained_variance(name),
+    "shares": lambda stats, name: stats.explained_variance_ratio(name),
+}
+
+
+@pytest.mark.parametrize("what", READ)
+def test_what_a_caller_does_to_a_tensor_reaches_no_layer(stats, what):
+    """Not the layers that share its input, nor the same layer when it is asked for again."""
+    before = {(name, part): read(stats, name).clone() for name in stats for part, read in READ.items()}
+    for name in stats:
+        READ[what](stats, name).fill_(7.0)
+    assert all(torch.equal(READ[part](stats, name), value) for (name, part), value in before.items())
+
+
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
 def test_truncated_files_are_refused(path, keep):
     content = path.read_bytes()
