@@ -84,7 +84,8 @@ def nodes():
     import ray
     from ray.cluster_utils import Cluster
 
-    usual = {"worker_niceness": 0}  # which is 15 elsewhere: beside other tests these would take minutes
+    # At Ray's niceness of 15 the workers would take minutes beside other tests. A node that is slow is not a dead one.
+    usual = {"worker_niceness": 0, "health_check_timeout_ms": 300_000, "agent_register_timeout_ms": 300_000}
     head = dict(num_cpus=0, include_dashboard=False, _system_config=usual)
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ours = [cluster.add_node(num_cpus=1) for _ in range(2)]
