@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
@@ -76,7 +77,7 @@ class TrainerDoor:
     def length(self) -> TrainingLength | None:
         """How long it will train, by its own count of steps; None if neither its arguments nor its data say so."""
         args, rows = self.trainer.args, self.trainer.train_dataset
-        if not hasattr(rows, "__len__"):
+        if not has_length(rows):
             return length_of(args, args.max_steps) if args.max_steps > 0 else None
         counted = self.trainer.set_initial_training_values
         with _loader(self.trainer) as loader:
@@ -110,6 +111,7 @@ class TrainerDoor:
         with self.carrier.opened(asked) as asked:
             forward = run.forward or self.forward(with_labels=asked.by_gradient or asked.start.by_error)
             data = run.data or f"training batches of {self.name}"
+            _keep_for_training(trainer)
             with _loader(trainer) as loader:
                 yield asked.but(data=data, forward=forward), self.batches(loader)
 
@@ -184,16 +186,20 @@ def _loader(trainer: Any) -> Iterator[Any]:
         stack.callback(setattr, trainer, "data_collator", trainer.data_collator)
         with suppress(Exception):  # what cannot be copied is used itself
             trainer.data_collator = copy.deepcopy(trainer.data_collator)
-        rows = trainer.train_dataset
-        # Iterators of datasets begin anew each time, and workers read copies.
-        streams = isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
-        if streams and not trainer.args.dataloader_num_workers:
-            trainer.train_dataset = _Twice(rows)
         loader = trainer.get_train_dataloader()
         if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
             stack.callback(loader.end)
         stack.callback(forget_loader, trainer.accelerator, loader)
         yield loader
+
+
+def _keep_for_training(trainer: Any) -> None:
+    """Keep the rows of a stream that the pass reads, for training to begin with them, too."""
+    rows = trainer.train_dataset
+    # Iterators of datasets begin anew each time, and workers read copies.
+    streams = isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
+    if streams and not trainer.args.dataloader_num_workers:
+        trainer.train_dataset = _Twice(rows)
 
 
 class _Twice(IterableDataset[Any]):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import IterableDataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import lora_init
@@ -212,6 +213,49 @@ def test_steps_are_those_that_the_trainer_takes(
     trainer.train()
     assert length.steps == trainer.state.max_steps == trainer.state.global_step
     assert length.epochs == pytest.approx(max(1.0, trainer.state.epoch), rel=0.25)
+
+
+class Stream(IterableDataset):
+    """Rows of each epoch of their own, as a trainer that calls `set_epoch` shuffles them."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter([{"input_ids": [1 + self.epoch, 3, 5 + i], "labels": [2, 3, 4]} for i in range(12)])
+
+
+class Counted(Stream):
+    def __len__(self):
+        return 12
+
+
+class Once(Stream):
+    """Rows that are there a single time."""
+
+    def __init__(self):
+        self.rows = iter([{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(12)])
+
+    def __iter__(self):
+        return self.rows
+
+
+@pytest.mark.parametrize(("kind", "max_steps", "rows"), [
+    (Stream, 8, None), (Counted, 8, 12), (Counted, -1, 12), (Once, 3, None),
+])  # fmt: skip
+def test_training_sees_a_stream_as_it_would_have_been_and_its_steps_are_counted(
+    kind, max_steps, rows, tmp_path, tokenizer
+):
+    trainer, other = (plain(tmp_path, tokenizer, max_steps=max_steps, num_train_epochs=2) for _ in range(2))
+    trainer.train_dataset, other.train_dataset = kind(), kind()
+    lora_init.initialize(trainer, rank=2, max_batches=2)
+    length = TrainerDoor(trainer).length
+    found, expected = batches_of(trainer, 8), batches_of(other, 8)
+    assert len(found) == len(expected) == trainer.state.max_steps == length.steps
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert length.rows == rows
 
 
 def with_own_loss(*given):
