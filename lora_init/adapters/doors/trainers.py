@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,6 +28,7 @@ from lora_init.private_parts import forget_loader
 
 # Their loss is what the model computes from labels. Other trainers compute their own.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")
+_KNOWN = ("transformers", "trl", "sentence_transformers")
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
 
 
@@ -90,7 +90,14 @@ class TrainerDoor:
         """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""
         made, args = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args
         optimizer = made[0].__name__ if made else str(getattr(args.optim, "value", args.optim))
+        if self._has_own("create_optimizer") or self._has_own("get_optimizer_cls_and_kwargs"):
+            optimizer = f"that {self.name} makes itself"
         check_measured(optimizer, self.has_plain_loss, self.name)
+
+    def _has_own(self, method: str) -> bool:
+        """Return whether a method of the trainer is of one's own, and not of a library that this door knows."""
+        function = getattr(self.trainer, method, None)
+        return function is not None and function.__module__.partition(".")[0] not in _KNOWN
 
     @property
     def source_of_loss(self) -> str:
@@ -123,6 +130,8 @@ class TrainerDoor:
             raise LoraInitError(
                 f"the {self.name} makes its model anew when training begins. Give it model= for model_init=."
             )
+        if self.trainer.train_dataset is None and not self._has_own("get_train_dataloader"):
+            raise LoraInitError(f"the {self.name} has no train_dataset to learn from. Make it with the data to train on.")
         self.carrier.check(asked.start)
         if asked.by_gradient and not self.gives_loss:
             raise LoraInitError(
@@ -225,11 +234,12 @@ class _Twice(IterableDataset[Any]):
 def length_of(args: Any, steps: int, rows: int | None = None, n_batches: int = 0) -> TrainingLength:
     """Describe a training of so many steps by a trainer's arguments, over so many examples in so many batches.
 
-    The last step of an epoch has those that are left, so that few examples make smaller steps in the mean.
+    Those that `dataloader_drop_last` leaves out of an epoch do not count.
     """
     batch_size = examples_of_a_step(args)
     if rows and n_batches:
-        batch_size = min(batch_size, max(1, round(rows / math.ceil(n_batches / args.gradient_accumulation_steps))))
+        rows = min(rows, n_batches * args.train_batch_size * args.world_size)
+        batch_size = min(batch_size, rows)
     return TrainingLength(int(steps), batch_size, rows)
 
 
