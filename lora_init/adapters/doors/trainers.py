@@ -131,7 +131,7 @@ class TrainerDoor:
                 f"the {self.name} makes its model anew when training begins. Give it model= for model_init=."
             )
         if self.trainer.train_dataset is None and not self._has_own("get_train_dataloader"):
-            raise LoraInitError(f"the {self.name} has no train_dataset to learn from. Make it with the data to train on.")
+            raise LoraInitError(f"the {self.name} has no train_dataset to learn from. Make it with one.")
         self.carrier.check(asked.start)
         if asked.by_gradient and not self.gives_loss:
             raise LoraInitError(

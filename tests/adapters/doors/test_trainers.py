@@ -359,7 +359,7 @@ REFUSED = {
     "two adapters": (
         lambda *a: dpo(*a, model=sft(*a, peft_config=LoraConfig(**LORA)).model), {}, r"has the adapters default, ref"
     ),
-    "no data to train on": (without_data, {}, r"^the Trainer has no train_dataset to learn from\. Make it with"),
+    "no data to train on": (without_data, {}, r"^the Trainer has no train_dataset to learn from\. Make it with one"),
     "a model to come": (made_later, {}, r"makes its model anew when training begins. Give it model="),
     "a head that TRL leaves out": (sft, {"target_modules": ["q_proj", "lm_head"]}, r"would never be trained. Leave"),
     "a task said twice": (
