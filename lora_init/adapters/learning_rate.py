@@ -208,6 +208,9 @@ class LearningRate:
         if steps is None and epochs is None and train_batch_size is None:
             length = TrainingLength(stored["steps"], batch_size, rows, stored.get("why", ""))
         else:
+            if steps is None and epochs is None:  # other batches, as often through the data
+                steps = None if rows else stored["steps"]
+                epochs = stored["steps"] / math.ceil(rows / batch_size) if rows else None
             length = TrainingLength.plan(rows, steps, epochs, train_batch_size or batch_size)
         others = {name: stored[name] for name in ("new_head", "left_out", "share") if name in stored}
         return cls(responses, length, **others)

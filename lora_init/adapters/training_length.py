@@ -89,15 +89,18 @@ class TrainingLength:
 
     @property
     def epochs(self) -> float:
-        """How often an example is seen; 1 where none repeats, or their number is unknown."""
-        return max(1.0, self.steps * self.batch_size / self.rows) if self.rows else 1.0
+        """How often an example is seen; 1 where none repeats, or their number is unknown.
+
+        The last step of an epoch has the examples that are left.
+        """
+        return max(1.0, self.steps / math.ceil(self.rows / self.batch_size)) if self.rows else 1.0
 
     def __str__(self) -> str:
         """Write it as a part of a sentence.
 
         Example:
             >>> print(TrainingLength(480, rows=900))
-            480 steps of 8 (4.3 epochs of 900 examples)
+            480 steps of 8 (4.2 epochs of 900 examples)
         """
         repeats = f"{self.epochs:.1f} epochs of {self.rows:,} examples" if self.epochs >= 1.05 else ""
         of = self.why or repeats

@@ -97,6 +97,9 @@ class StartCallback(TrainerCallback):
             _say(state, f"{len(self.texts)} texts that the base has written are replayed.")
         if carrier is None:
             _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
+            rate = rest["optimizer"].param_groups[0].get("initial_lr")  # the one that was measured, from the checkpoint
+            if self.measured and rate and args.learning_rate:
+                _set_shares(args, rate, rest["lr_scheduler"])
         else:
             self._start(carrier, args, state, train_dataloader, rest)
 
@@ -234,6 +237,12 @@ def _set_rate(args: Any, rate: float, optimizer: Any, scheduler: Any) -> None:
     state = schedule.state_dict()
     lists = {name: [one * factor for one in state[name]] for name in ("base_lrs", "_last_lr") if name in state}
     schedule.load_state_dict(state | lists)
+    _set_shares(args, rate, schedule)
+
+
+def _set_shares(args: Any, rate: float, scheduler: Any) -> None:
+    """Let a schedule that was made for another rate end where it did."""
+    factor, schedule = rate / args.learning_rate, getattr(scheduler, "scheduler", scheduler)
     # Rates that a schedule ends at are shares of the one that it was made for.
     shares = {"lr_init": factor} | ({"min_lr_rate": 1 / factor} if "min_lr" in (args.lr_scheduler_kwargs or {}) else {})
     functions = {id(one): one for one in getattr(schedule, "lr_lambdas", ())}  # groups share one

@@ -136,6 +136,22 @@ def test_a_measured_rate_is_logged_and_trained_as_if_it_had_been_set(schedule, m
     assert logged[0][1] == pytest.approx(logged[1][1], rel=1e-6) and logged[0][2] == pytest.approx(logged[1][2])
 
 
+@pytest.mark.parametrize(("schedule", "more"), [
+    ("linear", {}), ("cosine_with_min_lr", {"min_lr": 2e-4}), ("polynomial", {"lr_end": 2e-4}),
+])  # fmt: skip
+def test_a_resumed_run_goes_on_at_the_measured_rate(schedule, more, tmp_path):
+    """A checkpoint holds the rate, and not the lowest one of the schedule, which is made anew for another rate."""
+    logged = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        callback = lora_init.StartCallback(samples=8, learning_rate="measured")
+        made = trainer(tmp_path, model(), callback, logging_steps=1, max_steps=5, save_strategy="steps", save_steps=2,
+                       lr_scheduler_type=schedule, lr_scheduler_kwargs=more)  # fmt: skip
+        made.train(resume_from_checkpoint=checkpoint)
+        rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+        logged.append((made.args.learning_rate, rates))
+    assert logged[0][0] == pytest.approx(logged[1][0]) and logged[0][1] == pytest.approx(logged[1][1], rel=1e-6)
+
+
 class Preferences(TrainingArguments):
     beta = 0.1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
@@ -28,6 +28,7 @@ from lora_init.private_parts import forget_loader
 
 # Their loss is what the model computes from labels. Other trainers compute their own.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")
+_KNOWN = ("transformers", "trl", "sentence_transformers")
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
 
 
@@ -76,7 +77,7 @@ class TrainerDoor:
     def length(self) -> TrainingLength | None:
         """How long it will train, by its own count of steps; None if neither its arguments nor its data say so."""
         args, rows = self.trainer.args, self.trainer.train_dataset
-        if not hasattr(rows, "__len__"):
+        if not has_length(rows):
             return length_of(args, args.max_steps) if args.max_steps > 0 else None
         counted = self.trainer.set_initial_training_values
         with _loader(self.trainer) as loader:
@@ -89,7 +90,14 @@ class TrainerDoor:
         """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""
         made, args = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args
         optimizer = made[0].__name__ if made else str(getattr(args.optim, "value", args.optim))
+        if self._has_own("create_optimizer") or self._has_own("get_optimizer_cls_and_kwargs"):
+            optimizer = f"that {self.name} makes itself"
         check_measured(optimizer, self.has_plain_loss, self.name)
+
+    def _has_own(self, method: str) -> bool:
+        """Return whether a method of the trainer is of one's own, and not of a library that this door knows."""
+        function = getattr(self.trainer, method, None)
+        return function is not None and function.__module__.partition(".")[0] not in _KNOWN
 
     @property
     def source_of_loss(self) -> str:
@@ -110,6 +118,7 @@ class TrainerDoor:
         with self.carrier.opened(asked) as asked:
             forward = run.forward or self.forward(with_labels=asked.by_gradient or asked.start.by_error)
             data = run.data or f"training batches of {self.name}"
+            _keep_for_training(trainer)
             with _loader(trainer) as loader:
                 yield asked.but(data=data, forward=forward), self.batches(loader)
 
@@ -121,6 +130,8 @@ class TrainerDoor:
             raise LoraInitError(
                 f"the {self.name} makes its model anew when training begins. Give it model= for model_init=."
             )
+        if self.trainer.train_dataset is None and not self._has_own("get_train_dataloader"):
+            raise LoraInitError(f"the {self.name} has no train_dataset to learn from. Make it with one.")
         self.carrier.check(asked.start)
         if asked.by_gradient and not self.gives_loss:
             raise LoraInitError(
@@ -184,16 +195,20 @@ def _loader(trainer: Any) -> Iterator[Any]:
         stack.callback(setattr, trainer, "data_collator", trainer.data_collator)
         with suppress(Exception):  # what cannot be copied is used itself
             trainer.data_collator = copy.deepcopy(trainer.data_collator)
-        rows = trainer.train_dataset
-        # Iterators of datasets begin anew each time, and workers read copies.
-        streams = isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
-        if streams and not trainer.args.dataloader_num_workers:
-            trainer.train_dataset = _Twice(rows)
         loader = trainer.get_train_dataloader()
         if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
             stack.callback(loader.end)
         stack.callback(forget_loader, trainer.accelerator, loader)
         yield loader
+
+
+def _keep_for_training(trainer: Any) -> None:
+    """Keep the rows of a stream that the pass reads, for training to begin with them, too."""
+    rows = trainer.train_dataset
+    # Iterators of datasets begin anew each time, and workers read copies.
+    streams = isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
+    if streams and not trainer.args.dataloader_num_workers:
+        trainer.train_dataset = _Twice(rows)
 
 
 class _Twice(IterableDataset[Any]):
@@ -219,11 +234,12 @@ class _Twice(IterableDataset[Any]):
 def length_of(args: Any, steps: int, rows: int | None = None, n_batches: int = 0) -> TrainingLength:
     """Describe a training of so many steps by a trainer's arguments, over so many examples in so many batches.
 
-    The last step of an epoch has those that are left, so that few examples make smaller steps in the mean.
+    Those that `dataloader_drop_last` leaves out of an epoch do not count.
     """
     batch_size = examples_of_a_step(args)
     if rows and n_batches:
-        batch_size = min(batch_size, max(1, round(rows / math.ceil(n_batches / args.gradient_accumulation_steps))))
+        rows = min(rows, n_batches * args.train_batch_size * args.world_size)
+        batch_size = min(batch_size, rows)
     return TrainingLength(int(steps), batch_size, rows)
 
 
