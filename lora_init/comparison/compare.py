@@ -177,11 +177,7 @@ def compare(
     seeds = list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
     # Until they are measured, any rate stands for all.
     plan = RunPlan(names, [1.0] if learning_rates is None else _listed(learning_rates), seeds, sweep, extend)
-    whole_number(extend, "extend", 0)
-    if steps is not None:
-        whole_number(steps, "steps", 1)
-    points = None if evaluation_points is None else _listed(evaluation_points)
-    asked = AskedSize(options, steps, batch_size, warmup, points, starts)
+    asked = AskedSize(options, steps, batch_size, warmup, _read_points(steps, extend, evaluation_points), starts)
     directory = as_path(output, "output").absolute()
     check_there(directory)
     does = _find_executor(workers, executor, gpus_per_run, directory)
@@ -283,6 +279,14 @@ def _read_starts(
 
 def _listed(numbers: Any) -> list[Any]:
     return [numbers] if isinstance(numbers, str) or is_number(numbers) else list(numbers)
+
+
+def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | None:
+    """Return the steps to measure after, once the numbers that they are counted in are known to be whole."""
+    whole_number(extend, "extend", 0)
+    if steps is not None:
+        whole_number(steps, "steps", 1)
+    return None if points is None else _listed(points)
 
 
 def _read_batches(given: int | Sequence[int]) -> list[int]:

@@ -83,7 +83,7 @@ def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs_and_ris
     (None, {}, "100 steps of 8 (assumed; say how many yours has)"),
     (None, {"steps": 30}, "30 steps of 8"),
     (None, {"steps": 375, "epochs": 3}, "375 steps of 8 (3.0 epochs of 1,000 examples)"),
-    (4, {}, "1 steps of 8 (an epoch of 4 examples in batches of 8)"),
+    (4, {}, "1 step of 8 (an epoch of 4 examples in batches of 8)"),
 ])  # fmt: skip
 def test_a_length_is_completed_from_what_is_said(rows, said, expected):
     assert str(TrainingLength.plan(rows, **said)) == expected

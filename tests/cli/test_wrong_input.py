@@ -305,7 +305,7 @@ CALLS = {
     "the class of an executor": (
         lambda compare: compare(executor=ThreadPoolExecutor), "and got the class ThreadPoolExecutor",
     ),
-    "a number for starts": (lambda compare: compare(starts=[5]), "starts has 5: expected names, or pairs of a name and"),
+    "a number for starts": (lambda compare: compare(starts=[5]), "starts has 5: expected names, or pairs of a name"),
     "half a step of a run": (lambda compare: compare(steps=1.5), "steps=1.5: a whole number of at least 1 is needed"),
     "rates taken away": (lambda compare: compare(extend=-1), "extend=-1: a whole number of at least 0 is needed"),
     "a word for a share": (lambda compare: compare(warmup="0.1"), "warmup='0.1': expected a share of the steps"),
