@@ -36,6 +36,13 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
+def as_path(value: Any, needed: str) -> Path:
+    """Return a path of the caller's; refuse what is none, such as a model."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise LoraInitError(f"{needed} is needed, as a path, and got {type(value).__name__}.")
+    return Path(value).expanduser()
+
+
 def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
     """Find out, before the work, whether a command may write a file of its own to this path.
 
@@ -56,6 +63,8 @@ def check_output(path: Path, what: str) -> None:
     Whether something that is there may be replaced is for `check_writable` and `check_free`. Empty is for any of them.
     """
     path = path.expanduser()
+    if what in ("file", "directory", "") and not path.name:
+        raise LoraInitError(f"output '{path}': this directory itself cannot be written anew. Name one in it.")
     if what == "file" and not path.parent.is_dir():
         raise LoraInitError(f"{path}: there is no directory {path.parent}. Create it first.")
     if what == "file" and path.is_dir():
@@ -70,7 +79,7 @@ def check_place(path: Path) -> None:
 
     Beside it, or in the nearest directory above that exists.
     """
-    place = next(parent for parent in path.parents if parent.exists())
+    place = next(parent for parent in path.absolute().parents if parent.exists())
     probe = _temporary(place / path.name, "tmp")
     try:
         probe.write_bytes(bytes(4096))

@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_init.adapters.starts import changes_base
 from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError
-from lora_init.files import check_free, digests_of, is_as_written, new_directory, read_json, write_json
+from lora_init.files import as_path, check_free, digests_of, is_as_written, new_directory, read_json, write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.loading.checkpoint import read_header
 from lora_init.planning.lora_config import from_patterns
@@ -34,7 +34,7 @@ class AdapterDirectory:
     """An adapter directory that PEFT or lora_init has written: the config is read at once, the rest when asked for."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = as_path(path, "an adapter directory")
         file = self.path / CONFIG_FILE
         if self.path.is_symlink() and not self.path.exists():
             raise LoraInitError(f"{self.path} is a link to {self.path.readlink()}, which does not exist. Set it anew.")

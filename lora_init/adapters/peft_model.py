@@ -69,7 +69,8 @@ def check_modules_to_save(
             endings = sorted({name.rpartition(".")[2] for name in names})
             close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
             hint = f" Closest: {', '.join(close)}." if close else ""
-            raise LoraInitError(f"modules_to_save: {ending!r} is no module of {type(model).__name__}.{hint}")
+            text = f"{{modules_to_save}} is no module of {type(model).__name__}.{hint}"
+            raise LoraInitError(text, modules_to_save=ending)
     heads = HEADS.get(task_type or "", ())  # PEFT saves these; T5's `classification_head` is one that it does not know
     owners = sorted({name.rpartition(".")[0] for name in drawn})
     lost = ",".join(owner for owner in owners if not is_in(owner, (*heads, *modules_to_save)))

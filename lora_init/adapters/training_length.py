@@ -31,11 +31,12 @@ class TrainingLength:
     why: str = ""
 
     def __post_init__(self) -> None:
-        if not is_number(self.steps) or self.steps < 1:
-            raise LoraInitError("{steps}, expected a number of training steps of at least 1.", steps=self.steps)
-        if not is_number(self.batch_size) or self.batch_size < 1:
+        if not is_number(self.steps) or self.steps < 1 or self.steps % 1:
+            raise LoraInitError("{steps}, expected a whole number of training steps of at least 1.", steps=self.steps)
+        if not is_number(self.batch_size) or self.batch_size < 1 or self.batch_size % 1:
             raise LoraInitError(
-                "{train_batch_size}, expected a number of examples of at least 1.", train_batch_size=self.batch_size
+                "{train_batch_size}, expected a whole number of examples of at least 1.",
+                train_batch_size=self.batch_size,
             )
         if self.rows is not None and self.batch_size > max(self.rows, BATCH_SIZE):
             raise LoraInitError(
@@ -104,4 +105,5 @@ class TrainingLength:
         """
         repeats = f"{self.epochs:.1f} epochs of {self.rows:,} examples" if self.epochs >= 1.05 else ""
         of = self.why or repeats
-        return f"{self.steps} steps of {self.batch_size}" + (f" ({of})" if of else "")
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"{steps} of {self.batch_size}" + (f" ({of})" if of else "")

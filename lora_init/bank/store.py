@@ -114,6 +114,14 @@ def check_name(name: str) -> None:
         raise LoraInitError(f"entry {name!r}: a name has letters, digits, - and _, at most 80. Pass another --name.")
 
 
+def read_statistics(path: Path, fingerprint: str) -> Statistics:
+    """Read statistics of the data that an entry is for; refuse those of another model."""
+    stats = Statistics.load(path)
+    if stats.provenance.fingerprint != fingerprint:
+        raise LoraInitError(f"{path} has statistics of another model. Name statistics of the adapter's base.")
+    return stats
+
+
 def add_entry(
     new: Bank,
     name: str,
@@ -132,6 +140,7 @@ def add_entry(
     check_name(name)
     check_plain_lora(trained)
     check_output(path, "folder")
+    stats = None if statistics is None else read_statistics(statistics, new.fingerprint)
     path.mkdir(parents=True, exist_ok=True)
     with FileLock(path / ".lock"):
         bank = open_bank(path) if (path / INDEX).is_file() else new
@@ -147,12 +156,7 @@ def add_entry(
         header = {"scalings": {n: layer.scaling for n, layer in trained.layers.items()}, "task": task}
         file = write_tensors(path / f"{name}.safetensors", _ENTRY, _VERSION, header, tensors)
         digest = ""
-        if statistics is not None:
-            stats = Statistics.load(statistics)
-            if stats.provenance.fingerprint != new.fingerprint:
-                raise LoraInitError(
-                    f"{statistics} has statistics of another model. Name statistics of the adapter's base."
-                )
+        if stats is not None:
             digest = _hash_of(stats.save(bank._statistics_path(name)))
         entry = Entry(task, data, trained.rank, len(embeddings), _hash_of(file), digest)
         bank = replace(bank, entries={**bank.entries, name: entry})

@@ -45,6 +45,11 @@ def _one_line_usage() -> Iterator[None]:
     except _UsageError as error:
         if type(error).show is not _UsageError.show:
             raise  # which prints the help, where a command has no words at all
+        wrong: list[Any] = getattr(
+            error.__cause__, "errors", list
+        )()  # of pydantic, which names neither value nor option
+        if wrong:
+            error.message = f"{wrong[0]['input']} {wrong[0]['msg'].removeprefix('Input ').partition(', unable')[0]}"
         word, *choices = re.findall("'([^']*)'", error.message) if "is not one of" in error.message else [""]
         if choices:
             error.message = f"{word!r} is none of the choices. {did_you_mean(word, choices)}"

@@ -65,6 +65,7 @@ def add(
         from lora_init.loading.models import load_model
         from lora_init.serving.base import read_base
         from lora_init.serving.trained import read_trained
+        from lora_init.statistics.statistics import Statistics
     name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", adapter.expanduser().resolve().name).strip("-_")
     check_name(name)
     trained = read_trained(adapter)
@@ -77,13 +78,16 @@ def add(
     if not source:
         raise LoraInitError(f"{adapter} does not name its base model. Name it with --model.")
     read_base(source, trained)  # refuses another model
+    if statistics is not None:
+        Statistics.load(statistics)  # refuses another file
+    embedder = read_encoder(encoder)
     with busy(f"loading {source}"):
         loaded = load_model(source, trust_remote_code=trust_remote_code)
     batches = load_batches(
         data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
     )
     with busy("embedding the prompts"):
-        embeddings = embed(loaded.model, batches, loaded.tokenizer, read_encoder(encoder))
+        embeddings = embed(loaded.model, batches, loaded.tokenizer, embedder)
     called = f"{type(loaded.model).__name__} {Path(source).name}"
     new = Bank(bank.expanduser(), fingerprint(loaded.model), called, encoder)
     data = batches.description

@@ -136,6 +136,10 @@ def replay(
     output = output.expanduser()
     if output.exists():
         raise LoraInitError(f"{output} exists, and is never replaced. Choose another name.")
+    if output.suffix not in (".jsonl", ".json"):  # by which commands tell how to read it
+        raise LoraInitError(
+            f"{output}: texts are written as JSON lines. Name the file so: {output.stem or 'texts'}.jsonl."
+        )
     with importing(model):
         from lora_init.files import write_whole
         from lora_init.keep.replay import check_texts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result
+from lora_init.cli.console import FAILED, busy, importing, in_words, offered, print_error, print_result, refuse_idle
 from lora_init.cli.options import MaxLength, WrittenAs, of_adapter, one_base
 from lora_init.cli.tables import Cells, facts
 from lora_init.errors import LoraInitError, explain, require, require_version
@@ -61,6 +61,8 @@ def export(
     """
     if data is not None and (merge_into or start or not find_engine(engine).writes_peft):
         raise LoraInitError("--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
+    if data is None:
+        refuse_idle([*offered(Reading), "samples", "max_length"], "that is for --data")
     require(*find_engine(engine).libraries)
     if reduce_intruders:
         require("scipy")

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked, Pass, Reading, Sample
+from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.pipeline import Examples, Source, check, fit_to, read, split
 from lora_init.adapters.starts import BankWay
 from lora_init.adapters.training_length import TrainingLength
@@ -95,6 +96,7 @@ class Named(Source):
             asked = asked.but(task_type=opened.task_type)
             if (empty := opened.empty()) is not None:
                 check_targets(empty, find_targets(empty, **vars(asked.layers)), asked.ranks.rank)
+                check_modules_to_save(empty, asked.shape.modules_to_save)
             if self.names.data is None:
                 self.length = self.said.plan(self.there.provenance.settings.get("rows") if self.there else None)
                 return Examples(None), asked

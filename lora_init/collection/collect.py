@@ -405,6 +405,7 @@ def check_batches(batches: Any, taker: str) -> None:
     wrong = (
         isinstance(first, (int, float))
         or isinstance(batches, (str, Path, Mapping, Tensor, nn.Module))
+        or hasattr(batches, "columns")  # a table of pandas
         or not isinstance(batches, Iterable)
     )
     if wrong or isinstance(first, str):

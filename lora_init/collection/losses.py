@@ -64,6 +64,8 @@ def mean_loss(
     Raises:
         LoraInitError: There is no batch, or none with a label.
     """
+    if not isinstance(model, nn.Module):
+        raise LoraInitError(f"mean_loss() takes a model in this place and got {type(model).__name__}.")
     losses = []
     with evaluating(model):
         for batch in batches:
@@ -71,7 +73,10 @@ def mean_loss(
             with suppress(NothingCountsError):  # such a batch has no loss
                 count_labels(model, moved)
                 output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
-                losses.append(float(loss(output, moved) if loss else own_loss(output)))
+                found = loss(output, moved) if loss else own_loss(output)
+                if found is None:
+                    raise LoraInitError("a batch has no labels, so its loss is unknown. Give it labels, or pass loss=.")
+                losses.append(float(found))
     if not losses:
         raise LoraInitError("there is no batch with a label to measure the loss on. Pass at least one.")
     return statistics.fmean(losses)

@@ -66,6 +66,8 @@ def _slurm(address: str, gpus: float, directory: Path) -> Executor:
 
     options = {"job_name": "lora-init", "time": 60} | ({"gpus_per_node": gpus} if torch.cuda.is_available() else {})
     asked = yaml.safe_load(Path(address).read_text(encoding="utf-8")) if address else {}
+    if not isinstance(asked, dict):
+        raise ValueError(f"{address} holds no options, such as `partition: gpu`.")
     executor = SlurmExecutor(directory / ".submitit")
     executor.update_parameters(**options | asked)
     return of_jobs(executor)
@@ -102,8 +104,9 @@ _THEIRS = Group("lora_init.clusters", "cluster")
 def open_executor(given: Any, gpus: float, directory: Path) -> Executor:
     """Return an executor as it is; make the one of a name such as `"ray"` or `"dask:tcp://HOST:PORT"`."""
     if not isinstance(given, str):
-        if not callable(getattr(given, "submit", None)):
-            raise LoraInitError(f"executor= takes an executor, or a cluster's name, and got a {type(given).__name__}.")
+        if isinstance(given, type) or not callable(getattr(given, "submit", None)):
+            got = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+            raise LoraInitError(f"executor= takes an executor, or a cluster's name, and got {got}.")
         return given if isinstance(given, Executor) else of_jobs(given)
     name, _, address = given.partition(":")
     if name in _THEIRS.entries and name not in CLUSTERS:

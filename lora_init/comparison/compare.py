@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from lora_init.comparison.variants import Variant, by_batches
 from lora_init.comparison.workbench import Sources, Workbench, circumstances, set_up
 from lora_init.comparison.workers import Job, describe, elsewhere, here, processes, run_all
 from lora_init.errors import LoraInitError, did_you_mean, is_number, require
+from lora_init.files import as_path
 from lora_init.layers.targets import find_targets
 from lora_init.loading.models import find_device
 from lora_init.loading.reader import classes_in_words
@@ -175,8 +177,8 @@ def compare(
     seeds = list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
     # Until they are measured, any rate stands for all.
     plan = RunPlan(names, [1.0] if learning_rates is None else _listed(learning_rates), seeds, sweep, extend)
-    asked = AskedSize(options, steps, batch_size, warmup, evaluation_points, starts)
-    directory = Path(output).expanduser().absolute()
+    asked = AskedSize(options, steps, batch_size, warmup, _read_points(steps, extend, evaluation_points), starts)
+    directory = as_path(output, "output").absolute()
     check_there(directory)
     does = _find_executor(workers, executor, gpus_per_run, directory)
     stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
@@ -240,6 +242,8 @@ def _find_executor(workers: int | None, given: Any, gpus: float, directory: Path
         raise LoraInitError("{workers} is for this machine, and a cluster has its own. Leave one out.", workers=workers)
     if gpus != 1 and not isinstance(given, str):
         raise LoraInitError("{gpus_per_run} is for the name of a cluster. Leave it out.", gpus_per_run=gpus)
+    if not is_number(gpus) or not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
+        raise LoraInitError("{gpus_per_run}: expected a share of one GPU, or a whole number.", gpus_per_run=gpus)
     if workers:
         return processes(workers)
     return None if given is None else open_executor(given, gpus, directory)
@@ -252,6 +256,9 @@ def _read_starts(
     if isinstance(starts, str) and "," in starts:
         raise LoraInitError(f"{{starts}} is one text. Pass a list: starts={starts.split(',')}.", starts=starts)
     starts = [starts] if isinstance(starts, str) else starts
+    wrong = next((start for start in starts if not isinstance(start, (str, tuple))), None)
+    if wrong is not None:
+        raise LoraInitError(f"starts has {wrong!r}: expected names, or pairs of a name and an adapter of your own.")
     starts = [*starts, FULL] if full and FULL not in starts else list(starts)
     if starts and RANDOM not in starts:
         starts = [RANDOM, *starts]  # which all are compared with
@@ -274,9 +281,18 @@ def _listed(numbers: Any) -> list[Any]:
     return [numbers] if isinstance(numbers, str) or is_number(numbers) else list(numbers)
 
 
+def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | None:
+    """Return the steps to measure after, once the numbers that they are counted in are known to be whole."""
+    whole_number(extend, "extend", 0)
+    if steps is not None:
+        whole_number(steps, "steps", 1)
+    return None if points is None else _listed(points)
+
+
 def _read_batches(given: int | Sequence[int]) -> list[int]:
     batches = [given] if isinstance(given, int) else list(given)
-    if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
+    numbers = all(is_number(one) for one in batches)
+    if not batches or not numbers or min(batches) < 1 or len(set(batches)) < len(batches):
         raise LoraInitError("{statistics_batches}: expected numbers of batches, each once.", statistics_batches=batches)
     return batches
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_init.collection.losses import EVALUATION_BATCH, batch_loss, class_logits, sequence_losses
 from lora_init.comparison.tasks import CLASSIFICATION, MULTIPLE_CHOICE, Item, Task, item_length
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, is_number
 from lora_init.layers.running import evaluating, on_device_of
 
 _STATUS = Path("/proc/self/status")
@@ -114,8 +114,10 @@ class Training:
     def __post_init__(self) -> None:
         points, steps = list(self.evaluation_points), self.steps
         if steps < 1 or points != sorted(set(points)) or points[0] != 0 or points[-1] != steps:
-            raise LoraInitError(f"evaluation points {points}: expected rising steps from 0 to {steps}.")
-        if not 0.0 <= self.warmup < 1.0:
+            raise LoraInitError(
+                f"{{evaluation_points}}: expected rising steps from 0 to {steps}, the last.", evaluation_points=points
+            )
+        if not is_number(self.warmup) or not 0.0 <= self.warmup < 1.0:
             raise LoraInitError(
                 "{warmup}: expected a share of the steps, at least 0 and less than 1.", warmup=self.warmup
             )

@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import disabled, evaluating, restoring
 from lora_init.layers.wrappers import without_adapter
-from lora_init.loading.batches import pad_batch, padding_token
+from lora_init.loading.batches import check_tokenizer, pad_batch, padding_token
+from lora_init.planning.limits import whole_number
 from lora_init.progress import Progress, Say
 
 _ASKED = (
@@ -86,8 +87,9 @@ def _write(
     model: Any, tokenizer: Any, n: int, length: int, seed: int, chat: bool, say: Say
 ) -> Generator[tuple[str, list[int]], None, None]:
     """Yield what a model writes, and for a chat the question before it."""
-    if min(n, length) < 1:
-        raise LoraInitError("{n} and {length} must be at least 1.", n=n, length=length)
+    whole_number(n, "n", 1)
+    whole_number(length, "length", 1)
+    check_tokenizer(tokenizer)
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise LoraInitError(f"{type(model).__name__} continues no text. Pass text to keep instead.")
     check_texts(model.config, tokenizer, length, chat)

@@ -125,8 +125,7 @@ def load_batches(
     batch_size, max_length, seed, offset = int(batch_size), int(max_length), int(seed), int(offset)
     samples = None if samples is None else int(samples)  # settings go into files, which know no scalars of numpy
     rows = read_rows(source, subset, split, seed)
-    if not callable(tokenizer):
-        raise LoraInitError(f"tokenizer={tokenizer!r}: expected the model's, from AutoTokenizer.from_pretrained().")
+    check_tokenizer(tokenizer)
     wanted = Wanted(template, completion, format, label)
     reader = open_reader(
         rows, tokenizer, max_length, wanted, seq2seq=seq2seq, needs_labels=needs_labels, known_classes=known_classes
@@ -142,7 +141,8 @@ def load_batches(
             f"{rows.label}: no usable example among {len(rows.table)} rows read as {reader.recipe.name}"
             + (f" after the first {offset}" if offset else "")
             + (f" ({skipped})" if skipped else "")
-            + ". Check the columns and max_length."
+            + ". Check the columns and {max_length}.",
+            max_length=...,
         )
     of_chats = reader.recipe.name in ("messages", "sharegpt")
     if of_chats and reader.label is None and not any(of != IGNORED for _, labels in examples for of in labels):
@@ -214,6 +214,12 @@ def padding_token(tokenizer: Any) -> int:
     """Choose the token to pad with: the tokenizer's, or the one that ends a sequence, or 0."""
     found = (tokenizer.pad_token_id, getattr(tokenizer, "eos_token_id", None))
     return next((token for token in found if token is not None), 0)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is no tokenizer, such as its name."""
+    if not callable(tokenizer):
+        raise LoraInitError(f"tokenizer={tokenizer!r}: expected the model's, from AutoTokenizer.from_pretrained().")
 
 
 def pad_batch(examples: Sequence[Encoded], pad: int, of_classes: bool = False) -> dict[str, Tensor]:

@@ -125,6 +125,12 @@ class ModelSource:
                 model.float()
         reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
         drawn = frozenset([*loading["missing_keys"], *reshaped])
+        n_weights = len(list(model.parameters()))
+        if 2 * len(drawn) > n_weights:
+            raise LoraInitError(
+                f"model {self.name!r} lacks {len(drawn)} of {n_weights} weights, such as {min(drawn)}, which would be "
+                "random. Name a whole checkpoint."
+            )
         return LoadedModel(model.eval(), self.tokenizer, self.task_type, self.seq2seq, drawn)
 
     def check_quantized(self, quantize: str | None, needed: bool = False) -> None:
@@ -296,5 +302,9 @@ def _guarded(source: str, load: Any, **options: Any) -> Any:
         if "trust_remote_code" in str(error):
             raise LoraInitError(
                 f"model {source!r} needs code that comes with it. Read that code, then pass --trust-remote-code."
+            ) from error
+        if "for this kind of AutoModel" in str(error):  # which lists the hundreds that there are
+            raise LoraInitError(
+                f"model {source!r} cannot be loaded for this task type: its kind has no head for it."
             ) from error
         raise LoraInitError(f"model {source!r} cannot be loaded: {in_one_line(error)}") from error

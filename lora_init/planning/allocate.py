@@ -113,7 +113,11 @@ def allocate_ranks(
     allowed = allowed_by_unit(task.limits, task.tops, spectra.most_collected, unit_of)
     steps = make_steps(allowed, unit_of, *worth(policy, stats, spectra), task.per_rank)
     if not len(steps.unit) and not steps.start.any():
-        raise LoraInitError("the limits leave every layer at rank 0. Raise max_rank.")
+        raise LoraInitError(
+            "the limits leave every layer at rank 0. Raise {max_rank}, or lower {multiple_of}.",
+            max_rank=...,
+            multiple_of=...,
+        )
     ranks = steps.ranks_after((_reach if budget.unit == "variance" else _spend)(task, steps))
     by_name = dict(zip(limits, ranks.tolist(), strict=True))
     explained = dict(zip(limits, spectra.reached_at(ranks).tolist(), strict=True))

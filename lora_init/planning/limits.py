@@ -103,7 +103,7 @@ def select(pattern: str, names: Sequence[str], argument: str) -> list[str]:
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     close = difflib.get_close_matches(pattern.rsplit(".", 1)[-1].strip("*"), endings, n=3, cutoff=0.4)
     hint = f"Closest: {', '.join(close)}." if close else f"Names end in {', '.join(endings[:7])}."
-    raise LoraInitError(f"{argument}: {pattern!r} matches no layer. {hint}")
+    raise LoraInitError(f"{{{argument}}} matches no layer. {hint}", **{argument: pattern})
 
 
 def layer_limits(

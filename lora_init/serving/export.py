@@ -19,6 +19,7 @@ from lora_init.adapters.intruders import intruder_dimensions
 from lora_init.adapters.peft_model import as_it_was
 from lora_init.errors import LoraInitError, require_version
 from lora_init.files import (
+    as_path,
     check_free,
     check_writable,
     digests_of,
@@ -228,7 +229,7 @@ def _check_start(began: AdapterDirectory, start: str | Path | None, merge_into: 
 
 def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Path:
     """Check, before the work, that an export for an engine may be written there; return the absolute path."""
-    path = Path(output).expanduser().resolve()
+    path = as_path(output, "output").resolve()
     if find_engine(engine).is_file:
         check_writable(Path(output).expanduser(), overwrite, "GGUF file")
     else:
@@ -259,12 +260,17 @@ def _check_options(
         if merge_into is not None or engine.bytes_each:
             raise LoraInitError(f"{{dtype}}: {form}. Leave dtype away.", dtype=dtype)
     if len(sizes) > 1:
-        raise LoraInitError(f"{' and '.join(sizes)} are both given. One of them says how large it may be.")
+        named = " and ".join(f"{{{one}}}" for one in sizes)
+        raise LoraInitError(f"{named} are both given. One of them says how large it may be.", **sizes)
     megabytes = sizes.get("megabytes", 1.0)
     if not isinstance(megabytes, (int, float)) or not 0 < megabytes < math.inf:
         raise LoraInitError("{megabytes} must be a number above 0, and finite.", megabytes=megabytes)
     if merge_into is not None and (name is not None or sizes or keep_ranks):
-        raise LoraInitError("a merged model has no ranks and is for every engine: leave engine, rank and budgets away.")
+        raise LoraInitError(
+            "a merged model has no ranks and is for every engine: with {merge_into} leave {engine}, {rank}, "
+            "{keep_ranks} and budgets away.",
+            merge_into=..., engine=..., rank=..., keep_ranks=True,
+        )  # fmt: skip
     if keep_ranks and not engine.ranks:
         takers = ", ".join(key for key, other in ENGINES.items() if other.ranks)
         raise LoraInitError(f"{name} takes one rank for all layers. Ranks of their own are for PEFT, {takers}.")
@@ -275,6 +281,8 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
 
     The model is wrapped meanwhile, and afterwards as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise LoraInitError(f"reduce_intruders= takes the base model and got {type(model).__name__}. Load it first.")
     require_version("peft", "0.19", "reduce_intruders")
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.lora.intruders import reduce_intruder_dimension

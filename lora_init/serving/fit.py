@@ -18,6 +18,7 @@ import torch
 
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory, form_of
 from lora_init.errors import LoraInitError, in_one_line
+from lora_init.files import as_path
 from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.targets import PREFIX
 from lora_init.layers.wrappers import plain_name
@@ -141,7 +142,7 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
 def compare(directory: str | Path, base: str | None, engine: str | None) -> FitReport:
     """Compare names and shapes as `check_fit` does, with those of the class that an engine loads if one is named."""
     adapter = AdapterDirectory(directory)
-    source = base or adapter.base
+    source = str(as_path(base, "base")) if base and not isinstance(base, str) else base or adapter.base
     if form := form_of(adapter.header):
         raise LoraInitError(f"{adapter.path / WEIGHTS_FILE} {form}. PEFT's save_pretrained() writes what is read here.")
     config = read_config(source)

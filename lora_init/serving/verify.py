@@ -73,6 +73,15 @@ class Fault:
 _AS_TRAINED = Fault(AS_TRAINED, "", {})
 
 
+def check_prompts(prompts: Any) -> None:
+    """Refuse one text in place of a list, and what is neither a text nor a chat."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise LoraInitError(f"prompts={prompts!r}: expected a list of texts or chats.")
+    wrong = next((one for one in prompts if not isinstance(one, (str, list))), None)
+    if wrong is not None:
+        raise LoraInitError(f"prompts has {wrong!r}: expected texts, or chats as lists of messages.")
+
+
 def verify(
     directory: str | Path, model: Any, tokenizer: Any, prompts: Sequence[Any], served: Ask, base: Ask | None = None,
     *, n: int = 32,
@@ -99,11 +108,12 @@ def verify(
     """
     adapter = AdapterDirectory(directory)
     adapter.check_fits_plain_base()
+    check_prompts(prompts)
     if not prompts or n < 1:
         raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which {{n}} are asked.", n=n)
     check_plain(model, "verify()")
     for ask, name in ((served, "served="), (base, "base=")):
-        if ask is not None:
+        if ask is not None or name == "served=":
             check_takes(ask, name, "prompt")
     with with_adapter(model, adapter) as peft_model:
         local = Local(peft_model.eval(), tokenizer)

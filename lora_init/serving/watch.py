@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_init.errors import LoraInitError, explain
 from lora_init.layers.running import evaluating
 from lora_init.serving.server import Server
-from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, diagnose
+from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, check_prompts, diagnose
 
 STALE = "stale"
 # Where on the way from this step's answer to an earlier step's an answer has to be, how exactly that has to be
@@ -48,6 +48,7 @@ class ServingWatch:
         self, tokenizer: Any, prompts: Sequence[Any], served: Ask | str, base: Ask | None = None, *,
         name: str | None = None, keep: int = 16,
     ) -> None:  # fmt: skip
+        check_prompts(prompts)
         if not prompts or keep < 1:
             raise LoraInitError(f"a watch needs a prompt and a step to keep, and got {len(prompts)} and keep={keep}.")
         if isinstance(served, str):
@@ -157,6 +158,8 @@ class ServingCallback(TrainerCallback):
     """
 
     def __init__(self, watch: ServingWatch, every: int = 10, stop: bool = False) -> None:
+        if not isinstance(watch, ServingWatch):
+            raise LoraInitError(f"watch={watch!r}: a ServingWatch is needed.")
         if every < 1:
             raise LoraInitError(f"every={every}: a number of steps of at least 1 is needed.")
         self.watch, self.every, self.stop = watch, every, stop

@@ -133,8 +133,9 @@ def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None)
     off = abs(sum(weights) - 1.0)
     if len(weights) != len(parts) or not (all(weight > 0 for weight in weights) and off <= _SUM_TOLERANCE):
         raise LoraInitError(
-            f"weights={', '.join(f'{weight:g}' for weight in weights)}: {len(weights)} for {len(parts)} parts, and "
-            f"their sum is {sum(weights):g}, expected positive numbers whose sum is 1, one for each part in order."
+            f"{{weights}}: {len(weights)} for {len(parts)} parts, and "
+            f"their sum is {sum(weights):g}, expected positive numbers whose sum is 1, one for each part in order.",
+            weights=weights,
         )
     return weights
 

@@ -63,6 +63,10 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """
     from scipy.linalg import subspace_angles
 
+    for rows in (b, a):
+        if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[1] != b.shape[1]:
+            shape = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise LoraInitError(f"principal_angles() got {shape}, expected two tensors [k, d] of one d.")
     angles = subspace_angles(a.double().T.numpy(force=True), b.double().T.numpy(force=True))
     return torch.from_numpy(angles[::-1].copy())
 

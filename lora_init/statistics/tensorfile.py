@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora_init.errors import LoraInitError, first_line
-from lora_init.files import check_place, parse_json, write_whole
+from lora_init.files import as_path, check_place, parse_json, write_whole
 
 
 def write_tensors(
@@ -38,7 +38,7 @@ class TensorFile:
     """
 
     def __init__(self, path: str | Path, kind: str, version: int) -> None:
-        self.path = Path(path).expanduser()
+        self.path = as_path(path, f"a {kind} file")
         if not self.path.is_file():
             raise LoraInitError(f"{self.path} is not a file. Give the path of a {kind} file.")
         try:

@@ -83,7 +83,7 @@ def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs_and_ris
     (None, {}, "100 steps of 8 (assumed; say how many yours has)"),
     (None, {"steps": 30}, "30 steps of 8"),
     (None, {"steps": 375, "epochs": 3}, "375 steps of 8 (3.0 epochs of 1,000 examples)"),
-    (4, {}, "1 steps of 8 (an epoch of 4 examples in batches of 8)"),
+    (4, {}, "1 step of 8 (an epoch of 4 examples in batches of 8)"),
 ])  # fmt: skip
 def test_a_length_is_completed_from_what_is_said(rows, said, expected):
     assert str(TrainingLength.plan(rows, **said)) == expected
@@ -95,9 +95,9 @@ def test_a_length_is_completed_from_what_is_said(rows, said, expected):
     (100, {"batch_size": 128}, "train_batch_size=128, and there are 100 examples. Take fewer, or more data."),
     (500, {"epochs": 0}, "epochs=0, expected a number above 0."),
     (500, {"epochs": math.nan}, "epochs=nan, expected a number above 0."),
-    (500, {"steps": 0}, "steps=0, expected a number of training steps of at least 1."),
-    (500, {"steps": "9"}, "steps='9', expected a number of training steps of at least 1."),
-    (500, {"batch_size": 0}, "train_batch_size=0, expected a number of examples of at least 1."),
+    (500, {"steps": 0}, "steps=0, expected a whole number of training steps of at least 1."),
+    (500, {"steps": "9"}, "steps='9', expected a whole number of training steps of at least 1."),
+    (500, {"batch_size": 0}, "train_batch_size=0, expected a whole number of examples of at least 1."),
 ])  # fmt: skip
 def test_a_length_that_contradicts_itself_is_refused(rows, said, words):
     assert refused("", lambda: TrainingLength.plan(rows, **said)).startswith(words)
@@ -161,7 +161,7 @@ def test_wrong_input_is_one_line(adapted):
         "has no LoRA adapter 'default'": lambda: learning_rate(tiny(), batches()),
         "has no LoRA adapter 'other'": lambda: learning_rate(adapted, batches(), adapter_name="other"),
         "B is not zero. The rule is for adapters before training.": lambda: learning_rate(trained, batches()),
-        "steps=0, expected a number of training steps": lambda: learning_rate(adapted, batches(), steps=0),
+        "steps=0, expected a whole number of training steps": lambda: learning_rate(adapted, batches(), steps=0),
         "no batch has a token that counts, so no rate": lambda: learning_rate(adapted, []),
         "batch 0: layer '0': what it reads or computes contains NaN or inf": lambda: learning_rate(adapted, [nan]),
         "learning_rate() got a str for the batches": lambda: learning_rate(adapted, "rows.jsonl"),

@@ -93,7 +93,7 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     (["--rank", 4, "--parameters", "1M"], "--rank 4 and --parameters 1M are 2 budgets. Give one."),
     (["--rank", 0], "--rank 0: a whole number from 1"),
     (["--rank", 9], "Collect again with rank 9"),
-    (["--exclude", "q_prj"], "exclude: 'q_prj' matches no layer. Closest: q_proj"),
+    (["--exclude", "q_prj"], "--exclude q_prj matches no layer. Closest: q_proj"),
     (["--override", "down_proj"], "--override 'down_proj': write it like"),
     (["--override", "down_proj:max=8"], "overrides['down_proj']: 'max' is no limit. Choose from rank, min_rank"),
     (["--override", "down_proj:max_rank=x"], "max_rank='x': a whole number of at least 0 is needed"),

@@ -1,8 +1,11 @@
 """Wrong input, and the line that each gets, before any weights are read."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import pandas
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
@@ -42,6 +45,9 @@ def home(tmp_path_factory):
     write("scores.csv", ["text,score\n", *(f"the cat {word},{i % 10 / 10}\n" for i, word in enumerate(WORDS))])
     write("scores2.csv", ["sentence,score\n", *(f"the cat {word},{i % 3}\n" for i, word in enumerate(WORDS))])
     write("one.jsonl", texts[:1])
+    write("options.yaml", ["- partition\n"])
+    write("garbage.safetensors", ["garbage"])
+    write("nulls.jsonl", [{"text": None}] * 4)
     trained = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     trained.peft_config["default"].base_model_name_or_path = str(home / "llama")
     trained.save_pretrained(home / "trained")
@@ -49,6 +55,9 @@ def home(tmp_path_factory):
     (home / "rank8.safetensors").unlink()
     made = run("init", home / "llama", home / "text.jsonl", "-o", home / "a", "--rank", 8,
                "--statistics", home / "rank8.safetensors")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    made = run("init", home / "llama", home / "text.jsonl", "-o", home / "b", "--samples", 16,
+               "--statistics", home / "other.safetensors")  # fmt: skip
     assert made.exit_code == 0, made.output
     return home
 
@@ -136,6 +145,55 @@ COMMANDS = {
     "no bank to compare": (
         [*COMPARE, "--starts", "bank-nearest", "--bank", "none"], "none is no bank: it has no bank.json. Make one:",
     ),
+    "nowhere": ([*INIT, "-o", ""], "output '.': this directory itself cannot be written anew. Name one in it."),
+    "here": ([*INIT, "-o", "."], "output '.': this directory itself cannot be written anew. Name one in it."),
+    "a module that is none": (
+        [*INIT, "--modules-to-save", "lm_haed"],
+        "--modules-to-save lm_haed is no module of LlamaForCausalLM. Closest: lm_head",
+    ),
+    "empty texts": (["init", "llama", "nulls.jsonl", "-o", "out"], "Check the columns and --max-length."),
+    "a layer to exclude": (
+        ["ranks", "rank8.safetensors", "--exclude", "zzz"], "--exclude zzz matches no layer. Names end in",
+    ),
+    "a layer to tie": (["ranks", "rank8.safetensors", "--tie", "a,b"], "--tie a matches no layer. Names end in"),
+    "ranks that are multiples": (
+        ["ranks", "rank8.safetensors", "--multiple-of", 50], "Raise --max-rank, or lower --multiple-of.",
+    ),
+    "shares of two files": (
+        ["merge", "rank8.safetensors", "other.safetensors", "-o", "out", "--weights", "0.5"],
+        "--weights 0.5: 1 for 2 parts, and their sum is 0.5, expected positive numbers whose sum is 1",
+    ),
+    "texts in a table": (
+        ["replay", "llama", "-o", "out.csv"], "out.csv: texts are written as JSON lines. Name the file so: out.jsonl.",
+    ),
+    "two sizes": (
+        ["export", "trained", "-o", "out", "--rank", 2, "--parameters", 100],
+        "--rank 2 and --parameters 100 are both given.",
+    ),
+    "a merged model for an engine": (
+        ["export", "trained", "-o", "out", "--merge-into", "llama", "--engine", "vllm"],
+        "with --merge-into leave --engine, --rank, --keep-ranks and budgets away.",
+    ),
+    "how to read no data": (
+        ["export", "trained", "-o", "out", "--template", "{x}"], "--template: that is for --data. Leave it out.",
+    ),
+    "statistics that are none": (
+        ["bank", "add", "out", "trained", "--data", "text.jsonl", "--statistics", "garbage.safetensors"],
+        "garbage.safetensors is not a whole safetensors file",
+    ),
+    "an encoder that is none": (
+        ["bank", "add", "out", "trained", "--data", "text.jsonl", "--encoder", "./none"], "model './none': no such",
+    ),
+    **{
+        f"{share} GPUs for a run": (
+            [*COMPARE, "--cluster", "ray", "--gpus-per-run", share],
+            f"--gpus-per-run {share}: expected a share of one GPU, or a whole number.",
+        )
+        for share in ("-1", "nan", "1.5")
+    },
+    "a list of options": (
+        [*COMPARE, "--cluster", "slurm:options.yaml"], "options.yaml holds no options, such as `partition: gpu`.",
+    ),
 }  # fmt: skip
 
 
@@ -146,6 +204,28 @@ def test_a_command_says_in_one_line_what_is_wrong(case, home, monkeypatch):
     monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     assert_one_line_error(run(*words), line)
     assert not (home / "out").exists()
+
+
+USAGE = {
+    "a word for steps": (["--steps", "10k"], "'--steps': 10k should be a valid integer. See lora-init init --help."),
+    "a word for a rate": (["--learning-rate", "measured"], "'--learning-rate': measured should be a valid number."),
+    "no examples in a step": (["--train-batch-size", 0], "'--train-batch-size': 0 should be greater than or equal to"),
+    "a word for epochs": (["--epochs", "three"], "'--epochs': three should be a valid number."),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_wrong_usage_says_what_was_got(case):
+    words, line = USAGE[case]
+    assert_one_line_error(run(*INIT, *words), line, code=2)
+
+
+def rate(**options):
+    return lora_init.learning_rate(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), [], **options)
+
+
+def ask(prompt):
+    return {0: -1.0}
 
 
 ROWS = [{"text": "the cat sat"}] * 4
@@ -174,6 +254,69 @@ CALLS = {
     "starts in one text": (
         lambda compare: compare(starts="random,eva"),
         r"starts='random,eva' is one text\. Pass a list: starts=\['random', 'eva'\]",
+    ),
+    "half a step": (lambda compare: rate(steps=10.5), "steps=10.5, expected a whole number of training steps"),
+    "half an example": (
+        lambda compare: rate(steps=9, train_batch_size=1.5),
+        "train_batch_size=1.5, expected a whole number of examples",
+    ),
+    "a table for batches": (
+        lambda compare: lora_init.collect(tiny_llama(), pandas.DataFrame(ROWS)),
+        "collect got a DataFrame for the batches",
+    ),
+    "no statistics": (
+        lambda compare: lora_init.Statistics.load(None),
+        "a lora_init.statistics file is needed, as a path, and got None",
+    ),
+    "a model to export": (
+        lambda compare: lora_init.export_adapter(tiny_llama(), "out"),
+        "an adapter directory is needed, as a path, and got LlamaForCausalLM",
+    ),
+    "nowhere to export to": (
+        lambda compare: lora_init.export_adapter("trained", None), "output is needed, as a path, and got NoneType",
+    ),
+    "half a text": (
+        lambda compare: lora_init.replay(tiny_llama(), AutoTokenizer, n=1.5), "n=1.5: a whole number of at least 1",
+    ),
+    "no tokenizer to write with": (
+        lambda compare: lora_init.replay(tiny_llama(), None), "tokenizer=None: expected the model's",
+    ),
+    "one prompt to watch": (
+        lambda compare: lora_init.ServingWatch(None, "the cat", ask),
+        "prompts='the cat': expected a list of texts or chats",
+    ),
+    "a number to watch": (
+        lambda compare: lora_init.ServingWatch(None, [5], ask), "prompts has 5: expected texts, or chats as lists of",
+    ),
+    "nothing to watch": (lambda compare: lora_init.ServingCallback(5), "watch=5: a ServingWatch is needed"),
+    "the loss of a name": (
+        lambda compare: lora_init.mean_loss("llama", []), "mean_loss.. takes a model in this place and got str",
+    ),
+    "the loss without labels": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), [{"input_ids": torch.ones(1, 4).long()}]),
+        "a batch has no labels, so its loss is unknown. Give it labels, or pass loss=",
+    ),
+    "angles of two spaces": (
+        lambda compare: lora_init.principal_angles(torch.eye(3), torch.eye(4)), r"got \[3, 3\], expected two tensors",
+    ),
+    "angles of lists": (
+        lambda compare: lora_init.principal_angles([[1.0]], torch.eye(1)), "got list, expected two tensors",
+    ),
+    "the class of an executor": (
+        lambda compare: compare(executor=ThreadPoolExecutor), "and got the class ThreadPoolExecutor",
+    ),
+    "a number for starts": (lambda compare: compare(starts=[5]), "starts has 5: expected names, or pairs of a name"),
+    "half a step of a run": (lambda compare: compare(steps=1.5), "steps=1.5: a whole number of at least 1 is needed"),
+    "rates taken away": (lambda compare: compare(extend=-1), "extend=-1: a whole number of at least 0 is needed"),
+    "a word for a share": (lambda compare: compare(warmup="0.1"), "warmup='0.1': expected a share of the steps"),
+    "a word for batches": (
+        lambda compare: compare(statistics_batches="8"), "statistics_batches=.'8'.: expected numbers of batches",
+    ),
+    "one point beyond the end": (
+        lambda compare: compare(evaluation_points=9), "evaluation_points=.0, 6, 9.: expected rising steps from 0 to 6",
+    ),
+    "no directory for runs": (
+        lambda compare: lora_init.compare("llama", "rows.jsonl", None), "output is needed, as a path, and got NoneType",
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_init.errors import LoraInitError
 from lora_init.loading import models
@@ -101,3 +102,17 @@ def test_a_head_of_another_size_is_drawn_and_padding_is_the_tokenizers(tmp_path)
     loaded = load_model(str(save_model(two, tmp_path)), n_labels=3)
     assert loaded.drawn == {"classifier.weight", "classifier.bias"}
     assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id != 9
+
+
+def test_a_checkpoint_that_lacks_its_weights(tmp_path):
+    save_model(tiny_llama(), tmp_path)
+    kept = {"lm_head.weight": load_file(tmp_path / "model.safetensors")["lm_head.weight"]}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(
+        "lacks 20 of 21 weights, such as model.embed_tokens.weight, which would be random", load_model, str(tmp_path)
+    )
+
+
+def test_a_task_that_a_model_has_no_head_for(tmp_path):
+    save_model(tiny_llama(), tmp_path)
+    refused("for this task type: its kind has no head for it", load_model, str(tmp_path), task_type="SEQ_2_SEQ_LM")

@@ -129,7 +129,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     trained, output = train(base, tmp_path / "trained", **ADAPTERS["plain"]), tmp_path / "served"
     refused("engine 'vlm' is unknown. Did you mean vllm", trained, output, "vlm")
     refused("engine 'xyz' is unknown. Choose from vllm, ", trained, output, "xyz")
-    refused("rank and parameters are both given", trained, output, rank=2, parameters=9)
+    refused("rank=2 and parameters=9 are both given", trained, output, rank=2, parameters=9)
     refused("rank=0: a whole number of at least 1", trained, output, rank=0)
     refused("rank=2.5: a whole number of at least 1", trained, output, rank=2.5)
     refused("megabytes='1' must be a number above 0", trained, output, megabytes="1")
