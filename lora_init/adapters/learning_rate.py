@@ -79,7 +79,7 @@ class Response(NamedTuple):
 def factor(length: TrainingLength, new_head: bool = False) -> float:
     """Compute the rate of a training of this length over that of 48 steps, in which no example comes again.
 
-    The best rate of SmolLM2 fell with the 1/6th power of the steps from 48 to 480 where all examples were new. 4.3
+    The best rate of SmolLM2 fell with the 1/6th power of the steps from 48 to 480 where all examples were new. 4.2
     epochs of 900 examples wanted a ninth of that or less; a fall with the epochs is what two such runs leave room for.
     Rates of a new head were measured from 100 to 400 steps, about three epochs: they fell with the root of the steps.
 
