@@ -59,7 +59,7 @@ class TrainingLength:
         """
         if epochs is not None and (not is_number(epochs) or not 0 < epochs < math.inf):
             raise LoraInitError("{epochs}, expected a number above 0.", epochs=epochs)
-        length = cls(steps or _ASSUMED if steps is None else steps, batch_size, rows)
+        length = cls(_ASSUMED if steps is None else steps, batch_size, rows)
         if rows is None:
             return length._of_stream(steps, epochs)
         if steps is not None and epochs is None:
