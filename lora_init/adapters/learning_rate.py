@@ -6,10 +6,9 @@ moves as well, which adds eta^2 s c r sum |x_j| / 2, where c is fitted. The rate
 change, over the root mean square of W x, is C in the geometric mean over layers. Longer runs want a lower rate: a
 little lower on examples that are all new, and much lower where the same examples come again, see `factor`. Changes of
 layers add up like independent ones: where a share of the model's linear layers has the adapter, the rate is higher by
-the root of one over the share. The r directions of a
-layer add up only in part, so the change is divided by (r / 8)^(1/4), a fitted power. C and c were fitted on
-SmolLM2-135M, see docs/learning-rates.md; muA (arXiv 2602.06204) derives how a rate scales with width and rank, without
-the constant.
+the root of one over the share. The r directions of a layer add up only in part, so the change is divided by
+(r / 8)^(1/4), a fitted power. C and c were fitted on SmolLM2-135M, see docs/learning-rates.md; muA (arXiv 2602.06204)
+derives how a rate scales with width and rank, without the constant.
 """
 
 from __future__ import annotations
@@ -205,15 +204,9 @@ class LearningRate:
         """Make it of what `stored` returned, for a training of another length if one is given."""
         responses = {name: Response(*pair) for name, pair in stored["responses"].items()}
         batch_size, rows = stored.get("batch_size", BATCH_SIZE), stored.get("rows")  # older records have neither
-        if steps is None and epochs is None and train_batch_size is None:
-            length = TrainingLength(stored["steps"], batch_size, rows, stored.get("why", ""))
-        else:
-            if steps is None and epochs is None:  # other batches, as often through the data
-                steps = None if rows else stored["steps"]
-                epochs = stored["steps"] / math.ceil(rows / batch_size) if rows else None
-            length = TrainingLength.plan(rows, steps, epochs, train_batch_size or batch_size)
+        length = TrainingLength(stored["steps"], batch_size, rows, stored.get("why", ""))
         others = {name: stored[name] for name in ("new_head", "left_out", "share") if name in stored}
-        return cls(responses, length, **others)
+        return cls(responses, length.changed(steps, epochs, train_batch_size), **others)
 
     def __str__(self) -> str:
         low, high = map(rate_text, self.range)

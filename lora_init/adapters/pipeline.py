@@ -136,9 +136,10 @@ def choose(asked: Asked, classifies: bool) -> Asked:
 def check(asked: Asked, **place: Any) -> None:
     """Refuse what no model and no data can make right; `place` is where the adapter is to be saved."""
     check_adapter_options(asked.start, asked.shape, **place)
-    idle = {} if asked.start.by_error else {name: value for name, value in vars(asked.correction).items() if value}
-    for name in idle:
-        raise LoraInitError(f"{{{name}}} is for the start {CORRECTION}. Leave it out.", **idle)
+    idle = next((name for name, value in vars(asked.correction).items() if value), None)
+    if idle is not None and not asked.start.by_error:
+        said = f"{{{idle}}} is for the start {CORRECTION}. Leave it out."
+        raise LoraInitError(said, **{idle: getattr(asked.correction, idle)})
     rank, rho = asked.ranks.rank, asked.ranks.rho
     if asked.start.one_rank and round(rho * rank) > rank:
         raise LoraInitError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_init.errors import LoraInitError, is_number
 
@@ -59,42 +59,51 @@ class TrainingLength:
         """
         if epochs is not None and (not is_number(epochs) or not 0 < epochs < math.inf):
             raise LoraInitError("{epochs}, expected a number above 0.", epochs=epochs)
+        if rows is None and steps is None and epochs is not None:
+            raise LoraInitError(
+                "{epochs}: the number of examples is unknown, as of a stream. Say {steps}, or both.",
+                epochs=epochs, steps=...,
+            )  # fmt: skip
         length = cls(_ASSUMED if steps is None else steps, batch_size, rows)
         if rows is None:
-            return length._of_stream(steps, epochs)
+            if steps is None:
+                return replace(length, why="assumed; say how many yours has")
+            if epochs is None or epochs <= 1.0:
+                return length
+            return replace(length, rows=max(1, round(steps * batch_size / epochs)))
         if steps is not None and epochs is None:
             return length
         times = 1.0 if epochs is None else epochs
-        expected = max(1, math.ceil(times * math.ceil(rows / batch_size)))
-        if steps is not None and abs(steps - expected) > max(1.0, times):
+        expected = max(1, math.ceil(times * length.steps_an_epoch))
+        if steps is None:
+            number = "an epoch" if times == 1.0 else f"{times:g} epochs"
+            return cls(expected, batch_size, rows, f"{number} of {rows:,} examples in batches of {batch_size}")
+        if abs(steps - expected) > max(1.0, times):
             raise LoraInitError(
                 f"{{steps}} and {{epochs}} contradict: {times:g} epochs of {rows:,} examples in batches of "
                 f"{batch_size} are {expected} steps. Leave one of them out.",
                 steps=steps, epochs=epochs,
             )  # fmt: skip
-        if steps is not None:
-            return length
-        number = "an epoch" if times == 1.0 else f"{times:g} epochs"
-        return cls(expected, batch_size, rows, f"{number} of {rows:,} examples in batches of {batch_size}")
+        return length
 
-    def _of_stream(self, steps: int | None, epochs: float | None) -> TrainingLength:
-        if steps is None and epochs is not None:
-            raise LoraInitError(
-                "{epochs}: the number of examples is unknown, as of a stream. Say {steps}, or both.",
-                epochs=epochs, steps=...,
-            )  # fmt: skip
-        if epochs is not None and epochs > 1.0:
-            return TrainingLength(self.steps, self.batch_size, max(1, round(self.steps * self.batch_size / epochs)))
-        why = "assumed; say how many yours has" if steps is None else ""
-        return TrainingLength(self.steps, self.batch_size, None, why)
+    def changed(self, steps: int | None, epochs: float | None, batch_size: int | None) -> TrainingLength:
+        """Return a training of another length on the same examples; other batches alone go as often through them."""
+        if steps is None and epochs is None:
+            if batch_size is None:
+                return self
+            steps = None if self.rows else self.steps
+            epochs = self.steps / self.steps_an_epoch if self.rows else None
+        return TrainingLength.plan(self.rows, steps, epochs, batch_size or self.batch_size)
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Steps of an epoch, of which the last has the examples that are left; all steps if their number is unknown."""
+        return math.ceil(self.rows / self.batch_size) if self.rows else self.steps
 
     @property
     def epochs(self) -> float:
-        """How often an example is seen; 1 where none repeats, or their number is unknown.
-
-        The last step of an epoch has the examples that are left.
-        """
-        return max(1.0, self.steps / math.ceil(self.rows / self.batch_size)) if self.rows else 1.0
+        """How often an example is seen; 1 where none repeats, or their number is unknown."""
+        return max(1.0, self.steps / self.steps_an_epoch)
 
     def __str__(self) -> str:
         """Write it as a part of a sentence.

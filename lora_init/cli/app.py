@@ -45,9 +45,8 @@ def _one_line_usage() -> Iterator[None]:
     except _UsageError as error:
         if type(error).show is not _UsageError.show:
             raise  # which prints the help, where a command has no words at all
-        wrong: list[Any] = getattr(
-            error.__cause__, "errors", list
-        )()  # of pydantic, which names neither value nor option
+        # Of pydantic, which names neither value nor option.
+        wrong: list[Any] = getattr(error.__cause__, "errors", list)()
         if wrong:
             error.message = f"{wrong[0]['input']} {wrong[0]['msg'].removeprefix('Input ').partition(', unable')[0]}"
         word, *choices = re.findall("'([^']*)'", error.message) if "is not one of" in error.message else [""]
