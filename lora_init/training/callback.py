@@ -14,14 +14,13 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
 from lora_init.adapters.doors.carriers import InPlace, Wrapped
-from lora_init.adapters.doors.trainers import examples_of_a_step, length_of, undisturbed
+from lora_init.adapters.doors.trainers import examples_of_a_step, is_used_up, length_of, undisturbed
 from lora_init.adapters.learning_rate import check_measured
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.adapters.pipeline import Source, choose, run
@@ -144,7 +143,7 @@ class StartCallback(TrainerCallback):
 
     def _start(self, carrier: Filled, args: Any, state: TrainerState, train_dataloader: Any, rest: Any) -> None:
         data = getattr(train_dataloader, "dataset", None)
-        if isinstance(data, IterableDataset) and not type(data).__module__.startswith("datasets."):
+        if is_used_up(data):
             raise LoraInitError(
                 f"the data are a stream ({type(data).__name__}), of which training would miss what is read before. Use "
                 "a data set with a length, or make the adapter by `lora-init init`."

@@ -205,10 +205,13 @@ def _loader(trainer: Any) -> Iterator[Any]:
 def _keep_for_training(trainer: Any) -> None:
     """Keep the rows of a stream that the pass reads, for training to begin with them, too."""
     rows = trainer.train_dataset
-    # Iterators of datasets begin anew each time, and workers read copies.
-    streams = isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
-    if streams and not trainer.args.dataloader_num_workers:
+    if is_used_up(rows) and not trainer.args.dataloader_num_workers:  # workers read copies
         trainer.train_dataset = _Twice(rows)
+
+
+def is_used_up(rows: Any) -> bool:
+    """Return whether rows may be there only once: a stream, but for those of datasets, which begin anew each time."""
+    return isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
 
 
 class _Twice(IterableDataset[Any]):
