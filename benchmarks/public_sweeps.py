@@ -17,20 +17,9 @@ from statistics import fmean, median, stdev
 import numpy as np
 import pandas as pd
 
-from benchmarks.settings import table
+from benchmarks.settings import best_rate, table
 
 FILE = Path(__file__).parent / "results" / "public_sweeps" / "tinker_sft.csv"
-
-
-def best_rate(losses: pd.Series[float]) -> float | None:
-    """Interpolate the best rate by a parabola over log rate; None where the lowest loss is at an edge."""
-    losses = losses.groupby(level=0).mean()  # some were run twice
-    lowest = int(np.argmin(losses))
-    if not 0 < lowest < len(losses) - 1:
-        return None
-    near = losses.iloc[lowest - 1 : lowest + 2]
-    a, b, _ = np.polyfit(np.log(near.index), near, 2)
-    return math.exp(-b / (2 * a))
 
 
 @cache
@@ -38,7 +27,8 @@ def rank_powers() -> pd.Series[float]:
     """Return for each model the power of the rank with which its best rate rises, of those with two ranks or more."""
     found = {}
     for model, own in pd.read_csv(FILE).groupby("model"):
-        by_rank = {rank: best_rate(one.set_index("learning_rate")["test_nll"]) for rank, one in own.groupby("rank")}
+        means = own.groupby(["rank", "learning_rate"])["test_nll"].mean()  # some were run twice
+        by_rank = {rank: best_rate(one.droplevel("rank").to_dict()) for rank, one in means.groupby("rank")}
         known = {rank: rate for rank, rate in by_rank.items() if rate is not None}
         if len(known) >= 2:
             found[str(model)] = float(np.polyfit(np.log([*known]), np.log([*known.values()]), 1)[0])

