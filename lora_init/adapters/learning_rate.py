@@ -228,7 +228,7 @@ class LearningRate:
         return f" (extrapolated: measured were {measured})" if measured else ""
 
     def far_off(self, settings: Any) -> list[str]:
-        """Compare with a trainer's arguments: a line if its rate is more than three times off, or is not AdamW's."""
+        """Compare with a trainer's arguments: a line if its rate is far off, beyond three times, or not for AdamW."""
         optimizer = str(getattr(settings.optim, "value", settings.optim))
         if not is_adamw(optimizer):
             return [f"the learning rate was measured for AdamW, and the trainer has optim={optimizer!r}: tune it."]

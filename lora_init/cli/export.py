@@ -73,12 +73,12 @@ def export(
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
-        from lora_init.serving.export import Exported, check_measured, check_output, export_adapter
+        from lora_init.serving.export import Exported, check_before_loading, check_output, export_adapter
     for place, directory in places.items():  # before a model is loaded
         check_output(place, engine, overwrite)
         if data is not None or reduce_intruders:
             with suppress(*[LoraInitError] * (len(places) > 1)):  # of several, the others are written
-                check_measured(AdapterDirectory(directory), base, rank)
+                check_before_loading(AdapterDirectory(directory), base, rank)
     loaded = _load(directories, base) if data is not None or reduce_intruders else None
     batches = None
     if loaded is not None and data is not None:

@@ -333,11 +333,10 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
             raise LoraInitError(f"compare() has no argument {name}=. {did_you_mean(name, every)}")
     found = Loading(**{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}})
     for needed, names in _BESIDE.items():
-        idle = {name: getattr(found, name) for name in names if getattr(found, name) != getattr(Loading(), name)}
-        for name in idle if getattr(found, needed) is None else ():
-            raise LoraInitError(
-                f"{{{name}}} goes with {{{needed}}}. Give both, or leave it out.", **{needed: ...} | idle
-            )
+        idle = [name for name in names if getattr(found, name) != getattr(Loading(), name)]
+        if idle and getattr(found, needed) is None:
+            said = f"{{{idle[0]}}} goes with {{{needed}}}. Give both, or leave it out."
+            raise LoraInitError(said, **{needed: ..., idle[0]: getattr(found, idle[0])})
     return found
 
 

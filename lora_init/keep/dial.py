@@ -26,7 +26,7 @@ from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.running import call_model, evaluating, on_device_of, restoring
 from lora_init.layers.wrappers import without_adapter
-from lora_init.loading.batches import as_batches, group_by_length
+from lora_init.loading.batches import as_batches, count_examples, group_by_length
 from lora_init.progress import Progress, Say
 from lora_init.serving.trained import OTHER_UPDATES
 
@@ -104,12 +104,15 @@ class Rule:
 
     def broken(self, task: Mapping[str, Change], keep: Mapping[str, Change]) -> list[str]:
         """Return a note if the limit, which held on the examples to choose by, is broken on those of the report."""
-        rise, said = keep["chosen"].change, []
-        if self.lose is not None and (lost := task["chosen"].loss / task[BEST].loss - 1.0) > self.lose:
-            said = [f"{100 * lost:.1f} % above the task's loss at the best strength, and {100 * self.lose:g} %"]
-        if self.keep_within is not None and rise > self.keep_within:
-            said = [f"text to keep {rise:.3f} above the base's loss, and {self.keep_within:g}"]
-        return [f"measured is {one} was the limit. Dial on more examples, or set a lower limit" for one in said]
+        lost = 0.0 if self.lose is None else task["chosen"].loss / task[BEST].loss - 1.0
+        rise = keep["chosen"].change
+        if self.lose is not None and lost > self.lose:
+            found = f"{100 * lost:.1f} % above the task's loss at the best strength, and {100 * self.lose:g} %"
+        elif self.keep_within is not None and rise > self.keep_within:
+            found = f"text to keep {rise:.3f} above the base's loss, and {self.keep_within:g}"
+        else:
+            return []
+        return [f"measured is {found} was the limit. Dial on more examples, or set a lower limit"]
 
 
 def check_dialable(config: Mapping[str, Any], whole: Iterable[str], where: str) -> None:
@@ -212,7 +215,7 @@ def turn(
 ) -> Dial:
     """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
     task = _read(as_batches(batches, model, seed), "batches")
-    n = _count(task)
+    n = count_examples(task)
     if own := keep is None:
         if tokenizer is None:
             raise LoraInitError(
@@ -227,7 +230,7 @@ def turn(
         if share >= _SHARED:
             raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task. Pass text of another kind.")
     parts, others = (_thirds(found, rule, uniform, seed) for found in (task, kept))
-    return replace(_search(model, parts, others, rule, uniform, say), read=(n, _count(kept)))
+    return replace(_search(model, parts, others, rule, uniform, say), read=(n, count_examples(kept)))
 
 
 _Parts = tuple[list[Any], list[Any], list[Any]]
@@ -252,10 +255,6 @@ def check_enough(n: int, what: str) -> None:
     """Refuse too few examples to deal out."""
     if n < _LEAST:
         raise LoraInitError(f"{what}: {n} example{'s' * (n > 1)}, and at least {_LEAST} are needed. Take 36 or more.")
-
-
-def _count(batches: Iterable[Any]) -> int:
-    return sum(len(batch["labels"]) for batch in batches)
 
 
 def _thirds(batches: list[Any], rule: Rule, uniform: bool, seed: int) -> _Parts:

@@ -37,7 +37,7 @@ class Batches(list["dict[str, Tensor]"]):
     @property
     def n(self) -> int:
         """Number of examples."""
-        return sum(len(batch["labels"]) for batch in self)
+        return count_examples(self)
 
     def __init__(self, batches: Iterable[dict[str, Tensor]] = (), settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(batches)
@@ -197,6 +197,11 @@ def load_other(source: Any, tokenizer: Any, template_option: str = "", **how: An
         said, found, _ = error.text.replace("{template}", f"{{{template_option}}}").partition("; name others")
         remedy = f". Name one by {{{template_option}}}." if template_option else ". Rename one of them."
         raise LoraInitError(said + remedy * bool(found), **{template_option: how.get("template") or ...}) from error
+
+
+def count_examples(batches: Iterable[Mapping[str, Any]]) -> int:
+    """Count the examples of batches that have labels."""
+    return sum(len(batch["labels"]) for batch in batches)
 
 
 def group_by_length(items: Sequence[_T], batch_size: int, seed: int, length: Callable[[_T], int]) -> Iterator[list[_T]]:

@@ -237,13 +237,13 @@ def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Pat
     return path
 
 
-def check_measured(adapter: AdapterDirectory, base: str | None, rank: int | None) -> None:
+def check_before_loading(adapter: AdapterDirectory, base: str | None, rank: int | None) -> None:
     """Refuse, before its base is loaded, an adapter that does not fit it, has no loss of text, or not that rank."""
     compare(adapter.path, base, None).check()
     if kind := WRITE_NO_TEXT.get(str(adapter.config.get("task_type"))):
         raise LoraInitError(f"{adapter.path} is of {kind}, and the loss is that of text. Leave --data out.")
-    ends = [(adapter.shapes[f"{PREFIX}{name}{end}"]) for name in adapter.layers for end in (LORA_A, LORA_B)]
-    check_most_rank(rank, max(min(a[-1], b[0]) for a, b in zip(ends[::2], ends[1::2], strict=True)))
+    of_a, of_b = ([adapter.shapes[f"{PREFIX}{name}{end}"] for name in adapter.layers] for end in (LORA_A, LORA_B))
+    check_most_rank(rank, max(min(a[-1], b[0]) for a, b in zip(of_a, of_b, strict=True)))
 
 
 def _check_options(
