@@ -98,10 +98,12 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
         inputs["logits_to_keep"] = torch.arange(labels.shape[1] - kept, labels.shape[1], device=labels.device)
     logits = model(**inputs, use_cache=False).logits[:, -kept:]
     targets = labels[:, -kept:][:, 1:]
-    losses = nn.functional.cross_entropy(  # of rows: with the classes in the middle it takes twice as long
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view_as(targets), targets != IGNORED
+    labelled = targets != IGNORED
+    losses = torch.zeros(targets.shape, device=targets.device)
+    # Of the labelled alone: each is a row as wide as the vocabulary. The last logits predict nothing.
+    rows = logits[nn.functional.pad(labelled, (0, 1))].float()
+    losses[labelled] = nn.functional.cross_entropy(rows, targets[labelled], reduction="none")
+    return losses, labelled
 
 
 def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
