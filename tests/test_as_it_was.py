@@ -82,7 +82,7 @@ def with_strengths(model):
 
 
 def dialed(model):
-    turn(model, lora_init.keep.dial.Rule(), labelled("llama")[:9], labelled("llama", seed=1)[:9], None, False, 0, print)
+    turn(model, lora_init.keep.dial.Rule(), labelled("llama")[:9], labelled("llama", seed=1)[:9], None, 0, print)
 
 
 def trainer_of(model, tmp_path):

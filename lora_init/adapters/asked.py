@@ -1,7 +1,8 @@
-"""What was asked for, by keywords of `initialize` or options of `init`: a class for each thing that they are about.
+"""The options of `initialize` and `lora-init init`: a dataclass for each topic, such as data, ranks, or the pass.
 
-Who makes the pass is handed a `Pass`, who reads data a `Reading` and a `Sample`. A field's annotation also says how the
-command line offers it; a field without is for Python alone. Importing this file imports no torch.
+A function takes the dataclass of its topic: the one that reads data takes a `Reading` and a `Sample`. The annotation of
+a field says how the command line offers it; a field without one is for Python alone. Importing this file imports no
+torch.
 """
 
 from __future__ import annotations
@@ -61,10 +62,17 @@ def _least(part: Any) -> dict[str, tuple[bool, float]]:
 
 
 class _Checked:
-    """Refuses numbers below the smallest value that is declared, as the command line does."""
+    """Refuses numbers below the smallest value that is declared, as the command line does, and switches that are not.
+
+    A text such as "no" would be true.
+    """
 
     def __post_init__(self) -> None:
         part: Any = type(self)
+        for one in fields(part):
+            value = getattr(self, one.name)
+            if isinstance(one.default, bool) and not isinstance(value, bool):
+                raise LoraInitError(f"{{{one.name}}}, expected True or False.", **{one.name: value})
         for name, (whole, least) in _least(part).items():
             value = getattr(self, name)
             fits = is_number(value) and least <= value < math.inf and (isinstance(value, Integral) or not whole)

@@ -118,9 +118,10 @@ def build_adapter(
         lora_dropout: Dropout on what A reads, in training. Default: 0.
         modules_to_save: As in PEFT: endings of the names of modules that are trained whole, such as `"lm_head"`. Layers
             in them get no adapter.
-        seed: Seed of the random numbers. Each layer's depend on it and on the layer's name only.
+        seed: Seed of the random numbers. The numbers of a layer depend on the seed and on its name only.
         gamma: With `"lora-ga"` (default 16), `"lora-one"` and `"natural-gradient-step"` (1024): A and B are divided by
-            its root, so a larger one is a smaller step. `find_step_size` searches the best for the last two.
+            the square root of gamma, so a larger gamma is a smaller step. `find_step_size` finds the best one for the
+            last two.
         errors: With `"qera"`: what quantization took from the weights of each layer, W - Q, [d_out, d_in], such as
             `QuantizationErrors(model, stats.targets)`. Layers are asked for one after the other.
         freeze_a: Train B alone, as LoRA-FA does (arXiv 2308.03303). The backward pass then keeps A x instead of x, and

@@ -51,6 +51,9 @@ class AdapterDirectory:
             raise LoraInitError(
                 f"{self.path} holds an adapter of type {self.config.get('peft_type')}; only LORA is read."
             )
+        rank = self.config.get("r", 8)
+        if not isinstance(rank, int) or rank < 1:
+            raise LoraInitError(f"{file} is damaged: r is {rank!r}, and a rank of at least 1 is expected.")
 
     @property
     def base(self) -> str:
@@ -110,6 +113,17 @@ class AdapterDirectory:
     def is_untrained(self) -> bool:
         """Whether it is a start: as lora_init wrote it, or with a B of zeros."""
         return self.is_start or self.adds_nothing
+
+    def check_values(self) -> None:
+        """Refuse an adapter without tensors, or with a number that is not finite."""
+        if not self.shapes:
+            raise LoraInitError(f"{self.path / WEIGHTS_FILE} holds no tensors. Save the adapter again.")
+        for name, tensor in self.tensors().items():
+            if not bool(tensor.isfinite().all()):
+                raise LoraInitError(
+                    f"{self.path / WEIGHTS_FILE}: {name} has NaN or infinite numbers, as after a training that went "
+                    "wrong. Save an earlier checkpoint."
+                )
 
     @property
     def adds_nothing(self) -> bool:

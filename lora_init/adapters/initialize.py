@@ -67,8 +67,8 @@ def initialize(
             one of sentence-transformers'.
         batches: What `collect` takes; or, with a tokenizer, what `load_batches` takes: files, a pattern, a hub id, rows
             in memory; or texts for a `SentenceTransformer`, pairs for a `CrossEncoder`. Default: the trainer's data.
-        rank: Average rank of a layer, 16 by default. What a trainer's `peft_config` says otherwise is refused, here and
-            below.
+        rank: Average rank of a layer, 16 by default. This and every option below is refused if a trainer's
+            `peft_config` says something else.
         rho: At most round(rho * rank) in one layer. Default: 1, the same rank everywhere, which every engine serves.
         method: See `build_adapter`. Default: `"natural-gradient"` for classes (`label`, here or of `load_batches`, or a
             trainer of a classifier) if they give gradients, else `"eva"`. See there, too, `whiten`, `lora_alpha`,
@@ -135,7 +135,7 @@ def initialize(
     if learning_rate and init.rate:
         door.trainer.args.learning_rate = init.rate.rate
     elif door.is_measured and init.rate:
-        for said in init.rate.far_off(door.trainer.args):
+        for said in init.rate.far_off(door.trainer.args.learning_rate, door.optimizer):
             warnings.warn(said, stacklevel=2)
     if asked.run.progress is not False and door.trainer.is_world_process_zero():
         made, ranks = init.provenance, sorted(init.ranks.values())

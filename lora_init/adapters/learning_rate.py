@@ -227,16 +227,15 @@ class LearningRate:
         measured = " and ".join(filter(None, [steps, batch]))
         return f" (extrapolated: measured were {measured})" if measured else ""
 
-    def far_off(self, settings: Any) -> list[str]:
-        """Compare with a trainer's arguments: a line if its rate is far off, beyond three times, or not for AdamW."""
-        optimizer = str(getattr(settings.optim, "value", settings.optim))
+    def far_off(self, learning_rate: float, optimizer: str) -> list[str]:
+        """Compare with a trainer's rate: a line if it is far off, beyond three times, or its optimizer is not AdamW."""
         if not is_adamw(optimizer):
-            return [f"the learning rate was measured for AdamW, and the trainer has optim={optimizer!r}: tune it."]
+            return [f"the learning rate was measured for AdamW, and not for the optimizer {optimizer}: tune it."]
         far = max(FAR, self.within)
-        if self.rate / far < settings.learning_rate < self.rate * far:
+        if self.rate / far < learning_rate < self.rate * far:
             return []
         return [
-            f"learning_rate is {rate_text(settings.learning_rate)} in the trainer's args, and the forward pass says "
+            f"learning_rate is {rate_text(learning_rate)} in the trainer's args, and the forward pass says "
             f"{rate_text(self.rate)} for {self.length}. Set that, or pass initialize() learning_rate='measured'."
         ]
 

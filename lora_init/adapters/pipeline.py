@@ -87,7 +87,7 @@ class Source:
         return split(as_batches(self.given, model, asked.run.seed), (), asked.measures), asked
 
     def load(self, examples: Examples, asked: Asked) -> tuple[nn.Module, Asked]:
-        """Return the model, and what it decides of the adapter."""
+        """Return the model, and the options with those that depend on the model filled in."""
         if self.carrier.in_place:  # whose LoraConfig says what is trained whole
             return self.carrier.model, asked
         return self.carrier.model, fit_to(self.carrier.model, asked, examples.classes)

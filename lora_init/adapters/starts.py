@@ -253,7 +253,7 @@ STARTS: tuple[Start, ...] = (
     ),
     Start(
         "lora-ga",
-        "LoRA-GA (arXiv 2407.05000); B is not zero, the base weights give it up",
+        "LoRA-GA (arXiv 2407.05000); B is not zero, and s B A is subtracted from the base weights",
         function=f"{_INITIALIZERS}:lora_ga",
         b_is_zero=False,
         corrects_base=True,

@@ -1,4 +1,4 @@
-"""How far a start should step whose B is not zero: as far as lowers the loss most, on batches set aside."""
+"""The first step of a start whose B is not zero: the size that lowers the loss most, on batches set aside."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_plain
 from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.layers.wrappers import unwrapped
+from lora_init.packages import check_takes
 
 # Where the search begins, and how far from there it may go down and up: by factors of 4, then by one of 2.
 FIRST = 1024.0
@@ -44,8 +45,8 @@ def find_step_size(
     Args:
         model: The plain model; as it was afterwards, whatever `loss_of` does to it.
         build: Makes the adapter with a given gamma.
-        loss_of: Measures the loss of the model as it is then, such as `mean_loss` of some batches. They should be
-            not used for the statistics, on which the step is better than on new data.
+        loss_of: Measures the loss of the model with a candidate in it, such as `mean_loss` of some batches. Take
+            batches that the statistics were not made of: on those the step looks better than on new data.
         gamma: Measure this one alone.
         first: Where the search begins; it goes on down to 2^-10 and up to 2^14 times this.
 
@@ -61,6 +62,8 @@ def find_step_size(
         >>> init = find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)  # doctest: +SKIP
     """
     check_plain(model, "find_step_size()")
+    check_takes(build, "build", "gamma")
+    check_takes(loss_of, "loss_of", "model")
     model = unwrapped(model)
     with as_it_was(model):
         before = loss_of(model)

@@ -9,6 +9,7 @@ from lora_init.errors import LoraInitError, is_number
 
 BATCH_SIZE = 8  # examples in a step, where nothing is said
 _ASSUMED = 100  # steps, where nothing is known
+_MOST_EPOCHS = 10_000
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class TrainingLength:
         Raises:
             LoraInitError: Steps and epochs contradict, or there are epochs of a stream.
         """
-        if epochs is not None and (not is_number(epochs) or not 0 < epochs < math.inf):
-            raise LoraInitError("{epochs}, expected a number above 0.", epochs=epochs)
+        if epochs is not None and (not is_number(epochs) or not 0 < epochs <= _MOST_EPOCHS):
+            raise LoraInitError(f"{{epochs}}, expected a number above 0, {_MOST_EPOCHS:,} at most.", epochs=epochs)
         if rows is None and steps is None and epochs is not None:
             raise LoraInitError(
                 "{epochs}: the number of examples is unknown, as of a stream. Say {steps}, or both.",

@@ -19,6 +19,7 @@ from lora_init.cli.help import GroupedCommand, ListedCommands
 from lora_init.cli.options import MaxLength, TrustRemoteCode
 from lora_init.cli.tables import Cells, facts, finite
 from lora_init.errors import LoraInitError
+from lora_init.files import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,6 +72,8 @@ def add(
     trained = read_trained(adapter)
     check_plain_lora(trained)
     there = open_bank(bank) if (bank.expanduser() / INDEX).is_file() else None
+    if there is None:
+        check_output(bank, "directory")
     if there is not None and name in there.entries:
         raise LoraInitError(f"{bank} has an entry {name!r} already and replaces none. Pass another --name.")
     encoder = encoder or (there.encoder if there else "")

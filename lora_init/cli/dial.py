@@ -81,7 +81,7 @@ def dial(
         from lora_init.serving.base import read_base
         from lora_init.serving.fit import check_fit
         from lora_init.serving.trained import read_trained, with_parameters
-    rule = Rule(None if lose is None else read_share("--lose", lose), keep_within, strength)
+    rule = Rule(None if lose is None else read_share("--lose", lose), keep_within, strength, uniform)
     check_free(output, overwrite, **OURS)
     trained = read_trained(adapter)
     check_dialable(trained.config, trained.others, str(adapter))
@@ -110,7 +110,7 @@ def dial(
             check_enough(kept.n, f"--keep {keep}")
         loaded = loading.load(source)
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
-            found = turn(model, rule, batches, kept, source.tokenizer, uniform, seed, say)
+            found = turn(model, rule, batches, kept, source.tokenizer, seed, say)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
     shown = {"written": str(path)} | found.summary()
     serve = shlex.join(["lora-init", "export", str(output), "--engine", "vllm", "-o", f"{output}-served"])
@@ -146,6 +146,8 @@ def replay(
         from lora_init.keep.replay import replay as write
         from lora_init.loading.models import open_model
     source = open_model(model, trust_remote_code=loading.trust_remote_code)
+    if source.task_type != "CAUSAL_LM":
+        raise LoraInitError(f"{model} is a {source.saved_as or source.auto_class}, which continues no text.")
     check_texts(source.config, source.tokenizer, length, chat)
     loaded = loading.load(source)
     with busy(f"writing {n} texts"):

@@ -223,7 +223,7 @@ def describe(path: str | Path, length: Length | None = None, base: str | None = 
     """Read what statistics, a plan, an adapter or a comparison are and hold, as plain values.
 
     Any LoRA directory of PEFT will do; where it comes from is known only if lora_init made it, before or after
-    training. Of weights and components only shapes are read, and of an adapter the first B that is not zero.
+    training. Of statistics only shapes are read.
     """
     path = Path(path).expanduser()
     if path.is_dir() and (path / "settings.json").is_file() and not (path / "adapter_config.json").is_file():
@@ -287,6 +287,7 @@ def _describe_adapter(path: Path, length: Length, base: str | None) -> dict[str,
     from lora_init.serving.trained import DIAL_FILE
 
     directory = AdapterDirectory(path)
+    directory.check_values()
     config, shapes, origin, ranks = directory.config, directory.shapes, directory.origin, directory.ranks
     rate = LearningRate.read(origin["rate"], **vars(length)) if "rate" in origin else None
     untrained, asked = directory.is_untrained, origin.get("learning_rate")
@@ -459,6 +460,8 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         "parameters": f"{about['parameters']:,}",
         "start": "unknown: lora_init did not make it",
     }
+    if about["exported"]:
+        head["start"] = "not kept by an export: see the adapter as it was trained"
     if origin:
         source, shares = origin.get("provenance", {}), list(origin.get("explained", {}).values())
         whitened = ", whitened" * bool(origin.get("whiten")) + ", rows of length one" * bool(origin.get("unit_rows"))

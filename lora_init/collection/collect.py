@@ -89,8 +89,9 @@ class _Job:
 
     @property
     def n_components(self) -> int:
-        """Components of each layer."""
-        return round(float(self.provenance.settings["rho"]) * self.provenance.rank)
+        """Components of each layer; no input has more of them than the widest one has columns."""
+        widest = max(target.in_features for target in self.targets.layers.values())
+        return min(round(float(self.provenance.settings["rho"]) * self.provenance.rank), widest)
 
 
 def collect(
@@ -421,7 +422,7 @@ def _check_numbers(**numbers: Any) -> None:
         kind: Any
         kind, of = (Real, "number") if name in ("rho", "tolerance") else (Integral, "whole number")
         least = {"tolerance": 0, "skip_bad_batches": 0, "seed": -(2**63)}.get(name, 1)
-        if not isinstance(number, kind) or not least <= number < 2**63:
+        if not isinstance(number, kind) or isinstance(number, bool) or not least <= number < 2**63:
             raise LoraInitError(f"{{{name}}}, expected a {of} of at least {least}.", **{name: number})
 
 

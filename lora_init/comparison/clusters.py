@@ -118,6 +118,8 @@ def open_executor(given: Any, gpus: float, directory: Path) -> Executor:
     if name not in CLUSTERS:
         raise LoraInitError(f"cluster {name!r} is unknown. {did_you_mean(name, [*CLUSTERS, *_THEIRS.entries])}")
     make, library, remedy = CLUSTERS[name]
+    if address and not address.strip("/:"):  # Ray would try for half a minute to connect to it
+        raise LoraInitError(f"cluster {given!r} names no address. {remedy}")
     require(library)
     try:
         return make(address, gpus, directory)

@@ -405,6 +405,11 @@ def set_up(
     adapters = None if sources.bank is None else open_bank(sources.bank)
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
+    if options.label is None and source.task_type != "CAUSAL_LM":
+        raise LoraInitError(
+            f"model {model!r} is a {source.saved_as or source.auto_class}, and a comparison trains causal language "
+            "models, or classifiers with --label COLUMN."
+        )
     source.check_quantized(options.quantize)
     if (empty := source.empty()) is not None:
         check_targets(empty, find_targets(empty, shape.target_modules, task_type=source.task_type), shape.rank)
@@ -438,11 +443,6 @@ def set_up(
         check_modules_to_save(loaded.model, (), loaded.task_type, loaded.drawn)
         if loaded.model.dtype != torch.float32:
             raise LoraInitError("{dtype}: the head of a classifier is trained whole, in float32.", dtype=options.dtype)
-    elif loaded.task_type != "CAUSAL_LM":
-        raise LoraInitError(
-            f"model {model!r} is a {type(loaded.model).__name__}, and a comparison trains causal language models, or "
-            "classifiers with --label COLUMN."
-        )
     shape = replace(shape, task_type=loaded.task_type)
     if adapters is not None:
         check_base(adapters, fingerprint(loaded.model), type(loaded.model).__name__)

@@ -21,7 +21,7 @@ from lora_init.adapters.peft_model import adapter_layers
 from lora_init.adapters.starts import changes_base
 from lora_init.collection.losses import token_losses
 from lora_init.errors import LoraInitError, LoraInitWarning, is_number
-from lora_init.keep.dialed import BEST, UNIFORM, Change, Dial, Point
+from lora_init.keep.dialed import BEST, UNIFORM, Change, Dial, Point, signed
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.running import call_model, evaluating, on_device_of, restoring
@@ -52,14 +52,15 @@ _PLAIN = {"input_ids", "attention_mask", "labels"}
 
 @dataclass(frozen=True)
 class Rule:
-    """What a user asks of the dial, one of the three, as `dial` has them. Refuses several, and what is out of range."""
+    """What a user asks of the dial: one of the first three. Refuses several, and what is out of range."""
 
     lose: float | None = None
     keep_within: float | None = None
     strength: float | None = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
-        asked = {name: value for name, value in vars(self).items() if value is not None}
+        asked = {name: value for name, value in vars(self).items() if value is not None and name != "uniform"}
         if len(asked) > 1:
             both = " and ".join(f"{{{name}}}" for name in asked)
             raise LoraInitError(f"{both} are both given. One of them says what is chosen.", **dict.fromkeys(asked, ...))
@@ -77,6 +78,8 @@ class Rule:
             if name == "strength" and value > STRONGEST:
                 said = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
                 warnings.warn(LoraInitWarning(said, strength=value), stacklevel=4)
+        if self.uniform and self.strength is not None:
+            raise LoraInitError("{strength} is one for all layers already. Leave {uniform} out.", **vars(self))
         if not asked:
             object.__setattr__(self, "lose", LOSE)
 
@@ -107,7 +110,7 @@ class Rule:
         lost = 0.0 if self.lose is None else task["chosen"].loss / task[BEST].loss - 1.0
         rise = keep["chosen"].change
         if self.lose is not None and lost > self.lose:
-            found = f"{100 * lost:.1f} % above the task's loss at the best strength, and {100 * self.lose:g} %"
+            found = f"{100 * lost:.2g} % above the task's loss at the best strength, and {100 * self.lose:g} %"
         elif self.keep_within is not None and rise > self.keep_within:
             found = f"text to keep {rise:.3f} above the base's loss, and {self.keep_within:g}"
         else:
@@ -182,7 +185,7 @@ def dial(
     """
     from peft import get_peft_model_state_dict
 
-    rule = Rule(lose, keep_within, strength)
+    rule = Rule(lose, keep_within, strength, uniform)
     if not hasattr(model, "peft_config"):
         raise LoraInitError(f"dial() takes a PEFT model with one active adapter and got {type(model).__name__}.")
     active = model.active_adapters
@@ -204,15 +207,13 @@ def dial(
     if batches is None and strength is not None:
         found = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
     else:
-        found = turn(model, rule, batches, keep, tokenizer, uniform, seed, say)
+        found = turn(model, rule, batches, keep, tokenizer, seed, say)
     for at, b in _outputs(model).items():
         b.data *= found.strengths[at]
     return found
 
 
-def turn(
-    model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, uniform: bool, seed: int, say: Say
-) -> Dial:
+def turn(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, seed: int, say: Say) -> Dial:
     """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
     task = _read(as_batches(batches, model, seed), "batches")
     n = count_examples(task)
@@ -229,8 +230,8 @@ def turn(
         share = len(texts & _sequences(task)) / len(texts)
         if share >= _SHARED:
             raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task. Pass text of another kind.")
-    parts, others = (_thirds(found, rule, uniform, seed) for found in (task, kept))
-    return replace(_search(model, parts, others, rule, uniform, say), read=(n, count_examples(kept)))
+    parts, others = (_thirds(found, rule, seed) for found in (task, kept))
+    return replace(_search(model, parts, others, rule, say), read=(n, count_examples(kept)))
 
 
 _Parts = tuple[list[Any], list[Any], list[Any]]
@@ -257,7 +258,7 @@ def check_enough(n: int, what: str) -> None:
         raise LoraInitError(f"{what}: {n} example{'s' * (n > 1)}, and at least {_LEAST} are needed. Take 36 or more.")
 
 
-def _thirds(batches: list[Any], rule: Rule, uniform: bool, seed: int) -> _Parts:
+def _thirds(batches: list[Any], rule: Rule, seed: int) -> _Parts:
     """Split batches into those to fit, to choose and to report by; where nothing is fitted, or chosen, all others.
 
     Examples are dealt at random: a batch holds some of similar length, and loss and forgetting depend on the length.
@@ -268,7 +269,7 @@ def _thirds(batches: list[Any], rule: Rule, uniform: bool, seed: int) -> _Parts:
     random.Random(seed).shuffle(examples)
     size = max(len(batch["labels"]) for batch in batches)
     fit, choose, report = (list(_batched(examples[i::3], size, seed)) for i in range(3))
-    return fit, fit + choose if uniform else choose, report
+    return fit, fit + choose if rule.uniform else choose, report
 
 
 def _examples(batch: Any) -> list[Any]:
@@ -311,7 +312,7 @@ def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
     return found
 
 
-def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: bool, say: Say) -> Dial:
+def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, say: Say) -> Dial:
     def read(layers: Mapping[str, float], third: int) -> list[Tensor]:
         with strengths(model, layers):
             return [example_losses(model, part[third]) for part in (task, kept)]
@@ -321,13 +322,13 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: b
         strength = sum(layers.values()) / len(layers)
         how = f"strength {strength:.3g}" + ("" if weight is None else f" on average, fitted with weight {weight:g}")
         spent = 1.0 if weight is None else 1.0 + fit / 2  # each fit is measured twice
-        progress.ended(f"{how}: task {on_task:.3f}, text to keep {on_kept - base:+.3f}", spent)
+        progress.ended(f"{how}: task {on_task:.3f}, text to keep {signed(on_kept - base, 3)}", spent)
         return Point(strength, on_task, on_kept - base, weight, layers)
 
     nothing = dict.fromkeys(_outputs(model), 0.0)
     steps = CURVE[1:] if rule.strength is None else sorted({rule.strength, 1.0})
     fit = _BACKWARD * _STEPS / max(len(task[0]), 1)  # in passes over the examples to choose by
-    fits = 0 if uniform or rule.strength is not None else len(_WEIGHTS)
+    fits = 0 if rule.uniform or rule.strength is not None else len(_WEIGHTS)
     progress = Progress(1 + len(steps) + fits * (2 + fit) + 4, say)  # at most: fits end when the rule breaks
     task_at_0, base = map(_ratio, read(nothing, 1))
     progress.ended(f"strength 0: task {task_at_0:.3f}")
@@ -339,7 +340,7 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: b
     else:
         limit = rule.limit(curve[1:])
         chosen = rule.choose(limit, curve[1:])
-        if not uniform:
+        if not rule.uniform:
             reported[UNIFORM] = chosen
             found = _fits(model, task[0], kept[0], rule, limit, reported["trained"].rise, measure)
             fitted = [point for point in found if point.strength]  # with zeros alone there is no adapter

@@ -56,8 +56,13 @@ class Change:
 
     def __str__(self) -> str:
         before = self.loss - self.change
-        share = f", {100 * self.change / before:+.1f} %" if before else ""
-        return f"{self.loss:.3f} ({self.change:+.3f} ± {self.error:.3f}{share})"
+        share = f", {signed(100 * self.change / before, 1)} %" if before else ""
+        return f"{self.loss:.3f} ({signed(self.change, 3)} ± {self.error:.3f}{share})"
+
+
+def signed(number: float, digits: int) -> str:
+    """Write a difference with its sign; one that rounds to nothing is +0."""
+    return f"{round(number, digits) + 0.0:+.{digits}f}"
 
 
 @dataclass(frozen=True)

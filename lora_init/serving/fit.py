@@ -361,7 +361,10 @@ def _of_named_base(
 ) -> Iterator[Misfit | str]:
     """Compare the base with the one that the adapter names, if that is here; of classifiers without their heads."""
     named = adapter.base
-    if not named or Path(named).expanduser().resolve() == Path(source).expanduser().resolve():
+    if not named:
+        yield "The adapter names no base: only names and shapes were compared, which other models may have, too."
+        return
+    if Path(named).expanduser().resolve() == Path(source).expanduser().resolve():
         return
     theirs: Mapping[str, Stored] = {}
     with suppress(LoraInitError):

@@ -48,7 +48,7 @@ class axolotl(BasePlugin):
         kernels = ", ".join(f"{name}: false" for name in _KERNELS if cfg.get(name))
         if kernels:
             raise LoraInitError(
-                f"axolotl's kernels compute without the layers, so none shows what it reads. Set {kernels}."
+                f"axolotl's fused kernels bypass the layers, so their inputs cannot be read. Set {kernels}."
             )
         self.callback = StartCallback(**cfg.lora_init or {})
 

@@ -153,16 +153,17 @@ class StartCallback(TrainerCallback):
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
             first = next(batches, {})
             is_plain_loss = "labels" in first and not hasattr(args, "beta")  # preferences have a beta, or no labels
+            # accelerate's holds the one that steps
+            optimizer = type(getattr(rest["optimizer"], "optimizer", rest["optimizer"])).__name__
             if self.measured:
-                optimizer = getattr(rest["optimizer"], "optimizer", rest["optimizer"])  # accelerate's holds it
-                check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
+                check_measured(optimizer, is_plain_loss, f"a trainer with {type(args).__name__}")
             init = run(Source(carrier, chain([first], batches)), asked.but(data="training batches"))
             carrier.put(init, "")
         there = (len(data), len(train_dataloader)) if isinstance(data, Sized) else ()
         rate = replace(init, length=length_of(args, state.max_steps, *there)).rate
         if self.measured and rate and args.learning_rate:
             _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
-        for said in rate.far_off(args) if rate and is_plain_loss else ():
+        for said in rate.far_off(args.learning_rate, optimizer) if rate and is_plain_loss else ():
             warnings.warn(said, stacklevel=2)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
         _say(state, f"{what}; the learning rate is {args.learning_rate:.2g}.")

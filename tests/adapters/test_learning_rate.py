@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,8 +92,8 @@ def test_a_length_is_completed_from_what_is_said(rows, said, expected):
     (500, {"steps": 9, "epochs": 3}, "steps=9 and epochs=3 contradict: 3 epochs of 500 examples in batches of 8 are"),
     (None, {"epochs": 3}, "epochs=3: the number of examples is unknown, as of a stream. Say steps=, or both."),
     (100, {"batch_size": 128}, "train_batch_size=128, and there are 100 examples. Take fewer, or more data."),
-    (500, {"epochs": 0}, "epochs=0, expected a number above 0."),
-    (500, {"epochs": math.nan}, "epochs=nan, expected a number above 0."),
+    (500, {"epochs": 0}, "epochs=0, expected a number above 0, 10,000 at most."),
+    (500, {"epochs": math.nan}, "epochs=nan, expected a number above 0, 10,000 at most."),
     (500, {"steps": 0}, "steps=0, expected a whole number of training steps of at least 1."),
     (500, {"steps": "9"}, "steps='9', expected a whole number of training steps of at least 1."),
     (500, {"batch_size": 0}, "train_batch_size=0, expected a whole number of examples of at least 1."),
@@ -202,10 +201,10 @@ def test_an_adapter_of_experts_alone_is_named():
 @pytest.mark.parametrize(("rate", "optimizer", "words"), [
     (2e-3, "adamw_torch", ""),
     (1e-4, "adamw_torch", "learning_rate is 1e-4 in the trainer's args, and the forward pass says 2.9e-3 for 48 st"),
-    (2e-3, "sgd", "the learning rate was measured for AdamW, and the trainer has optim='sgd'"),
+    (2e-3, "sgd", "the learning rate was measured for AdamW, and not for the optimizer sgd"),
 ])  # fmt: skip
 def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, words):
-    said = LearningRate(ONE, TrainingLength(48)).far_off(SimpleNamespace(learning_rate=rate, optim=optimizer))
+    said = LearningRate(ONE, TrainingLength(48)).far_off(rate, optimizer)
     assert len(said) == bool(words) and all(line.startswith(words) for line in said)
 
 

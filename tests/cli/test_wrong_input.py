@@ -1,6 +1,7 @@
 """Wrong input, and the line that each gets, before any weights are read."""
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 import lora_init
+from lora_init.adapters.directory import AdapterDirectory, write_files
 from lora_init.loading.models import ModelSource
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.comparisons import SMALL, make_home
@@ -53,6 +55,15 @@ def home(tmp_path_factory):
     trained.save_pretrained(home / "trained")
     write("rank8.safetensors", [])
     (home / "rank8.safetensors").unlink()
+    tensors = AdapterDirectory(home / "trained").tensors()
+    for name, config, changed in [
+        ("nan", {}, {next(iter(tensors)): torch.tensor([[math.nan]])}),
+        ("hollow", {}, dict.fromkeys(tensors)),
+        ("spelled", {"r": "4"}, {}),
+    ]:
+        (home / name).mkdir()
+        kept = {key: value for key, value in (tensors | changed).items() if value is not None}
+        write_files(home / name, kept, dict(AdapterDirectory(home / "trained").config) | config)
     made = run("init", home / "llama", home / "text.jsonl", "-o", home / "a", "--rank", 8,
                "--statistics", home / "rank8.safetensors")  # fmt: skip
     assert made.exit_code == 0, made.output
@@ -191,6 +202,25 @@ COMMANDS = {
         )
         for share in ("-1", "nan", "1.5")
     },
+    "a cluster of no host": ([*COMPARE, "--cluster", "ray://"], "cluster 'ray://' names no address. Start one with"),
+    "epochs without end": ([*INIT, "--epochs", "1e12"], "--epochs 1000000000000, expected a number above 0, 10,000"),
+    "an encoder to write": (
+        ["replay", "bert", "-o", "out.jsonl"], "bert is a BertForSequenceClassification, which continues no text.",
+    ),
+    "an encoder to compare": (
+        ["compare", "bert", "rows.jsonl", "--template", "{passage}", "-o", "out"],
+        "bert' is a BertForSequenceClassification, and a comparison trains causal language models",
+    ),
+    "no name for a bank": (
+        ["bank", "add", "", "trained", "--data", "text.jsonl"], "output '.': this directory itself cannot be written",
+    ),
+    "one strength for all, twice": (
+        ["dial", "trained", "-o", "out", "--strength", "0.8", "--uniform"],
+        "--strength 0.8 is one for all layers already. Leave --uniform out.",
+    ),
+    "an adapter of NaN": (["inspect", "nan"], ".lora_A.weight has NaN or infinite numbers, as after a training that"),
+    "an adapter of nothing": (["inspect", "hollow"], "adapter_model.safetensors holds no tensors."),
+    "a rank in words": (["inspect", "spelled"], "damaged: r is '4', and a rank of at least 1 is expected."),
     "a list of options": (
         [*COMPARE, "--cluster", "slurm:options.yaml"], "options.yaml holds no options, such as `partition: gpu`.",
     ),
@@ -314,6 +344,19 @@ CALLS = {
     ),
     "one point beyond the end": (
         lambda compare: compare(evaluation_points=9), "evaluation_points=.0, 6, 9.: expected rising steps from 0 to 6",
+    ),
+    "a word for a switch": (
+        lambda compare: lora_init.initialize(tiny_llama(), ROWS, freeze_a="no"), "freeze_a='no', expected True or Fal",
+    ),
+    "a truth value for a number": (
+        lambda compare: lora_init.collect(tiny_llama(), [], skip_bad_batches=True),
+        "skip_bad_batches=True, expected a whole number",
+    ),
+    "numbers for functions": (
+        lambda compare: lora_init.find_step_size(tiny_llama(), 5, 5), r"build is 5, expected a function of \(gamma\)",
+    ),
+    "one strength for all layers": (
+        lambda compare: lora_init.dial(tiny_llama(), strength=0.5, uniform=True), "Leave uniform=True out",
     ),
     "no directory for runs": (
         lambda compare: lora_init.compare("llama", "rows.jsonl", None), "output is needed, as a path, and got NoneType",

@@ -79,7 +79,9 @@ def test_the_examples_to_learn_from_are_those_of_all_processes(n_processes, tmp_
     loader = DataLoader(rows(), 4, collate_fn=lambda part: read.append(part) or made.data_collator(part))
     monkeypatch.setattr(TrainingArguments, "world_size", n_processes)
     start = lora_init.StartCallback(samples=16, tolerance=0.0)
-    start.on_train_begin(made.args, made.state, made.control, model=adapted, train_dataloader=loader)
+    start.on_train_begin(
+        made.args, made.state, made.control, model=adapted, train_dataloader=loader, optimizer=made.create_optimizer()
+    )
     assert len(read) == 4 // n_processes
 
 

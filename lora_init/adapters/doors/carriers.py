@@ -65,7 +65,7 @@ class Carrier:
 
 
 class Wrapped(Carrier):
-    """A PeftModel with a fresh adapter, in whose place another PeftModel around the same model comes."""
+    """A PeftModel with a fresh adapter. A new PeftModel around the same model replaces it."""
 
     wraps_anew = False
 

@@ -86,13 +86,17 @@ class TrainerDoor:
             steps = counted(**{name: given[name] for name in given if name in taken})[-1]
             return length_of(args, steps, len(rows), len(loader))
 
+    @property
+    def optimizer(self) -> str:
+        """The optimizer that it will train with, by the name of its setting or class."""
+        if self._has_own("create_optimizer") or self._has_own("get_optimizer_cls_and_kwargs"):
+            return f"that {self.name} makes itself"
+        made, setting = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args.optim
+        return made[0].__name__ if made else str(getattr(setting, "value", setting))
+
     def check_rate(self) -> None:
         """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""
-        made, args = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args
-        optimizer = made[0].__name__ if made else str(getattr(args.optim, "value", args.optim))
-        if self._has_own("create_optimizer") or self._has_own("get_optimizer_cls_and_kwargs"):
-            optimizer = f"that {self.name} makes itself"
-        check_measured(optimizer, self.has_plain_loss, self.name)
+        check_measured(self.optimizer, self.has_plain_loss, self.name)
 
     def _has_own(self, method: str) -> bool:
         """Return whether a method of the trainer is of one's own, and not of a library that this door knows."""
