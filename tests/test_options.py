@@ -235,7 +235,7 @@ def test_initialize(home, tmp_path, monkeypatch):
 def test_the_trainer_callback(tmp_path):
     torch.manual_seed(0)
     tokens = [
-        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.where(row > 20, -100)}
         for row in torch.randint(3, 64, (24, 8))
     ]
 
@@ -245,6 +245,7 @@ def test_the_trainer_callback(tmp_path):
             use_cpu=True,
             disable_tqdm=True, learning_rate=1e-2, logging_strategy="no",
         )  # fmt: skip
+        torch.manual_seed(0)  # or each adapter begins elsewhere, and no option is idle
         started = Trainer(adapted(), arguments, train_dataset=tokens, callbacks=[lora_init.StartCallback(**given)])
         started.train()
         weights = {name: one for name, one in started.model.named_parameters() if ".lora_" in name}
@@ -252,6 +253,7 @@ def test_the_trainer_callback(tmp_path):
 
     probes = {
         "replay": Try(0.5), "dial": Try(True), "samples": Try(4), "gradients": Try(True), "token_mask": Try("labels"),
+        "statistics": Free("a file"), "tolerance": Free("how long a pass is: tests/training/test_callback.py"),
         "needs_labels": Try(True),
         "loss": Try(first_logits, {"method": "grad-a"}),
     }  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_init.adapters.starts import changes_base
 from lora_init.adapters.weights import Weights
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, is_number
 from lora_init.files import as_path, check_free, digests_of, is_as_written, new_directory, read_json, write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.loading.checkpoint import read_header
@@ -54,6 +54,11 @@ class AdapterDirectory:
         rank = self.config.get("r", 8)
         if not isinstance(rank, int) or rank < 1:
             raise LoraInitError(f"{file} is damaged: r is {rank!r}, and a rank of at least 1 is expected.")
+        for name in ("rank_pattern", "alpha_pattern", "auto_mapping"):
+            found = self.config.get(name) or {}
+            numbers = found.values() if isinstance(found, dict) and name != "auto_mapping" else ()
+            if not isinstance(found, dict) or not all(map(is_number, numbers)):
+                raise LoraInitError(f"{file} is damaged: {name} is {found!r}, and a mapping is expected, to numbers.")
 
     @property
     def base(self) -> str:
@@ -127,12 +132,15 @@ class AdapterDirectory:
 
     @property
     def adds_nothing(self) -> bool:
-        """Whether B is zero in every layer; reads it to the first that is not."""
+        """Whether B A is zero in every layer, by B, and in embeddings A; reads them to the first where it is not."""
         from safetensors import safe_open
 
-        keys = [key for key in self.shapes if key.endswith((LORA_B, ".lora_embedding_B"))]  # `shapes` checks the file
+        pairs = {(LORA_A, LORA_B), (".lora_embedding_A", ".lora_embedding_B")}
+        keys = {key: key.removesuffix(b) + a for key in self.shapes for a, b in pairs if key.endswith(b)}
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
-            return bool(keys) and not any(file.get_tensor(key).any() for key in keys)
+            return bool(keys) and not any(
+                file.get_tensor(b).any() and (a not in self.shapes or file.get_tensor(a).any()) for b, a in keys.items()
+            )
 
     @cached_property
     def origin(self) -> dict[str, Any]:
@@ -237,7 +245,8 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
     with suppress(TypeError, ValueError):
         fields.append(json.loads(config.get("megatron_core", "")))
     origins = [field[ORIGIN] for field in fields if isinstance(field, dict) and ORIGIN in field]
-    return origins[0] if origins and isinstance(origins[0], dict) else {}
+    whole = origins and isinstance(origins[0], dict) and isinstance(origins[0].get("provenance", {}), dict)
+    return origins[0] if whole else {}
 
 
 def start_digest(weights: Weights) -> str:

@@ -124,6 +124,8 @@ def initialize(
             return _applied(run(Source(carrier, fed, tokenizer), read), carrier, adapter_name)
     if config is not None:
         raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
+    if batches is None and tokenizer is not None:
+        raise LoraInitError("{tokenizer} is for batches of your own. Leave it out.", tokenizer=...)
     began, door = time.perf_counter(), find_trainer(model)
     if learning_rate:
         door.check_rate()
@@ -134,8 +136,8 @@ def initialize(
     door.hand_over(adapted)
     if learning_rate and init.rate:
         door.trainer.args.learning_rate = init.rate.rate
-    elif door.is_measured and init.rate:
-        for said in init.rate.far_off(door.trainer.args.learning_rate, door.optimizer):
+    if door.is_measured and init.rate:
+        for said in init.rate.far_off(door.trainer.args, door.optimizer):
             warnings.warn(said, stacklevel=2)
     if asked.run.progress is not False and door.trainer.is_world_process_zero():
         made, ranks = init.provenance, sorted(init.ranks.values())

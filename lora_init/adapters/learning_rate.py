@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lora_init.statistics.statistics import Sizes
 
 OPTIMIZER, WARMUP, SCHEDULE = "AdamW", 0.1, "cosine"
+SCHEDULES = (SCHEDULE,)  # that rates were measured with, as transformers calls them
 # Fitted at 48 steps of 8 examples on SmolLM2-135M: what the change is at the best rate, and the growth of A.
 CHANGE, GROWTH = 0.0058, 2.5
 RANK, OVERLAP = 8, 0.25  # at which both were fitted; directions of another number add up only in part
@@ -58,7 +59,8 @@ def rate_text(rate: float) -> str:
 
 def is_adamw(optimizer: str) -> bool:
     """Check, by the name of its setting or class, whether an optimizer is one that rates were measured for."""
-    return re.fullmatch(r"(paged_?|anyprecision)?adamw\w*|(fused)?adam", optimizer.lower()) is not None
+    kinds = "(_?(torch|hf|apex|fused|xla|npu|anyprecision|bnb|4bit|8bit|32bit|fp8))*"  # which compute the same
+    return re.fullmatch(f"(paged_?|anyprecision)?adamw{kinds}|(fused)?adam", optimizer.lower()) is not None
 
 
 def check_measured(optimizer: str, is_plain_loss: bool, trainer: str) -> None:
@@ -227,17 +229,22 @@ class LearningRate:
         measured = " and ".join(filter(None, [steps, batch]))
         return f" (extrapolated: measured were {measured})" if measured else ""
 
-    def far_off(self, learning_rate: float, optimizer: str) -> list[str]:
-        """Compare with a trainer's rate: a line if it is far off, beyond three times, or its optimizer is not AdamW."""
+    def far_off(self, settings: Any, optimizer: str) -> list[str]:
+        """Compare with a trainer's arguments: a line where nothing was measured, and for a rate beyond three times."""
         if not is_adamw(optimizer):
             return [f"the learning rate was measured for AdamW, and not for the optimizer {optimizer}: tune it."]
+        schedule, lines = str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type)), []
+        if schedule not in SCHEDULES:
+            known = " and ".join(SCHEDULES)
+            lines.append(f"the learning rate was measured with the schedule {known}, and not with {schedule}: tune it.")
         far = max(FAR, self.within)
-        if self.rate / far < learning_rate < self.rate * far:
-            return []
-        return [
-            f"learning_rate is {rate_text(learning_rate)} in the trainer's args, and the forward pass says "
-            f"{rate_text(self.rate)} for {self.length}. Set that, or pass initialize() learning_rate='measured'."
-        ]
+        if not self.rate / far < settings.learning_rate < self.rate * far:
+            lines.append(
+                f"learning_rate is {rate_text(settings.learning_rate)} in the trainer's args, and the forward pass "
+                f"says {rate_text(self.rate)} for {self.length}. Set that, or pass initialize() "
+                "learning_rate='measured'."
+            )
+        return lines
 
 
 def training_in_words(rate: LearningRate | None, asked: float | None = None) -> str:

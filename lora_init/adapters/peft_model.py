@@ -54,9 +54,17 @@ def is_filled(model: Any) -> bool:
 
 def check_fresh(layers: Mapping[str, Any], adapter: str, whose: str, remedy: str) -> None:
     """Refuse an adapter that was trained, or started in another way."""
-    weights = (layer.lora_B[adapter].weight for layer in layers.values() if adapter in layer.lora_B)
-    if any(bool(weight.any()) for weight in weights if not weight.is_meta):
+    if not all(adds_nothing(layer, adapter) for layer in layers.values() if adapter in layer.r):
         raise LoraInitError(f"{whose} is no fresh one: B is not zero. {remedy}")
+
+
+def adds_nothing(layer: Any, adapter: str) -> bool:
+    """Return whether the adapter of a layer is as PEFT begins it: B is zero, or A of an embedding."""
+    if adapter in layer.lora_B:
+        parts = [layer.lora_B[adapter].weight]
+    else:
+        parts = [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
+    return any(part.is_meta or not bool(part.any()) for part in parts)
 
 
 def check_modules_to_save(

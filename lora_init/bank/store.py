@@ -177,8 +177,8 @@ def check_plain_lora(trained: Trained) -> None:
     reason = kind or odd or next(iter(trained.others), None)
     if reason is not None:
         raise LoraInitError(f"the adapter has {reason}: a bank holds plain LoRA of linear layers. Train one of those.")
-    if not any(bool(layer.b.any()) for layer in trained.layers.values()):
-        raise LoraInitError("B is zero in every layer, so the adapter was never trained. Train it first.")
+    if trained.adds_nothing:
+        raise LoraInitError("B A is zero in every layer, so the adapter was never trained. Train it first.")
 
 
 def _write_index(bank: Bank) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, importing, print_next, print_result, say
+from lora_init.cli.console import busy, importing, offered, print_next, print_result, refuse_idle, say
 from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, of_adapter, read_share
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require
@@ -68,6 +68,9 @@ def dial(
     if data is None and (strength is None or keep is not None):
         what = "--keep is measured beside the task" if strength is not None else "strengths are chosen on its task"
         raise LoraInitError(f"{what}: name DATA, or --strength 0.8 alone for that strength in all layers.")
+    if data is None:
+        idle = [*offered(Reading, LoadingQuantized), "samples", "max_length", "seed"]
+        refuse_idle(idle, "without DATA nothing is measured")
     if keep is not None and data is not None and Path(keep).expanduser().resolve() == Path(data).expanduser().resolve():
         raise LoraInitError(f"--keep {keep} is the task's own data. Name text of another kind, or leave --keep away.")
     with importing(data=data):
@@ -80,6 +83,7 @@ def dial(
         from lora_init.loading.models import open_model
         from lora_init.serving.base import read_base
         from lora_init.serving.fit import check_fit
+        from lora_init.serving.support import export_options
         from lora_init.serving.trained import read_trained, with_parameters
     rule = Rule(None if lose is None else read_share("--lose", lose), keep_within, strength, uniform)
     check_free(output, overwrite, **OURS)
@@ -88,8 +92,8 @@ def dial(
     check_fit(adapter, base).check()
     plain = read_base(base or trained.base, trained)
     trained = with_parameters(trained, plain.parameters)
-    if not any(bool(layer.b.any()) for layer in trained.layers.values()):
-        raise LoraInitError(f"{adapter}: B is zero in every layer, so it was never trained. Train it first.")
+    if trained.adds_nothing:
+        raise LoraInitError(f"{adapter}: B A is zero in every layer, so it was never trained. Train it first.")
     if data is None and strength is not None:
         found = Dial.unmeasured(str(rule), dict.fromkeys(trained.layers, strength))
     else:
@@ -113,7 +117,9 @@ def dial(
             found = turn(model, rule, batches, kept, source.tokenizer, seed, say)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
     shown = {"written": str(path)} | found.summary()
-    serve = shlex.join(["lora-init", "export", str(output), "--engine", "vllm", "-o", f"{output}-served"])
+    written = AdapterDirectory(output)
+    options = export_options(written.config, written.shapes) or ""
+    serve = f"lora-init export {shlex.quote(str(output))} {options} -o {shlex.quote(f'{output}-served')}"
 
     def show(console: Console, _: Any) -> None:
         console.print(facts(shown))

@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.adapters.learning_rate import LearningRate, training_in_words
-from lora_init.cli.console import FAILED, busy, importing, print_next, print_result
+from lora_init.cli.console import FAILED, busy, importing, offered, print_next, print_result, refuse_idle
 from lora_init.cli.options import Length, TrustRemoteCode, read_numbers
 from lora_init.cli.tables import Cells, correction_facts, facts, finite, quantization_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
@@ -72,6 +72,8 @@ def inspect(
     checks = engine is not None or (base is not None and not (intruders or merge_type))
     if not merge_type and (data or statistics):
         raise LoraInitError("--data and --statistics are for --merge.")
+    if data is None:
+        refuse_idle(offered(Reading), "that is for --data")
     descriptions, fits = [], True
     for path in paths:
         fit = describe_fit(path, base, engine) if checks else None
@@ -83,6 +85,8 @@ def inspect(
             descriptions[-1]["intruders"] = describe_intruders(path, descriptions[-1], base, trust_remote_code)
         if merge_type:
             descriptions[-1]["merge"] = describe_merge(path, merge_type, base, statistics, data, reading)
+    if not any(one.get("train") for one in descriptions):
+        refuse_idle(offered(Length), "only the rate of an adapter that lora-init made depends on it")
 
     def show_all(console: Console, _: Any) -> None:
         for path, description in zip(paths, descriptions, strict=True):
@@ -283,7 +287,7 @@ def _describe_adapter(path: Path, length: Length, base: str | None) -> dict[str,
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.keep.dialed import PICTURE_FILE
     from lora_init.serving.export import exported_as
-    from lora_init.serving.support import serving_note
+    from lora_init.serving.support import export_options, serving_note
     from lora_init.serving.trained import DIAL_FILE
 
     directory = AdapterDirectory(path)
@@ -315,6 +319,7 @@ def _describe_adapter(path: Path, length: Length, base: str | None) -> dict[str,
         "untrained": untrained,
         "exported": exported_as(path, base),
         "serving": serving_note(everywhere, config, shapes, directory.base_change),
+        "export": export_options(config, shapes),
     }
 
 
@@ -337,8 +342,6 @@ def _next(about: Mapping[str, Any]) -> str:
     if about["what"] == "comparison":
         asked = about["command"] or about["settings"].get("command")
         return _anew(asked) or f"lora-init compare MODEL DATA -o {path}"
-    from lora_init.serving.support import WRITE_NO_TEXT
-
     fit = about.get("fit") or {"fits": True, "engine": None, "misfits": ()}
     kinds = {one["kind"] for one in fit["misfits"]}
     if kinds - {"engine"} and not fit["renames"]:
@@ -350,11 +353,13 @@ def _next(about: Mapping[str, Any]) -> str:
         return f"lora-init rate {path} DATA --steps 300"
     before = path if untrained else "DIRECTORY"
     options = ["--rename"] * bool(fit.get("renames")) + [f"--start {before}"] * bool(about["base_change"])
-    options += [] if about["task_type"] in WRITE_NO_TEXT else [f"--engine {fit['engine'] or 'vllm'}"]
-    if untrained and about["task_type"] in WRITE_NO_TEXT:
+    if about["export"] is None:
+        return "load it with PEFT, which alone takes it"
+    if untrained and not about["export"]:
         return "train it as said above"
+    options.append(f"--engine {fit['engine']}" if fit["engine"] else about["export"])
     trained, output = ("TRAINED", "served") if untrained else (path, served)
-    export = " ".join(["lora-init export", trained, *options, "-o", output])
+    export = " ".join(["lora-init export", trained, *filter(None, options), "-o", output])
     return f"train it as said above; then {export}" if untrained else export
 
 

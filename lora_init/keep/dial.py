@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_init.adapters.directory import carried
-from lora_init.adapters.peft_model import adapter_layers
+from lora_init.adapters.peft_model import adapter_layers, adds_nothing
 from lora_init.adapters.starts import changes_base
 from lora_init.collection.losses import token_losses
 from lora_init.errors import LoraInitError, LoraInitWarning, is_number
@@ -197,14 +197,17 @@ def dial(
         raise LoraInitError(f"{where} is disabled, so what would be measured is the base. Enable it first.")
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_dialable(model.peft_config[name].to_dict(), (key for key in tensors if ".lora_" not in key), where)
-    if not any(bool(b.any()) for b in _outputs(model).values()):
-        raise LoraInitError(f"{where}: B is zero in every layer, so it was never trained. Train it first.")
+    if all(adds_nothing(layer, name) for layer in layers.values()):
+        raise LoraInitError(f"{where}: B A is zero in every layer, so it was never trained. Train it first.")
     for at, layer in layers.items():
         if layer.merged:
             raise LoraInitError(f"{where} is merged into the base. Call unmerge_adapter() first.")
         if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
             raise LoraInitError(f"{where} adapts {at!r}, an nn.MultiheadAttention: two adapters, one inside the other.")
     if batches is None and strength is not None:
+        if keep is not None or tokenizer is not None:
+            said = "{strength} without batches measures nothing: leave {keep} and {tokenizer} out."
+            raise LoraInitError(said, strength=strength, keep=..., tokenizer=...)
         found = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
     else:
         found = turn(model, rule, batches, keep, tokenizer, seed, say)

@@ -29,11 +29,12 @@ _TOPICS = (
 )  # fmt: skip
 _QUESTIONS = [form.format(topic) for topic in _TOPICS for form in _ASKED]
 _BATCH = 32
+TEXTS = 256
 LENGTH = 64  # tokens of a text
 
 
 def replay(
-    model: Any, tokenizer: Any, n: int = 64, length: int = LENGTH, seed: int = 0, chat: bool = False,
+    model: Any, tokenizer: Any, n: int = TEXTS, length: int = LENGTH, seed: int = 0, chat: bool = False,
     say: Say = lambda text: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Let a model write texts at temperature 1; of a PEFT model the base does.

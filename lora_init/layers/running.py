@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_init.errors import LoraInitError
@@ -84,5 +84,9 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
         for key in ("input_ids", "attention_mask", "labels"):
             if isinstance(inputs.get(key), list):
                 raise LoraInitError(f"the batch has a list of {key!r}, expected a tensor: return_tensors='pt'.")
+        ids = inputs.get("input_ids")
+        if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() < 2):
+            got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise LoraInitError(f"input_ids of the batch are {got}, expected whole numbers [batch, length].")
         return model(**inputs)
     return model(*batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else model(batch)

@@ -38,8 +38,9 @@ def count_linear(model: nn.Module, names: Iterable[str], task_type: str | None =
     They are those of the part of the model that holds the named ones: a language model without the vision before it.
     """
     model, heads = unwrapped(model), HEADS.get(task_type or "", ())
-    steps = zip(*(name.split(".") for name in names), strict=False)
-    part = [step[0] for step in takewhile(lambda step: len({*step}) == 1, steps)]
+    # Of one layer or one block the part is what its block is a part of, as it is of two.
+    steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    part = [step[0] for step in takewhile(lambda step: len({*step}) == 1 and not step[0].isdecimal(), steps)]
     others = (".lora_", ".modules_to_save.", ".original_module")
     linear = _linear(model, plain_names(model))
     counted = (name for name in linear if not any(other in name for other in others) and not is_in(name, heads))

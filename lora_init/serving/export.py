@@ -42,7 +42,7 @@ from lora_init.serving.support import WRITE_NO_TEXT, on_base
 from lora_init.serving.trained import Trained, note_of, read_trained
 
 RECORD_FILE = "export.json"
-_UNTRAINED = "B is zero in every layer: the adapter was never trained, and changes nothing."
+_UNTRAINED = "B A is zero in every layer: the adapter was never trained, and changes nothing."
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,8 +180,7 @@ def export_adapter(
         trained, intruders = _reduce_intruders(trained, Path(directory).expanduser(), reduce_intruders)
     trained = trained.with_one_scaling()
     result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
-    untrained = not any(layer.b.any() for layer in trained.layers.values())
-    result = replace(result, error_share=share, notes=(_UNTRAINED,) if untrained else note_of(began.path))
+    result = replace(result, error_share=share, notes=(_UNTRAINED,) if trained.adds_nothing else note_of(began.path))
     if trained.quantized and not began.error_size:
         on = f"it was made on a base in {trained.quantized}: on another one, as --data measures it, it acts otherwise"
         result = replace(result, notes=(*result.notes, on))

@@ -81,7 +81,12 @@ class FitReport:
         first = {one.kind: one for one in reversed(self.misfits)}
         more = {kind: f" {count - 1} more are alike." if count > 1 else "" for kind, count in counts.items()}
         lines = [f"{first[kind].where}: {first[kind].problem}{more[kind]}" for kind in counts]
-        return [*lines, "`lora-init export --rename` writes names that fit."] if lines and self.renames else lines
+        return [*lines, "`lora-init export --rename` writes names that fit."] if lines and self.can_rename else lines
+
+    @property
+    def can_rename(self) -> bool:
+        """Whether names are all that is wrong, so that `export` can write others."""
+        return bool(self.renames) and {one.kind for one in self.misfits} <= {"name", "config", "engine"}
 
     @property
     def stops(self) -> bool:
@@ -99,7 +104,7 @@ class FitReport:
     def check(self) -> None:
         """Refuse an adapter that would not be applied, for what comes first; warn of one that is for other weights."""
         if self.stops:
-            raise LoraInitError(" ".join([self.lines[0], *(self.lines[-1:] if self.renames else [])]))
+            raise LoraInitError(" ".join([self.lines[0], *(self.lines[-1:] if self.can_rename else [])]))
         for one in self.misfits:
             warnings.warn(f"{one.where} {one.problem} Is it the same base?", stacklevel=3)
 
@@ -223,15 +228,16 @@ class _Fit:
                 found += self._of_shape(key, shape, wanted)
         misnamed = {key: new for key, (misfit, new) in strangers.items() if misfit.kind == "name"}
         one_to_one = None not in misnamed.values() and len({*misnamed.values()} - {*header}) == len(misnamed)
-        alone = one_to_one and all(one.kind == "config" for one in found)
+        there = {*header, *misnamed.values()}
+        missing = [key for key in self.expected if key not in there and one_to_one]
+        alone = one_to_one and not missing and all(one.kind == "config" for one in found)
         renames = {key: new for key, new in misnamed.items() if new is not None and alone}
         if misnamed and converts and self._converts():
             notes.append("PEFT brings its names into the model's form; for engines `lora-init export --rename` does.")
         else:
             found += [misfit for misfit, _ in strangers.values()]
             lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
-            there = {*header, *renames.values()}
-            found += [Misfit("missing", key, lost) for key in self.expected if key not in there and one_to_one]
+            found += [Misfit("missing", key, lost) for key in missing]
         return FitReport(source, self.name, len(header), tuple(found), renames, tuple(notes))
 
     def _of_shape(self, key: str, shape: Sequence[int], expected: Sequence[int]) -> Iterator[Misfit]:

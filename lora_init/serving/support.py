@@ -78,6 +78,19 @@ def serving_note(
     )
 
 
+def export_options(config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
+    """Return the options with which `export` writes an adapter, for an engine where one takes it; None if it cannot."""
+    if any(config.get(key) for key in _PEFT_ALONE):
+        return None
+    if str(config.get("task_type")) in WRITE_NO_TEXT:
+        return ""
+    beyond = next(_beyond_layers(config, tensors), None)
+    if beyond not in (None, "DoRA"):
+        return "--merge-into MODEL"
+    engines = [name for name, engine in ENGINES.items() if engine.dora or not beyond]
+    return f"--engine {'vllm' if 'vllm' in engines else engines[0]}"
+
+
 def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     """Describe what in ranks and scalings an engine does not take as it is; empty if it takes all."""
     grid, most = layer_grid(ranks), max(ranks.values(), default=0)

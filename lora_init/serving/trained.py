@@ -111,6 +111,11 @@ class Trained:
         return next((name for name, how in QUANTIZATIONS.items() if how.items() <= made.items()), "")
 
     @property
+    def adds_nothing(self) -> bool:
+        """Whether B A is zero in every layer, as before training: PEFT begins with B at zero, in embeddings with A."""
+        return not any(bool(layer.a.any()) and bool(layer.b.any()) for layer in self.layers.values())
+
+    @property
     def scaling(self) -> float:
         """The scaling of the first layer, which all have after `with_one_scaling`."""
         return next(iter(self.layers.values())).scaling

@@ -20,15 +20,17 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
 from lora_init.adapters.doors.carriers import InPlace, Wrapped
-from lora_init.adapters.doors.trainers import examples_of_a_step, is_used_up, length_of, undisturbed
+from lora_init.adapters.doors.trainers import examples_of_a_step, is_used_up, leaves_loss, length_of, undisturbed
 from lora_init.adapters.learning_rate import check_measured
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.adapters.pipeline import Source, choose, run
+from lora_init.adapters.starts import DEFAULT
 from lora_init.errors import LoraInitError, is_number
 from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
 
 _MOST_TEXTS = 512  # that the base writes before training; training goes through them again and again
+_DECIDED = ("max_batches", "data", "task_type", "gradients")  # of initialize()'s options, by the trainer or `samples`
 _TEXT_WEIGHT = 2.0  # of a replayed text, in examples: one beside eight, weighed 0.25, was measured
 
 
@@ -44,7 +46,8 @@ class StartCallback(TrainerCallback):
         method: See `initialize`. Default: `"eva"`.
         samples: Number of examples to learn from.
         learning_rate: `"measured"` sets the trainer's to what the pass says for its steps, and is refused for another
-            optimizer than AdamW or a loss of preferences. Without, a rate that is far off is a warning.
+            optimizer than AdamW, or arguments that name another loss than the model's own. A callback cannot see a loss
+            function of the trainer's: leave it out there. Without, a rate that is far off is a warning.
         replay: Texts of the base's own to train on beside each example, so that less is forgotten: 0.125 is one beside
             eight. A text weighs as two examples. The losses that the trainer reports are those of its data alone.
         dial: Choose how strongly each layer acts when training has ended, from the trainer's batches for evaluation, as
@@ -77,6 +80,9 @@ class StartCallback(TrainerCallback):
             )
         if not isinstance(dial, bool):
             raise LoraInitError(f"dial={dial!r}: true or false is expected.")
+        idle = next((name for name in _DECIDED if name in options), None)
+        if idle is not None:
+            raise LoraInitError(f"StartCallback() has no argument {idle}=: the trainer decides that, or samples=.")
         self.measured, self.replay, self.dial = learning_rate is not None, replay, dial
         self.asked, self.samples = choose(Asked.by("StartCallback()", method, **options), False), samples
 
@@ -152,7 +158,12 @@ class StartCallback(TrainerCallback):
         asked = self.asked.but(max_batches=math.ceil(self.samples / each))
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
             first = next(batches, {})
-            is_plain_loss = "labels" in first and not hasattr(args, "beta")  # preferences have a beta, or no labels
+            is_plain_loss = "labels" in first and leaves_loss(args)  # those of preferences have none
+            if asked.by_gradient and not is_plain_loss:
+                raise LoraInitError(
+                    f"method={asked.start.name!r}: a start from gradients needs the gradient of the training loss, and "
+                    f"this one is not what the model computes from labels. Take method={DEFAULT!r}."
+                )
             # accelerate's holds the one that steps
             optimizer = type(getattr(rest["optimizer"], "optimizer", rest["optimizer"])).__name__
             if self.measured:
@@ -163,7 +174,7 @@ class StartCallback(TrainerCallback):
         rate = replace(init, length=length_of(args, state.max_steps, *there)).rate
         if self.measured and rate and args.learning_rate:
             _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
-        for said in rate.far_off(args.learning_rate, optimizer) if rate and is_plain_loss else ():
+        for said in rate.far_off(args, optimizer) if rate and is_plain_loss else ():
             warnings.warn(said, stacklevel=2)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
         _say(state, f"{what}; the learning rate is {args.learning_rate:.2g}.")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,9 +115,11 @@ def test_the_rate_rises_with_the_root_of_one_over_the_share_of_the_layers(llama,
     stats = collect(tiny_bert(), [tokens], rank=2, task_type="SEQ_CLS")
     for found in (build_adapter(stats, 2).rate, learning_rate(classifier, [tokens], steps=48)):
         assert found.share == 1.0  # PEFT trains the head whole
+    # A layer, or a block, is a part of as many layers as two of them are: the rate does not jump between the two.
+    assert count_linear(tiny_llama(), ["lm_head"]) == count_linear(tiny_llama(), ["model.layers.1.mlp.up_proj"]) == 14
     both = nn.ModuleDict({"vision": tiny_llama().model, "text": tiny_llama().model})
     names = [*find_targets(both).layers]
-    assert [count_linear(both, part) for part in (names, names[14:], names[:2], names[:1])] == [28, 14, 4, 1]
+    assert [count_linear(both, part) for part in (names, names[14:], names[:2], names[:1])] == [28, 14, 14, 14]
 
 
 @pytest.mark.parametrize("method", ["random", "eva"])
@@ -168,7 +171,7 @@ def test_wrong_input_is_one_line(adapted):
         "learning_rate() got texts for the batches": lambda: learning_rate(adapted, ["one", "two"]),
         "batch 0: Sequential says: mat1 and mat2": lambda: learning_rate(adapted, [torch.ones(2, 3)]),
         "batch 0: LlamaForCausalLM says: index out of range": lambda: learning_rate(llama_with(), [{"input_ids": far}]),
-        "batch 0: LlamaForCausalLM says: Expected tensor": lambda: learning_rate(
+        "batch 0: input_ids of the batch are torch.float32 [1, 3], expected whole numbers": lambda: learning_rate(
             llama_with(), [{"input_ids": far.float()}]
         ),
         "of embeddings or experts": lambda: learning_rate(llama_with("embed_tokens"), [{"input_ids": far % 60}]),
@@ -198,13 +201,20 @@ def test_an_adapter_of_experts_alone_is_named():
     assert "the adapter is of embeddings or experts alone" in words
 
 
-@pytest.mark.parametrize(("rate", "optimizer", "words"), [
-    (2e-3, "adamw_torch", ""),
-    (1e-4, "adamw_torch", "learning_rate is 1e-4 in the trainer's args, and the forward pass says 2.9e-3 for 48 st"),
-    (2e-3, "sgd", "the learning rate was measured for AdamW, and not for the optimizer sgd"),
+@pytest.mark.parametrize(("rate", "optimizer", "schedule", "words"), [
+    (2e-3, "adamw_torch", "cosine", ""),
+    (
+        1e-4, "adamw_torch", "cosine",
+        "learning_rate is 1e-4 in the trainer's args, and the forward pass says 2.9e-3 for 48 steps",
+    ),
+    (2e-3, "AdamW8bit", "cosine", ""),
+    (2e-3, "AdamWScheduleFree", "cosine", "the learning rate was measured for AdamW, and not for the optimizer AdamWS"),
+    (2e-3, "sgd", "cosine", "the learning rate was measured for AdamW, and not for the optimizer sgd"),
+    (2e-3, "adamw_torch", "constant", "the learning rate was measured with the schedule cosine"),
 ])  # fmt: skip
-def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, words):
-    said = LearningRate(ONE, TrainingLength(48)).far_off(rate, optimizer)
+def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, schedule, words):
+    settings = SimpleNamespace(learning_rate=rate, lr_scheduler_type=schedule)
+    said = LearningRate(ONE, TrainingLength(48)).far_off(settings, optimizer)
     assert len(said) == bool(words) and all(line.startswith(words) for line in said)
 
 

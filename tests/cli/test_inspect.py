@@ -16,6 +16,8 @@ from tests.commands import assert_one_line_error, run
 from tests.comparisons import broken, planted, write
 from tests.conftest import tiny_llama
 
+QV = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
 
 @pytest.fixture(scope="module")
 def made(home, tmp_path_factory):
@@ -99,10 +101,32 @@ def trained_like(home, path, fill=0.1, base="model", **config):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(home / base), LoraConfig(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "embedding_B" in name:
+            if fill is not None and ("lora_B" in name or "embedding_" in name):
                 parameter.fill_(fill)
     model.save_pretrained(path)
     return path
+
+
+KINDS = {
+    "DoRA": (QV | {"use_dora": True}, "--engine mlx"),
+    "an embedding": (dict(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"), "--merge-into MODEL"),
+    "a module trained whole": (QV | {"modules_to_save": ["lm_head"]}, "--merge-into MODEL"),
+    "new tokens": (QV | {"trainable_token_indices": [1, 2]}, None),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_next_command_of_a_trained_adapter_works_whatever_it_holds(home, tmp_path, case):
+    config, options = KINDS[case]
+    path = trained_like(home, tmp_path / "a", **config)
+    said = run("inspect", path).stdout.splitlines()[-1]
+    if options is None:
+        assert said == "Next: load it with PEFT, which alone takes it"
+        return
+    assert said == f"Next: lora-init export {path} {options} -o {path}-served"
+    again = run(*shlex.split(said.replace("MODEL", str(home / "model")))[2:])
+    assert again.exit_code == 0, again.output
 
 
 def test_a_trained_adapter_is_told_no_rate_that_nothing_can_measure(made, home, tmp_path):
@@ -113,11 +137,17 @@ def test_a_trained_adapter_is_told_no_rate_that_nothing_can_measure(made, home, 
     model.save_pretrained(tmp_path / "trained")
     shown = run("inspect", tmp_path / "trained").stdout
     assert "eva" in shown and "rate" not in shown.replace("generate", "")
-    start = trained_like(home, tmp_path / "start", 0.0, target_modules=["embed_tokens"])
-    assert json.loads(run("inspect", start, "--json").stdout)["untrained"] is True
+    # PEFT begins an embedding with A at zero and B at random.
+    for fill, untrained in ((0.0, True), (None, True), (0.1, False)):
+        path = trained_like(home, tmp_path / str(fill), fill, target_modules=["embed_tokens", "q_proj"])
+        assert json.loads(run("inspect", path, "--json").stdout)["untrained"] is untrained
+        assert lora_init.export_adapter(path, tmp_path / f"{fill} exported").notes[:1] == (
+            ("B A is zero in every layer: the adapter was never trained, and changes nothing.",) if untrained else ()
+        )
+    path = tmp_path / "None"
+    assert_one_line_error(run("dial", path, "--strength", 0.5, "-o", tmp_path / "out"), "so it was never trained")
 
 
-QV = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 # An adapter, options, and what comes next; {path} and {base} are those of the command line.
 AFTER = {
     "another base": (QV, ["--base", "{wide}"], "lora-init inspect {path} --base {base}"),
@@ -226,13 +256,19 @@ def test_inspect_a_damaged_adapter(made, tmp_path, file, content):
     assert_one_line_error(run("inspect", tmp_path), str(tmp_path))
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_inspect_a_pattern_that_is_no_expression(made, tmp_path, field):
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("rank_pattern", {"(": 4}, "a key of the pattern {'(': 4} is no regular expression: missing )"),
+    ("alpha_pattern", {"(": 4}, "a key of the pattern {'(': 4} is no regular expression: missing )"),
+    ("rank_pattern", [1], "rank_pattern is [1], and a mapping is expected"),
+    ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern is {'q_proj': 'x'}, and a mapping is expected, to numbers"),
+    ("auto_mapping", 5, "auto_mapping is 5, and a mapping is expected"),
+])  # fmt: skip
+def test_inspect_a_field_that_is_damaged(made, tmp_path, field, value, said):
     for part in (made / "out").iterdir():
         (tmp_path / part.name).write_bytes(part.read_bytes())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {field: {"(": 4}}))
-    assert_one_line_error(run("inspect", tmp_path), "a key of the pattern {'(': 4} is no regular expression: missing )")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    assert_one_line_error(run("inspect", tmp_path), said)
 
 
 def test_inspect_a_plan(made, tmp_path):

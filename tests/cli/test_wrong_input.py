@@ -214,6 +214,16 @@ COMMANDS = {
     "no name for a bank": (
         ["bank", "add", "", "trained", "--data", "text.jsonl"], "output '.': this directory itself cannot be written",
     ),
+    "how to read no task": (
+        ["dial", "trained", "-o", "out", "--strength", "0.8", "--template", "{x}", "--dtype", "float32"],
+        "--template, --dtype: without DATA nothing is measured. Leave them out.",
+    ),
+    "how to read what is inspected": (
+        ["inspect", "trained", "--template", "{x}"], "--template: that is for --data. Leave it out.",
+    ),
+    "steps of no start": (
+        ["inspect", "trained", "--steps", 300], "--steps: only the rate of an adapter that lora-init made depends on",
+    ),
     "one strength for all, twice": (
         ["dial", "trained", "-o", "out", "--strength", "0.8", "--uniform"],
         "--strength 0.8 is one for all layers already. Leave --uniform out.",
@@ -252,6 +262,10 @@ def test_wrong_usage_says_what_was_got(case):
 
 def rate(**options):
     return lora_init.learning_rate(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), [], **options)
+
+
+def trained():
+    return get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
 
 
 def ask(prompt):
@@ -354,6 +368,16 @@ CALLS = {
     ),
     "numbers for functions": (
         lambda compare: lora_init.find_step_size(tiny_llama(), 5, 5), r"build is 5, expected a function of \(gamma\)",
+    ),
+    "text for nothing": (
+        lambda compare: lora_init.dial(trained(), strength=0.5, tokenizer=AutoTokenizer), "measures nothing: leave",
+    ),
+    "fractions for tokens": (
+        lambda compare: lora_init.collect(tiny_llama(), [{"input_ids": torch.ones(2, 4)}]),
+        r"input_ids of the batch are torch.float32 \[2, 4\], expected whole numbers",
+    ),
+    "texts for tokens": (
+        lambda compare: lora_init.collect(tiny_llama(), [{"input_ids": "the cat"}]), "input_ids of the batch are str",
     ),
     "one strength for all layers": (
         lambda compare: lora_init.dial(tiny_llama(), strength=0.5, uniform=True), "Leave uniform=True out",

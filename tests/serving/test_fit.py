@@ -482,6 +482,17 @@ def test_inspect_promises_what_export_writes(bases, tmp_path, case, engine):
         assert kinds <= {"engine"}
 
 
+@pytest.mark.parametrize(("settings", "lost"), [(QV | dict(use_dora=True), ""), (QV, "q_proj.lora_B")])
+def test_no_renaming_is_proposed_where_more_than_names_is_wrong(bases, tmp_path, settings, lost):
+    directory = adapter(bases, "llama", tmp_path / "a", **settings)
+    change(directory, lambda tensors: {
+        key.replace(".model.model.", ".model."): value for key, value in tensors.items() if not lost or lost not in key
+    })  # fmt: skip
+    found = check_fit(directory, engine="vllm")
+    assert found.misfits and not found.can_rename and "rename" not in found.lines[-1]
+    refused("", export_adapter, directory, tmp_path / "b", "vllm", rename=True)
+
+
 class Silent:
     """A server that has every adapter, and is not asked."""
 

@@ -15,7 +15,11 @@ from lora_init.keep.replay import replayed
 from tests.commands import save_model
 from tests.conftest import refused, tiny_llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ", "ignore:.*say little about the data")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(learning_rate|lora_alpha) is ",
+    "ignore:.*say little about the data",
+    "ignore:.*measured with the schedule",
+)
 
 
 def rows(n=24, length=10):
@@ -158,9 +162,15 @@ class Preferences(TrainingArguments):
     beta = 0.1
 
 
+class Named(TrainingArguments):
+    loss_type = "dft"  # as SFTConfig names a loss of its own
+
+
 @pytest.mark.parametrize(("what", "said"), [
     ({"optim": "sgd"}, "for the optimizer SGD"), ({"optim": "adafactor"}, "for the optimizer Adafactor"),
     ({"kind": Preferences}, "for the loss of a trainer with Preferences"),
+    ({"label_smoothing_factor": 0.1}, "for the loss of a trainer with TrainingArguments"),
+    ({"kind": Named}, "for the loss of a trainer with Named"),
     ({"data": [{"input_ids": row["input_ids"]} for row in rows()]}, "for the loss of a trainer with TrainingArguments"),
 ])  # fmt: skip
 def test_the_callback_sets_no_rate_where_none_was_measured(what, said, tmp_path):
@@ -172,6 +182,13 @@ def test_the_callback_sets_no_rate_where_none_was_measured(what, said, tmp_path)
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(rows())
+
+
+def trained_embedding():
+    adapted = model(target_modules=["q_proj", "embed_tokens"])
+    for name, value in adapter_of(adapted).items():
+        value.add_(".lora_embedding_A." in name)
+    return adapted
 
 
 def trained():
@@ -210,6 +227,13 @@ WRONG = {
     "replay in fp16": (model, dict(replay=0.125), dict(fp16=True), "which fp16, DeepSpeed and FSDP hold in forms of"),
     "a dial without held-out data": (model, dict(dial=True), {}, "dial needs an eval data set, and eval_strategy"),
     "a dial of DoRA": (lambda: model(use_dora=True), dict(dial=True), EVALUATED, "has use_dora, which has no strength"),
+    "gradients of another loss": (
+        model,
+        dict(method="natural-gradient"),
+        dict(label_smoothing_factor=0.1),
+        "is not what the model computes from",
+    ),
+    "a trained embedding": (trained_embedding, {}, {}, "is no fresh one"),
     "a stream": (model, {}, dict(data=Stream()), "the data are a stream (Stream), of which training would miss"),
 }
 
@@ -229,6 +253,8 @@ def test_what_cannot_be_started_is_one_line_and_stays_as_it_was(tmp_path, case):
     ({"method": "evva"}, "Did you mean eva?"),
     ({"learning_rate": 1e-3}, "learning_rate=0.001: 'measured' is expected"),
     ({"samples": 0}, "samples=0: a number of examples"),
+    ({"max_batches": 1}, "has no argument max_batches=: the trainer decides that, or samples="),
+    ({"data": "mine"}, "has no argument data=: the trainer decides"),
     ({"replay": 8}, "replay=8: a share from 0 to 1 is expected"),
     ({"replay": True}, "replay=True: a share from 0 to 1"),
     ({"dial": "yes"}, "dial='yes': true or false"),

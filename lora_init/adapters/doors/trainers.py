@@ -28,6 +28,8 @@ from lora_init.private_parts import forget_loader
 
 # Their loss is what the model computes from labels. Other trainers compute their own.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")
+# How SFTTrainer's arguments name the loss that the model computes from labels; those of others have no name for it.
+_OWN_LOSS = (None, "nll", "chunked_nll")
 _KNOWN = ("transformers", "trl", "sentence_transformers")
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
 
@@ -61,7 +63,7 @@ class TrainerDoor:
     def changes_loss(self) -> bool:
         """Whether a function or smoothing of labels stands between the model's loss and the one that is trained by."""
         function = self.trainer.compute_loss_func or vars(self.trainer).get("compute_loss")
-        return bool(function or self.trainer.args.label_smoothing_factor)
+        return bool(function) or not leaves_loss(self.trainer.args)
 
     @property
     def gives_loss(self) -> bool:
@@ -101,12 +103,13 @@ class TrainerDoor:
     def _has_own(self, method: str) -> bool:
         """Return whether a method of the trainer is of one's own, and not of a library that this door knows."""
         function = getattr(self.trainer, method, None)
-        return function is not None and function.__module__.partition(".")[0] not in _KNOWN
+        return function is not None and not _is_known(function)
 
     @property
     def source_of_loss(self) -> str:
-        """The name of the class that says how the loss is computed."""
-        return next(kind.__name__ for kind in type(self.trainer).__mro__ if "compute_loss" in vars(kind))
+        """The name of the library's class that says how the loss is computed; empty where a class of one's own does."""
+        kind = next(kind for kind in type(self.trainer).__mro__ if {"compute_loss", "training_step"} & {*vars(kind)})
+        return kind.__name__ if _is_known(kind) else ""
 
     @contextmanager
     def opened(self, asked: Asked) -> Iterator[tuple[Asked, Iterator[Any]]]:
@@ -211,6 +214,17 @@ def _keep_for_training(trainer: Any) -> None:
     rows = trainer.train_dataset
     if is_used_up(rows) and not trainer.args.dataloader_num_workers:  # workers read copies
         trainer.train_dataset = _Twice(rows)
+
+
+def _is_known(made: Any) -> bool:
+    """Return whether a class or function is of a library whose trainers are known here."""
+    return made.__module__.partition(".")[0] in _KNOWN
+
+
+def leaves_loss(args: Any) -> bool:
+    """Return whether a trainer's arguments leave the loss to the model, as it computes it from labels."""
+    smooths, of_preferences = args.label_smoothing_factor, hasattr(args, "beta")
+    return not smooths and not of_preferences and getattr(args, "loss_type", None) in _OWN_LOSS
 
 
 def is_used_up(rows: Any) -> bool:

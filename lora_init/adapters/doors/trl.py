@@ -12,9 +12,6 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.targets import find_targets
 
-# How an SFTTrainer calls the loss that the model computes from labels; older ones have no name for it.
-_OWN_LOSS = (None, "nll", "chunked_nll")
-
 
 class TRLTrainer(TrainerDoor):
     """SFTTrainer, DPOTrainer and the like."""
@@ -25,9 +22,7 @@ class TRLTrainer(TrainerDoor):
     @property
     def has_plain_loss(self) -> bool:
         """Whether it is an SFTTrainer that trains by the loss of the model."""
-        named = getattr(self.trainer.args, "loss_type", None)
-        plain = self.source_of_loss == "SFTTrainer" and named in _OWN_LOSS and not self.changes_loss
-        return plain or super().has_plain_loss
+        return (self.source_of_loss == "SFTTrainer" and not self.changes_loss) or super().has_plain_loss
 
     def check(self, asked: Asked) -> None:
         """Refuse, too, an adapter on a head by whose weight alone TRL multiplies, as TRL does."""

@@ -278,6 +278,16 @@ class OwnClass(Trainer):
         return torch.optim.SGD, {"lr": args.learning_rate}
 
 
+class Seq2SeqTrainer(Trainer):  # named as one whose loss is known
+    def compute_loss(self, model, inputs, *given, **more):
+        return model(**inputs).logits.square().mean()
+
+
+class OwnStep(Trainer):
+    def training_step(self, *given, **more):
+        return super().training_step(*given, **more)
+
+
 def of_class(kind):
     def make(*given):
         trainer = plain(*given)
@@ -296,6 +306,8 @@ UNMEASURED = {
     "GaLore": (lambda *given: sft(*given, optim="galore_adamw"), "for the optimizer galore_adamw"),
     "DPO": (lambda *given: dpo(*given, peft_config=LoraConfig(**LORA)), "for the loss of DPOTrainer"),
     "a loss of one's own": (with_own_loss, "for the loss of Trainer"),
+    "a class of a known name": (of_class(Seq2SeqTrainer), "for the loss of Seq2SeqTrainer"),
+    "a step of one's own": (of_class(OwnStep), "for the loss of OwnStep"),
 }
 
 
