@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks import public_sweeps, rates, size_of_a, starts, trade_off
+from benchmarks import long_runs, public_sweeps, rates, size_of_a, starts, trade_off
 from benchmarks.size_of_a import Run
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import Effect, effects
@@ -472,6 +472,42 @@ def rank_power() -> tuple[float, float, float]:
 def rank_models() -> int:
     """Count the models of those sweeps."""
     return len(public_sweeps.rank_powers())
+
+
+@cache
+def _long(model: str, task: str, steps: int, **more: Any) -> tuple[dict[float, float], float]:
+    """Return the losses of a sweep of `benchmarks.long_runs` by rate, and the rate that the rule prints."""
+    sweep = long_runs.Sweep(model, task, steps, **more)
+    return long_runs.losses_of(sweep), long_runs.told(sweep)
+
+
+def long_over(model: str, task: str = "boolq", steps: int = 480, **more: Any) -> float:
+    """Return how many times the best rate of a long sweep the rule's is."""
+    losses, rule = _long(model, task, steps, **more)
+    return rule / (long_runs.best_rate(losses) or math.nan)
+
+
+def long_above(model: str, task: str = "boolq", steps: int = 480, at: float | None = None, **more: Any) -> float:
+    """Return how far above the best run of a long sweep the rule's rate ends, or another: in %, between runs."""
+    losses, rule = _long(model, task, steps, **more)
+    return 100 * long_runs.above_best(losses, at or rule) + 0.0
+
+
+def _long_sweeps() -> list[tuple[float, float]]:
+    """List the rate of the rule over the best, and how far above the best run it ends, of all whole long sweeps."""
+    known = [asdict(one) for one in long_runs.SWEEPS if long_runs.best_rate(long_runs.losses_of(one))]
+    return [(long_over(**sweep), long_above(**sweep)) for sweep in known]
+
+
+def long_sweeps() -> int:
+    """Count the long sweeps whose best rate lies inside."""
+    return len(_long_sweeps())
+
+
+def long_judged() -> tuple[float, float, float, float]:
+    """Return for those the least and the most of the rule over the best rate, the rms factor, the most loss above."""
+    over, above = zip(*_long_sweeps(), strict=True)
+    return min(over), max(over), math.exp(math.sqrt(np.mean(np.log(over) ** 2))), max(above)
 
 
 def cited(*numbers: float) -> tuple[float, ...]:

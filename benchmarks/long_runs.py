@@ -114,8 +114,12 @@ def _sweeps() -> Iterator[Sweep]:
 
 
 SWEEPS = tuple(_sweeps())
-# Rates beside the sweeps, as powers: a ninth of SmolLM2's unit is 1.8e-4, near PEFT's usual 2e-4.
-ALSO = ((Sweep("smollm2", "boolq", 480), -2), (Sweep("smollm2", "medmcqa", 480), -2))
+# Runs beside the sweeps, by the power of their rate. A ninth of SmolLM2's unit is 1.8e-4, near PEFT's usual 2e-4.
+# Another seed says how far runs differ that should not.
+ALSO = (
+    (Sweep("smollm2", "boolq", 480), -2), (Sweep("smollm2", "medmcqa", 480), -2),
+    (Sweep("smollm2", "boolq", 480, seed=1), 0),
+)  # fmt: skip
 
 
 def _cut(text: str, length: int) -> str:
@@ -277,8 +281,14 @@ def _claim(claims: Path, sweep: Sweep, power: int) -> bool:
     return True
 
 
-def told(sweep: Sweep, unit: float) -> float:
+def losses_of(sweep: Sweep) -> dict[float, float]:
+    """Return the losses of a sweep by its rates, rising."""
+    return {row["rate"]: loss_of(row) for row in rows_of(sweep)}
+
+
+def told(sweep: Sweep) -> float:
     """Return the rate that the rule prints for such a training, from the one for 48 steps."""
+    unit = float(rows_of(sweep)[0]["unit"])
     return unit * factor(TrainingLength(sweep.steps, sweep.batch, sweep.rows or None))
 
 
@@ -296,12 +306,11 @@ def main() -> None:
     """Print the sweeps that have begun: losses by rate, the best rate, and what the rule says."""
     default, rows = Sweep("", "", 0), []
     for sweep in SWEEPS:
-        measured = rows_of(sweep)
-        losses = {row["rate"]: loss_of(row) for row in measured}
+        losses = losses_of(sweep)
         if not losses:
             continue
         form = [f"{name} {value}" for name, value in asdict(sweep).items() if value != getattr(default, name)]
-        best, rule = best_rate(losses), told(sweep, measured[0]["unit"])
+        best, rule = best_rate(losses), told(sweep)
         shown = [f"{rate:.1e} {loss:.3f}" for rate, loss in losses.items()]
         judged = (
             [f"{best:.1e}", f"{rule:.1e}", f"{rule / best:.2f}", f"{above_best(losses, rule):+.1%}"] if best else []
@@ -319,7 +328,8 @@ def train_all() -> None:
     while True:
         own = [sweep for sweep in SWEEPS if sys.argv[2:] in ([], [sweep.model])]
         wanted = [(sweep, power) for sweep in own if (power := next_power(sweep)) is not None]
-        wanted += [(sweep, power) for sweep, power in ALSO if power not in {row["power"] for row in rows_of(sweep)}]
+        also = [(sweep, power) for sweep, power in ALSO if power not in {row["power"] for row in rows_of(sweep)}]
+        wanted += [(sweep, power) for sweep, power in also if sys.argv[2:] in ([], [sweep.model])]
         found = next(((sweep, power) for sweep, power in wanted if _claim(claims, sweep, power)), None)
         if found is None:
             return

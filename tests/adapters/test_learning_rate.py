@@ -315,7 +315,11 @@ def test_epochs_that_are_said_are_those_that_the_rate_is_divided_by(rows, batch_
     (TrainingLength(18, why="an epoch"), "for 18 steps of 8 (an epoch). The best rate is likely between "),
     (TrainingLength(20), " (extrapolated: measured were 24 to 480 steps)."),
     (TrainingLength(900, 64), " (extrapolated: measured were 24 to 480 steps and steps of at most 32 examples)."),
-    (TrainingLength(480, rows=900), "is not known for such a training, and likely between 8.2e-5 and 2.7e-3: try "),
+    (TrainingLength(480, rows=900), "(4.2 epochs of 900 examples). The best rate is likely between 1.6e-4 and 1.4e-3."),
+    (
+        TrainingLength(1250, rows=1000),
+        "is not known for such a training, and likely between 3.8e-5 and 7.6e-4: try 8e-5 and 3.6e-4 (extrapolated",
+    ),
 ])  # fmt: skip
 def test_the_sentence_names_the_length_the_range_and_what_is_extrapolated(length, words):
     assert words in str(LearningRate(ONE, length))
