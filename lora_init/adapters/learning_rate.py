@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lora_init.statistics.statistics import Sizes
 
 OPTIMIZER, WARMUP, SCHEDULE = "AdamW", 0.1, "cosine"
-SCHEDULES = (SCHEDULE,)  # that rates were measured with, as transformers calls them
+SCHEDULES = (SCHEDULE, "linear")  # that rates were measured with, as transformers calls them
 # Fitted at 48 steps of 8 examples on SmolLM2-135M: what the change is at the best rate, and the growth of A.
 CHANGE, GROWTH = 0.0058, 2.5
 RANK, OVERLAP = 8, 0.25  # at which both were fitted; directions of another number add up only in part
