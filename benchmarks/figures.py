@@ -490,7 +490,7 @@ def long_over(model: str, task: str = "boolq", steps: int = 480, **more: Any) ->
 def long_above(model: str, task: str = "boolq", steps: int = 480, at: float | None = None, **more: Any) -> float:
     """Return how far above the best run of a long sweep the rule's rate ends, or another: in %, between runs."""
     losses, rule = _long(model, task, steps, **more)
-    return 100 * long_runs.above_best(losses, at or rule) + 0.0
+    return round(100 * long_runs.above_best(losses, at or rule), 1) + 0.0
 
 
 def _long_sweeps() -> list[tuple[float, float]]:

@@ -81,10 +81,9 @@ class Response(NamedTuple):
 def factor(length: TrainingLength, new_head: bool = False) -> float:
     """Compute the rate of a training of this length over that of 48 steps, in which no example comes again.
 
-    Where all examples were new, the rate of this law was 0.6 times the best at 48 steps and 0.8 to 0.9 times at 480, on
-    two families and two tasks; after three epochs of 1,000 examples it was 1.1 times the best. A cube root with 1.65
-    times the rate fits these sweeps better, and the others, of 48 steps, worse. Rates of a new head were measured from
-    100 to 400 steps, about three epochs: they fell with the root of the steps.
+    Where all examples were new, the rate of this law was 0.6 to 0.9 times the best at 48 steps and 0.7 to 0.9 times at
+    480, on two families and two tasks; after three epochs of 1,000 examples it was 1.1 and 1.3 times the best. Rates of
+    a new head were measured from 100 to 400 steps, about three epochs: they fell with the root of the steps.
 
     Example:
         >>> round(factor(TrainingLength(480)), 2), round(factor(TrainingLength(480, rows=900)), 2)

@@ -86,7 +86,7 @@ def inspect(
         if merge_type:
             descriptions[-1]["merge"] = describe_merge(path, merge_type, base, statistics, data, reading)
     if not any(one.get("train") for one in descriptions):
-        refuse_idle(offered(Length), "only the rate of an adapter that lora-init made depends on it")
+        refuse_idle(offered(Length), "only the rate of an adapter that is not trained yet depends on it")
 
     def show_all(console: Console, _: Any) -> None:
         for path, description in zip(paths, descriptions, strict=True):

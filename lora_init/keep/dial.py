@@ -218,7 +218,8 @@ def dial(
 
 def turn(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, seed: int, say: Say) -> Dial:
     """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
-    task = _read(as_batches(batches, model, seed), "batches")
+    shifted = shifts_labels(model)
+    task = _read(as_batches(batches, model, seed), "batches", shifted)
     n = count_examples(task)
     if own := keep is None:
         if tokenizer is None:
@@ -227,20 +228,20 @@ def turn(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, 
             )
         wanted = max(n // 2, _LEAST)
         keep = replayed(model, tokenizer, wanted, seed, min(wanted // 3, KEPT_BATCH), say)
-    kept = _read(as_batches(keep, model, seed), "keep")
+    kept = _read(as_batches(keep, model, seed), "keep", shifted)
     if not own:
         texts = _sequences(kept)
         share = len(texts & _sequences(task)) / len(texts)
         if share >= _SHARED:
             raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task. Pass text of another kind.")
-    parts, others = (_thirds(found, rule, seed) for found in (task, kept))
+    parts, others = (_thirds(found, rule, seed, shifted) for found in (task, kept))
     return replace(_search(model, parts, others, rule, say), read=(n, count_examples(kept)))
 
 
 _Parts = tuple[list[Any], list[Any], list[Any]]
 
 
-def _read(batches: Iterable[Any], what: str) -> list[Any]:
+def _read(batches: Iterable[Any], what: str, shifted: bool) -> list[Any]:
     """Read the batches that have labels: all of a list, of a loader the first."""
     if batches is None:
         raise LoraInitError("dial() needs batches of the task, unless {strength} says what to do.", strength=...)
@@ -249,9 +250,9 @@ def _read(batches: Iterable[Any], what: str) -> list[Any]:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise LoraInitError(f"{what}: a batch has no labels [batch, length], as a language model takes them.")
-        if bool((labels[:, 1:] != IGNORED).any()):
+        if _has_label(batch, shifted):
             found.append(batch)
-    check_enough(sum(map(len, map(_examples, found))), what)
+    check_enough(sum(len(_examples(batch, shifted)) for batch in found), what)
     return found
 
 
@@ -261,31 +262,41 @@ def check_enough(n: int, what: str) -> None:
         raise LoraInitError(f"{what}: {n} example{'s' * (n > 1)}, and at least {_LEAST} are needed. Take 36 or more.")
 
 
-def _thirds(batches: list[Any], rule: Rule, seed: int) -> _Parts:
+def _thirds(batches: list[Any], rule: Rule, seed: int, shifted: bool) -> _Parts:
     """Split batches into those to fit, to choose and to report by; where nothing is fitted, or chosen, all others.
 
     Examples are dealt at random: a batch holds some of similar length, and loss and forgetting depend on the length.
     """
     if rule.strength is not None:
         return [], batches, batches
-    examples = [example for batch in batches for example in _examples(batch)]
+    examples = [example for batch in batches for example in _examples(batch, shifted)]
     random.Random(seed).shuffle(examples)
     size = max(len(batch["labels"]) for batch in batches)
     fit, choose, report = (list(_batched(examples[i::3], size, seed)) for i in range(3))
     return fit, fit + choose if rule.uniform else choose, report
 
 
-def _examples(batch: Any) -> list[Any]:
+def _has_label(batch: Any, shifted: bool) -> bool:
+    """Return whether a token of a batch is predicted; a model that shifts labels never predicts the first one."""
+    labels = batch["labels"][:, 1:] if shifted else batch["labels"]
+    return bool((labels != IGNORED).any())
+
+
+def _examples(batch: Any, shifted: bool) -> list[Any]:
     """Split a batch into examples that have labels; one that is not made of rows stays whole."""
     if not _is_of_rows(batch):
         return [batch]
     rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(batch["labels"]))]
-    return [row for row in rows if bool((row["labels"][:, 1:] != IGNORED).any())]
+    return [row for row in rows if _has_label(row, shifted)]
 
 
 def _is_of_rows(batch: Any) -> bool:
     n = len(batch["labels"])
-    return all(isinstance(value, Tensor) and value.dim() > 1 and len(value) == n for value in batch.values())
+    # Positions of text, height and width, [3, batch, length], are no rows, even of three examples.
+    positions = batch.get("position_ids")
+    is_odd = isinstance(positions, Tensor) and positions.dim() == 3
+    rows = [isinstance(value, Tensor) and value.dim() > 1 and len(value) == n for value in batch.values()]
+    return all(rows) and not is_odd
 
 
 def _batched(examples: Iterable[Any], size: int, seed: int) -> Iterator[Any]:

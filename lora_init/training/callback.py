@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -168,10 +168,14 @@ class StartCallback(TrainerCallback):
             optimizer = type(getattr(rest["optimizer"], "optimizer", rest["optimizer"])).__name__
             if self.measured:
                 check_measured(optimizer, is_plain_loss, f"a trainer with {type(args).__name__}")
+                if len({group.get("initial_lr", group["lr"]) for group in rest["optimizer"].param_groups}) > 1:
+                    raise LoraInitError(
+                        "learning_rate='measured': the optimizer has several rates, as LoRA+ has, and nothing was "
+                        "measured for that. Leave it out, and tune them."
+                    )
             init = run(Source(carrier, chain([first], batches)), asked.but(data="training batches"))
             carrier.put(init, "")
-        there = (len(data), len(train_dataloader)) if isinstance(data, Sized) else ()
-        rate = replace(init, length=length_of(args, state.max_steps, *there)).rate
+        rate = replace(init, length=length_of(args, state.max_steps, train_dataloader)).rate
         if self.measured and rate and args.learning_rate:
             _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
         for said in rate.far_off(args, optimizer) if rate and is_plain_loss else ():

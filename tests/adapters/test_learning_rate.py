@@ -211,7 +211,7 @@ def test_an_adapter_of_experts_alone_is_named():
     (2e-3, "AdamWScheduleFree", "cosine", "the learning rate was measured for AdamW, and not for the optimizer AdamWS"),
     (2e-3, "sgd", "cosine", "the learning rate was measured for AdamW, and not for the optimizer sgd"),
     (2e-3, "adamw_torch", "linear", ""),
-    (2e-3, "adamw_torch", "constant", "the learning rate was measured with the schedule cosine and linear, and not with"),
+    (2e-3, "adamw_torch", "constant", "the learning rate was measured with the schedule cosine and linear, and not"),
 ])  # fmt: skip
 def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, schedule, words):
     settings = SimpleNamespace(learning_rate=rate, lr_scheduler_type=schedule)

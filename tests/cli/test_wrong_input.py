@@ -222,7 +222,7 @@ COMMANDS = {
         ["inspect", "trained", "--template", "{x}"], "--template: that is for --data. Leave it out.",
     ),
     "steps of no start": (
-        ["inspect", "trained", "--steps", 300], "--steps: only the rate of an adapter that lora-init made depends on",
+        ["inspect", "trained", "--steps", 300], "--steps: only the rate of an adapter that is not trained yet depends",
     ),
     "one strength for all, twice": (
         ["dial", "trained", "-o", "out", "--strength", "0.8", "--uniform"],

@@ -14,6 +14,7 @@ from lora_init.keep.dial import (
     Rule,
     _change,
     _fits,
+    _is_of_rows,
     example_losses,
     fit_strengths,
     label_losses,
@@ -215,6 +216,19 @@ def test_examples_are_dealt_at_random_whatever_their_length(kind, monkeypatch):
     found, expected = (example_losses(model, batches) for batches in (chain(*once), given[0]))
     found, expected = (sorted(rows[rows[:, 1] > 0].tolist()) for rows in (found, expected))
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=1e-5)  # float32 losses
+
+
+def test_an_example_of_one_target_token_counts_where_labels_are_not_shifted():
+    model, batches = trained_model("encoder-decoder")
+    short = [{**batch, "labels": batch["labels"][:, :1]} for batch in batches]
+    n = sum(len(batch["labels"]) for batch in batches)
+    assert dial(model, short, batches, strength=0.5).read[0] == n
+
+
+def test_positions_of_three_kinds_are_no_rows():
+    ids = torch.ones(3, 4).long()
+    assert _is_of_rows({"input_ids": ids, "labels": ids})
+    assert not _is_of_rows({"input_ids": ids, "labels": ids, "position_ids": torch.ones(3, 3, 4).long()})
 
 
 def test_batches_that_are_not_made_of_rows_are_dealt_whole(monkeypatch):

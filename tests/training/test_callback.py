@@ -179,6 +179,17 @@ def test_the_callback_sets_no_rate_where_none_was_measured(what, said, tmp_path)
     assert made.args.learning_rate == 1e-2
 
 
+def test_the_callback_sets_no_rate_where_the_optimizer_has_several(tmp_path):
+    adapted = model()
+    made = trainer(tmp_path, adapted, lora_init.StartCallback(samples=8, learning_rate="measured"))
+    groups = [
+        {"params": [value for name, value in adapted.named_parameters() if part in name], "lr": rate}
+        for part, rate in ((".lora_A.", 1e-3), (".lora_B.", 1e-2))
+    ]
+    made.optimizer = torch.optim.AdamW(groups)
+    refused("the optimizer has several rates, as LoRA[+] has", made.train)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(rows())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import tee
 from typing import Any
@@ -28,7 +28,7 @@ from lora_init.private_parts import forget_loader
 
 # Their loss is what the model computes from labels. Other trainers compute their own.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")
-# How SFTTrainer's arguments name the loss that the model computes from labels; those of others have no name for it.
+# How arguments name the loss that the model computes from labels; most trainers' have no name for it.
 _OWN_LOSS = (None, "nll", "chunked_nll")
 _KNOWN = ("transformers", "trl", "sentence_transformers")
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
@@ -62,8 +62,9 @@ class TrainerDoor:
     @property
     def changes_loss(self) -> bool:
         """Whether a function or smoothing of labels stands between the model's loss and the one that is trained by."""
-        function = self.trainer.compute_loss_func or vars(self.trainer).get("compute_loss")
-        return bool(function) or not leaves_loss(self.trainer.args)
+        own = {"compute_loss", "training_step"} & {*vars(self.trainer)} or self.trainer.compute_loss_func
+        of_model = getattr(self.carrier.model, "loss_function", None)
+        return bool(own) or not leaves_loss(self.trainer.args) or not (of_model is None or _is_known(of_model))
 
     @property
     def gives_loss(self) -> bool:
@@ -86,7 +87,7 @@ class TrainerDoor:
             given = {"args": args, "dataloader": loader, "total_train_batch_size": examples_of_a_step(args)}
             taken = inspect.signature(counted).parameters  # transformers 4 has the last one
             steps = counted(**{name: given[name] for name in given if name in taken})[-1]
-            return length_of(args, steps, len(rows), len(loader))
+            return length_of(args, steps, loader)
 
     @property
     def optimizer(self) -> str:
@@ -94,7 +95,7 @@ class TrainerDoor:
         if self._has_own("create_optimizer") or self._has_own("get_optimizer_cls_and_kwargs"):
             return f"that {self.name} makes itself"
         made, setting = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args.optim
-        return made[0].__name__ if made else str(getattr(setting, "value", setting))
+        return getattr(made[0], "__name__", str(made[0])) if made else str(getattr(setting, "value", setting))
 
     def check_rate(self) -> None:
         """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""
@@ -108,8 +109,11 @@ class TrainerDoor:
     @property
     def source_of_loss(self) -> str:
         """The name of the library's class that says how the loss is computed; empty where a class of one's own does."""
-        kind = next(kind for kind in type(self.trainer).__mro__ if {"compute_loss", "training_step"} & {*vars(kind)})
-        return kind.__name__ if _is_known(kind) else ""
+        methods = ("compute_loss", "training_step")
+        kind = next(kind for kind in type(self.trainer).__mro__ if {*methods} & {*vars(kind)})
+        # Of a library's class a patch may have put another function in the place of its own.
+        parts = [kind, *(getattr(kind, name) for name in methods if name in vars(kind))]
+        return kind.__name__ if all(map(_is_known, parts)) else ""
 
     @contextmanager
     def opened(self, asked: Asked) -> Iterator[tuple[Asked, Iterator[Any]]]:
@@ -218,7 +222,7 @@ def _keep_for_training(trainer: Any) -> None:
 
 def _is_known(made: Any) -> bool:
     """Return whether a class or function is of a library whose trainers are known here."""
-    return made.__module__.partition(".")[0] in _KNOWN
+    return getattr(made, "__module__", "").partition(".")[0] in _KNOWN
 
 
 def leaves_loss(args: Any) -> bool:
@@ -252,16 +256,19 @@ class _Twice(IterableDataset[Any]):
         return getattr(self.rows, name)
 
 
-def length_of(args: Any, steps: int, rows: int | None = None, n_batches: int = 0) -> TrainingLength:
-    """Describe a training of so many steps by a trainer's arguments, over so many examples in so many batches.
+def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
+    """Describe a training of so many steps by a trainer's arguments and its loader, which may have batches of its own.
 
-    Those that `dataloader_drop_last` leaves out of an epoch do not count.
+    Examples that `dataloader_drop_last` leaves out of an epoch do not count.
     """
-    batch_size = examples_of_a_step(args)
-    if rows and n_batches:
-        rows = min(rows, n_batches * args.train_batch_size * args.world_size)
-        batch_size = min(batch_size, rows)
-    return TrainingLength(int(steps), batch_size, rows)
+    batch_size, data = examples_of_a_step(args), getattr(loader, "dataset", None)
+    if not isinstance(data, Sized) or not len(data):
+        return TrainingLength(int(steps), batch_size)
+    each = args.train_batch_size * args.world_size
+    own = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    each = getattr(loader, "total_batch_size", None) or (own * args.world_size if isinstance(own, int) else each)
+    rows = min(len(data), len(loader) * each) if args.dataloader_drop_last else len(data)
+    return TrainingLength(int(steps), min(each * args.gradient_accumulation_steps, rows), rows)
 
 
 def examples_of_a_step(args: Any) -> int:

@@ -2,12 +2,13 @@
 
 import json
 import re
+import types
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import lora_init
@@ -217,6 +218,31 @@ def test_steps_are_those_that_the_trainer_takes(
     assert length.epochs == pytest.approx(max(1.0, trainer.state.epoch), rel=tolerance)
 
 
+class OwnLoader(Trainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator)
+
+
+class OwnSampler(Trainer):
+    def _get_train_sampler(self, *given):
+        return RandomSampler(self.train_dataset, num_samples=4)
+
+
+@pytest.mark.parametrize("kind", [OwnLoader, OwnSampler])
+def test_the_length_is_that_of_the_loader_whatever_the_arguments_say(kind, tmp_path, tokenizer):
+    trainer = of_class(kind)(tmp_path, tokenizer)
+    assert trainer.args.train_batch_size > 2
+    length, read = TrainerDoor(trainer).length, []
+    inner = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: (
+        read.append(len(inputs["input_ids"])) or inner(model, inputs, *rest)
+    )
+    trainer.train()
+    assert length.steps == trainer.state.max_steps and {length.batch_size} == {*read}
+    assert length.rows == len(trainer.train_dataset)
+    assert length.epochs == pytest.approx(max(1.0, sum(read) / length.rows), rel=0.5)
+
+
 class Stream(IterableDataset):
     """Rows of each epoch of their own, as a trainer that calls `set_epoch` shuffles them."""
 
@@ -278,6 +304,18 @@ class OwnClass(Trainer):
         return torch.optim.SGD, {"lr": args.learning_rate}
 
 
+def with_own_step(*given):
+    trainer = plain(*given)
+    trainer.training_step = types.MethodType(lambda self, model, inputs, *more: model(**inputs).logits.sum(), trainer)
+    return trainer
+
+
+def with_own_model_loss(*given):
+    trainer = plain(*given)
+    trainer.model.loss_function = lambda logits, labels, **more: logits.square().mean()
+    return trainer
+
+
 class Seq2SeqTrainer(Trainer):  # named as one whose loss is known
     def compute_loss(self, model, inputs, *given, **more):
         return model(**inputs).logits.square().mean()
@@ -308,6 +346,8 @@ UNMEASURED = {
     "a loss of one's own": (with_own_loss, "for the loss of Trainer"),
     "a class of a known name": (of_class(Seq2SeqTrainer), "for the loss of Seq2SeqTrainer"),
     "a step of one's own": (of_class(OwnStep), "for the loss of OwnStep"),
+    "a step put in its place": (with_own_step, "for the loss of Trainer"),
+    "a loss of the model's": (with_own_model_loss, "for the loss of Trainer"),
 }
 
 
