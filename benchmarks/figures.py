@@ -494,13 +494,14 @@ def long_above(model: str, task: str = "boolq", steps: int = 480, at: float | No
 
 
 def _long_sweeps() -> list[tuple[float, float]]:
-    """List the rate of the rule over the best, and how far above the best run it ends, of all whole long sweeps."""
-    known = [asdict(one) for one in long_runs.SWEEPS if long_runs.best_rate(long_runs.losses_of(one))]
+    """List the rule's rate over the best, and its loss above the best run, of all whole sweeps of batches of 8."""
+    sweeps = [one for one in long_runs.SWEEPS if one.batch == 8]
+    known = [asdict(one) for one in sweeps if long_runs.best_rate(long_runs.losses_of(one))]
     return [(long_over(**sweep), long_above(**sweep)) for sweep in known]
 
 
 def long_sweeps() -> int:
-    """Count the long sweeps whose best rate lies inside."""
+    """Count the long sweeps of batches of 8 whose best rate lies inside."""
     return len(_long_sweeps())
 
 

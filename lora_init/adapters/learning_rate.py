@@ -36,9 +36,9 @@ STEPS, NEW_HEAD = 48, 4.8
 # How the rate falls with the steps, by a power: on new examples, and for each further epoch. See `factor`.
 FALL, REPEATED, FALL_NEW_HEAD = 1 / 6, 1.0, 0.5
 # What is known of the logarithm of the best rate: its standard deviation around the rule where the rule was measured
-# (65 sweeps), and how that grows for each factor of e in steps, epochs and batch size away from there. For steps and
-# epochs it is how far single sweeps put the powers from FALL and REPEATED; for the batch it is a judgment.
-SPREAD, SPREAD_STEPS, SPREAD_EPOCHS, SPREAD_BATCH = 0.35, 0.1, 0.25, 0.2
+# (65 sweeps), and how that grows for each factor of e in steps, epochs and batch size away from there: how far single
+# sweeps put the powers from FALL, REPEATED, and 0 for the batch.
+SPREAD, SPREAD_STEPS, SPREAD_EPOCHS, SPREAD_BATCH = 0.35, 0.1, 0.25, 0.25
 MEASURED_AT, MEASURED_AT_NEW_HEAD = (48, 1.0), (200, 3.0)  # steps and epochs of most of those sweeps
 UNKNOWN = 4.0  # a range that reaches farther than by this factor says that the rate is not known
 SHORTEST, LONGEST, LARGEST = 24, 480, 32  # steps between which it was measured, and examples in a step
