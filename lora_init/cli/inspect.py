@@ -81,12 +81,13 @@ def inspect(
             descriptions.append(describe(path, length, base))
         if fit is not None:
             descriptions[-1]["fit"], fits = fit, fits and fit["fits"]
-        if intruders:
-            descriptions[-1]["intruders"] = describe_intruders(path, descriptions[-1], base, trust_remote_code)
-        if merge_type:
-            descriptions[-1]["merge"] = describe_merge(path, merge_type, base, statistics, data, reading)
     if not any(one.get("train") for one in descriptions):
         refuse_idle(offered(Length), "only the rate of an adapter that is not trained yet depends on it")
+    for path, about in zip(paths, descriptions, strict=True):
+        if intruders:
+            about["intruders"] = describe_intruders(path, about, base, trust_remote_code)
+        if merge_type:
+            about["merge"] = describe_merge(path, merge_type, base, statistics, data, reading)
 
     def show_all(console: Console, _: Any) -> None:
         for path, description in zip(paths, descriptions, strict=True):

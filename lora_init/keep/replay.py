@@ -29,7 +29,7 @@ _TOPICS = (
 )  # fmt: skip
 _QUESTIONS = [form.format(topic) for topic in _TOPICS for form in _ASKED]
 _BATCH = 32
-TEXTS = 256
+TEXTS = 256  # of the command, too
 LENGTH = 64  # tokens of a text
 
 
