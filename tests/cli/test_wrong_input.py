@@ -133,7 +133,7 @@ COMMANDS = {
     ),
     "columns of text to retain": (
         [*COMPARE, "--report-samples", 12, "--retain-data", "scores2.csv", "--retain-template", "{x}"],
-        "--retain-template '{x}': wrong0/scores2.csv has no column 'x'. Its columns: sentence, score.",
+        "scores2.csv has no column 'x'. Its columns: sentence, score.",
     ),
     "text to retain without a template": (
         [*COMPARE, "--report-samples", 12, "--retain-data", "scores2.csv"],
