@@ -82,6 +82,9 @@ def has_plain_loss(model: Any) -> bool:
     `loss_type` says of them what it says of decoders that shift their labels; since 4.46. What tells them apart is
     which names their forward uses. If it breaks, gradients are taken at the wrong tokens: compare the loss with both.
     """
+    # These three compute it elsewhere. Of 119 heads of transformers 5 that were built tiny no other loss is plain.
+    if type(model).__name__ in ("XLMWithLMHeadModel", "FlaubertWithLMHeadModel", "ProphetNetForCausalLM"):
+        return True
     forward = inspect.unwrap(type(model).forward)
     names = {*forward.__code__.co_names, *forward.__code__.co_varnames}
     shifts = any("shift" in name or name == "loss_function" for name in names)

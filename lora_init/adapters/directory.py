@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,17 @@ CARD_FILE = "README.md"
 ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 _OURS: dict[str, Any] = {"marker": ORIGIN_FILE, "replaceable": (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)}
+
+
+def is_zero_update(a: Tensor | None, b: Tensor) -> bool:
+    """Check whether B A is zero, to the rounding of its type: in PEFT's "orthogonal" neither is. `a` may be unknown."""
+    if not b.any() or (a is not None and not a.any()):
+        return True
+    if a is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        return False
+    first, second = a.double() @ a.double().T, b.double().T @ b.double()  # r x r each
+    product, bound = (first * second).sum(), first.trace() * second.trace()
+    return bool(product <= bound * (1e-6 if a.dtype == torch.float32 else 3e-3) ** 2)
 
 
 class AdapterDirectory:
@@ -132,15 +143,22 @@ class AdapterDirectory:
 
     @property
     def adds_nothing(self) -> bool:
-        """Whether B A is zero in every layer, by B, and in embeddings A; reads them to the first where it is not."""
+        """Whether B A is zero in every layer; reads them to the first where it is not."""
+        return self._all(is_zero_update)
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether B is zero in every layer, or A, as in embeddings."""
+        return self._all(lambda a, b: not b.any() or (a is not None and not a.any()))
+
+    def _all(self, holds: Callable[[Tensor | None, Tensor], bool]) -> bool:
         from safetensors import safe_open
 
         pairs = {(LORA_A, LORA_B), (".lora_embedding_A", ".lora_embedding_B")}
         keys = {key: key.removesuffix(b) + a for key in self.shapes for a, b in pairs if key.endswith(b)}
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
-            return bool(keys) and not any(
-                file.get_tensor(b).any() and (a not in self.shapes or file.get_tensor(a).any()) for b, a in keys.items()
-            )
+            found = ((file.get_tensor(a) if a in self.shapes else None, file.get_tensor(b)) for b, a in keys.items())
+            return bool(keys) and all(holds(a, b) for a, b in found)
 
     @cached_property
     def origin(self) -> dict[str, Any]:

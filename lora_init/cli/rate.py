@@ -45,7 +45,7 @@ def rate(
         raise LoraInitError(f"{adapter} does not name its base model. Pass --base.")
     if not loading.trust_remote_code:
         check_fit(adapter, base).check()
-    if not directory.adds_nothing:
+    if not directory.has_zeros:
         remedy = "`lora-init inspect` has its rate." if directory.is_start else "Name the adapter before its training."
         raise LoraInitError(f"{adapter}: B is not zero, and the rule is for adapters before training. {remedy}")
     source = open_model(base, trust_remote_code=loading.trust_remote_code)

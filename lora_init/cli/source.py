@@ -28,7 +28,7 @@ from lora_init.collection.collect import OtherSettingsError, check_targets
 from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
-from lora_init.layers.identity import dtype_of, fingerprint
+from lora_init.layers.identity import differing_config, dtype_of, fingerprint, model_config
 from lora_init.layers.targets import HEADS, find_targets
 from lora_init.loading.models import LoadedModel, ModelSource, find_device, open_model
 from lora_init.planning.allocate import allocate_ranks
@@ -227,6 +227,10 @@ def _check_made_for(stats: Statistics, model: nn.Module, asked: Asked) -> None:
     if made.fingerprint != fingerprint(model):
         origin = f"{made.model_class} {made.model_id}".strip()
         raise LoraInitError(f"{stats.path} was made from another model ({origin}). Name the file of this one.")
+    if odd := differing_config(made.settings, model_config(model)):
+        raise LoraInitError(
+            f"{stats.path} was made from this model with {odd} in config.json. Make it anew: name DATA."
+        )
     if given(("dtype",)) and made.settings.get("dtype", dtype_of(model)) != dtype_of(model):
         raise LoraInitError(f"{stats.path} was made in {made.settings['dtype']}. Leave --dtype out, or name DATA.")
     found = find_targets(model, **vars(asked.layers))

@@ -28,7 +28,7 @@ from lora_init.collection.settings import Position, read_settings
 from lora_init.errors import LoraInitError, LoraInitWarning, explain
 from lora_init.files import check_writable, locked
 from lora_init.layers.grid import one_line_each, some, span
-from lora_init.layers.identity import count_parameters, dtype_of, fingerprint
+from lora_init.layers.identity import count_parameters, dtype_of, fingerprint, model_config
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import Forward, call_model
 from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets, new_heads
@@ -231,6 +231,7 @@ def collect(
         "max_batches": int(max_batches),
         "tolerance": float(tolerance),
         "forward": _name_of(forward),
+        **model_config(model),
     }
     if gradients:
         settings["loss"] = _name_of(loss)

@@ -300,7 +300,7 @@ _FREE = (
     "folds",
 )
 # Hashes and the like by name. Older directories may lack these: the keys that both have must match.
-_HASHES = ("examples", "own", "packages", "recommended")
+_HASHES = ("examples", "config", "own", "packages", "recommended")
 
 
 @dataclass

@@ -47,7 +47,7 @@ from lora_init.comparison.training import Score, Training, TrainingResult, evalu
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.keep.dial import strengths
-from lora_init.layers.identity import dtype_of, fingerprint
+from lora_init.layers.identity import dtype_of, fingerprint, model_config
 from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.layers.wrappers import quantization_of
 from lora_init.loading.batches import Batches, load_other
@@ -165,6 +165,7 @@ class Workbench:
             "model": model,
             "model_class": type(self.loaded.model).__name__,
             "fingerprint": fingerprint(self.loaded.model),
+            "config": model_config(self.loaded.model),
             "data": self.task.data,
             "folds": self.folds,
             "normalize": self.task.normalize,
@@ -203,7 +204,7 @@ class Workbench:
         model, shape = self.loaded.model, self.shape
         batches = list(self._batches(seed, 0, self.n_batches(n_batches)))
         # Its name says what it is made of, so that a file of another model, other data or layers is never taken.
-        made_of = [fingerprint(model), dtype_of(model), shape.target_modules, shape.rank, batches]
+        made_of = [fingerprint(model), model_config(model), dtype_of(model), shape.target_modules, shape.rank, batches]
         file = self.directory / "statistics" / f"seed{seed}-{kind}-{digest_of(made_of)[:12]}.safetensors"
         if not file.exists():  # workers that come here together write the same
             collect(

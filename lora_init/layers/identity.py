@@ -1,8 +1,11 @@
-"""Which model this is: a fingerprint of its weights, and how many parameters it has."""
+"""Which model this is: a fingerprint of its weights, what its configuration computes, how many parameters it has."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,3 +42,38 @@ def fingerprint(model: nn.Module) -> str:
             values = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
             digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+# Names in a configuration that change nothing of what a layer reads: whence it comes, how it is stored or answers, what
+# only training uses, and labels.
+_IDLE = re.compile(
+    r"_|(name_or_path|architectures|transformers_version|(torch_)?dtype|use_cache|return_dict|(id2label|label2id)|"
+    r"problem_type|quantization_config|initializer_\w+|output_\w+|\w+_token_id|\w*dropout\w*|\w*_pdrop)$"
+)
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's configuration says of how it computes, such as `{"config.rms_norm_eps": 1e-05}`.
+
+    A fingerprint knows the weights alone; the same weights with another `rope_theta` give other inputs to each layer.
+    Entries of a nested configuration have names with dots.
+    """
+    to_dict = getattr(getattr(unwrapped(model), "config", None), "to_dict", None)
+    return dict(_flat("config", to_dict())) if to_dict else {}
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not _IDLE.match(str(key)):
+                yield from _flat(f"{name}.{key}", inner)
+    elif isinstance(value, (bool, int, float, str, list, tuple)):
+        yield name, list(value) if isinstance(value, tuple) else value
+
+
+def differing_config(recorded: Any, config: Mapping[str, Any]) -> str:
+    """Return in words the first entry of a configuration that a record has otherwise; empty if all agree."""
+    for name, value in config.items():
+        if isinstance(recorded, Mapping) and recorded.get(name, value) != value:
+            return f"{name.removeprefix('config.')} {recorded[name]!r:.60} instead of {value!r:.60}"
+    return ""

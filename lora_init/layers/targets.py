@@ -32,17 +32,22 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def count_linear(model: nn.Module, names: Iterable[str], task_type: str | None = None) -> int:
+def count_linear(model: nn.Module, names: Collection[str], task_type: str | None = None) -> int:
     """Count the layers that `"all-linear"` means, also where some have an adapter or are trained whole.
 
-    They are those of the part of the model that holds the named ones: a language model without the vision before it.
+    They are those of the part of the model that holds the blocks of the named ones: a language model without the vision
+    before it. Layers outside blocks, as a pooler, are of the whole model.
     """
     model, heads = unwrapped(model), HEADS.get(task_type or "", ())
-    # Of one layer or one block the part is what its block is a part of, as it is of two.
+    modules = plain_names(model)
     steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    part = [step[0] for step in takewhile(lambda step: len({*step}) == 1 and not step[0].isdecimal(), steps)]
+    common = [step[0] for step in takewhile(lambda step: len({*step}) == 1, steps)]
+    # The part owns the list of blocks, so one block or one kind of layer, as XLM's attentions, is of the same part.
+    owners = [modules.get(owner) for owner in accumulate(common, "{}.{}".format)]
+    lists = (n for n, owner in enumerate(owners) if isinstance(owner, (nn.ModuleList, nn.Sequential)))
+    part = common[: next(lists, len(common) if len(names) > 1 else 0)]
     others = (".lora_", ".modules_to_save.", ".original_module")
-    linear = _linear(model, plain_names(model))
+    linear = _linear(model, modules)
     counted = (name for name in linear if not any(other in name for other in others) and not is_in(name, heads))
     return sum(name.split(".")[: len(part)] == part for name in counted)
 

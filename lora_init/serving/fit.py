@@ -19,7 +19,7 @@ import torch
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory, form_of
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.files import as_path
-from lora_init.layers.identity import count_parameters, fingerprint
+from lora_init.layers.identity import count_parameters, differing_config, fingerprint, model_config
 from lora_init.layers.targets import PREFIX
 from lora_init.layers.wrappers import plain_name
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, find_tensors
@@ -358,6 +358,8 @@ def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | s
         if known == here and (found := _fingerprint(model, tensors)):
             if made.get("fingerprint") not in (None, found):
                 yield Misfit("base", str(adapter.path), f"is for a base of the same form {_OTHER_WEIGHTS}.")
+            elif odd := differing_config(made.get("settings"), model_config(model)):
+                yield f"The adapter was made for this base with {odd} in its config.json: that changes what it reads."
             return
     yield from _of_named_base(adapter, source, config, tensors)
 

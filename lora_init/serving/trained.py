@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_init.adapters.directory import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, AdapterDirectory, carried, start_digest
+from lora_init.adapters.directory import (
+    CONFIG_FILE,
+    ORIGIN,
+    WEIGHTS_FILE,
+    AdapterDirectory,
+    carried,
+    is_zero_update,
+    start_digest,
+)
 from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import is_as_written, read_json
@@ -112,8 +120,8 @@ class Trained:
 
     @property
     def adds_nothing(self) -> bool:
-        """Whether B A is zero in every layer, as before training: PEFT begins with B at zero, in embeddings with A."""
-        return not any(bool(layer.a.any()) and bool(layer.b.any()) for layer in self.layers.values())
+        """Whether B A is zero in every layer, as before training."""
+        return all(is_zero_update(layer.a, layer.b) for layer in self.layers.values())
 
     @property
     def scaling(self) -> float:

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 
 from lora_init.errors import LoraInitError
+from lora_init.layers.identity import differing_config
 from lora_init.layers.rows import expert_group
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_triplets, product_svd
 from lora_init.statistics.spectrum import Moments, Spectrum, freeze, principal_directions
@@ -168,6 +169,9 @@ def _check_alike(first: Statistics, other: Statistics, first_name: str, other_na
             f"{other_name} was made from another model ({two.model}) than {first_name} ({one.model}). "
             "Merge statistics of one model."
         )
+    config = {name: value for name, value in one.settings.items() if name.startswith("config.")}
+    if entry := differing_config(two.settings, config):
+        raise LoraInitError(f"{other_name} was made with {entry} of {first_name} in config.json. Collect both alike.")
     # With gradients, labels count at other rows.
     for setting in (*_ALIKE, "gradients") if one.token_mask == "labels" else _ALIKE:
         if getattr(one, setting) != getattr(two, setting):

@@ -1,6 +1,7 @@
 """The learning rate from one forward pass: the rule against brute force, the pass against the rule, wrong input."""
 
 import math
+from collections import OrderedDict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import XLMConfig, XLMModel
 
 import lora_init
 from lora_init import build_adapter, collect, learning_rate
@@ -120,6 +122,13 @@ def test_the_rate_rises_with_the_root_of_one_over_the_share_of_the_layers(llama,
     both = nn.ModuleDict({"vision": tiny_llama().model, "text": tiny_llama().model})
     names = [*find_targets(both).layers]
     assert [count_linear(both, part) for part in (names, names[14:], names[:2], names[:1])] == [28, 14, 14, 14]
+    # Blocks may be named, and stand in several lists; a pooler is a part of the whole.
+    named = nn.Sequential(OrderedDict((f"block_{letter}", nn.Linear(4, 4)) for letter in "abc"))
+    assert count_linear(nn.ModuleDict({"encoder": named, "head": nn.Linear(4, 4)}), ["encoder.block_a"]) == 4
+    xlm = XLMModel(XLMConfig(vocab_size=20, emb_dim=8, n_layers=3, n_heads=2))
+    assert count_linear(xlm, [f"attentions.{i}.q_lin" for i in range(3)]) == 18
+    bert = tiny_bert(None)
+    assert count_linear(bert, ["pooler.dense"]) == count_linear(bert, find_targets(bert).layers) == 13
 
 
 @pytest.mark.parametrize("method", ["random", "eva"])

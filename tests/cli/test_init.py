@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -283,6 +284,18 @@ def test_without_data_a_file_that_does_not_serve_is_refused_and_kept(command, tm
     assert result.exit_code == 1
     assert all(part in result.stderr for part in parts), result.stderr
     assert file.read_bytes() == before
+
+
+def test_a_file_does_not_serve_the_same_weights_that_compute_otherwise(command, tmp_path):
+    file, config = tmp_path / "s.safetensors", tmp_path / "model" / "config.json"
+    shutil.copytree(command[1], config.parent)
+    command[1] = str(config.parent)
+    assert run(*command, "--statistics", file).exit_code == 0
+    config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 5.0'))
+    result = run(*without_data(command), "--statistics", file, "--overwrite")
+    assert_one_line_error(
+        result, f"{file} was made from this model with rope_parameters.rope_theta 10000.0 instead of 5.0 in config.json"
+    )
 
 
 def test_the_same_command_uses_the_file_and_another_one_is_refused(command, tmp_path):

@@ -144,6 +144,14 @@ def test_a_trained_adapter_is_told_no_rate_that_nothing_can_measure(made, home, 
         assert lora_init.export_adapter(path, tmp_path / f"{fill} exported").notes[:1] == (
             ("B A is zero in every layer: the adapter was never trained, and changes nothing.",) if untrained else ()
         )
+    # In PEFT's "orthogonal" neither is zero, and B A is, to the rounding of its type.
+    for dtype in ("float32", "bfloat16"):
+        path = trained_like(home, tmp_path / dtype, None, target_modules=["q_proj"], init_lora_weights="orthogonal")
+        file = path / "adapter_model.safetensors"
+        save_file({key: one.to(getattr(torch, dtype)) for key, one in load_file(file).items()}, file)
+        assert json.loads(run("inspect", path, "--json").stdout)["untrained"] is True
+        assert "was never trained" in lora_init.export_adapter(path, tmp_path / f"{dtype} exported").notes[0]
+        assert_one_line_error(run("rate", path, home / "text.txt"), "B is not zero, and the rule is for adapters")
     path = tmp_path / "None"
     assert_one_line_error(run("dial", path, "--strength", 0.5, "-o", tmp_path / "out"), "so it was never trained")
 

@@ -133,6 +133,15 @@ def test_other_settings_data_and_models_are_refused(complete, changes, expected,
     assert file.read_bytes() == content and counting.n == 0
 
 
+def test_the_same_weights_that_compute_otherwise_are_another_model(tmp_path):
+    """A context extended in config.json leaves the weights as they were, and changes what each layer reads."""
+    file, other = tmp_path / "stats", model()
+    collect(model(), batches_for("llama"), statistics=file, **SETTINGS)
+    other.config.rope_parameters["rope_theta"] = 5.0
+    with pytest.raises(OtherSettingsError, match=r"with config.rope_parameters.rope_theta 10000.0, and 5.0 is asked"):
+        collect(other, batches_for("llama"), statistics=file, **SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("token_mask", "complete", "used"),
     [("attention", True, True), ("attention", False, False), ("labels", True, False)],

@@ -1,5 +1,7 @@
 """One run of a comparison: what it reads, trains and leaves; full weights, classifiers, the settings of a machine."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -48,6 +50,7 @@ def does_not_fit(model, seed):
     [
         dict(data="other.jsonl"),
         dict(model="other"),
+        dict(model="rotated"),
         dict(dtype="bfloat16"),
         dict(target_modules="attention"),
         dict(rank=1),
@@ -61,6 +64,10 @@ def test_statistics_of_a_first_try_are_taken_for_the_same_alone(home, tmp_path, 
     if not (home / "other").exists():
         torch.manual_seed(5)
         save_model(tiny_llama(), home / "other")
+        shutil.copytree(home / "llama", home / "rotated")  # the same weights
+        text = (home / "rotated" / "config.json").read_text()
+        assert '"rope_theta": 10000.0' in text
+        (home / "rotated" / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 5.0'))
         lines = (home / "rows.jsonl").read_text().splitlines()
         (home / "other.jsonl").write_text("\n".join(lines[::-1][:80]))
     second = dict(starts=("random", "eva"), learning_rates=None, seeds=1, extend=0, full=False)

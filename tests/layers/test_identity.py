@@ -1,12 +1,13 @@
 """What tells models apart."""
 
 import copy
+import json
 from collections import OrderedDict
 
 import torch
 from torch import nn
 
-from lora_init.layers.identity import fingerprint
+from lora_init.layers.identity import differing_config, fingerprint, model_config
 from tests.conftest import tiny_llama
 
 
@@ -19,3 +20,23 @@ def test_fingerprints_tell_names_shapes_and_values_apart_but_not_precisions():
     assert fingerprint(model) != fingerprint(other)
     assert fingerprint(tiny_llama(num_hidden_layers=1)) != fingerprint(model)
     assert fingerprint(nn.Sequential(OrderedDict(a=layer))) != fingerprint(nn.Sequential(OrderedDict(b=layer)))
+
+
+def test_a_configuration_is_known_by_what_it_computes():
+    """The record of one that computes otherwise differs; of one that is stored or named otherwise, it does not."""
+    model = tiny_llama()
+    recorded = json.loads(json.dumps(model_config(model)))
+    assert differing_config(recorded, model_config(model)) == ""
+    assert differing_config({}, model_config(model)) == differing_config("x", model_config(model)) == ""  # no record
+    for name, value in dict(
+        _name_or_path="x", dtype="bfloat16", use_cache=False, attention_dropout=0.5, eos_token_id=7,
+        architectures=["A"], id2label={0: "a"}, initializer_range=0.5,
+    ).items():  # fmt: skip
+        setattr(model.config, name, value)
+    assert differing_config(recorded, model_config(model)) == ""
+    model.config.rms_norm_eps = 0.25
+    assert differing_config(recorded, model_config(model)) == "rms_norm_eps 1e-06 instead of 0.25"
+    model.config.rms_norm_eps = 1e-6
+    model.config.rope_parameters["rope_theta"] = 5.0
+    assert differing_config(recorded, model_config(model)) == "rope_parameters.rope_theta 10000.0 instead of 5.0"
+    assert model_config(nn.Linear(2, 2)) == {}

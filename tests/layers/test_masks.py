@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from transformers import XLMConfig, XLMWithLMHeadModel
 
 from lora_init import LoraInitError, collect
 from lora_init.layers.masks import TokenMasks, shifts_labels
@@ -159,6 +160,11 @@ def test_which_models_shift():
     shifting = [shifts_labels(build()) for build in models]
     assert shifting == [True, True, False, False, False, False]
     assert not shifts_labels(nn.Linear(2, 2)) and not shifts_labels(tiny_bert(None))
+    torch.manual_seed(0)
+    xlm, ids = XLMWithLMHeadModel(XLMConfig(vocab_size=20, emb_dim=8, n_layers=1, n_heads=2)).eval(), torch.arange(3, 9)
+    with torch.no_grad():
+        found = xlm(ids[None], labels=ids[None])
+    assert torch.isclose(found.loss, nn.functional.cross_entropy(found.logits[0], ids)) and not shifts_labels(xlm)
 
 
 def test_labels_on_padding_are_refused_where_a_loss_is_computed():

@@ -342,7 +342,13 @@ def test_inspect_says_what_fits_by_its_exit_status(bases, tmp_path):
 
 def test_an_adapter_fits_the_tied_base_that_it_was_made_for(bases, tmp_path):
     lora_init.initialize(load(bases / "tied"), batches_for("llama"), rank=4).save_pretrained(tmp_path / "a")
-    assert not check_fit(tmp_path / "a", str(bases / "tied")).misfits
+    found = check_fit(tmp_path / "a", str(bases / "tied"))
+    assert not found.misfits and not any("config.json" in note for note in found.notes)
+    rotated = load(bases / "tied")
+    rotated.config.rope_parameters["rope_theta"] = 5.0
+    rotated.save_pretrained(tmp_path / "rotated")
+    found = check_fit(tmp_path / "a", str(tmp_path / "rotated"))
+    assert any("with rope_parameters.rope_theta 10000.0 instead of 5.0" in note for note in found.notes)
     other = load(bases / "tied")
     other.model.embed_tokens.weight.data.add_(1)
     other.save_pretrained(tmp_path / "other")

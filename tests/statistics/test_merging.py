@@ -339,9 +339,11 @@ def test_bad_weights(shards):
 
 
 def test_parts_that_do_not_fit(shards, tmp_path):
-    a = shards[0]
+    a, rotated = shards[0], llama()
+    rotated.config.rope_parameters["rope_theta"] = 5.0
     torch.manual_seed(1)
     for other, words in (
+        (passed(rotated), r"part 2 was made with rope_parameters.rope_theta 5.0 instead of 10000.0 of part 1"),
         (passed(tiny_llama()), r"part 2 was made from another model \(LlamaForCausalLM\) than part 1"),
         (passed(center=False), "part 2 was made with center=False, part 1 with center=True"),
         (passed(token_mask="labels"), "token_mask='labels', part 1 with token_mask='attention'"),
