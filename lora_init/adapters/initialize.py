@@ -137,7 +137,7 @@ def initialize(
     if learning_rate and init.rate:
         door.trainer.args.learning_rate = init.rate.rate
     if door.is_measured and init.rate:
-        for said in init.rate.far_off(door.trainer.args, door.optimizer):
+        for said in init.rate.far_off(door.trainer.args, door.optimizer, door.schedule):
             warnings.warn(said, stacklevel=2)
     if asked.run.progress is not False and door.trainer.is_world_process_zero():
         made, ranks = init.provenance, sorted(init.ranks.values())

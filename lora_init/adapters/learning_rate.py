@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
 from lora_init.errors import LoraInitError
+from lora_init.private_parts import is_schedule
 
 if TYPE_CHECKING:
     from lora_init.statistics.statistics import Sizes
@@ -230,11 +231,11 @@ class LearningRate:
         measured = " and ".join(filter(None, [steps, batch]))
         return f" (extrapolated: measured were {measured})" if measured else ""
 
-    def far_off(self, settings: Any, optimizer: str) -> list[str]:
+    def far_off(self, settings: Any, optimizer: str, schedule: str) -> list[str]:
         """Compare with a trainer's arguments: a line where nothing was measured, and for a rate beyond three times."""
         if not is_adamw(optimizer):
             return [f"the learning rate was measured for AdamW, and not for the optimizer {optimizer}: tune it."]
-        schedule, lines = str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type)), []
+        lines = []
         if schedule not in SCHEDULES:
             known = " and ".join(SCHEDULES)
             lines.append(f"the learning rate was measured with the schedule {known}, and not with {schedule}: tune it.")
@@ -246,6 +247,15 @@ class LearningRate:
                 "learning_rate='measured'."
             )
         return lines
+
+
+def schedule_of(settings: Any, scheduler: Any = None) -> str:
+    """Name the schedule of a trainer's arguments, with its own settings; one that they did not make by its class."""
+    name = str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type))
+    if scheduler is not None and name in SCHEDULES and not is_schedule(scheduler, name):
+        return type(getattr(scheduler, "scheduler", scheduler)).__name__
+    own = ", ".join(f"{key}={value}" for key, value in (settings.lr_scheduler_kwargs or {}).items())
+    return f"{name} ({own})" if own else name
 
 
 def training_in_words(rate: LearningRate | None, asked: float | None = None) -> str:

@@ -21,7 +21,7 @@ from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
 from lora_init.adapters.doors.carriers import InPlace, Wrapped
 from lora_init.adapters.doors.trainers import examples_of_a_step, is_used_up, leaves_loss, length_of, undisturbed
-from lora_init.adapters.learning_rate import check_measured
+from lora_init.adapters.learning_rate import check_measured, schedule_of
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.adapters.pipeline import Source, choose, run
 from lora_init.adapters.starts import DEFAULT
@@ -178,7 +178,8 @@ class StartCallback(TrainerCallback):
         rate = replace(init, length=length_of(args, state.max_steps, train_dataloader)).rate
         if self.measured and rate and args.learning_rate:
             _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
-        for said in rate.far_off(args, optimizer) if rate and is_plain_loss else ():
+        schedule = schedule_of(args, rest.get("lr_scheduler"))
+        for said in rate.far_off(args, optimizer, schedule) if rate and is_plain_loss else ():
             warnings.warn(said, stacklevel=2)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
         _say(state, f"{what}; the learning rate is {args.learning_rate:.2g}.")

@@ -9,11 +9,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import XLMConfig, XLMModel
+from transformers import TrainingArguments, XLMConfig, XLMModel, get_scheduler
 
 import lora_init
 from lora_init import build_adapter, collect, learning_rate
-from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, factor, response
+from lora_init.adapters.learning_rate import (
+    CHANGE,
+    GROWTH,
+    NEW_HEAD,
+    LearningRate,
+    Response,
+    factor,
+    response,
+    schedule_of,
+)
 from lora_init.adapters.training_length import TrainingLength
 from lora_init.layers.targets import count_linear, find_targets
 from lora_init.statistics.statistics import Sizes
@@ -223,9 +232,26 @@ def test_an_adapter_of_experts_alone_is_named():
     (2e-3, "adamw_torch", "constant", "the learning rate was measured with the schedule cosine and linear, and not"),
 ])  # fmt: skip
 def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, schedule, words):
-    settings = SimpleNamespace(learning_rate=rate, lr_scheduler_type=schedule)
-    said = LearningRate(ONE, TrainingLength(48)).far_off(settings, optimizer)
+    settings = SimpleNamespace(learning_rate=rate)
+    said = LearningRate(ONE, TrainingLength(48)).far_off(settings, optimizer, schedule)
     assert len(said) == bool(words) and all(line.startswith(words) for line in said)
+
+
+@pytest.mark.parametrize(("name", "more", "made_by", "expected"), [
+    ("cosine", {}, "cosine", "cosine"),
+    ("linear", None, "linear", "linear"),
+    ("cosine", {"num_cycles": 3}, "cosine", "cosine (num_cycles=3)"),
+    ("cosine", {}, "linear", "LambdaLR"),  # by a method of one's own
+    ("cosine", {}, torch.optim.lr_scheduler.ConstantLR, "ConstantLR"),
+    ("cosine_with_restarts", {}, "cosine_with_restarts", "cosine_with_restarts"),
+])  # fmt: skip
+def test_a_schedule_is_what_multiplies_the_rate_and_not_what_the_arguments_are_called(name, more, made_by, expected):
+    settings = TrainingArguments(lr_scheduler_type=name, lr_scheduler_kwargs=more)
+    adam = torch.optim.AdamW(nn.Linear(1, 1).parameters())
+    made = get_scheduler(made_by, adam, 1, 8, more or {}) if isinstance(made_by, str) else made_by(adam)
+    assert schedule_of(settings, made) == expected
+    if made_by == name:
+        assert schedule_of(settings) == expected
 
 
 def test_a_frozen_a_wants_a_higher_rate():

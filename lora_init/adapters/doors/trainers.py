@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
-from lora_init.adapters.learning_rate import check_measured
+from lora_init.adapters.learning_rate import check_measured, schedule_of
 from lora_init.adapters.starts import DEFAULT
 from lora_init.adapters.training_length import TrainingLength
 from lora_init.errors import LoraInitError
@@ -96,6 +96,13 @@ class TrainerDoor:
             return f"that {self.name} makes itself"
         made, setting = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args.optim
         return getattr(made[0], "__name__", str(made[0])) if made else str(getattr(setting, "value", setting))
+
+    @property
+    def schedule(self) -> str:
+        """The schedule of its rate, see `schedule_of`; or that a method of one's own makes it."""
+        if self._has_own("create_scheduler"):
+            return f"that {self.name} makes itself"
+        return schedule_of(self.trainer.args, self.trainer.lr_scheduler)
 
     def check_rate(self) -> None:
         """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""

@@ -360,6 +360,27 @@ def test_a_rate_is_not_set_where_none_was_measured(kind, tmp_path, tokenizer):
     assert trainer.args.learning_rate == 1e-2
 
 
+class OwnSchedule(Trainer):
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer or self.optimizer)
+        return self.lr_scheduler
+
+
+@pytest.mark.parametrize("kind", [Trainer, OwnSchedule, "given"])
+def test_a_schedule_that_the_arguments_do_not_name_is_told_of(kind, tmp_path, tokenizer, recwarn):
+    given = kind == "given"
+    trainer = of_class(Trainer if given else kind)(tmp_path, tokenizer)
+    if given:
+        trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(torch.optim.AdamW(trainer.model.parameters()))
+    lora_init.initialize(trainer, rank=4, learning_rate="measured", progress=False)
+    said = [str(one.message) for one in recwarn if "measured with the schedule" in str(one.message)]
+    of = {Trainer: [], OwnSchedule: ["that OwnSchedule makes itself"], "given": ["ConstantLR"]}[kind]
+    schedules = [
+        f"the learning rate was measured with the schedule cosine and linear, and not with {one}" for one in of
+    ]
+    assert [line.removesuffix(": tune it.") for line in said] == schedules
+
+
 def trained(trainer):
     trainer.train()
     return trainer
