@@ -62,7 +62,7 @@ def rate_text(rate: float) -> str:
 def is_adamw(optimizer: str) -> bool:
     """Check, by the name of its setting or class, whether an optimizer is one that rates were measured for."""
     kinds = "(_?(torch|hf|apex|fused|xla|npu|anyprecision|bnb|4bit|8bit|32bit|fp8))*"  # which compute the same
-    return re.fullmatch(f"(paged_?|anyprecision)?adamw{kinds}|(fused)?adam", optimizer.lower()) is not None
+    return re.fullmatch(f"(paged_?|anyprecision|fused)?adamw?{kinds}", optimizer.lower()) is not None
 
 
 def check_measured(optimizer: str, is_plain_loss: bool, trainer: str) -> None:

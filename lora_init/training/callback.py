@@ -154,6 +154,12 @@ class StartCallback(TrainerCallback):
                 f"the data are a stream ({type(data).__name__}), of which training would miss what is read before. Use "
                 "a data set with a length, or make the adapter by `lora-init init`."
             )
+        optimizer = getattr(rest["optimizer"], "optimizer", rest["optimizer"])  # accelerate's holds the one that steps
+        if "deepspeed" in f"{type(rest['optimizer']).__module__}.{type(optimizer).__module__}":
+            raise LoraInitError(
+                "DeepSpeed has its own copy of the weights by now, which would undo a start at the first step. Make "
+                "the adapter by `lora-init init`, and train that."
+            )
         each = args.train_batch_size * args.world_size
         asked = self.asked.but(max_batches=math.ceil(self.samples / each))
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
@@ -164,10 +170,8 @@ class StartCallback(TrainerCallback):
                     f"method={asked.start.name!r}: a start from gradients needs the gradient of the training loss, and "
                     f"this one is not what the model computes from labels. Take method={DEFAULT!r}."
                 )
-            # accelerate's holds the one that steps
-            optimizer = type(getattr(rest["optimizer"], "optimizer", rest["optimizer"])).__name__
             if self.measured:
-                check_measured(optimizer, is_plain_loss, f"a trainer with {type(args).__name__}")
+                check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
                 if len({group.get("initial_lr", group["lr"]) for group in rest["optimizer"].param_groups}) > 1:
                     raise LoraInitError(
                         "learning_rate='measured': the optimizer has several rates, as LoRA+ has, and nothing was "
@@ -179,7 +183,7 @@ class StartCallback(TrainerCallback):
         if self.measured and rate and args.learning_rate:
             _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
         schedule = schedule_of(args, rest.get("lr_scheduler"))
-        for said in rate.far_off(args, optimizer, schedule) if rate and is_plain_loss else ():
+        for said in rate.far_off(args, type(optimizer).__name__, schedule) if rate and is_plain_loss else ():
             warnings.warn(said, stacklevel=2)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
         _say(state, f"{what}; the learning rate is {args.learning_rate:.2g}.")

@@ -249,6 +249,19 @@ WRONG = {
 }
 
 
+def test_deepspeed_which_would_undo_a_start_is_refused(tmp_path):
+    """It copies the weights before training begins, and writes its copy over them at each step."""
+    made, kind = trainer(tmp_path, model()), type("DeepSpeedOptimizerWrapper", (torch.optim.AdamW,), {})
+    kind.__module__ = "accelerate.utils.deepspeed"
+    before = copy.deepcopy(made.model.state_dict())
+    words = refused(
+        "", lora_init.StartCallback(samples=8).on_train_begin, made.args, made.state, made.control, model=made.model,
+        train_dataloader=made.get_train_dataloader(), optimizer=kind(made.model.parameters()),
+    )  # fmt: skip
+    assert "DeepSpeed has its own copy of the weights" in words
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+
+
 @pytest.mark.parametrize("case", WRONG)
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_started_is_one_line_and_stays_as_it_was(tmp_path, case):
