@@ -1,19 +1,29 @@
-"""Runs on real engines: two nodes of Ray, two workers of Dask, jobs of submitit. All wait for events alone."""
+"""Runs on real engines: two nodes of Ray, two workers of Dask, jobs of submitit. All wait for events alone.
+
+To import takes nine seconds of a processor. So Dask's workers and submitit's jobs are forked from a server that has
+imported all, and Ray's two workers do all tests, of which the last one kills the second of them.
+"""
 
 import os
 import random
 import re
+import runpy
 import select
+import shlex
 import signal
 import sys
 import threading
 from collections import Counter
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.connection import Listener, wait
 from pathlib import Path
 from types import SimpleNamespace
 
+import dask as dask_itself
 import pytest
 import submitit
 from distributed import LocalCluster
@@ -31,6 +41,7 @@ from lora_init.errors import LoraInitError
 from tests.comparison.made import again, compare, set_up_bench, without_clock
 from tests.comparisons import record, settings
 from tests.conftest import refused
+from tests.processes import FORKS
 
 PAGE = Path(__file__).parent.parent.parent / "docs/more-than-one-machine.md"
 
@@ -103,16 +114,44 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def dask():
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    forkserver.ensure_running()  # with our imports; Dask would ask for others
+    fork = dask_itself.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+    with fork, LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         yield f"dask:{cluster.scheduler_address}", kill, lambda lines: [line for line in lines if "is lost" in line]
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    LocalJob._results_timeout_s = 0  # for a slow disk
-    executor = submitit.LocalExecutor(tmp_path_factory.mktemp("jobs"))
-    yield executor, kill, gone
-    del LocalJob._results_timeout_s
+    folder = tmp_path_factory.mktemp("jobs")
+    with Listener(str(folder / "socket"), backlog=8) as listener, pytest.MonkeyPatch.context() as patched:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        patched.setenv("FORKED_JOBS", listener.address)
+        patched.setattr(LocalJob, "_results_timeout_s", 0)  # for a slow disk
+        python = shlex.join([sys.executable, str(Path(__file__).parent.parent / "forked_job.py")])
+        yield submitit.LocalExecutor(folder / "logs", python=python), kill, gone
+
+
+def serve(listener):
+    with suppress(OSError):  # it is closed
+        while True:
+            threading.Thread(target=fork_job, args=(listener.accept(),), daemon=True).start()
+
+
+def fork_job(link):
+    with link:
+        process = FORKS.Process(target=do_job, args=link.recv())
+        process.start()
+        wait([process.sentinel, link])
+        process.kill()
+        process.join()
+        with suppress(OSError):  # the job was canceled
+            link.send(process.exitcode)
+
+
+def do_job(words, environment):
+    os.environ.update(environment)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +160,23 @@ def alone(home, tmp_path_factory):
     (folder / "before").touch()
     starts = ["random", ("mine", partial(met, folder))]
     return compare(home, folder / "out", starts=starts, learning_rates=[1e-2], seeds=[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "cluster"), [("nodes", "ray"), ("dask", "dask:"), ("jobs", "slurm:")])
+def test_the_commands_of_the_page_run(engine, cluster, home, tmp_path, request, monkeypatch):
+    executor, *_ = request.getfixturevalue(engine)
+    (line,) = re.findall(rf"^lora-init (compare .*--cluster) {cluster}", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    if engine == "jobs":  # what SLURM itself does: python -m benchmarks.clusters slurm
+        executor.update_parameters = lambda **options: None
+        monkeypatch.setattr("submitit.SlurmExecutor", lambda folder: executor)
+    names = {"MODEL": home / "llama", "DATA": home / "rows.jsonl", "comparison": tmp_path / "out"}
+    words = [names.get(word, word) for word in line.split()] + [executor if isinstance(executor, str) else "slurm"]
+    words += ["--template", "{passage}", "--completion", " {options}", "--steps", 4, "--batch-size", 4, "--rank", 2,
+              "--starts", "random", "--seeds", 1, "--learning-rates", "1e-2", "--time", "1h"]  # fmt: skip
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert result.exit_code == 0, result.stderr
+    assert "waiting in the queue included" in result.stderr and "run 1/1" in result.stderr
 
 
 @pytest.mark.slow
@@ -145,23 +201,6 @@ def test_ctrl_c_ends_what_runs_elsewhere(engine, home, tmp_path, request):
     with pytest.raises(KeyboardInterrupt):
         compare(home, tmp_path / "out", starts=[meeting.start], learning_rates=[1e-2], seeds=[1], executor=executor)
     assert meeting.ended.wait(60)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("engine", "cluster"), [("nodes", "ray"), ("dask", "dask:"), ("jobs", "slurm:")])
-def test_the_commands_of_the_page_run(engine, cluster, home, tmp_path, request, monkeypatch):
-    executor, *_ = request.getfixturevalue(engine)
-    (line,) = re.findall(rf"^lora-init (compare .*--cluster) {cluster}", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    if engine == "jobs":  # what SLURM itself does: python -m benchmarks.clusters slurm
-        executor.update_parameters = lambda **options: None
-        monkeypatch.setattr("submitit.SlurmExecutor", lambda folder: executor)
-    names = {"MODEL": home / "llama", "DATA": home / "rows.jsonl", "comparison": tmp_path / "out"}
-    words = [names.get(word, word) for word in line.split()] + [executor if isinstance(executor, str) else "slurm"]
-    words += ["--template", "{passage}", "--completion", " {options}", "--steps", 4, "--batch-size", 4, "--rank", 2,
-              "--starts", "random", "--seeds", 1, "--learning-rates", "1e-2", "--time", "1h"]  # fmt: skip
-    result = CliRunner().invoke(cli.app, [str(word) for word in words])
-    assert result.exit_code == 0, result.stderr
-    assert "waiting in the queue included" in result.stderr and "run 1/1" in result.stderr
 
 
 # Without an engine: what a node says, what a queue does, which names there are.
