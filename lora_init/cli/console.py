@@ -19,7 +19,7 @@ import typer
 from typer import Option
 
 from lora_init.cli.help import print_whole
-from lora_init.errors import LoraInitError, LoraInitWarning, Message, explain, in_python
+from lora_init.errors import LoraInitError, LoraInitWarning, Message, explain, in_one_line, in_python
 from lora_init.files import check_output
 from lora_init.loading.examples import Wanted
 
@@ -289,7 +289,13 @@ def process_group() -> Iterator[None]:
     import torch
 
     # Only statistics travel, and they travel by gloo, also between GPUs.
-    torch.distributed.init_process_group("gloo")
+    try:
+        torch.distributed.init_process_group("gloo")
+    except RuntimeError as error:
+        raise LoraInitError(
+            f"the processes cannot reach each other: {in_one_line(error)} Where a machine's own name is 127.0.0.1, "
+            "set GLOO_SOCKET_IFNAME there to its network, as `ip address` names it."
+        ) from error
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from lora_init.errors import LoraInitError, explain
 from tests.assets import EXAMPLES
 from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 from tests.processes import command_line, free_port, run
 from tests.versions import needs_torchrun
 
@@ -156,3 +156,16 @@ def test_an_error_names_options_and_each_way_in_writes_them_its_way(
     assert explain(error, in_words) == f"rank=3, '{{x}}': {on_the_command_line} is wrong."
     within = LoraInitError("{template} has no {rank}.", template="{rank}", rank=3)
     assert str(within) == "template='{rank}' has no rank=3."
+
+
+def test_processes_that_cannot_reach_each_other_are_told_what_gloo_needs(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+
+    def fail(backend):
+        raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: Connection refused")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    refused(
+        "cannot reach each other: Gloo.* Connection refused. .*GLOO_SOCKET_IFNAME", console.process_group().__enter__
+    )
