@@ -159,23 +159,20 @@ def come_back(future: Future[Any]) -> Record | str:
 Begun = tuple[Callable[[], Any], Callable[[], Any]]
 
 
+@dataclass(eq=False)
 class Remote(Executor):
     """An executor of a function that begins a call, and returns what waits for its result, and what ends it.
 
     A thread waits for each call. A future that is canceled ends its call, even one that runs.
     """
 
-    def __init__(
-        self,
-        begin: Callable[..., Begun],
-        nodes: Callable[[], Mapping[Any, str]] = dict,
-        end: Callable[[], Any] = lambda: None,
-    ) -> None:
-        self._begin, self.nodes, self._end = begin, nodes, end
+    begin: Callable[..., Begun]
+    nodes: Callable[[], Mapping[Any, str]] = dict
+    end: Callable[[], Any] = lambda: None
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
         """Begin a call."""
-        future, (result, end) = Future[Any](), self._begin(function, *arguments)
+        future, (result, end) = Future[Any](), self.begin(function, *arguments)
 
         def settle() -> None:
             try:
@@ -196,7 +193,7 @@ class Remote(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Let go of what does the calls."""
-        self._end()
+        self.end()
 
 
 def processes(n: int) -> Remote:
