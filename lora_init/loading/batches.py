@@ -7,14 +7,15 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_init.errors import LoraInitError, LoraInitWarning, first_line, is_number
 from lora_init.loading.examples import Wanted
-from lora_init.loading.reader import IGNORED, Encoded, classes_in_words, open_reader
-from lora_init.loading.sources import read_rows
+from lora_init.loading.reader import IGNORED, Encoded, Reader, classes_in_words, open_reader
+from lora_init.loading.sources import Rows, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,9 +114,7 @@ def load_batches(
     for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("seed", seed, 0)):
         if not is_number(value) or value < least:
             raise LoraInitError(f"{{{name}}} must be at least {least}, as a number.", **{name: value})
-    for name, text in (("template", template), ("completion", completion)):
-        if text is not None and not isinstance(text, str):
-            raise LoraInitError(f"{{{name}}}: expected a text with columns in braces.", **{name: text})
+    _check_templates(template=template, completion=completion)
     if known_classes and label is None:
         raise LoraInitError("known_classes= says in which order {label} counts. Give both.", label=...)
     if offset < 0 or (samples is not None and samples < 1):
@@ -130,46 +129,12 @@ def load_batches(
     reader = open_reader(
         rows, tokenizer, max_length, wanted, seq2seq=seq2seq, needs_labels=needs_labels, known_classes=known_classes
     )
-
-    left_out: Counter[str] = Counter()
-    usable = rows.usable(reader.columns, reader, seed, left_out)
-    examples = list(islice(usable, offset, None if samples is None else offset + samples))
-    skipped = ", ".join(f"{count} left out {why}" for why, count in left_out.items())
-    n_read = offset + len(examples) + left_out.total()
-    if not examples:
-        raise LoraInitError(
-            f"{rows.label}: no usable example among {len(rows.table)} rows read as {reader.recipe.name}"
-            + (f" after the first {offset}" if offset else "")
-            + (f" ({skipped})" if skipped else "")
-            + ". Check the columns and {max_length}.",
-            max_length=...,
-        )
-    of_chats = reader.recipe.name in ("messages", "sharegpt")
-    if of_chats and reader.label is None and not any(of != IGNORED for _, labels in examples for of in labels):
-        raise LoraInitError(
-            f"{rows.label}: no token of its {len(examples)} examples has a label, so there is nothing to learn. A chat "
-            f"needs a turn of the assistant's that begins before {{max_length}}.",
-            max_length=max_length,
-        )
-    if left_out.total() > _MOST_LEFT_OUT * n_read:
-        warnings.warn(
-            f"{rows.label}: of the first {n_read} rows {skipped}; read as {reader.recipe.name}.", stacklevel=2
-        )
-    ends = (IGNORED, getattr(tokenizer, "eos_token_id", None))
-    n_cut = sum(len(ids) == reader.limit and of[0] == IGNORED and of[-1] not in ends for ids, of in examples)
-    if needs_labels and n_cut > _MOST_LEFT_OUT * len(examples):
-        warnings.warn(
-            f"{rows.label}: {n_cut} of {len(examples)} answers are cut off at {reader.limit} tokens. Raise max_length.",
-            stacklevel=2,
-        )
-    n_full = sum(len(ids) == reader.limit for ids, _ in examples)
-    if n_full > len(examples) // 2 and reader.limit < _SHORT:
-        said = f"{rows.label}: {n_full} of {len(examples)} examples end at {{max_length}} tokens. Raise it."
-        warnings.warn(LoraInitWarning(said, max_length=max_length), stacklevel=2)
-    if (n_same := len(examples) - len({(*ids, None, *of) for ids, of in examples})) > len(examples) // 2:
-        warnings.warn(f"{rows.label}: {n_same} duplicates among {len(examples)} examples.", stacklevel=2)
+    drawn = _draw(rows, reader, samples, offset, seed)
+    _check_drawn(drawn, reader, rows, max_length)
+    for doubt in _doubts(drawn, reader, rows.label, max_length):
+        warnings.warn(doubt, stacklevel=2)
     pad = padding_token(tokenizer)
-    groups = group_by_length(examples, batch_size, seed, lambda e: len(e[0]))
+    groups = group_by_length(drawn.examples, batch_size, seed, lambda e: len(e[0]))
     settings = {
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
         "batch_size": batch_size, "seed of the sample": seed, "rows": len(rows.table),
@@ -177,14 +142,112 @@ def load_batches(
     }  # fmt: skip
     batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)
     batches.classes = tuple(reader.rows_of)
-    parts = [
-        f"{rows.label}: {len(examples)} of {len(rows.table)} examples", f"after the first {offset}" if offset else "",
-        f"seed {seed}", f"at most {reader.limit} tokens", f"which {n_full} reach" if n_full else "", reader.recipe.name,
-        f"label {label}, {classes_in_words(reader.rows_of)}" if label else "", skipped,
-        f"{n_same} duplicate{'s' * (n_same > 1)}" if n_same else "",
-    ]  # fmt: skip
-    batches.description = ", ".join(part for part in parts if part)
+    batches.description = _describe(drawn, reader, rows, seed)
     return batches
+
+
+def _check_templates(**templates: Any) -> None:
+    for name, text in templates.items():
+        if text is not None and not isinstance(text, str):
+            raise LoraInitError(f"{{{name}}}: expected a text with columns in braces.", **{name: text})
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The examples that were drawn from the rows of a data set, and what was counted meanwhile."""
+
+    examples: list[Encoded]
+    offset: int  # usable rows that were passed over first
+    left_out: Counter[str]  # rows that make no example, by the reason
+    limit: int  # most tokens of an example
+
+    @property
+    def n_read(self) -> int:
+        """Number of rows that were looked at."""
+        return self.offset + len(self.examples) + self.left_out.total()
+
+    @property
+    def skipped(self) -> str:
+        """How many rows were left out for which reason, in words."""
+        return ", ".join(f"{count} left out {why}" for why, count in self.left_out.items())
+
+    @cached_property
+    def n_full(self) -> int:
+        """Number of examples that have as many tokens as an example may have."""
+        return sum(len(ids) == self.limit for ids, _ in self.examples)
+
+    @cached_property
+    def n_duplicates(self) -> int:
+        """Number of examples that repeat another one, tokens and labels."""
+        return len(self.examples) - len({(*ids, None, *labels) for ids, labels in self.examples})
+
+    def count_cut(self, eos: int | None) -> int:
+        """Count the answers that are cut off: their last token has a label, and does not end a sequence."""
+        ends = (IGNORED, eos)
+        return sum(
+            len(ids) == self.limit and labels[0] == IGNORED and labels[-1] not in ends for ids, labels in self.examples
+        )
+
+
+def _draw(rows: Rows, reader: Reader, samples: int | None, offset: int, seed: int) -> _Drawn:
+    """Read the examples of a sample, in the order that the seed decides."""
+    left_out: Counter[str] = Counter()
+    usable = rows.usable(reader.columns, reader, seed, left_out)
+    examples = list(islice(usable, offset, None if samples is None else offset + samples))
+    return _Drawn(examples, offset, left_out, reader.limit)
+
+
+def _check_drawn(drawn: _Drawn, reader: Reader, rows: Rows, max_length: int) -> None:
+    """Refuse a sample without an example, and chats of which no token has a label."""
+    if not drawn.examples:
+        raise LoraInitError(
+            f"{rows.label}: no usable example among {len(rows.table)} rows read as {reader.recipe.name}"
+            + (f" after the first {drawn.offset}" if drawn.offset else "")
+            + (f" ({drawn.skipped})" if drawn.skipped else "")
+            + ". Check the columns and {max_length}.",
+            max_length=...,
+        )
+    of_chats = reader.label is None and reader.recipe.name in ("messages", "sharegpt")
+    if of_chats and all(label == IGNORED for _, labels in drawn.examples for label in labels):
+        raise LoraInitError(
+            f"{rows.label}: no token of its {len(drawn.examples)} examples has a label, so there is nothing to learn. "
+            "A chat needs a turn of the assistant's that begins before {max_length}.",
+            max_length=max_length,
+        )
+
+
+def _doubts(drawn: _Drawn, reader: Reader, place: str, max_length: int) -> list[str | LoraInitWarning]:
+    """List what makes a sample worse than its size says: rows left out, answers cut off, duplicates."""
+    n, doubts = len(drawn.examples), list[str | LoraInitWarning]()
+    if drawn.left_out.total() > _MOST_LEFT_OUT * drawn.n_read:
+        doubts.append(f"{place}: of the first {drawn.n_read} rows {drawn.skipped}; read as {reader.recipe.name}.")
+    n_cut = drawn.count_cut(getattr(reader.tokenizer, "eos_token_id", None))
+    if reader.needs_labels and n_cut > _MOST_LEFT_OUT * n:
+        doubts.append(f"{place}: {n_cut} of {n} answers are cut off at {reader.limit} tokens. Raise max_length.")
+    if drawn.n_full > n // 2 and reader.limit < _SHORT:
+        said = f"{place}: {drawn.n_full} of {n} examples end at {{max_length}} tokens. Raise it."
+        doubts.append(LoraInitWarning(said, max_length=max_length))
+    if drawn.n_duplicates > n // 2:
+        doubts.append(f"{place}: {drawn.n_duplicates} duplicates among {n} examples.")
+    return doubts
+
+
+def _describe(drawn: _Drawn, reader: Reader, rows: Rows, seed: int) -> str:
+    """Write which examples of which data these are, and how they were read."""
+    parts = [f"{rows.label}: {len(drawn.examples)} of {len(rows.table)} examples"]
+    if drawn.offset:
+        parts.append(f"after the first {drawn.offset}")
+    parts += [f"seed {seed}", f"at most {reader.limit} tokens"]
+    if drawn.n_full:
+        parts.append(f"which {drawn.n_full} reach")
+    parts.append(reader.recipe.name)
+    if reader.label:
+        parts.append(f"label {reader.label}, {classes_in_words(reader.rows_of)}")
+    if drawn.skipped:
+        parts.append(drawn.skipped)
+    if drawn.n_duplicates:
+        parts.append(f"{drawn.n_duplicates} duplicate{'s' * (drawn.n_duplicates > 1)}")
+    return ", ".join(parts)
 
 
 def load_other(source: Any, tokenizer: Any, template_option: str = "", **how: Any) -> Batches:

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from string import Formatter
 from typing import Any
@@ -54,38 +55,56 @@ class Wanted:
 
 def recipe(names: list[str], place: str, tokenizer: Any, wanted: Wanted, texts: Sequence[str] = ()) -> Recipe:
     """Decide how to read rows with columns `names`; `texts` are those to propose for a template, the best first."""
-    template, completion, data_format = wanted.template, wanted.completion, wanted.format
-    if data_format is not None and (template is not None or data_format not in FORMATS):
-        unknown = f"is unknown. {did_you_mean(str(data_format), FORMATS)}"
-        both = "and a template say two things. Give one."
-        raise LoraInitError(f"{{format}} {unknown if template is None else both}", format=data_format)
-    if template is not None:
-        prompt, used = _parse(template, "template", names, place)
-        if completion is None:
-            return Recipe(f"template {template!r}", used, lambda row: _plain("", _fill(prompt, row)))
-        answer, more = _parse(completion, "completion", names, place)
-        return Recipe(
-            f"template {template!r} and completion {completion!r}",
-            [*dict.fromkeys(used + more)],
-            lambda row: _plain(_fill(prompt, row), _fill(answer, row)),
-        )
-    if completion is not None:
-        raise LoraInitError("{completion} needs a template for the prompt, too.", completion=completion)
-    possible = FORMATS if data_format is None else {data_format: FORMATS[data_format]}
+    _check_format(wanted)
+    if wanted.template is not None:
+        return _by_template(wanted.template, wanted.completion, names, place)
+    if wanted.completion is not None:
+        raise LoraInitError("{completion} needs a template for the prompt, too.", completion=wanted.completion)
+    possible = FORMATS if wanted.format is None else {wanted.format: FORMATS[wanted.format]}
     name, found = next((item for item in possible.items() if set(item[1].columns) <= set(names)), ("", None))
     if found is None:
-        expected = ", or ".join(" and ".join(one.columns) for one in possible.values())
-        text, *_ = texts or names or ["column"]
-        proposal, options = "{template}", {"template": f"{{{text}}}"}
-        if len(names) == len(texts) == 2:  # a question and its answer, more often than not
-            proposal += " with {completion}"
-            options = {"template": f"{{{names[0]}}}", "completion": f" {{{names[1]}}}"}
-        there = f"{place} has the columns {', '.join(names)}"
-        raise LoraInitError(f"{there}. Expected {expected}; name others, such as {proposal}.", **options)
+        raise _unknown_columns(names, place, possible, texts)
     if found.is_chat:
         _check_chat_template(tokenizer, f"{place} has a column {found.columns[0]!r}")
     columns = [*found.columns, *(column for column in found.optional if column in names)]
     return Recipe(name.replace("-", " and "), columns, lambda row: found.read(row, tokenizer))
+
+
+def _check_format(wanted: Wanted) -> None:
+    """Refuse a format that there is not, and one beside a template."""
+    if wanted.format is None:
+        return
+    if wanted.template is not None:
+        raise LoraInitError("{format} and a template say two things. Give one.", format=wanted.format)
+    if wanted.format not in FORMATS:
+        raise LoraInitError(f"{{format}} is unknown. {did_you_mean(str(wanted.format), FORMATS)}", format=wanted.format)
+
+
+def _by_template(template: str, completion: str | None, names: list[str], place: str) -> Recipe:
+    """Read rows by a template of the text, or by one of the prompt and one of the completion."""
+    prompt, used = _parse(template, "template", names, place)
+    if completion is None:
+        return Recipe(f"template {template!r}", used, lambda row: _plain("", _fill(prompt, row)))
+    answer, more = _parse(completion, "completion", names, place)
+    return Recipe(
+        f"template {template!r} and completion {completion!r}",
+        [*dict.fromkeys(used + more)],
+        lambda row: _plain(_fill(prompt, row), _fill(answer, row)),
+    )
+
+
+def _unknown_columns(
+    names: list[str], place: str, possible: Mapping[str, Format], texts: Sequence[str]
+) -> LoraInitError:
+    """Make the error about columns that no format has, with a template that fits them."""
+    expected = ", or ".join(" and ".join(one.columns) for one in possible.values())
+    text, *_ = texts or names or ["column"]
+    proposal, options = "{template}", {"template": f"{{{text}}}"}
+    if len(names) == len(texts) == 2:  # a question and its answer, more often than not
+        proposal += " with {completion}"
+        options = {"template": f"{{{names[0]}}}", "completion": f" {{{names[1]}}}"}
+    there = f"{place} has the columns {', '.join(names)}"
+    return LoraInitError(f"{there}. Expected {expected}; name others, such as {proposal}.", **options)
 
 
 def _check_chat_template(tokenizer: Any, what: str) -> None:
@@ -177,6 +196,25 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
     """Render messages, with the tools of the row; labels on the assistant's turns from `first` on."""
     if not messages:
         return None
+    turns = _read_turns(messages, tokenizer)
+    answers = [i for i, turn in enumerate(turns) if i >= first and turn["role"] == "assistant"]
+    if answers and all(_is_blank(turns[i]) for i in answers):
+        return None
+    options = _without_nulls(row.get("chat_template_kwargs") or {})
+    try:
+        tools = row.get("tools") or None
+        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
+        render = partial(_render, tokenizer, tools, options)
+        whole = render(turns)
+        _warn_of_roles(turns, whole, str(tokenizer.chat_template))
+        spans = [_span(turns, i, whole, render) for i in answers]
+        return Example(whole, spans, str(turns[: first or _first_answer(turns)]), rendered=True)
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise LoraInitError(f"the chat template refuses the messages: {error}.") from error
+
+
+def _read_turns(messages: Any, tokenizer: Any) -> list[Mapping[str, Any]]:
+    """Read messages as turns of a chat; refuse what is no chat, and turns without content."""
     known = isinstance(messages, list) and all(isinstance(m, Mapping) and {"role", "from"} & set(m) for m in messages)
     if not known:
         raise LoraInitError("messages must be a list of {'role': ..., 'content': ...}.")
@@ -185,30 +223,27 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
     for number, turn in enumerate(turns, 1):
         if not turn.keys() - {"role", "name"}:
             raise LoraInitError(f"message {number}, of {turn['role']!r}, has no content. Leave out the row.")
-    answers = [turn for turn in turns[first:] if turn["role"] == "assistant"]
-    if answers and all(turn.keys() <= _BLANK and is_missing(turn.get("content") or None) for turn in answers):
-        return None
-    options = _without_nulls(row.get("chat_template_kwargs") or {})
+    return turns
 
-    def render(some: Sequence[Mapping[str, Any]], answer_next: bool = False) -> str:
-        if not some:
-            return ""
-        rendered = tokenizer.apply_chat_template(
-            some, tools, tokenize=False, add_generation_prompt=answer_next, **options
-        )
-        return str(rendered)
 
-    try:
-        tools = row.get("tools") or None
-        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
-        whole = render(turns)
-        _warn_of_roles(turns, whole, str(tokenizer.chat_template))
-        spans = [
-            _span(turns, i, whole, render) for i, turn in enumerate(turns) if i >= first and turn["role"] == "assistant"
-        ]
-        return Example(whole, spans, str(turns[: first or _first_answer(turns)]), rendered=True)
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise LoraInitError(f"the chat template refuses the messages: {error}.") from error
+def _is_blank(turn: Mapping[str, Any]) -> bool:
+    """Return whether a turn has no words, calls no tool and has no thoughts."""
+    return turn.keys() <= _BLANK and is_missing(turn.get("content") or None)
+
+
+def _render(
+    tokenizer: Any,
+    tools: Any,
+    options: Mapping[str, Any],
+    turns: Sequence[Mapping[str, Any]],
+    answer_next: bool = False,
+) -> str:
+    """Write turns as the chat template does; with `answer_next` up to where the assistant's answer begins."""
+    if not turns:
+        return ""
+    return str(
+        tokenizer.apply_chat_template(turns, tools, tokenize=False, add_generation_prompt=answer_next, **options)
+    )
 
 
 def _warn_of_roles(turns: Sequence[Mapping[str, Any]], whole: str, template: str) -> None:
@@ -283,7 +318,7 @@ def count_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-_BLANK = {"role", "name", "content"}  # of a turn that calls no tool and has no thoughts
+_BLANK = {"role", "name", "content"}  # keys of a turn that calls no tool and has no thoughts
 # What chat templates take beside messages.
 _OF_CHATS = ("tools", "chat_template_kwargs")
 # The first whose columns are there is taken. To add a format, add it here; the command line offers what there is.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,16 +100,13 @@ class ModelSource:
         import torch
         import transformers
 
-        options = self.options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        saved_in = getattr(self.config, "dtype", None)
-        if quantize is not None and dtype == "auto" and is_better_in_float32(saved_in, place):
-            options["dtype"] = torch.float32  # of what is not quantized
+        quantized = quantize is not None or getattr(self.config, "quantization_config", None) is not None
+        options = self.options | {"dtype": self._dtype(dtype, place, quantize)}
         if n_labels is not None:
             options |= {"num_labels": n_labels, "ignore_mismatched_sizes": True}
             options["problem_type"] = "single_label_classification"
-        quantized = getattr(self.config, "quantization_config", None) is not None
         if quantize is not None:
-            quantized, options["quantization_config"] = True, dict(QUANTIZATIONS[quantize])
+            options["quantization_config"] = dict(QUANTIZATIONS[quantize])
             if n_labels is not None:  # a head that the checkpoint lacks is not left alone otherwise
                 options["quantization_config"]["llm_int8_skip_modules"] = list(_HEADS)
         if quantized:
@@ -123,15 +121,17 @@ class ModelSource:
             n_bytes = 4 * sum(p.numel() for p in model.parameters())
             if dtype == "auto" and is_better_in_float32(model.dtype, place, n_bytes):
                 model.float()
-        reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
-        drawn = frozenset([*loading["missing_keys"], *reshaped])
-        n_weights = len(list(model.parameters()))
-        if 2 * len(drawn) > n_weights:
-            raise LoraInitError(
-                f"model {self.name!r} lacks {len(drawn)} of {n_weights} weights, such as {min(drawn)}, which would be "
-                "random. Name a whole checkpoint."
-            )
+        drawn = _drawn_weights(self.name, model, loading)
         return LoadedModel(model.eval(), self.tokenizer, self.task_type, self.seq2seq, drawn)
+
+    def _dtype(self, dtype: str, place: Any, quantize: str | None) -> Any:
+        """Choose the type of the weights that are loaded; under quantization, of those that are not quantized."""
+        import torch
+
+        if dtype != "auto":
+            return getattr(torch, dtype)
+        saved_in = getattr(self.config, "dtype", None)
+        return torch.float32 if quantize is not None and is_better_in_float32(saved_in, place) else dtype
 
     def check_quantized(self, quantize: str | None, needed: bool = False) -> None:
         """Refuse what cannot be quantized while it is loaded, and what is not where it is needed."""
@@ -145,6 +145,19 @@ class ModelSource:
         require("bitsandbytes")
         if is_quantized:
             raise LoraInitError(f"model {self.name!r} is quantized already. Leave --quantize out.")
+
+
+def _drawn_weights(name: str, model: Any, loading: Mapping[str, Any]) -> frozenset[str]:
+    """Name the weights that a checkpoint lacks or has in another shape; refuse one that lacks most of them."""
+    reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
+    drawn = frozenset([*loading["missing_keys"], *reshaped])
+    n_weights = len(list(model.parameters()))
+    if 2 * len(drawn) > n_weights:
+        raise LoraInitError(
+            f"model {name!r} lacks {len(drawn)} of {n_weights} weights, such as {min(drawn)}, which would be "
+            "random. Name a whole checkpoint."
+        )
+    return drawn
 
 
 def on_meta(model_class: Any, config: Any) -> Any:

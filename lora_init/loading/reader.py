@@ -106,25 +106,7 @@ def count_classes(rows: Rows, column: str, used: Collection[str], known: Sequenc
     found = Counter(name for value in rows.table[column] if (name := _class_of(value)) is not None)
     numbers = {name: number for name in found if (number := _number(name)) is not None}
     are_numbers = len(numbers) == len(found)
-    fractions = {number % 1 for number in numbers.values()} if are_numbers else set()
-    if fractions - {0.0} and (len(found) > _MOST_FRACTIONS or fractions - {0.0, 0.5}):
-        raise LoraInitError(
-            f"{rows.label}: column {column!r} has {len(found)} different numbers with fractions, from "
-            f"{min(numbers.values()):g} to {max(numbers.values()):g}. They are measured values, not classes. Round "
-            "them to a few, or put words such as 'low' and 'high' in their place."
-        )
-    if found and all(map(_DATE.match, found)):
-        raise LoraInitError(f"{rows.label}: column {column!r} holds dates, such as {min(found)}. Name the class.")
-    if len(found) == found.total() > _MOST_FRACTIONS:
-        raise LoraInitError(
-            f"{rows.label}: column {column!r} has another value in each of its {len(found)} rows, as numbers of rows "
-            "have. Name the column of the class."
-        )
-    if not 2 <= len(found) <= _MOST_CLASSES:
-        raise LoraInitError(
-            f"{rows.label}: column {column!r} has {len(found)} different values, and a classification needs 2 to "
-            f"{_MOST_CLASSES} classes. Name the column of the class."
-        )
+    _check_classes(found, numbers.values() if are_numbers else (), f"{rows.label}: column {column!r}")
     if column in used:
         raise LoraInitError("{label} is a part of the text, which gives the class away. Take it out.", label=column)
     _warn_of_classes(found, f"{rows.label}, column {column!r}")
@@ -132,6 +114,29 @@ def count_classes(rows: Rows, column: str, used: Collection[str], known: Sequenc
         known if found.keys() <= {*known} else sorted(sorted(found), key=numbers.__getitem__ if are_numbers else None)
     )
     return {name: found[name] for name in order}
+
+
+def _check_classes(found: Counter[str], numbers: Collection[float], place: str) -> None:
+    """Refuse a column whose values are something else than classes; `numbers` are the values if all are numbers."""
+    fractions = {number % 1 for number in numbers}
+    if fractions - {0.0} and (len(found) > _MOST_FRACTIONS or fractions - {0.0, 0.5}):
+        raise LoraInitError(
+            f"{place} has {len(found)} different numbers with fractions, from "
+            f"{min(numbers):g} to {max(numbers):g}. They are measured values, not classes. Round "
+            "them to a few, or put words such as 'low' and 'high' in their place."
+        )
+    if found and all(map(_DATE.match, found)):
+        raise LoraInitError(f"{place} holds dates, such as {min(found)}. Name the class.")
+    if len(found) == found.total() > _MOST_FRACTIONS:
+        raise LoraInitError(
+            f"{place} has another value in each of its {len(found)} rows, as numbers of rows "
+            "have. Name the column of the class."
+        )
+    if not 2 <= len(found) <= _MOST_CLASSES:
+        raise LoraInitError(
+            f"{place} has {len(found)} different values, and a classification needs 2 to "
+            f"{_MOST_CLASSES} classes. Name the column of the class."
+        )
 
 
 def _warn_of_classes(found: Mapping[str, int], place: str) -> None:

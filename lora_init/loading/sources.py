@@ -86,36 +86,40 @@ class Rows:
 
 def read_rows(source: Any, subset: str | None = None, split: str = "train", seed: int = 0) -> Rows:
     """Read a data set: what `load_batches` takes; of a stream the beginning, in an order drawn by `seed`."""
-    several = isinstance(source, (list, tuple)) and source and all(isinstance(path, (str, Path)) for path in source)
-    files = [Path(path).expanduser() for path in source] if several else _find_files(source)
+    files = _find_files(source)
     with _quiet():
-        if files is None and isinstance(source, (str, Path)):
-            check_hub(str(source), "dataset")
-            label = f"{source}{f' ({subset})' if subset else ''}, {split}"
-            table = _load(label, path=str(source), name=subset, split=split)
-        elif files and files[0].is_dir():
-            folder = files[0].resolve()
-            label = f"{folder.name}/{f' ({subset})' if subset else ''}{f', {split}' if split != 'train' else ''}"
-            table = _load(label, path=str(folder), name=subset, split=split)
-        elif subset is not None or (files and split != "train"):
-            kind = source if isinstance(source, (str, Path)) else "files or data in memory"
-            name = "split" if subset is None else "subset"
-            raise LoraInitError(
-                f"{{{name}}} is for a folder or a data set on the hub, not for {kind}.", **{name: subset or split}
-            )
-        elif files:
-            label = f"{files[0].resolve().parent.name}/{files[0].name}" if len(files) == 1 else f"{len(files)} files"
-            table = _from_files(label, files)
-        elif isinstance(source, str):
-            label = "standard input"
-            table = _from_memory(_json_lines(sys.stdin, label), split, seed)
-        else:
-            label, table = "data in memory", _from_memory(source, split, seed)
+        label, table = _read_table(source, files, subset, split, seed)
         if table.info.builder_name == "text":  # a blank line is no example
             table = table.filter(lambda row: bool(row["text"].strip()))
     if len(table) == 0:
         raise LoraInitError(f"{label}: {_EMPTY}")
     return Rows(table, label, files[0] if files and len(files) == 1 else None)
+
+
+def _read_table(source: Any, files: list[Path] | None, subset: str | None, split: str, seed: int) -> tuple[str, Any]:
+    """Read what `_find_files` found for a source; return what to call it, too."""
+    configuration = f" ({subset})" if subset else ""
+    if files is None:
+        check_hub(str(source), "dataset")
+        label = f"{source}{configuration}, {split}"
+        return label, _load(label, path=str(source), name=subset, split=split)
+    if files and files[0].is_dir():
+        folder = files[0].resolve()
+        label = f"{folder.name}/{configuration}{f', {split}' if split != 'train' else ''}"
+        return label, _load(label, path=str(folder), name=subset, split=split)
+    if subset is not None or (files and split != "train"):
+        kind = source if isinstance(source, (str, Path)) else "files or data in memory"
+        name = "split" if subset is None else "subset"
+        raise LoraInitError(
+            f"{{{name}}} is for a folder or a data set on the hub, not for {kind}.", **{name: subset or split}
+        )
+    if files:
+        label = f"{files[0].resolve().parent.name}/{files[0].name}" if len(files) == 1 else f"{len(files)} files"
+        return label, _from_files(label, files)
+    if isinstance(source, str):
+        label = "standard input"
+        return label, _from_memory(_json_lines(sys.stdin, label), split, seed)
+    return "data in memory", _from_memory(source, split, seed)
 
 
 def check_data(source: str) -> None:
@@ -139,7 +143,12 @@ def columns_of(source: str) -> list[str]:
 
 
 def _find_files(source: Any) -> list[Path] | None:
-    """Find the file, the folder or the pattern that a name means: none for what is no name, None for a hub id."""
+    """Find the files or the folder that a name, a pattern or several names mean.
+
+    None for a hub id; an empty list for what is no name, such as rows in memory.
+    """
+    if isinstance(source, (list, tuple)) and source and all(isinstance(path, (str, Path)) for path in source):
+        return [Path(path).expanduser() for path in source]
     if not isinstance(source, (str, Path)) or str(source) == "-":
         return []
     path = Path(source).expanduser()
