@@ -121,11 +121,11 @@ def by_purpose(modules: Mapping[str, nn.Module], linear: Collection[str]) -> dic
     poolers, projections between the towers of a model, routers, and layers that modulate norms are neither.
     """
     attention = {name: _is_cross(name, module) for name, module in modules.items() if _is_attention(name, module)}
-    rows = {owner.rpartition(".")[0] for name in attention for owner in _owners(name) if _is_numbered(owner)}
+    rows = _rows_around(attention)
     found: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
     for name in linear:
         inside = [attention[owner] for owner in _owners(name) if owner in attention]
-        block = next((o for o in _owners(name) if _is_numbered(o) and o.rpartition(".")[0] in rows), None)
+        block = _block_in(rows, name)
         if inside:
             found[ATTENTION].append(name)
         elif block is not None and _MLP.search(name.removeprefix(f"{block}.")) and not _ROUTER.search(name):
@@ -133,6 +133,16 @@ def by_purpose(modules: Mapping[str, nn.Module], linear: Collection[str]) -> dic
         if any(inside):
             found[CROSS_ATTENTION].append(name)
     return found
+
+
+def _rows_around(names: Iterable[str]) -> set[str]:
+    """Name the numbered rows of modules, such as model.layers, that some modules are in."""
+    return {owner.rpartition(".")[0] for name in names for owner in _owners(name) if _is_numbered(owner)}
+
+
+def _block_in(rows: Collection[str], name: str) -> str | None:
+    """Name the innermost member of a numbered row that a module is in, such as model.layers.3."""
+    return next((o for o in _owners(name) if _is_numbered(o) and o.rpartition(".")[0] in rows), None)
 
 
 def cross_inputs(modules: Mapping[str, nn.Module]) -> set[str]:

@@ -73,23 +73,27 @@ class TokenMasks:
         """Take the masks of a batch; refuse those that are missing, of another shape, or keep no token."""
         batch = batch if isinstance(batch, Mapping) else {}
         self._check_shapes(batch)
-        labels = batch.get("labels")
-        labelled = labels != IGNORED if isinstance(labels, Tensor) and labels.dim() == 2 else None
         alone = self._encoder is None
+        labelled = _labelled(batch)
         own = _as_mask(batch, "attention_mask") if alone else _decoder_mask(batch, labelled)
-        if self._gradients and labelled is not None and not labels.is_floating_point():
+        if self._gradients and labelled is not None and not batch["labels"].is_floating_point():
             _check_padding(labelled, own)
         if self._shifted and labelled is not None:
             labelled = nn.functional.pad(labelled[:, 1:], (0, 1))
         main = own
         if self.by_labels and labelled is not None:  # there are labels, as `_check_shapes` has found
             main = labelled if own is None or own.shape != labelled.shape else labelled & own
-        self._main = self._predicting = _numbered(main)
-        if self._gradients and "start_positions" in batch:  # the softmax of an answer's ends is over padding, too
-            self._predicting = None
-        if self._shifted and main is not None and labelled is not None and labelled.shape == main.shape:
-            self._predicting = _numbered(main | labelled)
+        self._main = _numbered(main)
+        self._predicting = self._with_gradient(batch, main, labelled)
         self._encoder_rows = _numbered(_as_mask(batch, "encoder_attention_mask" if alone else "attention_mask"))
+
+    def _with_gradient(self, batch: Mapping[str, Any], main: Tensor | None, labelled: Tensor | None) -> _Mask | None:
+        """Find the tokens that have a gradient: those that count, and those from which a label is predicted."""
+        if self._shifted and main is not None and labelled is not None and labelled.shape == main.shape:
+            return _numbered(main | labelled)
+        if self._gradients and "start_positions" in batch:  # the softmax of an answer's ends is over padding, too
+            return None
+        return self._main
 
     def _check_shapes(self, batch: Mapping[str, Any]) -> None:
         """Compare the shapes of masks and labels with the shape of the tokens, before the model does."""
@@ -101,12 +105,7 @@ class TokenMasks:
             )
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or "past_key_values" in batch:
             return
-        mask = batch.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() <= 2 and mask.shape != tokens.shape:
-            raise LoraInitError(
-                f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(tokens.shape)}. "
-                "Both need one entry for each token."
-            )
+        _check_mask_shape(batch.get("attention_mask"), tokens)
         per_token = self._encoder is None and (self.by_labels or self._shifted)
         if per_token and isinstance(labels, Tensor) and labels.shape != tokens.shape:
             raise LoraInitError(f"{got}, and input_ids {tuple(tokens.shape)}: a label for each token is needed.")
@@ -122,17 +121,22 @@ class TokenMasks:
 
     def tokens(self, name: str, x: Tensor, predicting: bool = False) -> Tensor | None:
         """Return the numbers of the rows of a layer's input [..., d] that count, or have a gradient; None if all do."""
-        mask = self._predicting if predicting else self._main
-        from_encoder = self._encoder_output is not None and self._encoder_output() is x
-        if from_encoder or name.startswith(self._encoder_prefix) or name in self._cross_inputs:
-            mask = self._encoder_rows
-        elif self._encoder is not None and (mask is None or x.shape[:2] != mask.kept.shape):
-            mask = self._encoder_rows or mask
+        mask = self._mask_of(name, x, predicting)
         if mask is None or mask.numbers is None or not self._is_text(name):
             return None
         per_token = x.dim() == 3 and x.shape[:2] == mask.kept.shape
         flattened = x.dim() == 2 and x.shape[0] == mask.kept.numel()
         return mask.numbers.to(x.device) if per_token or flattened else None
+
+    def _mask_of(self, name: str, x: Tensor, predicting: bool) -> _Mask | None:
+        """Choose the mask of a layer: the encoder's for what the encoder or a cross-attention reads of it."""
+        mask = self._predicting if predicting else self._main
+        from_encoder = self._encoder_output is not None and self._encoder_output() is x
+        if from_encoder or name.startswith(self._encoder_prefix) or name in self._cross_inputs:
+            return self._encoder_rows
+        if self._encoder is not None and (mask is None or x.shape[:2] != mask.kept.shape):
+            return self._encoder_rows or mask
+        return mask
 
     def _is_text(self, name: str) -> bool:
         while name not in self._part_of:
@@ -188,6 +192,21 @@ def _numbered(kept: Tensor | None) -> _Mask | None:
             f"the mask keeps 0 of {kept.numel()} tokens, so no layer received rows. Check attention_mask and labels."
         )
     return _Mask(kept, numbers if len(numbers) < kept.numel() else None)
+
+
+def _labelled(batch: Mapping[str, Any]) -> Tensor | None:
+    """Find which tokens have a label, [batch, length]; None where labels are not of tokens."""
+    labels = batch.get("labels")
+    return labels != IGNORED if isinstance(labels, Tensor) and labels.dim() == 2 else None
+
+
+def _check_mask_shape(mask: Any, tokens: Tensor) -> None:
+    """Refuse an attention mask of tokens that has not one entry for each."""
+    if isinstance(mask, Tensor) and mask.dim() <= 2 and mask.shape != tokens.shape:
+        raise LoraInitError(
+            f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(tokens.shape)}. "
+            "Both need one entry for each token."
+        )
 
 
 def _as_mask(batch: Mapping[str, Any], key: str) -> Tensor | None:

@@ -159,25 +159,36 @@ def find_parameters(
     for key in wanted:
         names = [name for name in parameters if f".{name}".endswith(f".{key}")]
         if not names:
-            fused = sorted({name.rpartition(".")[2] for name, (_, p) in parameters.items() if p.dim() == 3})
-            none = "It has no fused experts, as models of transformers have them since 5.0."
-            hint = f"Parameters of three dimensions: {', '.join(fused)}." if fused else none
-            raise LoraInitError(f"target_parameters: {key!r} matches no parameter of {model_class}. {hint}")
+            raise _no_parameter(key, {name: parameter for name, (_, parameter) in parameters.items()}, model_class)
         for name in names:
-            owner = name.rpartition(".")[0]
-            if owner in adapted:
+            if name.rpartition(".")[0] in adapted:
                 raise LoraInitError(
                     f"target_parameters selects {name!r}, and target_modules its layer. PEFT takes one of the two: "
                     "name target_modules that leave it out."
                 )
             module, parameter = parameters[name]
             found[name] = experts_of(name, module)
-            others = any(experts_of(f"{owner}.{other}", module) for other, _ in module.named_parameters(recurse=False))
-            if found[name] is None and (others or parameter.dim() not in (2, 3)):
-                raise LoraInitError(
-                    f"target_parameters selects {name!r} of shape {tuple(parameter.shape)}, which is no weight."
-                )
+            if found[name] is None:
+                _check_weight(name, module, parameter)
     return {name: found[name] for name in parameters if name in found}  # in model order
+
+
+def _no_parameter(key: str, parameters: Mapping[str, Tensor], model_class: str) -> LoraInitError:
+    """Make the error about a name that selects no parameter, with the names of those that are fused."""
+    fused = sorted({name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.dim() == 3})
+    none = "It has no fused experts, as models of transformers have them since 5.0."
+    hint = f"Parameters of three dimensions: {', '.join(fused)}." if fused else none
+    return LoraInitError(f"target_parameters: {key!r} matches no parameter of {model_class}. {hint}")
+
+
+def _check_weight(name: str, module: nn.Module, parameter: Tensor) -> None:
+    """Refuse what is no weight, such as a bias of experts, or what has one dimension or four."""
+    owner = name.rpartition(".")[0]
+    of_experts = any(experts_of(f"{owner}.{other}", module) for other, _ in module.named_parameters(recurse=False))
+    if of_experts or parameter.dim() not in (2, 3):
+        raise LoraInitError(
+            f"target_parameters selects {name!r} of shape {tuple(parameter.shape)}, which is no weight."
+        )
 
 
 def routed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

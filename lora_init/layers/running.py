@@ -65,28 +65,42 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
     `labels`, from which a model of transformers computes its loss, are left out unless `with_labels`.
     """
     if isinstance(batch, Mapping):
-        inputs = dict(batch)
         parameters = inspect.signature(model.forward).parameters
-        given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
-        of_labels = encoder_of(model) is not None and not given  # the decoder's inputs are
-        own = "labels" in parameters and not isinstance(model, PreTrainedModel)  # what they are for, it alone knows
-        if not (with_labels or of_labels or own):
-            inputs.pop("labels", None)  # no loss
-        if "use_cache" in parameters:
-            inputs.setdefault("use_cache", False)
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        unknown = [repr(key) for key in inputs if not open_ended and key not in parameters]
-        if unknown:
-            raise LoraInitError(
-                f"the batch has {', '.join(unknown)}, which {type(model).__name__}.forward does not take. Leave them "
-                "out, or pass forward=."
-            )
-        for key in ("input_ids", "attention_mask", "labels"):
-            if isinstance(inputs.get(key), list):
-                raise LoraInitError(f"the batch has a list of {key!r}, expected a tensor: return_tensors='pt'.")
-        ids = inputs.get("input_ids")
-        if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() < 2):
-            got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise LoraInitError(f"input_ids of the batch are {got}, expected whole numbers [batch, length].")
+        inputs = _keywords(model, batch, parameters, with_labels)
+        _check_keywords(model, inputs, parameters)
         return model(**inputs)
     return model(*batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else model(batch)
+
+
+def _keywords(
+    model: nn.Module, batch: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], with_labels: bool
+) -> dict[str, Any]:
+    """Take what a model needs of a batch: no labels where they would only add the cost of a loss, and no cache."""
+    inputs = dict(batch)
+    has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+    decoder_reads_labels = encoder_of(model) is not None and not has_decoder_inputs
+    # Only a model that is not of transformers knows what its labels are for.
+    own_labels = "labels" in parameters and not isinstance(model, PreTrainedModel)
+    if not (with_labels or decoder_reads_labels or own_labels):
+        inputs.pop("labels", None)
+    if "use_cache" in parameters:
+        inputs.setdefault("use_cache", False)
+    return inputs
+
+
+def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Refuse what a model's forward does not take, and tokens that are no tensor of whole numbers."""
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [repr(key) for key in inputs if not open_ended and key not in parameters]
+    if unknown:
+        raise LoraInitError(
+            f"the batch has {', '.join(unknown)}, which {type(model).__name__}.forward does not take. Leave them "
+            "out, or pass forward=."
+        )
+    for key in ("input_ids", "attention_mask", "labels"):
+        if isinstance(inputs.get(key), list):
+            raise LoraInitError(f"the batch has a list of {key!r}, expected a tensor: return_tensors='pt'.")
+    ids = inputs.get("input_ids")
+    if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() < 2):
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise LoraInitError(f"input_ids of the batch are {got}, expected whole numbers [batch, length].")

@@ -267,22 +267,16 @@ def find_targets(
     """
     if not isinstance(model, nn.Module):
         raise LoraInitError(f"find_targets() takes a model in this place and got {type(model).__name__}.")
-    for name, given in (("target_modules", target_modules), ("exclude_modules", exclude_modules or ())):
-        if not isinstance(given, Collection) or not all(isinstance(one, str) for one in given):
-            raise LoraInitError(f"{{{name}}}: expected a regular expression, or a list of names.", **{name: given})
+    _check_names(target_modules=target_modules, exclude_modules=exclude_modules or ())
     model = unwrapped(model)
     named = plain_names(model)
     modules = {name: module for name, module in named.items() if name}
-    heads = HEADS.get(task_type or "", ())
     selected = _selected(model, modules, target_modules, optional=bool(target_parameters))
-    selected = [name for name in selected if not is_in(name, heads)]
-    if exclude_modules:
-        if not isinstance(exclude_modules, str):
-            for name in _unmatched(modules, exclude_modules):
-                said = f"{{exclude_modules}} matches nothing in {type(model).__name__}."
-                said = f"{said} {_closest_names(modules, [name])}"
-                warnings.warn(LoraInitWarning(said, exclude_modules=name), stacklevel=2)
-        selected = [name for name in selected if not matches(exclude_modules, name, "exclude_modules")]
+    selected = _without(selected, HEADS.get(task_type or "", ()), exclude_modules)
+    if exclude_modules and not isinstance(exclude_modules, str):
+        for name in _unmatched(modules, exclude_modules):
+            said = f"{{exclude_modules}} matches nothing in {type(model).__name__}. {_closest_names(modules, [name])}"
+            warnings.warn(LoraInitWarning(said, exclude_modules=name), stacklevel=2)
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
         raise LoraInitError(
@@ -291,11 +285,31 @@ def find_targets(
             target_modules=target_modules,
             exclude_modules=exclude_modules,
         )
+    return _described(_in_model_order([*selected, *parameters], named), modules, parameters)
+
+
+def _check_names(**arguments: Any) -> None:
+    for argument, given in arguments.items():
+        if not isinstance(given, Collection) or not all(isinstance(one, str) for one in given):
+            raise LoraInitError(
+                f"{{{argument}}}: expected a regular expression, or a list of names.", **{argument: given}
+            )
+
+
+def _in_model_order(names: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Sort layers and parameters as the modules are that they are, or that they are in."""
+    order = {name: i for i, name in enumerate(modules)}
+    return sorted(names, key=lambda name: order[name if name in order else name.rpartition(".")[0]])
+
+
+def _described(
+    names: Iterable[str], modules: Mapping[str, nn.Module], parameters: Mapping[str, Experts | None]
+) -> Targets:
+    """Describe layers and fused parameters, those whose A can start from their inputs apart from the others."""
     layers: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
     reasons: dict[str, str] = {}
-    order = {name: i for i, name in enumerate(named)}
-    for name in sorted([*selected, *parameters], key=lambda n: order[n if n in order else n.rpartition(".")[0]]):
+    for name in names:
         found = _target(name, modules[name]) if name in modules else _fused_target(name, parameters[name])
         if isinstance(found, Target):
             layers[name] = found
@@ -322,6 +336,14 @@ def _selected(
             target_modules=target_modules if wrong is names else wrong,
         )
     return selected
+
+
+def _without(names: Iterable[str], heads: Collection[str], exclude_modules: str | Collection[str] | None) -> list[str]:
+    """Leave out the layers of heads that are trained whole, and those that are excluded."""
+    left = [name for name in names if not is_in(name, heads)]
+    if not exclude_modules:
+        return left
+    return [name for name in left if not matches(exclude_modules, name, "exclude_modules")]
 
 
 def _of_purpose(purpose: str, modules: Mapping[str, nn.Module], linear: list[str], model_class: str) -> list[str]:
