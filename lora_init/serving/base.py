@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from lora_init.files import read_json, write_json
 from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, as_saved, find_tensors
 from lora_init.loading.models import CLASS_OF_TASK, kind_of, on_meta
-from lora_init.serving.trained import LINEAR, Trained, ends_of
+from lora_init.serving.trained import LINEAR, Layer, Trained, ends_of
 
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
 SHARD_BYTES = 2 * 10**9
@@ -217,11 +217,8 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
     problem = _untie(base, trained, wanted, sources)
     for name in wanted:
         pieces = _pieces(base, name, sources)
-        if not pieces:
-            problem = problem or f"{base.source!r} has no tensor {name!r} in its checkpoint, or in another form"
-        elif name in layers and layers[name].magnitude is not None and next(iter(pieces.values())).piece:
-            problem = problem or f"DoRA: {base.source!r} has {name!r} in another form in its checkpoint"
-        elif name not in layers:
+        problem = problem or _why_not_merged(base, name, layers.get(name), pieces)
+        if pieces and name not in layers:
             _check_shape(base, name, trained.others[PREFIX + name])
         sources |= pieces
     if any(layer.magnitude is not None and layer.ends != LINEAR for layer in layers.values()):
@@ -231,6 +228,15 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
             f"{problem}, so it is not merged here. PEFT's merge_and_unload() on the loaded model does it."
         )
     return sources
+
+
+def _why_not_merged(base: Base, name: str, layer: Layer | None, pieces: Mapping[str, Source]) -> str | None:
+    """Return why a parameter cannot be merged into the tensors of the checkpoint that it is in; None if it can."""
+    if not pieces:
+        return f"{base.source!r} has no tensor {name!r} in its checkpoint, or in another form"
+    if layer is not None and layer.magnitude is not None and next(iter(pieces.values())).piece:
+        return f"DoRA: {base.source!r} has {name!r} in another form in its checkpoint"
+    return None
 
 
 def _untie(base: Base, trained: Trained, wanted: Collection[str], sources: dict[str, Source]) -> str | None:
@@ -283,17 +289,30 @@ def _pieces(base: Base, name: str, sources: Mapping[str, Source]) -> dict[str, S
         return {name: replace(stored, parameter=name)} if stored and stored.shape in shapes else {}
     found: dict[str, Source] = {}
     for piece, tensor in one.items():
-        places: dict[str, int | None] = {piece: None}
-        if parameter.dim() == 3 and whole[piece].shape == tensor.shape:  # one for each expert; this is expert 0
-            head, _, tail = piece.rpartition(".0.")
-            places = {f"{head}.{expert}.{tail}": expert for expert in range(len(parameter))}
-        elif parameter.dim() == 3 and whole[piece].shape != (len(parameter), *tensor.shape[1:]):
+        places = _places(piece, parameter, whole[piece].shape, tensor.shape)
+        if places is None:
             return {}
         for place, expert in places.items():
             if place not in whole or sources[place].shape != whole[place].shape:
                 return {}
             found[place] = replace(sources[place], parameter=name, expert=expert, piece=piece)
     return found
+
+
+def _places(
+    piece: str, parameter: Tensor, of_all: Sequence[int], of_one: Sequence[int]
+) -> dict[str, int | None] | None:
+    """Name the tensors of a checkpoint that a piece of a parameter is in, each with its expert, None for all experts.
+
+    `of_all` is the shape of the piece of the whole parameter, `of_one` that of the piece of expert 0. None if neither
+    is a form in which experts are stored.
+    """
+    if parameter.dim() != 3:
+        return {piece: None}
+    if of_all == of_one:  # one tensor for each expert; this is expert 0
+        head, _, tail = piece.rpartition(".0.")
+        return {f"{head}.{expert}.{tail}": expert for expert in range(len(parameter))}
+    return {piece: None} if of_all == (len(parameter), *of_one[1:]) else None
 
 
 def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping[str, Source]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -26,42 +26,68 @@ def fit(
     # A layer with DoRA and without an adapter has no magnitude to give it.
     if not keep_ranks and not trained.dora:
         layers |= zero_layers(trained, widths)
-    widest = max(min(layer.widths) for layer in layers.values())
-    check_most_rank(rank, widest)
-    costs = {name: max(layer.experts, 1) * sum(layer.widths) for name, layer in layers.items()}  # of one rank
-    ranks = {name: layer.rank for name, layer in layers.items()}
+    check_most_rank(rank, max(min(layer.widths) for layer in layers.values()))
     factors: dict[str, Factors] = {}
-    if keep_ranks and (most is not None or rank is not None):
+    if not keep_ranks:
+        ranks = _one_rank(layers, rank, most)
+    elif rank is None and most is None:
+        ranks = {name: layer.rank for name, layer in layers.items()}
+    else:
         factors = {name: factorise(layer) for name, layer in layers.items()}
-        prices, budget = (costs, most) if most is not None else (dict.fromkeys(costs, 1), (rank or 0) * len(costs))
         # Without an adapter PEFT would not read these either.
-        kept = [
-            name
-            for name, layer in layers.items()
-            if layer.magnitude is not None or f"{PREFIX}{name}.base_layer.bias" in trained.others
-        ]
-        ranks = best_ranks(factors, prices, budget, kept)
-        dropped = next((name for name in kept if not ranks[name]), None)
-        if dropped is not None:
-            raise LoraInitError(
-                f"layer {dropped!r} has a bias or magnitudes of its own, and the budget is below rank 1. Give more."
-            )
-    elif not keep_ranks:
-        chosen = rank or vllm_rank(max(ranks.values()))
-        ranks = dict.fromkeys(ranks, chosen if most is None else min(chosen, most // sum(costs.values())))
+        kept = {name for name, layer in layers.items() if layer.magnitude is not None}
+        kept |= {name for name in layers if f"{PREFIX}{name}.base_layer.bias" in trained.others}
+        ranks = _own_ranks(layers, factors, rank, most, kept)
     if not any(ranks.values()):
+        total = sum(_costs(layers).values())
+        raise LoraInitError(f"a budget of {most:,} parameters: rank 1 in all {len(layers)} layers takes {total:,}.")
+    return _with_ranks(replace(trained, layers=layers), ranks, factors, keep_ranks, [*widths, *layers])
+
+
+def _costs(layers: Mapping[str, Layer]) -> dict[str, int]:
+    """Count the parameters of one rank of each layer, of all its experts."""
+    return {name: max(layer.experts, 1) * sum(layer.widths) for name, layer in layers.items()}
+
+
+def _one_rank(layers: Mapping[str, Layer], rank: int | None, most: int | None) -> dict[str, int]:
+    """Choose one rank for all layers: the one given, or that for which vLLM makes room; less under a budget."""
+    chosen = rank or vllm_rank(max(layer.rank for layer in layers.values()))
+    if most is not None:
+        chosen = min(chosen, most // sum(_costs(layers).values()))
+    return dict.fromkeys(layers, chosen)
+
+
+def _own_ranks(
+    layers: Mapping[str, Layer], factors: Mapping[str, Factors], rank: int | None, most: int | None, kept: Set[str]
+) -> dict[str, int]:
+    """Choose a rank for each layer, under a budget of parameters or of ranks; the `kept` have at least one."""
+    if most is not None:
+        prices, budget = _costs(layers), most
+    else:
+        prices, budget = dict.fromkeys(layers, 1), (rank or 0) * len(layers)
+    ranks = best_ranks(factors, prices, budget, kept)
+    dropped = next((name for name in layers if name in kept and not ranks[name]), None)
+    if dropped is not None:
         raise LoraInitError(
-            f"a budget of {most:,} parameters: rank 1 in all {len(costs)} layers takes {sum(costs.values()):,}."
+            f"layer {dropped!r} has a bias or magnitudes of its own, and the budget is below rank 1. Give more."
         )
-    order = [name for name in dict.fromkeys([*widths, *layers]) if ranks.get(name)]
+    return ranks
+
+
+def _with_ranks(
+    trained: Trained, ranks: Mapping[str, int], factors: Mapping[str, Factors], keep_ranks: bool, order: Iterable[str]
+) -> tuple[Trained, dict[str, float], float]:
+    """Truncate the layers that lose rank, and fill up the others unless each keeps its rank; return what `fit` does."""
+    layers = trained.layers
     lossy = [name for name, layer in layers.items() if ranks[name] < layer.rank]
     if lossy and not factors:
         factors = {name: factorise(layer) for name, layer in layers.items()}
     relative, total = errors(factors, ranks) if lossy else ({}, 0.0)
-    cut = {
-        name: truncate(layers[name], factors[name], ranks[name]) if name in lossy else layers[name] for name in order
-    }
-    fitted = cut if keep_ranks else {name: layer.padded(ranks[name]) for name, layer in cut.items()}
+    fitted = {}
+    for name in dict.fromkeys(order):
+        if ranks.get(name):
+            layer = truncate(layers[name], factors[name], ranks[name]) if name in lossy else layers[name]
+            fitted[name] = layer if keep_ranks else layer.padded(ranks[name])
     return replace(trained, layers=fitted), {name: relative[name] for name in lossy}, total
 
 

@@ -146,16 +146,10 @@ def export_adapter(
         >>> exported.command  # doctest: +SKIP
         'vllm serve base --enable-lora --max-lora-rank 32 --lora-modules served=/home/user/served'
     """
-    wanted = find_engine(engine)
-    limits = {"rank": rank, "parameters": parameters, "megabytes": megabytes}
-    sizes = {name: value for name, value in limits.items() if value is not None}
-    _check_options(engine, wanted, sizes, keep_ranks, merge_into, dtype)
-    most = None if parameters is None else parse_count(parameters, "parameters")
-    if rank is not None:
-        check_rank(engine, whole_number(rank, "rank", 1))
+    wanted, size = find_engine(engine), _Size(rank, parameters, megabytes, keep_ranks, dtype)
+    _check_options(engine, wanted, size, merge_into)
     path = check_output(output, engine, overwrite)
-    if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
-        raise LoraInitError("{start} is the trained adapter itself. Name it as it was before training.", start=start)
+    _check_other(start, directory)
     began = AdapterDirectory(directory)
     source = merge_into or base or began.base
     renames = compare(directory, source, engine).to_rename(str(began.path)) if rename else {}
@@ -166,9 +160,8 @@ def export_adapter(
     trained, model = on_base(engine, trained, source, start, began.origin)
     share = began.error_size / trained.update_size if began.error_size else None
     sources = intruders = None
-    if merge_into is not None:  # a bias beside an adapter has another name in the adapter's file
-        others = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in trained.others.items()}
-        trained = replace(trained, others=others)
+    if merge_into is not None:
+        trained = _as_in_model(trained)
         sources = plan_merge(model, trained)
         kept = sum(kept_by_merge(model, trained, sources).values(), Kept())
         if kept.is_doubtful:
@@ -179,34 +172,86 @@ def export_adapter(
             raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")
         trained, intruders = _reduce_intruders(trained, Path(directory).expanduser(), reduce_intruders)
     trained = trained.with_one_scaling()
-    result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
-    result = replace(result, error_share=share, notes=(_UNTRAINED,) if trained.adds_nothing else note_of(began.path))
-    if trained.quantized and not began.error_size:
-        on = f"it was made on a base in {trained.quantized}: on another one, as --data measures it, it acts otherwise"
-        result = replace(result, notes=(*result.notes, on))
+    result = Exported(
+        path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders,
+        error_share=share, notes=_notes(trained, began),
+    )  # fmt: skip
     if sources is not None:
         server = ENGINES["vllm"].server.replace("{name}", "{path}")
         result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))
         return _write(result, lambda place: write_merged(place, trained, model, sources), overwrite, trained)
-    if megabytes is not None:
-        own = next(iter(trained.layers.values())).a.itemsize if dtype is None else bytes_per_parameter(dtype)
-        most = int(megabytes * 10**6 / (wanted.bytes_each or own))
-    final, errors, error = fit(trained, rank, most, keep_ranks, model.widths)
-    if dtype is not None:  # B is written in the type of A
-        layers = {name: replace(one, a=one.a.to(getattr(torch, dtype))) for name, one in final.layers.items()}
-        final = replace(final, layers=layers)
+    final, errors, error = fit(trained, rank, size.most(wanted, trained), keep_ranks, model.widths)
+    final = final if dtype is None else _in_type(final, getattr(torch, dtype))
     check_rank(engine, final.rank)
-    heads = {key: tensor.shape for key, tensor in final.others.items()}
-    below = [allowed for allowed in VLLM_RANKS if allowed < final.rank]
-    padded = below and not (sizes or keep_ranks) and final.rank > trained.rank
     result = replace(
-        result, rank=final.rank, smaller=(below[-1], error_at(trained, below[-1])) if padded else None,
-        command=_command(wanted, path, model.source, final.rank, final.config, heads), errors=errors, error=error,
+        result, rank=final.rank, smaller=None if size.is_given else _next_smaller(trained, final.rank),
+        command=_command(wanted, path, model.source, final.rank, final.config, final.other_shapes),
+        errors=errors, error=error, added=tuple(final.layers_beside(trained)), parameters=final.n_parameters,
         verify=_verify(wanted.server, path, Path(directory), wanted.writes_peft, start is None and not error, base),
-        added=tuple(name for name in final.layers if name not in trained.layers),
-        parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
     )  # fmt: skip
     return _write(result, lambda place: wanted.write_form(place, final, model), overwrite, final)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How large the exported adapter may be: arguments of `export_adapter`."""
+
+    rank: int | None
+    parameters: int | str | None
+    megabytes: float | None
+    keep_ranks: bool
+    dtype: str | None
+
+    @property
+    def limits(self) -> dict[str, int | str | float]:
+        """The limits that are given, by the names of the arguments."""
+        limits = {"rank": self.rank, "parameters": self.parameters, "megabytes": self.megabytes}
+        return {name: value for name, value in limits.items() if value is not None}
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the ranks are the user's choice, and not those for which vLLM makes room."""
+        return bool(self.limits) or self.keep_ranks
+
+    def most(self, engine: Engine, trained: Trained) -> int | None:
+        """Return how many numbers A and B may have together; None without a limit."""
+        if self.parameters is not None:
+            return parse_count(self.parameters, "parameters")
+        if self.megabytes is None:
+            return None
+        own = next(iter(trained.layers.values())).a.itemsize if self.dtype is None else bytes_per_parameter(self.dtype)
+        return int(self.megabytes * 10**6 / (engine.bytes_each or own))
+
+
+def _as_in_model(trained: Trained) -> Trained:
+    """Name the biases as a merged model has them: a bias beside an adapter has another name in the adapter's file."""
+    others = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in trained.others.items()}
+    return replace(trained, others=others)
+
+
+def _in_type(trained: Trained, dtype: torch.dtype) -> Trained:
+    """Bring each A to a type; B is written in the type of A."""
+    return replace(trained, layers={name: replace(one, a=one.a.to(dtype)) for name, one in trained.layers.items()})
+
+
+def _notes(trained: Trained, began: AdapterDirectory) -> tuple[str, ...]:
+    """List what to know about an adapter: that it was never trained, or on which base it was made."""
+    notes = (_UNTRAINED,) if trained.adds_nothing else note_of(began.path)
+    if trained.quantized and not began.error_size:
+        on = f"it was made on a base in {trained.quantized}: on another one, as --data measures it, it acts otherwise"
+        return (*notes, on)
+    return notes
+
+
+def _next_smaller(trained: Trained, rank: int) -> tuple[int, float] | None:
+    """Return the next rank below that vLLM makes room for, and the error there, if `rank` is above the adapter's."""
+    below = [allowed for allowed in VLLM_RANKS if allowed < rank]
+    return (below[-1], error_at(trained, below[-1])) if below and rank > trained.rank else None
+
+
+def _check_other(start: str | Path | None, directory: str | Path) -> None:
+    if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
+        raise LoraInitError("{start} is the trained adapter itself. Name it as it was before training.", start=start)
 
 
 def _check_start(began: AdapterDirectory, start: str | Path | None, merge_into: str | None) -> None:
@@ -245,34 +290,36 @@ def check_before_loading(adapter: AdapterDirectory, base: str | None, rank: int 
     check_most_rank(rank, max(min(a[-1], b[0]) for a, b in zip(of_a, of_b, strict=True)))
 
 
-def _check_options(
-    name: str | None,
-    engine: Engine,
-    sizes: Mapping[str, int | str | float],
-    keep_ranks: bool,
-    merge_into: str | None,
-    dtype: str | None,
-) -> None:
-    if dtype is not None:
-        bytes_per_parameter(dtype)
+def _check_options(name: str | None, engine: Engine, size: _Size, merge_into: str | None) -> None:
+    """Refuse sizes and types that contradict each other, or that the engine or a merged model does not have."""
+    if size.dtype is not None:
+        bytes_per_parameter(size.dtype)
         form = "a merged model has its own type" if merge_into is not None else f"{engine.title} reads float32 alone"
         if merge_into is not None or engine.bytes_each:
-            raise LoraInitError(f"{{dtype}}: {form}. Leave dtype away.", dtype=dtype)
-    if len(sizes) > 1:
-        named = " and ".join(f"{{{one}}}" for one in sizes)
-        raise LoraInitError(f"{named} are both given. One of them says how large it may be.", **sizes)
-    megabytes = sizes.get("megabytes", 1.0)
-    if not isinstance(megabytes, (int, float)) or not 0 < megabytes < math.inf:
-        raise LoraInitError("{megabytes} must be a number above 0, and finite.", megabytes=megabytes)
-    if merge_into is not None and (name is not None or sizes or keep_ranks):
+            raise LoraInitError(f"{{dtype}}: {form}. Leave dtype away.", dtype=size.dtype)
+    _check_limits(size.limits)
+    if merge_into is not None and (name is not None or size.is_given):
         raise LoraInitError(
             "a merged model has no ranks and is for every engine: with {merge_into} leave {engine}, {rank}, "
             "{keep_ranks} and budgets away.",
             merge_into=..., engine=..., rank=..., keep_ranks=True,
         )  # fmt: skip
-    if keep_ranks and not engine.ranks:
+    if size.keep_ranks and not engine.ranks:
         takers = ", ".join(key for key, other in ENGINES.items() if other.ranks)
         raise LoraInitError(f"{name} takes one rank for all layers. Ranks of their own are for PEFT, {takers}.")
+    if size.parameters is not None:
+        parse_count(size.parameters, "parameters")
+    if size.rank is not None:
+        check_rank(name, whole_number(size.rank, "rank", 1))
+
+
+def _check_limits(limits: Mapping[str, int | str | float]) -> None:
+    if len(limits) > 1:
+        named = " and ".join(f"{{{one}}}" for one in limits)
+        raise LoraInitError(f"{named} are both given. One of them says how large it may be.", **limits)
+    megabytes = limits.get("megabytes", 1.0)
+    if not isinstance(megabytes, (int, float)) or not 0 < megabytes < math.inf:
+        raise LoraInitError("{megabytes} must be a number above 0, and finite.", megabytes=megabytes)
 
 
 def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tuple[Trained, tuple[int, int]]:

@@ -214,11 +214,29 @@ class _Fit:
 
     def report(self, source: str, converts: bool) -> FitReport:
         """Compare each tensor of the file with what is expected under its name."""
-        header, found, notes = self.adapter.header, [], []
+        found, strangers = self._compared()
+        notes = []
+        misnamed = {key: new for key, (misfit, new) in strangers.items() if misfit.kind == "name"}
+        new_names = self._new_names(misnamed)
+        there = {*self.adapter.header, *misnamed.values()}
+        missing = [] if new_names is None else [key for key in self.expected if key not in there]
+        only_names = not missing and all(one.kind == "config" for one in found)
+        renames = new_names if new_names and only_names else {}
+        if misnamed and converts and self._converts():
+            notes.append("PEFT brings its names into the model's form; for engines `lora-init export --rename` does.")
+        else:
+            found += [misfit for misfit, _ in strangers.values()]
+            lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
+            found += [Misfit("missing", key, lost) for key in missing]
+        return FitReport(source, self.name, len(self.adapter.header), tuple(found), renames, tuple(notes))
+
+    def _compared(self) -> tuple[list[Misfit], dict[str, tuple[Misfit, str | None]]]:
+        """List what is wrong with tensors whose names have a place, and describe those whose names have none."""
+        found: list[Misfit] = []
         if self.refused:
             found.append(Misfit("config", CONFIG_FILE, f"does not go with {self.name}: {self.refused}"))
         strangers: dict[str, tuple[Misfit, str | None]] = {}
-        for key, (shape, dtype) in header.items():
+        for key, (shape, dtype) in self.adapter.header.items():
             if _TENSOR.fullmatch(key) and dtype not in _FLOATS:
                 found.append(Misfit("type", key, f"is {dtype}, and A and B are float32, float16 or bfloat16."))
             wanted = self.expected.get(key, self.whole.get(key))
@@ -226,32 +244,24 @@ class _Fit:
                 strangers[key] = self._stranger(key, shape)
             else:
                 found += self._of_shape(key, shape, wanted)
-        misnamed = {key: new for key, (misfit, new) in strangers.items() if misfit.kind == "name"}
-        one_to_one = None not in misnamed.values() and len({*misnamed.values()} - {*header}) == len(misnamed)
-        there = {*header, *misnamed.values()}
-        missing = [key for key in self.expected if key not in there and one_to_one]
-        alone = one_to_one and not missing and all(one.kind == "config" for one in found)
-        renames = {key: new for key, new in misnamed.items() if new is not None and alone}
-        if misnamed and converts and self._converts():
-            notes.append("PEFT brings its names into the model's form; for engines `lora-init export --rename` does.")
-        else:
-            found += [misfit for misfit, _ in strangers.values()]
-            lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
-            found += [Misfit("missing", key, lost) for key in missing]
-        return FitReport(source, self.name, len(header), tuple(found), renames, tuple(notes))
+        return found, strangers
+
+    def _new_names(self, misnamed: Mapping[str, str | None]) -> dict[str, str] | None:
+        """Return the names under which tensors fit, if each has one of its own that is free; else None."""
+        new_names = {key: new for key, new in misnamed.items() if new is not None}
+        free = {*new_names.values()} - {*self.adapter.header}
+        return new_names if len(free) == len(misnamed) else None
 
     def _of_shape(self, key: str, shape: Sequence[int], expected: Sequence[int]) -> Iterator[Misfit]:
-        match, wanted = _TENSOR.fullmatch(key), [*expected]
+        """Compare the shape of a tensor with the one expected under its name."""
+        match = _TENSOR.fullmatch(key)
         layer = (match["layer"] if match else key.rpartition(".")[0]).removeprefix(PREFIX)
-        axis = None if match is None else {"A": 0, "B": 1}.get(match["part"][-1])
-        if axis is not None and len(shape) == len(wanted) > axis:  # a bias of B has none
-            wanted[axis] = self._rank_of(layer, shape[axis], wanted[axis] // self.rank)
-        if match is None and self.adapter.config.get("task_type") in _CLASSIFIES:
-            wanted[:1] = shape[:1]  # a head has as many labels as the adapter was trained for
-        other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
-        tokens = self.base.config.vocab_size if layer.removesuffix(".base_layer") in self.base.embeddings else None
+        axis = None if match is None else {"A": 0, "B": 1}.get(match["part"][-1])  # along which the rank counts
+        wanted = self._shape_wanted(layer, axis, shape, expected, is_whole=match is None)
         if [*shape] == wanted:
             return
+        other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
+        tokens = self.base.config.vocab_size if layer.removesuffix(".base_layer") in self.base.embeddings else None
         if len(shape) == len(wanted) and axis is not None and other == [axis]:
             yield Misfit("rank", key, f"has {shape[axis]} rows of rank, and {CONFIG_FILE} says {wanted[axis]}.")
         elif len(shape) == len(wanted) and [wanted[i] for i in other] == [tokens]:
@@ -259,6 +269,17 @@ class _Fit:
             yield Misfit("vocabulary", key, f"{said} resize_token_embeddings() on the base, and save it.")
         else:
             yield Misfit("shape", key, f"is {[*shape]}, and {wanted} fits {self.name}: a base of another size.")
+
+    def _shape_wanted(
+        self, layer: str, axis: int | None, shape: Sequence[int], expected: Sequence[int], is_whole: bool
+    ) -> list[int]:
+        """Return the shape that the configuration gives a tensor: with the layer's own rank, and as many labels."""
+        wanted = [*expected]
+        if axis is not None and len(shape) == len(wanted) > axis:  # a bias of B has none
+            wanted[axis] = self._rank_of(layer, shape[axis], wanted[axis] // self.rank)
+        if is_whole and self.adapter.config.get("task_type") in _CLASSIFIES:
+            wanted[:1] = shape[:1]  # a head has as many labels as the adapter was trained for
+        return wanted
 
     def _rank_of(self, layer: str, there: int, experts: int) -> int:
         """Return how many rows of rank a layer has by the configuration; of experts whose pattern counts, those there.
@@ -285,10 +306,7 @@ class _Fit:
         """Describe a tensor whose name has no place, and find the name under which it fits."""
         match = _TENSOR.fullmatch(key)
         if match is None:
-            sized = (name for name, own in self.whole.items() if own == [*shape])
-            same = [name for name in sized if _core(name) == _core(key)]
-            new = same[0] if len(same) == 1 else None
-            return Misfit("name", key, f"{self.name} with this adapter has no tensor of this name."), new
+            return self._stranger_beside_lora(key, shape)
         core, part = _core(match["layer"]), match["part"]
         end = part + ".weight" * (part in ("lora_A", "lora_B"))
         fitting = [name for name in self._by_core.get(core, ()) if self._takes(name, end, shape)]
@@ -299,10 +317,22 @@ class _Fit:
         if re.search(r"\bexperts\.\d+\.", key):
             said = "is of one expert, and the base has its experts fused. Load it with PEFT and save it again."
             return Misfit("name", key, said), new
+        nearest = new or self._nearest_layer(core)
+        return Misfit("name", key, f"{self.name} has no layer of this name. Nearest: {nearest}."), new
+
+    def _stranger_beside_lora(self, key: str, shape: Sequence[int]) -> tuple[Misfit, str | None]:
+        """Describe a tensor that is no part of A or B, as of a module that was trained whole."""
+        sized = (name for name, own in self.whole.items() if own == [*shape])
+        same = [name for name in sized if _core(name) == _core(key)]
+        new = same[0] if len(same) == 1 else None
+        return Misfit("name", key, f"{self.name} with this adapter has no tensor of this name."), new
+
+    def _nearest_layer(self, core: str) -> str:
+        """Name the layer whose name is most like one without wrappers; "-" if there is none."""
         names = [*chain.from_iterable(self._by_core.values())]
         alike = [name for name in names if name.endswith(core[core.rfind(".") :])] or names
-        near = [new] if new else difflib.get_close_matches(core, alike[:2000], 1, 0.0)
-        return Misfit("name", key, f"{self.name} has no layer of this name. Nearest: {near[0] if near else '-'}."), new
+        near = difflib.get_close_matches(core, alike[:2000], 1, 0.0)
+        return near[0] if near else "-"
 
     @cached_property
     def _by_core(self) -> dict[str, list[str]]:
@@ -349,19 +379,31 @@ def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | s
         return
     model = on_meta(getattr(transformers, recorded, None), config)
     if model is not None and made and not made.get("quantisation"):
-        known, here = made.get("n_parameters"), count_parameters(model)
-        # What is trained whole, as a head of other classes is, has its own size.
-        whole = adapter.config.get("modules_to_save") or adapter.config.get("task_type") in _CLASSIFIES
-        if known and known != here and not whole:
-            yield Misfit("base", CONFIG_FILE, f"says that the base has {known} parameters, and this one has {here}.")
-            return
-        if known == here and (found := _fingerprint(model, tensors)):
-            if made.get("fingerprint") not in (None, found):
-                yield Misfit("base", str(adapter.path), f"is for a base of the same form {_OTHER_WEIGHTS}.")
-            elif odd := differing_config(made.get("settings"), model_config(model)):
-                yield f"The adapter was made for this base with {odd} in its config.json: that changes what it reads."
+        said = _of_recorded_base(adapter, made, model, tensors)
+        if said is not None:
+            yield from said
             return
     yield from _of_named_base(adapter, source, config, tensors)
+
+
+def _of_recorded_base(
+    adapter: AdapterDirectory, made: Mapping[str, Any], model: Any, tensors: Mapping[str, Stored]
+) -> list[Misfit | str] | None:
+    """Compare size, fingerprint and configuration of the base with the record; None where that cannot decide."""
+    known, here = made.get("n_parameters"), count_parameters(model)
+    # What is trained whole, as a head of other classes is, has its own size.
+    whole = adapter.config.get("modules_to_save") or adapter.config.get("task_type") in _CLASSIFIES
+    if known and known != here and not whole:
+        return [Misfit("base", CONFIG_FILE, f"says that the base has {known} parameters, and this one has {here}.")]
+    found = _fingerprint(model, tensors) if known == here else ""
+    if not found:
+        return None
+    if made.get("fingerprint") not in (None, found):
+        return [Misfit("base", str(adapter.path), f"is for a base of the same form {_OTHER_WEIGHTS}.")]
+    odd = differing_config(made.get("settings"), model_config(model))
+    if not odd:
+        return []
+    return [f"The adapter was made for this base with {odd} in its config.json: that changes what it reads."]
 
 
 def _of_named_base(

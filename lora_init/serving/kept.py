@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +111,18 @@ def kept_by_merge(
         before, after = (ROUNDINGS[dtype](part) if dtype else part.to(stored.dtype).float() for part in parts)
         change, arrived, noise = parts[1] - parts[0], after - before, after - parts[1]
         if stats is not None:
-            if name not in stats or change.shape[-1] != stats.targets[name].in_features:
-                raise LoraInitError(f"the statistics do not know layer {name!r} as it is stored. Leave them out.")
-            moment = SecondMoment.of(stats[name]).to(change)
-            change, arrived, noise = (moment.times(part, 0.5) for part in (change, arrived, noise))
+            change, arrived, noise = _of_outputs(stats, name, change, arrived, noise)
         squares = (change.square(), arrived * change, noise.square())
         found[name] = found.get(name, Kept()) + Kept(*(float(one.sum(dtype=torch.float64)) for one in squares))
     return found
+
+
+def _of_outputs(stats: Statistics, name: str, *changes: Tensor) -> Iterator[Tensor]:
+    """Multiply changes M [d_out, d_in] of a layer by the root of its inputs' second moment: |M root|^2 is E |M x|^2."""
+    if name not in stats or changes[0].shape[-1] != stats.targets[name].in_features:
+        raise LoraInitError(f"the statistics do not know layer {name!r} as it is stored. Leave them out.")
+    moment = SecondMoment.of(stats[name]).to(changes[0])
+    return (moment.times(change, 0.5) for change in changes)
 
 
 @dataclass(frozen=True)

@@ -54,18 +54,17 @@ class Server:
     def find(self, name: str, model: str | None = None, base: str | None = None) -> tuple[str, str | None]:
         """Find what an adapter of this name and its base are called there; None if the base is not served beside it."""
         parents = self.models
-        if parents is None and model is not None:
-            return model, base
         if parents is None:
-            raise LoraInitError(f"{self.url}/models is not there. Name the adapter by {{model}}.{_ENDS}", model=...)
+            if model is None:
+                raise LoraInitError(f"{self.url}/models is not there. Name the adapter by {{model}}.{_ENDS}", model=...)
+            return model, base
         wrong = next((one for one in (model, base) if one is not None and one not in parents), None)
-        chosen = [model] if model else [name] if name in parents else [*filter(parents.get, parents)] or [*parents]
+        chosen = [model] if model else _candidates(name, parents)
         if wrong is not None or len(chosen) != 1:
             what = f"no model {wrong!r}" if wrong is not None else "several models" if parents else "no models"
             raise LoraInitError(f"{self.url} has {what}. Name one by {{model}}: {', '.join(parents)}.", model=...)
         found = chosen[0]
-        others = [other for other in parents if other != found and not parents[other]]
-        return found, base or parents[found] or (others[0] if len(others) == 1 else None)
+        return found, base or parents[found] or _only_model_beside(found, parents)
 
     def ask(self, model: str, prompt: Any) -> dict[int | str, float]:
         """Request log-probabilities of the token after a text, or of the first one of the answer to messages.
@@ -133,6 +132,19 @@ class Server:
         for secret in self._secrets:
             said = said.replace(secret, "...")
         return LoraInitError(f"{self.url} answers {status}: {said}{remedy}", url=...)
+
+
+def _candidates(name: str, parents: Mapping[str, Any]) -> list[str]:
+    """List the models that an adapter may be: the one of its name, else all adapters, else all models."""
+    if name in parents:
+        return [name]
+    return [one for one, parent in parents.items() if parent] or [*parents]
+
+
+def _only_model_beside(name: str, parents: Mapping[str, Any]) -> str | None:
+    """Return the one other model that is no adapter; None if there are none or several."""
+    others = [other for other, parent in parents.items() if other != name and not parent]
+    return others[0] if len(others) == 1 else None
 
 
 def _read(found: Mapping[str, Any]) -> dict[int | str, float]:

@@ -65,11 +65,15 @@ def serving_note(
         export = f" {_listed(some)} need{'s' * (len(some) == 1)} `lora-init export`." if some else ""
         merge = f"Others take no {beyond}: `lora-init export --merge-into MODEL`."
         return f"PEFT takes this adapter as it is.{export} {merge}"
-    most = max(ranks.values(), default=0)
-    if not most:
+    if not any(ranks.values()):
         return "No layer has an adapter, so there is nothing to serve."
+    return _which_take(ranks, config)
+
+
+def _which_take(ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
+    """Write which engines take plain LoRA of these ranks as it is, and which need an export."""
     why_not = {engine: beyond_engine(engine, ranks, config) for engine in ENGINES.values()}
-    room = max(most, int(config.get("r") or most))
+    room = max(*ranks.values(), int(config.get("r") or 0))
     ready = [PEFT.title, *(engine.name_with(room) for engine, reason in why_not.items() if not reason)]
     others = [engine.title for engine, reason in why_not.items() if reason]
     return (
@@ -93,17 +97,11 @@ def export_options(config: Mapping[str, Any], tensors: Iterable[str]) -> str | N
 
 def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     """Describe what in ranks and scalings an engine does not take as it is; empty if it takes all."""
-    grid, most = layer_grid(ranks), max(ranks.values(), default=0)
-    kinds = [{ranks[name] for name in layers.values()} for layers in grid.by_kind.values()]
+    most = max(ranks.values(), default=0)
     named = int(config.get("r") or most)
-    scales = set(scalings(config, ranks).values()) if "lora_alpha" in config else set()
-    # Engines have one scaling, the config's, whatever patterns say. No alpha makes some exactly the same.
-    scales_alike = all(
-        math.isclose(scale, scaling_of(config["lora_alpha"], named, bool(config.get("use_rslora"))), rel_tol=1e-6)
-        for scale in scales
-    )
+    scales_alike = "lora_alpha" not in config or _scales_alike(config, ranks, named)
     whole = not config.get("layers_to_transform") and named == most  # blocks of which no name is known lack theirs
-    is_uniform = scales_alike and whole and all(kind in ({0}, {most}) for kind in kinds)
+    is_uniform = whole and _one_rank_a_kind(ranks, most)
     if not engine.reads:
         return "reads no directory of PEFT"
     if not engine.allows(max(most, named)):
@@ -113,6 +111,21 @@ def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str,
     if not scales_alike:
         return "reads one scaling, and here layers have their own"
     return "" if is_uniform or "rank_pattern" in engine.reads else "takes one rank for every layer of a kind"
+
+
+def _one_rank_a_kind(ranks: Mapping[str, int], rank: int) -> bool:
+    """Return whether of each kind of layers all have this rank, or none has an adapter."""
+    kinds = ({ranks[name] for name in layers.values()} for layers in layer_grid(ranks).by_kind.values())
+    return all(kind in ({0}, {rank}) for kind in kinds)
+
+
+def _scales_alike(config: Mapping[str, Any], ranks: Mapping[str, int], rank: int) -> bool:
+    """Return whether all layers have the scaling of the config: engines have no other, whatever patterns say."""
+    scales = set(scalings(config, ranks).values())
+    if not scales:
+        return True
+    scale = scaling_of(config["lora_alpha"], rank, bool(config.get("use_rslora")))
+    return all(math.isclose(other, scale, rel_tol=1e-6) for other in scales)  # no alpha makes some exactly the same
 
 
 def _beyond_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -142,6 +142,20 @@ class Trained:
             squares += layer.scaling**2 * float(((b.mT @ b) * (a @ a.mT)).sum())
         return math.sqrt(max(squares, 0.0))
 
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in all A and B."""
+        return sum(layer.a.numel() + layer.b.numel() for layer in self.layers.values())
+
+    @property
+    def other_shapes(self) -> dict[str, Sequence[int]]:
+        """Shapes of the further tensors, by their full names."""
+        return {key: tensor.shape for key, tensor in self.others.items()}
+
+    def layers_beside(self, other: Trained) -> list[str]:
+        """Name the layers that have an adapter here and none in another."""
+        return [name for name in self.layers if name not in other.layers]
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by their full names."""
         tensors = dict(self.others)
@@ -183,6 +197,34 @@ def read_trained(
     config, directory = adapter.config, adapter.path
     if renames:
         config = _with_renamed_patterns(config, renames)
+    _check_config(config, directory)
+    parts: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in adapter.tensors().items():
+        match = _PART.fullmatch(renames.get(key, key))
+        if match is None:
+            others[renames.get(key, key)] = tensor
+        else:
+            parts.setdefault(match["name"], {})[match["part"]] = tensor
+    path = directory / WEIGHTS_FILE
+    if not parts:
+        hint = "`lora-init inspect ADAPTER --base MODEL` looks for the names that fit."
+        raise LoraInitError(f"{path} holds no lora_A, so there is no adapter to export. {hint}")
+    # With the adapter of an embedding PEFT stores the base's own weight, which training has not changed.
+    copies = {key: others.pop(key) for name in parts if (key := f"{PREFIX}{name}.base_layer.weight") in others}
+    trained = Trained(config, {}, others, copies, parts)
+    for name, found in parts.items():
+        _check_pair(name, found, path)
+    if not config.get("target_parameters"):
+        trained = with_parameters(trained, {})
+    _check_conversion(trained, adapter.origin, directory)
+    if start is None:
+        adapter.check_fits_plain_base()
+    return trained
+
+
+def _check_config(config: Mapping[str, Any], directory: Path) -> None:
+    """Refuse an adapter of another kind than is exported, and names of parameters that are no list."""
     other = next((key for key in OTHER_UPDATES if config.get(key)), None)
     if other is not None:
         raise LoraInitError(
@@ -192,29 +234,6 @@ def read_trained(
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         raise LoraInitError(f"{directory / CONFIG_FILE} is damaged: target_parameters is no list of names.")
-    path = directory / WEIGHTS_FILE
-    parts: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for key, tensor in adapter.tensors().items():
-        match = _PART.fullmatch(renames.get(key, key))
-        if match is None:
-            others[renames.get(key, key)] = tensor
-        else:
-            parts.setdefault(match["name"], {})[match["part"]] = tensor
-    if not parts:
-        hint = "`lora-init inspect ADAPTER --base MODEL` looks for the names that fit."
-        raise LoraInitError(f"{path} holds no lora_A, so there is no adapter to export. {hint}")
-    # With the adapter of an embedding PEFT stores the base's own weight, which training has not changed.
-    copies = {key: others.pop(key) for name in parts if (key := f"{PREFIX}{name}.base_layer.weight") in others}
-    trained = Trained(config, {}, others, copies, parts)
-    for name, found in parts.items():
-        _check_pair(name, found, path)
-    if not parameters:
-        trained = with_parameters(trained, {})
-    _check_conversion(trained, adapter.origin, directory)
-    if start is None:
-        adapter.check_fits_plain_base()
-    return trained
 
 
 def _with_renamed_patterns(config: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:

@@ -292,6 +292,23 @@ class Local:
 
     def faults(self) -> list[Fault]:
         """List what engines are known to do to an adapter; first, to leave it out."""
+        names = [*self.layers]
+        faults = [Fault("ignored", "what answers is the base", dict.fromkeys(names, 0.0))]
+        for factors, same in self._other_scalings().items():
+            by = f"by {factors[0]:.3g}, " if len({*factors}) == 1 else ""
+            faults.append(Fault("scaled", by + " or ".join(same), dict(zip(names, factors, strict=True))))
+        parts = {kind: {*layers.values()} for kind, layers in layer_grid(names).by_kind.items()}
+        for name in names:
+            parts.setdefault(name.split(".")[-2:][0], set()).add(name)
+        for part, members in parts.items():
+            if len(members) < len(names):
+                faults.append(Fault("a part is missing", part, {name: float(name not in members) for name in names}))
+        if any(layer.lora_variant for layer in self.layers.values()):
+            faults.append(Fault("a part is missing", "the magnitudes of DoRA", dict.fromkeys(names, 1.0), False))
+        return faults
+
+    def _other_scalings(self) -> dict[tuple[float, ...], list[str]]:
+        """Compute the factors by which layers are off where an engine reads scalings wrongly, each with its reasons."""
         config, names = self.model.active_peft_config, [*self.layers]
         rank, alpha, scaling = (
             {name: getattr(layer, what)[self.name] for name, layer in self.layers.items()}
@@ -310,16 +327,4 @@ class Local:
         for reason, of in served.items():
             reasons.setdefault(tuple(round(of[name] / scaling[name], 4) for name in names), []).append(reason)
         reasons.pop((1.0,) * len(names), None)  # which is as trained
-        parts = {kind: {*layers.values()} for kind, layers in layer_grid(names).by_kind.items()}
-        for name in names:
-            parts.setdefault(name.split(".")[-2:][0], set()).add(name)
-        faults = [Fault("ignored", "what answers is the base", dict.fromkeys(names, 0.0))]
-        for factors, same in reasons.items():
-            by = f"by {factors[0]:.3g}, " if len({*factors}) == 1 else ""
-            faults.append(Fault("scaled", by + " or ".join(same), dict(zip(names, factors, strict=True))))
-        for part, members in parts.items():
-            if len(members) < len(names):
-                faults.append(Fault("a part is missing", part, {name: float(name not in members) for name in names}))
-        if any(layer.lora_variant for layer in self.layers.values()):
-            faults.append(Fault("a part is missing", "the magnitudes of DoRA", dict.fromkeys(names, 1.0), False))
-        return faults
+        return reasons
