@@ -38,26 +38,13 @@ def check_adapter_options(
     start: Start, shape: Shape, output: str | Path | None = None, overwrite: bool = False
 ) -> None:
     """Check what an adapter is to be like, before any data are read, and the directory `output` if it will be saved."""
-    gamma, lora_alpha = shape.gamma, shape.lora_alpha
-    if gamma is not None and not (start.gamma is not None and 0.0 < gamma < math.inf):
-        stepping = ", ".join(repr(one.name) for one in STARTS if one.function and one.gamma is not None)
-        raise LoraInitError(
-            f"{{gamma}} with {{method}}: it is a positive number, for {stepping}.", gamma=gamma, method=start.name
-        )
+    _check_gamma(start, shape.gamma)
     if shape.use_dora and not start.b_is_zero:
         raise LoraInitError(
             "{method} starts with B other than zero, and DoRA's magnitudes are those at B = 0.", method=start.name
         )
-    if shape.whiten and "whiten" not in start.takes:
-        able = " or ".join(one.name for one in STARTS if "whiten" in one.takes)
-        raise LoraInitError(
-            f"{{whiten}} is for the start {able}; {{method}} has no variances to divide by.",
-            whiten=True,
-            method=start.name,
-        )
-    if shape.unit_rows and (start.matched or not start.b_is_zero):
-        said = "{unit_rows} with {method}: its rows have a size of their own. Leave it out."
-        raise LoraInitError(said, unit_rows=True, method=start.name)
+    _check_rows(start, shape)
+    lora_alpha = shape.lora_alpha
     if lora_alpha is not None and not (is_number(lora_alpha) and 0.0 < lora_alpha < math.inf):
         raise LoraInitError(
             "{lora_alpha} must be a positive number. Leave it out to take what is best.", lora_alpha=lora_alpha
@@ -70,6 +57,29 @@ def check_adapter_options(
         )
     if output is not None:
         check_place(output, overwrite)
+
+
+def _check_gamma(start: Start, gamma: float | None) -> None:
+    """Refuse a size of a step of a start that makes none, and one that is not positive."""
+    if gamma is not None and not (start.gamma is not None and 0.0 < gamma < math.inf):
+        stepping = ", ".join(repr(one.name) for one in STARTS if one.function and one.gamma is not None)
+        raise LoraInitError(
+            f"{{gamma}} with {{method}}: it is a positive number, for {stepping}.", gamma=gamma, method=start.name
+        )
+
+
+def _check_rows(start: Start, shape: Shape) -> None:
+    """Refuse sizes of the rows of A that the start does not have."""
+    if shape.whiten and "whiten" not in start.takes:
+        able = " or ".join(one.name for one in STARTS if "whiten" in one.takes)
+        raise LoraInitError(
+            f"{{whiten}} is for the start {able}; {{method}} has no variances to divide by.",
+            whiten=True,
+            method=start.name,
+        )
+    if shape.unit_rows and (start.matched or not start.b_is_zero):
+        said = "{unit_rows} with {method}: its rows have a size of their own. Leave it out."
+        raise LoraInitError(said, unit_rows=True, method=start.name)
 
 
 def buildable_start(method: str) -> Start:
@@ -172,26 +182,15 @@ def build_from(
     start, stats, shape = of.start, of.stats, of.shape
     selected = [*stats, *stats.unsupported] if selected is None else selected
     asked, rank = _ranks_asked(stats, ranks, of.rank, selected)
-    plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, shape.modules_to_save)}
     if not any(asked.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
-    if not plan:
-        whole = list(shape.modules_to_save)
-        raise LoraInitError("{modules_to_save} hold every layer: no adapter is left to build.", modules_to_save=whole)
+    plan = _without_whole_modules(asked, shape.modules_to_save)
     plan = _ranks_there(stats, plan, start)
     _check_experts([stats.targets[name] for name in plan], shape.use_dora, shape.lora_dropout)
     lora_alpha = alpha_for(SCALING, rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
     shape = replace(shape, lora_alpha=lora_alpha, gamma=shape.gamma or start.gamma)
     of = replace(of, shape=shape, rank=rank)
-    weights, seen, squares = {}, {}, 0.0
-    for name, r in plan.items():
-        error = of.error(name)
-        weights[name] = layer_start(of, name, r, error)
-        if error is not None:
-            a, b = weights[name].to(error.device, error.dtype)
-            left = torch.addmm(error, b, a, alpha=-of.scaling)
-            seen[name] = error_seen(stats[name], error), error_seen(stats[name], left)
-            squares += float(error.norm()) ** 2
+    weights, seen, squares = _layers_of(of, plan)
     unsupported = {
         name: kind
         for name, kind in stats.unsupported.items()
@@ -213,6 +212,29 @@ def build_from(
         error_size=squares**0.5,
         dtype=ranks.budget.dtype if isinstance(ranks, RankAllocation) and ranks.budget else "float32",
     )
+
+
+def _without_whole_modules(ranks: Mapping[str, int], modules_to_save: Sequence[str]) -> dict[str, int]:
+    """Leave out layers without a rank, and those in modules that are trained whole; refuse to leave out all."""
+    plan = {name: rank for name, rank in ranks.items() if rank and not is_in(name, modules_to_save)}
+    if not plan:
+        whole = list(modules_to_save)
+        raise LoraInitError("{modules_to_save} hold every layer: no adapter is left to build.", modules_to_save=whole)
+    return plan
+
+
+def _layers_of(of: Material, plan: Mapping[str, int]) -> tuple[Weights, dict[str, tuple[float, float]], float]:
+    """Compute the start of each layer; return beside them what `AdapterInit.errors` has, and |W - Q|^2 of all."""
+    weights, seen, squares = {}, {}, 0.0
+    for name, rank in plan.items():
+        error = of.error(name)
+        weights[name] = layer_start(of, name, rank, error)
+        if error is not None:
+            a, b = weights[name].to(error.device, error.dtype)
+            left = torch.addmm(error, b, a, alpha=-of.scaling)
+            seen[name] = error_seen(of.stats[name], error), error_seen(of.stats[name], left)
+            squares += float(error.norm()) ** 2
+    return weights, seen, squares
 
 
 def _responses(of: Material, weights: Weights) -> Iterator[tuple[str, Response]]:
@@ -257,28 +279,15 @@ def _ranks_asked(
 ) -> tuple[dict[str, int], int]:
     """Return the rank of each layer that was named, in model order, and the rank that the scaling is relative to."""
     if ranks is None:
-        from lora_init.planning.allocate import allocate_ranks
-
-        left_out = [name for name in stats if name not in selected]
-        ranks = allocate_ranks(stats, rank=average or stats.provenance.rank, exclude=left_out)
+        ranks = _ranks_by_default(stats, average or stats.provenance.rank, selected)
     if isinstance(ranks, RankAllocation):
         ranks.check(stats)
     if not isinstance(ranks, Mapping):
         ranks = dict.fromkeys((name for name in stats if name in selected), whole_number(ranks, "ranks", 0))
-    unknown = next((name for name in ranks if name not in stats), None)
-    if unknown is not None:
-        close = difflib.get_close_matches(unknown, list(stats), n=1, cutoff=0.0)
-        raise LoraInitError(f"ranks name {unknown!r}, which the statistics don't have. Closest: {close}.")
+    _check_layers_known(ranks, stats)
     asked = {name: whole_number(ranks[name], f"layer {name!r}: rank", 0) for name in stats if name in ranks}
     for name, rank in asked.items():
-        target = stats.targets[name]
-        if rank > target.in_features:
-            raise LoraInitError(f"layer {name!r}: rank {rank} is larger than its input width {target.in_features}.")
-        if rank % target.groups:
-            raise LoraInitError(
-                f"layer {name!r}: rank {rank} is no multiple of its {target.groups} groups, which PEFT needs. "
-                f"Give it {rank - rank % target.groups or target.groups}, or exclude it."
-            )
+        _check_rank_of_layer(stats.targets[name], rank)
         if rank and name not in selected:
             raise LoraInitError(f"layer {name!r}: ranks give it {rank}, and config does not select it. Change one.")
     known = ranks.rank if isinstance(ranks, RankAllocation) else 0
@@ -286,6 +295,31 @@ def _ranks_asked(
     if average not in (None, known):
         raise LoraInitError(f"ranks are {known} on average, and config says r={average}. Change one.")
     return asked, known
+
+
+def _ranks_by_default(stats: Statistics, rank: int, selected: Collection[str]) -> RankAllocation:
+    """Allocate the same rank to each of the selected layers."""
+    from lora_init.planning.allocate import allocate_ranks
+
+    return allocate_ranks(stats, rank=rank, exclude=[name for name in stats if name not in selected])
+
+
+def _check_layers_known(names: Iterable[str], stats: Statistics) -> None:
+    unknown = next((name for name in names if name not in stats), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(unknown, list(stats), n=1, cutoff=0.0)
+        raise LoraInitError(f"ranks name {unknown!r}, which the statistics don't have. Closest: {close}.")
+
+
+def _check_rank_of_layer(target: Target, rank: int) -> None:
+    """Refuse a rank that a layer cannot have."""
+    if rank > target.in_features:
+        raise LoraInitError(f"layer {target.name!r}: rank {rank} is larger than its input width {target.in_features}.")
+    if rank % target.groups:
+        raise LoraInitError(
+            f"layer {target.name!r}: rank {rank} is no multiple of its {target.groups} groups, which PEFT needs. "
+            f"Give it {rank - rank % target.groups or target.groups}, or exclude it."
+        )
 
 
 def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> dict[str, int]:

@@ -84,13 +84,17 @@ def origin_of(init: AdapterInit, short: bool = False) -> dict[str, Any]:
     if short:
         kept = {key: value for key, value in provenance.items() if key not in ("notes", "seconds", "versions")}
         return origin | {"provenance": kept}
-    return origin | {
+    return origin | _layers_of(init) | {"provenance": provenance}
+
+
+def _layers_of(init: AdapterInit) -> dict[str, Any]:
+    """Lay out what is known of single layers."""
+    layers = {
         "left_out": list(init.left_out),
         "unsupported": dict(init.unsupported),
         "explained": {name: round(share, 4) for name, share in init.explained.items()},
-        **({"correction": correction_of(init)} if init.errors else {}),
-        "provenance": provenance,
     }
+    return layers | ({"correction": correction_of(init)} if init.errors else {})
 
 
 def card_of(init: AdapterInit, directory: str) -> str:

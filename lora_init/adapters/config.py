@@ -76,17 +76,11 @@ def read_config_for(
             f"config says task_type={str(config.task_type)!r}, and the statistics were collected for "
             f"{stats.provenance.task_type!r}. Collect with that task_type, or leave it out."
         )
-    names = [*stats, *stats.unsupported]
-    fused = {name for name, kind in stats.unsupported.items() if kind == "Parameter"}
-    fused |= {name for name in stats if stats.targets[name].experts}
+    names, fused = [*stats, *stats.unsupported], _fused_parameters(stats)
     config, everything = copy.deepcopy(config), not (config.target_modules or config.target_parameters)
     if everything or config.target_modules == "all-linear":
         config.target_modules = sorted({name.rpartition(".")[2] for name in names if name not in fused})
-    listed = [] if isinstance(config.target_modules, str) else [*(config.target_modules or ())]
-    excluded = config.exclude_modules or ()
-    for asked in sorted([*listed, *(config.target_parameters or ())]):
-        if not any(matches([asked], name, "") for name in names) and not matches(excluded, asked, "exclude_modules"):
-            raise LoraInitError(f"config selects {asked!r}, of which the statistics have no layer. Collect with it.")
+    _check_collected(config, names)
     parameters = fused if everything else config.target_parameters or ()
     selected = [
         name
@@ -96,6 +90,21 @@ def read_config_for(
     if not selected:
         raise LoraInitError(f"config selects none of the {len(names)} layers that the statistics have.")
     return said, selected
+
+
+def _fused_parameters(stats: Statistics) -> set[str]:
+    """Name the parameters of experts among the layers of statistics, those without a spectrum among them."""
+    unsupported = {name for name, kind in stats.unsupported.items() if kind == "Parameter"}
+    return unsupported | {name for name in stats if stats.targets[name].experts}
+
+
+def _check_collected(config: LoraConfig, names: list[str]) -> None:
+    """Refuse a config that lists a layer or parameter which the statistics do not have and it does not exclude."""
+    listed = [] if isinstance(config.target_modules, str) else [*(config.target_modules or ())]
+    excluded = config.exclude_modules or ()
+    for asked in sorted([*listed, *(config.target_parameters or ())]):
+        if not any(matches([asked], name, "") for name in names) and not matches(excluded, asked, "exclude_modules"):
+            raise LoraInitError(f"config selects {asked!r}, of which the statistics have no layer. Collect with it.")
 
 
 def _check_plain_config(config: Any) -> None:

@@ -41,6 +41,18 @@ def is_zero_update(a: Tensor | None, b: Tensor) -> bool:
     return bool(product <= bound * (1e-6 if a.dtype == torch.float32 else 3e-3) ** 2)
 
 
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse a config with a rank that is none, or with patterns that map to no numbers."""
+    rank = config.get("r", 8)
+    if not isinstance(rank, int) or rank < 1:
+        raise LoraInitError(f"{file} is damaged: r is {rank!r}, and a rank of at least 1 is expected.")
+    for name in ("rank_pattern", "alpha_pattern", "auto_mapping"):
+        found = config.get(name) or {}
+        numbers = found.values() if isinstance(found, dict) and name != "auto_mapping" else ()
+        if not isinstance(found, dict) or not all(map(is_number, numbers)):
+            raise LoraInitError(f"{file} is damaged: {name} is {found!r}, and a mapping is expected, to numbers.")
+
+
 class AdapterDirectory:
     """An adapter directory that PEFT or lora_init has written: the config is read at once, the rest when asked for."""
 
@@ -62,14 +74,7 @@ class AdapterDirectory:
             raise LoraInitError(
                 f"{self.path} holds an adapter of type {self.config.get('peft_type')}; only LORA is read."
             )
-        rank = self.config.get("r", 8)
-        if not isinstance(rank, int) or rank < 1:
-            raise LoraInitError(f"{file} is damaged: r is {rank!r}, and a rank of at least 1 is expected.")
-        for name in ("rank_pattern", "alpha_pattern", "auto_mapping"):
-            found = self.config.get(name) or {}
-            numbers = found.values() if isinstance(found, dict) and name != "auto_mapping" else ()
-            if not isinstance(found, dict) or not all(map(is_number, numbers)):
-                raise LoraInitError(f"{file} is damaged: {name} is {found!r}, and a mapping is expected, to numbers.")
+        _check_numbers(self.config, file)
 
     @property
     def base(self) -> str:

@@ -101,19 +101,11 @@ def initialize(
             `AdapterInit.apply` do; before any batch is read, where that can be known then. A trainer that has begun, or
             whose adapter is not a fresh LoRA adapter; it is as it was then.
     """
-    if learning_rate not in (None, "measured") or (learning_rate and not is_trainer(model)):
-        raise LoraInitError(
-            f"learning_rate={learning_rate!r}: 'measured' sets the rate of a trainer. For a model call learning_rate()."
-        )
-    asked = Asked.by("initialize()", method, **options, **{
-        name: value for name, value in (("rank", rank), ("rho", rho)) if value is not None
-    })  # fmt: skip
+    _check_learning_rate(learning_rate, model)
+    asked = Asked.by("initialize()", method, **options, **_without_none(rank=rank, rho=rho))
     classifies = asked.sample.label is not None or bool(getattr(batches, "classes", ()))
     if not is_trainer(model):
-        if batches is None:
-            raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
-        if not is_filled(model):
-            check_plain(model, "initialize()")
+        _check_plain_model(model, batches)
         carrier = find_carrier(model)
         if config is not None:
             if not carrier.wraps_anew:
@@ -122,10 +114,7 @@ def initialize(
         with carrier.opened(choose(asked, classifies)) as opened:
             fed, read = carrier.feed(batches, opened)
             return _applied(run(Source(carrier, fed, tokenizer), read), carrier, adapter_name)
-    if config is not None:
-        raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
-    if batches is None and tokenizer is not None:
-        raise LoraInitError("{tokenizer} is for batches of your own. Leave it out.", tokenizer=...)
+    _check_beside_trainer(config, batches, tokenizer)
     began, door = time.perf_counter(), find_trainer(model)
     if learning_rate:
         door.check_rate()
@@ -140,12 +129,44 @@ def initialize(
         for said in init.rate.far_off(door.trainer.args, door.optimizer, door.schedule):
             warnings.warn(said, stacklevel=2)
     if asked.run.progress is not False and door.trainer.is_world_process_zero():
-        made, ranks = init.provenance, sorted(init.ranks.values())
-        of = f"{made.n_batches} batches of {door.trainer.args.per_device_train_batch_size} examples"
-        of_layer = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))
-        took = f"{of}, {time.perf_counter() - began:.1f} s"
-        print(f"{init.method}: {len(ranks)} layers, rank {of_layer}, {took}. {init.how_to_train}", file=sys.stderr)
+        _print_made(init, door.trainer.args.per_device_train_batch_size, time.perf_counter() - began)
     return adapted
+
+
+def _without_none(**arguments: Any) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _check_learning_rate(learning_rate: Any, model: Any) -> None:
+    """Refuse another rate than the measured one, and that where there is no trainer to give it to."""
+    if learning_rate not in (None, "measured") or (learning_rate and not is_trainer(model)):
+        raise LoraInitError(
+            f"learning_rate={learning_rate!r}: 'measured' sets the rate of a trainer. For a model call learning_rate()."
+        )
+
+
+def _check_plain_model(model: Any, batches: Any) -> None:
+    """Refuse to begin without batches, and with a model that is none or has an adapter that is trained."""
+    if batches is None:
+        raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
+    if not is_filled(model):
+        check_plain(model, "initialize()")
+
+
+def _check_beside_trainer(config: LoraConfig | None, batches: Any, tokenizer: Any) -> None:
+    """Refuse what a trainer brings itself."""
+    if config is not None:
+        raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
+    if batches is None and tokenizer is not None:
+        raise LoraInitError("{tokenizer} is for batches of your own. Leave it out.", tokenizer=...)
+
+
+def _print_made(init: AdapterInit, batch_size: int, seconds: float) -> None:
+    """Print in a line what was made of how much data, and how to train it."""
+    ranks = sorted(init.ranks.values())
+    of_layer = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))
+    took = f"{init.provenance.n_batches} batches of {batch_size} examples, {seconds:.1f} s"
+    print(f"{init.method}: {len(ranks)} layers, rank {of_layer}, {took}. {init.how_to_train}", file=sys.stderr)
 
 
 def _applied(init: AdapterInit, carrier: Carrier, adapter_name: str) -> Any:

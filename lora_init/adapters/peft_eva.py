@@ -77,26 +77,16 @@ def get_eva_state_dict(
         LoraInitError: (a ValueError) No layer is targeted or no layer had rows; another process failed.
     """
     wrapped = hasattr(model, "peft_config")
-    if peft_config is None:
-        if not wrapped:
-            raise ValueError("peft_config is required if model is not a PeftModel")
-        peft_config = cast("LoraConfig", model.peft_config[adapter_name])  # type: ignore[index]
-    if peft_config.eva_config is None:
-        peft_config = copy.copy(peft_config)
-        peft_config.eva_config = EvaConfig()
-    if wrapped:
-        own = {f"{PREFIX}{name}": one for name, one in adapter_layers(model).items() if adapter_name in one.lora_A}
-        modules = {name: one for name, one in own.items() if not isinstance(one, UNSUPPORTED_LORA_MODULES)}
-    else:
-        modules = _target_layers(model, peft_config)
+    config = _with_eva_config(model, peft_config, adapter_name)
+    modules = _adapted_layers(model, adapter_name) if wrapped else _target_layers(model, config)
     if not modules:
         return {}
-    functions = _Functions(peft_config, forward_fn or forward_fn_dict, prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    functions = _Functions(config, forward_fn or forward_fn_dict, prepare_model_inputs_fn, prepare_layer_inputs_fn)
     functions.check_names(modules)
     # By plain names: PEFT's EVA asks with the prefixed name, which no key that starts with ^ can match.
-    given = from_patterns(peft_config.rank_pattern, map(_plain, modules), peft_config.r)
+    given = from_patterns(config.rank_pattern, map(_plain, modules), config.r)
     ranks = {name: int(given[_plain(name)]) for name in modules}
-    most = {name: max(1, round(rank * peft_config.eva_config.rho)) for name, rank in ranks.items()}
+    most = {name: max(1, round(rank * config.eva_config.rho)) for name, rank in ranks.items()}
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(alone=not gather_distributed_inputs))
         if processes.size > 1:
@@ -109,15 +99,37 @@ def get_eva_state_dict(
             stack.enter_context(as_it_was(model))  # PEFT's own context does not see to requires_grad
             stack.enter_context(model.disable_adapter())  # type: ignore[operator]
         spectra = _collect(model, modules, dataloader, max(most.values()), functions, processes, show_progress_bar)
-    # The largest ratios get a rank each. Stable: ties go to the earlier layer.
-    ratios = [spectrum.explained_variance_ratio[: most[name]] for name, spectrum in spectra.items()]
-    owner = torch.repeat_interleave(torch.arange(len(ratios)), torch.tensor([len(ratio) for ratio in ratios]))
-    order = torch.cat(ratios).argsort(descending=True, stable=True)[: sum(ranks[name] for name in spectra)]
     state = {}
-    for name, rank in zip(spectra, torch.bincount(owner[order], minlength=len(ratios)).tolist(), strict=True):
-        a = eva(spectra[name], rank, layer_generator(0, name), whiten=peft_config.eva_config.whiten)
+    for name, rank in _shared_out(spectra, most, sum(ranks[name] for name in spectra)).items():
+        a = eva(spectra[name], rank, layer_generator(0, name), whiten=config.eva_config.whiten)
         state[name] = a.to(next((p.device for p in modules[name].parameters() if not p.is_meta), a.device))
     return state
+
+
+def _with_eva_config(model: Any, config: LoraConfig | None, adapter_name: str) -> Any:
+    """Return the config given, or else the adapter's, with PEFT's defaults of EVA where it has none."""
+    if config is None:
+        if not hasattr(model, "peft_config"):
+            raise ValueError("peft_config is required if model is not a PeftModel")
+        config = cast("LoraConfig", model.peft_config[adapter_name])
+    if config.eva_config is None:
+        config = copy.copy(config)
+        config.eva_config = EvaConfig()
+    return config
+
+
+def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+    """Find the layers of a PeftModel that have this adapter and read rows, by their names in it."""
+    own = {f"{PREFIX}{name}": one for name, one in adapter_layers(model).items() if adapter_name in one.lora_A}
+    return {name: one for name, one in own.items() if not isinstance(one, UNSUPPORTED_LORA_MODULES)}
+
+
+def _shared_out(spectra: Mapping[str, Spectrum], most: Mapping[str, int], total: int) -> dict[str, int]:
+    """Give the largest explained-variance ratios of all layers a rank each, `most` of a layer, as EVA does."""
+    ratios = [spectrum.explained_variance_ratio[: most[name]] for name, spectrum in spectra.items()]
+    owner = torch.repeat_interleave(torch.arange(len(ratios)), torch.tensor([len(ratio) for ratio in ratios]))
+    order = torch.cat(ratios).argsort(descending=True, stable=True)[:total]  # stable: ties go to the earlier layer
+    return dict(zip(spectra, torch.bincount(owner[order], minlength=len(ratios)).tolist(), strict=True))
 
 
 def _collect(
@@ -209,6 +221,51 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
     weights = {_plain(name): weight for name, weight in eva_state_dict.items()}
     modules = dict(model.get_base_model().named_modules())  # type: ignore[operator]
     layers = {name: layer for name, layer in adapter_layers(model).items() if adapter_name in layer.r}
+    _check_widths(weights, layers)
+    old_ranks = from_patterns(config.rank_pattern, layers, config.r)
+    ranks = {name: len(weights[name]) if name in weights else rank for name, rank in old_ranks.items()}
+    kept = [name for name in layers if ranks[name]]
+    _set_patterns(config, modules, old_ranks, {name: ranks[name] for name in kept})
+    peft_model: Any = model
+    dtype = next((layer.lora_A[adapter_name].weight.dtype for layer in layers.values() if layer.lora_A), torch.float32)
+    _make_anew(peft_model, adapter_name, config)
+    match_modes(peft_model)
+    _copy_in(peft_model, weights, adapter_name, dtype)
+    return [name for name in kept if name not in weights]
+
+
+def _set_patterns(config: Any, modules: Iterable[str], old_ranks: Mapping[str, int], ranks: Mapping[str, int]) -> None:
+    """Write into a config the layers that keep an adapter, their new ranks, and what their scaling needs."""
+    selected = listed_or_pattern(list(ranks), (name for name in modules if name not in ranks))
+    config.target_modules = selected if isinstance(selected, str) else set(ranks)  # as PEFT makes one of every list
+    alphas = _alphas(config, old_ranks, ranks)
+    config.rank_pattern = to_patterns(ranks, config.r)
+    config.alpha_pattern = to_patterns({name: alphas[name] for name in ranks}, config.lora_alpha)
+
+
+def _copy_in(model: nn.Module, weights: Mapping[str, Tensor], adapter_name: str, dtype: torch.dtype) -> None:
+    """Copy each A into its layer, and bring A and B to a type."""
+    for name, layer in adapter_layers(model).items():
+        if name in weights and adapter_name in layer.r:
+            for part in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+                part.to(dtype)  # of a half-precision model they are float32; PEFT before 0.19 takes the model's own
+            layer.lora_A[adapter_name].weight.copy_(weights[name])
+
+
+def _alphas(config: Any, old_ranks: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Compute each layer's lora_alpha, with `adjust_scaling_factors` so that its scaling stays as its rank changes."""
+    alphas = from_patterns(config.alpha_pattern, old_ranks, config.lora_alpha)
+    if config.eva_config is not None and config.eva_config.adjust_scaling_factors:
+        for name, rank in ranks.items():
+            if 0 < rank != old_ranks[name]:
+                # PEFT takes rank / old_rank under rsLoRA too, which changes the scaling.
+                scaling = scaling_of(alphas[name], old_ranks[name], config.use_rslora)
+                alphas[name] = alpha_for(scaling, rank, config.use_rslora)
+    return alphas
+
+
+def _check_widths(weights: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
+    """Refuse an A that is no matrix, or of another width than its layer's."""
     for name, layer in layers.items():
         weight = weights.get(name)
         if weight is not None and (weight.dim() != 2 or weight.shape[1] != layer.in_features):
@@ -216,29 +273,6 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
                 f"layer {name!r}: the eva state_dict has a tensor of shape {tuple(weight.shape)}, expected "
                 f"[rank, {layer.in_features}]. Compute it on this model."
             )
-    old_ranks = from_patterns(config.rank_pattern, layers, config.r)
-    alphas = from_patterns(config.alpha_pattern, layers, config.lora_alpha)
-    ranks = {name: len(weights[name]) if name in weights else rank for name, rank in old_ranks.items()}
-    for name, rank in ranks.items():
-        if 0 < rank != old_ranks[name] and config.eva_config is not None and config.eva_config.adjust_scaling_factors:
-            # Keeps the layer's scaling. PEFT takes rank / old_rank under rsLoRA too, which changes it.
-            scaling = scaling_of(alphas[name], old_ranks[name], config.use_rslora)
-            alphas[name] = alpha_for(scaling, rank, config.use_rslora)
-    kept = [name for name in layers if ranks[name]]
-    selected = listed_or_pattern(kept, (name for name in modules if name not in kept))
-    config.target_modules = selected if isinstance(selected, str) else set(kept)  # as PEFT makes one of every list
-    config.rank_pattern = to_patterns({name: ranks[name] for name in kept}, config.r)
-    config.alpha_pattern = to_patterns({name: alphas[name] for name in kept}, config.lora_alpha)
-    peft_model: Any = model
-    dtype = next((layer.lora_A[adapter_name].weight.dtype for layer in layers.values() if layer.lora_A), torch.float32)
-    _make_anew(peft_model, adapter_name, config)
-    match_modes(peft_model)
-    for name, layer in adapter_layers(peft_model).items():
-        if name in weights and adapter_name in layer.r:
-            for part in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
-                part.to(dtype)  # of a half-precision model they are float32; PEFT before 0.19 takes the model's own
-            layer.lora_A[adapter_name].weight.copy_(weights[name])
-    return [name for name in kept if name not in weights]
 
 
 def _make_anew(model: PeftModel, adapter_name: str, config: LoraConfig) -> None:

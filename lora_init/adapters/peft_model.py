@@ -110,6 +110,12 @@ def check_fits(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
             f"layer {missing!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
             "Apply the adapter to the model that the statistics come from."
         )
+    _check_layers(model, targets, there, origin)
+    check_modules_to_save(model, init.modules_to_save)
+
+
+def _check_layers(model: nn.Module, targets: Mapping[str, Target], there: Mapping[str, Any], origin: str) -> None:
+    """Refuse a model with a layer of another kind or width than the statistics from `origin` have."""
     fused = [name for name, target in targets.items() if target.experts]
     plain = exact_pattern(name for name in targets if name not in fused) if len(targets) > len(fused) else []
     found = find_targets(model, plain, target_parameters=fused).layers
@@ -121,7 +127,6 @@ def check_fits(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
                 f"layer {name!r}: the statistics (from {origin}) have {_described(expected)}, "
                 f"{type(model).__name__} has {shown}. Apply the adapter to the model that the statistics come from."
             )
-    check_modules_to_save(model, init.modules_to_save)
 
 
 def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:

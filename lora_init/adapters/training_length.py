@@ -65,13 +65,9 @@ class TrainingLength:
                 "{epochs}: the number of examples is unknown, as of a stream. Say {steps}, or both.",
                 epochs=epochs, steps=...,
             )  # fmt: skip
-        length = cls(_ASSUMED if steps is None else steps, batch_size, rows)
         if rows is None:
-            if steps is None:
-                return replace(length, why="assumed; say how many yours has")
-            if epochs is None or epochs <= 1.0:
-                return length
-            return replace(length, rows=max(1, round(steps * batch_size / epochs)))
+            return cls._of_stream(steps, epochs, batch_size)
+        length = cls(_ASSUMED if steps is None else steps, batch_size, rows)
         if steps is not None and epochs is None:
             return length
         times = 1.0 if epochs is None else epochs
@@ -86,6 +82,16 @@ class TrainingLength:
                 steps=steps, epochs=epochs,
             )  # fmt: skip
         return length
+
+    @classmethod
+    def _of_stream(cls, steps: int | None, epochs: float | None, batch_size: int) -> TrainingLength:
+        """Plan for data of which only the user knows how many examples they have: by steps and epochs, if both are."""
+        if steps is None:
+            return cls(_ASSUMED, batch_size, why="assumed; say how many yours has")
+        length = cls(steps, batch_size)
+        if epochs is None or epochs <= 1.0:
+            return length
+        return replace(length, rows=max(1, round(steps * batch_size / epochs)))
 
     def changed(self, steps: int | None, epochs: float | None, batch_size: int | None) -> TrainingLength:
         """Return a training of another length on the same examples; other batches alone go as often through them."""
