@@ -152,10 +152,7 @@ def train_generator(
         raise LoraInitError(f"the adapters of {bank.path} are all the same. A generator learns from what differs.")
     center = torch.stack(list(weights.values())).mean(0)
     scale = _scales([flat - center for flat in weights.values()], shapes)
-    prompts = {name: bank.embeddings(name) for name in bank.entries}
-    few = next((name for name, rows in prompts.items() if len(rows) < 2), None)
-    if few is not None:
-        raise LoraInitError(f"entry {few!r} of {bank.path} has a single prompt. Add it with more of its data.")
+    prompts = _prompts(bank)
     everything = torch.cat(list(prompts.values()))
     shift, spread = everything.mean(0), everything.std(0).clamp_min(1e-6)
     # The last eighth of each task's prompts is never trained on: `explained` is measured with it.
@@ -191,6 +188,15 @@ def train_generator(
         whole = [float(((weights[name] - center) / scale).square().mean()) for name in names]
     explained = 1.0 - sum(left) / sum(whole)
     return Generator(decoder, shapes, center, scale, shift, spread, list(bank.tasks), explained)
+
+
+def _prompts(bank: Bank) -> dict[str, Tensor]:
+    """Read the embeddings of each entry's prompts, [n, d]; refuse an entry with a single one."""
+    prompts = {name: bank.embeddings(name) for name in bank.entries}
+    few = next((name for name, rows in prompts.items() if len(rows) < 2), None)
+    if few is not None:
+        raise LoraInitError(f"entry {few!r} of {bank.path} has a single prompt. Add it with more of its data.")
+    return prompts
 
 
 def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, Layer]]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import platform
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -283,8 +283,7 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     file, run, max_batches = job.file, _set_up(job), job.provenance.settings["max_batches"]
     processes.check_alike(read_settings(job.provenance))
     # Not before all are here: one that begins again may be ahead of the one that writes.
-    there = file is not None and file.exists()
-    processes.check_alike({"statistics file": [file and str(file), there]})
+    processes.check_alike({"statistics file": _file_in_words(file)})
     with _reserved(file, processes):
         earlier = _earlier(job)
         done = Position() if earlier is None else Position.of(earlier.provenance)
@@ -292,37 +291,24 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
         digest = digest_of(batches[:max_batches]) if isinstance(batches, list) else None
         of_list = processes.share(digest)
         start = Position(shard.first, of_list, shard.common)
-        if earlier is not None:
-            if start.is_in_other_data(done):
-                raise OtherSettingsError(f"{file} was made from other data: the batches are other ones.")
-            if earlier.provenance.complete:
-                return earlier
+        _check_same_data(earlier, start, file)
+        if earlier is not None and earlier.provenance.complete:
+            return earlier
 
-        def frozen(found: Collected) -> Statistics:
-            later = _frozen(job, found, start)
-            return later if earlier is None else _continued(earlier, later)
-
-        def save() -> None:
-            so_far = processes.merge(run.found)
-            if processes.rank == 0 and file is not None and any(so_far.n_batches):
-                _write(file, frozen(so_far))
-
+        frozen = partial(_with_earlier, job, start, earlier)
+        save = None if file is None else partial(_save_so_far, file, run, processes, frozen)
         left, may_fail = max_batches - sum(done.used), max(job.skip_bad_batches - done.bad_batches, 0)
         with (
             progress_bar(batches, left, job.progress if processes.rank == 0 else False) as bar,
             run.hooks,
             run.backward or nullcontext(),
         ):
-            found = run_pass(run, shard, left, processes, bar, None if file is None else save, may_fail)
-        if run.failure is None and not sum(found.n_batches) and earlier is None:
-            raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
+            found = run_pass(run, shard, left, processes, bar, save, may_fail)
+        if run.failure is None:
+            _check_any_batch(found, earlier)
         result = frozen(found)
-        if run.failure is None and not result:
-            no_rows = (
-                f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches "
-                "are empty. Check target_modules and the batches."
-            )
-            raise LoraInitError(next(iter(found.empty + found.bad), no_rows))
+        if run.failure is None:
+            _check_rows(result, found)
         result = replace(result, gradients=_with_importance(job, result))
         if file is not None and processes.rank == 0 and result.provenance.n_batches:
             _write(file, result)
@@ -331,6 +317,45 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
         if file is not None:
             processes.share(None)  # so that the file is there for all of them from here on
         return result
+
+
+def _file_in_words(file: Path | None) -> list[Any]:
+    """Return the name of a file and whether it exists, which must be the same in all processes."""
+    return [None, False] if file is None else [str(file), file.exists()]
+
+
+def _check_same_data(earlier: Statistics | None, start: Position, file: Path | None) -> None:
+    """Refuse to go on with statistics in a file that other data made."""
+    if earlier is not None and start.is_in_other_data(Position.of(earlier.provenance)):
+        raise OtherSettingsError(f"{file} was made from other data: the batches are other ones.")
+
+
+def _with_earlier(job: _Job, start: Position, earlier: Statistics | None, found: Collected) -> Statistics:
+    """Freeze what this pass has found, after what an earlier one left in the file."""
+    later = _frozen(job, found, start)
+    return later if earlier is None else _continued(earlier, later)
+
+
+def _save_so_far(file: Path, run: Pass, processes: Processes, frozen: Callable[[Collected], Statistics]) -> None:
+    """Merge what all processes have found so far, and let the first one write it."""
+    so_far = processes.merge(run.found)
+    if processes.rank == 0 and any(so_far.n_batches):
+        _write(file, frozen(so_far))
+
+
+def _check_any_batch(found: Collected, earlier: Statistics | None) -> None:
+    if not sum(found.n_batches) and earlier is None:
+        raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
+
+
+def _check_rows(result: Statistics, found: Collected) -> None:
+    """Refuse statistics of no layer, with the first reason that a batch gave."""
+    if not result:
+        no_rows = (
+            f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches "
+            "are empty. Check target_modules and the batches."
+        )
+        raise LoraInitError(next(iter(found.empty + found.bad), no_rows))
 
 
 def _set_up(job: _Job) -> Pass:
@@ -477,37 +502,10 @@ def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
     for kind in found.kinds:
         for halves in kind.values():
             halves.compare(job.provenance.rank)
-    groups = {
-        name: record.whole().spectrum()
-        for name, record in found.groups.items()
-        # A process whose first batch did not reach all layers took its input for one of its own.
-        if record.n_samples and found.group_of.get(name, name) == name
-    }
-    layers = job.targets.layers
-    gradients = {
-        name: freeze_gradient(found.gradients[name].whole(), found.weighted[name].whole().spectrum(), found.n_labels)
-        for name in layers
-        if name in found.gradients and found.gradients[name].n_samples
-    }
-    ran = [
-        name
-        for name in layers
-        if found.group_of.get(name) in groups and (name in gradients or not job.provenance.gradients)
-    ]
+    layers, groups, gradients = job.targets.layers, _spectra(found), _gradients(found, job.targets.layers)
+    ran = [name for name in (gradients if job.provenance.gradients else layers) if found.group_of.get(name) in groups]
     never_ran = [name for name in layers if name not in ran]
-    used = [sum(found.n_batches)] if start.common_loader else found.n_batches
-    position = replace(start, used=used, bad_batches=len(found.bad))
-    provenance = replace(
-        job.provenance,
-        n_batches=sum(found.n_batches) - len(found.bad),
-        n_samples=max((spectrum.n_samples for spectrum in groups.values()), default=0),
-        stop_reason=found.stop_reason,
-        seconds={part: round(value, 3) for part, value in found.seconds.items()},
-        n_labels=found.n_labels,
-        keeps=found.keeps if sum(found.n_batches) - len(found.bad) > 1 else None,  # of one batch no half is known
-        complete=found.stop_reason not in ("interrupted", "failed"),
-        settings={**job.provenance.settings, **asdict(position)},
-    )
+    provenance = _completed(job.provenance, found, start, groups)
     result = Statistics(
         groups=groups,
         group_of={name: found.group_of[name] for name in ran},
@@ -520,6 +518,43 @@ def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
     )
     notes = [*_notes(job, found, groups, never_ran), *notes_on_experts(result)]
     return replace(result, provenance=replace(provenance, notes=notes))
+
+
+def _completed(made: Provenance, found: Collected, start: Position, groups: Mapping[str, Spectrum]) -> Provenance:
+    """Complete the record of a pass by what it has read and how it ended."""
+    used = [sum(found.n_batches)] if start.common_loader else found.n_batches
+    position = replace(start, used=used, bad_batches=len(found.bad))
+    n_batches = sum(found.n_batches) - len(found.bad)
+    return replace(
+        made,
+        n_batches=n_batches,
+        n_samples=max((spectrum.n_samples for spectrum in groups.values()), default=0),
+        stop_reason=found.stop_reason,
+        seconds={part: round(value, 3) for part, value in found.seconds.items()},
+        n_labels=found.n_labels,
+        keeps=found.keeps if n_batches > 1 else None,  # of one batch no half is known
+        complete=found.stop_reason not in ("interrupted", "failed"),
+        settings={**made.settings, **asdict(position)},
+    )
+
+
+def _spectra(found: Collected) -> dict[str, Spectrum]:
+    """Freeze the spectra of inputs that had rows, by the name of their group."""
+    return {
+        name: record.whole().spectrum()
+        for name, record in found.groups.items()
+        # A process whose first batch did not reach all layers took its input for one of its own.
+        if record.n_samples and found.group_of.get(name, name) == name
+    }
+
+
+def _gradients(found: Collected, layers: Iterable[str]) -> dict[str, GradientSpectrum]:
+    """Freeze the gradients of layers that had any, in model order."""
+    return {
+        name: freeze_gradient(found.gradients[name].whole(), found.weighted[name].whole().spectrum(), found.n_labels)
+        for name in layers
+        if name in found.gradients and found.gradients[name].n_samples
+    }
 
 
 def _sizes(found: Collected, ran: list[str], groups: Mapping[str, Spectrum]) -> Iterator[tuple[str, Sizes]]:

@@ -347,6 +347,23 @@ class Pass(Sink):
             )
 
 
+def _next_batch(run: Pass, shard: Shard, total: int, max_batches: int, processes: Processes) -> tuple[int, Any]:
+    """Read the batch that this process takes in this step; return its position, and None where it takes none.
+
+    `total` batches were taken by all processes before this step.
+    """
+    wants = not (processes.interrupted or run.converged)
+    wanting = processes.gather(wants)
+    before = sum(wanting[: processes.rank])  # processes that take a batch of this step before this one does
+    position = shard.start + (total + before if shard.common else run.found.n_batches[0])
+    if not wants or before >= max_batches - total:
+        return position, None
+    batch = _read(shard, position, run.found.seconds, processes)
+    if batch is None:
+        run.failure = shard.error
+    return position, batch
+
+
 def run_pass(
     run: Pass,
     shard: Shard,
@@ -367,14 +384,7 @@ def run_pass(
     """
     found, total, n_bad, saved = run.found, 0, 0, time.monotonic()
     while True:
-        wants = not (processes.interrupted or run.converged)
-        wanting = processes.gather(wants)
-        before = sum(wanting[: processes.rank])  # processes that take a batch of this step before this one does
-        position = shard.start + (total + before if shard.common else found.n_batches[0])
-        wants = wants and before < max_batches - total
-        batch = _read(shard, position, found.seconds, processes) if wants else None
-        if wants and batch is None:
-            run.failure = shard.error
+        position, batch = _next_batch(run, shard, total, max_batches, processes)
         due = processes.rank == 0 and time.monotonic() - saved > SAVE_EVERY
         reading, converged, interrupts, saving, failed = processes.sum(
             batch is not None, run.converged, processes.interrupted, due, run.failure is not None
@@ -402,12 +412,23 @@ def run_pass(
             progress.set_postfix_str(f"the start would keep {found.keeps:.0%}", refresh=False)
         progress.update(reading)
     run.forget()
-    processes.interrupted = processes.interrupted or interrupts > 0
-    run.failure = KeyboardInterrupt() if interrupts else _first_failure(run, processes) if failed else None
-    limit = "max_batches" if total >= max_batches else "exhausted"
-    ended = "failed" if failed else "converged" if converged == processes.size else limit
-    found.stop_reason = "interrupted" if interrupts else ended
+    processes.interrupted |= interrupts > 0
+    everyone, at_limit = converged == processes.size, total >= max_batches
+    run.failure, found.stop_reason = _outcome(run, processes, interrupts > 0, failed > 0, everyone, at_limit)
     return processes.merge(found)
+
+
+def _outcome(
+    run: Pass, processes: Processes, interrupted: bool, failed: bool, converged: bool, at_limit: bool
+) -> tuple[BaseException | None, str]:
+    """Return the error that ended the pass of all processes, None if none did, and why it ended in a word."""
+    if interrupted:
+        return KeyboardInterrupt(), "interrupted"
+    if failed:
+        return _first_failure(run, processes), "failed"
+    if converged:
+        return None, "converged"
+    return None, "max_batches" if at_limit else "exhausted"
 
 
 def _first_failure(run: Pass, processes: Processes) -> BaseException:

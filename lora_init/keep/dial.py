@@ -50,6 +50,18 @@ LOSE = 0.02
 _PLAIN = {"input_ids", "attention_mask", "labels"}
 
 
+def _check_asked(name: str, value: Any) -> None:
+    """Refuse a value of a rule that is out of range."""
+    if not is_number(value):
+        raise LoraInitError(f"{{{name}}}, expected a number.", **{name: value})
+    if name == "strength" and not _WEAKEST <= value < math.inf:
+        raise LoraInitError(f"{{strength}} must be finite and at least {_WEAKEST:g}: 0 is the base.", strength=value)
+    if name == "lose" and value > 1.0:
+        raise LoraInitError(f"{{lose}} is {value:.0%} more loss. Write 2 % as 2% or 0.02.", lose=value)
+    if not 0.0 <= value < math.inf:
+        raise LoraInitError(f"{{{name}}} must be a finite number of at least 0.", **{name: value})
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a user asks of the dial: one of the first three. Refuses several, and what is out of range."""
@@ -65,16 +77,7 @@ class Rule:
             both = " and ".join(f"{{{name}}}" for name in asked)
             raise LoraInitError(f"{both} are both given. One of them says what is chosen.", **dict.fromkeys(asked, ...))
         for name, value in asked.items():
-            if not is_number(value):
-                raise LoraInitError(f"{{{name}}}, expected a number.", **{name: value})
-            if name == "strength" and not _WEAKEST <= value < math.inf:
-                raise LoraInitError(
-                    f"{{strength}} must be finite and at least {_WEAKEST:g}: 0 is the base.", strength=value
-                )
-            if name == "lose" and value > 1.0:
-                raise LoraInitError(f"{{lose}} is {value:.0%} more loss. Write 2 % as 2% or 0.02.", lose=value)
-            if not 0.0 <= value < math.inf:
-                raise LoraInitError(f"{{{name}}} must be a finite number of at least 0.", **{name: value})
+            _check_asked(name, value)
             if name == "strength" and value > STRONGEST:
                 said = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
                 warnings.warn(LoraInitWarning(said, strength=value), stacklevel=4)
@@ -104,6 +107,12 @@ class Rule:
             if within:
                 return within[0]
         return min(groups[-1], key=lambda p: p.rise)
+
+    def missed(self, chosen: Point) -> list[str]:
+        """Return a note if no point did what was asked, so that the one was chosen that forgets least."""
+        if self.keep_within is not None and chosen.rise > self.keep_within:
+            return ["no strength keeps what was asked for; the one that forgets least was taken"]
+        return []
 
     def broken(self, task: Mapping[str, Change], keep: Mapping[str, Change]) -> list[str]:
         """Return a note if the limit, which held on the examples to choose by, is broken on those of the report."""
@@ -199,11 +208,7 @@ def dial(
     check_dialable(model.peft_config[name].to_dict(), (key for key in tensors if ".lora_" not in key), where)
     if all(adds_nothing(layer, name) for layer in layers.values()):
         raise LoraInitError(f"{where}: B A is zero in every layer, so it was never trained. Train it first.")
-    for at, layer in layers.items():
-        if layer.merged:
-            raise LoraInitError(f"{where} is merged into the base. Call unmerge_adapter() first.")
-        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
-            raise LoraInitError(f"{where} adapts {at!r}, an nn.MultiheadAttention: two adapters, one inside the other.")
+    _check_scalable(layers, where)
     if batches is None and strength is not None:
         if keep is not None or tokenizer is not None:
             said = "{strength} without batches measures nothing: leave {keep} and {tokenizer} out."
@@ -214,6 +219,17 @@ def dial(
     for at, b in _outputs(model).items():
         b.data *= found.strengths[at]
     return found
+
+
+def _check_scalable(layers: Mapping[str, Any], where: str) -> None:
+    """Refuse layers whose B cannot be multiplied by a strength."""
+    for name, layer in layers.items():
+        if layer.merged:
+            raise LoraInitError(f"{where} is merged into the base. Call unmerge_adapter() first.")
+        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+            raise LoraInitError(
+                f"{where} adapts {name!r}, an nn.MultiheadAttention: two adapters, one inside the other."
+            )
 
 
 def turn(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, seed: int, say: Say) -> Dial:
@@ -348,7 +364,7 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, say: Say) 
     progress.ended(f"strength 0: task {task_at_0:.3f}")
     curve = [Point(0.0, task_at_0, 0.0, None, nothing)]
     curve += [measure(dict.fromkeys(nothing, step), None) for step in steps]
-    notes, fitted, reported = [], [], {"base": curve[0], "trained": curve[1 + steps.index(1.0)]}
+    notes, fitted, reported = list[str](), [], {"base": curve[0], "trained": curve[1 + steps.index(1.0)]}
     if rule.strength is not None:
         chosen = curve[1 + steps.index(rule.strength)]
     else:
@@ -360,8 +376,7 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, say: Say) 
             fitted = [point for point in found if point.strength]  # with zeros alone there is no adapter
             # Layers of their own come first: on few examples one strength for all often seems as good by chance.
             chosen = rule.choose(limit, fitted if rule.keep_within is None else [], [*curve[1:], *fitted])
-        if rule.keep_within is not None and chosen.rise > rule.keep_within:
-            notes.append("no strength keeps what was asked for; the one that forgets least was taken")
+        notes = rule.missed(chosen)
     if rule.lose is not None:
         reported[BEST] = min(curve[1:], key=lambda point: point.task)
     at = {name: read(point.layers, 2) for name, point in (reported | {"chosen": chosen}).items()}

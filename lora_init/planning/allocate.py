@@ -88,13 +88,8 @@ def allocate_ranks(
         LoraInitError: Two budgets, a budget of 0 or beyond what was collected; limits that contradict each other or the
             budget; a pattern that matches nothing; an unknown policy, or a function that returns NaN.
     """
-    if not (isinstance(stats, Statistics) and len(stats)):
-        kind = type(stats).__name__
-        raise LoraInitError(f"Statistics of layers are needed, from collect or Statistics.load(path), not {kind}.")
-    if rho is None:
-        rho = RHO if policy == "eva" else SPARE
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1.0 <= rho < math.inf:
-        raise LoraInitError("{rho}: a finite number of at least 1 is needed; 1 gives all layers one rank.", rho=rho)
+    _check_statistics(stats)
+    rho = _read_rho(rho, policy)
     base = dict(min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, allowed_ranks=allowed_ranks)
     limits = layer_limits(stats.targets, base, overrides, exclude)
     budgets = dict(
@@ -107,9 +102,7 @@ def allocate_ranks(
     uses_rho = budget.unit != "variance" and policy != "uniform"
     task = _task(spectra, limits, budget, rho if uses_rho else None)
     unit_of = tie_layers(list(limits), tie, uniform_per_kind)
-    if not spectra.collected.any():
-        seen = f" ({made.n_samples:,} in all)" if made.n_samples else ""
-        raise LoraInitError(f"no layer has a direction to start from: its rows{seen} do not differ. Use more data.")
+    _check_directions(spectra, made.n_samples)
     allowed = allowed_by_unit(task.limits, task.tops, spectra.most_collected, unit_of)
     steps = make_steps(allowed, unit_of, *worth(policy, stats, spectra), task.per_rank)
     if not len(steps.unit) and not steps.start.any():
@@ -129,16 +122,41 @@ def allocate_ranks(
         explained={name: explained.get(name, 0.0) for name in stats},
         policy=policy if isinstance(policy, str) else getattr(policy, "__name__", "custom"),
         budget=budget,
-        settings={
-            **({"rho": rho} if uses_rho else {}),
-            **{key: value for key, value in base.items() if value != getattr(Limits(), key)},
-            **{key: value for key, value in shaping.items() if value},
-        },
+        settings=({"rho": rho} if uses_rho else {}) | _other_than_default(base) | _without_empty(shaping),
         provenance=made,
         unsupported=stats.unsupported,
         excluded=tuple(name for name in stats if name not in by_name),
         notes=(*_notes(task, steps, ranks), *_uncounted(budget, stats.unsupported)),
     )
+
+
+def _check_statistics(stats: Any) -> None:
+    if not (isinstance(stats, Statistics) and len(stats)):
+        kind = type(stats).__name__
+        raise LoraInitError(f"Statistics of layers are needed, from collect or Statistics.load(path), not {kind}.")
+
+
+def _read_rho(rho: Any, policy: Any) -> float:
+    """Return how far a rank may be above the average: by default 1, and 2 with a policy that decides nothing at 1."""
+    if rho is None:
+        return RHO if policy == "eva" else SPARE
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1.0 <= rho < math.inf:
+        raise LoraInitError("{rho}: a finite number of at least 1 is needed; 1 gives all layers one rank.", rho=rho)
+    return rho
+
+
+def _check_directions(spectra: Spectra, n_samples: int) -> None:
+    if not spectra.collected.any():
+        seen = f" ({n_samples:,} in all)" if n_samples else ""
+        raise LoraInitError(f"no layer has a direction to start from: its rows{seen} do not differ. Use more data.")
+
+
+def _other_than_default(limits: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in limits.items() if value != getattr(Limits(), name)}
+
+
+def _without_empty(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value}
 
 
 class _Task(NamedTuple):

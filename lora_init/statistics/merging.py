@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from graphlib import TopologicalSorter
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -233,41 +234,55 @@ def _merge_gradients(
     """
     found = [part.gradients for part in parts]
     size = _common_size([one.weighted for one in of.values()] for of in found)
-    # A pass keeps two triplets for each rank at least. A part with fewer saw few labels, or narrow layers, and lacks
-    # nothing; so as many are kept as every part has that may have left any out.
-    counts = [max(len(one.singular_values) for one in of.values()) for of in found]
-    full = [count for count, part in zip(counts, parts, strict=True) if count >= 2 * part.provenance.rank]
-    n_triplets = min(full, default=sum(counts))
+    n_triplets = _n_triplets(parts)
     n_labels = sum(part.provenance.n_labels for part in parts)
     shares = [part.provenance.n_labels / n_labels for part in parts] if weights is None else weights
     merged = {}
     for name in names:
-        spectra = {i: of[name] for i, of in enumerate(found) if name in of}
-        n_samples = sum(one.n_samples for one in spectra.values())
-        of_rows = None if weights is None else [weights[i] / sum(weights[j] for j in spectra) for i in spectra]
-        left = torch.cat([one.left.T for one in spectra.values()], 1)
-        right = torch.cat([shares[i] * one.singular_values[:, None] * one.right for i, one in spectra.items()])
-        u, s, v = freeze_triplets(*product_svd(left, right, n_triplets), n_triplets)
-        by_rows = of_rows or [one.n_samples / n_samples for one in spectra.values()]
-        moments = [share * one.output_moment for share, one in zip(by_rows, spectra.values(), strict=True)]
-        weighted = mix([one.weighted for one in spectra.values()], size, of_rows)
-        merged[name] = GradientSpectrum(weighted, u, s, v, torch.stack(moments).sum(0), math.nan, n_samples)
+        spectra = [of[name] for of in found if name in of]
+        shares_there = [share for share, of in zip(shares, found, strict=True) if name in of]
+        of_rows = None if weights is None else [share / sum(shares_there) for share in shares_there]
+        merged[name] = _merge_gradient(spectra, shares_there, of_rows, n_triplets, size)
     return merged
+
+
+def _n_triplets(parts: Sequence[Statistics]) -> int:
+    """Count the triplets to keep: as many as every part has that may have left any out.
+
+    A pass keeps two triplets for each rank at least. A part with fewer saw few labels, or narrow layers, and lacks
+    nothing.
+    """
+    counts = [max(len(one.singular_values) for one in part.gradients.values()) for part in parts]
+    full = [count for count, part in zip(counts, parts, strict=True) if count >= 2 * part.provenance.rank]
+    return min(full, default=sum(counts))
+
+
+def _merge_gradient(
+    spectra: Sequence[GradientSpectrum], shares: Sequence[float], of_rows: Sequence[float] | None, n_triplets: int,
+    size: int,
+) -> GradientSpectrum:  # fmt: skip
+    """Merge the gradients of one layer; `shares` weigh the means, `of_rows` the moments, by default rows do."""
+    n_samples = sum(one.n_samples for one in spectra)
+    # The sum of U_i s_i V_i^T is [U_1, U_2, ...] [s_1 V_1, s_2 V_2, ...]^T: left [d_out, k], right [k, d_in].
+    left = torch.cat([one.left.T for one in spectra], 1)
+    scaled = [share * one.singular_values[:, None] for share, one in zip(shares, spectra, strict=True)]
+    right = torch.cat([values * one.right for values, one in zip(scaled, spectra, strict=True)])
+    u, s, v = freeze_triplets(*product_svd(left, right, n_triplets), n_triplets)
+    by_rows = of_rows or [one.n_samples / n_samples for one in spectra]
+    moments = [share * one.output_moment for share, one in zip(by_rows, spectra, strict=True)]
+    weighted = mix([one.weighted for one in spectra], size, of_rows)
+    return GradientSpectrum(weighted, u, s, v, torch.stack(moments).sum(0), math.nan, n_samples)
 
 
 def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Provenance:
     made = [part.provenance for part in parts]
-    data = [one.data for one in made]
-    if weights is not None:
-        shown = [f"({text})" if "; " in text else text or "not described" for text in data]
-        data = [f"{weight:g} x {text}" for weight, text in zip(weights, shown, strict=True)]
     seconds: Counter[str] = Counter()
     for one in made:
         seconds.update(one.seconds)
     gradients = all(one.gradients for one in made)  # the gradients of some are not the gradients of the whole
     return replace(
         made[0],
-        data="; ".join(dict.fromkeys(text for text in data if text)),
+        data=_data(made, weights),
         rank=min(one.rank for one in made),
         gradients=gradients,
         n_labels=sum(one.n_labels for one in made) if gradients else 0,
@@ -276,13 +291,28 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
         complete=all(one.complete for one in made),
         keeps=None,
         seconds={name: round(value, 3) for name, value in seconds.items()},
-        settings={
-            name: value
-            for name, value in made[0].settings.items()
-            if all(name in one.settings and one.settings[name] == value for one in made)
-        },
+        settings=_common_settings(made),
         notes=[],
     )
+
+
+def _data(made: Sequence[Provenance], weights: Sequence[float] | None) -> str:
+    """Describe the data of all parts, each once; with weights each with its own."""
+    data = [one.data for one in made]
+    if weights is not None:
+        shown = [f"({text})" if "; " in text else text or "not described" for text in data]
+        data = [f"{weight:g} x {text}" for weight, text in zip(weights, shown, strict=True)]
+    return "; ".join(dict.fromkeys(text for text in data if text))
+
+
+def _common_settings(made: Sequence[Provenance]) -> dict[str, Any]:
+    """Return the settings that all parts have alike."""
+    every = [one.settings for one in made]
+    return {
+        name: value
+        for name, value in every[0].items()
+        if all(name in settings and settings[name] == value for settings in every)
+    }
 
 
 def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size: int) -> Iterator[str]:
