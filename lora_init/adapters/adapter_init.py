@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class AdapterInit(Shape):
-    """Everything about an adapter before its first step of training. Made by `build_adapter`, and has its `Shape`.
+    """An adapter before its first step of training. `build_adapter` makes it; it has the fields of `Shape`.
 
     Attributes:
         weights: For each layer that takes an adapter, in model order, A float32 [r, d_in] and B float32 [d_out, r];
@@ -54,22 +54,22 @@ class AdapterInit(Shape):
         unsupported: Targeted layers that keep PEFT's own initialization, name to kind. They get rank `rank`.
         rank: `r` of the config: the rank of layers that `rank_pattern` doesn't name, and the base of the scaling.
         lora_alpha: Numerator of the scaling.
-        gamma: What B A was divided by, where B is not zero.
-        start: What is known of the method.
+        gamma: The number that B A was divided by, where B is not zero.
+        start: The method's entry in the registry of starts.
         seed: Seed of the random numbers.
         left_out: Layers without an adapter: of rank 0, without a direction in the data, or trained whole.
         explained: For each layer, the share of the variance of its input that its first r components capture; empty if
             it is not known.
         provenance: Where the statistics come from.
-        learning_rate: What to train it with, where a comparison found that; None for what `rate` says.
+        learning_rate: The learning rate that a comparison found for the adapter; None for the one of `rate`.
         responses: For each layer, how far its output moves at a learning rate, see `rate`; empty if not known.
-        length: How long it is going to be trained; None for an epoch of the data.
-        losses: Where `changes_output` and it was measured: the loss of the plain model, and that with this adapter.
-        errors: Where the base is quantized and the adapter corrects that: for each layer |(W - Q) S^1/2| before and
-            after, with S the second moment of its input. Squared it is E |(W - Q) x|^2.
-        error_size: There, |W - Q| in Frobenius norm, of all layers at once.
-        dtype: Type of A and B in a directory: what a budget in megabytes counts, else float32.
-        exact_loss: Of the model whose layers have the weights that they had before they were quantized, with `losses`.
+        length: Length of the planned training; None for an epoch of the data.
+        losses: The loss of the plain model and the loss with this adapter, if `changes_output` and both were measured.
+        errors: If the adapter corrects a quantized base: for each layer |(W - Q) S^1/2| before and after, with S the
+            second moment of its input. The square is E |(W - Q) x|^2.
+        error_size: If the adapter corrects a quantized base: |W - Q| in Frobenius norm, of all layers at once.
+        dtype: Type in which A and B are saved: the one that a budget in megabytes counts, else float32.
+        exact_loss: Loss of the model with the weights from before quantization, measured together with `losses`.
     """
 
     weights: Weights
@@ -136,22 +136,22 @@ class AdapterInit(Shape):
 
     @property
     def scaling(self) -> float:
-        """What B A x is multiplied by, the same in every layer whatever its rank."""
+        """The factor of B A x, which is the same in every layer whatever its rank."""
         return scaling_of(self.lora_alpha, self.rank, self.use_rslora)
 
     @property
     def corrects_base(self) -> bool:
-        """Whether the base weights have to give up what B A adds, so that the output stays as it was."""
+        """Whether s B A is subtracted from the base weights, so that the output stays as it was."""
         return self.start.corrects_base
 
     @property
     def changes_output(self) -> bool:
-        """Whether the model's output is another one with this adapter, before any training."""
+        """Whether this adapter changes the model's output before any training."""
         return self.start.changes_output
 
     @cached_property
     def rate(self) -> LearningRate | None:
-        """The learning rate that the pass over the data tells; None if it did not measure sizes."""
+        """The learning rate that follows from the pass over the data; None if the pass did not measure sizes."""
         if not self.responses:
             return None
         left_out = [name for name in (*self.weights, *self.unsupported) if name not in self.responses]
@@ -170,7 +170,7 @@ class AdapterInit(Shape):
 
     @property
     def how_to_train(self) -> str:
-        """What to train it with, in words."""
+        """Learning rate, schedule and optimizer to train with, in words."""
         return training_in_words(self.rate, self.learning_rate)
 
     def n_parameters(self) -> int:

@@ -1,8 +1,8 @@
-"""The options of `initialize` and `lora-init init`: a dataclass for each topic, such as data, ranks, or the pass.
+"""The options of `initialize` and `lora-init init`, declared once: a dataclass for each topic, such as data or ranks.
 
-A function takes the dataclass of its topic: the one that reads data takes a `Reading` and a `Sample`. The annotation of
-a field says how the command line offers it; a field without one is for Python alone. Importing this file imports no
-torch.
+Below the entrances the dataclasses travel whole: the function that reads data takes a `Reading` and a `Sample`. The
+annotation of a field describes its option on the command line; a field without one exists in Python only. Importing
+this file imports no torch.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def _least(part: Any) -> dict[str, tuple[bool, float]]:
 
 
 class _Checked:
-    """Refuses numbers below the smallest value that is declared, as the command line does, and switches that are not.
+    """Refuses numbers below the declared minimum, as the command line does, and switches that are no True or False.
 
-    A text such as "no" would be true.
+    A text such as "no" would count as true.
     """
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class Reading(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(_Checked):
-    """Which of the examples are read, and as what: the other arguments of `load_batches`. None is for what fits."""
+    """Which examples are read, and as what: the other arguments of `load_batches`. None is for what fits the model."""
 
     title: ClassVar = "Data"
     label: Annotated[
@@ -156,9 +156,9 @@ class Layers(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(_Checked):
-    """What the adapter is like: arguments of `build_adapter`, which an `AdapterInit` has, too.
+    """The form of the adapter: arguments of `build_adapter`, and fields of an `AdapterInit`.
 
-    What a LoraConfig has no field for is in the record of an adapter directory.
+    The record of an adapter directory keeps those that a LoraConfig has no field for.
     """
 
     title: ClassVar = "The adapter"
@@ -188,7 +188,7 @@ class Shape(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Correction(_Checked):
-    """What a correction of a quantized base is made of, and whether it must be one."""
+    """How a quantized base is corrected: by which float model, and whether the loss must fall."""
 
     title: ClassVar = "The adapter"
     weights: Annotated[
@@ -229,7 +229,7 @@ class Options(Pass, Correction, Shape, Layers, Sample, Reading, Ranks):
 
 @dataclass(frozen=True)
 class Asked:
-    """All of it, each thing with its defaults where nothing was said of it."""
+    """All options of one call, sorted by topic; those that were not given have their defaults."""
 
     method: str | None = None  # None for the start that is recommended
     start: Start = _BY_DEFAULT
@@ -249,14 +249,14 @@ class Asked:
 
     @property
     def measures(self) -> bool:
-        """Whether a loss is measured, on examples that are set aside."""
+        """Whether the start needs a loss, which is measured on held-out examples."""
         return self.start.measures(self.shape.gamma)
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
         return ((name, value) for name, value in vars(self).items() if name not in ("method", "start", "given"))
 
     def but(self, **changes: Any) -> Asked:
-        """Return the same but for some keywords, each in the part that has it."""
+        """Return a copy with some options changed, each in the part that has it."""
         parts = {}
         for name, part in self._parts():
             own = {one.name: changes[one.name] for one in fields(part) if one.name in changes}

@@ -64,9 +64,9 @@ def _subtract(a: Tensor, b: Tensor, layer: nn.Module, args: tuple[Tensor], outpu
 
 
 def correct_base(model: nn.Module, directory: str | Path) -> None:
-    """Make the base weights ready for an adapter directory of a start that needs that, such as `lora-ga`.
+    """Subtract from the base weights what an untrained adapter adds, as starts such as `lora-ga` need it.
 
-    Takes off in place what the adapter adds before its training; then `PeftModel.from_pretrained(model, directory,
+    The weights are changed in place; then `PeftModel.from_pretrained(model, directory,
     is_trainable=True)` leaves the output as it was. Once trained,
     `save_pretrained(other, path_initial_model_for_weight_conversion=directory)` of the PeftModel writes an ordinary
     adapter of twice the rank, for the plain base.

@@ -119,7 +119,7 @@ def build_adapter(
             `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
             `"natural-gradient"` (B = 0 in these), `"natural-gradient-step"`, `"lora-one"` (the output changes) and
             `"lora-ga"` (the base weights change). For a quantized base, `"qera"` (the output changes, back to that of
-            the float model). See `starts.STARTS`. Or a start of another package.
+            the float model). See `starts.STARTS`. A start of another package has the name of its entry point.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank. Default:
             twice the rank.
@@ -139,8 +139,8 @@ def build_adapter(
             parameters as A and B.
         config: PEFT's `LoraConfig`, instead of `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout` and
             `modules_to_save`; its `r` is the average rank. Of the layers of the statistics, those that it selects get
-            an adapter. What it sets beyond that (`bias`, `rank_pattern` and so on) is refused by its name, and so is an
-            argument that says otherwise.
+            an adapter. A setting beyond these (`bias`, `rank_pattern` and so on) raises an error that names it, and so
+            does an argument that contradicts the config.
         model: The plain model, for a start of another package whose function takes `weight`.
         unit_rows: Leave the rows of A at length one, as EVA's authors and PEFT do. Else A x has the size in each layer
             that it has with `"random"`, so that all starts learn at about one rate, A as well as B. That is for starts

@@ -58,8 +58,8 @@ def initialize(
     Given a trainer, it learns from the very batches that the trainer is about to train on (its collator, its template,
     its packing, its labels, in its order), and the trainer then trains the adapter. A trainer that was made with a
     `peft_config`, a `LoraConfig`, gets an adapter of that rank, alpha, dropout and of those layers; `rho` still moves
-    ranks between them. A trainer that was made with a plain model gets what the arguments say. With `DPOTrainer` give a
-    `peft_config`: without one it has loaded a second model as its reference, which stays.
+    ranks between them. A trainer that was made with a plain model gets the adapter that the arguments describe. Pass a
+    `peft_config` to `DPOTrainer`: without one it loads a second model as its reference, and keeps it.
 
     Args:
         model: The plain model; one with a fresh adapter from `add_adapter` of transformers or diffusers; a
@@ -67,8 +67,8 @@ def initialize(
             one of sentence-transformers'.
         batches: What `collect` takes; or, with a tokenizer, what `load_batches` takes: files, a pattern, a hub id, rows
             in memory; or texts for a `SentenceTransformer`, pairs for a `CrossEncoder`. Default: the trainer's data.
-        rank: Average rank of a layer, 16 by default. This and every option below is refused if a trainer's
-            `peft_config` says something else.
+        rank: Average rank of a layer, 16 by default. If a trainer has a `peft_config`, neither this argument nor one
+            below may contradict it.
         rho: At most round(rho * rank) in one layer. Default: 1, the same rank everywhere, which every engine serves.
         method: See `build_adapter`. Default: `"natural-gradient"` for classes (`label`, here or of `load_batches`, or a
             trainer of a classifier) if they give gradients, else `"eva"`. See there, too, `whiten`, `lora_alpha`,
@@ -78,12 +78,12 @@ def initialize(
         tokenizer: The model's tokenizer, where `batches` are texts and no tokens yet.
         config: PEFT's `LoraConfig`, instead of `rank`, `target_modules`, `lora_alpha` and the like: rank, scaling,
             dropout, modules that are trained whole, and the layers that PEFT selects by it (`exclude_modules`,
-            `layers_to_transform` and so on). What it sets beyond that is refused by its name, and so is an argument
-            that says otherwise.
+            `layers_to_transform` and so on). A setting beyond these raises an error that names it, and so does an
+            argument that contradicts the config.
         adapter_name: PEFT's name for the adapter.
-        learning_rate: With a trainer, `"measured"` sets its learning rate to what the pass says for its steps. It is
-            refused for another optimizer than AdamW, and for another loss than the model's own, such as DPO's: nothing
-            was measured there. Without, a rate that is far off is a warning.
+        learning_rate: With a trainer, `"measured"` sets its learning rate to the one that the pass predicts for its
+            steps. Other optimizers than AdamW raise, and so do other losses than the model's own, such as DPO's:
+            nothing was measured for them. By default the trainer keeps its rate, and a warning says if it is far off.
         **options: All other arguments of `collect`, of `build_adapter` and, with a tokenizer, of `load_batches`
             (`label`, whose classes are in the order of the model's `id2label` if it names them). Without `gamma` a
             method that steps sets four batches aside, and at least 16 examples, but at most a quarter of the data, and

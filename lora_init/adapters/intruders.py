@@ -60,12 +60,12 @@ class Intruders:
 
     @property
     def count(self) -> int:
-        """Intruders of all layers."""
+        """Number of intruders in all layers."""
         return sum(layer.count for layer in self.layers.values())
 
     @property
     def of(self) -> int:
-        """Vectors looked at in all layers."""
+        """Number of vectors examined in all layers."""
         return sum(layer.of for layer in self.layers.values())
 
     @property
@@ -88,19 +88,19 @@ def intruder_dimensions(
 
     Among the first k left singular vectors of W = W0 + scaling * B A, those whose largest |cosine| with any left
     singular vector of W0 is below the threshold: the criterion of PEFT's `reduce_intruder_dimension`. Full fine-tuning
-    makes few of them, LoRA many, the more the higher the learning rate, and they go along with forgetting.
+    makes few intruders, LoRA makes many, and more at higher learning rates; models that have many also forget more.
 
     Cost: all singular vectors of each W0 once, 16 s on one core for the 210 layers of a 135M model, unless `base` has
     them; then Lanczos steps for k vectors and one thin product a layer, 3 s for the same model. Memory: with `base` a
     float32 [d_out, min(d_out, d_in)] for each layer, 340 MB for that model; without, one layer at a time.
 
     Args:
-        model: A PeftModel; or, with `adapter`, the plain model, which is afterwards as it was.
+        model: A PeftModel; or, with `adapter`, the plain model, which is restored afterwards.
         adapter: An adapter directory.
         base: What `left_singular_vectors` returned for the plain model. Needed for a PeftModel whose start changed the
             plain weights (PiSSA, OLoRA, CorDA): W0 is otherwise taken to be what is left of them.
-        k: Vectors to look at in each layer.
-        threshold: Below this a direction is new.
+        k: Number of vectors to examine in each layer.
+        threshold: A direction is an intruder if its largest |cosine| is below this.
 
     Raises:
         LoraInitError: No LoRA adapter or a merged one, weights that are quantized or have NaN or inf, a layer that

@@ -125,7 +125,7 @@ def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]
 
 
 def _shared_out(spectra: Mapping[str, Spectrum], most: Mapping[str, int], total: int) -> dict[str, int]:
-    """Give the largest explained-variance ratios of all layers a rank each, `most` of a layer, as EVA does."""
+    """Share ranks out as EVA does: one for each of the largest explained-variance ratios, `most` in a layer."""
     ratios = [spectrum.explained_variance_ratio[: most[name]] for name, spectrum in spectra.items()]
     owner = torch.repeat_interleave(torch.arange(len(ratios)), torch.tensor([len(ratio) for ratio in ratios]))
     order = torch.cat(ratios).argsort(descending=True, stable=True)[:total]  # stable: ties go to the earlier layer

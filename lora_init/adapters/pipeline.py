@@ -1,7 +1,7 @@
-"""The run from a model and data to an adapter, which every entrance walks: `initialize`, `init`, a callback, `compare`.
+"""The steps from a model and data to an adapter, which `initialize`, `init`, the callback and `compare` share.
 
-What differs between them is where model, data and statistics come from: a `Source` has them and does a step in its own
-way. What was asked for travels as an `Asked`, the start in it as an object; what is read travels as `Examples`.
+These entrances differ in where model, data and statistics come from: a `Source` knows that, and may do a step in its
+own way. The options travel as an `Asked`, with the start in it; the batches travel as `Examples`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lora_init.statistics.statistics import SPARE, Statistics
 
 @dataclass(frozen=True)
 class Examples:
-    """Batches for the statistics, and others that a loss is measured on, if the start asks for that."""
+    """Batches for the statistics, and held-out batches to measure a loss on, if the start needs one."""
 
     batches: Any
     aside: Sequence[Any] = ()
@@ -50,7 +50,7 @@ class Examples:
 
 
 def run(source: Source, asked: Asked) -> AdapterInit:
-    """Go from a model and data to an adapter; all processes of a group do it together."""
+    """Make an adapter from a model and data. All processes of a distributed run call this together."""
     asked = source.check(asked)
     examples, asked = source.read(asked)
     model, asked = source.load(examples, asked)
@@ -60,7 +60,7 @@ def run(source: Source, asked: Asked) -> AdapterInit:
 
 
 class Source:
-    """A model at hand, and batches, or data with a tokenizer. Others do a step in another way."""
+    """A model in memory with batches, or with data and a tokenizer. Subclasses replace single steps."""
 
     rho: float | None = None  # how many times the rank the pass keeps, if that is more than the ranks need
 
@@ -68,13 +68,13 @@ class Source:
         self.carrier, self.given, self.tokenizer = carrier, given, tokenizer
 
     def check(self, asked: Asked) -> Asked:
-        """Refuse what no data can make right."""
+        """Validate the options that need no data."""
         check(asked)
         self.carrier.check(asked.start)
         return asked
 
     def read(self, asked: Asked) -> tuple[Examples, Asked]:
-        """Read batches, and set some aside if a loss is measured."""
+        """Read batches, and hold some out if the start needs a loss."""
         model = self.carrier.model
         if self.tokenizer is not None:
             known = classes_of(getattr(model, "config", None))
@@ -93,7 +93,10 @@ class Source:
         return self.carrier.model, fit_to(self.carrier.model, asked, examples.classes)
 
     def collect(self, model: nn.Module, examples: Examples, asked: Asked) -> tuple[Statistics, Asked]:
-        """Collect what the start needs, or the default one where there are no gradients; return which it was, too."""
+        """Collect the statistics that the start needs; without gradients, those of the default start.
+
+        The options that are returned name the start that was taken.
+        """
         if asked.start.by_error:  # refuses before the pass what cannot be read after it
             layers = find_targets(model, **vars(asked.layers)).layers
             QuantizationErrors(model, layers, asked.correction.weights)
@@ -123,7 +126,7 @@ class Source:
     def build(
         self, model: nn.Module, stats: Statistics, ranks: RankAllocation, examples: Examples, asked: Asked
     ) -> AdapterInit:
-        """Build the adapter, and measure what it does if the start asks for that."""
+        """Build the adapter, and measure its loss if the start needs that."""
         return build(model, stats, ranks, asked, examples.aside)
 
 
@@ -134,7 +137,7 @@ def choose(asked: Asked, classifies: bool) -> Asked:
 
 
 def check(asked: Asked, **place: Any) -> None:
-    """Refuse what no model and no data can make right; `place` is where the adapter is to be saved."""
+    """Validate the options that need neither model nor data; `place` is where the adapter is to be saved."""
     check_adapter_options(asked.start, asked.shape, **place)
     idle = next((name for name, value in vars(asked.correction).items() if value), None)
     if idle is not None and not asked.start.by_error:
@@ -148,7 +151,7 @@ def check(asked: Asked, **place: Any) -> None:
 
 
 def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn: Collection[str] = ()) -> Asked:
-    """Add what the model decides: its task, and its head to what is trained whole; refuse classes of another head."""
+    """Add the model's task to the options, and its head to the modules that are trained whole; refuse other classes."""
     if classes and hasattr(model, "config"):
         head = classes_of(model.config) if heads_of(model) else ()
         if len(classes) != len(head):
@@ -194,7 +197,7 @@ def read(
 
 
 def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Examples:
-    """Set aside what a loss is `measured` on: of `beyond`, or else of the batches."""
+    """Hold out examples if a loss is `measured`: from `beyond` if it has enough, else from the batches."""
     classes, words = tuple(getattr(batches, "classes", ())), getattr(batches, "description", "")
     if not measured:
         return Examples(batches, (), classes, words)
@@ -213,7 +216,7 @@ def build(
     aside: Sequence[Any] = (),
     errors: QuantizationErrors | None = None,
 ) -> AdapterInit:
-    """Build the adapter, and by the loss on batches `aside` find the size of its step or check what it corrects."""
+    """Build the adapter; the loss on the batches `aside` decides the size of its step, or checks its correction."""
     start, shape, seed = asked.start, asked.shape, asked.run.seed
     of_loss: dict[str, Any] = dict(batches=aside, forward=asked.run.forward, loss=asked.run.loss)
 

@@ -34,12 +34,12 @@ _KERNEL = 0.05
 
 
 class QuantizationErrors(Mapping[str, Tensor]):
-    """W - Q of each layer of a quantized model, float32 [d_out, d_in], computed whenever it is asked for.
+    """W - Q of each layer of a quantized model, float32 [d_out, d_in], computed on each access.
 
-    Q is what the layer multiplies by, whatever library made it: what it returns for the unit vectors, without its
-    bias. A library's own function need not give that: after its first forward pass on a processor, bitsandbytes packs
-    4-bit weights in another order, which `dequantize_4bit` does not know. W is read by name from the safetensors files
-    of the float model. In memory there is one layer at a time.
+    Q is the matrix that the layer multiplies by, whatever library made it: its outputs for the unit vectors, less its
+    bias. A library's own function may return another matrix: after its first forward pass on a processor, bitsandbytes
+    packs 4-bit weights in another order, which `dequantize_4bit` does not know. W is read by name from the safetensors
+    files of the float model. One layer is in memory at a time.
 
     Args:
         model: The quantized model, plain.
@@ -47,9 +47,9 @@ class QuantizationErrors(Mapping[str, Tensor]):
         weights: Directory or hub id of the float model. Default: what the model was loaded from.
 
     Raises:
-        LoraInitError: There is no float checkpoint, or it has not got a layer, or in other widths; a layer is none that
-            is read here, or has no weights. Later, for a layer: it was not quantized, does not compute a product, or
-            is farther from the checkpoint than its bits explain.
+        LoraInitError: There is no float checkpoint, or it lacks a layer or has it in other widths; a layer is of a kind
+            that is not read here, or has no weights. On access to a layer: it was not quantized, does not compute a
+            product, or is farther from the checkpoint than its bits explain.
     """
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Target], weights: str | Path | None = None) -> None:
@@ -118,7 +118,7 @@ class QuantizationErrors(Mapping[str, Tensor]):
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Let the layers compute with W, read anew in each forward pass, so that no second model is in memory."""
+        """Let the layers compute with W while the block runs; each forward pass reads it anew: there is one model."""
         with restoring("forward", [self._modules[name] for name in self._targets]):
             for name in self._targets:
                 self.weight(name)  # which may run the layer once

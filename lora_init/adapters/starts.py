@@ -29,10 +29,10 @@ _INITIALIZERS = "lora_init.adapters.initializers"
 
 @dataclass(frozen=True)
 class Start:
-    """A start that a function makes layer by layer, and all that is known of it. Other kinds are below.
+    """A start that a function computes layer by layer, with all settings that depend on it. Other kinds are below.
 
     Attributes:
-        name: What it is asked for by.
+        name: The name that selects it.
         summary: One line for help and tables.
         function: Computes the start of one layer: A, [rank, d_in]; or A and B, [d_out, rank], where B is not zero. Its
             parameters are, by their names, those that it needs of `providers.PROVIDERS`. Given as `"module:name"`, it
@@ -40,7 +40,7 @@ class Start:
         directions: What of the statistics bounds the rank: a spectrum, whose components are counted, or a number.
             None if any rank can be had.
         b_is_zero: Whether B is zero, so that the adapter changes nothing until it is trained.
-        corrects_base: Whether the base weights give up what B A adds.
+        corrects_base: Whether s B A is subtracted from the base weights.
         gamma: Default of the number that B A is divided by, for starts whose step has a size of its own: the best is
             searched by `find_step_size`, from this one on, unless the base is corrected.
         one_rank: Whether all layers must have the rank that was collected for.

@@ -1,4 +1,4 @@
-"""The first step of a start whose B is not zero: the size that lowers the loss most, on batches set aside."""
+"""The size of the first step of a start whose B is not zero: the one with the lowest loss on held-out batches."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ def find_step_size(
 ) -> AdapterInit:
     """Search the gamma with which a start lowers the loss most, by factors of 4 and then of 2.
 
-    B A is divided by gamma, so a larger one is a smaller step. The search begins at 1024, or at `first`, and goes on in
-    the direction in which the loss falls. That takes about eight measurements.
+    B A is divided by gamma, so a larger gamma is a smaller step. The search begins at `first` and continues in the
+    direction in which the loss falls. It measures the loss about eight times.
 
     Args:
-        model: The plain model; as it was afterwards, whatever `loss_of` does to it.
+        model: The plain model. It is restored afterwards, whatever `loss_of` does to it.
         build: Makes the adapter with a given gamma.
-        loss_of: Measures the loss of the model with a candidate in it, such as `mean_loss` of some batches. Take
-            batches that the statistics were not made of: on those the step looks better than on new data.
-        gamma: Measure this one alone.
-        first: Where the search begins; it goes on down to 2^-10 and up to 2^14 times this.
+        loss_of: Measures the loss of the model with a candidate in it, such as `mean_loss` of some batches. Pass
+            batches that the statistics were not made of: on the others a step looks better than it is on new data.
+        gamma: Measure only this gamma.
+        first: The first gamma that is tried. The search stays between 2^-10 and 2^14 times this number.
 
     Returns:
         The adapter with that gamma, and `losses` with what was measured.
 
     Raises:
-        LoraInitError: The loss is not finite, or no gamma within those bounds gives one below the plain model's loss.
+        LoraInitError: The loss is not finite, or no gamma in that range lowers it below the plain model's loss.
 
     Example:
         >>> from functools import partial

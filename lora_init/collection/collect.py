@@ -469,7 +469,7 @@ def check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
 
 
 def _earlier(job: _Job) -> Statistics | None:
-    """Read the file of an earlier pass, if it is there and this pass is to use it."""
+    """Read the statistics of an earlier pass; None if there is no such file, or it is to be overwritten."""
     file, ours = job.file, job.provenance
     if file is None or job.overwrite or not file.exists():
         return None

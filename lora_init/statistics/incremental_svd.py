@@ -307,8 +307,8 @@ class IncrementalSVD:
     def agreement(self, other: IncrementalSVD, rank: int) -> float:
         """Compute what share of the variance that the first directions of one capture the other's capture, in [0, 1].
 
-        The mean of both ways; 0 if one of them has seen nothing. What a set has outside of its directions is taken to
-        be the same along all others. Rows that are gathered, and not in the directions yet, do not count.
+        It is the mean of both ways, and 0 if one of them has seen nothing. The variance outside of the directions is
+        taken to be the same along all others. Rows that are gathered, and not in the directions yet, do not count.
         """
         one, two = self._state, other._state
         if one is None or two is None:

@@ -152,9 +152,9 @@ def raise_if_not_finite(row_norms: Tensor) -> None:
 
 
 class ExactPCA:
-    """Decompose the full covariance, accumulated in float64. Methods and laws as in `IncrementalSVD`.
+    """Decompose the full covariance, accumulated in float64. Methods and laws are those of `IncrementalSVD`.
 
-    It is the oracle for the running decomposition, and right for small widths.
+    It is the exact reference for the running decomposition, and is fast enough for small widths.
 
     Cost: 2 d^2 operations a row and d^3 for `spectrum`. Memory: d x d float64. Splitting and merging are exact up to
     float64 rounding.

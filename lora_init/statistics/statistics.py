@@ -58,8 +58,8 @@ class Provenance:
         notes: What a user should know about single layers, a sentence each.
         gradients: Whether backward passes were run, too; in all parts, if statistics were merged.
         n_labels: Labels whose loss the gradients are of.
-        complete: Whether the pass came to its end; one that was interrupted or failed can be gone on with.
-        settings: What else the pass was made with, see `collect`; empty if it is not known.
+        complete: Whether the pass came to its end; a pass that was interrupted or failed can be resumed.
+        settings: Further settings of the pass, see `collect`; empty if they are unknown.
         quantisation: How the model was quantized, as `quantization_config` of `from_pretrained` says it; else None.
             Spelled as in files.
         keeps: Share of what a start from these statistics captures that it would keep on other data, estimated from two
@@ -127,10 +127,10 @@ class Statistics(Mapping[str, Spectrum]):
         held_out: For each group, the share of the variance of the last batches that the components found before them
             captured, in [0, 1]; NaN where fewer than three batches were seen, and where statistics were merged.
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
-        gradients: For each layer what the loss says about it; empty if there were no backward passes.
+        gradients: For each layer the gradient of the loss by its weight; empty if there were no backward passes.
         sizes: For each layer, how large its input and output are, from which the learning rate follows. Layers whose
             output no hook sees (experts) have none, and neither have older files.
-        path: The file that `load` read; None of others.
+        path: The file that `load` read; None if these statistics are from no file.
     """
 
     groups: Mapping[str, Spectrum]
@@ -207,10 +207,9 @@ class Statistics(Mapping[str, Spectrum]):
         return self.groups[self.group_of[name]].explained_variance_ratio
 
     def gradient(self, name: str) -> GradientSpectrum:
-        """Return what the loss says about a layer.
+        """Return the mean gradient of the loss by the weight of a layer, and what goes with it.
 
-        Its mean gradient is that of the loss by the weight; with `token_mask="labels"` the part of it that comes from
-        the tokens that predict a label.
+        With `token_mask="labels"` it is the part of the gradient that comes from the tokens that predict a label.
 
         Raises:
             LoraInitError: The statistics were collected without gradients.
@@ -245,8 +244,8 @@ class Statistics(Mapping[str, Spectrum]):
 
         All must come from one model, with the same layers, `center`, `token_mask` and `task_type`. Without weights each
         row counts once: shards of one data set, or more of it later. With weights the data sets count by these shares
-        whatever their numbers of rows are: the second moment of a layer's input is the weighted sum of theirs. An
-        expert reads of each what the router sends to it.
+        whatever their numbers of rows are: the second moment of a layer's input is the weighted sum of theirs. Of each
+        part an expert reads the rows that the router sends to it.
 
         Counts, means and total variances are exact. What each part has left out is taken to be the same along all
         directions, see `merging.mix`. As many components are kept as all parts have. Layers that ran in some parts only
@@ -255,8 +254,9 @@ class Statistics(Mapping[str, Spectrum]):
         unknown, NaN, so that the policy `gora` is refused. `held_out` is unknown, NaN: nobody has measured how
         much of new rows the common components capture.
 
-        Rows that two parts share count twice. Merge more than two in one call: each call leaves something out. What
-        `provenance` has no sum or list for, such as the seed, is the first's; its notes describe every part.
+        Rows that two parts share count twice. Merge several parts in one call: each call leaves something out. Fields
+        of `provenance` that cannot be added or listed, such as the seed, are those of the first part; the notes
+        describe every part.
 
         Args:
             others: Statistics.
@@ -318,7 +318,7 @@ class Statistics(Mapping[str, Spectrum]):
         """Read a file that `save` wrote, and check all of it.
 
         Raises:
-            LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
+            LoraInitError: The file is no statistics file, is truncated or was changed, or is of a newer version.
         """
         file = TensorFile(path, FORMAT, FORMAT_VERSION)
         with file.checking("its content"):

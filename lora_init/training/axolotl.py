@@ -40,7 +40,7 @@ class axolotl(BasePlugin):
         return f"{__name__}.AxolotlArgs"
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Make the callback; refuse what else makes the adapter, and kernels that pass the layers by."""
+        """Create the callback; refuse options that create the adapter, and fused kernels, which bypass the layers."""
         if cfg.lora_model_dir:
             raise LoraInitError(
                 f"lora_model_dir: {cfg.lora_model_dir} makes the adapter, too. Leave it or lora_init out."
@@ -53,5 +53,5 @@ class axolotl(BasePlugin):
         self.callback = StartCallback(**cfg.lora_init or {})
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[StartCallback]:
-        """Hand over the callback."""
+        """Return the callback."""
         return [self.callback]

@@ -37,17 +37,18 @@ _TEXT_WEIGHT = 2.0  # of a replayed text, in examples: one beside eight, weighed
 class StartCallback(TrainerCallback):
     """Start the adapter of a trainer from the trainer's own batches, when training begins.
 
-    For a trainer that another tool makes; one of your own takes `initialize(trainer)`. The adapter is a LoRA adapter in
-    a PeftModel, with the rank, alpha and layers of the tool's configuration; A is written into it, so that the
-    optimizer keeps its parameters, and training sees the batches that it would have seen. A run that is resumed is left
-    alone.
+    The callback is for trainers that another tool makes; call `initialize(trainer)` for a trainer of your own. The tool
+    makes a LoRA adapter in a PeftModel, with the rank, alpha and layers of its configuration; the callback writes A
+    into that adapter, so that the optimizer keeps its parameters, and training sees the same batches as without. It
+    does nothing in a run that is resumed.
 
     Args:
         method: See `initialize`. Default: `"eva"`.
         samples: Number of examples to learn from.
-        learning_rate: `"measured"` sets the trainer's to what the pass says for its steps, and is refused for another
-            optimizer than AdamW, or arguments that name another loss than the model's own. A callback cannot see a loss
-            function of the trainer's: leave it out there. Without, a rate that is far off is a warning.
+        learning_rate: `"measured"` sets the trainer's rate to the one that the pass predicts for its steps. It raises
+            for other optimizers than AdamW, and if the arguments name another loss than the model's own. A callback
+            cannot see a loss function of the trainer's: leave this argument out there. By default the trainer keeps its
+            rate, and a warning says if it is far off.
         replay: Texts of the base's own to train on beside each example, so that less is forgotten: 0.125 is one beside
             eight. A text weighs as two examples. The losses that the trainer reports are those of its data alone.
         dial: Choose how strongly each layer acts when training has ended, from the trainer's batches for evaluation, as
