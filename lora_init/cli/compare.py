@@ -24,6 +24,7 @@ from lora_init.progress import duration
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_init.comparison.compare import Comparison
     from lora_init.comparison.findings import Summary
 
 _data, _runs = (partial(Option, rich_help_panel=panel) for panel in ("Data", "Runs"))
@@ -138,12 +139,7 @@ def compare(
     Given again, the same command goes on where it was stopped.
     """
     given = locals()
-    if data == "-" and (workers or cluster):
-        raise LoraInitError("DATA '-': workers read the data, too, and standard input is read once. Name a file.")
-    if cluster is None:
-        refuse_idle(("gpus_per_run",), "that is for --cluster")
-    if time and cluster:
-        say("--time counts from now on, waiting in the queue included; runs that have not ended by then are canceled.")
+    _check_cluster(data, workers, cluster, time)
     given |= {
         "starts": None if starts is None else [_start(word) for word in read_names(starts)],
         "learning_rates": learning_rates and read_numbers("--learning-rates", learning_rates, float),
@@ -162,6 +158,21 @@ def compare(
     own = ("eval_points", "reading", "loading", "cluster")
     arguments: dict[str, Any] = {name: value for name, value in given.items() if name not in own}
     found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
+    _print_found(found)
+
+
+def _check_cluster(data: str, workers: int | None, cluster: str | None, time: str | None) -> None:
+    """Refuse what workers cannot read, and what is for a cluster where none is named; say what a limit means there."""
+    if data == "-" and (workers or cluster):
+        raise LoraInitError("DATA '-': workers read the data, too, and standard input is read once. Name a file.")
+    if cluster is None:
+        refuse_idle(("gpus_per_run",), "that is for --cluster")
+    if time and cluster:
+        say("--time counts from now on, waiting in the queue included; runs that have not ended by then are canceled.")
+
+
+def _print_found(found: Comparison) -> None:
+    """Print a comparison or its outlook; exit with an error if runs failed."""
     if found.outlook is not None:
         plan = {"runs": [asdict(run) | {"start": str(run.start)} for run in found.planned], **found.outlook.to_dict()}
         print_result(plan | {"data": found.settings["data"]}, show_outlook)

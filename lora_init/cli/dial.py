@@ -65,14 +65,7 @@ def dial(
 ) -> None:
     """Find how strongly each layer of a trained ADAPTER should act, so that the model keeps what it knew."""
     require("matplotlib")  # for the picture, at the end
-    if data is None and (strength is None or keep is not None):
-        what = "--keep is measured beside the task" if strength is not None else "strengths are chosen on its task"
-        raise LoraInitError(f"{what}: name DATA, or --strength 0.8 alone for that strength in all layers.")
-    if data is None:
-        idle = [*offered(Reading, LoadingQuantized), "samples", "max_length", "seed"]
-        refuse_idle(idle, "without DATA nothing is measured")
-    if keep is not None and data is not None and Path(keep).expanduser().resolve() == Path(data).expanduser().resolve():
-        raise LoraInitError(f"--keep {keep} is the task's own data. Name text of another kind, or leave --keep away.")
+    _check_options(data, keep, strength)
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.adapters.peft_model import with_adapter
@@ -126,6 +119,18 @@ def dial(
         print_next(console, serve)
 
     print_result({"path": str(path)} | found.to_dict(), show, written=True)
+
+
+def _check_options(data: str | None, keep: str | None, strength: float | None) -> None:
+    """Refuse options that need data where there are none, and the task's own data as text to keep."""
+    if data is None and (strength is None or keep is not None):
+        what = "--keep is measured beside the task" if strength is not None else "strengths are chosen on its task"
+        raise LoraInitError(f"{what}: name DATA, or --strength 0.8 alone for that strength in all layers.")
+    if data is None:
+        idle = [*offered(Reading, LoadingQuantized), "samples", "max_length", "seed"]
+        refuse_idle(idle, "without DATA nothing is measured")
+    if keep is not None and data is not None and Path(keep).expanduser().resolve() == Path(data).expanduser().resolve():
+        raise LoraInitError(f"--keep {keep} is the task's own data. Name text of another kind, or leave --keep away.")
 
 
 def replay(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_init.adapters.asked import Asked
+    from lora_init.cli.options import LoadingQuantized
     from lora_init.cli.source import Named
     from lora_init.loading.batches import Batches
 
@@ -43,18 +44,12 @@ def estimate(source: Named, batches: Batches | None, asked: Asked) -> dict[str, 
         model = loader.from_config(opened.config, trust_remote_code=loading.trust_remote_code)
     found = find_targets(model, **vars(asked.layers))
     found.check_layers()
-    dtype = getattr(opened.config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
-    dtype, place = dtype if isinstance(dtype, torch.dtype) else torch.float32, find_device(loading.device)
-    n_bytes = 0 if loading.quantize else 4 * sum(p.numel() for p in model.parameters())
-    if loading.dtype == "auto" and is_better_in_float32(dtype, place, n_bytes):
-        dtype = torch.float32
+    place = find_device(loading.device)
+    dtype = _dtype(model, opened.config, loading, place)
     shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
     used = (batches or [])[: asked.run.max_batches]
     tokens = sum(batch["input_ids"].numel() for batch in used)
-    # A pass multiplies with all matrices but embeddings, of which the last is not reached.
-    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
-    n_matrix = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in ends)
-    operations = 2 * n_matrix * tokens * (_BACKWARD if asked.by_gradient else 1.0)
+    operations = 2 * _n_multiplied(model) * tokens * (_BACKWARD if asked.by_gradient else 1.0)
     weights_bytes = _weights_bytes(model, dtype, loading.quantize)
     per_second = _speed(dtype, place)
     return {
@@ -72,6 +67,23 @@ def estimate(source: Named, batches: Batches | None, asked: Asked) -> dict[str, 
         "operations_per_second": per_second,
         "seconds": operations * _OVERHEAD / per_second,
     }
+
+
+def _dtype(model: Any, config: Any, loading: LoadingQuantized, place: torch.device) -> torch.dtype:
+    """Find the type that the model would run in."""
+    if loading.dtype != "auto":
+        dtype = getattr(torch, loading.dtype)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    saved_in = getattr(config, "dtype", None)
+    dtype = saved_in if isinstance(saved_in, torch.dtype) else torch.float32
+    n_bytes = 0 if loading.quantize else 4 * sum(p.numel() for p in model.parameters())
+    return torch.float32 if is_better_in_float32(dtype, place, n_bytes) else dtype
+
+
+def _n_multiplied(model: Any) -> int:
+    """Count the weights that a pass multiplies with: all matrices but embeddings, of which the last is not reached."""
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    return sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in ends)
 
 
 def _weights_bytes(model: Any, dtype: torch.dtype, quantize: str | None) -> int:

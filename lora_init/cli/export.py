@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,28 +60,18 @@ def export(
     Several are written into OUTPUT under the names of their DIRECTORIES. If some fail, the others are written, and the
     exit status is 1.
     """
-    if data is not None and (merge_into or start or not find_engine(engine).writes_peft):
-        raise LoraInitError("--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
-    if data is None:
-        refuse_idle([*offered(Reading), "samples", "max_length"], "that is for --data")
-    require(*find_engine(engine).libraries)
-    if reduce_intruders:
-        require("scipy")
-        require_version("peft", "0.19", "--reduce-intruders")
-    places = _places(directories, output, engine)
-    if start is not None and len(places) > 1:
-        raise LoraInitError("--start is one adapter before its training. Export those that have one one by one.")
+    _check_options(data, engine, merge_into, start, reduce_intruders)
+    places = _places(directories, output, engine, start)
     with importing(data=data):
-        from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
-        from lora_init.serving.export import Exported, check_before_loading, check_output, export_adapter
-    for place, directory in places.items():  # before a model is loaded
+        from lora_init.serving.export import check_output, export_adapter
+    needs_base = data is not None or reduce_intruders
+    for place in places:
         check_output(place, engine, overwrite)
-        if data is not None or reduce_intruders:
-            with suppress(*[LoraInitError] * (len(places) > 1)):  # of several, the others are written
-                check_before_loading(AdapterDirectory(directory), base, rank)
-    loaded = _load(directories, base) if data is not None or reduce_intruders else None
-    batches = None
+    loaded = batches = None
+    if needs_base:
+        _check_before_loading(places.values(), base, rank)
+        loaded = _load(directories, base)
     if loaded is not None and data is not None:
         batches = load_batches(
             data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
@@ -94,29 +85,71 @@ def export(
                 dtype=dtype, start=start, base=base, merge_into=merge_into, rename=rename, overwrite=overwrite,
                 reduce_intruders=loaded.model if loaded is not None and reduce_intruders else None,
             )  # fmt: skip
-            summary = exported.to_dict() | ({"failed": None} if len(places) > 1 else {})
-            if loaded is not None and batches is not None:
-                summary["losses"] = [_loss(loaded, one, batches) for one in (directory, exported.path)]
-            exports.append(exported)
+            losses = _losses(loaded, batches, directory, exported.path)
         except LoraInitError as error:
             if len(places) == 1:
                 raise
-            text = explain(error, in_words)
-            text = text if str(directory) in text else f"{directory}: {text}"
-            summary = {one.name: None for one in fields(Exported)} | {"path": str(place), "failed": text}
-            print_error(text)
-        summaries.append(summary)
+            summaries.append(_failure(error, directory, place))
+            continue
+        exports.append(exported)
+        summaries.append(exported.to_dict() | ({"failed": None} if len(places) > 1 else {}) | losses)
     if len(places) == 1:
         print_result(summaries[0], lambda console, values: _show(console, exports[0], values.get("losses")), True)
         return
-    one_base = base or len({AdapterDirectory(places[one.path]).base for one in exports}) == 1
-    of = base or "" if one_base else None
-    print_result(summaries, lambda console, values: _show_all(console, exports, values, of), written=True)
+    show = partial(_show_all, exports, _base_named([places[one.path] for one in exports], base))
+    print_result(summaries, show, written=True)
     if len(exports) < len(places):
         raise SystemExit(FAILED)
 
 
-def _places(directories: list[Path], output: Path, engine: str | None) -> dict[Path, Path]:
+def _check_options(
+    data: str | None, engine: str | None, merge_into: str | None, start: Path | None, reduce_intruders: bool
+) -> None:
+    """Refuse options that contradict each other, and those for which a package is missing."""
+    if data is not None and (merge_into or start or not find_engine(engine).writes_peft):
+        raise LoraInitError("--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
+    if data is None:
+        refuse_idle([*offered(Reading), "samples", "max_length"], "that is for --data")
+    require(*find_engine(engine).libraries)
+    if reduce_intruders:
+        require("scipy")
+        require_version("peft", "0.19", "--reduce-intruders")
+
+
+def _check_before_loading(directories: Collection[Path], base: str | None, rank: int | None) -> None:
+    """Refuse an adapter that its base need not be loaded for; one of several is left to `export_adapter`."""
+    from lora_init.adapters.directory import AdapterDirectory
+    from lora_init.serving.export import check_before_loading
+
+    for directory in directories:
+        try:
+            check_before_loading(AdapterDirectory(directory), base, rank)
+        except LoraInitError:
+            if len(directories) == 1:
+                raise
+
+
+def _base_named(directories: Sequence[Path], base: str | None) -> str | None:
+    """Return the base that commands name: none if all adapters name the same; None where these are several."""
+    from lora_init.adapters.directory import AdapterDirectory
+
+    if base:
+        return base
+    return "" if len({AdapterDirectory(directory).base for directory in directories}) == 1 else None
+
+
+def _failure(error: LoraInitError, directory: Path, place: Path) -> dict[str, Any]:
+    """Print why one of several adapters was not written; return its summary, in which all else is empty."""
+    from lora_init.serving.export import Exported
+
+    text = explain(error, in_words)
+    text = text if str(directory) in text else f"{directory}: {text}"
+    print_error(text)
+    return {one.name: None for one in fields(Exported)} | {"path": str(place), "failed": text}
+
+
+def _places(directories: list[Path], output: Path, engine: str | None, start: Path | None) -> dict[Path, Path]:
+    """Choose where each adapter is written: to the output, or several under their names in it."""
     if len(directories) == 1:
         return {output: directories[0]}
     suffix = ".gguf" if find_engine(engine).is_file else ""
@@ -124,6 +157,8 @@ def _places(directories: list[Path], output: Path, engine: str | None) -> dict[P
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise LoraInitError(f"several directories have the name {twice!r}, under which each would be written.")
+    if start is not None:
+        raise LoraInitError("--start is one adapter before its training. Export those that have one one by one.")
     root = output.expanduser().resolve()
     return {root / f"{name}{suffix}": directory for name, directory in zip(names, directories, strict=True)}
 
@@ -142,13 +177,19 @@ def _load(directories: Sequence[Path], base: str | None) -> LoadedModel:
         return load_model(source, dtype="float32")
 
 
-def _loss(loaded: LoadedModel, directory: Path, batches: Any) -> float:
+def _losses(loaded: LoadedModel | None, batches: Any, *directories: Path) -> dict[str, list[float]]:
+    """Measure the loss of a base with each of some adapters, as a summary has it; nothing without batches."""
+    if loaded is None or batches is None:
+        return {}
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.adapters.peft_model import with_adapter
     from lora_init.collection.losses import mean_loss
 
-    with with_adapter(loaded.model, AdapterDirectory(directory)) as peft_model:
-        return mean_loss(peft_model, batches)
+    losses = []
+    for directory in directories:
+        with with_adapter(loaded.model, AdapterDirectory(directory)) as peft_model:
+            losses.append(mean_loss(peft_model, batches))
+    return {"losses": losses}
 
 
 def _show(console: Console, exported: Exported, losses: list[float] | None) -> None:
@@ -181,7 +222,7 @@ def _show(console: Console, exported: Exported, losses: list[float] | None) -> N
         console.print(exported.verify, markup=False)
 
 
-def _show_all(console: Console, exports: list[Exported], summaries: list[dict[str, Any]], base: str | None) -> None:
+def _show_all(exports: list[Exported], base: str | None, console: Console, summaries: list[dict[str, Any]]) -> None:
     """Show a table, and the commands; `base` is None where there are several, and empty where none was named."""
     from lora_init.serving.export import command_for_all, verify_for_all
 

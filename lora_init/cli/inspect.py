@@ -69,18 +69,13 @@ def inspect(
 
     With --base or --engine the exit status is 1 if anything of an adapter would not be applied to its base.
     """
+    _check_options(merge_type, data, statistics)
     checks = engine is not None or (base is not None and not (intruders or merge_type))
-    if not merge_type and (data or statistics):
-        raise LoraInitError("--data and --statistics are for --merge.")
-    if data is None:
-        refuse_idle(offered(Reading), "that is for --data")
-    descriptions, fits = [], True
+    descriptions = []
     for path in paths:
-        fit = describe_fit(path, base, engine) if checks else None
+        fit = {"fit": describe_fit(path, base, engine)} if checks else {}
         with _damage_of(path):
-            descriptions.append(describe(path, length, base))
-        if fit is not None:
-            descriptions[-1]["fit"], fits = fit, fits and fit["fits"]
+            descriptions.append(describe(path, length, base) | fit)
     if not any(one.get("train") for one in descriptions):
         refuse_idle(offered(Length), "only the rate of an adapter that is not trained yet depends on it")
     for path, about in zip(paths, descriptions, strict=True):
@@ -89,15 +84,24 @@ def inspect(
         if merge_type:
             about["merge"] = describe_merge(path, merge_type, base, statistics, data, reading)
 
-    def show_all(console: Console, _: Any) -> None:
-        for path, description in zip(paths, descriptions, strict=True):
-            with _damage_of(path):
-                show(console, description)
-
     with _damage_of(*paths):
-        print_result(descriptions if len(paths) > 1 else descriptions[0], show_all)
-    if not fits:
+        several = descriptions if len(paths) > 1 else descriptions[0]
+        print_result(several, lambda console, _: _show_all(console, paths, descriptions))
+    if checks and not all(one["fit"]["fits"] for one in descriptions):
         raise SystemExit(FAILED)
+
+
+def _check_options(merge_type: str | None, data: str | None, statistics: Path | None) -> None:
+    if not merge_type and (data or statistics):
+        raise LoraInitError("--data and --statistics are for --merge.")
+    if data is None:
+        refuse_idle(offered(Reading), "that is for --data")
+
+
+def _show_all(console: Console, paths: list[Path], descriptions: list[dict[str, Any]]) -> None:
+    for path, description in zip(paths, descriptions, strict=True):
+        with _damage_of(path):
+            show(console, description)
 
 
 MERGE_EXAMPLE = """\b
@@ -286,10 +290,8 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 def _describe_adapter(path: Path, length: Length, base: str | None) -> dict[str, Any]:
     from lora_init.adapters.directory import AdapterDirectory
-    from lora_init.keep.dialed import PICTURE_FILE
     from lora_init.serving.export import exported_as
     from lora_init.serving.support import export_options, serving_note
-    from lora_init.serving.trained import DIAL_FILE
 
     directory = AdapterDirectory(path)
     directory.check_values()
@@ -313,15 +315,23 @@ def _describe_adapter(path: Path, length: Length, base: str | None) -> dict[str,
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
         "train": training_in_words(rate, asked) if origin and (untrained or rate or asked) else None,
-        "dial": read_json(path / DIAL_FILE) | {"picture": str(path / PICTURE_FILE)}
-        if is_as_written(path, DIAL_FILE)
-        else None,
+        "dial": _describe_dial(path),
         "base_change": directory.base_change,
         "untrained": untrained,
         "exported": exported_as(path, base),
         "serving": serving_note(everywhere, config, shapes, directory.base_change),
         "export": export_options(config, shapes),
     }
+
+
+def _describe_dial(path: Path) -> dict[str, Any] | None:
+    """Read what the dial has measured of an adapter, and where its picture is; None if the dial did not write it."""
+    from lora_init.keep.dialed import PICTURE_FILE
+    from lora_init.serving.trained import DIAL_FILE
+
+    if not is_as_written(path, DIAL_FILE):
+        return None
+    return {**read_json(path / DIAL_FILE), "picture": str(path / PICTURE_FILE)}
 
 
 def show(console: Console, about: Mapping[str, Any]) -> None:
@@ -336,13 +346,19 @@ def show(console: Console, about: Mapping[str, Any]) -> None:
 
 def _next(about: Mapping[str, Any]) -> str:
     """Write the command that one runs next."""
-    path, served = shlex.quote(about["path"]), shlex.quote(f"{about['path']}-served")
+    path = shlex.quote(about["path"])
     if about["what"] in ("statistics", "plan"):
         option = "--ranks" if about["what"] == "plan" else "--statistics"
         return f"lora-init init MODEL {option} {path} -o adapter"
     if about["what"] == "comparison":
         asked = about["command"] or about["settings"].get("command")
         return _anew(asked) or f"lora-init compare MODEL DATA -o {path}"
+    return _next_of_adapter(about)
+
+
+def _next_of_adapter(about: Mapping[str, Any]) -> str:
+    """Write what one does about an adapter: find its base, train it, export it or serve it."""
+    path, served = shlex.quote(about["path"]), shlex.quote(f"{about['path']}-served")
     fit = about.get("fit") or {"fits": True, "engine": None, "misfits": ()}
     kinds = {one["kind"] for one in fit["misfits"]}
     if kinds - {"engine"} and not fit["renames"]:
@@ -352,16 +368,20 @@ def _next(about: Mapping[str, Any]) -> str:
     untrained = fit["fits"] and about["untrained"]
     if untrained and not about["train"]:
         return f"lora-init rate {path} DATA --steps 300"
-    before = path if untrained else "DIRECTORY"
-    options = ["--rename"] * bool(fit.get("renames")) + [f"--start {before}"] * bool(about["base_change"])
     if about["export"] is None:
         return "load it with PEFT, which alone takes it"
     if untrained and not about["export"]:
         return "train it as said above"
+    if untrained:
+        return f"train it as said above; then {_export_command(about, fit, 'TRAINED', 'served', start=path)}"
+    return _export_command(about, fit, path, served, start="DIRECTORY")
+
+
+def _export_command(about: Mapping[str, Any], fit: Mapping[str, Any], trained: str, output: str, start: str) -> str:
+    """Write the command that exports an adapter, for the engine that was asked about or for one that takes it."""
+    options = ["--rename"] * bool(fit.get("renames")) + [f"--start {start}"] * bool(about["base_change"])
     options.append(f"--engine {fit['engine']}" if fit["engine"] else about["export"])
-    trained, output = ("TRAINED", "served") if untrained else (path, served)
-    export = " ".join(["lora-init export", trained, *filter(None, options), "-o", output])
-    return f"train it as said above; then {export}" if untrained else export
+    return " ".join(["lora-init export", trained, *filter(None, options), "-o", output])
 
 
 def _after_misfit(about: Mapping[str, Any], kinds: Collection[str]) -> str:
@@ -454,7 +474,7 @@ def _runs_view(about: Mapping[str, Any], width: int) -> list[Any]:
 
 
 def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
-    ranks, origin = about["ranks"], about["origin"]
+    ranks = about["ranks"]
     extras = [text for flag, text in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if about[flag]]
     head = {
         "directory": f"{about['path']}: LoRA adapter of {len(ranks)} layers",
@@ -468,20 +488,8 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
     }
     if about["exported"]:
         head["start"] = "not kept by an export: see the adapter as it was trained"
-    if origin:
-        source, shares = origin.get("provenance", {}), list(origin.get("explained", {}).values())
-        whitened = ", whitened" * bool(origin.get("whiten")) + ", rows of length one" * bool(origin.get("unit_rows"))
-        package = f" ({origin['package']})" if origin.get("package") else ""
-        head["start"] = f"{origin.get('method')}{package}{whitened}, seed {origin.get('seed')}"
-        if source.get("quantisation"):
-            head["base"] = f"quantized: {quantization_name(source['quantisation'])}"
-        if origin.get("correction"):
-            head |= correction_facts(origin["correction"])
-        head |= {"train": about["train"]} if about["train"] else {}
-        head["data"] = source.get("data") or "not described"
-        head["rows"] = rows_read(source)
-        if shares:
-            head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
+    if about["origin"]:
+        head |= _origin_facts(about["origin"], about["train"])
     if about["dial"]:
         from lora_init.keep.dialed import summary_of
 
@@ -490,6 +498,25 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
     views += _intruder_view(about["intruders"], width) if "intruders" in about else []
     views += _fit_view(about["fit"]) if "fit" in about else []
     return [*views, *_merge_view(about["merge"])] if "merge" in about else views
+
+
+def _origin_facts(origin: Mapping[str, Any], train: str | None) -> dict[str, str]:
+    """Lay out where an adapter comes from, and how to train it."""
+    source, shares = origin.get("provenance", {}), list(origin.get("explained", {}).values())
+    whitened = ", whitened" * bool(origin.get("whiten")) + ", rows of length one" * bool(origin.get("unit_rows"))
+    package = f" ({origin['package']})" if origin.get("package") else ""
+    rows = {"start": f"{origin.get('method')}{package}{whitened}, seed {origin.get('seed')}"}
+    if source.get("quantisation"):
+        rows["base"] = f"quantized: {quantization_name(source['quantisation'])}"
+    if origin.get("correction"):
+        rows |= correction_facts(origin["correction"])
+    if train:
+        rows["train"] = train
+    rows["data"] = source.get("data") or "not described"
+    rows["rows"] = rows_read(source)
+    if shares:
+        rows["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
+    return rows
 
 
 def _fit_view(about: Mapping[str, Any]) -> list[Any]:

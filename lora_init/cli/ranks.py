@@ -208,22 +208,14 @@ def ranks(
     overwrite: Annotated[bool, _output(help="Replace an older plan or picture.")] = False,
 ) -> None:
     """Plan ranks from the file STATISTICS under a budget. It takes no model, no data, and no time."""
-    given = locals()
-    arguments: dict[str, Any] = {name: given[name] for name in (*_VARIED, "uniform_per_kind")} | {
-        "dtype": dtype or "float32", "coverage": coverage or "every-layer", "exclude": exclude or [],
-        "allowed_ranks": None if allowed_ranks is None else read_numbers("--allowed-ranks", allowed_ranks, int),
-        "tie": [read_names(names) for names in tie or []], "overrides": read_overrides(override or []),
-    }  # fmt: skip
+    arguments = _read_arguments(locals())
     variants = read_variants(compare or [], arguments)
-    asked = [arguments, *variants.values()]
     _refuse(
         tool and (compare or running.as_json), "--format prints one plan for one tool. Leave --compare and --json out."
     )
-    _refuse(dtype and not any(one.get("megabytes") for one in asked), "--dtype is for --megabytes.")
-    _refuse(coverage and not any(one.get("variance") for one in asked), "--coverage is for --variance.")
+    _check_budgets(dtype, coverage, [arguments, *variants.values()])
     _refuse(not tool and (lora_alpha is not None or use_rslora), "--lora-alpha and --use-rslora are for --format.")
     _check_outputs(output, plot, overwrite)
-    from lora_init.adapters.build import build_adapter
     from lora_init.planning.allocate import allocate_ranks
     from lora_init.planning.plan import plan_to_dict, save_plan
     from lora_init.statistics.statistics import Statistics
@@ -239,24 +231,52 @@ def ranks(
 
         say(f"{save_picture(plan, stats, plot)}: written")
     if tool is not None:
-        from lora_init.planning.snippets import snippet
-
-        built = build_adapter(stats, plan, lora_alpha=lora_alpha, use_rslora=use_rslora)
-        alpha, path = built.lora_alpha, str(output or "plan.json")
-        typer.echo(snippet(plan, tool, alpha, use_rslora, path, built.recommended, built.how_to_train), nl=False)
+        _print_for_tool(tool, stats, plan, output, lora_alpha, use_rslora)
         return
     several = [{"plan": label, **plan_to_dict(one)} for label, one in plans.items()]
+    model = stats.provenance.model_id or "MODEL"
+    kept = "" if output is None else f" --ranks {shlex.quote(str(output))}"
+    then = f"lora-init init {model} --statistics {shlex.quote(str(statistics))}{kept} -o adapter"
 
     def show(console: Console, _: Any) -> None:
         if variants:
             console.print(comparison_table(plans))
         else:
             show_plan(console, plan, stats)
-        kept = "" if output is None else f" --ranks {shlex.quote(str(output))}"
-        model = stats.provenance.model_id or "MODEL"
-        print_next(console, f"lora-init init {model} --statistics {shlex.quote(str(statistics))}{kept} -o adapter")
+        print_next(console, then)
 
     print_result(several if variants else plan_to_dict(plan), show, written=output or plot)
+
+
+def _print_for_tool(
+    tool: str, stats: Statistics, plan: RankAllocation, output: Path | None, lora_alpha: float | None, use_rslora: bool
+) -> None:
+    """Print what a tool reads to train with the ranks of a plan."""
+    from lora_init.adapters.build import build_adapter
+    from lora_init.planning.snippets import snippet
+
+    built = build_adapter(stats, plan, lora_alpha=lora_alpha, use_rslora=use_rslora)
+    path = str(output or "plan.json")
+    typer.echo(snippet(plan, tool, built.lora_alpha, use_rslora, path, built.recommended, built.how_to_train), nl=False)
+
+
+def _read_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the options of a plan as arguments of `allocate_ranks`."""
+    allowed = given["allowed_ranks"]
+    return {name: given[name] for name in (*_VARIED, "uniform_per_kind")} | {
+        "dtype": given["dtype"] or "float32",
+        "coverage": given["coverage"] or "every-layer",
+        "exclude": given["exclude"] or [],
+        "allowed_ranks": None if allowed is None else read_numbers("--allowed-ranks", allowed, int),
+        "tie": [read_names(names) for names in given["tie"] or []],
+        "overrides": read_overrides(given["override"] or []),
+    }
+
+
+def _check_budgets(dtype: str | None, coverage: str | None, plans: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what only some budgets read, where no plan has one of them."""
+    _refuse(dtype and not any(one.get("megabytes") for one in plans), "--dtype is for --megabytes.")
+    _refuse(coverage and not any(one.get("variance") for one in plans), "--coverage is for --variance.")
 
 
 def _refuse(condition: object, message: str) -> None:

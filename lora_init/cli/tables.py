@@ -13,10 +13,19 @@ from lora_init.layers.grid import layer_grid
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group
     from rich.table import Table
+    from rich.text import Text
+
 
 # Seven steps of ColorBrewer's YlGnBu, from light to dark: told apart by every kind of colour vision.
 _SCALE = ("#f4fbc0", "#cdebb4", "#7acbbc", "#35aac3", "#2075b3", "#243d98", "#081d58")
 _FIRST_DARK = 4
+
+
+def _cell(rank: int, least: int, most: int) -> Text:
+    """Write a rank in the colour that it has in the heat map."""
+    from rich.text import Text
+
+    return Text(f" {rank or '·'}", heat_style(rank, least, most))
 
 
 def rank_table(ranks: Mapping[str, int], width: int) -> Group:
@@ -33,12 +42,12 @@ def rank_table(ranks: Mapping[str, int], width: int) -> Group:
     """
     from rich.console import Group
     from rich.table import Table
-    from rich.text import Text
 
     grid = layer_grid(ranks)
     label_width = max((len(kind) for kind in grid.kinds), default=0)
     cell_width = max(len(str(number)) for number in (*ranks.values(), *grid.blocks, 0)) + 1
     given = [rank for rank in ranks.values() if rank] or [0]
+    least, most = min(given), max(given)
     per_band = max(1, (width - label_width) // cell_width)
     bands: list[Table | str] = []
     for start in range(0, len(grid.blocks), per_band):
@@ -49,10 +58,7 @@ def rank_table(ranks: Mapping[str, int], width: int) -> Group:
             band.add_column("" if block < 0 else f" {block}", justify="right", no_wrap=True)
         for kind in grid.kinds:
             names = [grid.cells.get((kind, block)) for block in blocks]
-            cells = [
-                Text(f" {ranks[name] or '·'}", heat_style(ranks[name], min(given), max(given))) if name else ""
-                for name in names
-            ]
+            cells = [_cell(ranks[name], least, most) if name else "" for name in names]
             if any(names):
                 band.add_row(kind, *cells)
         bands += ["", band] if bands else [band]

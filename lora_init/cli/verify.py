@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,8 @@ from lora_init.errors import LoraInitError, explain
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_init.loading.models import LoadedModel
+    from lora_init.serving.server import Server
     from lora_init.serving.verify import Verification
 
 DIFFERS, UNKNOWN = 1, 2  # exit statuses: another thing is served; nothing could be asked, or nothing told
@@ -78,71 +80,127 @@ def verify(
     from lora_init.serving.server import Server
 
     _check_there(directories)
-    names = {directory: directory.expanduser().resolve().name for directory in directories}
-    if model is not None and len(names) > 1:
-        raise LoraInitError("--model names one adapter. Several are asked for under the names of their directories.")
-    server, several = Server(url, api_key, timeout), len(names) > 1
-    failed: dict[Path, str] = {}
-
-    @contextmanager
-    def noting(directory: Path) -> Iterator[None]:
-        """Go on with the others where one of several fails."""
-        try:
-            yield
-        except LoraInitError as error:
-            if not several:
-                raise
-            failed[directory] = explain(error, in_words)
-
-    served: dict[Path, tuple[str, str | None]] = {}
-    sources: dict[Path, str] = {}
+    names = _names_of(directories, model)
+    server, failures = Server(url, api_key, timeout), _Failures(several=len(names) > 1)
     _ = server.models  # where it does not answer, there is nothing to go on with
-    for one, name in names.items():
-        with noting(one):
-            served[one] = server.find(name, name if several else model, served_base)
+    served = _find_served(server, names, model, served_base, failures)
     with importing(data=data):
-        from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.models import open_model
-        from lora_init.serving.fit import check_fit
-        from lora_init.serving.verify import AS_EXPORTED, AS_TRAINED, CANNOT_TELL, verify
-    for one in served:
-        with noting(one):
-            if not loading.trust_remote_code:
-                check_fit(one, base).check()
-            sources[one] = base or AdapterDirectory(one).base
+        from lora_init.serving.verify import AS_EXPORTED, AS_TRAINED, CANNOT_TELL
+    sources = _bases_of(served, base, loading.trust_remote_code, failures)
     if not sources:
-        raise LoraInitError(" ".join(dict.fromkeys(failed.values())))
+        raise LoraInitError(" ".join(dict.fromkeys(failures.texts.values())))
     source, any_name = one_base(sources.values()), served[next(iter(sources))][0]
-    chats = [] if data is None or reading.template else _chats(data, reading, 2 * n)
-    chat = next((form for form in (bool(chats), not chats) if server.ask(any_name, _HELLO[form])), None)
-    if chat is None:
-        raise LoraInitError(f"{server.url} gives no log-probabilities, neither of texts nor of chats.")
+    chats = _chats(data, reading, 2 * n)
+    as_chat = _asks_as_chat(server, any_name, prefers_chat=bool(chats))
     loaded = loading.load(open_model(source, trust_remote_code=loading.trust_remote_code))
-    if loaded.task_type != "CAUSAL_LM" or (chat and not loaded.tokenizer.chat_template):
-        what = f"a {type(loaded.model).__name__}" if loaded.task_type != "CAUSAL_LM" else "without a chat template"
-        raise LoraInitError(f"{source!r} is {what}, so this server's log-probabilities cannot be computed here.")
-    prompts: list[Any] = chats
-    if not (chat and chats):
-        settings = dict(vars(reading), samples=2 * n, max_length=max_length)
-        texts = _beginnings() if data is None else _texts(data, loaded.tokenizer, **settings)
-        prompts = [[{"role": "user", "content": text}] if chat else text for text in dict.fromkeys(texts)]
+    _check_can_answer(loaded, source, as_chat)
+    if as_chat and chats:
+        prompts = chats
+    else:
+        prompts = _prompts(data, loaded.tokenizer, as_chat, **vars(reading), samples=2 * n, max_length=max_length)
     if not prompts:
         without = f"{server.url} has no /chat/completions, and " * bool(chats)
         raise LoraInitError(
             f"{without}no text of --data {data} has the same tokens as a prompt. Take other data, or none."
         )
     results: dict[Path, Verification] = {}
-    for directory in sources:
-        name, base_name = served[directory]
-        with noting(directory), busy(f"computing and asking {n} of {len(prompts)} prompts"):
-            ask, at_base = partial(server.ask, name), partial(server.ask, base_name) if base_name else None
-            results[directory] = verify(directory, loaded.model, loaded.tokenizer, prompts, ask, at_base, n=n)
+    for one in sources:
+        with failures.noting(one), busy(f"computing and asking {n} of {len(prompts)} prompts"):
+            results[one] = _verify_one(one, loaded, prompts, server, served[one], n)
     verdicts = {found.verdict for found in results.values()} - {AS_TRAINED, AS_EXPORTED}
-    wrong = [one for one in names if one in failed or results[one].verdict in verdicts]
+    wrong = [one for one in names if one in failures.texts or results[one].verdict in verdicts]
     look = f"lora-init inspect {shlex.quote(str(wrong[0]))} --base {shlex.quote(source)}" if wrong else ""
-    _show(names, results, failed, look or _request(server.url, any_name, chat))
-    if verdicts or failed:
+    _show(names, results, failures.texts, look or _request(server.url, any_name, as_chat))
+    if wrong:
         raise SystemExit(DIFFERS if verdicts - {CANNOT_TELL} else UNKNOWN)
+
+
+@dataclass(frozen=True)
+class _Failures:
+    """What went wrong with each of several adapters, while the others go on; with a single one nothing does."""
+
+    several: bool
+    texts: dict[Path, str] = field(default_factory=dict)
+
+    @contextmanager
+    def noting(self, directory: Path) -> Iterator[None]:
+        """Note the error of the block as that of an adapter, or raise it if there is no other."""
+        try:
+            yield
+        except LoraInitError as error:
+            if not self.several:
+                raise
+            self.texts[directory] = explain(error, in_words)
+
+
+def _names_of(directories: Iterable[Path], model: str | None) -> dict[Path, str]:
+    """Name each adapter after its directory; refuse the `model` that only a single one can be."""
+    names = {directory: directory.expanduser().resolve().name for directory in directories}
+    if model is not None and len(names) > 1:
+        raise LoraInitError("--model names one adapter. Several are asked for under the names of their directories.")
+    return names
+
+
+def _find_served(
+    server: Server, names: Mapping[Path, str], model: str | None, base: str | None, failures: _Failures
+) -> dict[Path, tuple[str, str | None]]:
+    """Find under which name each adapter and its base are served; of several each has the name of its directory."""
+    served = {}
+    for one, name in names.items():
+        with failures.noting(one):
+            served[one] = server.find(name, name if failures.several else model, base)
+    return served
+
+
+def _bases_of(served: Iterable[Path], base: str | None, trusted: bool, failures: _Failures) -> dict[Path, str]:
+    """Name the base of each adapter that fits it; names are not compared where code of others would have to run."""
+    from lora_init.adapters.directory import AdapterDirectory
+    from lora_init.serving.fit import check_fit
+
+    sources = {}
+    for one in served:
+        with failures.noting(one):
+            if not trusted:
+                check_fit(one, base).check()
+            sources[one] = base or AdapterDirectory(one).base
+    return sources
+
+
+def _asks_as_chat(server: Server, model: str, prefers_chat: bool) -> bool:
+    """Return whether a server gives log-probabilities of chats or of texts, the preferred form first."""
+    for as_chat in (prefers_chat, not prefers_chat):
+        if server.ask(model, _HELLO[as_chat]):
+            return as_chat
+    raise LoraInitError(f"{server.url} gives no log-probabilities, neither of texts nor of chats.")
+
+
+def _check_can_answer(loaded: LoadedModel, source: str, as_chat: bool) -> None:
+    """Refuse a base whose log-probabilities of the server's prompts cannot be computed."""
+    if loaded.task_type != "CAUSAL_LM":
+        what = f"a {type(loaded.model).__name__}"
+    elif as_chat and not loaded.tokenizer.chat_template:
+        what = "without a chat template"
+    else:
+        return
+    raise LoraInitError(f"{source!r} is {what}, so this server's log-probabilities cannot be computed here.")
+
+
+def _verify_one(
+    directory: Path, loaded: LoadedModel, prompts: list[Any], server: Server, names: tuple[str, str | None], n: int
+) -> Verification:
+    """Compare what an adapter computes with what the server answers under the names of the adapter and its base."""
+    from lora_init.serving.verify import verify
+
+    ask = partial(server.ask, names[0])
+    ask_base = partial(server.ask, names[1]) if names[1] else None
+    return verify(directory, loaded.model, loaded.tokenizer, prompts, ask, ask_base, n=n)
+
+
+def _prompts(data: str | None, tokenizer: Any, as_chat: bool, **settings: Any) -> list[Any]:
+    """Make prompts of the texts of data, or of some sentences without data."""
+    texts = dict.fromkeys(_beginnings() if data is None else _texts(data, tokenizer, **settings))
+    return [[{"role": "user", "content": text}] if as_chat else text for text in texts]
 
 
 def _beginnings() -> Iterator[str]:
@@ -180,8 +238,10 @@ def _show(
     print_result(about if len(names) > 1 else asdict(*results.values()), show)
 
 
-def _chats(data: str, reading: Reading, most: int) -> list[Any]:
+def _chats(data: str | None, reading: Reading, most: int) -> list[Any]:
     """Read messages up to the first answer, if that is what the data has."""
+    if data is None or reading.template:
+        return []
     from lora_init.loading.sources import read_rows
 
     table = read_rows(data, reading.subset, reading.split).table
