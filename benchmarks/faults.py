@@ -56,8 +56,8 @@ FAULTS: dict[str, list[Planted]] = {
         ("dropped factor", "noise += one.noise_variance * degrees", "noise += one.noise_variance"),
         ("dropped term", "directions, weights + noise)", "directions, weights)"),
         ("wrong power", "share * size.output**2", "share * size.output"),
-        ("ignored weights", "shares[i] * one.singular_values[:, None] * one.right",
-         "one.singular_values[:, None] * one.right"),
+        ("ignored weights", "share * one.singular_values[:, None]",
+         "one.singular_values[:, None]"),
         ("dropped factor", "[share * one.output_moment for", "[one.output_moment for"),
         ("missing check", '_ALIKE = ("center", "token_mask", "task_type")', '_ALIKE = ("token_mask", "task_type")'),
         ("missing check", " and off <= _SUM_TOLERANCE", ""),
@@ -73,7 +73,7 @@ FAULTS: dict[str, list[Planted]] = {
     ],
     "layers/masks.py": [
         ("ignored mask", "return flat if tokens is None else flat.index_select(0, tokens)", "return flat"),
-        ("wrong sign", "labelled = labels != IGNORED if", "labelled = labels == IGNORED if"),
+        ("wrong sign", "return labels != IGNORED if", "return labels == IGNORED if"),
         ("off by one", "labelled = nn.functional.pad(labelled[:, 1:], (0, 1))", "labelled = labelled.clone()"),
         ("ignored mask", "labelled.flip(1).cumsum(1).flip(1) > 0", "labelled"),
         ("ignored mask", "_numbered(main | labelled)", "_numbered(main)"),
@@ -130,7 +130,7 @@ FAULTS: dict[str, list[Planted]] = {
     "collection/collect.py": [
         ("wrong power", 'math.sqrt(found.sums["outputs", name] / tokens)', 'found.sums["outputs", name] / tokens'),
         ("dropped factor", 'found.sums["inputs", group] / groups[group].n_samples', 'found.sums["inputs", group]'),
-        ("wrong count", "n_batches=sum(found.n_batches) - len(found.bad)", "n_batches=sum(found.n_batches)"),
+        ("wrong count", "n_batches = sum(found.n_batches) - len(found.bad)", "n_batches = sum(found.n_batches)"),
         ("stale count", "max_batches - sum(done.used)", "max_batches"),
         ("lost setting", "n_triplets=max(job.n_components, 2 * made.rank)", "n_triplets=made.rank"),
     ],
@@ -245,7 +245,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("missing check", "if not (after < before or unchecked):", "if False:"),
     ],
     "adapters/peft_eva.py": [
-        ("lost setting", "round(rank * peft_config.eva_config.rho)", "round(rank)"),
+        ("lost setting", "round(rank * config.eva_config.rho)", "round(rank)"),
         ("wrong order", "argsort(descending=True", "argsort(descending=False"),
         ("lost dtype", "part.to(dtype)", "part.to(torch.float32)"),
     ],
@@ -292,7 +292,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("missing check", "elif not all(tensor.isfinite().all() for tensor in found.values()):", "elif False:"),
     ],
     "serving/export.py": [
-        ("lost dtype", "int(megabytes * 10**6 / (wanted.bytes_each or own))", "int(megabytes * 10**6 / own)"),
+        ("lost dtype", "int(self.megabytes * 10**6 / (engine.bytes_each or own))", "int(self.megabytes * 10**6 / own)"),
         ("missing check", "if merge_into is not None and start is None and began.error_size:", "if False:"),
     ],
     "serving/fit.py": [
