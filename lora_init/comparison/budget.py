@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,20 +68,32 @@ class RunBudget:
         going, seeds = list(starts), list(plan.seeds)
         if self.limited:
             for n in STAGES:
-                now = [run for run in planned if run in records or (run.start in going and run.seed in seeds[:n])]
+                now = _of_stage(planned, records, going, seeds[:n])
                 if any(run not in records for run in now):
                     return now, said
-                table = run_table([record for run, record in records.items() if run.seed in seeds[:n]])
-                over, left = stops(judged_losses(table), self.precision)
-                why = [{**over, **left}[str(start)] for start in going if str(start) in {**over, **left}]
-                said.append(f"After {n} seeds: {'; '.join(why) or 'nothing to compare'}.")
-                going = [start for start in going if start == REFERENCE or str(start) in left]
+                going, why = self._judge(going, [record for run, record in records.items() if run.seed in seeds[:n]])
+                said.append(f"After {n} seeds: {why}.")
                 if going in ([], [REFERENCE]) or n >= len(seeds):
                     break
             planned = [run for run in planned if run in records]
         if all(run in records for run in planned):
             planned = [*planned, *longer_runs(records)]
         return planned, said
+
+    def _judge(self, going: Sequence[Variant], records: Iterable[Record]) -> tuple[list[Variant], str]:
+        """Return which starts get more seeds, random among them, and in words why each does or does not."""
+        over, left = stops(judged_losses(run_table(records)), self.precision)
+        reasons = {**over, **left}
+        why = [reasons[str(start)] for start in going if str(start) in reasons]
+        still_going = [start for start in going if start == REFERENCE or str(start) in left]
+        return still_going, "; ".join(why) or "nothing to compare"
+
+
+def _of_stage(
+    planned: Iterable[Run], records: Mapping[Run, Record], going: Sequence[Variant], seeds: Sequence[int]
+) -> list[Run]:
+    """List the planned runs of the starts that go on with these seeds, and all that ended."""
+    return [run for run in planned if run in records or (run.start in going and run.seed in seeds)]
 
 
 def stops(losses: pd.DataFrame, precision: float | None) -> tuple[dict[str, str], dict[str, str]]:

@@ -23,17 +23,27 @@ from lora_init.comparison.clusters import open_executor
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.outlook import Outlook, look_ahead, measure
 from lora_init.comparison.report import keep_best, write_report
-from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, check_there, open_runs, peek, read_settings
+from lora_init.comparison.runs import (
+    SETTINGS_FILE,
+    Record,
+    Run,
+    RunDirectory,
+    RunPlan,
+    check_there,
+    open_runs,
+    peek,
+    read_settings,
+)
 from lora_init.comparison.size import SIZES, AskedSize, Size, fit
 from lora_init.comparison.starts import AdapterShape, read_start
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.variants import Variant, by_batches
 from lora_init.comparison.workbench import Sources, Workbench, circumstances, set_up
-from lora_init.comparison.workers import Job, describe, elsewhere, here, processes, run_all
+from lora_init.comparison.workers import Job, Worker, describe, elsewhere, here, processes, run_all
 from lora_init.errors import LoraInitError, did_you_mean, is_number, require
 from lora_init.files import as_path
-from lora_init.layers.targets import find_targets
+from lora_init.layers.targets import Target, find_targets
 from lora_init.loading.models import find_device
 from lora_init.loading.reader import classes_in_words
 from lora_init.planning.limits import whole_number
@@ -170,63 +180,110 @@ def compare(
     options = _read_options(loading)
     find_device(options.device)
     batches = _read_batches(statistics_batches)
-    names, own = _read_starts([RANDOM, DEFAULT, DEFAULT_FOR_CLASSES] if starts is None else starts, full, bank)
+    names, own = _read_starts(starts, full, bank)
     budget = RunBudget(time, precision)
-    sweep = sweep or ("full" if torch.cuda.is_available() and not budget.limited else "halving")
-    seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
-    seeds = list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
+    sweep = sweep or _sweep_by_default(budget)
+    seeds = _read_seeds(seeds, STAGES[-1] if budget.limited else 5)
     # Until they are measured, any rate stands for all.
     plan = RunPlan(names, [1.0] if learning_rates is None else _listed(learning_rates), seeds, sweep, extend)
     asked = AskedSize(options, steps, batch_size, warmup, _read_points(steps, extend, evaluation_points), starts)
     directory = as_path(output, "output").absolute()
     check_there(directory)
     does = _find_executor(workers, executor, gpus_per_run, directory)
-    stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
+    size = _kept_size(directory)
     shape = AdapterShape(rank, alpha_for(SCALING, rank) if lora_alpha is None else lora_alpha, target_modules)
     sources = Sources(batches[0], names, own, _absolute(bank))
     make = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, sources=sources)
     bench = make(training=asked.training())
-    say(f"data: {bench.task.data}" + (f"; {classes_in_words(rows_of)}" if (rows_of := bench.task.rows_of) else ""))
+    say(f"data: {bench.task.data}{_classes(bench.task.rows_of)}")
     plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
-    targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
+    targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers
     asked = replace(asked, rates=bench.measured_rates(plan.starts, dry_run) if learning_rates is None else {})
     bench.check(plan.starts if dry_run else [start for start in plan.starts if str(start) not in asked.rates])
     lay_out = partial(asked.lay_out, bench, plan)
-    size = Size(**stored) if stored else SIZES[0]
-    if time and not (directory / SETTINGS_FILE).exists():
-        size = fit(lay_out, measure(bench), budget, steps is None)
+    if size is None:
+        size = fit(lay_out, measure(bench), budget, steps is None) if time else SIZES[0]
     bench, plan = lay_out(size)
     plan = _with_kept_rates(plan, directory)
     make = partial(make, training=bench.training, folds=asked.folds(size))
     settings = {**bench.settings(model_name(model)), **plan.settings(), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}
     settings |= {} if size == SIZES[0] else {"size": asdict(size)}
-    due = partial(budget.due, plan, plan.compared(len({target.parameters(1) for target in targets}) == 1))
+    due = partial(budget.due, plan, plan.compared(_ranks_cost_the_same(targets)))
     if dry_run:
         there = peek(directory, settings)
         records, planned = list(there.values()), due(there)[0]
         ahead = look_ahead(bench, plan, planned, there, workers or 1)
         return Comparison(Path(output), settings, records, planned, summarise(records, settings), [], ahead)
     if does is None:
-        worker = here(bench, sys.stderr.isatty() if progress is None else progress)
+        worker = here(bench, _shows_progress(progress))
     else:
         worker = elsewhere(does, Job(make, describe(bench, model_name(model))), does is not executor, workers)
         del bench  # a GPU may have room for the workers' models only
     with open_runs(directory, settings) as log, closing(worker):
-        try:
-            run_all(due, log, worker, budget, say)
-            if budget.fits(0.0):
-                keep_best(log, worker, say)
-        except BaseException as error:  # what went wrong matters more than the report
-            if log.records:
-                with suppress(LoraInitError, OSError):
-                    write_report(directory)
-            if isinstance(error, KeyboardInterrupt):
-                kept = f"{len(log.records)} of {len(due(log.records)[0])} runs are kept, with their report"
-                say(f"{output}: {kept if log.records else 'no run had ended'}. The same command goes on from there.")
-            raise
+        _do_runs(log, worker, due, budget, output, say)
         records, planned, files = list(log.records.values()), due(log.records)[0], write_report(directory)
         return Comparison(Path(output), log.settings, records, planned, summarise(records, log.settings), files)
+
+
+def _shows_progress(asked: bool | None) -> bool:
+    return sys.stderr.isatty() if asked is None else asked
+
+
+def _sweep_by_default(budget: RunBudget) -> str:
+    """Choose to try all rates with all seeds where that is quick and nothing limits it."""
+    return "full" if torch.cuda.is_available() and not budget.limited else "halving"
+
+
+def _kept_size(directory: Path) -> Size | None:
+    """Read the size of a comparison that is gone on with; None of a new one."""
+    if not (directory / SETTINGS_FILE).exists():
+        return None
+    stored = read_settings(directory).get("size")
+    return Size(**stored) if stored else SIZES[0]
+
+
+def _classes(rows_of: Mapping[str, int]) -> str:
+    return f"; {classes_in_words(rows_of)}" if rows_of else ""
+
+
+def _ranks_cost_the_same(targets: Mapping[str, Target]) -> bool:
+    return len({target.parameters(1) for target in targets.values()}) == 1
+
+
+def _do_runs(
+    log: RunDirectory,
+    worker: Worker,
+    due: Callable[..., Any],
+    budget: RunBudget,
+    output: str | Path,
+    say: Callable[[str], None],
+) -> None:
+    """Carry out what is due, and keep the best adapter; if that ends early, write the report of what is there."""
+    try:
+        run_all(due, log, worker, budget, say)
+        if budget.fits(0.0):
+            keep_best(log, worker, say)
+    except BaseException as error:  # what went wrong matters more than the report
+        if log.records:
+            with suppress(LoraInitError, OSError):
+                write_report(log.path)
+        if isinstance(error, KeyboardInterrupt):
+            say(f"{output}: {_kept(log.records, due)}. The same command goes on from there.")
+        raise
+
+
+def _kept(records: Mapping[Run, Record], due: Callable[..., Any]) -> str:
+    """Describe in words which runs an interrupted comparison has kept."""
+    if not records:
+        return "no run had ended"
+    return f"{len(records)} of {len(due(records)[0])} runs are kept, with their report"
+
+
+def _read_seeds(seeds: int | Sequence[int] | None, number: int) -> list[int]:
+    """Read which seeds, or how many: by default this number."""
+    seeds = number if seeds is None else seeds
+    return list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
 
 
 def _check_asked(model: Any, rank: Any) -> None:
@@ -250,18 +307,10 @@ def _find_executor(workers: int | None, given: Any, gpus: float, directory: Path
 
 
 def _read_starts(
-    starts: Sequence[str | tuple[str, Any]], full: bool, bank: str | Path | None
+    starts: Sequence[str | tuple[str, Any]] | None, full: bool, bank: str | Path | None
 ) -> tuple[list[Variant], dict[str, Any]]:
     """Read starts; return beside them where the user's own come from, by name."""
-    if isinstance(starts, str) and "," in starts:
-        raise LoraInitError(f"{{starts}} is one text. Pass a list: starts={starts.split(',')}.", starts=starts)
-    starts = [starts] if isinstance(starts, str) else starts
-    wrong = next((start for start in starts if not isinstance(start, (str, tuple))), None)
-    if wrong is not None:
-        raise LoraInitError(f"starts has {wrong!r}: expected names, or pairs of a name and an adapter of your own.")
-    starts = [*starts, FULL] if full and FULL not in starts else list(starts)
-    if starts and RANDOM not in starts:
-        starts = [RANDOM, *starts]  # which all are compared with
+    starts = _with_reference(_check_starts(starts), full)
     names = [read_start(start) for start in starts]
     own = {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
     for start, name in zip(starts, names, strict=True):
@@ -275,6 +324,24 @@ def _read_starts(
             "{starts}: those from a bank need {bank}, the directory of lora-init bank.", starts=listed, bank=...
         )
     return names, own
+
+
+def _check_starts(starts: Any) -> list[str | tuple[str, Any]]:
+    """Refuse what is no list of names and pairs; a name alone is one, and None is for those that are recommended."""
+    starts = [RANDOM, DEFAULT, DEFAULT_FOR_CLASSES] if starts is None else starts
+    if isinstance(starts, str) and "," in starts:
+        raise LoraInitError(f"{{starts}} is one text. Pass a list: starts={starts.split(',')}.", starts=starts)
+    starts = [starts] if isinstance(starts, str) else starts
+    wrong = next((start for start in starts if not isinstance(start, (str, tuple))), None)
+    if wrong is not None:
+        raise LoraInitError(f"starts has {wrong!r}: expected names, or pairs of a name and an adapter of your own.")
+    return list(starts)
+
+
+def _with_reference(starts: list[str | tuple[str, Any]], full: bool) -> list[str | tuple[str, Any]]:
+    """Put random, which all are compared with, before the starts, and full training behind them if asked for."""
+    starts = [*starts, FULL] if full and FULL not in starts else starts
+    return [RANDOM, *starts] if starts and RANDOM not in starts else starts
 
 
 def _listed(numbers: Any) -> list[Any]:

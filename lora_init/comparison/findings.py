@@ -136,12 +136,7 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     absent = [start for start in settings.get("starts") or [] if start not in {RANDOM, *table["start"]}]
     if absent:
         said.append(say("not_run", starts=absent))
-    lacking: dict[frozenset[int], list[str]] = {}
-    for start, own in table[table["best"]].groupby("start", sort=False):
-        seeds = frozenset(settings.get("seeds") or []) - set(own["seed"])
-        if seeds and not settings.get("budget") and (start in (RANDOM, FULL) or is_judged(start)):
-            lacking.setdefault(seeds, []).append(start)
-    said += [say("seeds_lacking", starts=own, which=seeds) for seeds, own in lacking.items()]
+    said += _seeds_lacking(table, settings)
     said += [say("few_examples", n=n)] if (n := settings.get("folds", {}).get("report", FEW)) < FEW else []
     said += [say("small", steps=settings["steps"], tuned=size["tuned"])] if (size := settings.get("size")) else []
     said += _hardly_learned(table)
@@ -150,17 +145,34 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     return said + _circumstances(table) + _lost(table)
 
 
+def _seeds_lacking(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
+    """List the starts that were not run on all seeds at their best rate, where no limit decided that."""
+    if settings.get("budget"):
+        return []
+    lacking: dict[frozenset[int], list[str]] = {}
+    for start, own in table[table["best"]].groupby("start", sort=False):
+        seeds = frozenset(settings.get("seeds") or []) - set(own["seed"])
+        if seeds and (start in (RANDOM, FULL) or is_judged(start)):
+            lacking.setdefault(seeds, []).append(start)
+    return [say("seeds_lacking", starts=own, which=seeds) for seeds, own in lacking.items()]
+
+
 def _circumstances(table: pd.DataFrame) -> list[str]:
     """Report that not all runs are from one machine, on which alone the same run has the same numbers."""
     known = [run for run in table["circumstances"] if isinstance(run, dict)]
     facts = [{**{name: run.get(name) for name in ("processor", "threads")}, **run.get("versions", {})} for run in known]
-    names = dict.fromkeys(name for run in facts for name in run)
-    counts = {name: Counter(str(run.get(name)) for run in facts) for name in names}
-    differing = {name: values for name, values in counts.items() if len(values) > 1}
+    differing = _differing(facts)
     if "processor" in differing and table["node"].notna().any():
         pairs = zip(table["circumstances"], table["node"].fillna("the first machine"), strict=True)
         differing["processor"] = Counter(f"{run['processor']} on {node}" for run, node in pairs if run in known)
     return [say("circumstances", differing=differing)] if differing else []
+
+
+def _differing(facts: Sequence[Mapping[str, Any]]) -> dict[str, Counter[str]]:
+    """Count the values of each fact that is not the same in all runs."""
+    names = dict.fromkeys(name for run in facts for name in run)
+    counts = {name: Counter(str(run.get(name)) for run in facts) for name in names}
+    return {name: values for name, values in counts.items() if len(values) > 1}
 
 
 def _hardly_learned(table: pd.DataFrame) -> list[str]:
@@ -217,22 +229,35 @@ def answer(
     There is none where a best rate is at the edge of those tried. A start that `random` beats when it trains for the
     same time is not advised.
     """
-    better = sorted((verdict for verdict in judged if verdict.outcome == "better"), key=lambda one: one.mean or 0.0)
-    lasting = [verdict for verdict in better if timed[verdict.start].outcome != "worse"]
-    winner = next(iter([*lasting, *better]), None)
+    winner, lasting = _winner(judged, timed)
     could = [verdict.detectable / verdict.reference for verdict in judged if verdict.detectable and verdict.reference]
-    start = winner.start if lasting and winner else RANDOM if could else None
+    start = winner.start if winner and lasting else RANDOM if could else None
     edges = {one: edge for one in dict.fromkeys([start, RANDOM]) if one and could and (edge := _edge(table, one))}
     rates, left = best_rates(table), forgotten(table)
-    known: dict[str, Any] = {"winner": winner, "lasting": bool(lasting), "edges": edges, "rates": rates}
+    known: dict[str, Any] = {"winner": winner, "lasting": lasting, "edges": edges, "rates": rates}
     known |= {"could": [min(could), max(could)] if could else [], "forgotten": left.get(start or "", left.get(RANDOM))}
     said = say("answer", **known, extend=_next_extend(table, edges, settings))
+    doubts = _doubts(table, winner, timed) if start else []
+    return said, None if edges else start, doubts
+
+
+def _doubts(table: pd.DataFrame, winner: Verdict | None, timed: Mapping[str, EqualTime]) -> list[str]:
+    """List, as sentences, what changes the meaning of the advice: about random, and about the start that won."""
     doubts = _caveats(table, RANDOM, unlike_spreads(judged_losses(table)))
     if winner:
         late = timed[winner.start]
         doubts = [*winner.caveats, *doubts, *([late.sentence] if late.outcome != "better" else [])]
-    doubts = [f"{doubt[0].upper()}{doubt[1:].rstrip('.')}." for doubt in doubts if start]
-    return said, None if edges else start, doubts
+    return [f"{doubt[0].upper()}{doubt[1:].rstrip('.')}." for doubt in doubts]
+
+
+def _winner(judged: Sequence[Verdict], timed: Mapping[str, EqualTime]) -> tuple[Verdict | None, bool]:
+    """Choose the best of the better starts, if possible of those that random does not beat in the same time.
+
+    Return it, None if no start is better, and whether it is one of those.
+    """
+    better = sorted((verdict for verdict in judged if verdict.outcome == "better"), key=lambda one: one.mean or 0.0)
+    lasting = [verdict for verdict in better if timed[verdict.start].outcome != "worse"]
+    return next(iter([*lasting, *better]), None), bool(lasting)
 
 
 def _next_extend(table: pd.DataFrame, edges: Mapping[str, str], settings: Mapping[str, Any]) -> int | None:
@@ -307,34 +332,33 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> dict[str, Equa
     of a longer run, on a line over the logarithm of their number. Where more steps are no gain, it would not train on.
     If the longer run is not as long as the start takes, but ends lower all the same, random is better.
     """
-    losses, found = by_seed(table), dict[str, EqualTime]()
+    losses = by_seed(table)
     trained = {name: Variant.parse(name) for name in losses.index}
     longer = {n: name for name, one in trained.items() if (n := one.steps) and one == Variant(RANDOM, steps=n)}
-    for verdict in (one for one in judged if one.outcome == "better"):
-        start, steps = verdict.start, _steps(table)
-        took = float(steps_of_start(table)[start])
-        n = min((n for n in longer if n >= steps + took), default=max(longer, default=0))
-        if n <= steps:
-            found[start] = EqualTime("no statement", say("not_trained_longer", start=start, n=0, wanted=0))
-            continue
-        gained = (losses.loc[RANDOM] - losses.loc[longer[n]]) / math.log(n / steps)  # by e times as many steps
-        if gained.mean() <= 0:
-            found[start] = EqualTime(verdict.outcome, say("more_steps_gain_nothing", start=start, took=took))
-            continue
-        rows = losses.loc[[other.start for other in judged if other.start in losses.index]]
-        later = (losses.loc[RANDOM] - gained * math.log(min(n, steps + took) / steps)).rename(RANDOM).to_frame().T
-        effect = effects(pd.concat([later, rows]), RANDOM).get(start)
-        if effect is None or (n < steps + took and effect.outcome != "worse"):
-            sentence = say("not_trained_longer", start=start, n=n, wanted=round(steps + took))
-            found[start] = EqualTime("no statement", sentence)
-            continue
-        worth = math.expm1(min(-(verdict.mean or 0.0) / gained.mean(), 50.0))
-        known = {"took": took, "worth": worth, "most": n / steps - 1, "n": n if n < steps + took else None}
-        reference = float(later.loc[RANDOM].mean())
-        found[start] = EqualTime(
-            effect.outcome, say("equal_time", start=start, effect=effect, reference=reference, **known)
-        )
-    return found
+    rows = losses.loc[[verdict.start for verdict in judged if verdict.start in losses.index]]
+    return {
+        verdict.start: _at_equal_time(table, verdict, longer, rows) for verdict in judged if verdict.outcome == "better"
+    }
+
+
+def _at_equal_time(table: pd.DataFrame, verdict: Verdict, longer: Mapping[int, str], rows: pd.DataFrame) -> EqualTime:
+    """Judge a better start at equal total time; `longer` names the runs of random with more steps by their number."""
+    start, steps, losses = verdict.start, _steps(table), by_seed(table)
+    took = float(steps_of_start(table)[start])
+    n = min((n for n in longer if n >= steps + took), default=max(longer, default=0))
+    if n <= steps:
+        return EqualTime("no statement", say("not_trained_longer", start=start, n=0, wanted=0))
+    gained = (losses.loc[RANDOM] - losses.loc[longer[n]]) / math.log(n / steps)  # by e times as many steps
+    if gained.mean() <= 0:
+        return EqualTime(verdict.outcome, say("more_steps_gain_nothing", start=start, took=took))
+    later = (losses.loc[RANDOM] - gained * math.log(min(n, steps + took) / steps)).rename(RANDOM).to_frame().T
+    effect = effects(pd.concat([later, rows]), RANDOM).get(start)
+    if effect is None or (n < steps + took and effect.outcome != "worse"):
+        return EqualTime("no statement", say("not_trained_longer", start=start, n=n, wanted=round(steps + took)))
+    worth = math.expm1(min(-(verdict.mean or 0.0) / gained.mean(), 50.0))
+    known = {"took": took, "worth": worth, "most": n / steps - 1, "n": n if n < steps + took else None}
+    reference = float(later.loc[RANDOM].mean())
+    return EqualTime(effect.outcome, say("equal_time", start=start, effect=effect, reference=reference, **known))
 
 
 def facts(table: pd.DataFrame, settings: Mapping[str, Any]) -> str:

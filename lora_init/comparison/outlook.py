@@ -16,7 +16,7 @@ from lora_init.comparison.runs import Record, Run, RunPlan
 from lora_init.comparison.starts import Basis, prepare
 from lora_init.comparison.tasks import CLASSIFICATION, item_length
 from lora_init.comparison.training import Training, evaluate, train
-from lora_init.comparison.variants import REFERENCE
+from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.workbench import Workbench
 
 # How far runs of one start scatter over seeds, as a share of the loss: the median of our comparisons, see
@@ -63,26 +63,13 @@ def look_ahead(
     bench: Workbench, plan: RunPlan, planned: Sequence[Run], ended: Mapping[Run, Record], n_workers: int = 1
 ) -> Outlook:
     """Report what a comparison will do, and measure one step for the time that it takes."""
-    due = {run.start for run in planned}
-    names = list(dict.fromkeys([*(start for start in plan.starts if start in due), *(run.start for run in planned)]))
+    names = _starts_of(plan, planned)
     judged = [start for start in names if is_judged(str(start))]
     swept, seeds = list(plan.swept), list(plan.seeds)
-    rows = [
-        {
-            "name": str(start),
-            "rates": sorted({run.learning_rate for run in planned if run.start == start and run.learning_rate}),
-            "own_rate": plan.recommended.get(str(start)),
-            "runs": sum(run.start == start for run in planned),
-        }
-        for start in names
-    ]
+    rows = [_row(start, plan, planned) for start in names]
     pace = measure(bench)
     left = [run for run in planned if run not in ended]
-    add = {
-        "rates": plan.extend * len(swept) * len(names) if plan.extends else 0,
-        "seeds": sum(run not in planned for run in plan.runs(names, ended)),
-        "longer": len(seeds) if judged else 0,
-    }
+    add = _may_add(plan, names, planned, ended, any_judged=bool(judged))
     one = seconds_of_run(bench, pace)
     seconds = len(left) * one + seconds_of_statistics(bench, pace, left)
     dialled = sum(not run.start.changes_base and run.start.base != FULL for run in left)
@@ -105,6 +92,34 @@ def look_ahead(
         detectable={n: known * scatter for n, known in sorted(shown.items()) if known is not None},
         scatter=scatter,
     )
+
+
+def _starts_of(plan: RunPlan, planned: Sequence[Run]) -> list[Variant]:
+    """List the starts that have runs: in the order of the plan, and after them those that were added."""
+    added = dict.fromkeys(run.start for run in planned)
+    return list(dict.fromkeys([*(start for start in plan.starts if start in added), *added]))
+
+
+def _row(start: Variant, plan: RunPlan, planned: Sequence[Run]) -> dict[str, Any]:
+    """Describe what is planned with a start."""
+    own = [run for run in planned if run.start == start]
+    return {
+        "name": str(start),
+        "rates": sorted({run.learning_rate for run in own if run.learning_rate}),
+        "own_rate": plan.recommended.get(str(start)),
+        "runs": len(own),
+    }
+
+
+def _may_add(
+    plan: RunPlan, names: Sequence[Variant], planned: Sequence[Run], ended: Mapping[Run, Record], any_judged: bool
+) -> dict[str, int]:
+    """Count the runs that may be added to those planned, by what for."""
+    return {
+        "rates": plan.extend * len(plan.swept) * len(names) if plan.extends else 0,
+        "seeds": sum(run not in planned for run in plan.runs(names, ended)),
+        "longer": len(plan.seeds) if any_judged else 0,
+    }
 
 
 def measure(bench: Workbench) -> Pace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -120,14 +120,19 @@ class RunPlan:
         sweep = [Run(x, seed, rate) for seed in self.swept for rate in rates for x in starts if rate in grids[x]]
         waiting = {run.start for run in sweep if run not in records}
         best = {start: self._best(start, grids[start], records) for start in starts}
-        others = [
-            Run(start, seed, rate)
-            for seed in self.seeds[len(self.swept) :]
-            for start in starts
-            if start in waiting or best[start]
-            for rate in [None if start in waiting else best[start], *self._rate_of_its_own(start)]
-        ]
-        return list(dict.fromkeys(sweep + others))
+        return list(dict.fromkeys(sweep + self._after_sweep(starts, waiting, best)))
+
+    def _after_sweep(
+        self, starts: Sequence[Variant], waiting: Collection[Variant], best: Mapping[Variant, float | None]
+    ) -> list[Run]:
+        """List the runs with the other seeds: at the best rate, None while it is not known, and at a start's own."""
+        runs = []
+        for seed in self.seeds[len(self.swept) :]:
+            for start in starts:
+                if start in waiting or best[start]:
+                    rates = [None if start in waiting else best[start], *self._rate_of_its_own(start)]
+                    runs += [Run(start, seed, rate) for rate in rates]
+        return runs
 
     @property
     def swept(self) -> Sequence[int]:
@@ -160,14 +165,21 @@ class RunPlan:
             runs = [Run(start, seed, rate) for seed in self.swept for rate in grid]
             if not all(run in records for run in runs):
                 break
-            best = self._best(start, grid, records)
-            too_high = best is None and any(records[run]["status"] == "unstable" for run in runs)
-            if (best == grid[0] or too_high) and sum(rate < asked[0] for rate in grid) < self.extend:
-                grid = [half_decade(grid[0], up=False), *grid]
-            elif best == grid[-1] and sum(rate > asked[-1] for rate in grid) < self.extend:
-                grid = [*grid, half_decade(grid[-1], up=True)]
-            else:
+            more = self._next_rates(grid, asked, self._best(start, grid, records), [records[run] for run in runs])
+            if more == grid:
                 break
+            grid = more
+        return grid
+
+    def _next_rates(
+        self, grid: list[float], asked: list[float], best: float | None, records: Iterable[Record]
+    ) -> list[float]:
+        """Add half a decade on the side where the best rate is at the edge; below, too, where rates are unstable."""
+        too_high = best is None and any(record["status"] == "unstable" for record in records)
+        if (best == grid[0] or too_high) and sum(rate < asked[0] for rate in grid) < self.extend:
+            return [half_decade(grid[0], up=False), *grid]
+        if best == grid[-1] and sum(rate > asked[-1] for rate in grid) < self.extend:
+            return [*grid, half_decade(grid[-1], up=True)]
         return grid
 
     def _best(self, start: Variant, rates: Iterable[float], records: Mapping[Run, Record]) -> float | None:

@@ -179,10 +179,7 @@ def load_task(
     So more training moves neither. Rows are read as by `load_batches`. Of rows with the same tokens the first counts,
     and a row whose prompt is in a fold before is left out: the model would have seen the question that it is scored by.
     """
-    for option in ("selection_samples", "report_samples"):
-        value = getattr(asked, option)
-        if value is not None and value < 1:
-            raise LoraInitError(f"{{{option}}}: expected at least 1; {FEW} or more say something.", **{option: value})
+    _check_sizes(selection_samples=asked.selection_samples, report_samples=asked.report_samples)
     data = read_rows(source, asked.subset, asked.split)
     names, name = list(data.table.column_names), data.label
     kind = _kind(asked, names, name)
@@ -191,9 +188,9 @@ def load_task(
         data, tokenizer, asked.max_length, wanted, needs_labels=kind != MULTIPLE_CHOICE, known_classes=known_classes
     )
     left_out: Counter[str] = Counter()
-    extra = [asked.answer, asked.options] if asked.options else []
-    columns = [*reader.columns, *(column for column in extra if column in names)]
-    usable = data.usable(columns, partial(_read, reader=reader, asked=asked), asked.data_seed, left_out)
+    usable = data.usable(
+        _columns(reader, asked, names), partial(_read, reader=reader, asked=asked), asked.data_seed, left_out
+    )
     elsewhere: set[str] = set()  # prompts of the folds before
     distinct, ahead = _distinct(usable), list[tuple[str, Item]]()
     if asked.report_samples is None or asked.selection_samples is None:
@@ -225,10 +222,7 @@ def load_task(
         )
     if len(report) < FEW and asked.report_samples is None:
         warnings.warn(f"{counted}. So few decide nothing but large differences. Use more data.", stacklevel=2)
-    how = [f"label {asked.label}, {len(reader.rows_of)} classes"] if asked.label else []
-    how += [f"options {asked.options}, answer {asked.answer}"] if asked.options else []
-    split = f"split seed {asked.data_seed}, at most {reader.limit} tokens, {reader.recipe.name}"
-    described = ", ".join([f"{counted} of {len(data.table)}", split, *how, *skipped])
+    described = ", ".join([f"{counted} of {len(data.table)}", *_how_read(reader, asked), *skipped])
     padding, title = padding_token(tokenizer), asked.name or name
     spelled_out = not asked.options or all(
         _has_text(row, asked.options, asked.answer) for row in islice(data.table, 100)
@@ -237,6 +231,27 @@ def load_task(
     return Task(
         kind, train, selection, report, classes, padding, asked.normalize, described, title, rows_of, spelled_out
     )
+
+
+def _check_sizes(**folds: int | None) -> None:
+    for option, value in folds.items():
+        if value is not None and value < 1:
+            raise LoraInitError(f"{{{option}}}: expected at least 1; {FEW} or more say something.", **{option: value})
+
+
+def _columns(reader: Reader, asked: Loading, names: Sequence[str]) -> list[str]:
+    """List the columns to read, those of a multiple choice among them."""
+    of_choice = [asked.answer, asked.options] if asked.options else []
+    return [*reader.columns, *(column for column in of_choice if column in names)]
+
+
+def _how_read(reader: Reader, asked: Loading) -> Iterator[str]:
+    """Describe how rows were split and read."""
+    yield f"split seed {asked.data_seed}, at most {reader.limit} tokens, {reader.recipe.name}"
+    if asked.label:
+        yield f"label {asked.label}, {len(reader.rows_of)} classes"
+    if asked.options:
+        yield f"options {asked.options}, answer {asked.answer}"
 
 
 def _distinct(usable: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:

@@ -51,7 +51,7 @@ from lora_init.layers.identity import dtype_of, fingerprint, model_config
 from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.layers.wrappers import quantization_of
 from lora_init.loading.batches import Batches, load_other
-from lora_init.loading.models import LoadedModel, open_model
+from lora_init.loading.models import LoadedModel, ModelSource, open_model
 from lora_init.statistics.statistics import Statistics
 
 STRENGTHS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # that a trained adapter is evaluated at
@@ -406,33 +406,10 @@ def set_up(
     adapters = None if sources.bank is None else open_bank(sources.bank)
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
-    if options.label is None and source.task_type != "CAUSAL_LM":
-        raise LoraInitError(
-            f"model {model!r} is a {source.saved_as or source.auto_class}, and a comparison trains causal language "
-            "models, or classifiers with --label COLUMN."
-        )
-    source.check_quantized(options.quantize)
-    if (empty := source.empty()) is not None:
-        check_targets(empty, find_targets(empty, shape.target_modules, task_type=source.task_type), shape.rank)
-    is_quantized = options.quantize is not None or getattr(source.config, "quantization_config", None) is not None
-    has_float = options.quantize is not None or options.weights is not None
-    check_quantized(sources.starts, is_quantized, has_float)
-    if options.weights is not None and not is_quantized:
-        raise LoraInitError(f"{{weights}}: model {model!r} is not quantized. Leave it out.", weights=options.weights)
+    has_float = _check_source(source, model, options, shape, sources.starts)
     task = load_task(data, source.tokenizer, options, training.batch_size, source.classes).cut(*folds)
-    classifies, retain = task.kind == CLASSIFICATION, None
-    if options.retain_data is not None:
-        if classifies:
-            raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
-        retain = load_other(
-            options.retain_data, source.tokenizer, "retain_template", template=options.retain_template,
-            samples=options.retain_samples, batch_size=training.batch_size, max_length=options.max_length,
-        )  # fmt: skip
-    replay = None
-    if options.replay is not None:
-        if classifies:
-            raise LoraInitError("replay is for language models: a classifier has no loss on text. Leave it out.")
-        replay = load_other(options.replay, source.tokenizer, batch_size=1, max_length=options.max_length)
+    classifies = task.kind == CLASSIFICATION
+    retain, replay = _load_texts(options, source.tokenizer, training.batch_size, classifies)
     dtype = "float32" if classifies and options.dtype == "auto" else options.dtype  # for the head
     load = partial(
         _load, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,
@@ -451,6 +428,45 @@ def set_up(
         loaded, task, retain, directory, shape, training, sources.statistics_batches, sources.own, adapters,
         float_model, options.weights, STRENGTHS if retain and options.dial else (), replay,
     )  # fmt: skip
+
+
+def _check_source(
+    source: ModelSource, model: str, options: Loading, shape: AdapterShape, starts: Sequence[Variant]
+) -> bool:
+    """Refuse a model that the starts or the options do not go with; return whether there is a float model of it."""
+    if options.label is None and source.task_type != "CAUSAL_LM":
+        raise LoraInitError(
+            f"model {model!r} is a {source.saved_as or source.auto_class}, and a comparison trains causal language "
+            "models, or classifiers with --label COLUMN."
+        )
+    source.check_quantized(options.quantize)
+    if (empty := source.empty()) is not None:
+        check_targets(empty, find_targets(empty, shape.target_modules, task_type=source.task_type), shape.rank)
+    is_quantized = options.quantize is not None or getattr(source.config, "quantization_config", None) is not None
+    has_float = options.quantize is not None or options.weights is not None
+    check_quantized(starts, is_quantized, has_float)
+    if options.weights is not None and not is_quantized:
+        raise LoraInitError(f"{{weights}}: model {model!r} is not quantized. Leave it out.", weights=options.weights)
+    return has_float
+
+
+def _load_texts(
+    options: Loading, tokenizer: Any, batch_size: int, classifies: bool
+) -> tuple[Batches | None, Batches | None]:
+    """Read the text to measure forgetting on and the text to train on, too, where they are asked for."""
+    retain = replay = None
+    if options.retain_data is not None:
+        if classifies:
+            raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
+        retain = load_other(
+            options.retain_data, tokenizer, "retain_template", template=options.retain_template,
+            samples=options.retain_samples, batch_size=batch_size, max_length=options.max_length,
+        )  # fmt: skip
+    if options.replay is not None:
+        if classifies:
+            raise LoraInitError("replay is for language models: a classifier has no loss on text. Leave it out.")
+        replay = load_other(options.replay, tokenizer, batch_size=1, max_length=options.max_length)
+    return retain, replay
 
 
 def _load(model: str, *, task_type: str | None, trust_remote_code: bool, **options: Any) -> LoadedModel:
