@@ -155,5 +155,20 @@ def test_functions_below_the_public_ones_have_at_most_eight_parameters():
     assert found == {}
 
 
+# Functions that are yet to be unfolded. The list may only become shorter.
+FOLDED = {"adapters/measured_rate.py: measure_responses", "comparison/workers.py: run_all"}
+
+
+def test_functions_unfold():
+    """Radon counts as a reader does: comprehensions, conditional expressions, `and` and `or` are branches, too."""
+    visit = pytest.importorskip("radon.complexity").cc_visit
+    found = set()
+    for file in (path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")):
+        blocks = visit((PACKAGE / file).read_text(encoding="utf-8"))
+        functions = [one for one in blocks if not hasattr(one, "methods")]
+        found |= {f"{file}: {one.name}" for one in functions if one.complexity > 15}
+    assert found == FOLDED
+
+
 def test_the_door_of_trainers_knows_none_of_trl():
     assert not re.findall(r"TRL|[A-Z]{3}Trainer", (PACKAGE / "adapters/doors/trainers.py").read_text(encoding="utf-8"))
