@@ -15,12 +15,23 @@ from functools import cache
 from inspect import signature
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, ParamSpec, TypeAlias, TypeVar, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, find_start
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.layers.grid import PURPOSES
-from lora_init.loading.examples import FORMATS
+from lora_init.loading.examples import BATCH_SIZE, FORMATS, MAX_LENGTH, SAMPLES
 from lora_init.planning.policies import RHO
 
 if TYPE_CHECKING:
@@ -30,6 +41,7 @@ else:  # the registry decides what there is
 
 RANK = 16
 SCALING = 2.0  # lora_alpha / rank where nothing else is asked for, as most of PEFT's users have it
+HELP_OF_WEIGHTS = "The float model that a quantized MODEL was made of. Default: MODEL itself."
 _BY_DEFAULT = find_start(DEFAULT)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -56,9 +68,13 @@ def read_names(text: str | None) -> list[str]:
 @cache
 def _least(part: Any) -> dict[str, tuple[bool, float]]:
     """Find which fields of a dataclass have a smallest value, and whether they are whole numbers."""
-    hints = get_type_hints(part, include_extras=True).items()
-    declared = {name: (hint, getattr(hint, "__metadata__", [{}])[0]) for name, hint in hints}
-    return {name: ("float" not in str(hint), how["min"]) for name, (hint, how) in declared.items() if "min" in how}
+    plain, annotated = get_type_hints(part), get_type_hints(part, include_extras=True)
+    least = {}
+    for name, hint in plain.items():
+        how = getattr(annotated[name], "__metadata__", [{}])[0]
+        if "min" in how:
+            least[name] = (float not in (hint, *get_args(hint)), how["min"])
+    return least
 
 
 class _Checked:
@@ -109,9 +125,9 @@ class Sample(_Checked):
     label: Annotated[
         str | None, dict(help="Column of the class: an adapter and a head for a classifier.", first=True)
     ] = None
-    samples: Annotated[int | None, dict(min=1, help="Examples to draw at random, at most.")] = 512
-    batch_size: Annotated[int, dict(min=1, help="Examples in a batch.")] = 8
-    max_length: Annotated[int, dict(min=2, help="Tokens of an example at most.")] = 512
+    samples: Annotated[int | None, dict(min=1, help="Examples to draw at random, at most.")] = SAMPLES
+    batch_size: Annotated[int, dict(min=1, help="Examples in a batch.")] = BATCH_SIZE
+    max_length: Annotated[int, dict(min=2, help="Tokens of an example at most.")] = MAX_LENGTH
     offset: int = 0
     seq2seq: bool | None = None
     needs_labels: bool | None = None
@@ -191,10 +207,7 @@ class Correction(_Checked):
     """How a quantized base is corrected: by which float model, and whether the loss must fall."""
 
     title: ClassVar = "The adapter"
-    weights: Annotated[
-        str | Path | None,
-        dict(kind=str | None, help="The float model that a quantized MODEL was made of. Default: MODEL itself."),
-    ] = None
+    weights: Annotated[str | Path | None, dict(kind=str | None, help=HELP_OF_WEIGHTS)] = None
     unchecked: Annotated[
         bool, dict(help="With qera: write it even if the loss on examples set aside does not fall.")
     ] = False

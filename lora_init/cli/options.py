@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Option
 
+from lora_init.adapters.asked import HELP_OF_WEIGHTS
 from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
 from lora_init.cli.console import busy
 from lora_init.errors import LoraInitError
@@ -21,14 +22,7 @@ of_adapter = partial(Option, rich_help_panel="The adapter")
 TrustRemoteCode = Annotated[
     bool, Option(rich_help_panel=_MODEL, help="Run code that comes with the model. Read it first.")
 ]
-FloatWeights = Annotated[
-    str | None,
-    Option(
-        "--weights",
-        rich_help_panel=_MODEL,
-        help="The float model that a quantized MODEL was made of. Default: MODEL itself.",
-    ),
-]
+FloatWeights = Annotated[str | None, Option("--weights", rich_help_panel=_MODEL, help=HELP_OF_WEIGHTS)]
 WrittenAs = Literal["float32", "float16", "bfloat16"]
 MaxLength = Annotated[int, Option(rich_help_panel="Data", min=2, help="Tokens of an example at most.")]
 

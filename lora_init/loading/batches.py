@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_init.errors import LoraInitError, LoraInitWarning, first_line, is_number
-from lora_init.loading.examples import Wanted
+from lora_init.loading.examples import BATCH_SIZE, MAX_LENGTH, SAMPLES, Wanted
 from lora_init.loading.reader import IGNORED, Encoded, Reader, classes_in_words, open_reader
 from lora_init.loading.sources import Rows, read_rows
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # Batches are cut from pools of this many: long pools save padding, short ones keep every stretch of a pass mixed.
 _POOL = 8
-_BATCH_SIZE = 8  # of load_batches, and of a tokenized data set
 # Share of rows left out above which a warning says so.
 _MOST_LEFT_OUT = 0.1
 _SHORT = 8  # tokens, to which no text is cut on purpose
@@ -54,10 +53,10 @@ def load_batches(
     format: str | None = None,  # noqa: A002
     subset: str | None = None,
     split: str = "train",
-    samples: int | None = 512,
+    samples: int | None = SAMPLES,
     offset: int = 0,
-    batch_size: int = _BATCH_SIZE,
-    max_length: int = 512,
+    batch_size: int = BATCH_SIZE,
+    max_length: int = MAX_LENGTH,
     seed: int = 0,
     seq2seq: bool = False,
     needs_labels: bool = True,
@@ -325,9 +324,9 @@ def as_batches(batches: Any, model: Any, seed: int) -> Any:
     shuffled = hasattr(rows, "__len__")
     rows = rows if shuffled else rows.shuffle(seed)  # a stream: within a buffer of 1000 rows
     loader: Any = torch.utils.data.DataLoader(
-        rows, _BATCH_SIZE, shuffled, collate_fn=partial(collate, pad), generator=generator
+        rows, BATCH_SIZE, shuffled, collate_fn=partial(collate, pad), generator=generator
     )
-    loader.settings = {"batch_size": _BATCH_SIZE, "seed of the sample": seed}  # which collect keeps, as of load_batches
+    loader.settings = {"batch_size": BATCH_SIZE, "seed of the sample": seed}  # which collect keeps, as of load_batches
     return loader
 
 

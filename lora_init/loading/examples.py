@@ -13,6 +13,9 @@ from typing import Any
 
 from lora_init.errors import LoraInitError, LoraInitWarning, did_you_mean
 
+# Defaults of `load_batches` and of the command line: examples, examples in a batch, tokens of an example.
+SAMPLES, BATCH_SIZE, MAX_LENGTH = 512, 8, 512
+
 
 @dataclass(frozen=True)
 class Example:
