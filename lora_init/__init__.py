@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from ast import If as _If
-from ast import parse as _parse
 from importlib import import_module as _import_module
 from logging import getLogger as _getLogger
 from typing import TYPE_CHECKING
@@ -60,8 +58,54 @@ if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on
     from lora_init.training.axolotl import axolotl as axolotl
     from lora_init.training.callback import StartCallback as StartCallback
 else:
-    _imports = next(node for node in _parse(__loader__.get_source(__name__)).body if isinstance(node, _If))
-    _HOMES = {alias.name: node.module for node in _imports.body for alias in node.names}
+    # The module that each public name is imported from on first use. A test compares the table with the imports above.
+    _HOMES = {
+        "AdapterInit": "lora_init.adapters.adapter_init",
+        "correct_base": "lora_init.adapters.base_weights",
+        "build_adapter": "lora_init.adapters.build",
+        "initialize": "lora_init.adapters.initialize",
+        "Intruders": "lora_init.adapters.intruders",
+        "intruder_dimensions": "lora_init.adapters.intruders",
+        "LearningRate": "lora_init.adapters.learning_rate",
+        "learning_rate": "lora_init.adapters.measured_rate",
+        "get_eva_state_dict": "lora_init.adapters.peft_eva",
+        "initialize_lora_eva_weights": "lora_init.adapters.peft_eva",
+        "QuantizationErrors": "lora_init.adapters.quantized",
+        "Start": "lora_init.adapters.starts",
+        "find_step_size": "lora_init.adapters.step_size",
+        "Interrupted": "lora_init.collection.collect",
+        "collect": "lora_init.collection.collect",
+        "mean_loss": "lora_init.collection.losses",
+        "Comparison": "lora_init.comparison.compare",
+        "compare": "lora_init.comparison.compare",
+        "LoraInitError": "lora_init.errors",
+        "dial": "lora_init.keep.dial",
+        "Dial": "lora_init.keep.dialed",
+        "replay": "lora_init.keep.replay",
+        "Target": "lora_init.layers.targets",
+        "find_targets": "lora_init.layers.targets",
+        "load_batches": "lora_init.loading.batches",
+        "RankAllocation": "lora_init.planning.allocate",
+        "allocate_ranks": "lora_init.planning.allocate",
+        "Policy": "lora_init.planning.policies",
+        "Exported": "lora_init.serving.export",
+        "export_adapter": "lora_init.serving.export",
+        "FitReport": "lora_init.serving.fit",
+        "check_fit": "lora_init.serving.fit",
+        "Verification": "lora_init.serving.verify",
+        "verify": "lora_init.serving.verify",
+        "ServingCallback": "lora_init.serving.watch",
+        "ServingWatch": "lora_init.serving.watch",
+        "GradientSpectrum": "lora_init.statistics.gradient_spectrum",
+        "IncrementalSVD": "lora_init.statistics.incremental_svd",
+        "ExactPCA": "lora_init.statistics.spectrum",
+        "Spectrum": "lora_init.statistics.spectrum",
+        "principal_angles": "lora_init.statistics.spectrum",
+        "Provenance": "lora_init.statistics.statistics",
+        "Statistics": "lora_init.statistics.statistics",
+        "axolotl": "lora_init.training.axolotl",
+        "StartCallback": "lora_init.training.callback",
+    }
     __all__ = sorted(_HOMES)
 
     def __getattr__(name):

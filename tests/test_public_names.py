@@ -1,5 +1,6 @@
 """What `lora_init` shows to a user, to an editor and to mypy."""
 
+import ast
 import logging
 import subprocess
 import sys
@@ -18,6 +19,12 @@ def test_dir_shows_public_names_alone_and_importing_them_takes_no_torch():
     names, torch = done.stdout.splitlines()
     assert names.split() == sorted([*lora_init.__all__, "__version__"]) and torch == "False"
     assert all(getattr(lora_init, name) for name in lora_init.__all__)
+
+
+def test_editors_and_mypy_see_the_names_that_are_resolved():
+    block = next(node for node in ast.parse(SOURCE.read_text(encoding="utf-8")).body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == lora_init._HOMES
 
 
 def test_mypy_sees_every_name_and_option_and_refuses_what_is_misspelt_or_of_another_type(tmp_path):
