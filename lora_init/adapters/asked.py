@@ -214,7 +214,7 @@ class Correction(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass(_Checked):
+class PassOptions(_Checked):
     """How the pass over the data is made: the other arguments of `collect`."""
 
     title: ClassVar = "The pass over the data"
@@ -236,7 +236,7 @@ class Pass(_Checked):
 
 
 @dataclass(frozen=True)
-class Options(Pass, Correction, Shape, Layers, Sample, Reading, Ranks):
+class Options(PassOptions, Correction, Shape, Layers, Sample, Reading, Ranks):
     """Every option as an argument of one call, for those who declare what `initialize` takes."""
 
 
@@ -252,7 +252,7 @@ class Asked:
     layers: Layers = Layers()
     shape: Shape = Shape()
     correction: Correction = Correction()
-    run: Pass = Pass()
+    run: PassOptions = PassOptions()
     given: Mapping[str, Any] = field(default_factory=dict)  # as it was, which a LoraConfig must not contradict
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Asked, Correction, Layers, Pass, Ranks, Reading, Sample, Shape
+from lora_init.adapters.asked import Asked, Correction, Layers, PassOptions, Ranks, Reading, Sample, Shape
 from lora_init.adapters.starts import BANK_WAY, BANK_WAYS, DEFAULT, DEFAULT_FOR_CLASSES, FROM_BANK, STARTS, buildable
 from lora_init.cli.console import importing, offered, print_result, process_group, process_rank, refuse_idle
 from lora_init.cli.options import Length, LoadingQuantized, of_adapter
@@ -96,7 +96,7 @@ def init(
     ] = None,
     shape: Shape,
     correction: Correction,
-    run: Pass,
+    run: PassOptions,
     loading: LoadingQuantized,
     from_bank: FromBank,
 ) -> None:
@@ -145,7 +145,7 @@ def _check_words(method: str | None, data: str | None, from_bank: FromBank, lear
         refuse_idle(("by", "similarity"), "that is for --method from-bank")
     else:
         idle = ["rho", "ranks_from", "dry_run", "label", "learning_rate", *offered(Length)]
-        idle += [name for name in offered(Layers, Shape, Correction, Pass) if name not in _WITH_BANK]
+        idle += [name for name in offered(Layers, Shape, Correction, PassOptions) if name not in _WITH_BANK]
         refuse_idle(idle, "a bank's adapters decide that")
         if from_bank.by == "mixture":
             require("scipy")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.asked import Asked, Pass, Reading, Sample
+from lora_init.adapters.asked import Asked, PassOptions, Reading, Sample
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.pipeline import Examples, Source, check, fit_to, read, split
 from lora_init.adapters.starts import BankWay
@@ -219,7 +219,7 @@ def find_statistics(names: Names, asked: Asked) -> Statistics | None:
     return Statistics.load(file) if file is not None and file.exists() else None
 
 
-_OF_PASS = [name for name in offered(Pass) if name != "seed"]
+_OF_PASS = [name for name in offered(PassOptions) if name != "seed"]
 
 
 def _check_made_for(stats: Statistics, model: nn.Module, asked: Asked) -> None:

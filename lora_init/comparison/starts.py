@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.asked import Asked, Pass, Shape
+from lora_init.adapters.asked import Asked, PassOptions, Shape
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
 from lora_init.adapters.peft_model import adapter_layers, check_fits, load_adapter, match_modes, remember
@@ -301,7 +301,7 @@ def _put(start: Start, asked: Variant, basis: Basis, stats: Statistics) -> tuple
     own = Asked(
         start=asked.recipe.start,
         shape=Shape(lora_alpha=basis.shape.lora_alpha, freeze_a=asked.recipe.freeze_a),
-        run=Pass(seed=basis.seed, **AS_TRAINED),
+        run=PassOptions(seed=basis.seed, **AS_TRAINED),
     )
     init = run(Shared(asked, asked.recipe, basis, stats), own)
     return init.apply(basis.model), init.gamma

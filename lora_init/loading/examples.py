@@ -28,7 +28,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ExampleRecipe:
     """How rows become examples."""
 
     name: str  # the columns or the templates
@@ -56,7 +56,7 @@ class Wanted:
     label: str | None = None  # column of the class
 
 
-def recipe(names: list[str], place: str, tokenizer: Any, wanted: Wanted, texts: Sequence[str] = ()) -> Recipe:
+def recipe(names: list[str], place: str, tokenizer: Any, wanted: Wanted, texts: Sequence[str] = ()) -> ExampleRecipe:
     """Decide how to read rows with columns `names`; `texts` are those to propose for a template, the best first."""
     _check_format(wanted)
     if wanted.template is not None:
@@ -70,7 +70,7 @@ def recipe(names: list[str], place: str, tokenizer: Any, wanted: Wanted, texts: 
     if found.is_chat:
         _check_chat_template(tokenizer, f"{place} has a column {found.columns[0]!r}")
     columns = [*found.columns, *(column for column in found.optional if column in names)]
-    return Recipe(name.replace("-", " and "), columns, lambda row: found.read(row, tokenizer))
+    return ExampleRecipe(name.replace("-", " and "), columns, lambda row: found.read(row, tokenizer))
 
 
 def _check_format(wanted: Wanted) -> None:
@@ -83,13 +83,13 @@ def _check_format(wanted: Wanted) -> None:
         raise LoraInitError(f"{{format}} is unknown. {did_you_mean(str(wanted.format), FORMATS)}", format=wanted.format)
 
 
-def _by_template(template: str, completion: str | None, names: list[str], place: str) -> Recipe:
+def _by_template(template: str, completion: str | None, names: list[str], place: str) -> ExampleRecipe:
     """Read rows by a template of the text, or by one of the prompt and one of the completion."""
     prompt, used = _parse(template, "template", names, place)
     if completion is None:
-        return Recipe(f"template {template!r}", used, lambda row: _plain("", _fill(prompt, row)))
+        return ExampleRecipe(f"template {template!r}", used, lambda row: _plain("", _fill(prompt, row)))
     answer, more = _parse(completion, "completion", names, place)
-    return Recipe(
+    return ExampleRecipe(
         f"template {template!r} and completion {completion!r}",
         [*dict.fromkeys(used + more)],
         lambda row: _plain(_fill(prompt, row), _fill(answer, row)),

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lora_init.errors import LoraInitError, LoraInitWarning
-from lora_init.loading.examples import Example, Recipe, Wanted, count_common, is_missing, recipe
+from lora_init.loading.examples import Example, ExampleRecipe, Wanted, count_common, is_missing, recipe
 from lora_init.loading.sources import Rows, columns_of, read_rows
 
 Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
@@ -28,7 +28,7 @@ _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d\d
 class Reader:
     """How rows become tokens with labels."""
 
-    recipe: Recipe  # which columns make the text
+    recipe: ExampleRecipe  # which columns make the text
     tokenizer: Any
     limit: int  # most tokens of an example
     seq2seq: bool = False  # whether the completion has tokens of its own, for an encoder-decoder

@@ -194,7 +194,7 @@ def with_changed_copies(trained: Trained, base: Base) -> Trained:
 
 
 @dataclass(frozen=True)
-class Source(Stored):
+class MergeSource(Stored):
     """Where a tensor of a merged model comes from.
 
     Its name in the checkpoint is another one for an output embedding that was the input embedding and is no longer.
@@ -207,11 +207,11 @@ class Source(Stored):
     piece: str = ""
 
 
-def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
+def plan_merge(base: Base, trained: Trained) -> dict[str, MergeSource]:
     """Find what each tensor of a merged model is made from, and refuse now what could not be merged later."""
     if trained.config.get("alora_invocation_tokens"):
         raise LoraInitError("aLoRA leaves tokens before its invocation as they are, and merged it would not. Use PEFT.")
-    sources = {name: Source(**vars(stored)) for name, stored in find_tensors(base.source).items()}
+    sources = {name: MergeSource(**vars(stored)) for name, stored in find_tensors(base.source).items()}
     layers = {name if layer.experts else f"{name}.weight": layer for name, layer in trained.layers.items()}
     wanted = [*layers, *(key.removeprefix(PREFIX) for key in trained.others)]
     problem = _untie(base, trained, wanted, sources)
@@ -230,7 +230,7 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
     return sources
 
 
-def _why_not_merged(base: Base, name: str, layer: Layer | None, pieces: Mapping[str, Source]) -> str | None:
+def _why_not_merged(base: Base, name: str, layer: Layer | None, pieces: Mapping[str, MergeSource]) -> str | None:
     """Return why a parameter cannot be merged into the tensors of the checkpoint that it is in; None if it can."""
     if not pieces:
         return f"{base.source!r} has no tensor {name!r} in its checkpoint, or in another form"
@@ -239,7 +239,7 @@ def _why_not_merged(base: Base, name: str, layer: Layer | None, pieces: Mapping[
     return None
 
 
-def _untie(base: Base, trained: Trained, wanted: Collection[str], sources: dict[str, Source]) -> str | None:
+def _untie(base: Base, trained: Trained, wanted: Collection[str], sources: dict[str, MergeSource]) -> str | None:
     """Find a source for each of two tied embeddings if the adapter changes one; return what prevents that."""
     first, last = pair = [f"{name}.weight" for name in base.embeddings]
     names: dict[int, set[str]] = {}
@@ -274,7 +274,7 @@ def _check_shape(base: Base, name: str, tensor: Tensor) -> None:
         )
 
 
-def _pieces(base: Base, name: str, sources: Mapping[str, Source]) -> dict[str, Source]:
+def _pieces(base: Base, name: str, sources: Mapping[str, MergeSource]) -> dict[str, MergeSource]:
     """Find the tensors of the checkpoint that a parameter of the model is in; none if that is not known."""
     try:
         parameter = base.model.get_parameter(name)
@@ -287,7 +287,7 @@ def _pieces(base: Base, name: str, sources: Mapping[str, Source]) -> dict[str, S
         shapes = (parameter.shape, parameter.mT.shape if parameter.dim() == 3 else parameter.shape)
         stored = sources.get(name)
         return {name: replace(stored, parameter=name)} if stored and stored.shape in shapes else {}
-    found: dict[str, Source] = {}
+    found: dict[str, MergeSource] = {}
     for piece, tensor in one.items():
         places = _places(piece, parameter, whole[piece].shape, tensor.shape)
         if places is None:
@@ -315,7 +315,7 @@ def _places(
     return {piece: None} if of_all == (len(parameter), *of_one[1:]) else None
 
 
-def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping[str, Source]) -> None:
+def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping[str, MergeSource]) -> None:
     """Write the merged model with its tokenizer: tensor by tensor, each in the type that it had."""
     folder = next(source.file.parent for source in sources.values())
     for path in folder.iterdir():
@@ -342,7 +342,7 @@ def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping
     write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": index})
 
 
-def merged(weight: Tensor, source: Source, trained: Trained, base: Base) -> Tensor:
+def merged(weight: Tensor, source: MergeSource, trained: Trained, base: Base) -> Tensor:
     """Change a tensor of the checkpoint as the adapter says, in its own type; of experts, one after another."""
     name = source.parameter
     if not name:
@@ -365,7 +365,7 @@ def merged(weight: Tensor, source: Source, trained: Trained, base: Base) -> Tens
     return (tensor if new is not None else weight.float() + tensor).to(weight.dtype).contiguous()
 
 
-def _change(weight: Tensor, source: Source, trained: Trained, base: Base) -> Tensor:
+def _change(weight: Tensor, source: MergeSource, trained: Trained, base: Base) -> Tensor:
     """Compute what the adapter adds to a weight of the model or of one expert, in float32 and in its form."""
     name, owner = source.parameter, source.parameter.rpartition(".")[0]
     layer, module = trained.layers.get(name) or trained.layers[owner], base.model.get_submodule(owner)

@@ -15,7 +15,7 @@ from lora_init.adapters.peft_model import adapter_layers, with_adapter
 from lora_init.errors import LoraInitError, require
 from lora_init.layers.running import on_device_of
 from lora_init.layers.targets import PREFIX, is_conv1d
-from lora_init.serving.base import Base, Source, is_transposed, merged
+from lora_init.serving.base import Base, MergeSource, is_transposed, merged
 from lora_init.serving.trained import Trained
 from lora_init.statistics.second_moment import SecondMoment
 from lora_init.statistics.statistics import Statistics
@@ -88,7 +88,7 @@ class Kept:
 def kept_by_merge(
     base: Base,
     trained: Trained,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, MergeSource],
     dtype: str | None = None,  # a name of `ROUNDINGS`; None for the type that each weight is stored in
     stats: Statistics | None = None,
 ) -> dict[str, Kept]:
