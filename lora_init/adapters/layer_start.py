@@ -25,7 +25,7 @@ from lora_init.statistics.statistics import Statistics
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What an adapter is started from, and what it is to be like."""
+    """What an adapter is built from: a start, statistics, the adapter's form, and what single starts need."""
 
     start: Start
     stats: Statistics
@@ -33,16 +33,16 @@ class Material:
     seed: int = 0
     errors: Mapping[str, Tensor] | None = None
     model: nn.Module | None = None
-    rank: int | None = None  # that the scaling is relative to
+    rank: int | None = None  # the rank that the scaling is relative to
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by, once alpha and rank are known."""
+        """The factor of B A, once alpha and rank are known."""
         assert self.shape.lora_alpha is not None and self.rank is not None
         return scaling_of(self.shape.lora_alpha, self.rank, self.shape.use_rslora)
 
     def error(self, name: str) -> Tensor | None:
-        """Return what quantization took from a layer's weight, if the start is about that."""
+        """Return W - Q of a layer, if the start corrects quantization; refuse one of another shape or with NaN."""
         if not self.start.by_error:
             return None
         if self.errors is None or name not in self.errors:

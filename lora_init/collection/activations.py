@@ -23,7 +23,7 @@ RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 class Sink:
-    """Receives what is read in a pass, and must not keep the tensors. This one takes no notice of it."""
+    """Receives the tensors of a pass, and must not keep them. This one ignores them."""
 
     def rows(self, group: str, rows: Tensor) -> None:
         """Take the rows [n, d_in] that a group has read in a run of its layers."""

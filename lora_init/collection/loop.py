@@ -43,9 +43,9 @@ _Half = TypeVar("_Half", IncrementalSVD, MeanGradient)
 
 @dataclass
 class Halves(Generic[_Half]):
-    """What every other batch of a layer says, and what those between say; `whole` is what all of them say.
+    """Two records of a layer: even batches go to one, odd batches to the other; `whole` merges them.
 
-    Two halves of the data that give the same start would give it from other data, too: `keeps`.
+    If both halves of the data give the same start, other data would give it, too: `keeps` estimates how much of it.
     """
 
     halves: tuple[_Half, _Half]

@@ -77,13 +77,13 @@ def _no_data(*_: object) -> NoReturn:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A start on a model, as `prepare` returns it."""
+    """A model with an adapter that is ready to train, as `prepare` returns it."""
 
     # The model with the adapter; for `full` the model itself, in float32. The plain model inside it is the one
     # that was given
     peft_model: Any
-    seconds: float  # time that it took, without that for statistics
-    gamma: float | None  # what B A was divided by, where B is not zero and the start is ours
+    seconds: float  # the time that building it took, without the time for statistics
+    gamma: float | None  # the number that B A was divided by, where B is not zero and the start is ours
     # Puts the plain model back, bit for bit; `peft_model` is of no use afterwards
     release: Callable[[], None] = field(repr=False)
 
@@ -156,7 +156,7 @@ def hash_own(source: str | Path | Callable[..., Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """What an adapter is started on, and what starts are made from."""
+    """The model that an adapter is put on, and the data that starts are made from."""
 
     model: Any  # the plain model
     shape: AdapterShape  # layers, rank and scaling
