@@ -254,10 +254,10 @@ def qera(spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator
     start = torch.randn(rank + _OVERSAMPLED, len(error), generator=generator).to(error)
     factor = leading_rows(weighted.T, start)[:rank]  # [at most r, d_out]
     scale = torch.linalg.norm(factor, dim=1, keepdim=True)
-    left = (factor / scale)[scale[:, 0] ** 2 > NEGLIGIBLE * scale[:1, 0] ** 2]
-    right = left @ error
+    left = (factor / scale)[scale[:, 0] ** 2 > NEGLIGIBLE * scale[:1, 0] ** 2]  # U^T, [at most r, d_out]
+    right = left @ error  # U^T (W - Q), [at most r, d_in]
     size = torch.linalg.norm(right, dim=1, keepdim=True)
-    share = (size / scaling).sqrt()
+    share = (size / scaling).sqrt()  # both factors get the same length, row by row
     a, b = random(error.shape[1], rank, generator), torch.zeros(error.shape[0], rank)
     a[: len(left)] = (right / size * share).cpu().float()
     b[:, : len(left)] = (left * share).T.cpu().float()

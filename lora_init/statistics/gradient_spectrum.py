@@ -196,8 +196,12 @@ class MeanGradient:
         return _State(self._basis(left), inputs, left, right, left.new_zeros(g.shape[1], dtype=torch.float64), 0, 0)
 
     def _chosen_for(self, state: _State, g: Tensor, x: Tensor, n_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Choose Q and V anew for the sum of what is known and a batch; give its V G^T, Q G, Q and V."""
-        a, b = (part.float() for part in state.factors())
+        """Choose Q and V anew for the sum of what is known and a batch; return its V G^T, Q G, Q and V.
+
+        This is subspace iteration: from V come the images V G^T, whose span is the next Q; from Q come the images Q G,
+        whose span is the next V. Each step brings both nearer to the leading singular vectors of G.
+        """
+        a, b = (part.float() for part in state.factors())  # G so far is a b: [d_out, l] and [l, d_in]
         inputs = state.inputs
         left = inputs @ b.T @ a.T + _left_image(g, x, inputs)
         for _ in range(n_steps):
@@ -226,7 +230,7 @@ class MeanGradient:
             self._state = other._state
             return self
         one, two = self._state, other._state.to(self._state.left.device)
-        (a, b), (c, d) = one.factors(), two.factors()
+        (a, b), (c, d) = one.factors(), two.factors()  # G1 = a b and G2 = c d, so G1 + G2 = [a c] [b; d]
         u, s, v = product_svd(torch.cat([a, c], 1), torch.cat([b, d]), len(one.left))
         n_samples = one.n_samples + two.n_samples
         outputs, inputs = u.T.float().contiguous(), v.float().contiguous()
@@ -239,6 +243,7 @@ class MeanGradient:
         if self._state is None or other._state is None:
             return 0.0
         (a, b), (c, d) = self._state.factors(), other._state.to(self._state.left.device).factors()
+        # <p q, r s> = trace((p q)^T r s), from [l, l] products alone.
         squares = [float(((p.T @ r) * (q @ s.T)).sum()) for p, q, r, s in ((a, b, c, d), (a, b, a, b), (c, d, c, d))]
         return max(squares[0], 0.0) / math.sqrt(squares[1] * squares[2]) if min(squares[1:]) > 0 else 1.0
 
@@ -259,11 +264,13 @@ def _balancing(rows: Tensor) -> Tensor:
 
 
 def _left_image(g: Tensor, x: Tensor, inputs: Tensor) -> Tensor:
-    return (x @ inputs.T).T @ g
+    """Compute V G^T of a batch, [l, d_out]."""
+    return (x @ inputs.T).T @ g  # [l, n] @ [n, d_out]
 
 
 def _right_image(g: Tensor, x: Tensor, outputs: Tensor) -> Tensor:
-    return (g @ outputs.T).T @ x
+    """Compute Q G of a batch, [l, d_in]."""
+    return (g @ outputs.T).T @ x  # [l, n] @ [n, d_in]
 
 
 def product_svd(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,8 +278,9 @@ def product_svd(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Tensor,
 
     The `size` leading left singular vectors stand in columns, the right ones in rows; fewer if there are.
     """
-    left, r_left = torch.linalg.qr(left.double())
-    right, r_right = torch.linalg.qr(right.double().mT)
+    left, r_left = torch.linalg.qr(left.double())  # [..., d_out, m] = [..., d_out, p] [..., p, m]
+    right, r_right = torch.linalg.qr(right.double().mT)  # [..., d_in, m] = [..., d_in, q] [..., q, m]
+    # The product is left (r_left r_right^T) right^T with orthonormal columns outside: the core [..., p, q] has its SVD.
     u, s, v = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
     return left @ u[..., :size], s[..., :size], v[..., :size, :] @ right.mT
 
