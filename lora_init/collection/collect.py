@@ -74,7 +74,7 @@ class OtherSettingsError(LoraInitError):
 
 @dataclass(frozen=True)
 class _Job:
-    """What a pass is over, how it runs the model, and where its result goes."""
+    """The layers that a pass reads, how it runs the model, and where its result goes."""
 
     model: nn.Module
     targets: Targets
@@ -120,26 +120,26 @@ def collect(
 ) -> Statistics:
     """Learn the principal directions of what each targeted layer receives, from one pass over sample data.
 
-    Even batches go to one half, odd ones to the other. Two halves that give the same start would give it from
-    other data, too: what the first `rank` directions of one capture of the other, over what its own capture, says what
-    share of it the start would keep (`provenance.keeps`; for gradients it is the cosine of the two means). The pass
-    stops when that is all but `tolerance` of it in the mean over layers, and new batches are captured as well as those
-    before (`"converged"`), after `max_batches`, or when the data ends (`"exhausted"`). The result is what both halves
-    say together.
+    Even batches go to one half, odd ones to the other. If both halves give the same start, other data would give it,
+    too. The share of it that a start would keep on other data (`provenance.keeps`) is estimated by the variance of one
+    half that the first `rank` directions of the other capture, over the variance that its own directions capture; for
+    gradients it is the cosine of the two means. The pass stops when that share is at least 1 - `tolerance` in the mean
+    over layers, and new batches are captured as well as those before (`"converged"`), after `max_batches`, or when the
+    data ends (`"exhausted"`). The result merges both halves.
 
-    The order of the batches must be random. No rule can tell sorted data (all of one kind, then all of another) from
-    data that has been seen enough of; `load_batches` shuffles. A sharp fall of the held-out share is a warning.
+    The order of the batches must be random: in sorted data (all of one kind, then all of another) the first kind alone
+    would seem to be enough. `load_batches` shuffles. A sharp fall of the held-out share causes a warning.
 
-    In a process group of `torch.distributed` all processes call it, each with batches of its own or all with the same,
-    of which each then takes its part. Each decides for its own batches when they are enough. At the end what they have
-    found is merged, and all return the same statistics.
+    In a process group of `torch.distributed` all processes call this function, each with batches of its own, or all
+    with the same batches, of which each takes its part. Each process decides when its own batches are enough. At the
+    end the findings are merged, and all processes return the same statistics.
 
     Cost: a forward pass of the model's body for each batch, and 0.28 of it on top (processor time of one thread, 16
     batches). Memory: 8 * rank * rho float32 rows of width d_in for each distinct input, up to 15 * rank * rho in long
     passes.
 
     Args:
-        model: Any torch model, compiled or not. Untouched: weights, hooks, training flags are as before afterwards.
+        model: Any torch model, compiled or not. Its weights, hooks and training flags are unchanged afterwards.
         batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences, in random order. Read once. In
             several processes a loader for one of them, or one that gives all the same. A tokenized `datasets.Dataset`
             (with `input_ids`) is shuffled and padded in batches of eight.
@@ -170,8 +170,8 @@ def collect(
         statistics: File for the result. It is written every minute, after Ctrl-C, after an error and at the end, in one
             piece, and says whether the pass was complete. A complete file is returned; an incomplete one is resumed,
             provided the batches are the same. Lists are compared in full, loaders by their first batch, functions by
-            name. Meanwhile no other pass can have the file.
-        overwrite: Collect again, and replace what is in that file.
+            name. No other pass can use the file meanwhile.
+        overwrite: Collect again, and replace that file.
         gradients: Run each batch backward, too, and learn what the loss depends on, see `Statistics.gradient`. Batches
             need labels. No weight's gradient is computed, so the memory holds the activations and
             3 * rank * rho rows of width 2 d_in + d_out for each layer.

@@ -70,17 +70,17 @@ class Dial:
     """The strengths that `dial` chose, and what it measured.
 
     Attributes:
-        rule: What was asked for, in words.
+        rule: The rule that decided, in words.
         chosen: The strengths, with their losses on the examples to choose by.
-        curve: One strength for all layers, rising from 0.
-        fitted: Strengths of their own for the layers.
-        task: Loss on held-out examples of the task, at the base, as trained, at the best strength for all layers if
-            layers have their own (`uniform`), at the one with the least loss on the task if the rule is about that
-            (`best`), and as chosen; against that as trained.
-        keep: Loss on held-out text to keep, likewise; against the base's.
-        examples: Held-out examples of the task, and of text to keep.
-        notes: What to know, such as that no strength does what was asked for.
-        read: Examples of the task, and texts to keep, that were read in all.
+        curve: Losses at one strength for all layers, rising from 0.
+        fitted: Losses at strengths that were fitted for each layer.
+        task: Loss on held-out examples of the task, compared with the loss of the adapter as trained: of the base, as
+            trained, and as chosen; at the best strength for all layers if each layer has its own (`uniform`); at the
+            strength with the lowest loss on the task if the rule limits that loss (`best`).
+        keep: The same losses on held-out text to keep, compared with the base's.
+        examples: Numbers of held-out examples of the task, and of texts to keep.
+        notes: What a user should know, such as that no strength satisfies the rule.
+        read: Numbers of examples of the task, and of texts to keep, that were read in all.
     """
 
     rule: str
@@ -95,7 +95,7 @@ class Dial:
 
     @classmethod
     def unmeasured(cls, rule: str, layers: Mapping[str, float]) -> Dial:
-        """Return the one strength that was asked for, of which nothing was measured."""
+        """Return a dial with one given strength, at which nothing was measured."""
         chosen = Point(next(iter(layers.values())), math.nan, math.nan, None, layers)
         return cls(rule, chosen, (), (), {}, {}, (0, 0))
 
@@ -114,7 +114,7 @@ class Dial:
         return values
 
     def summary(self) -> dict[str, str]:
-        """Return the result in words, by what each is about."""
+        """Return the result in words, a line for each topic."""
         return summary_of(self.to_dict())
 
     def plot(self) -> Figure:

@@ -37,17 +37,18 @@ def replay(
     model: Any, tokenizer: Any, n: int = TEXTS, length: int = LENGTH, seed: int = 0, chat: bool = False,
     say: Say = lambda text: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Let a model write texts at temperature 1; of a PEFT model the base does.
+    """Let a model write texts at temperature 1; of a PEFT model the base writes.
 
-    A text begins with a token drawn from the whole vocabulary, so that few begin alike, and is as long as asked for: an
-    end is never drawn. All else is as the model's distribution has it, whatever the checkpoint says on generation.
+    A text begins with a token drawn from the whole vocabulary, so that few texts begin alike. All texts have the length
+    asked for, since the end is never drawn. Every other token is drawn from the model's own distribution: settings for
+    generation that a checkpoint brings along are ignored.
 
     Args:
         model: A causal language model of transformers, or a PEFT model of one.
         tokenizer: Its tokenizer.
         n: Number of texts.
-        length: New tokens of a text, of an answer at most.
-        seed: Seed of what is drawn.
+        length: New tokens of a text; with `chat`, the most tokens of an answer.
+        seed: Seed of the tokens that are drawn.
         chat: Ask short questions by the chat template instead. A small model's answers end after a few tokens.
         say: Receives lines about the progress.
 

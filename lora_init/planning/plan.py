@@ -34,17 +34,17 @@ class _OfLayers(dict[str, Any]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RankAllocation(Mapping[str, int]):
-    """The rank of every layer, in model order, and how it came about. A layer of rank 0 gets no adapter.
+    """The rank of every layer, in model order, and how it was chosen. A layer of rank 0 gets no adapter.
 
     Attributes:
         ranks: Layer name to rank. The allocation itself is a mapping with the same content.
-        rank: Average rank: `r` of the adapter, and what `lora_alpha` is relative to.
-        targets: Kind and widths of each layer; what the accounting is made from.
+        rank: Average rank: `r` of the adapter, and the rank that `lora_alpha` is relative to.
+        targets: Kind and widths of each layer, from which parameters are counted.
         explained: Share of each layer's variance that its ranks explain, in [0, 1]; 1 if its rows are constant.
         policy: Name of the policy.
-        budget: What was to be spent; None for an allocation made by hand.
-        settings: Other arguments that shaped it, as plain values.
-        provenance: Of the statistics; None for an allocation made by hand.
+        budget: The budget that was spent; None for an allocation made by hand.
+        settings: Other arguments that shaped the allocation, as plain values.
+        provenance: Where the statistics come from; None for an allocation made by hand.
         unsupported: Targeted layers that have no statistics, name to kind: PEFT starts them, with `rank`.
         excluded: Layers that did not take part.
         notes: What a user should know about the plan, a sentence each.
@@ -132,7 +132,7 @@ class RankAllocation(Mapping[str, int]):
 
     @property
     def spent(self) -> float:
-        """What the plan takes of its budget, in the budget's unit."""
+        """The part of its budget that the plan takes, in the budget's unit."""
         if self.budget is None or self.budget.unit == "ranks":
             return self.total_rank
         if self.budget.unit == "variance":

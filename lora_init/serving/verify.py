@@ -42,7 +42,7 @@ class Verification:
     Attributes:
         verdict: "served as trained"; "served as exported", which is the same of an export that lost a part of the
             update; "ignored", "scaled", "a part is missing", "another adapter", "another base or template", or "cannot
-            tell"; of a `ServingWatch` also "stale".
+            tell"; a `ServingWatch` also has "stale".
         text: The verdict in one line, with its reason and numbers.
         effect: How far the adapter moves the likeliest tokens.
         noise: How far the served base is from the local one; None if it is not served.
@@ -88,20 +88,21 @@ def verify(
 ) -> Verification:  # fmt: skip
     """Find out what an engine serves under the name of an adapter.
 
-    It is asked for log-probabilities of the token after those `n` prompts that the adapter changes most, which is
-    computed before. They are compared with PEFT's of the adapter; if they differ, with the base's, with other
-    scalings and with the adapter without one kind of layer. The distance of the served base from the local
-    one is the noise; a fault that does less is not seen. Cost: two forward passes a prompt, and
-    some 40 for each of the `n` where something is wrong.
+    First the `n` prompts are chosen that the adapter changes most. The engine is asked for log-probabilities of the
+    token after them, which are compared with those of the adapter in PEFT; if they differ, with those of the base, of
+    other scalings, and of the adapter without one kind of layer. The distance of the served base from the local one is
+    the noise; a fault with a smaller effect is not seen. Cost: two forward passes for each prompt, and about 40 for
+    each of the `n` if something is wrong.
 
     Args:
         directory: The adapter, as PEFT loads it.
-        model: Its base model, plain, and afterwards as it was.
+        model: The plain base model, which is restored afterwards.
         tokenizer: The base model's.
         prompts: Texts, which the engine reads as `tokenizer(text)` does, or chats as lists of messages.
-        served: From a prompt to log-probabilities of the next token by number or text of a token, of as many as known.
-        base: The same for the base model in that engine.
-        n: Most prompts to ask about.
+        served: A function from a prompt to log-probabilities of the next token, by the number or the text of a token,
+            for as many tokens as the engine returns.
+        base: The same function for the base model in that engine.
+        n: Number of prompts to ask about, at most.
 
     Raises:
         LoraInitError: There is no prompt, or the adapter is damaged, of another base, or in need of its start.

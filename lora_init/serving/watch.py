@@ -27,18 +27,20 @@ _ON_THE_WAY, _EXACTLY, _LEFT_OVER = 0.75, 0.1, 0.3
 class ServingWatch:
     """Compare what an engine serves during training with the model that is trained, now and at earlier steps.
 
-    Of each step that is noted the log-probabilities after the prompts are kept, no weights. An engine that was not
-    synchronized answers as an earlier step did, and that step is named. All else is as `verify` has it. A check costs a
-    forward pass over the prompts and one question a prompt; `diagnose` runs some 40 more where something is wrong.
+    For each noted step the watch keeps log-probabilities after the prompts, and no weights. An engine that was not
+    synchronized answers as an earlier step did; the verdict then names that step. The other verdicts are those of
+    `verify`. A check costs a forward pass over the prompts and one request for each prompt; if something is wrong,
+    `diagnose` runs about 40 more passes.
 
     Args:
-        tokenizer: The model's.
-        prompts: Texts or chats, of the kind that is trained on. Eight are enough.
-        served: From a prompt to log-probabilities of the next token by number or text of a token; or the URL of an
-            OpenAI-compatible server, where `name` is the adapter.
-        base: The same for the base model in that engine: what tells the engine's noise. With a URL it is found.
-        name: With a URL, the adapter's name there. Default: what the server says.
-        keep: How many noted steps are kept; numbers [prompts, vocabulary] in float32 for each.
+        tokenizer: The model's tokenizer.
+        prompts: Texts or chats of the kind that is trained on. Eight are enough.
+        served: A function from a prompt to log-probabilities of the next token, by the number or the text of a token;
+            or the URL of an OpenAI-compatible server, which serves the adapter as `name`.
+        base: The same function for the base model in that engine, to measure the engine's noise. With a URL the server
+            is asked for it.
+        name: With a URL, the adapter's name there. Default: the name that the server lists.
+        keep: Number of noted steps to keep, each of which takes [prompts, vocabulary] float32 numbers.
 
     Raises:
         LoraInitError: There is no prompt, or the server does not answer.
@@ -60,11 +62,11 @@ class ServingWatch:
         self._plain: tuple[Tensor, Tensor] | None = None  # of the base here and there, which nothing changes
 
     def note(self, model: Any, step: int) -> None:
-        """Keep what the model answers now, as the answer of a step: call it when weights are sent to the engine.
+        """Keep the model's present answers as those of a step. Call this when weights are sent to the engine.
 
         Args:
             model: The `PeftModel` that is trained.
-            step: Its number; one that was noted is noted anew.
+            step: Number of the step; a step that was noted before is replaced.
 
         Raises:
             LoraInitError: The model has no adapter.
@@ -77,10 +79,10 @@ class ServingWatch:
             del self._kept[next(iter(self._kept))]
 
     def check(self, model: Any, step: int) -> Verification:
-        """Check whether the engine serves that step; a step that was not noted is the model as it is now.
+        """Check whether the engine serves a step; a step that was not noted stands for the model as it is now.
 
         Returns:
-            What `verify` returns, with the verdict "stale" where an earlier step is served.
+            The result of `verify`, with the verdict "stale" if an earlier step is served.
         """
         if step not in self._kept:
             self.note(model, step)
