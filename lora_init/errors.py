@@ -62,7 +62,7 @@ class LoraInitError(Message, ValueError):
 
 
 class LoraInitWarning(Message, UserWarning):
-    """Says what is likely not as it was meant, and what to do about it, in one line."""
+    """Describes a likely mistake, and what to do about it, in one line."""
 
 
 def explain(error: BaseException, spell: Spell = in_python) -> str:

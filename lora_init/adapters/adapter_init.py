@@ -201,7 +201,7 @@ class AdapterInit(Shape):
         `save_pretrained(directory, path_initial_model_for_weight_conversion=initial)` of the PeftModel writes, with
         `initial` a directory that this object has saved: an ordinary adapter of twice the rank. A compiled model comes
         back as a PeftModel that is not, to compile anew. A and B are float32 also on a half-precision or quantized
-        model, and A is frozen if it should be. If anything fails, the model is as it was.
+        model, and A is frozen if it should be. If anything fails, the model is unchanged.
 
         A model that has fresh LoRA layers from `add_adapter` of transformers or diffusers is filled and returned: A and
         B are copied into the layers that are there, of one rank, so that an optimizer may hold them already.

@@ -1,4 +1,4 @@
-"""Base weights that give up what an adapter adds before its training, so that the output stays as it was."""
+"""Base weights less what an adapter adds before its training, so that the model's output does not change."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
     """Subtract from the base weights what an untrained adapter adds, as starts such as `lora-ga` need it.
 
     The weights are changed in place; then `PeftModel.from_pretrained(model, directory,
-    is_trainable=True)` leaves the output as it was. Once trained,
+    is_trainable=True)` does not change the output. Once trained,
     `save_pretrained(other, path_initial_model_for_weight_conversion=directory)` of the PeftModel writes an ordinary
     adapter of twice the rank, for the plain base.
 

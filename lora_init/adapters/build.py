@@ -153,7 +153,7 @@ def build_adapter(
         LoraInitError: An unknown method or layer, a rank that is negative, larger than d_in or than the statistics can
             serve, no layer left, no gradients in the statistics, no errors for a start that needs them, or an
             impossible lora_alpha, lora_dropout or gamma. A `config` that selects what was not collected, sets what
-            cannot be kept, or says otherwise than an argument.
+            cannot be kept, or contradicts an argument.
     """
     if not isinstance(stats, Statistics):
         raise LoraInitError(

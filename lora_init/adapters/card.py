@@ -88,7 +88,7 @@ def origin_of(init: AdapterInit, short: bool = False) -> dict[str, Any]:
 
 
 def _layers_of(init: AdapterInit) -> dict[str, Any]:
-    """Lay out what is known of single layers."""
+    """Lay out what the record has for each layer."""
     layers = {
         "left_out": list(init.left_out),
         "unsupported": dict(init.unsupported),

@@ -48,7 +48,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_config(model: nn.Module, config: LoraConfig, asked: Asked) -> Asked:
-    """Add to what was asked what a LoraConfig says; PEFT itself selects its layers, on a model that is as it was."""
+    """Add the settings of a LoraConfig to the options; PEFT itself selects the layers, on a model that is restored."""
     from peft import get_peft_model
 
     _check_plain_config(config)

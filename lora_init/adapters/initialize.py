@@ -99,7 +99,7 @@ def initialize(
     Raises:
         LoraInitError: As `load_batches`, `collect`, `allocate_ranks`, `build_adapter`, `find_step_size` and
             `AdapterInit.apply` do; before any batch is read, where that can be known then. A trainer that has begun, or
-            whose adapter is not a fresh LoRA adapter; it is as it was then.
+            whose adapter is not a fresh LoRA adapter. The trainer is unchanged then.
     """
     _check_learning_rate(learning_rate, model)
     asked = Asked.by("initialize()", method, **options, **_without_none(rank=rank, rho=rho))

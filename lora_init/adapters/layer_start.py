@@ -1,4 +1,4 @@
-"""The start of one layer: from what is known of it to its A and B."""
+"""The start of one layer: from its statistics to its A and B."""
 
 from __future__ import annotations
 

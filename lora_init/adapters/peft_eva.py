@@ -276,7 +276,7 @@ def _check_widths(weights: Mapping[str, Tensor], layers: Mapping[str, Any]) -> N
 
 
 def _make_anew(model: PeftModel, adapter_name: str, config: LoraConfig) -> None:
-    """Take an adapter off and put one of another shape in its place, or leave the model as it was."""
+    """Replace an adapter by one of another shape; restore the model if that fails."""
     active, restore = model.active_adapters, remember(model)
     modules, layers = dict(model.get_base_model().named_modules()), adapter_layers(model)
     try:

@@ -180,7 +180,7 @@ def adapter_layers(peft_model: PeftModel | nn.Module) -> dict[str, Any]:
 
 
 def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
-    """Wrap a model that passed `check_fits` by `get_peft_model` and copy A and B in, or leave it as it was."""
+    """Wrap a model that passed `check_fits` by `get_peft_model` and copy A and B in; restore it if that fails."""
     from peft import get_peft_model
 
     config = init.to_peft_config(model)

@@ -79,7 +79,7 @@ class Start:
 
     @property
     def changes_output(self) -> bool:
-        """Whether the model's output is another one before any training: B is not zero, and the base stays."""
+        """Whether the start changes the model's output: B is not zero, and the base weights stay."""
         return not self.b_is_zero and not self.changes_base
 
     @property

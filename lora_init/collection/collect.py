@@ -325,7 +325,7 @@ def _file_in_words(file: Path | None) -> list[Any]:
 
 
 def _check_same_data(earlier: Statistics | None, start: Position, file: Path | None) -> None:
-    """Refuse to go on with statistics in a file that other data made."""
+    """Refuse to resume a pass from a file that other data made."""
     if earlier is not None and start.is_in_other_data(Position.of(earlier.provenance)):
         raise OtherSettingsError(f"{file} was made from other data: the batches are other ones.")
 

@@ -53,7 +53,7 @@ def mean_loss(
 ) -> float:
     """Compute the mean of the losses of some batches, in evaluation mode.
 
-    The mode of every submodule is afterwards as it was.
+    The mode of every submodule is restored afterwards.
 
     Args:
         model: Any model that `collect(..., gradients=True)` takes.

@@ -92,7 +92,7 @@ class RunBudget:
 def _of_stage(
     planned: Iterable[Run], records: Mapping[Run, Record], going: Sequence[Variant], seeds: Sequence[int]
 ) -> list[Run]:
-    """List the planned runs of the starts that go on with these seeds, and all that ended."""
+    """List the planned runs with these seeds of the starts that continue, and all runs that ended."""
     return [run for run in planned if run in records or (run.start in going and run.seed in seeds)]
 
 

@@ -135,7 +135,7 @@ def compare(
         starts: Names, see `starts.prepare`, or pairs of a name of your own and an adapter directory, or a function of
             model and seed that returns a PeftModel. Default: `random`, `eva` and `natural-gradient`.
         learning_rates: Tried for every start, on the first two seeds. Default: three for each start, around the rate
-            that a forward pass tells of it, see `learning_rate`.
+            that a forward pass predicts for it, see `learning_rate`.
         seeds: How many, or which. A seed decides the order of the data and all that is random in a start. Default: 5,
             with `time` or `precision` at most 32.
         sweep: `"halving"`: other seeds at the best rate alone; `"full"`: everything. Default: halving on a CPU.
@@ -236,7 +236,7 @@ def _sweep_by_default(budget: RunBudget) -> str:
 
 
 def _kept_size(directory: Path) -> Size | None:
-    """Read the size of a comparison that is gone on with; None of a new one."""
+    """Read the size of a comparison that is resumed; None for a new one."""
     if not (directory / SETTINGS_FILE).exists():
         return None
     stored = read_settings(directory).get("size")
@@ -378,7 +378,7 @@ def _there_are(
 
 
 def _with_kept_rates(plan: RunPlan, directory: Path) -> RunPlan:
-    """Take measured rates from a directory that is gone on with: on another machine a last digit may differ."""
+    """Take measured rates from the directory of a resumed comparison: on another machine a last digit may differ."""
     if plan.learning_rates or not (directory / SETTINGS_FILE).exists():
         return plan
     kept = read_settings(directory).get("recommended") or {}

@@ -73,7 +73,7 @@ class RunPlan:
     seeds: Sequence[int]  # each decides the order of the data and all that is random in a start
     sweep: str  # `"halving"` or `"full"`
     extend: int = 2  # how often rates are added on either side
-    # the learning rate that a forward pass tells of each start
+    # the learning rate that a forward pass predicts for each start
     recommended: Mapping[str, float] = field(default_factory=dict)
     tuned: bool = True  # whether others than `random` are run at other rates, too
 
@@ -152,7 +152,7 @@ class RunPlan:
         return [float(f"{rate * factor:.2g}") for rate in self._rate_of_its_own(start) for factor in factors]
 
     def _rate_of_its_own(self, start: Variant) -> list[float]:
-        """Return the rate that a pass tells of a start, or of what it varies; of `full` a tenth of random's."""
+        """Return the rate that a pass predicts for a start or for what it varies; for `full` a tenth of random's."""
         if start.base == FULL and RANDOM in self.recommended:
             return [float(f"{self.recommended[RANDOM] / 10:.2g}")]
         rate = self.recommended.get(str(start), self.recommended.get(start.base))
@@ -352,7 +352,7 @@ def check_there(path: Path) -> None:
 
 @contextmanager
 def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]:
-    """Make the directory of a comparison, or go on with what is there; no other process can meanwhile."""
+    """Make the directory of a comparison, or resume the one that is there; other processes are locked out meanwhile."""
     check_there(path)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, "Wait until that comparison has ended, or name another directory."):

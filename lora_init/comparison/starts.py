@@ -195,7 +195,7 @@ def prepare(asked: Variant, basis: Basis) -> Prepared:
     `NAME+equal-parameters` gives a start from data as many trainable parameters as `random` has, as nearly as whole
     ranks of at most 2 x `rank` allow, and never more; with a frozen A the ranks are then equal. Several may follow.
 
-    If a start does not apply, the model is as it was.
+    If a start does not apply, the model is unchanged.
     """
     recipe, corrects = asked.recipe, asked.start is not None and asked.start.corrects(basis.errors is not None)
     basis = replace(basis, shape=replace(basis.shape, lora_alpha=asked.alpha or basis.shape.lora_alpha))

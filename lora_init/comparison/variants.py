@@ -36,7 +36,7 @@ class Variant:
         """Read what follows the name of a start, from its end.
 
         Raises:
-            LoraInitError: Something is said twice.
+            LoraInitError: A setting is given twice.
         """
         base, ways = name, dict[str, int]()
         while found := _WAY.search(base):

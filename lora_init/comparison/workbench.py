@@ -116,7 +116,7 @@ def failed(run: Run, why: str) -> Record:
 class Workbench:
     """Everything equal between runs."""
 
-    loaded: LoadedModel  # the plain model and its tokenizer. Each run leaves it as it was
+    loaded: LoadedModel  # the plain model and its tokenizer; each run restores the model
     task: Task  # what to learn
     retain: Batches | None  # text of another kind, whose loss before and after tells forgetting
     directory: Path  # where statistics are kept, in a folder of their own
@@ -352,7 +352,7 @@ class Workbench:
         return found
 
     def _measure_before(self) -> tuple[Score, float | None, float | None]:
-        """Score the plain model, on other text too, and as it was before it was quantized."""
+        """Score the plain model, on other text too, and its weights from before quantization."""
         retained = None if self.retain is None else text_loss(self.loaded.model, self.retain)
         plain = evaluate(self.loaded.model, self.task, self.task.report, with_metrics=True)
         errors = self._errors("all-linear")

@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 ATTENTION, CROSS_ATTENTION, MLP = "attention", "cross-attention", "mlp"
 PURPOSES = (ATTENTION, CROSS_ATTENTION, MLP)
 
-# Purposes are told by how transformers and diffusers name classes and attributes, and by the blocks of a model:
+# Purposes follow from the names that transformers and diffusers give classes and attributes, and from blocks:
 # LlamaAttention, FalconFlashAttention2; self_attn, attn2, EncDecAttention, but no whole block that is named after it.
 _CLASS, _ATTRIBUTE = re.compile(r"Attention\d*$"), re.compile(r"(attn|attention)\d*$", re.IGNORECASE)
 _BLOCK = re.compile(r"Block|Layer$")
@@ -29,7 +29,7 @@ _ROUTER = re.compile(r"(gate|router)(\.|$)")
 
 
 def one_line_each(said: Mapping[str, str]) -> list[str]:
-    """Write what is said of layers by name, a line for all of which the same is said."""
+    """Write texts about layers, by name, in one line for all layers that have the same text."""
     names: dict[str, list[str]] = {}
     for name, text in said.items():
         names.setdefault(text, []).append(name)

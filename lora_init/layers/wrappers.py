@@ -43,7 +43,7 @@ def plain_name(name: str) -> str:
 
 
 def class_name(module: nn.Module) -> str:
-    """Name a module's class as it was before `fully_shard` made another one of it."""
+    """Name a module's class, without the one that `fully_shard` derives from it."""
     return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, _fsdp_module()))
 
 
@@ -122,7 +122,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def run_eagerly() -> AbstractContextManager[Any]:
-    """Run code that was compiled as it was written: a compiled graph does not call hooks that were added after it."""
+    """Run compiled code uncompiled: a compiled graph does not call hooks that were added after it."""
     # Importing dynamo takes a second, and where it was not imported nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
@@ -142,7 +142,7 @@ class Precision:
 
     @contextmanager
     def on(self, enabled: bool = True) -> Iterator[None]:
-        """Have autocast on as it was."""
+        """Switch autocast on with the settings that it had."""
         with ExitStack() as stack:
             for device, dtype in self._dtypes.items():
                 stack.enter_context(torch.autocast(device, dtype, enabled=enabled))

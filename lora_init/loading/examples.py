@@ -48,7 +48,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is read of the columns, as it was asked for: arguments of `load_batches`."""
+    """How the caller wants columns to be read: arguments of `load_batches`."""
 
     template: str | None = None
     completion: str | None = None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_init.planning.budgets import FloatArray
     from lora_init.statistics.statistics import Statistics
 
-RHO = 1.0  # times the average rank, at most, in one layer if nothing is said: all layers have the same
+RHO = 1.0  # default: at most this times the average rank in one layer, so all layers have the same
 
 
 @dataclass(frozen=True)

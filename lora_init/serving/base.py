@@ -197,7 +197,7 @@ def with_changed_copies(trained: Trained, base: Base) -> Trained:
 class MergeSource(Stored):
     """Where a tensor of a merged model comes from.
 
-    Its name in the checkpoint is another one for an output embedding that was the input embedding and is no longer.
+    An output embedding that was tied and no longer is has another name in the checkpoint.
     """
 
     parameter: str = ""  # the model's parameter that it is, or is a part of, if the adapter changes that; else empty

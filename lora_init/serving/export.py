@@ -325,7 +325,7 @@ def _check_limits(limits: Mapping[str, int | str | float]) -> None:
 def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tuple[Trained, tuple[int, int]]:
     """Let PEFT take most of the intruder dimensions out of the adapter, and count them before and after.
 
-    The model is wrapped meanwhile, and afterwards as it was.
+    The model is wrapped meanwhile, and restored afterwards.
     """
     if not isinstance(model, nn.Module):
         raise LoraInitError(f"reduce_intruders= takes the base model and got {type(model).__name__}. Load it first.")

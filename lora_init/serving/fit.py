@@ -44,7 +44,7 @@ _REFUSED = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotIm
 
 @dataclass(frozen=True)
 class Misfit:
-    """What of an adapter would not be applied, or not as it was trained."""
+    """A part of an adapter that would not be applied, or not as it was trained."""
 
     # "name", "config", "missing", "shape", "vocabulary", "rank", "type", "base" or "revision"; "engine" where `export`
     # writes what an engine takes, "export" where it does not
@@ -351,7 +351,7 @@ class _Fit:
 
 
 def _core(layer: str) -> str:
-    """Take off the beginning of a layer's name that no layers are told apart by."""
+    """Take off the beginning of a layer's name, which does not distinguish layers."""
     return ".".join(dropwhile(_WRAPPERS.__contains__, plain_name(layer).split(".")))
 
 

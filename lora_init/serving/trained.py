@@ -37,7 +37,7 @@ _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
 # Ends of the names of A and B in the file.
 LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
-# Variants of LoRA in which the update is another one than scaling * B A.
+# Variants of LoRA whose update is not scaling * B A.
 OTHER_UPDATES = ("arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora")
 # What a config says about more than rank, scaling and layers, and an engine or PEFT needs to know.
 _KEPT_KEYS = (
@@ -419,6 +419,6 @@ def strength_of(dial: Mapping[str, Any]) -> str:
 
 
 def note_of(directory: Path) -> tuple[str, ...]:
-    """Return a note on the strength at which the dial wrote an adapter, in words; none of another."""
+    """Return a note on the strength that the dial gave an adapter; empty unless the dial wrote it."""
     found = read_json(directory / DIAL_FILE) if is_as_written(directory, DIAL_FILE) else None
     return () if found is None else (f"its strength is the dial's: {strength_of(found)}",)

@@ -109,7 +109,7 @@ def _common_size(spectra: Iterable[Iterable[Spectrum]]) -> int:
     """Compute how many components to keep, given the groups of each part: as many as every part has that left any out.
 
     A part that saw few rows has few components and lacks nothing. One that was asked for fewer than another lacks the
-    rest, and what is known of that from the other alone would pass for the whole.
+    rest, and the other part alone would then describe the whole.
     """
     least, whole = math.inf, 0
     for part in map(list, spectra):
@@ -332,9 +332,9 @@ def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size:
 
 
 def _notes(parts: Sequence[Statistics]) -> Iterator[str]:
-    """Keep what was said about single layers: as it is where it holds for all, else as said of one part.
+    """Keep the notes about single layers: unchanged if all parts have them, else with the number of the part.
 
-    What was said about the experts of a parameter is said anew.
+    Notes about the experts of a parameter are written anew.
     """
     experts = {name for part in parts for name, target in part.targets.items() if target.experts}
     about = re.compile(r"(.*?)( and \d+ other layers?)?: ")

@@ -127,7 +127,7 @@ class StartCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         eval_dataloader: Any = None, **rest: Any,
     ) -> None:  # fmt: skip
-        """Dial the adapter; whatever is wrong, it stays as trained, for the tool to save."""
+        """Dial the adapter. After any error it stays as trained, so that the tool saves it."""
         if not self.dial:
             return
         try:
