@@ -22,7 +22,7 @@ from lora_init.planning.lora_config import scaling_of
 
 
 def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse layers that are not there, quantized or tied: their weights cannot give up what an adapter adds."""
+    """Refuse layers that are missing, quantized or tied: nothing can be subtracted from their weights."""
     modules = dict(model.named_modules())
     owners = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
     for name in names:

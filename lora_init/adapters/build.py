@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def check_adapter_options(
     start: Start, shape: Shape, output: str | Path | None = None, overwrite: bool = False
 ) -> None:
-    """Check what an adapter is to be like, before any data are read, and the directory `output` if it will be saved."""
+    """Validate the form of an adapter before any data are read, and the directory `output` if it will be saved."""
     _check_gamma(start, shape.gamma)
     if shape.use_dora and not start.b_is_zero:
         raise LoraInitError(
@@ -178,7 +178,7 @@ def build_adapter(
 def build_from(
     of: Material, ranks: Mapping[str, int] | int | None, selected: Collection[str] | None = None
 ) -> AdapterInit:
-    """Compute the start of every layer's adapter, of those that are `selected`, from what was checked already."""
+    """Compute the start of the adapter of each layer that is `selected`, from options that were checked already."""
     start, stats, shape = of.start, of.stats, of.shape
     selected = [*stats, *stats.unsupported] if selected is None else selected
     asked, rank = _ranks_asked(stats, ranks, of.rank, selected)

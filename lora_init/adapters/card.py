@@ -1,4 +1,4 @@
-"""What an adapter before training says of itself: its README, and the record in its directory."""
+"""The README of an adapter before training, and the record in its directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ base_model = {model_class}.from_pretrained({base!r}, quantization_config=quantiz
 
 
 def start_in_words(init: AdapterInit) -> str:
-    """Return what the adapter does to the model before it is trained, and what of it is trained."""
+    """Describe what the untrained adapter does to the model, and which of its parts are trained."""
     frozen = "; A stays as it is in training, see README.md" if init.freeze_a else ""
     if init.corrects_base:
         return (
@@ -54,7 +54,7 @@ def start_in_words(init: AdapterInit) -> str:
 
 
 def correction_of(init: AdapterInit) -> dict[str, Any]:
-    """Return what quantization cost and what the adapter gives back, in plain values: losses, their share, errors."""
+    """Return plain values about a correction: the losses, the share of the gap that it closes, and the errors."""
     before, after = init.losses or (None, None)
     return {
         "losses": {"float": init.exact_loss, "quantised": before, "corrected": after},

@@ -1,4 +1,4 @@
-"""What PEFT's `LoraConfig`, or an adapter on a model, says an adapter is to be like."""
+"""Options that come from PEFT's `LoraConfig`, or from an untrained adapter on a model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DROPPED = (
 
 
 def check_agreement(given: Mapping[str, Any], said: Mapping[str, Any], whose: str) -> None:
-    """Refuse arguments that say otherwise than a configuration does."""
+    """Refuse arguments that contradict a configuration."""
     for name, value in given.items():
         if _plain(value) != _plain(said[name]):
             raise LoraInitError(f"{name}={value!r}: {whose} decides that and says {said[name]!r}. Leave it out here.")
@@ -134,7 +134,7 @@ def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> di
 
 
 def read_adapter(model: Any, asked: Asked, whose: str, before: LoraConfig | None = None) -> Asked:
-    """Add to what was asked what an untrained adapter on a model says; `before` is its config as the user wrote it."""
+    """Add the settings of an untrained adapter on a model; `before` is its config as the user wrote it."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import ParamWrapper
 

@@ -127,7 +127,7 @@ class AdapterDirectory:
 
     @property
     def is_start(self) -> bool:
-        """Whether it is as lora_init wrote it, before training. PEFT drops the record, or leaves it as it was."""
+        """Whether lora_init wrote it and nobody trained it. PEFT drops the record, or leaves it unchanged."""
         return is_as_written(self.path, ORIGIN_FILE)
 
     @property
@@ -184,7 +184,7 @@ class AdapterDirectory:
         return began if began and (origin.get("corrects_base") or changes_base(began)) else ""
 
     def check_fits_plain_base(self) -> None:
-        """Refuse one that began by changing the weights of the base."""
+        """Refuse an adapter that began by changing the weights of the base."""
         if began := self.base_change:
             raise LoraInitError(
                 f"{self.path} began as {began}, which changes the base weights, so it does not fit the plain base. "
@@ -205,7 +205,7 @@ class AdapterDirectory:
 
 
 def _form_of(path: Path) -> str:
-    """Describe what else than PEFT's adapter is in a file or directory, by the names of its files and tensors."""
+    """Describe what a file or directory holds if it is no adapter of PEFT, by the names of files and tensors."""
     files = [path] if path.is_file() else sorted(path.iterdir())
     if any(file.name.endswith((".incomplete", ".part", ".crdownload")) for file in files):
         return "is half a download"
@@ -273,7 +273,7 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def start_digest(weights: Weights) -> str:
-    """Hash A and B of a start, by which `export` tells it from others. Rounded, since a trainer may keep bfloat16."""
+    """Hash A and B of a start, so that `export` recognizes it. Rounded, since a trainer may keep bfloat16."""
     digest = hashlib.sha256()
     for name, pair in sorted(weights.items()):
         digest.update(name.encode())

@@ -138,7 +138,7 @@ def _without_none(**arguments: Any) -> dict[str, Any]:
 
 
 def _check_learning_rate(learning_rate: Any, model: Any) -> None:
-    """Refuse another rate than the measured one, and that where there is no trainer to give it to."""
+    """Refuse any value but "measured", and that without a trainer."""
     if learning_rate not in (None, "measured") or (learning_rate and not is_trainer(model)):
         raise LoraInitError(
             f"learning_rate={learning_rate!r}: 'measured' sets the rate of a trainer. For a model call learning_rate()."

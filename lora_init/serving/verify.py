@@ -268,7 +268,7 @@ class Local:
             yield
 
     def observe(self, ask: Ask | None, prompts: Sequence[Any]) -> Tensor:
-        """Read answers of an engine, [prompts, vocabulary]; NaN where it tells nothing, or a text of several tokens."""
+        """Read answers of an engine, [prompts, vocabulary]; NaN where there is none, or a text of several tokens."""
         told = torch.full((len(prompts), self.size), torch.nan)
         for row, prompt in zip(told, prompts, strict=True):
             answer = ask(prompt) if ask else {}

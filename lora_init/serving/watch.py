@@ -1,4 +1,4 @@
-"""Whether an engine serves what is being trained: `verify` in the loop, with the steps before to compare with."""
+"""Whether an engine serves what is being trained: `verify` in the loop, compared with earlier steps, too."""
 
 from __future__ import annotations
 

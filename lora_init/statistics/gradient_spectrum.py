@@ -1,4 +1,4 @@
-"""What the loss says about one layer: the running mean of its weight's gradient, and the frozen result."""
+"""The gradient of the loss by the weight of one layer: its running mean, and the frozen result."""
 
 from __future__ import annotations
 

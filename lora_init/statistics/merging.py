@@ -1,4 +1,4 @@
-"""The statistics of several passes over one model as one: what becomes of each part."""
+"""How statistics of several passes over one model are merged, part by part."""
 
 from __future__ import annotations
 

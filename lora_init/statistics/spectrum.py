@@ -1,4 +1,4 @@
-"""The frozen result of a decomposition, how to compare two of them, and the exact way to one."""
+"""The frozen result of a decomposition, the comparison of two results, and the exact decomposition."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def check_alike(one_center: bool, other_center: bool) -> None:
 
 
 def raise_if_not_finite(row_norms: Tensor) -> None:
-    """Refuse rows with NaN or inf, told by their squared norms [n]."""
+    """Refuse rows with NaN or inf, which their squared norms [n] show."""
     bad = (~row_norms.isfinite()).nonzero().flatten()
     if len(bad):
         raise LoraInitError(

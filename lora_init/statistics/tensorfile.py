@@ -74,7 +74,7 @@ class TensorFile:
 
     @contextmanager
     def checking(self, what: str) -> Iterator[None]:
-        """Put errors of reading something that was written otherwise into words."""
+        """Turn errors of reading a file in another form into one line."""
         try:
             yield
         except LoraInitError:
