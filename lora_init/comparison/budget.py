@@ -68,7 +68,7 @@ class RunBudget:
         going, seeds = list(starts), list(plan.seeds)
         if self.limited:
             for n in STAGES:
-                now = _of_stage(planned, records, going, seeds[:n])
+                now = _runs_of_stage(planned, records, going, seeds[:n])
                 if any(run not in records for run in now):
                     return now, said
                 going, why = self._judge(going, [record for run, record in records.items() if run.seed in seeds[:n]])
@@ -89,7 +89,7 @@ class RunBudget:
         return still_going, "; ".join(why) or "nothing to compare"
 
 
-def _of_stage(
+def _runs_of_stage(
     planned: Iterable[Run], records: Mapping[Run, Record], going: Sequence[Variant], seeds: Sequence[int]
 ) -> list[Run]:
     """List the planned runs with these seeds of the starts that continue, and all runs that ended."""

@@ -195,7 +195,7 @@ def compare(
     sources = Sources(batches[0], names, own, _absolute(bank))
     make = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, sources=sources)
     bench = make(training=asked.training())
-    say(f"data: {bench.task.data}{_classes(bench.task.rows_of)}")
+    say(f"data: {bench.task.data}{_classes_in_words(bench.task.rows_of)}")
     plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers
     asked = replace(asked, rates=bench.measured_rates(plan.starts, dry_run) if learning_rates is None else {})
@@ -243,7 +243,7 @@ def _kept_size(directory: Path) -> Size | None:
     return Size(**stored) if stored else SIZES[0]
 
 
-def _classes(rows_of: Mapping[str, int]) -> str:
+def _classes_in_words(rows_of: Mapping[str, int]) -> str:
     return f"; {classes_in_words(rows_of)}" if rows_of else ""
 
 
@@ -269,11 +269,11 @@ def _do_runs(
             with suppress(LoraInitError, OSError):
                 write_report(log.path)
         if isinstance(error, KeyboardInterrupt):
-            say(f"{output}: {_kept(log.records, due)}. The same command goes on from there.")
+            say(f"{output}: {_kept_in_words(log.records, due)}. The same command goes on from there.")
         raise
 
 
-def _kept(records: Mapping[Run, Record], due: Callable[..., Any]) -> str:
+def _kept_in_words(records: Mapping[Run, Record], due: Callable[..., Any]) -> str:
     """Describe in words which runs an interrupted comparison has kept."""
     if not records:
         return "no run had ended"

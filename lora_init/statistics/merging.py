@@ -282,7 +282,7 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
     gradients = all(one.gradients for one in made)  # the gradients of some are not the gradients of the whole
     return replace(
         made[0],
-        data=_data(made, weights),
+        data=_data_in_words(made, weights),
         rank=min(one.rank for one in made),
         gradients=gradients,
         n_labels=sum(one.n_labels for one in made) if gradients else 0,
@@ -296,7 +296,7 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
     )
 
 
-def _data(made: Sequence[Provenance], weights: Sequence[float] | None) -> str:
+def _data_in_words(made: Sequence[Provenance], weights: Sequence[float] | None) -> str:
     """Describe the data of all parts, each once; with weights each with its own."""
     data = [one.data for one in made]
     if weights is not None:
