@@ -93,7 +93,7 @@ class Source:
         return self.carrier.model, fit_to(self.carrier.model, asked, examples.classes)
 
     def collect(self, model: nn.Module, examples: Examples, asked: Asked) -> tuple[Statistics, Asked]:
-        """Collect the statistics that the start needs; without gradients, those of the default start.
+        """Collect the statistics that the start needs; without gradients, the default start takes its place.
 
         The options that are returned name the start that was taken.
         """

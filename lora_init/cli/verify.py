@@ -125,7 +125,7 @@ class _Failures:
 
     @contextmanager
     def noting(self, directory: Path) -> Iterator[None]:
-        """Note the error of the block as that of an adapter, or raise it if there is no other."""
+        """Note an error of the block for an adapter, or raise it if there is no other adapter."""
         try:
             yield
         except LoraInitError as error:

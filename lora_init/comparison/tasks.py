@@ -240,7 +240,7 @@ def _check_sizes(**folds: int | None) -> None:
 
 
 def _columns(reader: Reader, asked: Loading, names: Sequence[str]) -> list[str]:
-    """List the columns to read, those of a multiple choice among them."""
+    """List the columns to read, with options and answer of a multiple choice."""
     of_choice = [asked.answer, asked.options] if asked.options else []
     return [*reader.columns, *(column for column in of_choice if column in names)]
 

@@ -304,7 +304,7 @@ def _places(
 ) -> dict[str, int | None] | None:
     """Name the tensors of a checkpoint that a piece of a parameter is in, each with its expert, None for all experts.
 
-    `of_all` is the shape of the piece of the whole parameter, `of_one` that of the piece of expert 0. None if neither
+    `of_all` is the piece's shape for the whole parameter, `of_one` its shape for expert 0 alone. None if neither
     is a form in which experts are stored.
     """
     if parameter.dim() != 3:

@@ -88,9 +88,9 @@ def verify(
 ) -> Verification:  # fmt: skip
     """Find out what an engine serves under the name of an adapter.
 
-    First the `n` prompts are chosen that the adapter changes most. The engine is asked for log-probabilities of the
-    token after them, which are compared with those of the adapter in PEFT; if they differ, with those of the base, of
-    other scalings, and of the adapter without one kind of layer. The distance of the served base from the local one is
+    First the `n` prompts are chosen that the adapter changes most. The engine's log-probabilities of the token after
+    them are compared with what PEFT computes for the adapter; if they differ, also for the base, for other scalings,
+    and for the adapter without one kind of layer. The distance of the served base from the local one is
     the noise; a fault with a smaller effect is not seen. Cost: two forward passes for each prompt, and about 40 for
     each of the `n` if something is wrong.
 

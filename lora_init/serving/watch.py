@@ -28,7 +28,7 @@ class ServingWatch:
     """Compare what an engine serves during training with the model that is trained, now and at earlier steps.
 
     For each noted step the watch keeps log-probabilities after the prompts, and no weights. An engine that was not
-    synchronized answers as an earlier step did; the verdict then names that step. The other verdicts are those of
+    synchronized answers as an earlier step did; the verdict then names that step. The other verdicts are as in
     `verify`. A check costs a forward pass over the prompts and one request for each prompt; if something is wrong,
     `diagnose` runs about 40 more passes.
 
@@ -62,7 +62,7 @@ class ServingWatch:
         self._plain: tuple[Tensor, Tensor] | None = None  # of the base here and there, which nothing changes
 
     def note(self, model: Any, step: int) -> None:
-        """Keep the model's present answers as those of a step. Call this when weights are sent to the engine.
+        """Keep the model's present answers for a step. Call this when weights are sent to the engine.
 
         Args:
             model: The `PeftModel` that is trained.

@@ -152,7 +152,7 @@ def raise_if_not_finite(row_norms: Tensor) -> None:
 
 
 class ExactPCA:
-    """Decompose the full covariance, accumulated in float64. Methods and laws are those of `IncrementalSVD`.
+    """Decompose the full covariance, accumulated in float64. Methods and laws are as in `IncrementalSVD`.
 
     It is the exact reference for the running decomposition, and is fast enough for small widths.
 

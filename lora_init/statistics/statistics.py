@@ -255,8 +255,8 @@ class Statistics(Mapping[str, Spectrum]):
         much of new rows the common components capture.
 
         Rows that two parts share count twice. Merge several parts in one call: each call leaves something out. Fields
-        of `provenance` that cannot be added or listed, such as the seed, are those of the first part; the notes
-        describe every part.
+        of `provenance` that cannot be added or listed, such as the seed, come from the first part; the notes describe
+        every part.
 
         Args:
             others: Statistics.
