@@ -505,6 +505,14 @@ def long_sweeps() -> int:
     return len(_long_sweeps())
 
 
+def long_larger() -> tuple[float, float, float]:
+    """Return the least and the largest rate over the best with steps of 32, and how far above the best it ends."""
+    sweeps = [asdict(one) for one in long_runs.SWEEPS if one.batch == 32]
+    known = [one for one in sweeps if long_runs.best_rate(long_runs.losses_of(long_runs.Sweep(**one)))]
+    over, above = zip(*((long_over(**one), long_above(**one)) for one in known), strict=True)
+    return min(over), max(over), max(above)
+
+
 def long_judged() -> tuple[float, float, float, float]:
     """Return for those the least and the most of the rule over the best rate, the rms factor, the most loss above."""
     over, above = zip(*_long_sweeps(), strict=True)

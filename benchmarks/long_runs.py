@@ -73,7 +73,8 @@ class Sweep:
     @property
     def guess(self) -> int:
         """Return the power of three at which the sweep begins."""
-        return round(math.log((self.steps / 48) ** -0.2 * self.epochs**-1.2) / math.log(FACTOR))
+        rough = (self.steps / 48) ** -0.2 * self.epochs**-1.2 * (self.batch / 8) ** 0.35
+        return round(math.log(rough) / math.log(FACTOR))
 
 
 def _sweeps() -> Iterator[Sweep]:
@@ -90,8 +91,8 @@ def _sweeps() -> Iterator[Sweep]:
     yield Sweep("smollm2", "medmcqa", 48, batch=32)
     yield Sweep("gemma", "boolq", 48, batch=32)
     yield Sweep("smollm2", "boolq", 160, batch=32)
-    yield Sweep("gemma", "medmcqa", 480)
     yield Sweep("smollm2", "boolq", 48, batch=128)
+    yield Sweep("gemma", "medmcqa", 480)
     yield Sweep("smollm2", "boolq", 1600)
     yield Sweep("smollm2", "boolq", 1250, rows=1000)
     yield from (Sweep(*pair, 160) for pair in both[1::-1])

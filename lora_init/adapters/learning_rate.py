@@ -4,7 +4,8 @@ Each of Adam's first steps moves every entry of B by about the learning rate, wh
 output y = W x, scaling s and start A [r, d_in], a move of unit sign in B by eta changes y by eta s sum |(A x)_i|. A
 moves as well, which adds eta^2 s c r sum |x_j| / 2, where c is fitted. The rate for 48 steps is the eta at which this
 change, over the root mean square of W x, is C in the geometric mean over layers. Longer runs want a lower rate: a
-little lower on examples that are all new, and much lower where the same examples come again, see `factor`. Changes of
+little lower on examples that are all new, and much lower where the same examples come again; larger steps a little
+higher one, see `factor`. Changes of
 layers add up like independent ones: where a share of the model's linear layers has the adapter, the rate is higher by
 the root of one over the share. The r directions of a layer add up only in part, so the change is divided by
 (r / 8)^(1/4), a fitted power. C and c were fitted on SmolLM2-135M, see docs/learning-rates.md; muA (arXiv 2602.06204)
@@ -34,11 +35,12 @@ CHANGE, GROWTH = 0.0058, 2.5
 RANK, OVERLAP = 8, 0.25  # at which both were fitted; directions of another number add up only in part
 # A new head, which begins at random, wants a larger change.
 STEPS, NEW_HEAD = 48, 4.8
-# How the rate falls with the steps, by a power: on new examples, and for each further epoch. See `factor`.
-FALL, REPEATED, FALL_NEW_HEAD = 1 / 6, 1.0, 0.5
+# How the rate falls with the steps, by a power: on new examples, and for each further epoch; and how it rises with the
+# examples in a step. See `factor`.
+FALL, REPEATED, FALL_NEW_HEAD, RISE = 1 / 6, 1.0, 0.5, 1 / 3
 # What is known of the logarithm of the best rate: its standard deviation around the rule where the rule was measured
 # (65 sweeps), and how that grows for each factor of e in steps, epochs and batch size away from there: how far single
-# sweeps put the powers from FALL, REPEATED, and 0 for the batch.
+# sweeps put the powers from FALL, REPEATED and RISE.
 SPREAD, SPREAD_STEPS, SPREAD_EPOCHS, SPREAD_BATCH = 0.35, 0.1, 0.25, 0.25
 MEASURED_AT, MEASURED_AT_NEW_HEAD = (48, 1.0), (200, 3.0)  # steps and epochs of most of those sweeps
 UNKNOWN = 4.0  # a range that reaches farther than by this factor says that the rate is not known
@@ -80,11 +82,12 @@ class Response(NamedTuple):
 
 
 def factor(length: TrainingLength, new_head: bool = False) -> float:
-    """Compute the rate of a training of this length over that of 48 steps, in which no example comes again.
+    """Compute the rate of a training of this length over that of 48 steps of 8, in which no example comes again.
 
     Where all examples were new, the rate of this law was 0.6 to 0.9 times the best at 48 steps and 0.7 to 0.9 times at
-    480, on two families and two tasks; after three epochs of 1,000 examples it was 1.1 and 1.3 times the best. Rates of
-    a new head were measured from 100 to 400 steps, about three epochs: they fell with the root of the steps.
+    480, on two families and two tasks; after three epochs of 1,000 examples it was 1.1 and 1.3 times the best. At 48
+    steps of 32 it is 0.8 to 0.9 times the best; without the power of the batch 0.5 to 0.6. Rates of a new head were
+    measured from 100 to 400 steps of 8, about three epochs: they fell with the root of the steps.
 
     Example:
         >>> round(factor(TrainingLength(480)), 2), round(factor(TrainingLength(480, rows=900)), 2)
@@ -92,7 +95,8 @@ def factor(length: TrainingLength, new_head: bool = False) -> float:
     """
     if new_head:
         return math.pow(STEPS / length.steps, FALL_NEW_HEAD)
-    return math.pow(STEPS / length.steps, FALL) / math.pow(length.epochs, REPEATED)
+    larger = math.pow(length.batch_size / BATCH_SIZE, RISE)
+    return larger * math.pow(STEPS / length.steps, FALL) / math.pow(length.epochs, REPEATED)
 
 
 def share_of(n_layers: int, n_linear: int) -> float:

@@ -76,9 +76,9 @@ def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs_and_ris
             for length in (TrainingLength(48), TrainingLength(480), TrainingLength(480, rows=960))
         )
         assert short / long == pytest.approx(10 ** (1 / 6), rel=0.05) and long / again == pytest.approx(4, rel=0.05)
-        # Accumulated, the same steps see each example as often as a larger batch does.
+        # Steps of four times as many examples want a rate that is higher by the cube root of four.
         larger = LearningRate(responses, TrainingLength(480, 32, rows=3840)).rate
-        assert larger == pytest.approx(again, rel=0.05)
+        assert larger == pytest.approx(again * 4 ** (1 / 3), rel=0.05)
     assert LearningRate(ONE, TrainingLength(48), new_head=True).rate == pytest.approx(CHANGE / 2 * NEW_HEAD, rel=0.05)
     assert factor(TrainingLength(192, rows=100), new_head=True) == 0.5  # measured so, over three epochs
 
