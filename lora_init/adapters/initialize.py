@@ -124,9 +124,9 @@ def initialize(
         adapted = _applied(init, door.carrier, adapter_name)
     door.hand_over(adapted)
     if learning_rate and init.rate:
-        door.trainer.args.learning_rate = init.rate.rate
+        door.set_rate(init.rate.rate)
     if door.is_measured and init.rate:
-        for said in init.rate.far_off(door.trainer.args, door.optimizer, door.schedule):
+        for said in init.rate.far_off(door.learning_rate, door.optimizer, door.schedule):
             warnings.warn(said, stacklevel=2)
     if asked.run.progress is not False and door.trainer.is_world_process_zero():
         _print_made(init, door.trainer.args.per_device_train_batch_size, time.perf_counter() - began)

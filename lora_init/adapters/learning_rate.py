@@ -235,8 +235,8 @@ class LearningRate:
         measured = " and ".join(filter(None, [steps, batch]))
         return f" (extrapolated: measured were {measured})" if measured else ""
 
-    def far_off(self, settings: Any, optimizer: str, schedule: str) -> list[str]:
-        """Compare with a trainer's arguments: a line where nothing was measured, and for a rate beyond three times."""
+    def far_off(self, learning_rate: float | None, optimizer: str, schedule: str) -> list[str]:
+        """Compare with what a trainer has: a line where nothing was measured, and for a rate beyond three times."""
         if not is_adamw(optimizer):
             return [f"the learning rate was measured for AdamW, and not for the optimizer {optimizer}: tune it."]
         lines = []
@@ -244,9 +244,9 @@ class LearningRate:
             known = " and ".join(SCHEDULES)
             lines.append(f"the learning rate was measured with the schedule {known}, and not with {schedule}: tune it.")
         far = max(FAR, self.within)
-        if not self.rate / far < settings.learning_rate < self.rate * far:
+        if learning_rate is not None and not self.rate / far < learning_rate < self.rate * far:
             lines.append(
-                f"learning_rate is {rate_text(settings.learning_rate)} in the trainer's args, and the forward pass "
+                f"learning_rate is {rate_text(learning_rate)} in the trainer, and the forward pass "
                 f"says {rate_text(self.rate)} for {self.length}. Set that, or pass initialize() "
                 "learning_rate='measured'."
             )

@@ -174,7 +174,8 @@ def adapter_layers(peft_model: PeftModel | nn.Module) -> dict[str, Any]:
         if isinstance(module, ParamWrapper):  # one inside another for each parameter of a module
             layers[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module
         # nn.MultiheadAttention's adapter holds the one of its output projection: one layer, not two.
-        elif isinstance(module, LoraLayer) and ".base_layer." not in name:
+        # AdaLoRA's A is no module.
+        elif isinstance(module, LoraLayer) and isinstance(module.lora_A, nn.ModuleDict) and ".base_layer." not in name:
             layers[name] = module
     return layers
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_init.layers.wrappers import unwrapped, weights
+from lora_init.layers.wrappers import plain_name, unwrapped, weights
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -30,8 +30,12 @@ def fingerprint(model: nn.Module) -> str:
     They are 32 hexadecimal digits. Values are rounded to bfloat16, so that one checkpoint gives one fingerprint in
     float32 and in bfloat16.
     """
+    return _digest_of(weights(unwrapped(model)))
+
+
+def _digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, weight in weights(unwrapped(model)):
+    for name, weight in tensors:
         digest.update(f"{name}:{tuple(weight.shape)};".encode())
         if weight.device.type != "meta" and weight.numel():
             try:
@@ -53,27 +57,35 @@ _IDLE = re.compile(
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """Return what a model's configuration says of how it computes, such as `{"config.rms_norm_eps": 1e-05}`.
+    """Return what decides, beside the weights, how a model computes, such as `{"config.rms_norm_eps": 1e-05}`.
 
     A fingerprint knows the weights alone; the same weights with another `rope_theta` give other inputs to each layer.
-    Entries of a nested configuration have names with dots.
+    Entries of a nested configuration have names with dots. Buffers that are saved, as the means of a batch norm, are
+    one entry, a hash like the fingerprint.
     """
-    to_dict = getattr(getattr(unwrapped(model), "config", None), "to_dict", None)
-    return dict(_flat("config", to_dict())) if to_dict else {}
+    plain = unwrapped(model)
+    to_dict = getattr(getattr(plain, "config", None), "to_dict", None)
+    saved = plain.state_dict(keep_vars=True)
+    buffers = [(plain_name(name), one) for name, one in plain.named_buffers() if name in saved]
+    floating = [(name, one) for name, one in buffers if one.is_floating_point() and ".lora_" not in name]
+    hashed = {"config.saved buffers": _digest_of(floating)} if floating else {}
+    return (dict(_flat("config", to_dict())) if to_dict else {}) | hashed
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
+        if name != "config":
+            yield name, "given"  # and not None
         for key, inner in value.items():
             if not _IDLE.match(str(key)):
                 yield from _flat(f"{name}.{key}", inner)
-    elif isinstance(value, (bool, int, float, str, list, tuple)):
+    elif value is None or isinstance(value, (bool, int, float, str, list, tuple)):
         yield name, list(value) if isinstance(value, tuple) else value
 
 
 def differing_config(recorded: Any, config: Mapping[str, Any]) -> str:
     """Return in words the first entry of a configuration that a record has otherwise; empty if all agree."""
     for name, value in config.items():
-        if isinstance(recorded, Mapping) and recorded.get(name, value) != value:
+        if isinstance(recorded, Mapping) and recorded.get(name, value) != value:  # older records have fewer
             return f"{name.removeprefix('config.')} {recorded[name]!r:.60} instead of {value!r:.60}"
     return ""

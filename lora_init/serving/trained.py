@@ -121,7 +121,7 @@ class Trained:
     @property
     def adds_nothing(self) -> bool:
         """Whether B A is zero in every layer, as before training."""
-        return all(is_zero_update(layer.a, layer.b) for layer in self.layers.values())
+        return all(not layer.scaling or is_zero_update(layer.a, layer.b) for layer in self.layers.values())
 
     @property
     def scaling(self) -> float:

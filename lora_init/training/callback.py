@@ -104,8 +104,10 @@ class StartCallback(TrainerCallback):
         if carrier is None:
             _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
             rate = rest["optimizer"].param_groups[0].get("initial_lr")  # the one that was measured, from the checkpoint
-            if self.measured and rate and args.learning_rate:
-                _set_shares(args, rate, rest["lr_scheduler"])
+            made_for = rest["optimizer"].defaults.get("lr")
+            if self.measured and rate and made_for:
+                _set_shares(rate / made_for, rest["lr_scheduler"], args.lr_scheduler_kwargs)
+                args.learning_rate = rate
         else:
             self._start(carrier, args, state, train_dataloader, rest)
 
@@ -178,16 +180,18 @@ class StartCallback(TrainerCallback):
                         "learning_rate='measured': the optimizer has several rates, as LoRA+ has, and nothing was "
                         "measured for that. Leave it out, and tune them."
                     )
+                _check_schedule(rest.get("lr_scheduler"))
             init = run(Source(carrier, chain([first], batches)), asked.but(data="training batches"))
             carrier.put(init, "")
         rate = replace(init, length=length_of(args, state.max_steps, train_dataloader)).rate
-        if self.measured and rate and args.learning_rate:
-            _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
-        schedule = schedule_of(args, rest.get("lr_scheduler"))
-        for said in rate.far_off(args, type(optimizer).__name__, schedule) if rate and is_plain_loss else ():
+        if self.measured and rate and _rate_of(optimizer):
+            _set_rate(rate.rate, rest["optimizer"], rest["lr_scheduler"], args.lr_scheduler_kwargs)
+            args.learning_rate = rate.rate
+        trained_at, schedule = _rate_of(optimizer), schedule_of(args, rest.get("lr_scheduler"))
+        for said in rate.far_off(trained_at, type(optimizer).__name__, schedule) if rate and is_plain_loss else ():
             warnings.warn(said, stacklevel=2)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
-        _say(state, f"{what}; the learning rate is {args.learning_rate:.2g}.")
+        _say(state, f"{what}; the learning rate is {trained_at:.2g}.")
 
 
 class Filled(InPlace):
@@ -250,26 +254,42 @@ def _check_dial(args: TrainingArguments, model: Any) -> None:
         check_dialable(config.to_dict(), config.modules_to_save or (), "the adapter to dial")
 
 
-def _set_rate(args: Any, rate: float, optimizer: Any, scheduler: Any) -> None:
-    """Set the learning rate of a trainer that has its optimizer and its schedule."""
-    factor, schedule = rate / args.learning_rate, getattr(scheduler, "scheduler", scheduler)  # accelerate's holds it
+def _rate_of(optimizer: Any) -> float:
+    """Return the rate that an optimizer was made with; one of one's own need not have the trainer's."""
+    group = optimizer.param_groups[0]
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _check_schedule(scheduler: Any) -> None:
+    """Refuse schedules that hold rates of their own, beside those of the optimizer."""
+    own = torch.optim.lr_scheduler
+    made = getattr(scheduler, "scheduler", scheduler)  # accelerate's holds it
+    if isinstance(made, (own.OneCycleLR, own.CyclicLR, own.SequentialLR)):
+        raise LoraInitError(
+            f"learning_rate='measured': {type(made).__name__} has rates of its own, which would stay. Take a schedule "
+            "of transformers, or leave it out, and tune them."
+        )
+
+
+def _set_rate(rate: float, optimizer: Any, scheduler: Any, kwargs: Any) -> None:
+    """Set the learning rate of an optimizer and its schedule."""
+    factor, schedule = rate / _rate_of(optimizer), getattr(scheduler, "scheduler", scheduler)
     for group in optimizer.param_groups:
         group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
     state = schedule.state_dict()
     lists = {name: [one * factor for one in state[name]] for name in ("base_lrs", "_last_lr") if name in state}
     schedule.load_state_dict(state | lists)
-    _set_shares(args, rate, schedule)
+    _set_shares(factor, schedule, kwargs)
 
 
-def _set_shares(args: Any, rate: float, scheduler: Any) -> None:
-    """Let a schedule that was made for another rate end where it did."""
-    factor, schedule = rate / args.learning_rate, getattr(scheduler, "scheduler", scheduler)
+def _set_shares(factor: float, scheduler: Any, kwargs: Any) -> None:
+    """Let a schedule end where it did, though the rate is another by a factor than the one that it was made for."""
+    schedule = getattr(scheduler, "scheduler", scheduler)
     # Rates that a schedule ends at are shares of the one that it was made for.
-    shares = {"lr_init": factor} | ({"min_lr_rate": 1 / factor} if "min_lr" in (args.lr_scheduler_kwargs or {}) else {})
+    shares = {"lr_init": factor} | ({"min_lr_rate": 1 / factor} if "min_lr" in (kwargs or {}) else {})
     functions = {id(one): one for one in getattr(schedule, "lr_lambdas", ())}  # groups share one
     for known in (getattr(one, "keywords", {}) for one in functions.values()):
         known.update({name: known[name] * share for name, share in shares.items() if name in known})
-    args.learning_rate = rate
 
 
 def _say(state: TrainerState, text: str) -> None:

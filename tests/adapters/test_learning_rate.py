@@ -3,11 +3,10 @@
 import math
 from collections import OrderedDict
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainingArguments, XLMConfig, XLMModel, get_scheduler
 
@@ -223,7 +222,7 @@ def test_an_adapter_of_experts_alone_is_named():
     (2e-3, "adamw_torch", "cosine", ""),
     (
         1e-4, "adamw_torch", "cosine",
-        "learning_rate is 1e-4 in the trainer's args, and the forward pass says 2.9e-3 for 48 steps",
+        "learning_rate is 1e-4 in the trainer, and the forward pass says 2.9e-3 for 48 steps",
     ),
     (2e-3, "AdamW8bit", "cosine", ""),
     (2e-3, "PagedAdam32bit", "cosine", ""),
@@ -235,8 +234,7 @@ def test_an_adapter_of_experts_alone_is_named():
     (2e-3, "adamw_torch", "constant", "the learning rate was measured with the schedule cosine and linear, and not"),
 ])  # fmt: skip
 def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, schedule, words):
-    settings = SimpleNamespace(learning_rate=rate)
-    said = LearningRate(ONE, TrainingLength(48)).far_off(settings, optimizer, schedule)
+    said = LearningRate(ONE, TrainingLength(48)).far_off(rate, optimizer, schedule)
     assert len(said) == bool(words) and all(line.startswith(words) for line in said)
 
 
@@ -395,3 +393,8 @@ def test_dora_has_the_rate_of_the_same_adapter_without_it_and_stays_dora():
         replace(init, length=TrainingLength(100)).rate.rate, rel=0.1
     )
     assert adapted.base_model.model[0].lora_variant
+
+
+def test_an_adapter_of_another_method_is_no_lora_adapter(tokens):
+    other = get_peft_model(tiny_llama(), AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]))
+    assert "has no LoRA adapter 'default'" in refused("", learning_rate, other, [tokens])

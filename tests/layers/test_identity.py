@@ -39,4 +39,22 @@ def test_a_configuration_is_known_by_what_it_computes():
     model.config.rms_norm_eps = 1e-6
     model.config.rope_parameters["rope_theta"] = 5.0
     assert differing_config(recorded, model_config(model)) == "rope_parameters.rope_theta 10000.0 instead of 5.0"
+    model.config.rope_parameters["rope_theta"] = 10000.0
+    model.config.sliding_window = 4  # one that was not there says nothing; from None, it does
+    assert differing_config(recorded, model_config(model)) == ""
+    recorded = model_config(model) | {"config.sliding_window": None}
+    assert differing_config(recorded, model_config(model)) == "sliding_window None instead of 4"
+    nested = model_config(model) | {"config.rope_parameters": None}
+    assert differing_config(nested, model_config(model)) == "rope_parameters None instead of 'given'"
     assert model_config(nn.Linear(2, 2)) == {}
+
+
+def test_saved_buffers_are_part_of_a_model():
+    norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    norm.register_buffer("not_saved", torch.ones(2), persistent=False)
+    before = json.loads(json.dumps(model_config(norm)))
+    norm.not_saved.add_(1)
+    norm.num_batches_tracked = 5
+    assert differing_config(before, model_config(norm)) == ""
+    norm[1].running_mean.add_(1)
+    assert differing_config(before, model_config(norm)).startswith("saved buffers ")

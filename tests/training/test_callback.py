@@ -158,6 +158,36 @@ def test_a_resumed_run_goes_on_at_the_measured_rate(schedule, more, tmp_path):
     assert logged[0][0] == pytest.approx(logged[1][0]) and logged[0][1] == pytest.approx(logged[1][1], rel=1e-6)
 
 
+def with_own_optimizer(tmp_path, schedule=None, **more):
+    adapted = model()
+    adam = torch.optim.AdamW([one for one in adapted.parameters() if one.requires_grad], lr=3e-4)
+    start = lora_init.StartCallback(samples=8, learning_rate="measured")
+    made = trainer(tmp_path, adapted, start, logging_steps=1, lr_scheduler_type="linear", **more)
+    made.optimizer, made.lr_scheduler = adam, schedule and schedule(adam)
+    return made
+
+
+def test_a_measured_rate_reaches_an_optimizer_whose_rate_is_not_the_trainers(tmp_path):
+    made = with_own_optimizer(tmp_path)
+    made.train()
+    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+    assert made.args.learning_rate != 1e-2
+    assert rates == pytest.approx([made.args.learning_rate * left / 3 for left in (3, 2, 1)])
+
+
+@pytest.mark.parametrize("schedule", [
+    lambda adam: torch.optim.lr_scheduler.OneCycleLR(adam, 1e-3, 3),
+    lambda adam: torch.optim.lr_scheduler.CyclicLR(adam, 1e-4, 1e-3, cycle_momentum=False),
+    lambda adam: torch.optim.lr_scheduler.SequentialLR(
+        adam, [torch.optim.lr_scheduler.ConstantLR(adam), torch.optim.lr_scheduler.ConstantLR(adam)], [1]
+    ),
+])  # fmt: skip
+def test_a_schedule_with_rates_of_its_own_is_refused(schedule, tmp_path):
+    made = with_own_optimizer(tmp_path, schedule)
+    name = type(made.lr_scheduler).__name__
+    refused(f"learning_rate='measured': {name} has rates of its own, which would stay", made.train)
+
+
 class Preferences(TrainingArguments):
     beta = 0.1
 

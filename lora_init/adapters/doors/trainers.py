@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, RandomSampler
 from transformers.trainer_utils import has_length
 
 from lora_init.adapters.asked import Asked
@@ -96,6 +96,19 @@ class TrainerDoor:
             return f"that {self.name} makes itself"
         made, setting = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args.optim
         return getattr(made[0], "__name__", str(made[0])) if made else str(getattr(setting, "value", setting))
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The rate that it will train with; None if its optimizer has one of its own that is not known yet."""
+        made = getattr(self.trainer, "optimizer_cls_and_kwargs", None)
+        rate: float | None = made[1].get("lr") if made else self.trainer.args.learning_rate
+        return rate
+
+    def set_rate(self, rate: float) -> None:
+        """Set the rate in the arguments, and in those of an optimizer that the trainer was given with its own."""
+        self.trainer.args.learning_rate = rate
+        if made := getattr(self.trainer, "optimizer_cls_and_kwargs", None):
+            self.trainer.optimizer_cls_and_kwargs = (made[0], made[1] | {"lr": rate})
 
     @property
     def schedule(self) -> str:
@@ -266,7 +279,7 @@ class _Twice(IterableDataset[Any]):
 def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     """Describe a training of so many steps by a trainer's arguments and its loader, which may have batches of its own.
 
-    Examples that `dataloader_drop_last` leaves out of an epoch do not count.
+    Examples that no batch of an epoch has, as with `dataloader_drop_last` or a sampler of a part, do not count.
     """
     batch_size, data = examples_of_a_step(args), getattr(loader, "dataset", None)
     if not isinstance(data, Sized) or not len(data):
@@ -274,8 +287,16 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     each = args.train_batch_size * args.world_size
     own = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     each = getattr(loader, "total_batch_size", None) or (own * args.world_size if isinstance(own, int) else each)
-    rows = min(len(data), len(loader) * each) if args.dataloader_drop_last else len(data)
+    # One that draws `num_samples` of them anew in each epoch sees others each time.
+    draws = isinstance(_sampler_of(loader), RandomSampler) and not args.dataloader_drop_last
+    rows = len(data) if draws else min(len(data), len(loader) * each)
     return TrainingLength(int(steps), min(each * args.gradient_accumulation_steps, rows), rows)
+
+
+def _sampler_of(loader: Any) -> Any:
+    """Return what draws the examples: accelerate's loaders hold it in a sampler of batches, or in a part of one."""
+    batches = getattr(loader, "batch_sampler", None)
+    return getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
 
 
 def examples_of_a_step(args: Any) -> int:

@@ -381,6 +381,32 @@ def test_a_schedule_that_the_arguments_do_not_name_is_told_of(kind, tmp_path, to
     assert [line.removesuffix(": tune it.") for line in said] == schedules
 
 
+def test_a_measured_rate_reaches_an_optimizer_that_was_given_with_its_own(tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer, max_steps=2, lr_scheduler_type="constant", logging_steps=1)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"lr": 1e-5})
+    with pytest.warns(UserWarning, match="measured with the schedule"):
+        lora_init.initialize(trainer, rank=4, learning_rate="measured", progress=False)
+    trainer.train()
+    used = {row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row}
+    assert used == {trainer.args.learning_rate} and trainer.args.learning_rate not in (1e-5, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rows"),
+    [
+        (lambda data: torch.utils.data.SubsetRandomSampler(range(8)), 8),
+        (lambda data: torch.utils.data.RandomSampler(data, num_samples=8), 16),  # others in each epoch
+        (torch.utils.data.RandomSampler, 16),
+    ],
+)
+def test_the_examples_of_an_epoch_are_those_that_its_sampler_draws(sampler, rows, tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer, num_train_epochs=4, max_steps=-1)
+    trainer.train_dataset = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
+    trainer._get_train_sampler = lambda *given: sampler(trainer.train_dataset)
+    length = TrainerDoor(trainer).length
+    assert length.rows == rows and length.steps == len(trainer.get_train_dataloader()) * 4
+
+
 def trained(trainer):
     trainer.train()
     return trainer
