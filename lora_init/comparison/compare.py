@@ -219,7 +219,7 @@ def compare(
         worker = here(bench, _shows_progress(progress))
     else:
         worker = elsewhere(does, Job(make, describe(bench, model_name(model))), does is not executor, workers)
-        del bench  # a GPU may have room for the workers' models only
+        del bench, lay_out  # a GPU may have room for the workers' models only
     with open_runs(directory, settings) as log, closing(worker):
         _do_runs(log, worker, due, budget, output, say)
         records, planned, files = list(log.records.values()), due(log.records)[0], write_report(directory)

@@ -261,7 +261,8 @@ class _Fit:
         if [*shape] == wanted:
             return
         other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
-        tokens = self.base.config.vocab_size if layer.removesuffix(".base_layer") in self.base.embeddings else None
+        is_embedding = layer.removesuffix(".base_layer") in self.base.embeddings
+        tokens = getattr(self.base.config, "vocab_size", None) if is_embedding else None  # vision models have none
         if len(shape) == len(wanted) and axis is not None and other == [axis]:
             yield Misfit("rank", key, f"has {shape[axis]} rows of rank, and {CONFIG_FILE} says {wanted[axis]}.")
         elif len(shape) == len(wanted) and [wanted[i] for i in other] == [tokens]:

@@ -1,9 +1,11 @@
 """Who does the runs: processes give the numbers of one, and one that dies costs its run only."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import sys
+import weakref
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -16,6 +18,7 @@ from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Run, open_runs, read_runs
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.workers import Job, Worker, come_back, elsewhere, processes, run_all
+from lora_init.layers.targets import find_targets
 from tests.comparison.made import again, compare, set_up_bench, without_clock
 from tests.comparisons import record, settings
 from tests.conftest import refused
@@ -156,3 +159,23 @@ def test_a_worker_that_cannot_set_up_says_why(forks, home, tmp_path):
     worker = one_process(partial(set_up_bench, home, tmp_path, "nothing-here"))
     refused("nothing-here", carry_out, worker, Run(REFERENCE, 0, 1e-3))
     worker.close()
+
+
+def test_the_model_is_released_before_workers_load_theirs(home, tmp_path, monkeypatch):
+    """A GPU may have room for the models of the workers alone."""
+    loaded, alive = [], []
+
+    def watched(model, *given, **more):
+        loaded.append(weakref.ref(model))
+        return find_targets(model, *given, **more)
+
+    def look(*_):
+        gc.collect()
+        alive.extend(one() is not None for one in loaded)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_init.comparison.compare.find_targets", watched)
+    monkeypatch.setattr("lora_init.comparison.compare._do_runs", look)
+    with pytest.raises(KeyboardInterrupt):
+        compare(home, tmp_path / "out", workers=2)
+    assert alive == [False]
