@@ -113,7 +113,7 @@ def fused(model: Any) -> list[str]:
 
 def row_of(name: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        return {column: found for column, found in _way(name, Path(folder))}
+        return dict(_way(name, Path(folder)))
 
 
 def tried(step: Callable[[], str]) -> str:
@@ -167,7 +167,10 @@ def _way(name: str, folder: Path) -> Iterator[tuple[str, str]]:
 
     yield "train", tried(train)
     yield "dial", tried(lambda: f"yes, {lora_init.dial(adapted, strength=0.5).chosen.strength:g}")
-    yield "export", ", ".join(filter(None, (_exported(trained, folder, engine) for engine in [None, *ENGINES]))) or "none"
+    yield (
+        "export",
+        ", ".join(filter(None, (_exported(trained, folder, engine) for engine in [None, *ENGINES]))) or "none",
+    )
 
     def logits(path: Path, adapter: Path | None = None) -> torch.Tensor:
         own = AutoModelForCausalLM.from_pretrained(path).eval()

@@ -30,6 +30,7 @@ from lora_init.adapters.starts import Start
 from lora_init.adapters.training_length import TrainingLength
 from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError
+from lora_init.layers.grid import layers_in
 from lora_init.layers.targets import HEADS, Target, file_prefixes, is_in
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.heat_map import heat_map_figure
@@ -157,7 +158,7 @@ class AdapterInit(Shape):
         left_out = [name for name in (*self.weights, *self.unsupported) if name not in self.responses]
         heads, task_type = self.provenance.settings.get("heads", ()), self.provenance.task_type
         new_head = task_type in HEADS or any(is_in(name, self.modules_to_save) for name in heads)
-        share = share_of(len(self.weights) + len(self.unsupported), self.provenance.n_linear)
+        share = share_of(sum(map(layers_in, (*self.weights, *self.unsupported))), self.provenance.n_linear)
         length = self.length or TrainingLength.plan(self.provenance.settings.get("rows"))
         return LearningRate(self.responses, length, new_head, left_out, share)
 

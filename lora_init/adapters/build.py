@@ -241,8 +241,13 @@ def _responses(of: Material, weights: Weights) -> Iterator[tuple[str, Response]]
     """Compute how far each layer moves at a learning rate. A x is taken to be Gaussian."""
     for name, own in weights.items():
         if name in of.stats.sizes:
-            ax = float((energies(of.stats[name], own.a.flatten(1)) * (2.0 / math.pi)).sqrt().sum())
-            found = response(of.stats.sizes[name], ax, len(own.a), of.scaling, of.shape.freeze_a)
+            experts = of.stats.targets[name].experts
+            parts = own.a.flatten(1).chunk(max(experts, 1))
+            counts = [of.stats.rows_of_expert(name, i) for i in range(experts)] or [1]
+            seen = zip(parts, of.stats.of_experts(name) or [of.stats[name]], counts, strict=True)
+            sums = [n * float((energies(one, a) * (2.0 / math.pi)).sqrt().sum()) for a, one, n in seen]
+            ax = sum(sums) / max(sum(counts), 1)
+            found = response(of.stats.sizes[name], ax, len(parts[0]), of.scaling, of.shape.freeze_a)
             if found:
                 yield name, found
 

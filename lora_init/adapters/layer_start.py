@@ -103,7 +103,8 @@ def layer_start(of: Material, name: str, rank: int, error: Tensor | None) -> Lor
             pairs = zip(parts, made, strict=True)
             made = [LoraWeights(as_large_as_random(part.spectrum, own.a), own.b) for part, own in pairs]
         return LoraWeights(torch.cat([own.a for own in made]).reshape(shape_a), torch.zeros(shape_b))
-    a, b = torch.cat([own.a for own in made]), torch.cat([own.b for own in made])
+    each = LoraWeights(torch.stack([own.a for own in made]), torch.stack([own.b for own in made]))
+    a, b = each.fused()
     weights = LoraWeights(a.reshape(shape_a), b.reshape(shape_b))
     return weights if of.shape.gamma is None else scaled_by_gamma(weights, of.shape.gamma)
 

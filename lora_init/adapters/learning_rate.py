@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
 from lora_init.errors import LoraInitError
+from lora_init.layers.grid import layers_in
 from lora_init.private_parts import is_schedule
 
 if TYPE_CHECKING:
@@ -155,8 +156,9 @@ class LearningRate:
 
     def _mean_log_change(self, log_rate: float) -> float:
         eta = math.exp(log_rate)
-        changes = [eta * one.linear + eta * eta * one.quadratic for one in self.responses.values()]
-        return sum(map(math.log, changes)) / len(changes)
+        changes = {name: eta * one.linear + eta * eta * one.quadratic for name, one in self.responses.items()}
+        logs = [layers_in(name) * math.log(change) for name, change in changes.items()]
+        return sum(logs) / sum(map(layers_in, changes))
 
     def of_steps(self, steps: int) -> LearningRate:
         """Return the rate for another number of steps on the same data."""

@@ -9,16 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_init.adapters.directory import carried
 from lora_init.adapters.learning_rate import LearningRate, Response, response, share_of
 from lora_init.adapters.peft_model import adapter_layers, check_fresh
 from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
+from lora_init.adapters.weights import LoraWeights
 from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.collection.collect import check_batches
 from lora_init.collection.loop import row_norms
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
+from lora_init.layers.grid import layers_in
 from lora_init.layers.masks import NothingCountsError, TokenMasks
+from lora_init.layers.rows import expert_group, experts_of
 from lora_init.layers.running import call_model, restoring
 from lora_init.layers.targets import HEADS, count_linear, is_in, new_heads
 from lora_init.layers.wrappers import unwrapped, without_adapter
@@ -95,12 +99,14 @@ def measure_rate(
     base, layers = without_adapter(model), layers_of(model, adapter_name)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     freeze_a = freeze_a or bool(config and carried(config.to_dict()).get("freeze_a"))
-    responses = measure_responses(base, layers, batches, adapter_name, freeze_a)
+    unread: dict[str, list[str]] = {}
+    responses = measure_responses(base, layers, batches, adapter_name, freeze_a, unread=unread)
     left_out = [name for name in layers if name not in responses]
+    left_out += [expert for name, experts in unread.items() if name in responses for expert in experts]
     # PEFT trains the head of such a task whole, which often begins at random, and what else it is told to.
     task_type, whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
     new_head = task_type in HEADS or any(is_in(name, whole) for name in new_heads(base))
-    share = share_of(len(layers), count_linear(base, layers, task_type))
+    share = share_of(sum(map(layers_in, layers)), count_linear(base, layers, task_type))
     return LearningRate(responses, length, new_head, left_out, share)
 
 
@@ -112,17 +118,27 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 def measure_responses(
     base: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any], adapter_name: str = "default",
-    freeze_a: bool = False, token_mask: str = "attention",
+    freeze_a: bool = False, token_mask: str = "attention", unread: dict[str, list[str]] | None = None,
 ) -> dict[str, Response]:  # fmt: skip
-    """Run a model with an adapter in its layers on at most eight batches, and compute how far each layer moves."""
-    # An expert's A is read by no module of its own, and neither is that of an embedding.
-    seen = {name: layer for name, layer in layers.items() if not hasattr(layer, "parameter_name")}
-    seen = {name: layer for name, layer in seen.items() if adapter_name in layer.lora_A}
+    """Run a model with an adapter in its layers on at most eight batches, and compute how far each layer moves.
+
+    Of fused experts each reads the tokens that the router sends to it, and a token counts once for each of its experts.
+    `unread` receives the names of the experts, by parameter, that got none.
+    """
+    # The A of an embedding is read by no module of its own, and what other parameters read is not known.
+    seen = {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
+    fused = {name: layer for name, layer in seen.items() if hasattr(layer, "parameter_name")}
+    known = {name for name, layer in fused.items() if experts_of(name, layer.get_base_layer())}
+    seen = {name: layer for name, layer in seen.items() if name in known or name not in fused}
     if not seen:
-        raise LoraInitError("the adapter is of embeddings or experts alone, whose A no hook sees: no rate is measured.")
+        raise LoraInitError("the adapter is of embeddings or parameters whose A no hook sees: no rate is measured.")
     watched = {name: layer.get_base_layer() for name, layer in seen.items()}
-    watched |= {name + _A: layer.lora_A[adapter_name] for name, layer in seen.items()}
-    sums, masks = _Sums(), TokenMasks(base, token_mask)
+    watched |= {name + _A: layer.lora_A[adapter_name] for name, layer in seen.items() if name not in known}
+    pairs = {name: LoraWeights(*(part[adapter_name].weight for part in (layer.lora_A, layer.lora_B)))
+             for name, layer in seen.items() if name in known}  # fmt: skip
+    each = {name: pair.of_experts(fused[name].num_experts).a for name, pair in pairs.items()}
+    of_expert = {expert_group(name, i): (name, own) for name, a in each.items() for i, own in enumerate(a)}
+    sums, masks = _Sums(of_expert), TokenMasks(base, token_mask)
     with (
         restoring("lora_variant", seen.values()),
         ActivationHooks(base, watched, masks, to_the_end=True) as hooks,
@@ -143,6 +159,9 @@ def measure_responses(
                 raise LoraInitError(f"batch {number}: {said}") from error
     if not sums.sums:
         raise LoraInitError("no batch has a token that counts, so no rate can be told. Check attention_mask.")
+    if unread is not None:
+        for expert in of_expert.keys() - sums.read:
+            unread.setdefault(of_expert[expert][0], []).append(expert)
     responses: dict[str, Response] = {}
     for name, layer in seen.items():
         size = Sizes(sums.mean(_X + hooks.group_of.get(name, name)), sums.mean(name) ** 0.5)
@@ -156,12 +175,19 @@ def measure_responses(
 class _Sums(Sink):
     """Sums over tokens: of |x_j| for each group, of |(A x)_i| for each A, of the mean square for each base layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_expert: Mapping[str, tuple[str, Tensor]]) -> None:
         self.sums: dict[str, tuple[float, int]] = {}
+        self.read: set[str] = set()  # experts that got tokens
+        self._of_expert = of_expert  # the layer and the A [r, d_in] of each expert
 
     def rows(self, group: str, rows: Tensor) -> None:
         """Add to the sum of a group."""
-        self._add(_X + group, group, row_norms(rows, None, 1))
+        if group not in self._of_expert:
+            self._add(_X + group, group, row_norms(rows, None, 1))
+        else:
+            layer, a = self._of_expert[group]
+            self.read.add(group)
+            self.output(layer + _A, F.linear(rows, a.to(rows.dtype)), None)
 
     def output(self, layer: str, y: Tensor, tokens: Tensor | None) -> None:
         of_a = layer.endswith(_A)

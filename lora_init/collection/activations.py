@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
-from lora_init.layers.rows import Experts, Patches, experts_of, patches_of, routed
+from lora_init.layers.rows import Experts, Patches, expert_group, experts_of, patches_of, routed
 from lora_init.layers.running import evaluating, on_device_of
 from lora_init.layers.wrappers import Precision, class_name, is_offloaded, is_sharded
 from lora_init.private_parts import goes_backward, version_of
@@ -188,8 +188,10 @@ class ActivationHooks:
         tokens = self.masks.tokens(experts.name, hidden)
         if tokens is not None:
             hidden, chosen = hidden[tokens], chosen[tokens]
-        for group, rows in experts.rows(hidden, chosen):
-            sink.rows(group, rows)
+        for expert, rows in experts.rows(hidden, chosen):
+            sink.rows(experts.name if expert is None else expert_group(experts.name, expert), rows)
+            if expert is not None:
+                sink.output(experts.name, experts.output(rows, expert, chosen), None)
 
 
 def input_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -83,6 +83,11 @@ def layer_grid(names: Iterable[str]) -> LayerGrid:
     return LayerGrid(list(labels.values()), sorted({block for _, block in places.values()}), cells)
 
 
+def layers_in(name: str) -> int:
+    """Count what a model without experts has in place of a layer: fused experts hold gate and up projection in one."""
+    return 2 if name.endswith(".experts.gate_up_proj") else 1
+
+
 def place_of(name: str) -> tuple[tuple[str, str], int]:
     """Split model.layers.3.mlp.up_proj into the kind (model.layers, mlp.up_proj) and the block 3."""
     match = _NUMBER.search(name)

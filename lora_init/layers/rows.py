@@ -18,6 +18,9 @@ from lora_init.private_parts import apply_gate, is_gated
 MAX_PATCHES = 4096
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# The outputs of a token's k experts are added up. If they are independent, their sum grows with the root of k, and what
+# an adapter changes of it with k^(3/4), as changes along k times as many directions do: see `learning_rate.OVERLAP`.
+_OF_SUMMED = 0.25
 # Names of the first and the second matrix of an expert in transformers' experts modules.
 _FIRST, _SECOND = ("gate_up_proj", "up_proj"), "down_proj"
 
@@ -88,15 +91,15 @@ class Experts:
     in_features: int
     out_features: int
 
-    def rows(self, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the group and the rows [n, d_in] of each expert that was chosen, and of all experts.
+    def rows(self, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int | None, Tensor]]:
+        """Yield each expert that was chosen with its rows [n, d_in], and None with those of all experts.
 
-        A token [d] that went to k experts, chosen [tokens, k], counts in each. In the group of all, which has the name
-        of the parameter, it counts k times too, or once where its rows are k times the same.
+        A token [d] that went to k experts, chosen [tokens, k], counts in each. Among those of all it counts k times,
+        too, or once where its rows are k times the same.
         """
         first = self.name.endswith(_FIRST)
         if first:
-            yield self.name, hidden
+            yield None, hidden
         pooled = []
         for expert in range(self.n_experts):
             rows = hidden[(chosen == expert).any(-1)]
@@ -105,16 +108,25 @@ class Experts:
             if not first:
                 rows = self._inside(rows, expert)
                 pooled.append(rows)
-            yield expert_group(self.name, expert), rows
+            yield expert, rows
         if pooled:
-            yield self.name, torch.cat(pooled)
+            yield None, torch.cat(pooled)
+
+    def times(self, rows: Tensor, expert: int, ending: str = "") -> Tensor:
+        """Multiply rows by the matrix of an expert, without its bias; `ending` names another of its matrices."""
+        weight = getattr(self.module, ending or self.name.rpartition(".")[2])[expert]
+        return rows @ weight if self.module.is_transposed else F.linear(rows, weight)
+
+    def output(self, rows: Tensor, expert: int, chosen: Tensor) -> Tensor:
+        """Compute what an expert makes of its rows, without bias, in the size that changes of it are compared with."""
+        y = self.times(rows, expert)
+        return y if self.name.endswith(_FIRST) else y / chosen.shape[-1] ** _OF_SUMMED
 
     def _inside(self, rows: Tensor, expert: int) -> Tensor:
         """Compute what the second matrix of an expert reads."""
         module: Any = self.module
         name = _first_of(module)
-        weight = getattr(module, name)[expert]
-        up = rows @ weight if module.is_transposed else F.linear(rows, weight)
+        up = self.times(rows, expert, name)
         bias = getattr(module, f"{name}_bias", None)
         up = up if bias is None else up + bias[expert]
         inside: Tensor = apply_gate(module, up) if name == _FIRST[0] else module.act_fn(up)
@@ -205,4 +217,4 @@ def routed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Te
 
 
 def _first_of(module: nn.Module) -> str:
-    return next((name for name in _FIRST if name in dict(module.named_parameters(recurse=False))), "")
+    return next((name for name in _FIRST if hasattr(module, name)), "")  # PEFT makes properties of parameters

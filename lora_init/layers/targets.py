@@ -16,7 +16,7 @@ import regex
 from torch import nn
 
 from lora_init.errors import LoraInitError, LoraInitWarning
-from lora_init.layers.grid import PURPOSES, by_purpose
+from lora_init.layers.grid import PURPOSES, by_purpose, layers_in
 from lora_init.layers.rows import CONVOLUTIONS, Experts, find_parameters, patches_of
 from lora_init.layers.wrappers import class_name, plain_names, unwrapped
 
@@ -33,7 +33,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def count_linear(model: nn.Module, names: Collection[str], task_type: str | None = None) -> int:
-    """Count the layers that `"all-linear"` means, also where some have an adapter or are trained whole.
+    """Count the layers that `"all-linear"` means and fused experts, also where some have an adapter.
 
     They are those of the part of the model that holds the blocks of the named ones: a language model without the vision
     before it. Layers outside blocks, as a pooler, are of the whole model.
@@ -48,8 +48,12 @@ def count_linear(model: nn.Module, names: Collection[str], task_type: str | None
     part = common[: next(lists, len(common) if len(names) > 1 else 0)]
     others = (".lora_", ".modules_to_save.", ".original_module")
     linear = _linear(model, modules)
+    for owner, module in modules.items():
+        if not isinstance(module, CONVOLUTIONS):
+            linear += [f"{owner}.{end}" for end, p in module.named_parameters(recurse=False) if p.dim() == 3]
     counted = (name for name in linear if not any(other in name for other in others) and not is_in(name, heads))
-    return sum(name.split(".")[: len(part)] == part for name in counted)
+    plain = (name.replace(".base_layer", "") for name in counted)
+    return sum(layers_in(name) for name in plain if name.split(".")[: len(part)] == part)
 
 
 def _linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:

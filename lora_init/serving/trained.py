@@ -162,9 +162,8 @@ class Trained:
         targets = [Target(name, "", *layer.widths, experts=layer.experts) for name, layer in self.layers.items()]
         for name, prefix in file_prefixes(targets).items():
             layer = self.layers[name]
-            a, b = layer.a, layer.b.to(layer.a.dtype)
-            if layer.experts:  # A expert by expert, B rank by rank, as PEFT's ParamWrapper reads them
-                a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+            weights = LoraWeights(layer.a, layer.b.to(layer.a.dtype))
+            a, b = weights.fused() if layer.experts else weights
             for end, tensor in zip((*layer.ends, MAGNITUDE), (a, b, layer.magnitude), strict=True):
                 if tensor is None:
                     continue
@@ -316,7 +315,7 @@ def _layer(target: Target, found: Mapping[str, Tensor], rank: int, alpha: float,
             f"{rank}{each}. The two files are not of one adapter."
         )
     if experts:
-        a, b = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).permute(2, 0, 1)
+        a, b = LoraWeights(a, b).of_experts(experts)
     scaling = scaling_of(alpha, rank, bool(config.get("use_rslora")))
     if not 1e-30 < abs(scaling) < 1e30:  # with room in float32 for lora_alpha at any rank
         raise LoraInitError(

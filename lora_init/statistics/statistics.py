@@ -129,7 +129,7 @@ class Statistics(Mapping[str, Spectrum]):
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
         gradients: For each layer the gradient of the loss by its weight; empty if there were no backward passes.
         sizes: For each layer, how large its input and output are, from which the learning rate follows. Layers whose
-            output no hook sees (experts) have none, and neither have older files.
+            output no hook sees have none, and neither have older files.
         path: The file that `load` read; None if these statistics are from no file.
     """
 

@@ -1,5 +1,6 @@
 """The learning rate from one forward pass: the rule against brute force, the pass against the rule, wrong input."""
 
+import copy
 import math
 from collections import OrderedDict
 from dataclasses import replace
@@ -22,12 +23,14 @@ from lora_init.adapters.learning_rate import (
     response,
     schedule_of,
 )
+from lora_init.adapters.peft_model import adapter_layers
 from lora_init.adapters.training_length import TrainingLength
+from lora_init.layers.rows import experts_of
 from lora_init.layers.targets import count_linear, find_targets
 from lora_init.statistics.statistics import Sizes
 from tests.adapters.made import batches, tiny
-from tests.conftest import batches_for, refused, tiny_bert, tiny_llama, tiny_vit
-from tests.layers.made import mixtral
+from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
+from tests.layers.made import BOTH, MODELS, mixtral, split
 from tests.versions import OLD_TRANSFORMERS
 
 ONE = {"layer": Response(2.0, 0.0)}
@@ -191,7 +194,7 @@ def test_wrong_input_is_one_line(adapted):
         "batch 0: input_ids of the batch are torch.float32 [1, 3], expected whole numbers": lambda: learning_rate(
             llama_with(), [{"input_ids": far.float()}]
         ),
-        "of embeddings or experts": lambda: learning_rate(llama_with("embed_tokens"), [{"input_ids": far % 60}]),
+        "of embeddings or parameters": lambda: learning_rate(llama_with("embed_tokens"), [{"input_ids": far % 60}]),
         "learning_rate='high': 'measured' sets the rate of a trainer": lambda: lora_init.initialize(
             tiny(), batches(), learning_rate="high"
         ),
@@ -210,12 +213,76 @@ def test_an_adapter_that_no_pass_goes_through_is_named(adapted, change):
     assert "adapter 'default' is not active, disabled or merged" in refused("", learning_rate, adapted, batches())
 
 
-@pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0")
+fused = pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0")
+
+
+@fused
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_of_experts_alone_is_named():
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
-    words = refused("", learning_rate, get_peft_model(mixtral(), config), batches_for("llama"))
-    assert "the adapter is of embeddings or experts alone" in words
+@pytest.mark.parametrize("n_experts", [2, 4])
+@pytest.mark.parametrize("attention", [[], ["q_proj", "k_proj", "v_proj", "o_proj"]])
+def test_an_mlp_cut_into_experts_that_see_every_token_has_the_rate_that_it_has_in_one_piece(
+    n_experts, attention, tokens
+):
+    dense = tiny_llama()
+    for parameter in dense.parameters():  # so that activations are not at zero
+        parameter.data.mul_(2.0 if parameter.dim() > 1 else 1.0)
+    experts = split(dense, n_experts)
+    assert torch.allclose(experts(**tokens).logits, dense(**tokens).logits, atol=1e-5)
+    ways = [
+        (dense, dict(target_modules=[*attention, "gate_proj", "up_proj", "down_proj"])),
+        (experts, dict(target_modules=attention, target_parameters=BOTH)),
+    ]
+    adapted = [get_peft_model(copy.deepcopy(model), LoraConfig(r=4, **settings)) for model, settings in ways]
+    measured = [learning_rate(model, [tokens]) for model in adapted]
+    planned = [build_adapter(collect(model, [tokens], rank=4, **settings), 4).rate for model, settings in ways]
+    for whole, parts in (measured, planned):
+        assert parts.share == whole.share and not parts.left_out
+        assert parts.rate == pytest.approx(whole.rate, rel=0.2)
+
+
+@fused
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODELS)
+def test_an_expert_counts_for_the_tokens_that_the_router_sends_to_it(name, tokens):
+    model = MODELS[name]() if name != "mixtral" else mixtral(num_local_experts=6)
+    if name == "mixtral":  # its last two experts are never among the best two
+        gate = model.model.layers[1].mlp.gate.weight.data
+        gate[2:4], gate[4:] = -gate[:2], 0.0
+    parameters = [f"model.layers.1.mlp.{end}" for end in BOTH]
+    module, read = model.get_submodule("model.layers.1.mlp.experts"), {}
+    hook = module.register_forward_pre_hook(lambda _, args: read.update(hidden=args[0], chosen=args[1]))
+    model(**tokens)
+    hook.remove()
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=BOTH))
+    found = learning_rate(adapted, [tokens])
+    hidden, chosen = read["hidden"].flatten(0, -2), read["chosen"].flatten(0, -2)
+    lost = [f"{one}.{e}" for one in parameters for e in range(module.num_experts) if not (chosen == e).any()]
+    assert {n for n in found.left_out if ".layers.1." in n} == {*lost} and (name != "mixtral" or len(lost) == 4)
+    for parameter in parameters:
+        experts, layer = experts_of(parameter, module), adapter_layers(adapted)[parameter]
+        weight = getattr(module, parameter.rpartition(".")[2]).double()
+        weight = weight.mT if module.is_transposed else weight
+        a = layer.lora_A["default"].weight.double().reshape(len(weight), 2, -1)
+        rows = [(e, x.double()) for e, x in experts.rows(hidden, chosen) if e is not None]
+        assert sum(len(x) for _, x in rows) == 2 * len(hidden)
+        ax = torch.cat([(x @ a[e].T).abs().sum(1) for e, x in rows]).mean()
+        y = torch.cat([x @ weight[e].T for e, x in rows]).square().mean().sqrt()
+        y = y / 2**0.25 if parameter.endswith("down_proj") else y  # two experts write for each token
+        response_of = found.responses[parameter]
+        assert response_of.linear == pytest.approx(float(3 * (8 / 2) ** 0.25 * ax / y), rel=1e-4)
+
+
+@fused
+@pytest.mark.filterwarnings("ignore")
+def test_the_rates_of_experts_by_collect_and_by_learning_rate_agree(tokens):
+    model = mixtral()
+    data = [{"input_ids": torch.randint(3, 64, (8, 12))} for _ in range(4)]
+    init = build_adapter(collect(model, data, ["q_proj"], rank=2, target_parameters=BOTH), 2)
+    measured = learning_rate(init.apply(model), data, steps=100)
+    assert measured.responses.keys() == init.responses.keys() and len(init.responses) == 6
+    for name, pair in init.responses.items():
+        assert measured.responses[name].linear == pytest.approx(pair.linear, rel=0.1)  # A x is taken to be Gaussian
+        assert measured.responses[name].quadratic == pytest.approx(pair.quadratic, rel=1e-5)
 
 
 @pytest.mark.parametrize(("rate", "optimizer", "schedule", "words"), [

@@ -1,5 +1,6 @@
 """Models, batches and helpers that several tests of layers need."""
 
+import torch
 from torch import nn
 
 from tests.versions import needs_fused_experts
@@ -53,6 +54,30 @@ def gpt_oss():
 
 
 MODELS = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
+
+
+def split(dense, n_experts):
+    """Make a Mixtral that computes what a Llama does: its MLPs are cut into experts, which all see every token.
+
+    The router gives each the same weight, so what an expert writes is so many times as large.
+    """
+    needs_fused_experts()
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "pad_token_id",
+            "bos_token_id", "eos_token_id")  # fmt: skip
+    own = dict(num_local_experts=n_experts, num_experts_per_tok=n_experts, sliding_window=None)
+    own["intermediate_size"] = dense.config.intermediate_size // n_experts
+    model = MixtralForCausalLM(MixtralConfig(**{key: getattr(dense.config, key) for key in same}, **own)).eval()
+    state = {name: weight for name, weight in dense.state_dict().items() if ".mlp." not in name}
+    for name, mlp in ((name, module) for name, module in dense.named_modules() if name.endswith(".mlp")):
+        halves = (projection.weight.chunk(n_experts) for projection in (mlp.gate_proj, mlp.up_proj))
+        state[f"{name}.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(*halves, strict=True)])
+        state[f"{name}.experts.down_proj"] = torch.stack(mlp.down_proj.weight.chunk(n_experts, 1)) * n_experts
+        state[f"{name}.gate.weight"] = torch.zeros(n_experts, dense.config.hidden_size)
+    model.load_state_dict(state)
+    return model
 
 
 SIZES = dict(
