@@ -47,7 +47,7 @@ SLIDING = dict(layer_types=["sliding_attention", "full_attention"])
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": LOCAL,
     "Qwen2Moe": OWN | dict(shared_expert_intermediate_size=28),
-    "Qwen3Moe": OWN,
+    "Qwen3Moe": OWN | dict(norm_topk_prob=True),  # as its checkpoints have it, and as llama.cpp computes it
     "Qwen3Next": OWN | LINEAR,
     "Qwen3_5Moe": OWN | LINEAR,
     "GptOss": LOCAL,
@@ -56,7 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Llama4": LOCAL | dict(intermediate_size_mlp=20, interleave_moe_layer_step=1),
     "GraniteMoe": LOCAL,
     "GraniteMoeShared": LOCAL | dict(shared_intermediate_size=16),
-    "Olmoe": FEW,
+    "Olmoe": FEW | dict(num_key_value_heads=4),
     "FlexOlmo": FEW,
     "Gemma4": SLIDING | dict(
         enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=20, global_head_dim=8,
@@ -67,7 +67,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Ernie4_5_Moe": dict(
         moe_num_experts=4, moe_k=2, moe_intermediate_size=20, moe_num_shared_experts=1, moe_layer_start_index=0
     ),
-    "Dots1": DEEP,
+    "Dots1": DEEP | dict(num_key_value_heads=4),
     "MiniMax": LOCAL,
     "HunYuanMoEV1": dict(num_experts=4, moe_topk=2),
     "Lfm2Moe": OWN | dict(num_dense_layers=1, layer_types=["full_attention"] * 2),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank of vLLM may be
 _WRITERS = "lora_init.serving.writers"
+_EXPERTS = "lora_init.serving.experts"
 _PEFT_DIRECTORY = f"{_WRITERS}:write_peft"
 
 
@@ -36,6 +37,9 @@ class Engine:
     write: Callable[[Path, Trained, Base], None] | str = _PEFT_DIRECTORY
     # refuses, before the work, a `Trained` or a `Base` whose layers have no name in its form
     check: Callable[[Trained, Base], object] | str | None = None
+    # brings an adapter of fused experts into the names and shapes that it has for them, by a `Trained` and a `Base`;
+    # likewise. None if it takes none
+    experts: Callable[[Trained, Base], Trained] | str | None = None
     is_file: bool = False  # whether its form is a GGUF file and not a directory
     libraries: tuple[str, ...] = ()  # what it needs of the extras
     bytes_each: int | None = None  # bytes of one parameter where that is not the adapter's own type
@@ -60,10 +64,18 @@ class Engine:
 
     def write_form(self, path: Path, trained: Trained, base: Base) -> None:
         """Write its form of an adapter."""
+        trained = self.with_experts(trained, base)
         (resolve_name(self.write) if isinstance(self.write, str) else self.write)(path, trained, base)
+
+    def with_experts(self, trained: Trained, base: Base) -> Trained:
+        """Bring fused experts into its names and shapes; an adapter without them as it is."""
+        if self.experts is None or not any(layer.experts for layer in trained.layers.values()):
+            return trained
+        return (resolve_name(self.experts) if isinstance(self.experts, str) else self.experts)(trained, base)
 
     def check_names(self, trained: Trained, base: Base) -> None:
         """Refuse what has no name in its form."""
+        trained = self.with_experts(trained, base)
         if self.check is not None:
             (resolve_name(self.check) if isinstance(self.check, str) else self.check)(trained, base)
 
@@ -102,6 +114,7 @@ ENGINES = {
         "vLLM",
         "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={path}",
         server=f"{_LOCAL}:8000/v1 --model {{name}}",
+        experts=f"{_EXPERTS}:for_vllm",
         ranks=True,
         reads=("lora", "use_rslora", "rank_pattern"),
         allows=lambda rank: rank <= VLLM_RANKS[-1],
@@ -114,6 +127,7 @@ ENGINES = {
         "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
         "--lora-paths {name}={path}",
         server=f"{_LOCAL}:30000/v1 --model {{name}}",
+        experts=f"{_EXPERTS}:by_expert",
         reads=("lora",),
         several=" ",
     ),
@@ -123,6 +137,7 @@ ENGINES = {
         server=f"{_LOCAL}:8080/v1",
         write=f"{_WRITERS}:write_gguf",
         check=f"{_WRITERS}:gguf_names",
+        experts=f"{_EXPERTS}:by_projection",
         is_file=True,
         libraries=("gguf",),
         bytes_each=4,
@@ -135,6 +150,7 @@ ENGINES = {
         server=f"{_LOCAL}:11434/v1 --model {{name}}:latest",
         write=f"{_WRITERS}:write_ollama",
         check=f"{_WRITERS}:gguf_names",
+        experts=f"{_EXPERTS}:by_projection",
         libraries=("gguf",),
         bytes_each=4,
         ranks=True,
@@ -154,6 +170,7 @@ ENGINES = {
         server=f"{_LOCAL}:8080/v1",
         write=f"{_WRITERS}:write_mlx",
         check=f"{_WRITERS}:check_mlx",
+        experts=f"{_EXPERTS}:for_mlx",
         dora=True,
     ),
 }

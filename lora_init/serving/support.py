@@ -180,7 +180,7 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
     """Refuse what an engine would refuse, or would read as something else."""
     if engine is PEFT:
         return
-    beyond = "DoRA" if trained.dora and not engine.dora else next(_beyond_lora(trained, base), None)
+    beyond = "DoRA" if trained.dora and not engine.dora else next(_beyond_lora(engine, trained, base), None)
     if beyond is not None:
         merged = "Write a whole model instead by {merge_into}, without an engine."
         remedy = "Serve it with PEFT." if trained.config.get("alora_invocation_tokens") else merged
@@ -192,13 +192,13 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
     engine.check_names(trained, base)
 
 
-def _beyond_lora(trained: Trained, base: Base) -> Iterator[str]:
+def _beyond_lora(engine: Engine, trained: Trained, base: Base) -> Iterator[str]:
     """Describe what an adapter has besides A, B and magnitudes of linear layers."""
     tied = base.embeddings[1] if base.tied else None
     for name, layer in trained.layers.items():
         if layer.ends == EMBEDDING:
             yield f"an adapter of the embedding {name!r}"
-        if layer.experts:
+        if layer.experts and not (engine.experts and layer.experts > 1):  # one is no expert, but a router
             yield f"an adapter of the parameter {name!r} of {layer.experts} experts"
         if name == tied:
             yield f"an adapter of {name!r}, whose weight is also the input embedding's"

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_init.adapters.directory import CONFIG_FILE, write_files
 from lora_init.errors import LoraInitError, require
 from lora_init.files import write_json
+from lora_init.layers.grid import place_of
 from lora_init.planning.lora_config import alpha_for
 from lora_init.serving.base import Base
 from lora_init.serving.trained import Trained, config_of
@@ -29,7 +30,25 @@ _ARCHITECTURES = {
     "Gemma3ForCausalLM": ("gemma3", False),
     "PhiForCausalLM": ("phi2", False),
     "Phi3ForCausalLM": ("phi3", False),
+    "MixtralForCausalLM": ("llama", True),
+    "Qwen2MoeForCausalLM": ("qwen2moe", False),
+    "Qwen3MoeForCausalLM": ("qwen3moe", False),
+    "OlmoeForCausalLM": ("olmoe", False),
+    "GptOssForCausalLM": ("gpt-oss", False),
+    "GraniteMoeForCausalLM": ("granitemoe", True),
+    "GraniteMoeSharedForCausalLM": ("granitemoe", True),
+    "Dots1ForCausalLM": ("dots1", False),
+    "Glm4MoeForCausalLM": ("glm4moe", False),
+    "Ernie4_5_MoeForCausalLM": ("ernie4_5-moe", False),
+    "DeepseekV2ForCausalLM": ("deepseek2", False),
+    "DeepseekV3ForCausalLM": ("deepseek2", False),
+    "Lfm2MoeForCausalLM": ("lfm2moe", False),
+    "ExaoneMoEForCausalLM": ("exaone-moe", False),
+    "ExaoneMoeForCausalLM": ("exaone-moe", False),
 }
+
+
+_GGUF_EXPERTS = {"gate_proj": "FFN_GATE_EXP", "up_proj": "FFN_UP_EXP", "down_proj": "FFN_DOWN_EXP"}
 
 
 def _names_in_gguf(base: Base) -> tuple[str, bool]:
@@ -53,7 +72,11 @@ def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
     known = gguf.get_tensor_name_map(number, base.config.num_hidden_layers)
     names: dict[str, str] = {}
     for layer in trained.layers:
+        owner, _, end = layer.rpartition(".")
+        tensor, block = _GGUF_EXPERTS.get(end) if trained.layers[layer].experts else None, place_of(owner)[1]
         name = known.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        if tensor is not None:
+            name = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR[tensor]].format(bid=block)}.weight"
         if name is None:
             raise LoraInitError(
                 f"layer {layer!r} of {base.architecture} has no name in GGUF. Use {{merge_into}}.", merge_into=...
@@ -82,16 +105,19 @@ def write_peft(path: Path, trained: Trained, base: Base) -> None:
 def _target_modules(base: Base, layers: Collection[str]) -> list[str]:
     """Name layers by the ends of their names where these select no others of the base, else in full."""
     endings = sorted({name.rpartition(".")[2] for name in layers})
-    selected = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in endings}
-    return endings if selected == set(layers) else list(layers)
+    modules = {name for name, _ in base.model.named_modules()}
+    selected = {name for name in modules if name.rpartition(".")[2] in endings}
+    is_single = any(name not in modules for name in layers)  # experts as the base has them no longer
+    return endings if is_single or selected == set(layers) else list(layers)
 
 
 def write_mlx(path: Path, trained: Trained, base: Base) -> None:
     """Write what mlx-lm loads: A and B transposed, DoRA's magnitude as m, and the names of the layers in full."""
     tensors = {}
     for name, layer in trained.layers.items():
-        tensors[f"{name}.lora_a"] = layer.a.T.contiguous()
-        tensors[f"{name}.lora_b"] = layer.b.T.to(layer.a.dtype).contiguous()
+        a, b = (layer.a, layer.b) if layer.experts else (layer.a.T, layer.b.T)
+        tensors[f"{name}.lora_a"] = a.contiguous()
+        tensors[f"{name}.lora_b"] = b.to(layer.a.dtype).contiguous()
         tensors |= {} if layer.magnitude is None else {f"{name}.m": layer.magnitude}
     save_file(tensors, path / "adapters.safetensors")
     parameters = {"rank": trained.rank, "scale": trained.scaling, "dropout": 0.0, "keys": list(trained.layers)}

@@ -1,4 +1,4 @@
-"""Adapters of fused experts (PEFT's `target_parameters`) are exported, compressed and merged; engines refuse them."""
+"""Adapters of fused experts (PEFT's `target_parameters`) are exported, also for engines, compressed and merged."""
 
 import hashlib
 import math
@@ -213,10 +213,103 @@ def shapes(directory):
     return found
 
 
+def expected_projections(base, trained):
+    """What PEFT adds to each projection of each expert, float64 [experts, d_out, d_in], by block and name."""
+    model, found = load(base), {}
+    for name, stored in deltas(base, trained).items():
+        owner, _, end = name.rpartition(".")
+        block, module = int(re.search(r"layers\.(\d+)\.", name)[1]), model.get_submodule(owner)
+        if not hasattr(module, "is_transposed"):
+            continue
+        delta = stored.mT if module.is_transposed else stored
+        if end == "down_proj":
+            found[block, end] = delta
+        elif module.is_concatenated:
+            found[block, "gate_proj"], found[block, "up_proj"] = delta.chunk(2, 1)
+        else:
+            found[block, "gate_proj"], found[block, "up_proj"] = delta[:, ::2], delta[:, 1::2]
+    return found
+
+
+CHECKPOINT = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
+
+
+@only("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("name", ["experts alone", "ranks and alphas", "rsLoRA", "one parameter"])
+def test_engines_get_of_each_expert_what_peft_adds_to_it(name, engine, base, tmp_path, request):
+    trained = train(base, tmp_path / "trained", **ADAPTERS[name])
+    exported = export_adapter(trained, tmp_path / "served", engine)
+    config, tensors = config_of(tmp_path / "served"), load_file(tmp_path / "served/adapter_model.safetensors")
+    assert not config["rank_pattern"] and config["r"] == exported.rank
+    kind = request.node.callspec.params["base"]
+    truth, n_seen = expected_projections(base, trained), 0
+    assert truth
+    if kind == "gpt_oss" and engine == "vllm":  # as PEFT has it, both parameters always
+        assert all(
+            "experts.base_layer.lora_A" in n or "experts.lora_A" in n for n in tensors if "experts" in n and "_A" in n
+        )
+        served = expected_projections(base, tmp_path / "served")
+        for key, delta in served.items():
+            torch.testing.assert_close(delta, truth.get(key, torch.zeros_like(delta)), atol=1e-6, rtol=1e-5)
+        assert len(served) == 3 * len({block for block, _ in truth})
+        return
+    owner, *names = CHECKPOINT.get(kind, ("mlp", "gate_proj", "up_proj", "down_proj"))
+    for block in {block for block, _ in truth}:
+        for projection, end in zip(("gate_proj", "up_proj", "down_proj"), names, strict=True):
+            for expert in range(4):
+                key = f"base_model.model.model.layers.{block}.{owner}.experts.{expert}.{end}"
+                a, b = (tensors[f"{key}.lora_{part}.weight"].double() for part in "AB")
+                assert len(a) == exported.rank
+                served, n_seen = config["lora_alpha"] / config["r"] * b @ a, n_seen + 2
+                wanted = truth.get((block, projection), torch.zeros(4, *served.shape).double())[expert]
+                torch.testing.assert_close(served, wanted, atol=1e-6, rtol=1e-5)
+    assert n_seen == sum(".experts." in key for key in tensors)
+    endings = {key.split(".")[-3] for key in tensors}
+    assert {*config["target_modules"]} == endings and not config.get("target_parameters")
+
+
+@only("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+@pytest.mark.parametrize("keep_ranks", [False, True])
+def test_a_gguf_file_multiplies_each_expert_by_what_peft_adds_to_it(keep_ranks, base, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
+    exported = export_adapter(trained, tmp_path / "served.gguf", "llama.cpp", keep_ranks=keep_ranks)
+    file = gguf.GGUFReader(exported.path)
+    alpha = float(file.fields["adapter.lora.alpha"].parts[-1][0])
+    tensors = {tensor.name: torch.tensor(tensor.data).double() for tensor in file.tensors}
+    truth = expected_projections(base, trained)
+    for (block, projection), delta in truth.items():
+        key = f"blk.{block}.ffn_{projection.removesuffix('_proj')}_exps.weight"
+        a, b = tensors[f"{key}.lora_a"], tensors[f"{key}.lora_b"]
+        assert a.shape[1] == (exported.rank if not keep_ranks else 2 if projection == "down_proj" else 4)
+        torch.testing.assert_close(alpha / a.shape[1] * b @ a, delta, atol=1e-6, rtol=1e-5)
+    assert 2 * len(truth) == sum("_exps" in name for name in tensors)
+
+
 @only("mixtral")
+def test_mlx_gets_one_module_for_each_projection_of_all_experts(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
+    export_adapter(trained, tmp_path / "served", "mlx")
+    tensors, config = load_file(tmp_path / "served/adapters.safetensors"), config_of(tmp_path / "served")
+    for (block, projection), delta in expected_projections(base, trained).items():
+        key = f"model.layers.{block}.block_sparse_moe.switch_mlp.{projection}"
+        assert key in config["lora_parameters"]["keys"]
+        a, b = (tensors[f"{key}.lora_{part}"].double() for part in "ab")
+        torch.testing.assert_close(config["lora_parameters"]["scale"] * b @ a, delta, atol=1e-6, rtol=1e-5)
+
+
+@only("mixtral", "llama4")
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engines_are_refused_with_the_way_out(engine, base, tmp_path):
+def test_engines_are_refused_with_the_way_out(engine, base, tmp_path, request):
     trained = train(base, tmp_path / "trained")
     refused("without DoRA, modules_to_save and experts", trained, tmp_path / "served", reduce_intruders=load(base))
-    message = rf"{re.escape(engine)} does not take .*experts.gate_up_proj' of 4 experts.*merge_into="
+    if engine in ("tgi", "lorax"):
+        message = rf"{re.escape(engine)} does not take .*experts.gate_up_proj' of 4 experts.*merge_into="
+    elif request.node.callspec.params["base"] == "mixtral":
+        return
+    else:
+        message = r"Llama4ForCausalLM: engines have no form for .*experts.gate_up_proj'.*merge_into="
     refused(message, trained, tmp_path / "served", engine)
+    trained = train(base, tmp_path / "router", target_parameters=["gate.weight", "router.weight"], target_modules=[])
+    refused(r"does not take an adapter of the parameter .*merge_into=", trained, tmp_path / "served", engine)
