@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError
 from lora_init.layers.rows import experts_of
 from lora_init.loading.checkpoint import as_saved
@@ -16,6 +21,8 @@ _FUSED_IN_VLLM = (
     "GptOssForCausalLM", "Qwen3VLMoeForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration",
     "Qwen3OmniMoeForConditionalGeneration",
 )  # fmt: skip
+# Of these mlx-lm 0.32 has no module of another name than the experts' for projections of all experts.
+_SAME_IN_MLX = ("GptOssForCausalLM", "Dots1ForCausalLM")
 _DOWN = "down_proj"
 
 
@@ -65,8 +72,9 @@ def for_mlx(trained: Trained, base: Base) -> Trained:
     layers = {}
     for name, layer in by_projection(trained, base).layers.items():
         owner, _, end = name.rpartition(".")
-        prefix = _saved_as(owner, base)[0].removesuffix(".experts") if layer.experts else ""
-        layers[f"{prefix}.switch_mlp.{end}" if layer.experts else name] = layer
+        is_renamed = layer.experts and base.architecture not in _SAME_IN_MLX
+        prefix = _saved_as(owner, base)[0].removesuffix(".experts") if is_renamed else ""
+        layers[f"{prefix}.switch_mlp.{end}" if is_renamed else name] = layer
     return replace(trained, layers=layers)
 
 
@@ -99,3 +107,67 @@ def _with_both(trained: Trained, base: Base) -> Trained:
                 nothing = layer.b.new_zeros(experts.n_experts, experts.out_features, layer.rank)
                 layers[key] = trained.layers.get(key) or replace(layer, a=zeros, b=nothing)
     return replace(trained, layers=layers)
+
+
+Change = Callable[[LoraWeights], LoraWeights]  # of A [experts, r, d_in] and B [experts, d_out, r] of a parameter
+_MOST_NAMED = 32  # experts that are left out one by one to see whether an engine does
+
+
+def misreadings(n_experts: int, is_concatenated: bool) -> dict[tuple[str, str], tuple[str, Change]]:
+    """List what engines are known to do to experts: verdict and reason to the end of a parameter's name and a change.
+
+    An empty end is for all parameters.
+    """
+
+    def rows(b: Tensor, gate: bool) -> Tensor:  # a view of the rows of one projection
+        half = b.shape[1] // 2
+        first = slice(half) if is_concatenated else slice(0, None, 2)
+        return b[:, first if gate else slice(half, None) if is_concatenated else slice(1, None, 2)]
+
+    def without(gate: bool) -> Change:
+        def change(one: LoraWeights) -> LoraWeights:
+            b = one.b.clone()
+            rows(b, gate).zero_()
+            return LoraWeights(one.a, b)
+
+        return change
+
+    def exchanged(one: LoraWeights) -> LoraWeights:
+        b = one.b.clone()
+        rows(b, True).copy_(rows(one.b, False))
+        rows(b, False).copy_(rows(one.b, True))
+        return LoraWeights(one.a, b)
+
+    def other_rows(one: LoraWeights) -> LoraWeights:
+        (experts, n_rows, rank), half = one.b.shape, one.b.shape[1] // 2
+        paired = one.b.reshape(experts, *((2, half) if is_concatenated else (half, 2)), rank).transpose(1, 2)
+        return LoraWeights(one.a, paired.reshape(experts, n_rows, rank))
+
+    def by_blocks(one: LoraWeights) -> LoraWeights:  # B of one expert after another, which PEFT's is not
+        flat = one.fused().b
+        return LoraWeights(one.a, flat.reshape(len(flat), n_experts, -1).permute(1, 0, 2))
+
+    def moved(order: Tensor, with_a: bool = True) -> Change:
+        return lambda one: LoraWeights(one.a[order] if with_a else one.a, one.b[order])
+
+    def alone(expert: int) -> Change:
+        keep = torch.arange(n_experts) != expert
+        return lambda one: LoraWeights(one.a, one.b * keep.to(one.b)[:, None, None])
+
+    missing, other = "a part is missing", "another adapter"
+    found: dict[tuple[str, str], tuple[str, Change]] = {
+        (missing, "gate_proj of experts"): ("gate_up_proj", without(True)),
+        (missing, "up_proj of experts"): ("gate_up_proj", without(False)),
+        (other, "experts with other experts' columns of B"): ("", by_blocks),
+        (other, "gate and up projection of experts exchanged"): ("gate_up_proj", exchanged),
+        (other, "rows of gate and up projection of experts in another order"): ("gate_up_proj", other_rows),
+        (other, "all experts with what is the first one's"): ("", moved(torch.zeros(n_experts, dtype=torch.long))),
+        (other, "experts in reverse order"): ("", moved(torch.arange(n_experts).flip(0))),
+    }
+    for by, words in ((1, "one before it"), (-1, "one after it")):
+        order = torch.arange(n_experts).roll(by)
+        found[other, f"each expert with what is of the {words}"] = "", moved(order)
+        found[other, f"each expert with B of the {words}"] = "", moved(order, with_a=False)
+    for expert in range(n_experts if n_experts <= _MOST_NAMED else 0):
+        found[missing, f"expert {expert}"] = ("", alone(expert))
+    return found

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.adapters.peft_model import adapter_layers, check_plain, with_adapter
+from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.running import disabled, restoring
 from lora_init.packages import check_takes
 from lora_init.serving.engines import VLLM_RANKS
+from lora_init.serving.experts import Change, misreadings
 from lora_init.serving.export import RECORD_FILE
 from lora_init.serving.trained import note_of
 
@@ -32,6 +34,10 @@ _OTHER_BASE = 0.03  # share of the variance within prompts; a served base that m
 # What may be left over: so many times the engine's noise, and a share of the effect, since an adapter is rounded, too.
 # A factor that is searched explains nine tenths. One wrong layer of two hundred left a hundredth (SmolLM2 in vLLM).
 _NOISES, _LEFT, _LEFT_BY_FAULT, _LEFT_WITHOUT_NOISE = 3.0, 0.001, 0.1, 0.2
+# A weight of a part as trained is this close to one, in an answer of which that much is the adapter.
+_PART_OFF, _PART_FITS = 0.2, 0.0
+_PROMPTS = 0.75  # share of the prompts that fit where a router may have sent tokens of the rest to other experts
+EXPERTS = "experts"  # how modules of experts are called, and the part that they are
 Ask = Callable[[Any], Mapping[Any, float]]
 
 
@@ -68,6 +74,8 @@ class Fault:
     reason: str
     factors: Mapping[str, float]
     magnitudes: bool = True
+    # what is done to A and B of fused experts, and the end of the names of those parameters that it is done to
+    experts: tuple[str, Change] | None = None
 
 
 _AS_TRAINED = Fault(AS_TRAINED, "", {})
@@ -128,7 +136,8 @@ def verify(
         plain, trained, asked = plain[chosen], trained[chosen], [prompts[i] for i in chosen.tolist()]
         effect = float(effects[chosen].mean().sqrt())
         observed, at_base = (local.observe(ask if effect else None, asked) for ask in (served, base))
-        found = diagnose(observed, at_base, plain, trained, effect, faults, lambda fault: local.run(asked, fault))
+        run = partial(local.run, asked)
+        found = diagnose(observed, at_base, plain, trained, effect, faults, run, local.routed)
     found = replace(found, text="; ".join((found.text, *note_of(adapter.path))))
     lost = read_json(adapter.path / RECORD_FILE).get("error") if is_as_written(adapter.path, RECORD_FILE) else None
     if not lost or not isinstance(lost, float) or found.verdict != AS_TRAINED:
@@ -145,6 +154,7 @@ def diagnose(
     effect: float,  # root mean square of the difference of the two on the likeliest tokens
     faults: Sequence[Fault],  # what may have gone wrong; the first is that the base is served
     run: Callable[[Fault], Tensor],  # computes log-probabilities under a fault, if the adapter does not fit
+    routed: bool = False,  # whether a router may send tokens elsewhere in another precision
 ) -> Verification:
     """Return the first verdict that holds of what an engine told, compared with what PEFT computes."""
     told = ~observed.isnan()
@@ -183,6 +193,13 @@ def diagnose(
         "this one compressed, or with layers changed or in other places" if fits > 0.5 else "that of another task, say"
     )
     what += "" if measured else ", or another base or template"
+    each = (observed - trained).square().nanmean(1).sqrt()
+    most = float(each.nanquantile(_PROMPTS))
+    if measured and routed and most <= allowed:
+        return verdict(
+            AS_TRAINED, f"{most:.2g} off, but for {int((each > allowed).sum())} prompts with another routing"
+        )
+    what += _other_part(observed, plain, faults, run) if fits > _PART_FITS else ""
     return verdict("another adapter", f"{what}; {fits:.0%} fits, {residual:.2g} off")
 
 
@@ -212,8 +229,23 @@ def _fault_that_fits(
             return fault, distance
         closest = min(closest, distance)
 
+    found = _factor_that_fits(observed, "", [*faults[0].factors], run)
+    if found[0] is None or found[1] > min(by_search, most, closest):
+        experts = next((one.factors for one in faults if one.reason == EXPERTS), {})
+        found = _factor_that_fits(observed, f"{EXPERTS} ", [name for name, by in experts.items() if not by], run)
+    factor, distance = found
+    return (factor, distance) if factor is not None and distance <= min(by_search, most, closest) else None
+
+
+def _factor_that_fits(
+    observed: Tensor, what: str, names: Sequence[str], run: Callable[[Fault], Tensor]
+) -> tuple[Fault | None, float]:
+    """Find the closest factor on the scalings of layers, and how far what is served is from it; None for about 1."""
+    if not names:
+        return None, math.inf
+
     def scaled(power: float) -> Fault:
-        return Fault("scaled", f"by {2**power:.3g}", dict.fromkeys(faults[0].factors, 2**power))
+        return Fault("scaled", f"{what}by {2**power:.3g}", dict.fromkeys(names, 2**power))
 
     @cache
     def square(power: float) -> float:
@@ -223,9 +255,26 @@ def _fault_that_fits(
     for step in (0.5, 0.25, 0.125):  # to the lowest point of the parabola through three, and again nearer to it
         before, at, after = (square(lowest + way * step) for way in (-1, 0, 1))
         lowest += step * max(-1.0, min(1.0, 0.5 * (before - after) / max(before - 2 * at + after, 1e-12)))
-    distance = math.sqrt(square(lowest))
     is_factor = 0.2 < abs(lowest) < 6  # less than 15 % is noise, as a rule
-    return (scaled(lowest), distance) if is_factor and distance <= min(by_search, most, closest) else None
+    return scaled(lowest) if is_factor else None, math.sqrt(square(lowest))
+
+
+def _other_part(observed: Tensor, plain: Tensor, faults: Sequence[Fault], run: Callable[[Fault], Tensor]) -> str:
+    """Name the one part of the blocks that is not as trained where all others are; empty if that is not so.
+
+    What is served is taken for a sum of what each part does alone, and those as trained have a weight of about one.
+    """
+    names = [*faults[0].factors]
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(name.split(".")[-2:][0], []).append(name)
+    if len(parts) < 2:
+        return ""
+    told = ~observed.isnan()
+    effects = [(run(Fault("", "", {n: float(n in part) for n in names})) - plain)[told] for part in parts.values()]
+    weights = torch.linalg.lstsq(torch.stack(effects, 1).double(), (observed - plain)[told].double()[:, None]).solution
+    wrong = [part for part, weight in zip(parts, weights[:, 0].tolist(), strict=True) if abs(weight - 1.0) > _PART_OFF]
+    return f"; {wrong[0]} alone not as trained" if len(wrong) == 1 else ""
 
 
 class Local:
@@ -253,6 +302,16 @@ class Local:
         self.size = len(rows[0])
         return torch.stack(rows)
 
+    @property
+    def routed(self) -> bool:
+        """Whether the base has experts."""
+        return any(f".{EXPERTS}." in name for name, _ in self.model.named_parameters())
+
+    @cached_property
+    def _fused(self) -> dict[str, Any]:
+        """The layers that are fused experts."""
+        return {name: layer for name, layer in self.layers.items() if getattr(layer, "num_experts", 1) > 1}
+
     @contextmanager
     def _under(self, fault: Fault) -> Iterator[None]:
         """Put a fault on PEFT's layers while the block runs."""
@@ -265,6 +324,15 @@ class Local:
                 layer.scaling = layer.scaling | {self.name: layer.scaling[self.name] * factor}
                 if not (factor and fault.magnitudes):
                     layer.lora_variant = {}
+            end, change = fault.experts or ("", None)
+            fused = {name: layer for name, layer in self._fused.items() if change and name.endswith(end)}
+            for layer in fused.values():
+                parts = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
+                kept = LoraWeights(*(part.data for part in parts))
+                new = change(kept.of_experts(layer.num_experts)).fused()  # type: ignore[misc]
+                for part, old, changed in zip(parts, kept, new, strict=True):
+                    stack.callback(setattr, part, "data", old)
+                    part.data = changed
             yield
 
     def observe(self, ask: Ask | None, prompts: Sequence[Any]) -> Tensor:
@@ -306,6 +374,11 @@ class Local:
                 faults.append(Fault("a part is missing", part, {name: float(name not in members) for name in names}))
         if any(layer.lora_variant for layer in self.layers.values()):
             faults.append(Fault("a part is missing", "the magnitudes of DoRA", dict.fromkeys(names, 1.0), False))
+        first = next(iter(self._fused.values()), None)
+        if first is not None:
+            halves = bool(getattr(first.get_base_layer(), "is_concatenated", True))
+            for (verdict, reason), experts in misreadings(first.num_experts, halves).items():
+                faults.append(Fault(verdict, reason, {}, experts=experts))
         return faults
 
     def _other_scalings(self) -> dict[tuple[float, ...], list[str]]:

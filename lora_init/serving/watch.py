@@ -96,7 +96,7 @@ class ServingWatch:
             effect = float((now - plain).gather(1, likeliest).square().mean().sqrt())
             observed = local.observe(self._ask, self._prompts)
             run = partial(local.run, self._prompts)
-            found = diagnose(observed, at_base, plain, now, effect, faults, run)
+            found = diagnose(observed, at_base, plain, now, effect, faults, run, local.routed)
         earlier = {other: kept for other, kept in self._kept.items() if other != step}
         stale = None if found.verdict == "ignored" else _stale(observed, now, earlier, found.noise)
         if stale is None:
