@@ -196,9 +196,8 @@ def diagnose(
     each = (observed - trained).square().nanmean(1).sqrt()
     most = float(each.nanquantile(_PROMPTS))
     if measured and routed and most <= allowed:
-        return verdict(
-            AS_TRAINED, f"{most:.2g} off, but for {int((each > allowed).sum())} prompts with another routing"
-        )
+        others = f"{int((each > allowed).sum())} of {answered} prompts, whose tokens a router may have sent elsewhere"
+        return verdict(AS_TRAINED, f"{most:.2g} off, but for {others}")
     what += _other_part(observed, plain, faults, run) if fits > _PART_FITS else ""
     return verdict("another adapter", f"{what}; {fits:.0%} fits, {residual:.2g} off")
 
