@@ -32,6 +32,7 @@ WRITE_NO_TEXT = {
     "SEQ_CLS": "a classifier", "TOKEN_CLS": "a classifier of tokens", "QUESTION_ANS": "a model that finds answers",
     "FEATURE_EXTRACTION": "an encoder",
 }  # fmt: skip
+_OF_EXPERTS = "adapter of experts"
 # What an adapter may be trained with that neither an engine nor a merged model does.
 _PEFT_ALONE = ("alora_invocation_tokens", "trainable_token_indices", "lora_bias", *OTHER_UPDATES)
 
@@ -59,9 +60,9 @@ def serving_note(
     alone = next((key for key in _PEFT_ALONE if config.get(key)), None)
     if alone is not None:
         return f"PEFT takes this adapter as it is. It was trained with {alone}, which no other does."
-    beyond = next(_beyond_layers(config, tensors), None)
+    beyond = _most_beyond(config, tensors)
     if beyond is not None:
-        some = [engine.title for engine in ENGINES.values() if engine.dora and beyond == "DoRA"]
+        some = [engine.title for engine in ENGINES.values() if _exports(engine, beyond)]
         export = f" {_listed(some)} need{'s' * (len(some) == 1)} `lora-init export`." if some else ""
         merge = f"Others take no {beyond}: `lora-init export --merge-into MODEL`."
         return f"PEFT takes this adapter as it is.{export} {merge}"
@@ -88,11 +89,20 @@ def export_options(config: Mapping[str, Any], tensors: Iterable[str]) -> str | N
         return None
     if str(config.get("task_type")) in WRITE_NO_TEXT:
         return ""
-    beyond = next(_beyond_layers(config, tensors), None)
-    if beyond not in (None, "DoRA"):
-        return "--merge-into MODEL"
-    engines = [name for name, engine in ENGINES.items() if engine.dora or not beyond]
-    return f"--engine {'vllm' if 'vllm' in engines else engines[0]}"
+    beyond = _most_beyond(config, tensors)
+    engines = [name for name, engine in ENGINES.items() if beyond is None or _exports(engine, beyond)]
+    return f"--engine {'vllm' if 'vllm' in engines else engines[0]}" if engines else "--merge-into MODEL"
+
+
+def _exports(engine: Engine, beyond: str) -> bool:
+    """Return whether `export` has a form for an engine of what an adapter has besides A and B of linear layers."""
+    return engine.dora if beyond == "DoRA" else engine.experts is not None and beyond == _OF_EXPERTS
+
+
+def _most_beyond(config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
+    """Return what fewest engines take of what `_beyond_layers` describes; None if there is nothing."""
+    found = [*_beyond_layers(config, tensors)]
+    return next((one for one in found if one != _OF_EXPERTS), found[0] if found else None)
 
 
 def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
@@ -104,6 +114,8 @@ def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str,
     is_uniform = whole and _one_rank_a_kind(ranks, most)
     if not engine.reads:
         return "reads no directory of PEFT"
+    if config.get("target_parameters"):
+        return "has a form of its own for experts, and drops or refuses PEFT's"
     if not engine.allows(max(most, named)):
         return f"takes {engine.allowed}, and this is {max(most, named)}"
     if config.get("use_rslora") and "use_rslora" not in engine.reads:
@@ -131,7 +143,7 @@ def _scales_alike(config: Mapping[str, Any], ranks: Mapping[str, int], rank: int
 def _beyond_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[str]:
     """Describe what an adapter directory has besides A and B of linear layers."""
     if config.get("target_parameters"):
-        yield "adapter of experts"
+        yield _OF_EXPERTS
     known = (LORA_A, LORA_B, f".{MAGNITUDE}")
     # With an adapter of an embedding or head PEFT stores a copy of the base's own weight.
     others = (name for name in tensors if not name.endswith((*known, ".base_layer.weight")))
