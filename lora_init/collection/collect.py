@@ -30,6 +30,7 @@ from lora_init.files import check_writable, locked
 from lora_init.layers.grid import one_line_each, some, span
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint, model_config
 from lora_init.layers.masks import TokenMasks
+from lora_init.layers.rows import experts_left_out
 from lora_init.layers.running import Forward, call_model
 from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets, new_heads
 from lora_init.layers.wrappers import (
@@ -606,6 +607,9 @@ def _hash_of(targets: Targets) -> str:
 def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
     own = {**job.targets.reasons, **dict.fromkeys(never_ran, "never ran")}
     notes = one_line_each({name: f"{reason}; PEFT's own initialization." for name, reason in own.items()})
+    left_out = experts_left_out(job.modules, job.targets.layers)
+    if left_out and job.provenance.target_modules == ALL_LINEAR:
+        notes.append(left_out)
     few: dict[str, dict[str, int]] = {}  # components by layer, of those that should have been
     for name in dict.fromkeys(found.group_of.values()):
         if name in groups:

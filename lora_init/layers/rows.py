@@ -203,6 +203,22 @@ def _check_weight(name: str, module: nn.Module, parameter: Tensor) -> None:
         )
 
 
+def experts_left_out(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> str:
+    """Describe the fused experts of a model that have no adapter, and the option that gives them one; or nothing."""
+    found = {
+        name: parameter.numel()
+        for owner, module in modules.items()
+        for ending, parameter in module.named_parameters(recurse=False)
+        if experts_of(name := f"{owner}.{ending}", module) and name not in adapted
+    }
+    if not found:
+        return ""
+    ends = sorted({".".join(name.split(".")[-2:]) for name in found})
+    total = sum(p.numel() for module in modules.values() for p in module.parameters(recurse=False))
+    share = sum(found.values()) / total
+    return f"fused experts hold {share:.0%} of the weights and get no adapter: target_parameters={ends} adds it."
+
+
 def routed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Find the hidden states [tokens, d] and the chosen experts [tokens, k] among the arguments of such a module."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]

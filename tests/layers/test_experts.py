@@ -161,6 +161,18 @@ def test_an_expert_without_enough_rows_starts_from_those_of_all():
     assert 0 in stats.experts_with_few_rows(up)
 
 
+def test_all_linear_says_that_fused_experts_are_left_out_and_how_to_take_them():
+    (note,) = (n for n in collect(mixtral(), batches(2), rank=2).provenance.notes if "fused" in n)
+    share = sum(p.numel() for n, p in mixtral().named_parameters() if "experts" in n) / mixtral().num_parameters()
+    assert note == (
+        f"fused experts hold {share:.0%} of the weights and get no adapter: "
+        "target_parameters=['experts.down_proj', 'experts.gate_up_proj'] adds it."
+    )
+    both, chosen = dict(target_parameters=BOTH), dict(target_modules=["q_proj"])
+    for model, settings in ((mixtral(), both), (mixtral(), chosen), (tiny_llama(), {})):
+        assert not any("fused" in n for n in collect(model, batches(2), rank=2, **settings).provenance.notes)
+
+
 def test_mistakes_get_one_clear_line():
     model = mixtral()
     with pytest.raises(LoraInitError, match=r"'experts\.w1' matches no parameter of Mixtral.*down_proj, gate_up_proj"):
