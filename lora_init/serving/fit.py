@@ -32,6 +32,11 @@ from lora_init.serving.support import beyond_engine, why_no_export
 # Layer and part in the name of a tensor, also where the adapter's own name stands in it, as it does on the model.
 _PARTS = r"lora_(?:embedding_)?[AB]|lora_magnitude_vector"
 _TENSOR = re.compile(rf"(?P<layer>.+?)\.(?P<part>{_PARTS})(?:\.[^.]+)??(\.weight)?")
+# The part of a model that a tensor is of; the first that its name has.
+_PARTS_BY_NAME = {
+    "experts": r"\.experts\.", "attention": r"(?i)\.\w*(attn|attention)", "head": r"lm_head|\.(score|classifier)\.",
+    "embeddings": r"embed|\.wte\.", "router": r"\.(gate|router)\.", "MLP": "",
+}  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What stands in front of the same layer in one class of a model and not in another.
@@ -141,7 +146,14 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
     if not problem and (beyond := beyond_engine(wanted, adapter.ranks, adapter.config)):
         kind, problem = "engine", f"{wanted.title} {beyond}. `lora-init export --engine {engine}` writes what it takes."
     more = (Misfit(kind, str(adapter.path), problem),) if problem else ()
-    return replace(report, misfits=(*report.misfits, *more))
+    parts = Counter(
+        next(part for part, named in _PARTS_BY_NAME.items() if re.search(named, key)) for key in adapter.header
+    )
+    counts = ", ".join(f"{count} of {part}" for part, count in parts.items())
+    written = "takes them as they are" if not problem else "gets all by export" if kind == "engine" else "gets none"
+    return replace(
+        report, misfits=(*report.misfits, *more), notes=(*report.notes, f"Tensors: {counts}. {wanted.title} {written}.")
+    )
 
 
 def compare(directory: str | Path, base: str | None, engine: str | None) -> FitReport:

@@ -559,3 +559,14 @@ def test_nothing_is_renamed_where_names_fit_or_no_name_does(bases, tmp_path):
     change(directory, named("q_proj", "q_prj"))
     with pytest.raises(LoraInitError, match=r"has no layer of this name\. Nearest: model\.layers"):
         export_adapter(directory, tmp_path / "b", rename=True)
+
+
+@pytest.mark.parametrize(("engine", "said"), [
+    ("vllm", "vLLM gets all by export."), ("tgi", "TGI gets none."),
+])  # fmt: skip
+def test_for_an_engine_the_tensors_are_counted_by_part(bases, tmp_path, engine, said):
+    adapter(bases, *MOE[:1], tmp_path / "a", **MOE[1])
+    found = check_fit(tmp_path / "a", None, engine)
+    n_blocks = sum("q_proj.lora_A" in key for key in load_file(tmp_path / "a/adapter_model.safetensors"))
+    assert f"{2 * n_blocks} of attention" in found.notes[-1] and f"{4 * n_blocks} of experts" in found.notes[-1]
+    assert found.notes[-1].endswith(said)
