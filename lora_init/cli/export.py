@@ -63,6 +63,7 @@ def export(
     _check_options(data, engine, merge_into, start, reduce_intruders)
     places = _places(directories, output, engine, start)
     with importing(data=data):
+        from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
         from lora_init.serving.export import check_output, export_adapter
     needs_base = data is not None or reduce_intruders
@@ -80,6 +81,8 @@ def export(
     summaries: list[dict[str, Any]] = []
     for place, directory in places.items():
         try:
+            if data is not None and engine and AdapterDirectory(directory).config.get("target_parameters"):
+                raise LoraInitError(f"--data: PEFT measures the loss, and {engine} gets experts in another form.")
             exported = export_adapter(
                 directory, place, engine, rank, parameters=parameters, megabytes=megabytes, keep_ranks=keep_ranks,
                 dtype=dtype, start=start, base=base, merge_into=merge_into, rename=rename, overwrite=overwrite,

@@ -62,6 +62,11 @@ def by_expert(trained: Trained, base: Base) -> Trained:
     return replace(trained, layers=layers)
 
 
+def is_single(name: str) -> bool:
+    """Return whether a layer's name is that of one expert."""
+    return re.search(r"\.experts\.\d+\.", name) is not None
+
+
 def for_vllm(trained: Trained, base: Base) -> Trained:
     """Bring experts into the form that vLLM has for them: PEFT's own for some architectures, else one by one."""
     return _with_both(trained, base) if base.architecture in _FUSED_IN_VLLM else by_expert(trained, base)

@@ -36,6 +36,7 @@ from lora_init.planning.limits import whole_number
 from lora_init.serving.base import is_transposed, plan_merge, write_merged
 from lora_init.serving.compress import check_most_rank, error_at, fit
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
+from lora_init.serving.experts import is_single
 from lora_init.serving.fit import compare
 from lora_init.serving.kept import Kept, kept_by_merge
 from lora_init.serving.support import WRITE_NO_TEXT, on_base
@@ -183,11 +184,13 @@ def export_adapter(
     final, errors, error = fit(trained, rank, size.most(wanted, trained), keep_ranks, model.widths)
     final = final if dtype is None else _in_type(final, getattr(torch, dtype))
     check_rank(engine, final.rank)
+    # PEFT reads experts one by one of some families only, and drops others without a word.
+    is_peft = wanted.writes_peft and not any(map(is_single, wanted.with_experts(final, model).layers))
     result = replace(
         result, rank=final.rank, smaller=None if size.is_given else _next_smaller(trained, final.rank),
         command=_command(wanted, path, model.source, final.rank, final.config, final.other_shapes),
         errors=errors, error=error, added=tuple(final.layers_beside(trained)), parameters=final.n_parameters,
-        verify=_verify(wanted.server, path, Path(directory), wanted.writes_peft, start is None and not error, base),
+        verify=_verify(wanted.server, path, Path(directory), is_peft, start is None and not error, base),
     )  # fmt: skip
     return _write(result, lambda place: wanted.write_form(place, final, model), overwrite, final)
 
@@ -390,7 +393,9 @@ def exported_as(path: Path, base: str | None = None) -> dict[str, str] | None:
     source = base or (named if not named.startswith("-") else "BASE")  # which a shell would read as an option
     return {
         "command": _command(engine, path, source, rank, adapter.config, adapter.shapes),
-        "verify": _verify(engine.server, path, path, is_peft=True, fits=True, base=None if source == named else source),
+        "verify": ""
+        if any(map(is_single, adapter.layers))
+        else _verify(engine.server, path, path, is_peft=True, fits=True, base=None if source == named else source),
     }
 
 

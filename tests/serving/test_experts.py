@@ -265,6 +265,7 @@ def test_engines_get_of_each_expert_what_peft_adds_to_it(name, engine, base, tmp
                 wanted = truth.get((block, projection), torch.zeros(4, *served.shape).double())[expert]
                 torch.testing.assert_close(served, wanted, atol=1e-6, rtol=1e-5)
     assert n_seen == sum(".experts." in key for key in tensors)
+    assert exported.verify.startswith(f"lora-init verify {trained} ")  # which PEFT reads of all families
     endings = {key.split(".")[-3] for key in tensors}
     assert {*config["target_modules"]} == endings and not config.get("target_parameters")
 
