@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -81,8 +81,7 @@ def export(
     summaries: list[dict[str, Any]] = []
     for place, directory in places.items():
         try:
-            if data is not None and engine and AdapterDirectory(directory).config.get("target_parameters"):
-                raise LoraInitError(f"--data: PEFT measures the loss, and {engine} gets experts in another form.")
+            _check_experts(data, engine, AdapterDirectory(directory).config)
             exported = export_adapter(
                 directory, place, engine, rank, parameters=parameters, megabytes=megabytes, keep_ranks=keep_ranks,
                 dtype=dtype, start=start, base=base, merge_into=merge_into, rename=rename, overwrite=overwrite,
@@ -149,6 +148,11 @@ def _failure(error: LoraInitError, directory: Path, place: Path) -> dict[str, An
     text = text if str(directory) in text else f"{directory}: {text}"
     print_error(text)
     return {one.name: None for one in fields(Exported)} | {"path": str(place), "failed": text}
+
+
+def _check_experts(data: str | None, engine: str | None, config: Mapping[str, Any]) -> None:
+    if data is not None and engine and config.get("target_parameters"):
+        raise LoraInitError(f"--data: PEFT measures the loss, and {engine} gets experts in another form.")
 
 
 def _places(directories: list[Path], output: Path, engine: str | None, start: Path | None) -> dict[Path, Path]:

@@ -604,12 +604,16 @@ def _hash_of(targets: Targets) -> str:
     return hashlib.sha256(f"{named}{others}".encode()).hexdigest()[:8]
 
 
+def _on_experts(job: _Job) -> list[str]:
+    """Describe the experts that `"all-linear"` leaves out."""
+    said = experts_left_out(job.modules, job.targets.layers)
+    return [said] if said and job.provenance.target_modules == ALL_LINEAR else []
+
+
 def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
     own = {**job.targets.reasons, **dict.fromkeys(never_ran, "never ran")}
     notes = one_line_each({name: f"{reason}; PEFT's own initialization." for name, reason in own.items()})
-    left_out = experts_left_out(job.modules, job.targets.layers)
-    if left_out and job.provenance.target_modules == ALL_LINEAR:
-        notes.append(left_out)
+    notes += _on_experts(job)
     few: dict[str, dict[str, int]] = {}  # components by layer, of those that should have been
     for name in dict.fromkeys(found.group_of.values()):
         if name in groups:

@@ -48,12 +48,15 @@ def count_linear(model: nn.Module, names: Collection[str], task_type: str | None
     part = common[: next(lists, len(common) if len(names) > 1 else 0)]
     others = (".lora_", ".modules_to_save.", ".original_module")
     linear = _linear(model, modules)
-    for owner, module in modules.items():
-        if not isinstance(module, CONVOLUTIONS):
-            linear += [f"{owner}.{end}" for end, p in module.named_parameters(recurse=False) if p.dim() == 3]
+    linear += _fused_parameters(modules)
     counted = (name for name in linear if not any(other in name for other in others) and not is_in(name, heads))
     plain = (name.replace(".base_layer", "") for name in counted)
     return sum(layers_in(name) for name in plain if name.split(".")[: len(part)] == part)
+
+
+def _fused_parameters(modules: Mapping[str, nn.Module]) -> list[str]:
+    plain = {owner: module for owner, module in modules.items() if not isinstance(module, CONVOLUTIONS)}
+    return [f"{o}.{end}" for o, m in plain.items() for end, p in m.named_parameters(recurse=False) if p.dim() == 3]
 
 
 def _linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -189,17 +189,23 @@ def diagnose(
     if residual <= allowed:
         return verdict(AS_TRAINED, f"{residual:.2g} off")
     fits = max(0.0, 1 - (residual / from_base) ** 2)
-    what = (
-        "this one compressed, or with layers changed or in other places" if fits > 0.5 else "that of another task, say"
-    )
-    what += "" if measured else ", or another base or template"
-    each = (observed - trained).square().nanmean(1).sqrt()
-    most = float(each.nanquantile(_PROMPTS))
-    if measured and routed and most <= allowed:
-        others = f"{int((each > allowed).sum())} of {answered} prompts, whose tokens a router may have sent elsewhere"
-        return verdict(AS_TRAINED, f"{most:.2g} off, but for {others}")
-    what += _other_part(observed, plain, faults, run) if fits > _PART_FITS else ""
+    what = _in_words(fits, measured) + (_other_part(observed, plain, faults, run) if fits > _PART_FITS else "")
     return verdict("another adapter", f"{what}; {fits:.0%} fits, {residual:.2g} off")
+
+
+def _in_words(fits: float, measured: bool) -> str:
+    is_near = "this one compressed, or with layers changed or in other places"
+    return (is_near if fits > 0.5 else "that of another task, say") + (
+        "" if measured else ", or another base or template"
+    )
+
+
+def _with_other_routing(observed: Tensor, trained: Tensor, allowed: float) -> str:
+    """Describe how far most prompts are off where all but a few fit; empty if too few do."""
+    each = (observed - trained).square().nanmean(1).sqrt()
+    most, several = float(each.nanquantile(_PROMPTS)), int((each > allowed).sum())
+    others = f"{several} of {int((~each.isnan()).sum())} prompts, whose tokens a router may have sent elsewhere"
+    return f"{most:.2g} off, but for {others}" if most <= allowed else ""
 
 
 def _distance(observed: Tensor, local: Tensor) -> float:
