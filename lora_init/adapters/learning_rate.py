@@ -45,7 +45,7 @@ FALL, REPEATED, FALL_NEW_HEAD, RISE = 1 / 6, 1.0, 0.5, 1 / 3
 SPREAD, SPREAD_STEPS, SPREAD_EPOCHS, SPREAD_BATCH = 0.35, 0.1, 0.25, 0.25
 MEASURED_AT, MEASURED_AT_NEW_HEAD = (48, 1.0), (200, 3.0)  # steps and epochs of most of those sweeps
 UNKNOWN = 4.0  # a range that reaches farther than by this factor says that the rate is not known
-SHORTEST, LONGEST, LARGEST = 24, 480, 32  # steps between which it was measured, and examples in a step
+SHORTEST, LONGEST, LARGEST = 24, 480, 128  # steps between which it was measured, and examples in a step
 SMALLEST = 2 / 7  # share of the linear layers at which it was measured; unfused experts can be hundreds of them
 FAR = 3.0  # a rate this many times off costs more than a start gains, where the best one is known that well
 TRAINING = {"warmup": WARMUP, "schedule": SCHEDULE, "optimizer": OPTIMIZER}
@@ -87,8 +87,9 @@ def factor(length: TrainingLength, new_head: bool = False) -> float:
 
     Where all examples were new, the rate of this law was 0.6 to 0.9 times the best at 48 steps and 0.7 to 0.9 times at
     480, on two families and two tasks; after three epochs of 1,000 examples it was 1.1 and 1.3 times the best. At 48
-    steps of 32 it is 0.8 to 0.9 times the best; without the power of the batch 0.5 to 0.6. Rates of a new head were
-    measured from 100 to 400 steps of 8, about three epochs: they fell with the root of the steps.
+    steps of 32 it is 0.8 to 0.9 times the best, of 128 1.1 times (one sweep); without the power of the batch 0.4 to
+    0.6. Rates of a new head were measured from 100 to 400 steps of 8, about three epochs: they fell with the root of
+    the steps.
 
     Example:
         >>> round(factor(TrainingLength(480)), 2), round(factor(TrainingLength(480, rows=900)), 2)

@@ -17,7 +17,7 @@ from torch import nn
 
 from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.layers.grid import PURPOSES, by_purpose, layers_in
-from lora_init.layers.rows import CONVOLUTIONS, Experts, find_parameters, patches_of
+from lora_init.layers.rows import CONVOLUTIONS, Experts, experts_of, find_parameters, patches_of
 from lora_init.layers.wrappers import class_name, plain_names, unwrapped
 
 
@@ -48,15 +48,16 @@ def count_linear(model: nn.Module, names: Collection[str], task_type: str | None
     part = common[: next(lists, len(common) if len(names) > 1 else 0)]
     others = (".lora_", ".modules_to_save.", ".original_module")
     linear = _linear(model, modules)
-    linear += _fused_parameters(modules)
+    linear += _fused_experts(modules, names)
     counted = (name for name in linear if not any(other in name for other in others) and not is_in(name, heads))
     plain = (name.replace(".base_layer", "") for name in counted)
     return sum(layers_in(name) for name in plain if name.split(".")[: len(part)] == part)
 
 
-def _fused_parameters(modules: Mapping[str, nn.Module]) -> list[str]:
-    plain = {owner: module for owner, module in modules.items() if not isinstance(module, CONVOLUTIONS)}
-    return [f"{o}.{end}" for o, m in plain.items() for end, p in m.named_parameters(recurse=False) if p.dim() == 3]
+def _fused_experts(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> list[str]:
+    """List parameters of fused experts, and others that have an adapter; others, as of positions, are none."""
+    found = {f"{o}.{end}": m for o, m in modules.items() for end, _ in m.named_parameters(recurse=False)}
+    return [name for name, m in found.items() if experts_of(name, m) or name.replace(".base_layer", "") in adapted]
 
 
 def _linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -418,7 +418,7 @@ def test_epochs_that_are_said_are_those_that_the_rate_is_divided_by(rows, batch_
     (TrainingLength(48), "for 48 steps of 8. The best rate is likely between 1.4e-3 and 5.8e-3."),
     (TrainingLength(18, why="an epoch"), "for 18 steps of 8 (an epoch). The best rate is likely between "),
     (TrainingLength(20), " (extrapolated: measured were 24 to 480 steps)."),
-    (TrainingLength(900, 64), " (extrapolated: measured were 24 to 480 steps and steps of at most 32 examples)."),
+    (TrainingLength(900, 256), " (extrapolated: measured were 24 to 480 steps and steps of at most 128 examples)."),
     (TrainingLength(480, rows=900), "(4.2 epochs of 900 examples). The best rate is likely between 1.6e-4 and 1.4e-3."),
     (
         TrainingLength(1250, rows=1000),
