@@ -149,6 +149,8 @@ class AdapterDirectory:
     @property
     def adds_nothing(self) -> bool:
         """Whether B A is zero in every layer; reads them to the first where it is not."""
+        if self.config.get("target_parameters"):  # A and B of experts are laid out otherwise
+            return self.has_zeros
         return self._all(is_zero_update)
 
     @property

@@ -260,7 +260,8 @@ def schedule_of(settings: Any, scheduler: Any = None) -> str:
     """Name the schedule of a trainer's arguments, with its own settings; one that they did not make by its class."""
     name = str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type))
     if scheduler is not None and name in SCHEDULES and not is_schedule(scheduler, name):
-        return type(getattr(scheduler, "scheduler", scheduler)).__name__
+        other = next((one for one in SCHEDULES if is_schedule(scheduler, one)), "")
+        return other or type(getattr(scheduler, "scheduler", scheduler)).__name__
     own = ", ".join(f"{key}={value}" for key, value in (settings.lr_scheduler_kwargs or {}).items())
     return f"{name} ({own})" if own else name
 

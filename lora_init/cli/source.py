@@ -228,9 +228,7 @@ def _check_made_for(stats: Statistics, model: nn.Module, asked: Asked) -> None:
         origin = f"{made.model_class} {made.model_id}".strip()
         raise LoraInitError(f"{stats.path} was made from another model ({origin}). Name the file of this one.")
     if odd := differing_config(made.settings, model_config(model)):
-        raise LoraInitError(
-            f"{stats.path} was made from this model with {odd} in config.json. Make it anew: name DATA."
-        )
+        raise LoraInitError(f"{stats.path} was made from this model with {odd}. Make it anew: name DATA.")
     if given(("dtype",)) and made.settings.get("dtype", dtype_of(model)) != dtype_of(model):
         raise LoraInitError(f"{stats.path} was made in {made.settings['dtype']}. Leave --dtype out, or name DATA.")
     found = find_targets(model, **vars(asked.layers))

@@ -52,7 +52,9 @@ def _digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 # only training uses, and labels.
 _IDLE = re.compile(
     r"_|(name_or_path|architectures|transformers_version|(torch_)?dtype|use_cache|return_dict|(id2label|label2id)|"
-    r"problem_type|quantization_config|initializer_\w+|output_\w+|\w+_token_id|\w*dropout\w*|\w*_pdrop)$"
+    r"problem_type|quantization_config|initializer_\w+|output_(hidden_states|attentions|router_logits)|\w+_token_id|"
+    r"(?!token_)\w*dropout\w*|\w*_pdrop|layerdrop|mask_(time|feature)_\w+|ctc_\w+|chunk_size_feed_forward|"
+    r"pretraining_tp|router_jitter_noise|router_aux_loss_coef)$"
 )
 
 
@@ -64,12 +66,15 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     one entry, a hash like the fingerprint.
     """
     plain = unwrapped(model)
-    to_dict = getattr(getattr(plain, "config", None), "to_dict", None)
+    # The outermost that has one: a module of one's own may hold a model. Those of diffusers are mappings.
+    configs = (getattr(module, "config", None) for module in plain.modules())
+    config: Any = next((one for one in configs if isinstance(one, Mapping) or hasattr(one, "to_dict")), {})
+    entries = dict(_flat("config", config if isinstance(config, Mapping) else config.to_dict()))
     saved = plain.state_dict(keep_vars=True)
     buffers = [(plain_name(name), one) for name, one in plain.named_buffers() if name in saved]
     floating = [(name, one) for name, one in buffers if one.is_floating_point() and ".lora_" not in name]
-    hashed = {"config.saved buffers": _digest_of(floating)} if floating else {}
-    return (dict(_flat("config", to_dict())) if to_dict else {}) | hashed
+    is_known = floating and not any(one.is_meta for _, one in floating)
+    return entries | ({"config.saved buffers": _digest_of(floating)} if is_known else {})
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -84,8 +89,16 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def differing_config(recorded: Any, config: Mapping[str, Any]) -> str:
-    """Return in words the first entry of a configuration that a record has otherwise; empty if all agree."""
-    for name, value in config.items():
-        if isinstance(recorded, Mapping) and recorded.get(name, value) != value:  # older records have fewer
-            return f"{name.removeprefix('config.')} {recorded[name]!r:.60} instead of {value!r:.60}"
+    """Return in words the first entry of a configuration that a record has otherwise; empty if all agree.
+
+    Another version of transformers may know other entries, so one that a side lacks says nothing; but for those of a
+    dictionary that is no configuration itself, such as `rope_parameters`, which holds what is set.
+    """
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    for name in dict.fromkeys([*config, *(one for one in recorded if one.startswith("config."))]):
+        owner = name.rpartition(".")[0]
+        is_whole = recorded.get(owner) == config.get(owner) == "given" and f"{owner}.model_type" not in config
+        there = (name in recorded and name in config) or is_whole
+        if there and recorded.get(name) != config.get(name):
+            return f"{name.removeprefix('config.')} {recorded.get(name)!r:.60} instead of {config.get(name)!r:.60}"
     return ""

@@ -416,7 +416,7 @@ def _of_recorded_base(
     odd = differing_config(made.get("settings"), model_config(model))
     if not odd:
         return []
-    return [f"The adapter was made for this base with {odd} in its config.json: that changes what it reads."]
+    return [f"The adapter was made for this base with {odd}: that changes what it reads."]
 
 
 def _of_named_base(

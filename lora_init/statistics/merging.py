@@ -172,7 +172,7 @@ def _check_alike(first: Statistics, other: Statistics, first_name: str, other_na
         )
     config = {name: value for name, value in one.settings.items() if name.startswith("config.")}
     if entry := differing_config(two.settings, config):
-        raise LoraInitError(f"{other_name} was made with {entry} of {first_name} in config.json. Collect both alike.")
+        raise LoraInitError(f"{other_name} was made with {entry} of {first_name}. Collect both alike.")
     # With gradients, labels count at other rows.
     for setting in (*_ALIKE, "gradients") if one.token_mask == "labels" else _ALIKE:
         if getattr(one, setting) != getattr(two, setting):

@@ -264,7 +264,7 @@ def _check_schedule(scheduler: Any) -> None:
     """Refuse schedules that hold rates of their own, beside those of the optimizer."""
     own = torch.optim.lr_scheduler
     made = getattr(scheduler, "scheduler", scheduler)  # accelerate's holds it
-    if isinstance(made, (own.OneCycleLR, own.CyclicLR, own.SequentialLR)):
+    if isinstance(made, (own.OneCycleLR, own.CyclicLR, own.SequentialLR, own.ChainedScheduler)):
         raise LoraInitError(
             f"learning_rate='measured': {type(made).__name__} has rates of its own, which would stay. Take a schedule "
             "of transformers, or leave it out, and tune them."

@@ -309,7 +309,8 @@ def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, sc
     ("cosine", {}, "cosine", "cosine"),
     ("linear", None, "linear", "linear"),
     ("cosine", {"num_cycles": 3}, "cosine", "cosine (num_cycles=3)"),
-    ("cosine", {}, "linear", "LambdaLR"),  # by a method of one's own
+    ("cosine", {}, "linear", "linear"),  # by a method of one's own
+    ("cosine", {}, "constant", "LambdaLR"),
     ("cosine", {}, torch.optim.lr_scheduler.ConstantLR, "ConstantLR"),
     ("cosine_with_restarts", {}, "cosine_with_restarts", "cosine_with_restarts"),
 ])  # fmt: skip

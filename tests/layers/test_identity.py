@@ -47,6 +47,12 @@ def test_a_configuration_is_known_by_what_it_computes():
     nested = model_config(model) | {"config.rope_parameters": None}
     assert differing_config(nested, model_config(model)) == "rope_parameters None instead of 'given'"
     assert model_config(nn.Linear(2, 2)) == {}
+    rope = model_config(model) | {"config.rope_parameters.attention_factor": 3.0}  # holds what is set
+    assert differing_config(rope, model_config(model)) == "rope_parameters.attention_factor 3.0 instead of None"
+    assert differing_config(model_config(model), rope) == "rope_parameters.attention_factor None instead of 3.0"
+    assert model_config(nn.ModuleDict({"body": model})) == model_config(model)
+    model.config.chunk_size_feed_forward, model.config.layerdrop = 7, 0.5
+    assert differing_config(rope | {"config.layerdrop": 0.1}, rope | model_config(model)) == ""
 
 
 def test_saved_buffers_are_part_of_a_model():
@@ -56,5 +62,7 @@ def test_saved_buffers_are_part_of_a_model():
     norm.not_saved.add_(1)
     norm.num_batches_tracked = 5
     assert differing_config(before, model_config(norm)) == ""
+    assert "config.saved buffers" not in model_config(norm.to("meta")) and differing_config(before, {}) == ""
+    norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     norm[1].running_mean.add_(1)
     assert differing_config(before, model_config(norm)).startswith("saved buffers ")

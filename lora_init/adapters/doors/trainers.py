@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, RandomSampler
+from torch.utils.data import IterableDataset, RandomSampler, WeightedRandomSampler
 from transformers.trainer_utils import has_length
 
 from lora_init.adapters.asked import Asked
@@ -288,7 +288,8 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     own = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     each = getattr(loader, "total_batch_size", None) or (own * args.world_size if isinstance(own, int) else each)
     # One that draws `num_samples` of them anew in each epoch sees others each time.
-    draws = isinstance(_sampler_of(loader), RandomSampler) and not args.dataloader_drop_last
+    sampler = _sampler_of(loader)
+    draws = isinstance(sampler, (RandomSampler, WeightedRandomSampler)) and sampler.num_samples < len(data)
     rows = len(data) if draws else min(len(data), len(loader) * each)
     return TrainingLength(int(steps), min(each * args.gradient_accumulation_steps, rows), rows)
 
