@@ -66,7 +66,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     one entry, a hash like the fingerprint.
     """
     plain = unwrapped(model)
-    # The outermost that has one: a module of one's own may hold a model. Those of diffusers are mappings.
+    # The outermost that has one: a module of one's own may hold a model. Configurations of diffusers are mappings.
     configs = (getattr(module, "config", None) for module in plain.modules())
     config: Any = next((one for one in configs if isinstance(one, Mapping) or hasattr(one, "to_dict")), {})
     entries = dict(_flat("config", config if isinstance(config, Mapping) else config.to_dict()))
@@ -91,7 +91,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def differing_config(recorded: Any, config: Mapping[str, Any]) -> str:
     """Return in words the first entry of a configuration that a record has otherwise; empty if all agree.
 
-    Another version of transformers may know other entries, so one that a side lacks says nothing; but for those of a
+    Another version of transformers may know other entries, so one that a side lacks says nothing; but for entries of a
     dictionary that is no configuration itself, such as `rope_parameters`, which holds what is set.
     """
     recorded = recorded if isinstance(recorded, Mapping) else {}

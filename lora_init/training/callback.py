@@ -261,7 +261,7 @@ def _rate_of(optimizer: Any) -> float:
 
 
 def _check_schedule(scheduler: Any) -> None:
-    """Refuse schedules that hold rates of their own, beside those of the optimizer."""
+    """Refuse schedules that hold rates of their own beside the optimizer's."""
     own = torch.optim.lr_scheduler
     made = getattr(scheduler, "scheduler", scheduler)  # accelerate's holds it
     if isinstance(made, (own.OneCycleLR, own.CyclicLR, own.SequentialLR, own.ChainedScheduler)):
