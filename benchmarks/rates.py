@@ -99,7 +99,7 @@ def measure(start: str, bench: Workbench, n_batches: int) -> dict[str, dict[str,
     layers = adapter_layers(model)
     found = {}
     for tokens in ("attention", "labels")[: 1 if bench.shape.task_type == "SEQ_CLS" else 2]:
-        responses = measure_responses(
+        responses, _ = measure_responses(
             model.get_base_model(), layers, batches, freeze_a="frozen-a" in start, token_mask=tokens
         )
         by = {name: [_solve([*responses.values()], mean, change) for change in GRID] for name, mean in MEANS.items()}

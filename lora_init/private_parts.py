@@ -97,7 +97,7 @@ def is_schedule(scheduler: Any, name: str) -> bool:
     transformers makes a `LambdaLR` of a function that has this name in its own; since 4.26. If it breaks, trainers are
     told that rates were not measured for their schedule.
     """
-    functions = getattr(getattr(scheduler, "scheduler", scheduler), "lr_lambdas", ())  # accelerate's holds it
+    functions = getattr(scheduler, "lr_lambdas", ())
     names = [getattr(getattr(one, "func", one), "__name__", "") for one in functions]
     return bool(names) and all(one.startswith(f"_get_{name}_schedule") for one in names)
 

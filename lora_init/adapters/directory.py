@@ -30,9 +30,13 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 _OURS: dict[str, Any] = {"marker": ORIGIN_FILE, "replaceable": (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)}
 
 
+def _has_zeros(a: Tensor | None, b: Tensor) -> bool:
+    return not b.any() or (a is not None and not a.any())
+
+
 def is_zero_update(a: Tensor | None, b: Tensor) -> bool:
     """Check whether B A is zero, to the rounding of its type: in PEFT's "orthogonal" neither is. `a` may be unknown."""
-    if not b.any() or (a is not None and not a.any()):
+    if _has_zeros(a, b):
         return True
     if a is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         return False
@@ -156,7 +160,7 @@ class AdapterDirectory:
     @property
     def has_zeros(self) -> bool:
         """Whether B is zero in every layer, or A, as in embeddings."""
-        return self._all(lambda a, b: not b.any() or (a is not None and not a.any()))
+        return self._all(_has_zeros)
 
     def _all(self, holds: Callable[[Tensor | None, Tensor], bool]) -> bool:
         from safetensors import safe_open

@@ -256,12 +256,17 @@ class LearningRate:
         return lines
 
 
+def made_by_torch(scheduler: Any) -> Any:
+    """Return the scheduler itself, which accelerate's holds."""
+    return getattr(scheduler, "scheduler", scheduler)
+
+
 def schedule_of(settings: Any, scheduler: Any = None) -> str:
     """Name the schedule of a trainer's arguments, with its own settings; one that they did not make by its class."""
     name = str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type))
-    if scheduler is not None and name in SCHEDULES and not is_schedule(scheduler, name):
-        other = next((one for one in SCHEDULES if is_schedule(scheduler, one)), "")
-        return other or type(getattr(scheduler, "scheduler", scheduler)).__name__
+    made = made_by_torch(scheduler)
+    if made is not None and name in SCHEDULES and not is_schedule(made, name):
+        return next((one for one in SCHEDULES if is_schedule(made, one)), type(made).__name__)
     own = ", ".join(f"{key}={value}" for key, value in (settings.lr_scheduler_kwargs or {}).items())
     return f"{name} ({own})" if own else name
 

@@ -99,10 +99,8 @@ def measure_rate(
     base, layers = without_adapter(model), layers_of(model, adapter_name)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     freeze_a = freeze_a or bool(config and carried(config.to_dict()).get("freeze_a"))
-    unread: dict[str, list[str]] = {}
-    responses = measure_responses(base, layers, batches, adapter_name, freeze_a, unread=unread)
-    left_out = [name for name in layers if name not in responses]
-    left_out += [expert for name, experts in unread.items() if name in responses for expert in experts]
+    responses, unread = measure_responses(base, layers, batches, adapter_name, freeze_a)
+    left_out = [name for name in layers if name not in responses] + unread
     # PEFT trains the head of such a task whole, which often begins at random, and what else it is told to.
     task_type, whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
     new_head = task_type in HEADS or any(is_in(name, whole) for name in new_heads(base))
@@ -118,12 +116,12 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 def measure_responses(
     base: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any], adapter_name: str = "default",
-    freeze_a: bool = False, token_mask: str = "attention", unread: dict[str, list[str]] | None = None,
-) -> dict[str, Response]:  # fmt: skip
+    freeze_a: bool = False, token_mask: str = "attention",
+) -> tuple[dict[str, Response], list[str]]:  # fmt: skip
     """Run a model with an adapter in its layers on at most eight batches, and compute how far each layer moves.
 
     Of fused experts each reads the tokens that the router sends to it, and a token counts once for each of its experts.
-    `unread` receives the names of the experts, by parameter, that got none.
+    The names of experts that got none, of parameters that say how far they move, are returned beside the responses.
     """
     # The A of an embedding is read by no module of its own, and what other parameters read is not known.
     seen = {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
@@ -159,9 +157,6 @@ def measure_responses(
                 raise LoraInitError(f"batch {number}: {said}") from error
     if not sums.sums:
         raise LoraInitError("no batch has a token that counts, so no rate can be told. Check attention_mask.")
-    if unread is not None:
-        for expert in of_expert.keys() - sums.read:
-            unread.setdefault(of_expert[expert][0], []).append(expert)
     responses: dict[str, Response] = {}
     for name, layer in seen.items():
         size = Sizes(sums.mean(_X + hooks.group_of.get(name, name)), sums.mean(name) ** 0.5)
@@ -169,7 +164,7 @@ def measure_responses(
         frozen = freeze_a or (b.requires_grad and not a.requires_grad)  # neither does while an adapter is served
         found = response(size, sums.mean(name + _A), layer.r[adapter_name], layer.scaling[adapter_name], frozen)
         responses |= {name: found} if found else {}
-    return responses
+    return responses, [one for one, (name, _) in of_expert.items() if name in responses and one not in sums.read]
 
 
 class _Sums(Sink):

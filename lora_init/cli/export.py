@@ -71,7 +71,7 @@ def export(
         check_output(place, engine, overwrite)
     loaded = batches = None
     if needs_base:
-        _check_before_loading(places.values(), base, rank)
+        _check_before_loading(places.values(), base, rank, data, engine)
         loaded = _load(directories, base)
     if loaded is not None and data is not None:
         batches = load_batches(
@@ -118,14 +118,18 @@ def _check_options(
         require_version("peft", "0.19", "--reduce-intruders")
 
 
-def _check_before_loading(directories: Collection[Path], base: str | None, rank: int | None) -> None:
+def _check_before_loading(
+    directories: Collection[Path], base: str | None, rank: int | None, data: str | None, engine: str | None
+) -> None:
     """Refuse an adapter that its base need not be loaded for; one of several is left to `export_adapter`."""
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.serving.export import check_before_loading
 
     for directory in directories:
         try:
-            check_before_loading(AdapterDirectory(directory), base, rank)
+            adapter = AdapterDirectory(directory)
+            _check_experts(data, engine, adapter.config)
+            check_before_loading(adapter, base, rank)
         except LoraInitError:
             if len(directories) == 1:
                 raise

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_init.errors import LoraInitError, did_you_mean
 
@@ -65,19 +65,25 @@ class Engine:
     def write_form(self, path: Path, trained: Trained, base: Base) -> None:
         """Write its form of an adapter."""
         trained = self.with_experts(trained, base)
-        (resolve_name(self.write) if isinstance(self.write, str) else self.write)(path, trained, base)
+        _resolved(self.write)(path, trained, base)
 
     def with_experts(self, trained: Trained, base: Base) -> Trained:
         """Bring fused experts into its names and shapes; an adapter without them as it is."""
         if self.experts is None or not any(layer.experts for layer in trained.layers.values()):
             return trained
-        return (resolve_name(self.experts) if isinstance(self.experts, str) else self.experts)(trained, base)
+        adapted: Trained = _resolved(self.experts)(trained, base)
+        return adapted
 
     def check_names(self, trained: Trained, base: Base) -> None:
         """Refuse what has no name in its form."""
         trained = self.with_experts(trained, base)
         if self.check is not None:
-            (resolve_name(self.check) if isinstance(self.check, str) else self.check)(trained, base)
+            _resolved(self.check)(trained, base)
+
+
+def _resolved(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    made: Callable[..., Any] = resolve_name(function) if isinstance(function, str) else function
+    return made
 
 
 def vllm_rank(rank: int) -> int:

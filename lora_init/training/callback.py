@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
 from lora_init.adapters.doors.carriers import InPlace, Wrapped
 from lora_init.adapters.doors.trainers import examples_of_a_step, is_used_up, leaves_loss, length_of, undisturbed
-from lora_init.adapters.learning_rate import check_measured, schedule_of
+from lora_init.adapters.learning_rate import check_measured, made_by_torch, schedule_of
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.adapters.pipeline import Source, choose, run
 from lora_init.adapters.starts import DEFAULT
@@ -175,7 +175,7 @@ class StartCallback(TrainerCallback):
                 )
             if self.measured:
                 check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
-                if len({group.get("initial_lr", group["lr"]) for group in rest["optimizer"].param_groups}) > 1:
+                if len(set(map(_rate_of_group, optimizer.param_groups))) > 1:
                     raise LoraInitError(
                         "learning_rate='measured': the optimizer has several rates, as LoRA+ has, and nothing was "
                         "measured for that. Leave it out, and tune them."
@@ -256,14 +256,17 @@ def _check_dial(args: TrainingArguments, model: Any) -> None:
 
 def _rate_of(optimizer: Any) -> float:
     """Return the rate that an optimizer was made with; one of one's own need not have the trainer's."""
-    group = optimizer.param_groups[0]
+    return _rate_of_group(optimizer.param_groups[0])
+
+
+def _rate_of_group(group: Mapping[str, Any]) -> float:
     return float(group.get("initial_lr", group["lr"]))
 
 
 def _check_schedule(scheduler: Any) -> None:
     """Refuse schedules that hold rates of their own beside the optimizer's."""
     own = torch.optim.lr_scheduler
-    made = getattr(scheduler, "scheduler", scheduler)  # accelerate's holds it
+    made = made_by_torch(scheduler)
     if isinstance(made, (own.OneCycleLR, own.CyclicLR, own.SequentialLR, own.ChainedScheduler)):
         raise LoraInitError(
             f"learning_rate='measured': {type(made).__name__} has rates of its own, which would stay. Take a schedule "
@@ -273,7 +276,7 @@ def _check_schedule(scheduler: Any) -> None:
 
 def _set_rate(rate: float, optimizer: Any, scheduler: Any, kwargs: Any) -> None:
     """Set the learning rate of an optimizer and its schedule."""
-    factor, schedule = rate / _rate_of(optimizer), getattr(scheduler, "scheduler", scheduler)
+    factor, schedule = rate / _rate_of(optimizer), made_by_torch(scheduler)
     for group in optimizer.param_groups:
         group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
     state = schedule.state_dict()
@@ -284,7 +287,7 @@ def _set_rate(rate: float, optimizer: Any, scheduler: Any, kwargs: Any) -> None:
 
 def _set_shares(factor: float, scheduler: Any, kwargs: Any) -> None:
     """Let a schedule end where it did, though the rate is another by a factor than the one that it was made for."""
-    schedule = getattr(scheduler, "scheduler", scheduler)
+    schedule = made_by_torch(scheduler)
     # Rates that a schedule ends at are shares of the one that it was made for.
     shares = {"lr_init": factor} | ({"min_lr_rate": 1 / factor} if "min_lr" in (kwargs or {}) else {})
     functions = {id(one): one for one in getattr(schedule, "lr_lambdas", ())}  # groups share one

@@ -15,6 +15,7 @@ from lora_init import export_adapter
 from lora_init.serving import base as base_room
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.trained import read_trained
+from tests.commands import assert_one_line_error, run
 from tests.layers.made import BOTH, COMMON, MODELS
 from tests.serving.made import IDS, config_of, refused
 from tests.versions import OLD_TRANSFORMERS
@@ -314,3 +315,13 @@ def test_engines_are_refused_with_the_way_out(engine, base, tmp_path, request):
     refused(message, trained, tmp_path / "served", engine)
     trained = train(base, tmp_path / "router", target_parameters=["gate.weight", "router.weight"], target_modules=[])
     refused(r"does not take an adapter of the parameter .*merge_into=", trained, tmp_path / "served", engine)
+
+
+def test_a_loss_of_experts_in_another_form_is_refused_before_the_base_is_loaded(tmp_path, monkeypatch):
+    settings = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    get_peft_model(MODELS["mixtral"](), settings).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 8)
+    monkeypatch.setattr("lora_init.cli.export._load", lambda *_: pytest.fail("the base was loaded"))
+    done = run("export", tmp_path / "adapter", "-o", tmp_path / "out", "--engine", "vllm", "--data",
+               tmp_path / "rows.jsonl")  # fmt: skip
+    assert_one_line_error(done, "--data: PEFT measures the loss, and vllm gets experts in another form.")
