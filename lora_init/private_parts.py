@@ -91,17 +91,6 @@ def has_plain_loss(model: Any) -> bool:
     return type(model).__module__.startswith("transformers.") and "CrossEntropyLoss" in names and not shifts
 
 
-def is_schedule(scheduler: Any, name: str) -> bool:
-    """Check whether a scheduler is the one that transformers makes by a name, such as "cosine".
-
-    transformers makes a `LambdaLR` of a function that has this name in its own; since 4.26. If it breaks, trainers are
-    told that rates were not measured for their schedule.
-    """
-    functions = getattr(scheduler, "lr_lambdas", ())
-    names = [getattr(getattr(one, "func", one), "__name__", "") for one in functions]
-    return bool(names) and all(one.startswith(f"_get_{name}_schedule") for one in names)
-
-
 def usage_error() -> Any:
     """Return the class of all errors in the words of a command line: of click, or of typer's copy of it.
 

@@ -161,13 +161,3 @@ def test_add_adapter_leaves_a_mark_that_a_peft_model_has_not():
     model = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     assert private_parts.has_added_adapter(model)
-
-
-def test_transformers_names_a_schedule_in_the_function_that_makes_it():
-    from transformers import get_scheduler
-
-    adam = torch.optim.AdamW(nn.Linear(1, 1).parameters())
-    made = {name: get_scheduler(name, adam, 1, 8) for name in ("cosine", "linear", "constant_with_warmup")}
-    for name in ("cosine", "linear"):
-        assert [kind for kind, one in made.items() if private_parts.is_schedule(one, name)] == [name]
-    assert not private_parts.is_schedule(torch.optim.lr_scheduler.ConstantLR(adam), "constant")

@@ -35,14 +35,18 @@ def _has_zeros(a: Tensor | None, b: Tensor) -> bool:
 
 
 def is_zero_update(a: Tensor | None, b: Tensor) -> bool:
-    """Check whether B A is zero, to the rounding of its type: in PEFT's "orthogonal" neither is. `a` may be unknown."""
+    """Check whether B A is zero, to its rounding: in PEFT's "orthogonal" neither is. `a` may be unknown.
+
+    The rounding is that of its numbers: an adapter of 16 bits may be saved in 32.
+    """
     if _has_zeros(a, b):
         return True
     if a is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         return False
     first, second = a.double() @ a.double().T, b.double().T @ b.double()  # r x r each
     product, bound = (first * second).sum(), first.trace() * second.trace()
-    return bool(product <= bound * (1e-6 if a.dtype == torch.float32 else 3e-3) ** 2)
+    is_short = any(a.equal(a.to(short).to(a.dtype)) for short in (torch.bfloat16, torch.float16))
+    return bool(product <= bound * (3e-3 if is_short else 1e-6) ** 2)
 
 
 def _check_numbers(config: Mapping[str, Any], file: Path) -> None:

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
 from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layers_in
-from lora_init.private_parts import is_schedule
 
 if TYPE_CHECKING:
     from lora_init.statistics.statistics import Sizes
@@ -261,14 +260,27 @@ def made_by_torch(scheduler: Any) -> Any:
     return getattr(scheduler, "scheduler", scheduler)
 
 
-def schedule_of(settings: Any, scheduler: Any = None) -> str:
-    """Name the schedule of a trainer's arguments, with its own settings; one that they did not make by its class."""
+def schedule_of(settings: Any, scheduler: Any = None, steps: int = 0) -> str:
+    """Name the schedule of a trainer's arguments, with its own settings; another that was made by what it does."""
     name = str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type))
-    made = made_by_torch(scheduler)
-    if made is not None and name in SCHEDULES and not is_schedule(made, name):
-        return next((one for one in SCHEDULES if is_schedule(made, one)), type(made).__name__)
     own = ", ".join(f"{key}={value}" for key, value in (settings.lr_scheduler_kwargs or {}).items())
-    return f"{name} ({own})" if own else name
+    made = made_by_torch(scheduler)
+    if made is None or own or name not in SCHEDULES:
+        return f"{name} ({own})" if own else name
+    return next((one for one in SCHEDULES if _is_curve(made, one, steps)), type(made).__name__)
+
+
+def _is_curve(scheduler: Any, name: str, steps: int) -> bool:
+    """Check whether factors of a `LambdaLR` fall along a curve from their highest, which is 1, to 0 after `steps`."""
+    for function in getattr(scheduler, "lr_lambdas", ()):
+        factors = [function(step) for step in range(steps + 1)]
+        highest = factors.index(max(factors))
+        for step in range(highest, steps + 1):
+            share = (step - highest) / max(1, steps - highest)
+            expected = 1 - share if name == "linear" else (1 + math.cos(math.pi * share)) / 2
+            if abs(factors[step] - expected) > 0.01:
+                return False
+    return steps > 0 and hasattr(scheduler, "lr_lambdas")
 
 
 def training_in_words(rate: LearningRate | None, asked: float | None = None) -> str:

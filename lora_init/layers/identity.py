@@ -52,7 +52,7 @@ def _digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 # only training uses, and labels.
 _IDLE = re.compile(
     r"_|(name_or_path|architectures|transformers_version|(torch_)?dtype|use_cache|return_dict|(id2label|label2id)|"
-    r"problem_type|quantization_config|initializer_\w+|output_(hidden_states|attentions|router_logits)|\w+_token_id|"
+    r"problem_type|quantization_config|initializer_\w+|output_(hidden_states|attentions|router_logits)|((forced_)?[be]os|pad|sep|cls|unk)_token_id|"
     r"(?!token_)\w*dropout\w*|\w*_pdrop|layerdrop|mask_(time|feature)_\w+|ctc_\w+|chunk_size_feed_forward|"
     r"pretraining_tp|router_jitter_noise|router_aux_loss_coef)$"
 )
@@ -63,13 +63,16 @@ def model_config(model: nn.Module) -> dict[str, Any]:
 
     A fingerprint knows the weights alone; the same weights with another `rope_theta` give other inputs to each layer.
     Entries of a nested configuration have names with dots. Buffers that are saved, as the means of a batch norm, are
-    one entry, a hash like the fingerprint.
+    one entry, a hash like the fingerprint. The padding token is one where positions are counted from it, as in RoBERTa.
     """
     plain = unwrapped(model)
     # The outermost that has one: a module of one's own may hold a model. Configurations of diffusers are mappings.
     configs = (getattr(module, "config", None) for module in plain.modules())
     config: Any = next((one for one in configs if isinstance(one, Mapping) or hasattr(one, "to_dict")), {})
     entries = dict(_flat("config", config if isinstance(config, Mapping) else config.to_dict()))
+    for name, module in plain.named_modules():
+        if "position" in name and isinstance(padding := getattr(module, "padding_idx", None), int):
+            entries[f"config.padding token of {plain_name(name)}"] = padding
     saved = plain.state_dict(keep_vars=True)
     buffers = [(plain_name(name), one) for name, one in plain.named_buffers() if name in saved]
     floating = [(name, one) for name, one in buffers if one.is_floating_point() and ".lora_" not in name]

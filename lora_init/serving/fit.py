@@ -392,17 +392,19 @@ def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | s
         return
     model = on_meta(getattr(transformers, recorded, None), config)
     if model is not None and made and not made.get("quantisation"):
-        said = _of_recorded_base(adapter, made, model, tensors)
-        if said is not None:
-            yield from said
+        misfits = _of_recorded_base(adapter, made, model, tensors)
+        if not misfits and (odd := differing_config(made.get("settings"), model_config(model))):
+            yield f"The adapter was made for this base with {odd}: that changes what it reads."
+        if misfits is not None:
+            yield from misfits
             return
     yield from _of_named_base(adapter, source, config, tensors)
 
 
 def _of_recorded_base(
     adapter: AdapterDirectory, made: Mapping[str, Any], model: Any, tensors: Mapping[str, Stored]
-) -> list[Misfit | str] | None:
-    """Compare size, fingerprint and configuration of the base with the record; None where that cannot decide."""
+) -> list[Misfit] | None:
+    """Compare size and fingerprint of the base with the record; None where that cannot decide."""
     known, here = made.get("n_parameters"), count_parameters(model)
     # What is trained whole, as a head of other classes is, has its own size.
     whole = adapter.config.get("modules_to_save") or adapter.config.get("task_type") in _CLASSIFIES
@@ -413,10 +415,7 @@ def _of_recorded_base(
         return None
     if made.get("fingerprint") not in (None, found):
         return [Misfit("base", str(adapter.path), f"is for a base of the same form {_OTHER_WEIGHTS}.")]
-    odd = differing_config(made.get("settings"), model_config(model))
-    if not odd:
-        return []
-    return [f"The adapter was made for this base with {odd}: that changes what it reads."]
+    return []
 
 
 def _of_named_base(

@@ -187,7 +187,7 @@ class StartCallback(TrainerCallback):
         if self.measured and rate and _rate_of(optimizer):
             _set_rate(rate.rate, rest["optimizer"], rest["lr_scheduler"], args.lr_scheduler_kwargs)
             args.learning_rate = rate.rate
-        trained_at, schedule = _rate_of(optimizer), schedule_of(args, rest.get("lr_scheduler"))
+        trained_at, schedule = _rate_of(optimizer), schedule_of(args, rest.get("lr_scheduler"), state.max_steps)
         for said in rate.far_off(trained_at, type(optimizer).__name__, schedule) if rate and is_plain_loss else ():
             warnings.warn(said, stacklevel=2)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"

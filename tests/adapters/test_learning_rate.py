@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
-from transformers import TrainingArguments, XLMConfig, XLMModel, get_scheduler
+from transformers import TrainingArguments, XLMConfig, XLMModel, get_cosine_schedule_with_warmup, get_scheduler
 
 import lora_init
 from lora_init import build_adapter, collect, learning_rate
@@ -311,6 +311,9 @@ def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, sc
     ("cosine", {"num_cycles": 3}, "cosine", "cosine (num_cycles=3)"),
     ("cosine", {}, "linear", "linear"),  # by a method of one's own
     ("cosine", {}, "constant", "LambdaLR"),
+    ("cosine", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 1, 8, num_cycles=2), "LambdaLR"),
+    ("cosine", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 1, 12), "LambdaLR"),  # of a longer training
+    ("linear", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 3, 8), "cosine"),
     ("cosine", {}, torch.optim.lr_scheduler.ConstantLR, "ConstantLR"),
     ("cosine_with_restarts", {}, "cosine_with_restarts", "cosine_with_restarts"),
 ])  # fmt: skip
@@ -318,7 +321,7 @@ def test_a_schedule_is_what_multiplies_the_rate_and_not_what_the_arguments_are_c
     settings = TrainingArguments(lr_scheduler_type=name, lr_scheduler_kwargs=more)
     adam = torch.optim.AdamW(nn.Linear(1, 1).parameters())
     made = get_scheduler(made_by, adam, 1, 8, more or {}) if isinstance(made_by, str) else made_by(adam)
-    assert schedule_of(settings, made) == expected
+    assert schedule_of(settings, made, 8) == expected
     if made_by == name:
         assert schedule_of(settings) == expected
 

@@ -55,6 +55,21 @@ def test_a_configuration_is_known_by_what_it_computes():
     assert differing_config(rope | {"config.layerdrop": 0.1}, rope | model_config(model)) == ""
 
 
+def test_a_padding_token_counts_where_positions_are_counted_from_it():
+    from transformers import RobertaConfig, RobertaModel
+
+    sizes = dict(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    one, other = (RobertaModel(RobertaConfig(**sizes, pad_token_id=token)) for token in (1, 2))
+    said = differing_config(json.loads(json.dumps(model_config(one))), model_config(other))
+    assert said == "padding token of embeddings.position_embeddings 1 instead of 2"
+    llama = tiny_llama()
+    before = model_config(llama)
+    llama.config.pad_token_id = 5
+    assert differing_config(before, model_config(llama)) == ""
+    before["config.mask_token_id"], llama.config.mask_token_id = 4, 5  # by which ESM scales its embeddings
+    assert differing_config(before, model_config(llama)) == "mask_token_id 4 instead of 5"
+
+
 def test_saved_buffers_are_part_of_a_model():
     norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     norm.register_buffer("not_saved", torch.ones(2), persistent=False)

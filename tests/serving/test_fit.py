@@ -236,6 +236,19 @@ def test_the_base_that_an_adapter_was_made_for_is_told_from_others(bases, ours, 
     assert lines == [] if expected is None else len(lines) == 1 and expected in lines[0]
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])  # the file of the second has each expert apart
+def test_a_base_of_another_configuration_is_told_of(bases, tmp_path, name):
+    targets = {"target_parameters": EXPERTS["target_parameters"]} if name == "mixtral" else {}
+    made = lora_init.initialize(load(bases / name), batches_for("llama"), rank=4, method="random", **targets)
+    made.save_pretrained(tmp_path / "a")
+    shutil.copytree(bases / name, tmp_path / "base")
+    notes = [check_fit(tmp_path / "a", str(tmp_path / "base")).notes]
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    notes.append(check_fit(tmp_path / "a", str(tmp_path / "base")).notes)
+    assert ["rms_norm_eps" in " ".join(said) for said in notes] == [False, True]
+
+
 def test_no_code_that_comes_with_a_base_is_run(bases, tmp_path):
     directory = adapter(bases, "llama", tmp_path / "a", **QV)
     shutil.copytree(bases / "llama", tmp_path / "custom")

@@ -115,7 +115,9 @@ class TrainerDoor:
         """The schedule of its rate, see `schedule_of`; or that a method of one's own makes it."""
         if self._has_own("create_scheduler"):
             return f"that {self.name} makes itself"
-        return schedule_of(self.trainer.args, self.trainer.lr_scheduler)
+        made = self.trainer.lr_scheduler
+        length = None if made is None else self.length
+        return schedule_of(self.trainer.args, made, length.steps if length else 0)
 
     def check_rate(self) -> None:
         """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""
@@ -279,7 +281,8 @@ class _Twice(IterableDataset[Any]):
 def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     """Describe a training of so many steps by a trainer's arguments and its loader, which may have batches of its own.
 
-    Examples that no batch of an epoch has, as with `dataloader_drop_last` or a sampler of a part, do not count.
+    Examples that no batch of an epoch has, as with `dataloader_drop_last` or a sampler of a part, do not count. Those
+    that are drawn by weights count by Kish's effective number: how often one that is drawn was drawn, in the mean.
     """
     batch_size, data = examples_of_a_step(args), getattr(loader, "dataset", None)
     if not isinstance(data, Sized) or not len(data):
@@ -290,7 +293,10 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     # One that draws `num_samples` of them anew in each epoch sees others each time.
     sampler = _sampler_of(loader)
     draws = isinstance(sampler, (RandomSampler, WeightedRandomSampler)) and sampler.num_samples < len(data)
-    rows = len(data) if draws else min(len(data), len(loader) * each)
+    known = len(data)
+    if isinstance(sampler, WeightedRandomSampler):
+        known = round(float(sampler.weights.sum() ** 2 / (sampler.weights**2).sum()))
+    rows = known if draws else min(known, len(loader) * each)
     return TrainingLength(int(steps), min(each * args.gradient_accumulation_steps, rows), rows)
 
 

@@ -397,11 +397,13 @@ def test_a_measured_rate_reaches_an_optimizer_that_was_given_with_its_own(tmp_pa
         (lambda data: torch.utils.data.SubsetRandomSampler(range(8)), 8),
         (lambda data: torch.utils.data.RandomSampler(data, num_samples=8), 16),  # others in each epoch
         (lambda data: torch.utils.data.WeightedRandomSampler([1.0] * 16, 8), 16),
+        (lambda data: torch.utils.data.WeightedRandomSampler([1.0] * 4 + [0.0] * 12, 16), 4),
+        (lambda data: torch.utils.data.WeightedRandomSampler([3.0] * 4 + [1.0] * 12, 8), 12),  # 24^2 / 48
         (torch.utils.data.RandomSampler, 16),
     ],
 )
 def test_the_examples_of_an_epoch_are_those_that_its_sampler_draws(sampler, rows, tmp_path, tokenizer):
-    trainer = plain(tmp_path, tokenizer, num_train_epochs=4, max_steps=-1, dataloader_drop_last=rows == 16)
+    trainer = plain(tmp_path, tokenizer, num_train_epochs=4, max_steps=-1, dataloader_drop_last=rows >= 12)
     trainer.train_dataset = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
     trainer._get_train_sampler = lambda *given: sampler(trainer.train_dataset)
     length = TrainerDoor(trainer).length
