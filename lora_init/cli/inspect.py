@@ -366,6 +366,8 @@ def _next_of_adapter(about: Mapping[str, Any]) -> str:
     if fit["fits"] and about["exported"]:
         return "\nthen: ".join(filter(None, about["exported"].values()))
     untrained = fit["fits"] and about["untrained"]
+    if untrained and not about["ranks"]:
+        return "train it; rates were measured for linear layers, and it has none"
     if untrained and not about["train"]:
         return f"lora-init rate {path} DATA --steps 300"
     if about["export"] is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -101,6 +102,7 @@ def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], parameters: Map
         if isinstance(inputs.get(key), list):
             raise LoraInitError(f"the batch has a list of {key!r}, expected a tensor: return_tensors='pt'.")
     ids = inputs.get("input_ids")
-    if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() < 2):
+    is_index = isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32)
+    if ids is not None and not (is_index and ids.dim() > 1 and ids.numel()):
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise LoraInitError(f"input_ids of the batch are {got}, expected whole numbers [batch, length].")
+        raise LoraInitError(f"input_ids of the batch are {got}, expected whole numbers [batch, length] in int64.")

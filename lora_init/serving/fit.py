@@ -253,7 +253,10 @@ class _Fit:
                 found.append(Misfit("type", key, f"is {dtype}, and A and B are float32, float16 or bfloat16."))
             wanted = self.expected.get(key, self.whole.get(key))
             if wanted is None:
-                strangers[key] = self._stranger(key, shape)
+                _, new = strangers[key] = self._stranger(key, shape)
+                if new in self.expected:  # patterns go by either name
+                    by_name = [[*self._of_shape(name, shape, self.expected[new])] for name in (key, new)]
+                    found += by_name[0] if all(by_name) else []
             else:
                 found += self._of_shape(key, shape, wanted)
         return found, strangers

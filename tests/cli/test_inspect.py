@@ -144,6 +144,8 @@ def test_a_trained_adapter_is_told_no_rate_that_nothing_can_measure(made, home, 
         assert lora_init.export_adapter(path, tmp_path / f"{fill} exported").notes[:1] == (
             ("B A is zero in every layer: the adapter was never trained, and changes nothing.",) if untrained else ()
         )
+    fresh = trained_like(home, tmp_path / "embedding", None, target_modules=["embed_tokens"])
+    assert "Next: train it; rates were measured for linear layers" in run("inspect", fresh).stdout
     # In PEFT's "orthogonal" neither is zero, and B A is, to the rounding of its type.
     for dtype in ("float32", "bfloat16"):
         path = trained_like(home, tmp_path / dtype, None, target_modules=["q_proj"], init_lora_weights="orthogonal")

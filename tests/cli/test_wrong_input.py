@@ -376,6 +376,14 @@ CALLS = {
         lambda compare: lora_init.collect(tiny_llama(), [{"input_ids": torch.ones(2, 4)}]),
         r"input_ids of the batch are torch.float32 \[2, 4\], expected whole numbers",
     ),
+    "truth values for tokens": (
+        lambda compare: lora_init.collect(tiny_llama(), [{"input_ids": torch.ones(2, 4, dtype=torch.bool)}]),
+        r"input_ids of the batch are torch.bool \[2, 4\], expected whole numbers \[batch, length\] in int64",
+    ),
+    "no tokens": (
+        lambda compare: lora_init.collect(tiny_llama(), [{"input_ids": torch.ones(2, 0, dtype=torch.int64)}]),
+        r"input_ids of the batch are torch.int64 \[2, 0\], expected whole numbers",
+    ),
     "texts for tokens": (
         lambda compare: lora_init.collect(tiny_llama(), [{"input_ids": "the cat"}]), "input_ids of the batch are str",
     ),

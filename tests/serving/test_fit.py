@@ -175,6 +175,7 @@ OTHERS = {
     "an expert less": (MOE, one(lambda a: a[:12], "0.mlp.experts.lora_A.weight"), {}, "has 12 rows of rank, and ada"),
     "vision's A": (VISION, one(HALF), {}, "is [4, 16], and [4, 32] fits LlavaForConditionalGeneration"),
     "rank of the config": (LLAMA, None, dict(r=8), "has 4 rows of rank, and adapter_config.json says 8. 7 more are"),
+    "rank of the config, misnamed": (LLAMA, named(r"model\.model", "model"), dict(r=8), "has 4 rows of rank, and"),
     "rank by pattern": (LLAMA, None, dict(rank_pattern={"q_proj": 2}), "has 4 rows of rank, and adapter_config.json"),
     "config selects less": (LLAMA, None, dict(target_modules=["v_proj"]), "adapter_config.json does not select it"),
     "config selects more": (LLAMA, None, dict(target_modules=["q_proj", "v_proj", "k_proj"]), "k_proj.lora_A.weight"),
