@@ -127,7 +127,7 @@ def killed_while_writing(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_what_a_killed_process_has_left_is_removed_by_the_next_and_what_runs_is_not(kind, tmp_path):
+def test_what_a_killed_process_has_left_is_removed_by_the_next(kind, tmp_path):
     path, other = tmp_path / "out", tmp_path / "other"
     killed_while_writing(path, kind)
     killed_while_writing(other, kind)

@@ -66,21 +66,6 @@ def test_no_test_imports_from_a_test():
     assert not {name: lines for name, lines in found.items() if lines}
 
 
-# A first word of a docstring is a verb that says what comes back or happens: Return, Compute, Read, Check.
-VAGUE = re.compile(r"(Give|Say|Tell|Ask|Make sure|Do)\b")
-
-
-def test_docstrings_begin_with_plain_words():
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    texts = [
-        (path.name, ast.get_docstring(node) or "")
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, kinds)
-    ]
-    assert texts and not [one for one in texts if VAGUE.match(one[1])]
-
-
 class _AtRunTime(ast.NodeTransformer):
     """Leave out what only type checkers import."""
 
@@ -123,25 +108,6 @@ def test_names_of_starts_stand_in_the_registry_alone(file):
     tree = parsed(file)
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert strings & {*compared_names(), FROM_BANK} <= OTHERWISE.get(file, set())
-
-
-def words(tree):
-    """Return the strings of some length, as no regular expression."""
-    found = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
-    return {re.sub(r"\\(.)", r"\1", text) for text in found if len(text) >= 25 and text.count(" ") >= 4}
-
-
-def test_the_wording_of_a_message_is_pinned_by_one_test():
-    """Other tests match what was got and expected, so that a sentence can be made better in two places."""
-    said = "\n".join(text for file in PACKAGE.rglob("*.py") for text in words(ast.parse(file.read_text())))
-    pinned = {}
-    for file in Path(__file__).parent.rglob("test_*.py"):
-        for test in ast.walk(ast.parse(file.read_text())):
-            for text in words(test) if isinstance(test, ast.FunctionDef) else ():
-                if text in said:
-                    pinned.setdefault(text, set()).add(f"{file.name}::{test.name}")
-    assert len(pinned) > 50
-    assert {text: tests for text, tests in pinned.items() if len(tests) > 1} == {}
 
 
 def test_functions_below_the_public_ones_have_at_most_eight_parameters():

@@ -144,7 +144,7 @@ def train_generator(
     if len(bank.tasks) < 2:
         raise LoraInitError(f"{bank.path} has one task, and a generator learns from what differs. Add another task.")
     rank = rank or min(entry.rank for entry in bank.entries.values())
-    adapters = _aligned(bank, rank)
+    adapters = aligned(bank, rank)
     shapes = _shapes(next(iter(adapters.values())))
     weights = {name: _flattened(adapter) for name, adapter in adapters.items()}
     del adapters
@@ -199,7 +199,7 @@ def _prompts(bank: Bank) -> dict[str, Tensor]:
     return prompts
 
 
-def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, Layer]]:
+def aligned(bank: Bank, rank: int) -> dict[str, dict[str, Layer]]:
     """Bring all adapters to one rank, and rotate each to be as near as possible to the first one."""
     adapters: dict[str, dict[str, Layer]] = {}
     for name in bank.entries:

@@ -70,7 +70,7 @@ def start_from_bank(
         task_type=task_of(model),
         data=f"adapters of {', '.join(bank.tasks)}",
     )
-    build = partial(_adapter, model, about, by)
+    build = partial(mixed_adapter, model, about, by)
     weigh = None if loss_of is None else partial(find_weights, model, build=build, loss_of=loss_of)
     update = WAYS[by](bank, [found.name for found in order], embeddings, weigh)
     cut = {name: balanced(layer, rank) for name, layer in update.layers.items()}
@@ -129,7 +129,7 @@ def generated(bank: Bank, names: Sequence[str], embeddings: Tensor, weigh: Weigh
 WAYS: Mapping[str, Callable[..., Update]] = {way.__name__: way for way in (nearest, mixture, generated, mean)}
 
 
-def _adapter(
+def mixed_adapter(
     model: nn.Module,
     about: Provenance,
     by: str,

@@ -146,7 +146,7 @@ def compare(
         "evaluation_points": None if eval_points is None else read_numbers("--eval-points", eval_points, int),
         "target_modules": read_modules(target_modules),
         "statistics_batches": read_numbers("--statistics-batches", statistics_batches, int),
-        "time": None if time is None else _read_seconds(time),
+        "time": None if time is None else read_seconds(time),
         "executor": cluster,
         "precision": None if precision is None else read_share("--precision", precision),
         **vars(reading),
@@ -274,7 +274,8 @@ def _start(word: str) -> str | tuple[str, Path]:
     return (name, Path(directory)) if equals else word
 
 
-def _read_seconds(text: str) -> float:
+def read_seconds(text: str) -> float:
+    """Read a duration such as "90m" or "1h 30m", in seconds."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text.replace(" ", ""))
     if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):

@@ -365,18 +365,24 @@ def _next_of_adapter(about: Mapping[str, Any]) -> str:
         return _after_misfit(about, kinds)
     if fit["fits"] and about["exported"]:
         return "\nthen: ".join(filter(None, about["exported"].values()))
-    untrained = fit["fits"] and about["untrained"]
-    if untrained and not about["ranks"]:
+    if fit["fits"] and about["untrained"]:
+        return _next_of_untrained(about, fit, path)
+    if about["export"] is None:
+        return "load it with PEFT, which alone takes it"
+    return _export_command(about, fit, path, served, start="DIRECTORY")
+
+
+def _next_of_untrained(about: Mapping[str, Any], fit: Mapping[str, Any], path: str) -> str:
+    """Write what one does about an adapter that is to be trained: find its rate, or train and export it."""
+    if not about["ranks"]:
         return "train it; rates were measured for linear layers, and it has none"
-    if untrained and not about["train"]:
+    if not about["train"]:
         return f"lora-init rate {path} DATA --steps 300"
     if about["export"] is None:
         return "load it with PEFT, which alone takes it"
-    if untrained and not about["export"]:
+    if not about["export"]:
         return "train it as said above"
-    if untrained:
-        return f"train it as said above; then {_export_command(about, fit, 'TRAINED', 'served', start=path)}"
-    return _export_command(about, fit, path, served, start="DIRECTORY")
+    return f"train it as said above; then {_export_command(about, fit, 'TRAINED', 'served', start=path)}"
 
 
 def _export_command(about: Mapping[str, Any], fit: Mapping[str, Any], trained: str, output: str, start: str) -> str:

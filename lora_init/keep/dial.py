@@ -300,13 +300,14 @@ def _has_label(batch: Any, shifted: bool) -> bool:
 
 def _examples(batch: Any, shifted: bool) -> list[Any]:
     """Split a batch into examples that have labels; one that is not made of rows stays whole."""
-    if not _is_of_rows(batch):
+    if not is_of_rows(batch):
         return [batch]
     rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(batch["labels"]))]
     return [row for row in rows if _has_label(row, shifted)]
 
 
-def _is_of_rows(batch: Any) -> bool:
+def is_of_rows(batch: Any) -> bool:
+    """Return whether each tensor of a batch has a row for each example, so that it can be dealt out by examples."""
     n = len(batch["labels"])
     # Positions of text, height and width, [3, batch, length], are no rows, even of three examples.
     positions = batch.get("position_ids")
@@ -320,7 +321,7 @@ def _batched(examples: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
     groups = defaultdict(list)
     for one in examples:
         of_length = 2 if "attention_mask" in one else 1
-        form = [(name, *value.shape[of_length:]) for name, value in one.items()] if _is_of_rows(one) else id(one)
+        form = [(name, *value.shape[of_length:]) for name, value in one.items()] if is_of_rows(one) else id(one)
         groups[str(form)].append(one)
     for group in groups.values():
         for rows in group_by_length(group, size, seed, lambda one: int(one["labels"].shape[1])):
@@ -372,7 +373,7 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, say: Say) 
         chosen = rule.choose(limit, curve[1:])
         if not rule.uniform:
             reported[UNIFORM] = chosen
-            found = _fits(model, task[0], kept[0], rule, limit, reported["trained"].rise, measure)
+            found = fits_of(model, task[0], kept[0], rule, limit, reported["trained"].rise, measure)
             fitted = [point for point in found if point.strength]  # with zeros alone there is no adapter
             # Layers of their own come first: on few examples one strength for all often seems as good by chance.
             chosen = rule.choose(limit, fitted if rule.keep_within is None else [], [*curve[1:], *fitted])
@@ -380,14 +381,14 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, say: Say) 
     if rule.lose is not None:
         reported[BEST] = min(curve[1:], key=lambda point: point.task)
     at = {name: read(point.layers, 2) for name, point in (reported | {"chosen": chosen}).items()}
-    on_task = {name: _change(losses[0], at["trained"][0]) for name, losses in at.items()}
-    on_kept = {name: _change(losses[1], at["base"][1]) for name, losses in at.items()}
+    on_task = {name: change_of(losses[0], at["trained"][0]) for name, losses in at.items()}
+    on_kept = {name: change_of(losses[1], at["base"][1]) for name, losses in at.items()}
     sizes = len(at["base"][0]), len(at["base"][1])
     notes = notes or rule.broken(on_task, on_kept)
     return Dial(str(rule), chosen, tuple(curve), tuple(fitted), on_task, on_kept, sizes, tuple(notes))
 
 
-def _fits(
+def fits_of(
     model: PeftModel,
     task: list[Any],
     keep: list[Any],
@@ -417,7 +418,7 @@ def _ratio(losses: Tensor) -> float:
     return float(losses[:, 0].sum() / losses[:, 1].sum())
 
 
-def _change(losses: Tensor, reference: Tensor) -> Change:
+def change_of(losses: Tensor, reference: Tensor) -> Change:
     """Compare two losses of the same examples; the interval is for a ratio of sums over examples."""
     change = _ratio(losses) - _ratio(reference)
     n = len(losses)

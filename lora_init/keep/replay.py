@@ -104,7 +104,7 @@ def _write(
             asked = [_QUESTIONS[(first + i) * 37 % len(_QUESTIONS)] for i in range(_BATCH)]
             drawn = torch.randint(n_tokens, (_BATCH, 1)).tolist()
             prompts = [_question(tokenizer, one) for one in asked] if chat else drawn
-            texts = _sample(model, prompts, length, padding_token(tokenizer), _ends(model, tokenizer), chat)
+            texts = sample_texts(model, prompts, length, padding_token(tokenizer), _ends(model, tokenizer), chat)
             progress.ended(f"{min(first + _BATCH, n)} of {n} texts written", _BATCH)
             yield from zip(asked, texts if chat else map(operator.add, drawn, texts), strict=True)
 
@@ -128,7 +128,7 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
     return sorted({token for one in found for token in (one if isinstance(one, list) else [one]) if token is not None})
 
 
-def _sample(
+def sample_texts(
     model: Any, prompts: list[list[int]], length: int, pad: int, ends: list[int], stops: bool
 ) -> list[list[int]]:
     """Draw tokens from the model's own distribution; what ends a text does so, or else is never drawn.

@@ -70,14 +70,21 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     configs = (getattr(module, "config", None) for module in plain.modules())
     config: Any = next((one for one in configs if isinstance(one, Mapping) or hasattr(one, "to_dict")), {})
     entries = dict(_flat("config", config if isinstance(config, Mapping) else config.to_dict()))
-    for name, module in plain.named_modules():
-        if "position" in name and isinstance(padding := getattr(module, "padding_idx", None), int):
-            entries[f"config.padding token of {plain_name(name)}"] = padding
+    entries |= _paddings_of_positions(plain)
     saved = plain.state_dict(keep_vars=True)
     buffers = [(plain_name(name), one) for name, one in plain.named_buffers() if name in saved]
     floating = [(name, one) for name, one in buffers if one.is_floating_point() and ".lora_" not in name]
     is_known = floating and not any(one.is_meta for _, one in floating)
     return entries | ({"config.saved buffers": _digest_of(floating)} if is_known else {})
+
+
+def _paddings_of_positions(model: nn.Module) -> dict[str, int]:
+    """Return the padding token of each embedding of positions that counts them from it."""
+    named = {name: module for name, module in model.named_modules() if "position" in name}
+    found = {
+        f"config.padding token of {plain_name(name)}": getattr(one, "padding_idx", None) for name, one in named.items()
+    }
+    return {name: padding for name, padding in found.items() if isinstance(padding, int)}
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

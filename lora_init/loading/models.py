@@ -196,7 +196,7 @@ def open_model(source: str, *, task_type: str | None = None, trust_remote_code: 
     import transformers
 
     config = _guarded(source, transformers.AutoConfig.from_pretrained, **options)
-    found_task, auto_class = _kind(source, config, task_type)
+    found_task, auto_class = task_and_class(source, config, task_type)
     if local and not any(any(Path(source).expanduser().glob(name)) for name in _TOKENIZER_FILES):
         raise LoraInitError(
             f"model {source!r} has no tokenizer beside it. Save the tokenizer of the base model there: "
@@ -275,7 +275,8 @@ def _check_source(source: str) -> bool:
     return path.is_dir()
 
 
-def _kind(source: str, config: Any, task_type: str | None) -> tuple[str | None, str]:
+def task_and_class(source: str, config: Any, task_type: str | None) -> tuple[str | None, str]:
+    """Return the `task_type` of PEFT and the auto class of transformers that a configuration asks for."""
     if task_type is not None:
         return task_type, CLASS_OF_TASK[task_type]
     architecture = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]

@@ -69,7 +69,7 @@ def test_the_rate_solves_the_rule(scaling):
     assert math.prod(change) ** (1 / 3) == pytest.approx(CHANGE, rel=0.1)  # the rate has two digits
 
 
-def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs_and_rises_for_a_new_head():
+def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs():
     assert LearningRate(ONE, TrainingLength(48)).rate == pytest.approx(CHANGE / 2, rel=0.02)
     of_both = {"layer": Response(2.0, 400.0)}  # A and B move alike: the power is the same
     for responses in (ONE, of_both):
@@ -220,9 +220,7 @@ fused = pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("n_experts", [2, 4])
 @pytest.mark.parametrize("attention", [[], ["q_proj", "k_proj", "v_proj", "o_proj"]])
-def test_an_mlp_cut_into_experts_that_see_every_token_has_the_rate_that_it_has_in_one_piece(
-    n_experts, attention, tokens
-):
+def test_an_mlp_cut_into_experts_has_the_rate_that_it_has_in_one_piece(n_experts, attention, tokens):
     dense = tiny_llama()
     for parameter in dense.parameters():  # so that activations are not at zero
         parameter.data.mul_(2.0 if parameter.dim() > 1 else 1.0)
@@ -317,7 +315,7 @@ def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, sc
     ("cosine", {}, torch.optim.lr_scheduler.ConstantLR, "ConstantLR"),
     ("cosine_with_restarts", {}, "cosine_with_restarts", "cosine_with_restarts"),
 ])  # fmt: skip
-def test_a_schedule_is_what_multiplies_the_rate_and_not_what_the_arguments_are_called(name, more, made_by, expected):
+def test_a_schedule_is_what_multiplies_the_rate(name, more, made_by, expected):
     settings = TrainingArguments(lr_scheduler_type=name, lr_scheduler_kwargs=more)
     adam = torch.optim.AdamW(nn.Linear(1, 1).parameters())
     made = get_scheduler(made_by, adam, 1, 8, more or {}) if isinstance(made_by, str) else made_by(adam)

@@ -77,7 +77,7 @@ def test_what_cannot_be_true_of_a_start_is_refused_where_it_is_made(what, said):
     refused(f"start 'odd': {said}", Start, "odd", "", function=leading, **what)
 
 
-def test_a_start_may_take_the_weight_of_the_base_and_is_told_apart_where_there_is_no_model(packages, stats):
+def test_a_start_may_take_the_weight_of_the_base(packages, stats):
     def rows(weight, rank):
         return weight[:rank]
 

@@ -12,7 +12,7 @@ from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import balanced, load_generator, train_generator
 from lora_init.bank.mixture import MOST_PASSES, find_weights, stack
 from lora_init.bank.similarity import neighbours
-from lora_init.bank.start import _adapter, start_from_bank
+from lora_init.bank.start import mixed_adapter, start_from_bank
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
@@ -103,7 +103,7 @@ def test_weights_are_those_with_the_lowest_loss(bank):
         return error
 
     about = Provenance("", "LlamaForCausalLM", bank.fingerprint, [])
-    weights, passes = find_weights(model, adapters, partial(_adapter, model, about, "mixture"), loss_of)
+    weights, passes = find_weights(model, adapters, partial(mixed_adapter, model, about, "mixture"), loss_of)
     assert weights == pytest.approx([0.5, -0.25], abs=0.02) and passes <= MOST_PASSES
     assert not any("lora" in name for name, _ in model.named_modules())
 
@@ -161,7 +161,7 @@ def test_an_entry_of_other_widths_than_the_models_is_refused():
     wide = {name: Layer(torch.ones(1, 3), torch.ones(4, 1), 1.0)}
     refused(
         f"an adapter of {name!r}, 3 -> 4, which is none of this model",
-        _adapter,
+        mixed_adapter,
         made.base(),
         Provenance("", "", "", []),
         "nearest",
@@ -171,7 +171,7 @@ def test_an_entry_of_other_widths_than_the_models_is_refused():
 
 def test_rotating_an_adapter_changes_nothing(trained, tmp_path):
     """The same adapter twice, once with its A and B rotated: there is nothing left to tell apart."""
-    from lora_init.bank.generator import _aligned
+    from lora_init.bank.generator import aligned
     from lora_init.bank.store import add_entry
     from lora_init.serving.trained import read_trained
 
@@ -181,7 +181,7 @@ def test_rotating_an_adapter_changes_nothing(trained, tmp_path):
     for name, layer in found.layers.items():
         found.layers[name] = Layer(rotation @ layer.a, layer.b @ rotation.T, layer.scaling)
     bank = add_entry(bank, "rotated", found, bank.embeddings("task0"), task="rotated", data="")
-    adapters = _aligned(bank, 4)
+    adapters = aligned(bank, 4)
     for name, layer in adapters["task0"].items():
         assert torch.allclose(adapters["rotated"][name].a, layer.a, atol=1e-4)
         assert torch.allclose(adapters["rotated"][name].b, layer.b, atol=1e-4)

@@ -31,9 +31,7 @@ def test_it_prints_the_sizes_and_ends_with_the_commands(trained, tmp_path):
     assert run("export", trained, "-o", tmp_path / "served", "--engine", "vllm", "--overwrite").exit_code == 0
 
 
-def test_several_are_written_beside_each_other_with_a_table_and_one_command_and_a_failure_is_the_exit_status(
-    trained, tmp_path
-):
+def test_several_are_written_beside_each_other(trained, tmp_path):
     others = [
         train(tmp_path / "base", tmp_path / f"more/v1.{i}", target_modules=["q_proj"], r=rank)
         for i, rank in ((1, 3), (2, 33), (3, 8))

@@ -94,9 +94,7 @@ def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(c
         assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 6
 
 
-def test_the_length_of_the_training_is_an_option_and_a_contradiction_is_refused_before_the_weights(
-    command, home, tmp_path, monkeypatch
-):
+def test_the_length_of_the_training_is_an_option(command, home, tmp_path, monkeypatch):
     n = len((home / "rows.jsonl").read_text().splitlines())
     out = tmp_path / "adapter"
     words = ["init", *command[1:3], "--rank", 2, "--method", "random", "-o", out]

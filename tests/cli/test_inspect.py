@@ -62,7 +62,7 @@ def test_inspect_an_adapter(made, home):
     )
 
 
-def test_the_next_command_is_that_of_a_start_of_a_trained_and_of_an_exported_adapter(made, home, tmp_path):
+def test_the_next_command_goes_by_what_the_adapter_is(made, home, tmp_path):
     def trained_by(fill, path):
         model = AutoModelForCausalLM.from_pretrained(home / "model")
         peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))

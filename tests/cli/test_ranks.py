@@ -118,7 +118,7 @@ def test_bad_input_is_one_line_and_exit_1(file, arguments, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_nothing_is_replaced_without_overwrite_and_nothing_of_another_kind_even_then(file, tmp_path):
+def test_nothing_is_replaced_without_overwrite(file, tmp_path):
     statistics = file.read_bytes()
     rows = tmp_path / "rows.csv"
     rows.write_text("prompt,completion\n")

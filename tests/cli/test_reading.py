@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_init.cli.compare import _read_seconds
+from lora_init.cli.compare import read_seconds
 from lora_init.cli.options import read_numbers, read_share
 from lora_init.planning.budgets import parse_count
 from tests.conftest import refused
@@ -14,13 +14,13 @@ UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 @given(st.lists(st.sampled_from([*UNITS]), min_size=1, unique=True), st.integers(0, 999), st.sampled_from(["", " "]))
 def test_a_time_is_the_sum_of_its_parts(units, n, space):
-    assert _read_seconds(space.join(f"{n}{unit}" for unit in units)) == n * sum(UNITS[unit] for unit in units)
-    assert _read_seconds(f"{n}.5{units[0]}") == (n + 0.5) * UNITS[units[0]]
+    assert read_seconds(space.join(f"{n}{unit}" for unit in units)) == n * sum(UNITS[unit] for unit in units)
+    assert read_seconds(f"{n}.5{units[0]}") == (n + 0.5) * UNITS[units[0]]
 
 
 @pytest.mark.parametrize("text", ["", "5", "h", "1x", "1h30", "1h-30m", "-1h", "1.h", "1h,30m", "infh", "1e3s"])
 def test_no_time(text):
-    refused(f"--time {text!r}: expected a duration such as", _read_seconds, text)
+    refused(f"--time {text!r}: expected a duration such as", read_seconds, text)
 
 
 @given(st.integers(0, 10_000))

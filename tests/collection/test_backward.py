@@ -40,7 +40,7 @@ def test_the_numbers_are_those_of_autograd(name):
         assert gradient.importance == pytest.approx(expected, rel=0.2)  # from 16 triplets of up to 32
 
 
-def test_with_a_mask_of_labels_the_mean_gradient_is_of_the_tokens_that_predict_one():
+def test_the_mean_gradient_is_of_tokens_that_predict_a_label():
     """That is a part of the weight's gradient: other tokens reach the loss through attention, and are left out."""
     model, layer = tiny_llama(), "model.layers.0.mlp.up_proj"
     batches = [dict(batch) for batch in batches_for("llama")]

@@ -153,7 +153,7 @@ def converging(rank, size, folder, killed):
     return [stats.provenance.n_batches, stats.provenance.stop_reason, stats[Q].n_samples, stats[Q].mean.tolist()]
 
 
-def test_processes_that_have_enough_at_different_batches_leave_none_out_after_a_kill(tmp_path):
+def test_processes_that_have_enough_at_different_batches_leave_none_out(tmp_path):
     cut = processes.Processes(converging, 3, tmp_path, True)
     cut.running[2].join(60)
     for process in cut.running:

@@ -203,7 +203,7 @@ def infinite(output, batch):
     ("forward", ZeroDivisionError, None),
     ("loss", LoraInitError, rf"^batch 4: the loss is inf.*{GOES_ON}$"),
 ])  # fmt: skip
-def test_what_was_complete_before_an_error_is_kept_and_a_bad_batch_can_be_skipped(way, kind, text, tmp_path):
+def test_an_error_keeps_what_was_complete(way, kind, text, tmp_path):
     batches, file = batches_for("llama", n_batches=6), tmp_path / "stats"
     others = batches[:4] + batches[5:]
     batches[4]["input_ids"][0, 0] = 1  # nowhere else
@@ -228,7 +228,7 @@ def test_what_was_complete_before_an_error_is_kept_and_a_bad_batch_can_be_skippe
         assert stats.total_variance(name) == pytest.approx(clean.total_variance(name), rel=1e-5)
 
 
-def test_a_second_pass_with_the_same_file_is_told_who_has_it_and_disturbs_nothing(tmp_path):
+def test_a_second_pass_with_the_same_file_is_refused(tmp_path):
     file, here = tmp_path / "stats", []
 
     def stream():

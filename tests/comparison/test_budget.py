@@ -68,7 +68,7 @@ PLAN = RunPlan(
 )
 
 
-def test_seeds_are_added_until_every_verdict_is_precise_in_whatever_order_runs_end():
+def test_seeds_are_added_until_every_verdict_is_precise():
     records, said = spend(loss, RunBudget(precision=0.012), PLAN)
     counts = {one.base: len({run.seed for run in records if run.start == one}) for one in PLAN.starts}
     assert counts["full"] == counts["orthogonal"] == 3 < counts["eva"] == counts["random"] <= 16
@@ -127,6 +127,6 @@ def test_the_verdict_at_equal_total_time():
 
 
 @pytest.mark.parametrize(("took", "steps"), [(10.0, 120), (60.0, 120), (61.0, 240), (900.0, 480)])
-def test_random_trains_for_the_time_that_the_start_takes_up_to_eight_times_the_steps(took, steps):
+def test_random_trains_for_the_time_that_the_start_takes(took, steps):
     runs = {Run.of(run): run for run in timed(took, 0.0) if "steps" not in run["start"]}
     assert {run.start for run in longer_runs(runs)} == {Variant("random", steps=steps)}

@@ -286,7 +286,7 @@ def run_on(executor, directory, say=lambda line: None, budget=None, runs=RUNS):
         return log.records
 
 
-def test_a_queue_that_does_not_begin_is_spoken_of_and_the_limit_of_time_cancels_it(tmp_path, monkeypatch):
+def test_a_queue_that_does_not_begin_is_spoken_of(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 0.01)
     queue, lines = Queue(), []
     ended = run_on(queue, tmp_path / "out", say=lambda line: (lines.append(line), queue.begin()))
@@ -347,7 +347,7 @@ class Full(Queue):
         return super().submit(function, *arguments)
 
 
-def test_a_queue_that_takes_no_more_is_tried_again_and_one_that_takes_none_is_said(tmp_path):
+def test_a_queue_that_takes_no_more_is_tried_again(tmp_path):
     assert len(run_on(Full(2), tmp_path / "out")) == 5
     refused("it cannot be submitted: QOSMaxSubmitJobPerUserLimit", run_on, Full(0), tmp_path / "none")
 

@@ -65,7 +65,7 @@ def test_every_run_is_there_with_every_key(full):
     }
 
 
-def test_without_the_dial_adapters_are_evaluated_as_trained_and_the_dry_run_says_what_it_takes(full, home, tmp_path):
+def test_without_the_dial_adapters_are_evaluated_as_trained(full, home, tmp_path):
     found, _ = full
     options = dict(retain_data=home / "retain.txt", retain_samples=8, dry_run=True)
     with_dial, without = (compare(home, tmp_path, **options, dial=dial).outlook for dial in (True, False))
@@ -107,7 +107,7 @@ def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
             assert record["trainable_parameters"] <= counts.copy().pop()
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_model_and_data_are_read(tmp_path):
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(LoraInitError, match=r"file cannot be written to \(Not a directory\)"):
         lora_init.compare("no-model", "no-data", tmp_path / "file" / "out")

@@ -112,7 +112,7 @@ def test_a_best_rate_at_the_end_of_the_sweep_is_a_part_of_the_verdict():
 # The answer
 
 
-def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that_makes_it():
+def test_the_answer_names_the_best_start_and_the_command_that_makes_it():
     runs = planted({"eva-rho1": -0.01, "pissa": -0.005, "orthogonal": 0.0})
     summary = summarise(runs, settings(init="lora-init init m d.jsonl --rank 8"))
     assert summary.answer == (
@@ -185,7 +185,7 @@ def with_headroom(left, gain):
     return runs
 
 
-def test_the_share_of_the_headroom_that_a_start_closes_is_said_if_there_is_any_that_could_be_shown():
+def test_the_share_of_the_headroom_that_a_start_closes_is_said():
     summary = summarise(with_headroom(0.05, 0.04), settings())
     (eva,) = summary.verdicts
     assert eva.closed == pytest.approx(-eva.mean / 0.05) and 0.7 < eva.closed < 0.9
@@ -221,7 +221,7 @@ def test_forgetting_is_judged_at_equal_task_loss_over_all_rates():
     assert summarise([run | {"retain_loss": None} for run in runs], settings()).forgetting == []
 
 
-def test_the_strength_of_an_adapter_that_keeps_most_is_chosen_at_the_task_loss_of_random():
+def test_the_strength_that_keeps_most_is_chosen_at_the_loss_of_random():
     runs = planted({"eva": -0.02}, rates=(1e-3,), spread=0.0002)
     for run in runs:  # both forget the same at full strength; eva has task loss to spare, and needs half of it
         loss, rise = run["report_loss"][-1], 0.03 + run["seed"] / 1e4

@@ -60,7 +60,7 @@ def test_halving_sweeps_two_seeds_and_takes_the_best_rate_to_the_others():
     assert planned == done
 
 
-def test_without_a_list_each_start_has_three_rates_around_its_own_which_is_run_on_every_seed():
+def test_without_a_list_each_start_has_three_rates_around_its_own():
     own = {"random": 1e-3, "eva": 3e-3}
     plan, records = RunPlan([*map(Variant, (*own, "full"))], [], (0, 1, 2, 3), "halving", 0, recommended=own), {}
     assert [plan.asked(start) for start in plan.starts] == [

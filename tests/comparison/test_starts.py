@@ -164,7 +164,7 @@ def test_parameter_counts(case):
         assert equal <= expected and (full or equal > expected - step), start
 
 
-def test_narrow_layers_take_more_ranks_for_equal_parameters_and_the_scaling_stays():
+def test_narrow_layers_take_more_ranks_for_equal_parameters():
     case = Case("llama")
     case.model = tiny_llama(intermediate_size=512)
     prepared = case.prepare("eva-rho2+equal-parameters")

@@ -138,7 +138,7 @@ def dies_at_once():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_as_it_sets_up_costs_its_run_and_one_that_never_starts_is_said(forks, tmp_path, monkeypatch):
+def test_a_worker_that_dies_as_it_sets_up_costs_its_run(forks, tmp_path, monkeypatch):
     worker = one_process(dies_at_once)
     assert "terminated abruptly" in carry_out(worker, Run(REFERENCE, 0, 1e-3))
     script = tmp_path / "script.py"

@@ -12,11 +12,11 @@ from lora_init import LoraInitError, dial
 from lora_init.keep.dial import (
     STRONGEST,
     Rule,
-    _change,
-    _fits,
-    _is_of_rows,
+    change_of,
     example_losses,
     fit_strengths,
+    fits_of,
+    is_of_rows,
     label_losses,
     strengths,
 )  # fmt: skip
@@ -227,8 +227,8 @@ def test_an_example_of_one_target_token_counts_where_labels_are_not_shifted():
 
 def test_positions_of_three_kinds_are_no_rows():
     ids = torch.ones(3, 4).long()
-    assert _is_of_rows({"input_ids": ids, "labels": ids})
-    assert not _is_of_rows({"input_ids": ids, "labels": ids, "position_ids": torch.ones(3, 3, 4).long()})
+    assert is_of_rows({"input_ids": ids, "labels": ids})
+    assert not is_of_rows({"input_ids": ids, "labels": ids, "position_ids": torch.ones(3, 3, 4).long()})
 
 
 def test_batches_that_are_not_made_of_rows_are_dealt_whole(monkeypatch):
@@ -285,7 +285,7 @@ def test_the_interval_is_that_of_a_bootstrap_over_examples():
     counts = torch.randint(5, 30, (200,), generator=generator).double()
     losses = counts * (3 + torch.randn(200, generator=generator).double())
     shift = counts * (0.1 + 0.3 * torch.randn(200, generator=generator).double())
-    found = _change(torch.stack([losses + shift, counts], 1), torch.stack([losses, counts], 1))
+    found = change_of(torch.stack([losses + shift, counts], 1), torch.stack([losses, counts], 1))
     picks = torch.randint(0, 200, (4000, 200), generator=generator)
     drawn = shift[picks].sum(1) / counts[picks].sum(1)
     assert found.change == pytest.approx(float(shift.sum() / counts.sum()))
@@ -345,7 +345,7 @@ def test_the_weight_of_text_to_keep_rises_until_the_rule_breaks_or_nothing_is_ga
 
     monkeypatch.setattr("lora_init.keep.dial.fit_strengths", fit)
     limit = 3.1 - 0.35 if not asked else float("inf")
-    points = [*_fits(model, [], [], Rule(**asked), limit, 1.0, measure)]
+    points = [*fits_of(model, [], [], Rule(**asked), limit, 1.0, measure)]
     assert weights == tried and [point.weight for point in points] == [one for one in tried for _ in range(2)]
     begun = [next(iter(layers.values())) for layers, _ in starts]
     assert begun == pytest.approx([0.7 - 0.1 * i for i in range(len(tried))])

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from lora_init import LoraInitError, load_batches
-from lora_init.keep.replay import _sample, replay, replayed
+from lora_init.keep.replay import replay, replayed, sample_texts
 from tests.commands import save_model
 from tests.conftest import refused, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -68,7 +68,7 @@ def test_padding_before_a_question_changes_no_answer(tokenizer):
         with torch.no_grad():
             alone = model(torch.tensor([short])).logits[0, -1].softmax(-1)
         torch.manual_seed(0)
-        rows = _sample(model, [short, long] * 2000, 1, 0, [], True)
+        rows = sample_texts(model, [short, long] * 2000, 1, 0, [], True)
         found = torch.bincount(torch.tensor(rows[::2])[:, 0], minlength=64) / 2000
         assert (found - alone).abs().max() < 5 * 0.5 / 2000**0.5
 
@@ -81,7 +81,7 @@ def test_for_chats_it_answers_questions(tokenizer):
     assert "text" in replay(tiny_llama(), tokenizer, n=1, length=12)[0]
     always = tiny_llama()
     always.generation_config.eos_token_id = [*range(64)]  # an answer ends with its first token
-    rows = _sample(always, [[3], [4, 5]], 12, 0, [*range(64)], True)
+    rows = sample_texts(always, [[3], [4, 5]], 12, 0, [*range(64)], True)
     assert [len(row) for row in rows] == [1, 1]
 
 

@@ -171,7 +171,7 @@ def test_a_row_without_a_label_or_text_is_left_out_in_every_form(write, tokenize
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_a_classifier_pools_the_token_that_it_pools_in_training_on_the_tokenizers_text(bos):
+def test_a_classifier_pools_the_token_that_it_pools_in_training(bos):
     tokenizer = byte_tokenizer(eos_token="<eos>", pad_token="<pad>", bos_token="<bos>")
     if bos:  # a tokenizer that ends texts by itself is taken at its word
         special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]

@@ -77,7 +77,7 @@ def test_without_a_network_a_cache_is_asked_alone(place, tmp_path, no_hub):
     refused(r"model 'owner/Name': .*HF_HUB_OFFLINE is set", check_model_source, "owner/Name")
 
 
-def test_in_python_too_a_hub_that_does_not_answer_is_one_line_and_a_cache_is_asked_alone(tmp_path, no_hub, monkeypatch):
+def test_a_hub_that_does_not_answer_is_one_line_in_python_too(tmp_path, no_hub, monkeypatch):
     asked = {}
 
     def from_pretrained(name, **options):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from lora_init.errors import LoraInitError
 from lora_init.loading import models
 from lora_init.loading.checkpoint import find_tensors
-from lora_init.loading.models import _kind, load_model
+from lora_init.loading.models import load_model, task_and_class
 from tests.commands import save_model
 from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
 
@@ -30,13 +30,15 @@ def test_kind(architecture, encoder_decoder, task_type, auto_class):
     config = SimpleNamespace(
         architectures=None if architecture is None else [architecture], is_encoder_decoder=encoder_decoder
     )
-    assert _kind("m", config, None) == (task_type, auto_class)
-    assert _kind("m", config, "SEQ_CLS") == ("SEQ_CLS", "AutoModelForSequenceClassification")
+    assert task_and_class("m", config, None) == (task_type, auto_class)
+    assert task_and_class("m", config, "SEQ_CLS") == ("SEQ_CLS", "AutoModelForSequenceClassification")
 
 
 def test_other_kinds_are_refused():
     with pytest.raises(LoraInitError, match=r"WhisperForAudioClassification.*reads text only.*collect takes any model"):
-        _kind("m", SimpleNamespace(architectures=["WhisperForAudioClassification"], is_encoder_decoder=False), None)
+        task_and_class(
+            "m", SimpleNamespace(architectures=["WhisperForAudioClassification"], is_encoder_decoder=False), None
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])

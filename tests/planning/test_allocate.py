@@ -247,7 +247,7 @@ def test_layers_of_a_unit_have_one_rank_and_there_is_no_better_plan(one, other, 
         assert explained(rows.values(), plan.values()) == pytest.approx(max(possible))
 
 
-def test_layers_with_fewer_directions_than_rank_get_those_that_there_are_and_one_warning():
+def test_layers_with_fewer_directions_than_rank_are_warned_of_once():
     with pytest.warns(UserWarning, match=r"^'h.1.up' got as many ranks as the data has directions.") as said:
         plan = allocate_ranks(statistics([[0.4, 0.3, 0.2, 0.1], [0.6, 0.4]], n_samples=1000), rank=3, rho=1.34)
     assert list(plan.values()) == [4, 2] and not plan.notes and len(said) == 1

@@ -19,7 +19,7 @@ def every_axes(figure):
 
 
 @pytest.mark.parametrize("n_blocks", [2, 30, 80])
-def test_the_figure_has_a_cell_for_each_layer_a_panel_for_each_kind_and_a_line_for_each_policy(n_blocks):
+def test_the_figure_has_all_layers_kinds_and_policies(n_blocks):
     stats = llama_like(n_blocks)
     plan = allocate_ranks(stats, rank=4)
     figure = make_figure(plan, stats)

@@ -392,7 +392,7 @@ LOST = {
 
 @pytest.mark.parametrize("case", LOST)
 @pytest.mark.filterwarnings("ignore")
-def test_names_of_another_class_than_the_checkpoints_do_not_pass_and_are_repaired(bases, tmp_path, case):
+def test_names_of_another_class_than_the_checkpoints_are_repaired(bases, tmp_path, case):
     settings, misname = LOST[case]
     directory = adapter(bases, "llama", tmp_path / "a", **settings)
     base, expected = load(bases / "llama"), logits(load(bases / "llama"), directory)
@@ -413,7 +413,7 @@ def test_names_of_another_class_than_the_checkpoints_do_not_pass_and_are_repaire
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_class_that_an_adapter_names_is_kept_and_what_its_checkpoint_loses_is_said(bases, tmp_path):
+def test_the_class_that_an_adapter_names_is_kept(bases, tmp_path):
     model = AutoModel.from_pretrained(bases / "llama")
     get_peft_model(model, LoraConfig(**QV, init_lora_weights=False)).save_pretrained(tmp_path / "a")
     found = check_fit(tmp_path / "a")

@@ -126,7 +126,7 @@ def test_another_task_another_base_and_a_zero_adapter(dtype, home, tmp_path):
     assert len(engine.asked) == 1  # which tells the form of its answers
 
 
-def test_chats_are_asked_as_such_and_a_template_without_the_generation_prompt_is_found(home):
+def test_chats_are_asked_as_such(home):
     engine = served(home, home / "plain", dtype="bfloat16")
     assert ask(home, "plain", engine, data="chats.jsonl").exit_code == 0
     assert {path for path, _ in engine.asked} == {"chat/completions"}
@@ -145,7 +145,7 @@ def test_chats_that_a_server_cannot_be_asked_are_named(home, monkeypatch):
     assert_one_line_error(done, "has no /chat/completions, and no text of", "chats.jsonl has the same tokens")
 
 
-def test_several_adapters_are_asked_about_with_one_base_and_one_that_fails_stops_no_other(home, tmp_path):
+def test_several_adapters_are_asked_about_with_one_base(home, tmp_path):
     engine = served(home, home / "plain")
     for name in ("plain", "dora", "damaged"):
         engine.add(name, home / "base", home / "other-task" if name == "dora" else home / "plain", parent="the-base")
@@ -217,7 +217,7 @@ def test_without_a_base_on_the_server_it_says_so_and_notices_less(home, tmp_path
     assert done.exit_code == 1 and done.stdout.startswith("scaled: by 0.6"), done.output
 
 
-def test_a_function_is_asked_in_place_of_a_server_and_the_model_is_left_as_it_was(home):
+def test_a_function_is_asked_in_place_of_a_server(home):
     model = AutoModelForCausalLM.from_pretrained(home / "base")
     engine = served(home, home / "ranks")
     before, state = dict(model.named_modules()), {key: t.clone() for key, t in model.state_dict().items()}

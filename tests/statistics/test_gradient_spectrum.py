@@ -131,7 +131,7 @@ def slowly_falling(n_batches=24, width=96):
         yield (scale * (code + noise)) @ turns[0], (code + 0.5 * noise.flip(1)) @ turns[1]
 
 
-def test_both_sides_are_near_the_best_and_so_are_the_left_vectors_after_the_first():
+def test_both_sides_are_near_the_best():
     data = list(slowly_falling())
     left, _, right = fitted(data, 16).triplets(16)
     u, s, _ = torch.linalg.svd(exact(data))
@@ -142,7 +142,7 @@ def test_both_sides_are_near_the_best_and_so_are_the_left_vectors_after_the_firs
     assert float((left[8:].double() @ u[:, 8:16]).square().sum() / 8) > 0.8
 
 
-def test_what_is_kept_of_a_layer_is_the_mean_over_labels_with_the_importance_of_the_dense_gradient():
+def test_a_layer_keeps_the_mean_over_labels_and_its_importance():
     data, weight = batches(rank=5), torch.randn(24, 40)
     weighted = ExactPCA(2).partial_fit(data[0][1]).spectrum()
     found = freeze_gradient(fitted(data, 8), weighted, n_labels=10).with_importance(weight)

@@ -60,7 +60,7 @@ def test_batches_capture_at_least_what_scikit_learns_incremental_pca_captures():
     assert reference.captured(rows, ours) > 0.999 * reference.captured(rows, theirs)
 
 
-def test_two_sets_agree_by_the_variance_of_one_that_the_directions_of_the_other_capture():
+def test_two_sets_agree_by_the_variance_that_is_captured():
     noise = torch.randn(4000, 64)
     halves = [fit(IncrementalSVD, half, 500, 4) for half in noise.split(2000)]
     assert halves[0].agreement(halves[1], 4) > 0.6  # other directions, that capture nearly as much; 0.2 without these

@@ -36,10 +36,11 @@ class PromptTrainer(TRLTrainer):
             if prompts == before:  # each batch of prompts comes again for every step of its group
                 continue
             before = prompts
-            yield _answered(prompts, trainer, model)
+            yield answered(prompts, trainer, model)
 
 
-def _answered(prompts: list[Any], trainer: Any, model: Any) -> dict[str, Tensor]:
+def answered(prompts: list[Any], trainer: Any, model: Any) -> dict[str, Tensor]:
+    """Let the model answer prompts, and return a batch of prompts with their answers, padded on the left."""
     tokenizer, args = trainer.processing_class, trainer.args
     chats = all(isinstance(one, list) for one in prompts)
     if not (chats or all(isinstance(one, str) for one in prompts)):

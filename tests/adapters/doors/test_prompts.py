@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 
 import lora_init
-from lora_init.adapters.doors.prompts import PromptTrainer, _answered
+from lora_init.adapters.doors.prompts import PromptTrainer, answered
 from lora_init.adapters.peft_model import adapter_layers
 from tests.adapters.doors.made import seen_by
 from tests.conftest import refused, tiny_llama
@@ -83,7 +83,7 @@ def test_answers_are_sampled_as_the_trainer_samples_them(asked, backend, tmp_pat
         if trainer.args.generation_kwargs:
             trainer.args.generation_kwargs = {**trainer.args.generation_kwargs, "frequency_penalty": 1.0}  # its own
     torch.manual_seed(0)
-    ours = _answered(prompts, trainer, model)
+    ours = answered(prompts, trainer, model)
     tokens = trainer.processing_class(text=prompts, return_tensors="pt", padding=True, padding_side="left")
     torch.manual_seed(0)
     expected = model.generate(tokens["input_ids"], attention_mask=tokens["attention_mask"], generation_config=theirs)
