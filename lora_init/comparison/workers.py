@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -43,6 +43,11 @@ class Worker:
     at_once: int = 1  # runs that it takes before one has ended
     nodes: Callable[[], Mapping[Any, str]] = dict  # machines at work, key to name, as far as they are known
     close: Callable[[], None] = lambda: None  # ends all, at once
+
+    @property
+    def queues(self) -> bool:
+        """Whether runs may wait in a queue until a machine is free."""
+        return self.at_once == AHEAD
 
 
 def here(bench: Workbench, show: bool) -> Worker:
@@ -270,55 +275,90 @@ def run_all(
     """
     for run in [run for run, record in log.records.items() if record["status"] == "failed"]:
         del log.records[run]
-    seconds = [record["run_seconds"] or 0.0 for record in log.records.values() if "run_seconds" in record][-20:]
-    told, lost, running = 0, Counter[Run](), dict[Future[Any], tuple[Run, str]]()
-    ended, began, nodes = 0, 0.0, worker.nodes()
-    queues = worker.at_once == AHEAD
-    patience = PATIENCE if queues else None
+    runs, told = _Running(log, worker, budget, say), 0
+    patience = PATIENCE if worker.queues else None
     while True:
         planned, decided = due(log.records)
         for line in decided[told:]:
             say(line)
         told = max(told, len(decided))
-        begun = {run for run, _ in running.values()}
         left = [run for run in planned if run not in log.records]
-        ready = [run for run in left if run.learning_rate is not None and run not in begun]
-        expected = fmean(seconds) if seconds else 0.0
-        while ready and len(running) < worker.at_once:
-            run = ready.pop(0)
-            title = f"run {len(planned) - len(left) + len(running) + 1}/{len(planned)} {run.title}"
-            if not budget.fits(expected * (1 + _times_longer(run, log))):  # 1 for the best adapter
-                break
-            future = worker.submit(run, title)
-            if future is None:
-                break
-            running[future] = run, title
-        if queues and not budget.fits(0.0):
-            for future in [future for future in running if future.cancel()]:
-                del running[future]
-        if not running:
+        runs.begin(left, len(planned))
+        if not runs.of:
             if left:
                 say(f"The time is out with {len(left)} runs left; the same command goes on from there.")
             return
-        limits = [limit for limit in (patience, budget.seconds and max(0.0, budget.seconds - budget.spent)) if limit]
-        done = wait(running, min(limits, default=None), FIRST_COMPLETED).done
+        done = wait(runs.of, runs.longest_wait(patience), FIRST_COMPLETED).done
         if patience and not done:
             say("No run has come back yet: look whether the cluster has begun one. Ctrl-C ends the wait.")
-        patience, nodes = None, _watch(nodes, worker.nodes(), say)
+        patience = None
+        runs.watch_nodes()
+        n_left = len(left)
         for future in done:
-            run, title = running.pop(future)
-            record = come_back(future)
-            if isinstance(record, str):
-                lost[run] += 1
-                if lost[run] < 2:
-                    say(f"{title}: the worker that did it is gone; it is done again. {record}")
-                    continue
-                record = _given_up(run, record, log)
-            log.add(record)
-            seconds.append(record["run_seconds"] or 0.0)
-            left, ended, began = left[1:], ended + 1, began or time.monotonic() - seconds[-1]
-            seconds_left = len(left) * (time.monotonic() - began) / ended  # if they end as fast as those before
-            say(f"{title}: {_ended(record, seconds_left, len(nodes))}")
+            n_left -= runs.take_in(future, n_left - 1)
+
+
+class _Running:
+    """The runs that a worker has begun, and how long those took that have ended."""
+
+    def __init__(self, log: RunDirectory, worker: Worker, budget: RunBudget, say: Callable[[str], None]) -> None:
+        self.log, self.worker, self.budget, self.say = log, worker, budget, say
+        self.of: dict[Future[Any], tuple[Run, str]] = {}  # each with its title
+        self.lost = Counter[Run]()  # how often its worker has died
+        self.nodes = worker.nodes()
+        known = [record["run_seconds"] or 0.0 for record in log.records.values() if "run_seconds" in record]
+        self.seconds = known[-20:]
+        self.ended, self.began = 0, 0.0  # runs, since when
+
+    def begin(self, left: Sequence[Run], n_planned: int) -> None:
+        """Begin as many of the runs that are left as the worker takes and the time allows."""
+        begun = {run for run, _ in self.of.values()}
+        expected = fmean(self.seconds) if self.seconds else 0.0
+        for run in left:
+            if run.learning_rate is None or run in begun:
+                continue
+            fits = self.budget.fits(expected * (1 + _times_longer(run, self.log)))  # 1 for the best adapter
+            if len(self.of) >= self.worker.at_once or not fits:
+                break
+            title = f"run {n_planned - len(left) + len(self.of) + 1}/{n_planned} {run.title}"
+            future = self.worker.submit(run, title)
+            if future is None:
+                break
+            self.of[future] = run, title
+        if self.worker.queues and not self.budget.fits(0.0):
+            for future in [future for future in self.of if future.cancel()]:
+                del self.of[future]
+
+    def longest_wait(self, patience: float | None) -> float | None:
+        """Return the seconds to wait for the end of a run at most; None without a limit."""
+        limits = [patience] if patience else []
+        if self.budget.seconds:
+            limits += [left] if (left := self.budget.seconds - self.budget.spent) > 0 else []
+        return min(limits, default=None)
+
+    def watch_nodes(self) -> None:
+        """Report nodes that are lost."""
+        now = self.worker.nodes()
+        for key in self.nodes.keys() - now.keys():
+            self.say(f"Node {self.nodes[key]} is lost, and its runs are done again. Nodes at work: {len(now)}.")
+        self.nodes = now
+
+    def take_in(self, future: Future[Any], n_left: int) -> bool:
+        """Keep the record of a run that has ended, after which so many are left; False if it is done again."""
+        run, title = self.of.pop(future)
+        record = come_back(future)
+        if isinstance(record, str):
+            self.lost[run] += 1
+            if self.lost[run] < 2:
+                self.say(f"{title}: the worker that did it is gone; it is done again. {record}")
+                return False
+            record = _given_up(run, record, self.log)
+        self.log.add(record)
+        self.seconds.append(record["run_seconds"] or 0.0)
+        self.ended, self.began = self.ended + 1, self.began or time.monotonic() - self.seconds[-1]
+        seconds_left = n_left * (time.monotonic() - self.began) / self.ended  # if they end as fast as those before
+        self.say(f"{title}: {_ended(record, seconds_left, len(self.nodes))}")
+        return True
 
 
 def _given_up(run: Run, why: str, log: RunDirectory) -> Record:
@@ -326,13 +366,6 @@ def _given_up(run: Run, why: str, log: RunDirectory) -> Record:
     if not log.records:  # nor would any other
         raise LoraInitError(f"{run.title}: {record['error']} No run has come back.")
     return record
-
-
-def _watch(before: Mapping[Any, str], now: Mapping[Any, str], say: Callable[[str], None]) -> Mapping[Any, str]:
-    """Report nodes that are lost; return those that are there."""
-    for key in before.keys() - now.keys():
-        say(f"Node {before[key]} is lost, and its runs are done again. Nodes at work: {len(now)}.")
-    return now
 
 
 def _times_longer(run: Run, log: RunDirectory) -> float:
