@@ -192,7 +192,7 @@ FAULTS: dict[str, list[Planted]] = {
     "planning/lora_config.py": [
         ("lost setting", "lora_alpha / (math.sqrt(rank) if use_rslora else rank)", "lora_alpha / rank"),
     ],
-    "adapters/build.py": [
+    "building/build.py": [
         ("dropped factor", " * (2.0 / math.pi)", ""),
         ("wrong power", "squares += float(error.norm()) ** 2", "squares += float(error.norm())"),
         ("dropped factor", "return rank * both // b_alone", "return rank"),
@@ -209,7 +209,7 @@ FAULTS: dict[str, list[Planted]] = {
     "adapters/config.py": [
         ("missing check", "if config.task_type not in (None, stats.provenance.task_type):", "if False:"),
     ],
-    "adapters/initializers.py": [
+    "starts/initializers.py": [
         ("wrong power", "rows / whitening_scale(spectrum, rank)[:, None]",
          "rows * whitening_scale(spectrum, rank)[:, None]"),
         ("wrong power", "a * math.sqrt(wanted / own)", "a * (wanted / own)"),
@@ -222,11 +222,11 @@ FAULTS: dict[str, list[Planted]] = {
         ("dropped term", "(spectrum.explained_variance - rest).clamp_min(0.0)", "spectrum.explained_variance"),
         ("dropped factor", "(right / size * share)", "(right * share)"),
     ],
-    "adapters/step_size.py": [
+    "building/step_size.py": [
         ("wrong power", "init.scaling * (gamma or first) / candidate", "init.scaling * candidate / (gamma or first)"),
         ("missing check", " or not (gamma or loss < before)", ""),
     ],
-    "adapters/learning_rate.py": [
+    "rates/learning_rate.py": [
         ("dropped factor", "scaling * growth / size.output", "growth / size.output"),
         ("wrong sign", "STEPS / self.steps / self.share", "self.steps / STEPS / self.share"),
         ("dropped factor", "STEPS / self.steps / self.share", "STEPS / self.steps"),
@@ -240,7 +240,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("wrong sign", "(vectors.T @ before).abs().amax(dim=1)", "(vectors.T @ before).amax(dim=1)"),
         ("swapped axes", "return matrix.T if is_conv1d(layer) else matrix", "return matrix"),
     ],
-    "adapters/quantized.py": [
+    "building/quantized.py": [
         ("dropped term", "(exact + bias).to(rows.dtype)", "exact.to(rows.dtype)"),
         ("missing check", "if not (after < before or unchecked):", "if False:"),
     ],
@@ -263,15 +263,15 @@ FAULTS: dict[str, list[Planted]] = {
         ("lost setting", 'schedule.base_lrs = [one * factor for one in schedule.base_lrs]', "pass"),
         ("dropped factor", "args.train_batch_size * args.world_size", "args.train_batch_size"),
     ],
-    "adapters/doors/trainers.py": [
+    "trainers/trainers.py": [
         ("dropped factor", "args.train_batch_size * args.gradient_accumulation_steps * args.world_size",
          "args.train_batch_size * args.world_size"),
         ("stale state", "trainer.data_collator = copy.deepcopy(trainer.data_collator)", "pass"),
     ],
-    "adapters/doors/trl.py": [
+    "trainers/trl.py": [
         ("ignored mask", 'masked_fill(batch["completion_mask"] == 0, IGNORED)', 'clone()'),
     ],
-    "adapters/doors/prompts.py": [
+    "trainers/prompts.py": [
         ("ignored mask", "whole.masked_fill(mask == 0, IGNORED)", "whole"),
     ],
     "serving/base.py": [
@@ -450,7 +450,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("lost name", 'frozenset([*loading["missing_keys"], *reshaped])', 'frozenset(loading["missing_keys"])'),
         ("missing check", "if is_quantized:\n            raise", "if False:\n            raise"),
     ],
-    "adapters/pipeline.py": [
+    "building/pipeline.py": [
         ("wrong rows", '"offset": sample.offset + sample.samples', '"offset": sample.offset'),
         ("missing check", "if {*classes} == {*head} and tuple(classes) != head:", "if False:"),
         ("missing check", "if asked.start.one_rank and round(rho * rank) > rank:", "if False:"),
@@ -458,7 +458,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("lost setting", "DEFAULT_FOR_CLASSES if classifies else DEFAULT", "DEFAULT"),
         ("lost head", "whole += [name for name in heads_of(model) if not is_in(name, (*heads, *whole))]", "pass"),
     ],
-    "adapters/layer_start.py": [
+    "building/layer_start.py": [
         ("missing check", "if list(error.shape) != shape or not bool(error.isfinite().all()):",
          "if list(error.shape) != shape:"),
         ("lost dtype", "error.to(torch.promote_types(error.dtype, torch.float32))", "error"),

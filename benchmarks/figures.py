@@ -26,12 +26,12 @@ import pandas as pd
 
 from benchmarks import long_runs, public_sweeps, rates, size_of_a, starts, trade_off
 from benchmarks.size_of_a import Run
-from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import Effect, effects
 from lora_init.comparison.findings import equal_loss, judged_losses, verdicts
 from lora_init.comparison.runs import SETTINGS_FILE, best_rates, by_seed, read_runs, run_table
 from lora_init.comparison.wording import rate_text
 from lora_init.files import read_json
+from lora_init.starts.starts import RANDOM
 
 ROOT = Path(__file__).parent.parent
 PAGES = (

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import settings
 from benchmarks.memory import in_fresh_process
-from lora_init.adapters.build import rank_with_frozen_a
 from lora_init.adapters.peft_model import adapter_layers
+from lora_init.building.build import rank_with_frozen_a
 from lora_init.comparison.training import peak_bytes, reset_peak
 from lora_init.layers.targets import find_targets
 

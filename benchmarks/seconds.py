@@ -26,7 +26,7 @@ PARTS = {
     "weights": ("lora_init.loading.models", "ModelSource.load"),
     "pass": ("lora_init.collection.collect", "collect"),
     "ranks": ("lora_init.planning.allocate", "allocate_ranks"),
-    "adapter": ("lora_init.adapters.build", "build_adapter"),
+    "adapter": ("lora_init.building.build", "build_adapter"),
     "writing": ("lora_init.adapters.adapter_init", "AdapterInit.save_pretrained"),
 }
 TEMPLATE = ["--template", "{passage} {question}\n{options}\nAnswer:", "--completion", " {answer}"]

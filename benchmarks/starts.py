@@ -11,12 +11,12 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.settings import table
-from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.findings import verdicts
 from lora_init.comparison.plots import COLORS, RANDOM_COLOR, looks
 from lora_init.comparison.runs import SETTINGS_FILE, by_seed, rate_means, read_runs, run_table
 from lora_init.comparison.wording import rate_text
 from lora_init.files import read_json
+from lora_init.starts.starts import RANDOM
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("siqa", "openbookqa", "boolq", "minilm-siqa-kinds", "minilm-boolq")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.plots import COLORS, INK, RANDOM_COLOR
 from lora_init.comparison.runs import best_rates, by_seed, read_runs, read_settings, run_table
 from lora_init.comparison.wording import rate_text
+from lora_init.starts.starts import RANDOM
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {"openbookqa": "OpenBookQA", "siqa": "SIQA", "hellaswag": "HellaSwag"}

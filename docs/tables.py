@@ -12,9 +12,9 @@ from typing import Any
 import typer
 
 import lora_init
-from lora_init.adapters.starts import STARTS, Start
 from lora_init.cli.app import app as cli
 from lora_init.cli.help import is_further
+from lora_init.starts.starts import STARTS, Start
 
 DOCS = Path(__file__).parent
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

@@ -14,17 +14,15 @@ _getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_
 if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on first use, so that no torch is imported
     from lora_init.adapters.adapter_init import AdapterInit as AdapterInit
     from lora_init.adapters.base_weights import correct_base as correct_base
-    from lora_init.adapters.build import build_adapter as build_adapter
-    from lora_init.adapters.initialize import initialize as initialize
     from lora_init.adapters.intruders import Intruders as Intruders
     from lora_init.adapters.intruders import intruder_dimensions as intruder_dimensions
-    from lora_init.adapters.learning_rate import LearningRate as LearningRate
     from lora_init.adapters.measured_rate import learning_rate as learning_rate
     from lora_init.adapters.peft_eva import get_eva_state_dict as get_eva_state_dict
     from lora_init.adapters.peft_eva import initialize_lora_eva_weights as initialize_lora_eva_weights
-    from lora_init.adapters.quantized import QuantizationErrors as QuantizationErrors
-    from lora_init.adapters.starts import Start as Start
-    from lora_init.adapters.step_size import find_step_size as find_step_size
+    from lora_init.building.build import build_adapter as build_adapter
+    from lora_init.building.initialize import initialize as initialize
+    from lora_init.building.quantized import QuantizationErrors as QuantizationErrors
+    from lora_init.building.step_size import find_step_size as find_step_size
     from lora_init.collection.collect import Interrupted as Interrupted
     from lora_init.collection.collect import collect as collect
     from lora_init.collection.losses import mean_loss as mean_loss
@@ -40,6 +38,7 @@ if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on
     from lora_init.planning.allocate import RankAllocation as RankAllocation
     from lora_init.planning.allocate import allocate_ranks as allocate_ranks
     from lora_init.planning.policies import Policy as Policy
+    from lora_init.rates.learning_rate import LearningRate as LearningRate
     from lora_init.serving.export import Exported as Exported
     from lora_init.serving.export import export_adapter as export_adapter
     from lora_init.serving.fit import FitReport as FitReport
@@ -48,6 +47,7 @@ if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on
     from lora_init.serving.verify import verify as verify
     from lora_init.serving.watch import ServingCallback as ServingCallback
     from lora_init.serving.watch import ServingWatch as ServingWatch
+    from lora_init.starts.starts import Start as Start
     from lora_init.statistics.gradient_spectrum import GradientSpectrum as GradientSpectrum
     from lora_init.statistics.incremental_svd import IncrementalSVD as IncrementalSVD
     from lora_init.statistics.spectrum import ExactPCA as ExactPCA
@@ -62,17 +62,15 @@ else:
     _HOMES = {
         "AdapterInit": "lora_init.adapters.adapter_init",
         "correct_base": "lora_init.adapters.base_weights",
-        "build_adapter": "lora_init.adapters.build",
-        "initialize": "lora_init.adapters.initialize",
         "Intruders": "lora_init.adapters.intruders",
         "intruder_dimensions": "lora_init.adapters.intruders",
-        "LearningRate": "lora_init.adapters.learning_rate",
         "learning_rate": "lora_init.adapters.measured_rate",
         "get_eva_state_dict": "lora_init.adapters.peft_eva",
         "initialize_lora_eva_weights": "lora_init.adapters.peft_eva",
-        "QuantizationErrors": "lora_init.adapters.quantized",
-        "Start": "lora_init.adapters.starts",
-        "find_step_size": "lora_init.adapters.step_size",
+        "build_adapter": "lora_init.building.build",
+        "initialize": "lora_init.building.initialize",
+        "QuantizationErrors": "lora_init.building.quantized",
+        "find_step_size": "lora_init.building.step_size",
         "Interrupted": "lora_init.collection.collect",
         "collect": "lora_init.collection.collect",
         "mean_loss": "lora_init.collection.losses",
@@ -88,6 +86,7 @@ else:
         "RankAllocation": "lora_init.planning.allocate",
         "allocate_ranks": "lora_init.planning.allocate",
         "Policy": "lora_init.planning.policies",
+        "LearningRate": "lora_init.rates.learning_rate",
         "Exported": "lora_init.serving.export",
         "export_adapter": "lora_init.serving.export",
         "FitReport": "lora_init.serving.fit",
@@ -96,6 +95,7 @@ else:
         "verify": "lora_init.serving.verify",
         "ServingCallback": "lora_init.serving.watch",
         "ServingWatch": "lora_init.serving.watch",
+        "Start": "lora_init.starts.starts",
         "GradientSpectrum": "lora_init.statistics.gradient_spectrum",
         "IncrementalSVD": "lora_init.statistics.incremental_svd",
         "ExactPCA": "lora_init.statistics.spectrum",

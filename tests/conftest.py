@@ -60,9 +60,9 @@ def installed(monkeypatch):
         forget()
 
     def forget():
-        from lora_init.adapters import starts
         from lora_init.comparison import clusters
         from lora_init.planning import policies
+        from lora_init.starts import starts
 
         for theirs in (starts._THEIRS, policies._THEIRS, clusters._THEIRS):
             vars(theirs).pop("entries", None)

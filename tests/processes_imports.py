@@ -3,7 +3,7 @@
 import torch.distributed.fsdp
 import transformers.models.llama.modeling_llama
 
-import lora_init.adapters.build
+import lora_init.building.build
 import lora_init.cli
 import lora_init.collection.collect
 import lora_init.comparison.compare

@@ -14,7 +14,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 import lora_init
 from lora_init import LoraInitError
-from lora_init.adapters import quantized
+from lora_init.building import quantized
 from lora_init.keep.dial import fit_strengths, strengths, turn
 from lora_init.layers.targets import find_targets
 from tests.collection.made import labelled

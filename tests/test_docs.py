@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import lora_init
 from docs import tables
-from lora_init.adapters.starts import STARTS
 from lora_init.cli import app as cli
+from lora_init.starts.starts import STARTS
 from tests.pages import DATA, ENCODER, LARGE, MODEL, TEMPLATE, home  # noqa: F401
 
 ROOT = Path(__file__).parent.parent

@@ -20,16 +20,16 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import lora_init
-from lora_init.adapters import initialize as initializing
 from lora_init.adapters.asked import Options
-from lora_init.adapters.build import build_adapter
 from lora_init.adapters.card import origin_of
-from lora_init.adapters.starts import buildable
+from lora_init.building import initialize as initializing
+from lora_init.building.build import build_adapter
 from lora_init.cli.app import app
 from lora_init.collection.processes import digest_of
 from lora_init.comparison.tasks import Loading
 from lora_init.errors import LoraInitError
 from lora_init.loading.models import load_model
+from lora_init.starts.starts import buildable
 from tests.commands import run, save_model, write_data
 from tests.comparisons import SMALL, make_home
 from tests.conftest import batches_for, tiny_llama

@@ -55,11 +55,11 @@ def printed(tmp_path_factory):
     option, function, start = (
         next(block for block in BLOCKS if word in block) for word in ("sides:", "def first_rows", "Start(")
     )
-    blocks = {"asked": (option, "    use_dora: Annotated"), "starts": (start, "    FullTraining(FULL")}
-    blocks["initializers"] = (f"{function}\n\n", "def random(")
+    blocks = {"adapters/asked": (option, "    use_dora: Annotated"), "starts/starts": (start, "    FullTraining(FULL")}
+    blocks["starts/initializers"] = (f"{function}\n\n", "def random(")
     shutil.copytree(Path(lora_init.__file__).parent, folder / "lora_init", ignore=shutil.ignore_patterns("__pycache__"))
     for name, (block, line) in blocks.items():
-        file = folder / "lora_init/adapters" / f"{name}.py"
+        file = folder / "lora_init" / f"{name}.py"
         source = file.read_text(encoding="utf-8")
         assert source.count(line) == 1
         file.write_text(source.replace(line, f"{block}{line}"), encoding="utf-8")

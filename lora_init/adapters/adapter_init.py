@@ -15,7 +15,6 @@ from lora_init.adapters.asked import Shape
 from lora_init.adapters.base_weights import check_correctable, correct_outputs, correct_weights
 from lora_init.adapters.card import card_of, origin_of
 from lora_init.adapters.directory import LORA_A, LORA_B, carrying, write_start
-from lora_init.adapters.learning_rate import TRAINING, LearningRate, Response, share_of, training_in_words
 from lora_init.adapters.peft_model import (
     as_it_was,
     attach,
@@ -26,15 +25,16 @@ from lora_init.adapters.peft_model import (
     is_filled,
     remove_adapters,
 )
-from lora_init.adapters.starts import Start
-from lora_init.adapters.training_length import TrainingLength
-from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layers_in
 from lora_init.layers.targets import HEADS, Target, file_prefixes, is_in
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.heat_map import heat_map_figure
 from lora_init.planning.lora_config import exact_pattern, listed_or_pattern, lora_config, scaling_of
+from lora_init.rates.learning_rate import TRAINING, LearningRate, Response, share_of, training_in_words
+from lora_init.rates.training_length import TrainingLength
+from lora_init.starts.starts import Start
+from lora_init.starts.weights import Weights
 from lora_init.statistics.statistics import Provenance
 
 if TYPE_CHECKING:

@@ -28,11 +28,11 @@ from typing import (
     get_type_hints,
 )
 
-from lora_init.adapters.starts import DEFAULT, STARTS, Start, find_start
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import BATCH_SIZE, FORMATS, MAX_LENGTH, SAMPLES
 from lora_init.planning.policies import RHO
+from lora_init.starts.starts import DEFAULT, STARTS, Start, find_start
 
 if TYPE_CHECKING:
     _Format: TypeAlias = str

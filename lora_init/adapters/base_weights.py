@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lora_init.adapters.directory import LORA_A, LORA_B, ORIGIN_FILE, AdapterDirectory
 from lora_init.adapters.peft_model import check_plain
-from lora_init.adapters.weights import LoraWeights, Weights
 from lora_init.errors import LoraInitError
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import PREFIX, is_conv1d
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.lora_config import scaling_of
+from lora_init.starts.weights import LoraWeights, Weights
 
 
 def check_correctable(model: nn.Module, names: Iterable[str]) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init.adapters.starts import changes_base
-from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError, is_number
 from lora_init.files import as_path, check_free, digests_of, is_as_written, new_directory, read_json, write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.loading.checkpoint import read_header
 from lora_init.planning.lora_config import from_patterns
+from lora_init.starts.starts import changes_base
+from lora_init.starts.weights import Weights
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_init.adapters.directory import carried
-from lora_init.adapters.learning_rate import LearningRate, Response, response, share_of
 from lora_init.adapters.peft_model import adapter_layers, check_fresh
-from lora_init.adapters.training_length import BATCH_SIZE, TrainingLength
-from lora_init.adapters.weights import LoraWeights
 from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.collection.collect import check_batches
 from lora_init.collection.loop import row_norms
@@ -27,6 +24,9 @@ from lora_init.layers.running import call_model, restoring
 from lora_init.layers.targets import HEADS, count_linear, is_in, new_heads
 from lora_init.layers.wrappers import unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
+from lora_init.rates.learning_rate import LearningRate, Response, response, share_of
+from lora_init.rates.training_length import BATCH_SIZE, TrainingLength
+from lora_init.starts.weights import LoraWeights
 from lora_init.statistics.statistics import Sizes
 
 _MAX_BATCHES = 8

@@ -21,7 +21,6 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lora_init.adapters.initializers import eva, layer_generator
 from lora_init.adapters.peft_model import adapter_layers, as_it_was, match_modes, remember
 from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.collection.loop import Pass, progress_bar, run_pass
@@ -31,6 +30,7 @@ from lora_init.layers.masks import TokenMasks
 from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets, is_linear
 from lora_init.layers.wrappers import is_sharded
 from lora_init.planning.lora_config import alpha_for, from_patterns, listed_or_pattern, scaling_of, to_patterns
+from lora_init.starts.initializers import eva, layer_generator
 from lora_init.statistics.spectrum import Spectrum
 
 if TYPE_CHECKING:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import SCALING, Shape
 from lora_init.adapters.peft_model import check_plain
-from lora_init.adapters.starts import BANK_WAY, BANK_WAYS
-from lora_init.adapters.step_size import NoStepError, find_step_size
 from lora_init.bank.generator import balanced, load_generator
 from lora_init.bank.mixture import MOST_ADAPTERS, find_weights, stack
 from lora_init.bank.similarity import Neighbour, neighbours
 from lora_init.bank.store import Bank, check_base
+from lora_init.building.step_size import NoStepError, find_step_size
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.targets import find_targets
@@ -25,6 +24,7 @@ from lora_init.layers.wrappers import class_name, model_id, unwrapped
 from lora_init.loading.models import task_of
 from lora_init.planning.lora_config import scaling_of
 from lora_init.serving.trained import Layer
+from lora_init.starts.starts import BANK_WAY, BANK_WAYS
 from lora_init.statistics.statistics import Provenance
 
 

@@ -13,13 +13,13 @@ import typer
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.adapters.starts import FROM_BANK
 from lora_init.cli.console import busy, command, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands
 from lora_init.cli.options import MaxLength, TrustRemoteCode
 from lora_init.cli.tables import Cells, facts, finite
 from lora_init.errors import LoraInitError
 from lora_init.files import check_output
+from lora_init.starts.starts import FROM_BANK
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
-from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 from lora_init.cli.console import FAILED, importing, print_result, refuse_idle, running, say
 from lora_init.cli.options import FloatWeights, LoadingQuantized, MaxLength, read_numbers, read_share
 from lora_init.cli.tables import Cells
 from lora_init.errors import LoraInitError
 from lora_init.progress import duration
+from lora_init.starts.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 
 if TYPE_CHECKING:
     from rich.console import Console

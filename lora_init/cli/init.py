@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Asked, Correction, Layers, PassOptions, Ranks, Reading, Sample, Shape
-from lora_init.adapters.starts import BANK_WAY, BANK_WAYS, DEFAULT, DEFAULT_FOR_CLASSES, FROM_BANK, STARTS, buildable
 from lora_init.cli.console import importing, offered, print_result, process_group, process_rank, refuse_idle
 from lora_init.cli.options import Length, LoadingQuantized, of_adapter
 from lora_init.cli.summary import show_bank_summary, show_summary, summary_of, summary_of_bank
 from lora_init.errors import LoraInitError, require
 from lora_init.loading.sources import FILE_TYPES
+from lora_init.starts.starts import BANK_WAY, BANK_WAYS, DEFAULT, DEFAULT_FOR_CLASSES, FROM_BANK, STARTS, buildable
 
 if TYPE_CHECKING:
     Method: TypeAlias = str
@@ -102,7 +102,7 @@ def init(
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
     with importing(model, data):
-        from lora_init.adapters import pipeline
+        from lora_init.building import pipeline
         from lora_init.cli.source import Named, Names, OfBank, find_statistics
     _check_words(method, data, from_bank, learning_rate)
     names = Names(model, data, output, overwrite, statistics.expanduser() if statistics else None, ranks_from)

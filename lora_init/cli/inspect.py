@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.adapters.learning_rate import LearningRate, training_in_words
 from lora_init.cli.console import FAILED, busy, importing, offered, print_next, print_result, refuse_idle
 from lora_init.cli.options import Length, TrustRemoteCode, read_numbers
 from lora_init.cli.tables import Cells, correction_facts, facts, finite, quantization_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable, is_as_written, read_json
 from lora_init.layers.grid import layer_grid, one_line_each
+from lora_init.rates.learning_rate import LearningRate, training_in_words
 from lora_init.serving.engines import ENGINES
 
 if TYPE_CHECKING:

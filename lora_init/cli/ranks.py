@@ -252,7 +252,7 @@ def _print_for_tool(
     tool: str, stats: Statistics, plan: RankAllocation, output: Path | None, lora_alpha: float | None, use_rslora: bool
 ) -> None:
     """Print what a tool reads to train with the ranks of a plan."""
-    from lora_init.adapters.build import build_adapter
+    from lora_init.building.build import build_adapter
     from lora_init.planning.snippets import snippet
 
     built = build_adapter(stats, plan, lora_alpha=lora_alpha, use_rslora=use_rslora)

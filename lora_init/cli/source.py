@@ -14,13 +14,11 @@ from torch import nn
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked, PassOptions, Reading, Sample
 from lora_init.adapters.peft_model import check_modules_to_save
-from lora_init.adapters.pipeline import Examples, Source, check, fit_to, read, split
-from lora_init.adapters.starts import BankWay
-from lora_init.adapters.training_length import TrainingLength
 from lora_init.bank.embeddings import embed
 from lora_init.bank.similarity import neighbours
 from lora_init.bank.start import BankStart, start_from_bank
 from lora_init.bank.store import open_bank
+from lora_init.building.pipeline import Examples, Source, check, fit_to, read, split
 from lora_init.cli.bank import read_encoder
 from lora_init.cli.console import busy, given, offered, refuse_idle, running, say
 from lora_init.cli.options import Length, LoadingQuantized
@@ -33,6 +31,8 @@ from lora_init.layers.targets import HEADS, find_targets
 from lora_init.loading.models import LoadedModel, ModelSource, find_device, open_model
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import RankAllocation, load_plan
+from lora_init.rates.training_length import TrainingLength
+from lora_init.starts.starts import BankWay
 from lora_init.statistics.statistics import SPARE, Statistics
 
 

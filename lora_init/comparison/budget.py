@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import CONFIDENCE, effects
 from lora_init.comparison.findings import judged_losses, longer_random, verdicts
 from lora_init.comparison.runs import Record, Run, RunPlan, best_rates, run_table
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.wording import percent
 from lora_init.errors import LoraInitError, is_number
+from lora_init.starts.starts import RANDOM
 
 # Numbers of seeds after which a budget asks what still decides. The last is where it ends at the latest.
 STAGES = (3, 4, 6, 8, 12, 16, 24, 32)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_init.adapters.asked import SCALING
-from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, FULL, RANDOM
 from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.clusters import open_executor
 from lora_init.comparison.findings import Summary, summarise
@@ -48,6 +47,7 @@ from lora_init.loading.models import find_device
 from lora_init.loading.reader import classes_in_words
 from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import alpha_for
+from lora_init.starts.starts import DEFAULT, DEFAULT_FOR_CLASSES, FULL, RANDOM
 
 if TYPE_CHECKING:
     import pandas as pd

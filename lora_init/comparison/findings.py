@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.effects import Effect, Outcome, effects, unlike_spreads
 from lora_init.comparison.runs import APART, best_rates, by_seed, run_table
 from lora_init.comparison.tasks import FEW
 from lora_init.comparison.variants import Variant
 from lora_init.comparison.wording import rate_text, say
+from lora_init.starts.starts import FULL, RANDOM
 
 
 @dataclass(frozen=True)

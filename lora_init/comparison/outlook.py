@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from lora_init.adapters.starts import FULL
 from lora_init.comparison.effects import detectable
 from lora_init.comparison.findings import is_judged
 from lora_init.comparison.runs import Record, Run, RunPlan
@@ -18,6 +17,7 @@ from lora_init.comparison.tasks import CLASSIFICATION, item_length
 from lora_init.comparison.training import Training, evaluate, train
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.workbench import Workbench
+from lora_init.starts.starts import FULL
 
 # How far runs of one start scatter over seeds, as a share of the loss: the median of our comparisons, see
 # `benchmarks/results`; 0.2 to 1.6 % on language, 2 to 11 % on classes.

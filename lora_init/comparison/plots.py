@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.findings import Summary, equal_loss
 from lora_init.comparison.runs import best_rates
 from lora_init.comparison.variants import Variant
 from lora_init.comparison.wording import rate_text
+from lora_init.starts.starts import FULL, RANDOM
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

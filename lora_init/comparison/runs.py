@@ -17,10 +17,10 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.files import check_output, locked, parse_json, read_json, write_whole
+from lora_init.starts.starts import FULL, RANDOM
 
 Record = dict[str, Any]
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_init.adapters.learning_rate import LearningRate
-from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace, seconds_of_run, seconds_of_statistics
 from lora_init.comparison.runs import SWEEP_SEEDS, RunPlan
@@ -16,6 +14,8 @@ from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
 from lora_init.progress import duration
+from lora_init.rates.learning_rate import LearningRate
+from lora_init.starts.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,23 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked, PassOptions, Shape
-from lora_init.adapters.build import build_adapter, rank_with_frozen_a
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
 from lora_init.adapters.peft_model import adapter_layers, check_fits, load_adapter, match_modes, remember
-from lora_init.adapters.pipeline import Examples, Source, build, run
-from lora_init.adapters.quantized import QuantizationErrors
-from lora_init.adapters.starts import (
+from lora_init.bank.embeddings import embed
+from lora_init.bank.start import start_from_bank
+from lora_init.bank.store import Bank
+from lora_init.building.build import build_adapter, rank_with_frozen_a
+from lora_init.building.pipeline import Examples, Source, build, run
+from lora_init.building.quantized import QuantizationErrors
+from lora_init.collection.losses import batch_loss, mean_loss
+from lora_init.comparison.variants import Variant
+from lora_init.errors import LoraInitError, did_you_mean, first_line, is_number, is_out_of_memory
+from lora_init.layers.running import evaluating
+from lora_init.layers.targets import find_targets
+from lora_init.planning.allocate import RankAllocation, allocate_ranks
+from lora_init.planning.limits import whole_number
+from lora_init.planning.lora_config import exact_pattern
+from lora_init.starts.starts import (
     CORRECTION,
     FULL,
     RANDOM,
@@ -34,17 +45,6 @@ from lora_init.adapters.starts import (
     Start,
     compared_names,
 )
-from lora_init.bank.embeddings import embed
-from lora_init.bank.start import start_from_bank
-from lora_init.bank.store import Bank
-from lora_init.collection.losses import batch_loss, mean_loss
-from lora_init.comparison.variants import Variant
-from lora_init.errors import LoraInitError, did_you_mean, first_line, is_number, is_out_of_memory
-from lora_init.layers.running import evaluating
-from lora_init.layers.targets import find_targets
-from lora_init.planning.allocate import RankAllocation, allocate_ranks
-from lora_init.planning.limits import whole_number
-from lora_init.planning.lora_config import exact_pattern
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics
 

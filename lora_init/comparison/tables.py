@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import effects
 from lora_init.comparison.findings import Summary, forgotten, steps_of_start
 from lora_init.comparison.runs import METRICS, best_rates, by_seed, rate_means
 from lora_init.comparison.wording import number, percent, rate_text, share
+from lora_init.starts.starts import RANDOM
 
 
 @dataclass(frozen=True)

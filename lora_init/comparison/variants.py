@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lora_init.adapters.starts import RANDOM, Recipe, Start, compared_names, find_recipe, find_start
 from lora_init.errors import LoraInitError
+from lora_init.starts.starts import RANDOM, Recipe, Start, compared_names, find_recipe, find_start
 
 _WAY = re.compile(r"\+(?:([1-9]\d*)-(alpha|batches|steps)|equal-parameters)\Z")
 

@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
-from lora_init.adapters.learning_rate import rate_text as rate_text
 from lora_init.comparison.variants import Variant
+from lora_init.rates.learning_rate import rate_text as rate_text
 
 
 def number(value: float | None, sign: str = "") -> str:

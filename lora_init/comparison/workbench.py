@@ -19,15 +19,12 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 import lora_init
-from lora_init.adapters.learning_rate import LearningRate
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.peft_model import check_modules_to_save
-from lora_init.adapters.pipeline import split
-from lora_init.adapters.quantized import QuantizationErrors
-from lora_init.adapters.starts import FULL
-from lora_init.adapters.step_size import n_aside
-from lora_init.adapters.training_length import TrainingLength
 from lora_init.bank.store import Bank, check_base, open_bank
+from lora_init.building.pipeline import split
+from lora_init.building.quantized import QuantizationErrors
+from lora_init.building.step_size import n_aside
 from lora_init.collection.collect import check_targets, collect
 from lora_init.collection.losses import text_loss
 from lora_init.collection.processes import digest_of
@@ -52,6 +49,9 @@ from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.layers.wrappers import quantization_of
 from lora_init.loading.batches import Batches, load_other
 from lora_init.loading.models import LoadedModel, ModelSource, open_model
+from lora_init.rates.learning_rate import LearningRate
+from lora_init.rates.training_length import TrainingLength
+from lora_init.starts.starts import FULL
 from lora_init.statistics.statistics import Statistics
 
 STRENGTHS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # that a trained adapter is evaluated at

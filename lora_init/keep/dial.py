@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers, adds_nothing
-from lora_init.adapters.starts import changes_base
 from lora_init.collection.losses import token_losses
 from lora_init.errors import LoraInitError, LoraInitWarning, is_number
 from lora_init.keep.dialed import BEST, UNIFORM, Change, Dial, Point, signed
@@ -29,6 +28,7 @@ from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import as_batches, count_examples, group_by_length
 from lora_init.progress import Progress, Say
 from lora_init.serving.trained import OTHER_UPDATES
+from lora_init.starts.starts import changes_base
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError
 from lora_init.layers.rows import experts_of
 from lora_init.loading.checkpoint import as_saved
 from lora_init.serving.base import Base
 from lora_init.serving.trained import Layer, Trained
+from lora_init.starts.weights import LoraWeights
 
 # Of these vLLM 0.32 keeps gate and up projection in one, and reads PEFT's own layout of both parameters.
 _FUSED_IN_VLLM = (

@@ -24,13 +24,13 @@ from lora_init.adapters.directory import (
     is_zero_update,
     start_digest,
 )
-from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import place_of
 from lora_init.layers.targets import PREFIX, Target, file_prefixes
 from lora_init.loading.models import QUANTIZATIONS
 from lora_init.planning.lora_config import from_patterns, lora_config, scaling_of
+from lora_init.starts.weights import LoraWeights
 
 DIAL_FILE = "dial.json"  # what the dial says of the strengths that it wrote an adapter at
 _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")

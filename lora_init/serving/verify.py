@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.adapters.peft_model import adapter_layers, check_plain, with_adapter
-from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import layer_grid
@@ -26,6 +25,7 @@ from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.experts import Change, misreadings
 from lora_init.serving.export import RECORD_FILE
 from lora_init.serving.trained import note_of
+from lora_init.starts.weights import LoraWeights
 
 AS_TRAINED, AS_EXPORTED, CANNOT_TELL = "served as trained", "served as exported", "cannot tell"
 _TOKENS = 1024  # of a batch, whose logits are held

@@ -18,16 +18,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
+from lora_init.adapters.carriers import InPlace, Wrapped
 from lora_init.adapters.directory import carried
-from lora_init.adapters.doors.carriers import InPlace, Wrapped
-from lora_init.adapters.doors.trainers import examples_of_a_step, is_used_up, leaves_loss, length_of, undisturbed
-from lora_init.adapters.learning_rate import check_measured, made_by_torch, schedule_of
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
-from lora_init.adapters.pipeline import Source, choose, run
-from lora_init.adapters.starts import DEFAULT
+from lora_init.building.pipeline import Source, choose, run
 from lora_init.errors import LoraInitError, is_number
 from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
+from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
+from lora_init.starts.starts import DEFAULT
+from lora_init.trainers.trainers import examples_of_a_step, is_used_up, leaves_loss, length_of, undisturbed
 
 _MOST_TEXTS = 512  # that the base writes before training; training goes through them again and again
 _DECIDED = ("max_batches", "data", "task_type", "gradients")  # of initialize()'s options, by the trainer or `samples`

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_init.adapters.directory import is_zero_update, start_digest
-from lora_init.adapters.weights import LoraWeights
+from lora_init.starts.weights import LoraWeights
 
 
 def test_the_digest_of_a_start_is_of_all_its_numbers_in_bfloat16():

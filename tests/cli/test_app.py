@@ -21,7 +21,6 @@ import lora_init
 from lora_init import allocate_ranks, build_adapter, collect, load_batches
 from lora_init import cli as package
 from lora_init.adapters.asked import Reading
-from lora_init.adapters.starts import FROM_BANK, buildable
 from lora_init.cli import app as cli
 from lora_init.cli.init import init
 from lora_init.cli.ranks import ranks
@@ -33,6 +32,7 @@ from lora_init.loading.models import open_model
 from lora_init.planning.policies import policy_names
 from lora_init.planning.snippets import TOOLS, snippet
 from lora_init.serving.engines import find_engine
+from lora_init.starts.starts import FROM_BANK, buildable
 from tests.commands import assert_one_line_error, run
 from tests.loading.made import byte_tokenizer
 

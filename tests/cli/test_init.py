@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init import allocate_ranks, build_adapter, collect, load_batches
-from lora_init.adapters.learning_rate import rate_text
 from lora_init.collection.backward import NoGradientsError
 from lora_init.loading.models import load_model
+from lora_init.rates.learning_rate import rate_text
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import tiny_bert, tiny_llama
 
@@ -260,7 +260,7 @@ def test_without_data_a_file_serves_another_rank(command, tmp_path, monkeypatch)
     def never(*_, **__):
         raise AssertionError("collected again")
 
-    monkeypatch.setattr("lora_init.adapters.pipeline.collect", never)
+    monkeypatch.setattr("lora_init.building.pipeline.collect", never)
     result = run(*without_data(command), "--statistics", file, "--rank", 2, "--overwrite")
     assert result.exit_code == 0, result.stderr
     assert f"{file}: used as it is" in result.stderr

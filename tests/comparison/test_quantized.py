@@ -5,10 +5,10 @@ import torch
 from transformers import BertConfig, BertModel
 
 import lora_init
-from lora_init.adapters.starts import STARTS
 from lora_init.comparison.starts import check_quantized
 from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
+from lora_init.starts.starts import STARTS
 from tests.commands import save_model
 from tests.comparisons import SMALL, make_home
 from tests.conftest import refused, tiny_llama

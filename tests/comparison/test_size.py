@@ -4,8 +4,6 @@ import re
 
 import pytest
 
-from lora_init.adapters.learning_rate import LearningRate, Response
-from lora_init.adapters.training_length import TrainingLength
 from lora_init.comparison import compare as comparing
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace
@@ -13,6 +11,8 @@ from lora_init.comparison.runs import RunPlan, read_settings
 from lora_init.comparison.size import SIZES, AskedSize, fit
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.variants import Variant
+from lora_init.rates.learning_rate import LearningRate, Response
+from lora_init.rates.training_length import TrainingLength
 from tests.comparison.made import compare, set_up_bench
 from tests.comparisons import make_home
 from tests.conftest import refused

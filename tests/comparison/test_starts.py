@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from lora_init.adapters.initializers import as_large_as_random, layer_generator
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.adapters.starts import STARTS, BankWay, PeftStart, compared_names
 from lora_init.collection.collect import collect
 from lora_init.comparison.starts import AdapterShape, Basis, a_weights, prepare, read_start
 from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
+from lora_init.starts.initializers import as_large_as_random, layer_generator
+from lora_init.starts.starts import STARTS, BankWay, PeftStart, compared_names
 from tests.comparison.made import assert_same, snapshot
 from tests.conftest import MODELS, batches_for, refused, tiny_gpt2, tiny_llama
 

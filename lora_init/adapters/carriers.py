@@ -1,0 +1,116 @@
+"""How a model holds an adapter: not yet, inside a PeftModel, or in layers that a library's `add_adapter` has put in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.asked import Asked
+from lora_init.adapters.config import read_adapter
+from lora_init.adapters.peft_model import is_filled, remember, remove_adapters
+from lora_init.errors import LoraInitError
+from lora_init.starts.starts import Start
+
+
+class Carrier:
+    """A plain model, which comes back as a PeftModel. Others say what they do in another way."""
+
+    in_place = False  # its adapter keeps its layers and their rank
+    wraps_anew = True  # there was no adapter
+    base_stays = ""  # why the base weights must stay as they are
+
+    def __init__(self, given: Any) -> None:
+        self.given = given  # as `initialize` gets it
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose layers take the adapter."""
+        model: nn.Module = self.given
+        return model
+
+    def read(self, asked: Asked) -> Asked:
+        """Add what an adapter that is there says; refuse one that is in use."""
+        return asked
+
+    def check(self, start: Start) -> None:
+        """Refuse a start that changes the base where that would be lost."""
+        if start.corrects_base and self.base_stays:
+            raise LoraInitError(
+                f"method={start.name!r} changes the base weights, and {self.base_stays}. Take a start at B = 0."
+            )
+
+    def feed(self, batches: Any, asked: Asked) -> tuple[Any, Asked]:
+        """Return batches as a pass reads them, and how it does."""
+        return batches, asked
+
+    @contextmanager
+    def opened(self, asked: Asked) -> Iterator[Asked]:
+        """Take an untrained adapter off while the block runs, which ends with `put`; put it back on an exception."""
+        asked, self.restore = self.read(asked), remember(self.model)
+        try:
+            if not self.wraps_anew:
+                remove_adapters(self.model)
+            yield asked
+        except BaseException:
+            self.restore()
+            raise
+
+    def put(self, init: AdapterInit, adapter_name: str) -> Any:
+        """Put the adapter on, and return what there is to train."""
+        return init.apply(self.model, adapter_name)
+
+
+class Wrapped(Carrier):
+    """A PeftModel with a fresh adapter. A new PeftModel around the same model replaces it."""
+
+    wraps_anew = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The model inside the PeftModel."""
+        model: nn.Module = self.given.get_base_model()
+        return model
+
+    def read(self, asked: Asked) -> Asked:
+        """Read the LoraConfig, and the type that TRL has given to the adapter of a quantized model."""
+        self.dtype = next((p.dtype for n, p in self.given.named_parameters() if ".lora_A." in n), None)
+        return read_adapter(self.given, asked, "the trainer's peft_config")
+
+    def put(self, init: AdapterInit, adapter_name: str) -> Any:
+        """Put the adapter on, in the type of the one before."""
+        adapted = super().put(init, adapter_name)
+        for name, parameter in adapted.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name:
+                parameter.data = parameter.data.to(self.dtype)
+        return adapted
+
+
+class InPlace(Carrier):
+    """A model with LoRA layers from `add_adapter` of transformers or diffusers, which are filled."""
+
+    in_place, wraps_anew = True, False
+    base_stays = "an adapter from add_adapter() is saved without them"
+
+    def read(self, asked: Asked) -> Asked:
+        """Read the LoraConfig; every layer has its rank, as the libraries' files expect."""
+        if asked.ranks.rho not in (None, 1):
+            raise LoraInitError(
+                f"rho={asked.ranks.rho:g}: the adapter on {type(self.given).__name__} keeps the rank that its layers "
+                "have. Leave rho out, or give the plain model."
+            )
+        return read_adapter(self.given, asked, "the adapter on the model").but(rho=1.0)
+
+    def put(self, init: AdapterInit, adapter_name: str) -> Any:
+        """Put the layers back and fill them."""
+        self.restore()
+        return super().put(init, adapter_name)
+
+
+def carrier_of(model: Any) -> Carrier:
+    """Find how a model holds an adapter."""
+    kind = Wrapped if hasattr(model, "get_base_model") else InPlace if is_filled(model) else Carrier
+    return kind(model)

@@ -1,0 +1,351 @@
+"""From statistics and ranks to an adapter."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.asked import SCALING, Shape
+from lora_init.adapters.config import read_config_for
+from lora_init.adapters.directory import check_place
+from lora_init.building.layer_start import Material, layer_start
+from lora_init.errors import LoraInitError, did_you_mean, is_number
+from lora_init.layers.targets import Target, is_in
+from lora_init.planning.limits import whole_number
+from lora_init.planning.lora_config import alpha_for
+from lora_init.planning.plan import RankAllocation
+from lora_init.rates.learning_rate import Response, response
+from lora_init.starts.initializers import check_rank, energies, error_seen
+from lora_init.starts.starts import DEFAULT, STARTS, Start, buildable, find_start
+from lora_init.starts.weights import Weights
+from lora_init.statistics.spectrum import Spectrum
+from lora_init.statistics.statistics import Statistics
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def check_adapter_options(
+    start: Start, shape: Shape, output: str | Path | None = None, overwrite: bool = False
+) -> None:
+    """Validate the form of an adapter before any data are read, and the directory `output` if it will be saved."""
+    _check_gamma(start, shape.gamma)
+    if shape.use_dora and not start.b_is_zero:
+        raise LoraInitError(
+            "{method} starts with B other than zero, and DoRA's magnitudes are those at B = 0.", method=start.name
+        )
+    _check_rows(start, shape)
+    lora_alpha = shape.lora_alpha
+    if lora_alpha is not None and not (is_number(lora_alpha) and 0.0 < lora_alpha < math.inf):
+        raise LoraInitError(
+            "{lora_alpha} must be a positive number. Leave it out to take what is best.", lora_alpha=lora_alpha
+        )
+    if not 0.0 <= shape.lora_dropout < 1.0:
+        raise LoraInitError(f"lora_dropout={shape.lora_dropout!r} must be at least 0 and less than 1.")
+    if isinstance(shape.modules_to_save, str):
+        raise LoraInitError(
+            "{modules_to_save} must be a list of names, as in PEFT.", modules_to_save=shape.modules_to_save
+        )
+    if output is not None:
+        check_place(output, overwrite)
+
+
+def _check_gamma(start: Start, gamma: float | None) -> None:
+    """Refuse a size of a step of a start that makes none, and one that is not positive."""
+    if gamma is not None and not (start.gamma is not None and 0.0 < gamma < math.inf):
+        stepping = ", ".join(repr(one.name) for one in STARTS if one.function and one.gamma is not None)
+        raise LoraInitError(
+            f"{{gamma}} with {{method}}: it is a positive number, for {stepping}.", gamma=gamma, method=start.name
+        )
+
+
+def _check_rows(start: Start, shape: Shape) -> None:
+    """Refuse sizes of the rows of A that the start does not have."""
+    if shape.whiten and "whiten" not in start.takes:
+        able = " or ".join(one.name for one in STARTS if "whiten" in one.takes)
+        raise LoraInitError(
+            f"{{whiten}} is for the start {able}; {{method}} has no variances to divide by.",
+            whiten=True,
+            method=start.name,
+        )
+    if shape.unit_rows and (start.matched or not start.b_is_zero):
+        said = "{unit_rows} with {method}: its rows have a size of their own. Leave it out."
+        raise LoraInitError(said, unit_rows=True, method=start.name)
+
+
+def buildable_start(method: str) -> Start:
+    """Look up a start that `build_adapter` makes."""
+    known = buildable()
+    if method not in known:
+        raise LoraInitError(f"{{method}} is unknown. {did_you_mean(str(method), known)}", method=method)
+    return find_start(method)
+
+
+def build_adapter(
+    stats: Statistics,
+    ranks: Mapping[str, int] | int | None = None,
+    method: str = DEFAULT,
+    whiten: bool = False,
+    lora_alpha: float | None = None,
+    use_rslora: bool | None = None,
+    use_dora: bool | None = None,
+    lora_dropout: float | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    seed: int = 0,
+    gamma: float | None = None,
+    freeze_a: bool = False,
+    errors: Mapping[str, Tensor] | None = None,
+    config: LoraConfig | None = None,
+    model: nn.Module | None = None,
+    unit_rows: bool = False,
+) -> AdapterInit:
+    """Compute the start of every layer's adapter. Our own starts need no model.
+
+    Args:
+        stats: What `collect` returned.
+        ranks: What `allocate_ranks` returned; or one rank for all layers; or a mapping from layer to rank, where layers
+            that it doesn't name get none. Default: the rank that they were made for, in every layer.
+            The scaling is relative to the average rank: `ranks.rank`, or the mean of the mapping, rounded.
+        method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
+            `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
+            `"natural-gradient"` (B = 0 in these), `"natural-gradient-step"`, `"lora-one"` (the output changes) and
+            `"lora-ga"` (the base weights change). For a quantized base, `"qera"` (the output changes, back to that of
+            the float model). See `starts.STARTS`. A start of another package has the name of its entry point.
+        whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
+        lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank. Default:
+            twice the rank.
+        use_rslora: Scale by lora_alpha / sqrt(rank) instead. Default: False.
+        use_dora: Let PEFT add DoRA's magnitude vectors. Default: False.
+        lora_dropout: Dropout on what A reads, in training. Default: 0.
+        modules_to_save: As in PEFT: endings of the names of modules that are trained whole, such as `"lm_head"`. Layers
+            in them get no adapter.
+        seed: Seed of the random numbers. The numbers of a layer depend on the seed and on its name only.
+        gamma: With `"lora-ga"` (default 16), `"lora-one"` and `"natural-gradient-step"` (1024): A and B are divided by
+            the square root of gamma, so a larger gamma is a smaller step. `find_step_size` finds the best one for the
+            last two.
+        errors: With `"qera"`: what quantization took from the weights of each layer, W - Q, [d_out, d_in], such as
+            `QuantizationErrors(model, stats.targets)`. Layers are asked for one after the other.
+        freeze_a: Train B alone, as LoRA-FA does (arXiv 2308.03303). The backward pass then keeps A x instead of x, and
+            the optimizer has no state for A. `rank_with_frozen_a` gives the rank at which B alone has as many
+            parameters as A and B.
+        config: PEFT's `LoraConfig`, instead of `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout` and
+            `modules_to_save`; its `r` is the average rank. Of the layers of the statistics, those that it selects get
+            an adapter. A setting beyond these (`bias`, `rank_pattern` and so on) raises an error that names it, and so
+            does an argument that contradicts the config.
+        model: The plain model, for a start of another package whose function takes `weight`.
+        unit_rows: Leave the rows of A at length one, as EVA's authors and PEFT do. Else A x has the size in each layer
+            that it has with `"random"`, so that all starts learn at about one rate, A as well as B. That is for starts
+            whose B is zero; `"gaussian"` and `"random-scaled"` have a size of their own.
+
+    Warns:
+        UserWarning: The data has fewer directions than ranks in some layers, which then get the ranks that there are.
+
+    Raises:
+        LoraInitError: An unknown method or layer, a rank that is negative, larger than d_in or than the statistics can
+            serve, no layer left, no gradients in the statistics, no errors for a start that needs them, or an
+            impossible lora_alpha, lora_dropout or gamma. A `config` that selects what was not collected, sets what
+            cannot be kept, or contradicts an argument.
+    """
+    if not isinstance(stats, Statistics):
+        raise LoraInitError(
+            f"build_adapter() takes statistics first and got a {type(stats).__name__}. collect() makes them from a "
+            "model and data, Statistics.load() reads a file."
+        )
+    start, shape = buildable_start(method), Shape(whiten=whiten, unit_rows=unit_rows, gamma=gamma, freeze_a=freeze_a)
+    if errors is not None and not start.by_error:
+        raise LoraInitError("errors= with {method}: it corrects no base. Leave errors out.", method=method)
+    of_peft = (lora_alpha, use_rslora, use_dora, lora_dropout, modules_to_save)
+    given: dict[str, Any] = {
+        name: value for name, value in zip(Shape.of_peft, of_peft, strict=True) if value is not None
+    }
+    shape, selected, average = replace(shape, **given), [*stats, *stats.unsupported], None
+    if config is not None:
+        said, selected = read_config_for(stats, config, given)
+        average, shape = said.pop("rank"), replace(shape, **said)
+    check_adapter_options(start, shape)
+    return build_from(Material(start, stats, shape, seed, errors, model, average), ranks, selected)
+
+
+def build_from(
+    of: Material, ranks: Mapping[str, int] | int | None, selected: Collection[str] | None = None
+) -> AdapterInit:
+    """Compute the start of the adapter of each layer that is `selected`, from options that were checked already."""
+    start, stats, shape = of.start, of.stats, of.shape
+    selected = [*stats, *stats.unsupported] if selected is None else selected
+    asked, rank = _ranks_asked(stats, ranks, of.rank, selected)
+    if not any(asked.values()):
+        raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
+    plan = _without_whole_modules(asked, shape.modules_to_save)
+    plan = _ranks_there(stats, plan, start)
+    _check_experts([stats.targets[name] for name in plan], shape.use_dora, shape.lora_dropout)
+    lora_alpha = alpha_for(SCALING, rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
+    shape = replace(shape, lora_alpha=lora_alpha, gamma=shape.gamma or start.gamma)
+    of = replace(of, shape=shape, rank=rank)
+    weights, seen, squares = _layers_of(of, plan)
+    unsupported = {
+        name: kind
+        for name, kind in stats.unsupported.items()
+        if name in selected and not is_in(name, shape.modules_to_save)
+    }
+    return AdapterInit(
+        **vars(shape),
+        start=start,
+        weights=weights,
+        targets={name: stats.targets[name] for name in plan},
+        unsupported=unsupported,
+        rank=rank,
+        seed=of.seed,
+        left_out=tuple(name for name in stats if name not in plan),
+        explained={name: float(stats.explained_variance_ratio(name)[:r].sum()) for name, r in plan.items()},
+        provenance=stats.provenance,
+        responses=dict(_responses(of, weights)),
+        errors=seen,
+        error_size=squares**0.5,
+        dtype=ranks.budget.dtype if isinstance(ranks, RankAllocation) and ranks.budget else "float32",
+    )
+
+
+def _without_whole_modules(ranks: Mapping[str, int], modules_to_save: Sequence[str]) -> dict[str, int]:
+    """Leave out layers without a rank, and those in modules that are trained whole; refuse to leave out all."""
+    plan = {name: rank for name, rank in ranks.items() if rank and not is_in(name, modules_to_save)}
+    if not plan:
+        whole = list(modules_to_save)
+        raise LoraInitError("{modules_to_save} hold every layer: no adapter is left to build.", modules_to_save=whole)
+    return plan
+
+
+def _layers_of(of: Material, plan: Mapping[str, int]) -> tuple[Weights, dict[str, tuple[float, float]], float]:
+    """Compute the start of each layer; return beside them what `AdapterInit.errors` has, and |W - Q|^2 of all."""
+    weights, seen, squares = {}, {}, 0.0
+    for name, rank in plan.items():
+        error = of.error(name)
+        weights[name] = layer_start(of, name, rank, error)
+        if error is not None:
+            a, b = weights[name].to(error.device, error.dtype)
+            left = torch.addmm(error, b, a, alpha=-of.scaling)
+            seen[name] = error_seen(of.stats[name], error), error_seen(of.stats[name], left)
+            squares += float(error.norm()) ** 2
+    return weights, seen, squares
+
+
+def _responses(of: Material, weights: Weights) -> Iterator[tuple[str, Response]]:
+    """Compute how far each layer moves at a learning rate. A x is taken to be Gaussian."""
+    for name, own in weights.items():
+        if name in of.stats.sizes:
+            experts = of.stats.targets[name].experts
+            parts = own.a.flatten(1).chunk(max(experts, 1))
+            counts = [of.stats.rows_of_expert(name, i) for i in range(experts)] or [1]
+            seen = zip(parts, of.stats.of_experts(name) or [of.stats[name]], counts, strict=True)
+            sums = [n * float((energies(one, a) * (2.0 / math.pi)).sqrt().sum()) for a, one, n in seen]
+            ax = sum(sums) / max(sum(counts), 1)
+            found = response(of.stats.sizes[name], ax, len(parts[0]), of.scaling, of.shape.freeze_a)
+            if found:
+                yield name, found
+
+
+def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
+    """Compute the rank at which B alone has as many parameters as A and B have at `rank`, rounded down.
+
+    Example:
+        >>> rank_with_frozen_a([Target("up", "Linear", 64, 256), Target("down", "Linear", 256, 64)], rank=8)
+        16
+    """
+    targets = list(targets)
+    both, b_alone = (sum(target.parameters(rank, frozen) for target in targets) for frozen in (False, True))
+    return rank * both // b_alone
+
+
+def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:
+    experts = next((target.name for target in targets if target.experts), None)
+    for what, is_there in (
+        ("{use_dora}", use_dora),
+        ("{lora_dropout}", lora_dropout > 0.0),
+        ("transformers' Conv1D layers in the same adapter", any(target.kind == "Conv1D" for target in targets)),
+    ):
+        if experts and is_there:
+            said = f"{experts!r}: PEFT does not adapt parameters with {what}. Leave out one of the two."
+            raise LoraInitError(said, use_dora=use_dora, lora_dropout=lora_dropout)
+
+
+def _ranks_asked(
+    stats: Statistics,
+    ranks: Mapping[str, int] | int | None,
+    average: int | None,
+    selected: Collection[str],
+) -> tuple[dict[str, int], int]:
+    """Return the rank of each layer that was named, in model order, and the rank that the scaling is relative to."""
+    if ranks is None:
+        ranks = _ranks_by_default(stats, average or stats.provenance.rank, selected)
+    if isinstance(ranks, RankAllocation):
+        ranks.check(stats)
+    if not isinstance(ranks, Mapping):
+        ranks = dict.fromkeys((name for name in stats if name in selected), whole_number(ranks, "ranks", 0))
+    _check_layers_known(ranks, stats)
+    asked = {name: whole_number(ranks[name], f"layer {name!r}: rank", 0) for name in stats if name in ranks}
+    for name, rank in asked.items():
+        _check_rank_of_layer(stats.targets[name], rank)
+        if rank and name not in selected:
+            raise LoraInitError(f"layer {name!r}: ranks give it {rank}, and config does not select it. Change one.")
+    known = ranks.rank if isinstance(ranks, RankAllocation) else 0
+    known = known or max(1, round(sum(asked.values()) / max(len(asked), 1)))
+    if average not in (None, known):
+        raise LoraInitError(f"ranks are {known} on average, and config says r={average}. Change one.")
+    return asked, known
+
+
+def _ranks_by_default(stats: Statistics, rank: int, selected: Collection[str]) -> RankAllocation:
+    """Allocate the same rank to each of the selected layers."""
+    from lora_init.planning.allocate import allocate_ranks
+
+    return allocate_ranks(stats, rank=rank, exclude=[name for name in stats if name not in selected])
+
+
+def _check_layers_known(names: Iterable[str], stats: Statistics) -> None:
+    unknown = next((name for name in names if name not in stats), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(unknown, list(stats), n=1, cutoff=0.0)
+        raise LoraInitError(f"ranks name {unknown!r}, which the statistics don't have. Closest: {close}.")
+
+
+def _check_rank_of_layer(target: Target, rank: int) -> None:
+    """Refuse a rank that a layer cannot have."""
+    if rank > target.in_features:
+        raise LoraInitError(f"layer {target.name!r}: rank {rank} is larger than its input width {target.in_features}.")
+    if rank % target.groups:
+        raise LoraInitError(
+            f"layer {target.name!r}: rank {rank} is no multiple of its {target.groups} groups, which PEFT needs. "
+            f"Give it {rank - rank % target.groups or target.groups}, or exclude it."
+        )
+
+
+def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> dict[str, int]:
+    """Limit each layer's rank to the directions that its data have, and warn where that is fewer."""
+    there = {}
+    for name, rank in plan.items():
+        bound: Any = rank  # of a start that takes nothing from the data
+        if start.directions is not None:
+            bound = start.directions(stats[name], stats.gradient(name) if start.by_gradient else None)
+        if isinstance(bound, Spectrum):
+            check_rank(bound, rank, f"layer {name!r}: ")
+            bound = bound.n_components
+        groups = stats.targets[name].groups
+        there[name] = min(rank, int(bound)) // groups * groups
+    if not any(there.values()):
+        raise LoraInitError("the data has no direction in any layer: its rows are all alike. Collect from more data.")
+    short = [name for name, rank in plan.items() if there[name] < rank]
+    if short:
+        warnings.warn(
+            f"{len(short)} of {len(plan)} layers get fewer ranks than asked for, since the data has no more directions "
+            f"there (first: {short[0]!r}, {there[short[0]]} of {plan[short[0]]}). More data would give more.",
+            stacklevel=3,
+        )
+    return {name: rank for name, rank in there.items() if rank}

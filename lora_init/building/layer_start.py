@@ -1,0 +1,132 @@
+"""The start of one layer: from its statistics to its A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.adapters.asked import Shape
+from lora_init.building.quantized import read_product
+from lora_init.errors import LoraInitError, first_line, is_out_of_memory
+from lora_init.layers.rows import expert_group
+from lora_init.layers.targets import Target
+from lora_init.layers.wrappers import plain_names, unwrapped
+from lora_init.planning.lora_config import scaling_of
+from lora_init.starts.initializers import as_large_as_random, layer_generator, scaled_by_gamma
+from lora_init.starts.providers import PROVIDERS
+from lora_init.starts.starts import Start
+from lora_init.starts.weights import LoraWeights
+from lora_init.statistics.spectrum import Spectrum
+from lora_init.statistics.statistics import Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What an adapter is built from: a start, statistics, the adapter's form, and what single starts need."""
+
+    start: Start
+    stats: Statistics
+    shape: Shape
+    seed: int = 0
+    errors: Mapping[str, Tensor] | None = None
+    model: nn.Module | None = None
+    rank: int | None = None  # the rank that the scaling is relative to
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A, once alpha and rank are known."""
+        assert self.shape.lora_alpha is not None and self.rank is not None
+        return scaling_of(self.shape.lora_alpha, self.rank, self.shape.use_rslora)
+
+    def error(self, name: str) -> Tensor | None:
+        """Return W - Q of a layer, if the start corrects quantization; refuse one of another shape or with NaN."""
+        if not self.start.by_error:
+            return None
+        if self.errors is None or name not in self.errors:
+            raise LoraInitError(
+                f"layer {name!r}: {self.start} corrects what quantization took from its weight. Pass errors=, such as "
+                "QuantizationErrors(model, stats.targets)."
+            )
+        error, target = self.errors[name], self.stats.targets[name]
+        shape = [target.out_features, target.in_features]
+        if list(error.shape) != shape or not bool(error.isfinite().all()):
+            raise LoraInitError(f"layer {name!r}: its error is {list(error.shape)}, expected {shape}, all finite.")
+        return error.to(torch.promote_types(error.dtype, torch.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerToStart:
+    """What is known of a layer, or of one of its experts, when it is started; `PROVIDERS` reads it."""
+
+    of: Material
+    target: Target
+    part: str  # the name of the layer or of an expert, by which random numbers are drawn
+    spectrum: Spectrum
+    rank: int
+    error: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """Width d_in of what it reads."""
+        return self.spectrum.components.shape[1]
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Source of random numbers of its own."""
+        return layer_generator(self.of.seed, self.part)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix that it multiplies by, float32 [d_out, d_in], on the CPU."""
+        if self.of.model is None:
+            raise LoraInitError(f"layer {self.target.name!r}: the start is made from its weight. Pass model=.")
+        model = unwrapped(self.of.model)
+        module, dtype = plain_names(model)[self.target.module], getattr(model, "dtype", torch.float32)
+        return read_product(module, self.target, dtype, f"layer {self.target.name!r}").cpu()
+
+
+def layer_start(of: Material, name: str, rank: int, error: Tensor | None) -> LoraWeights:
+    """Compute A and B of a layer; with experts A and B of each, side by side.
+
+    Where B is zero A x has the size that it has with `random`, unless the start has one of its own or with `unit_rows`.
+    """
+    start, stats, target = of.start, of.stats, of.stats.targets[name]
+    experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
+    parts = [LayerToStart(of, target, *one, rank, error) for one in (experts or {name: stats[name]}).items()]
+    made = [_called(start, part) for part in parts]
+    shape_a, shape_b = target.shapes(rank)
+    if start.b_is_zero:
+        if not (start.matched or of.shape.unit_rows):
+            pairs = zip(parts, made, strict=True)
+            made = [LoraWeights(as_large_as_random(part.spectrum, own.a), own.b) for part, own in pairs]
+        return LoraWeights(torch.cat([own.a for own in made]).reshape(shape_a), torch.zeros(shape_b))
+    each = LoraWeights(torch.stack([own.a for own in made]), torch.stack([own.b for own in made]))
+    a, b = each.fused()
+    weights = LoraWeights(a.reshape(shape_a), b.reshape(shape_b))
+    return weights if of.shape.gamma is None else scaled_by_gamma(weights, of.shape.gamma)
+
+
+def _called(start: Start, layer: LayerToStart) -> LoraWeights:
+    """Call the function of a start; refuse what it raises or returns in a line that names it. B is empty where zero."""
+    where = f"layer {layer.target.name!r}: {start}"
+    try:
+        made = start.compute(**{name: PROVIDERS[name].of(layer) for name in start.takes})
+    except (LoraInitError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a module that is imported for it may call sys.exit
+        if is_out_of_memory(error):
+            raise
+        raise LoraInitError(f"{where}: its function raised {type(error).__name__}: {first_line(error)}") from error
+    wanted = [[layer.rank, layer.width], [layer.target.out_features, layer.rank]][: 1 if start.b_is_zero else 2]
+    parts = made if isinstance(made, tuple) else (made,)
+    got = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    if got != wanted:
+        what = "A" if start.b_is_zero else "A and B"
+        raise LoraInitError(f"{where}: its function returned {got}, expected {what} of shape {wanted}.")
+    a, b = (part.detach().float() for part in (*parts, torch.empty(0))[:2])
+    if not bool(a.isfinite().all() and b.isfinite().all()):
+        raise LoraInitError(f"{where}: its function returned NaN or inf, or what is too large for float32.")
+    return LoraWeights(a, b)

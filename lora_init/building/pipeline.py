@@ -1,0 +1,248 @@
+"""The steps from a model and data to an adapter, which `initialize`, `init`, the callback and `compare` share.
+
+These entrances differ in where model, data and statistics come from: a `Source` knows that, and may do a step in its
+own way. The options travel as an `Asked`, with the start in it; the batches travel as `Examples`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.asked import Asked
+from lora_init.adapters.carriers import Carrier
+from lora_init.adapters.peft_model import check_modules_to_save
+from lora_init.building.build import build_from, buildable_start, check_adapter_options
+from lora_init.building.layer_start import Material
+from lora_init.building.quantized import QuantizationErrors, loss_or_distance, with_losses
+from lora_init.building.step_size import LEAST, find_step_size, most_aside, set_aside
+from lora_init.collection.backward import NoGradientsError
+from lora_init.collection.collect import collect
+from lora_init.collection.losses import mean_loss
+from lora_init.collection.processes import Processes
+from lora_init.errors import LoraInitError, LoraInitWarning
+from lora_init.layers.masks import encoder_of
+from lora_init.layers.targets import HEADS, find_targets, heads_of, is_in
+from lora_init.loading.batches import Batches, as_batches, load_batches
+from lora_init.loading.models import classes_of, task_of
+from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.plan import RankAllocation
+from lora_init.starts.starts import CORRECTION, DEFAULT, DEFAULT_FOR_CLASSES, find_start
+from lora_init.statistics.statistics import SPARE, Statistics
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Batches for the statistics, and held-out batches to measure a loss on, if the start needs one."""
+
+    batches: Any
+    aside: Sequence[Any] = ()
+    classes: tuple[str, ...] = ()
+    data: str = ""  # in words
+
+
+def run(source: Source, asked: Asked) -> AdapterInit:
+    """Make an adapter from a model and data. All processes of a distributed run call this together."""
+    asked = source.check(asked)
+    examples, asked = source.read(asked)
+    model, asked = source.load(examples, asked)
+    stats, asked = source.collect(model, examples, asked)
+    ranks = source.allocate(stats, asked)
+    return source.build(model, stats, ranks, examples, asked)
+
+
+class Source:
+    """A model in memory with batches, or with data and a tokenizer. Subclasses replace single steps."""
+
+    rho: float | None = None  # how many times the rank the pass keeps, if that is more than the ranks need
+
+    def __init__(self, carrier: Carrier, given: Any, tokenizer: Any = None) -> None:
+        self.carrier, self.given, self.tokenizer = carrier, given, tokenizer
+
+    def check(self, asked: Asked) -> Asked:
+        """Validate the options that need no data."""
+        check(asked)
+        self.carrier.check(asked.start)
+        return asked
+
+    def read(self, asked: Asked) -> tuple[Examples, Asked]:
+        """Read batches, and hold some out if the start needs a loss."""
+        model = self.carrier.model
+        if self.tokenizer is not None:
+            known = classes_of(getattr(model, "config", None))
+            found = read(self.given, self.tokenizer, asked, seq2seq=encoder_of(model) is not None, known=known)
+            return split(*found, asked.measures), asked
+        idle = [name for part in (asked.reading, asked.sample) for name in vars(part) if name in asked.given]
+        if idle:
+            raise LoraInitError(f"{', '.join(idle)}: only texts are read like that. Pass tokenizer=, or leave it out.")
+        _check_tokens(self.given)
+        return split(as_batches(self.given, model, asked.run.seed), (), asked.measures), asked
+
+    def load(self, examples: Examples, asked: Asked) -> tuple[nn.Module, Asked]:
+        """Return the model, and the options with those that depend on the model filled in."""
+        if self.carrier.in_place:  # whose LoraConfig says what is trained whole
+            return self.carrier.model, asked
+        return self.carrier.model, fit_to(self.carrier.model, asked, examples.classes)
+
+    def collect(self, model: nn.Module, examples: Examples, asked: Asked) -> tuple[Statistics, Asked]:
+        """Collect the statistics that the start needs; without gradients, the default start takes its place.
+
+        The options that are returned name the start that was taken.
+        """
+        if asked.start.by_error:  # refuses before the pass what cannot be read after it
+            layers = find_targets(model, **vars(asked.layers)).layers
+            QuantizationErrors(model, layers, asked.correction.weights)
+
+        def collect_for(asked: Asked) -> Statistics:
+            run = replace(asked.run, gradients=asked.by_gradient, data=asked.run.data or examples.data)
+            options = {name: value for name, value in vars(run).items() if value is not None}
+            return collect(
+                model, examples.batches, **vars(asked.layers), **options, rank=asked.ranks.rank,
+                rho=max(self.rho or asked.ranks.rho, SPARE),
+            )  # fmt: skip
+
+        try:
+            return collect_for(asked), asked
+        except NoGradientsError as error:  # before any batch is read
+            if asked.method is not None:
+                raise
+            said = f"{error} So the start is {DEFAULT}, from what the layers read."
+            warnings.warn(LoraInitWarning(said), stacklevel=4)
+        asked = replace(asked.but(gradients=False), start=find_start(DEFAULT))
+        return collect_for(asked), asked
+
+    def allocate(self, stats: Statistics, asked: Asked) -> RankAllocation:
+        """Share the ranks out among the layers."""
+        return allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho)
+
+    def build(
+        self, model: nn.Module, stats: Statistics, ranks: RankAllocation, examples: Examples, asked: Asked
+    ) -> AdapterInit:
+        """Build the adapter, and measure its loss if the start needs that."""
+        return build(model, stats, ranks, asked, examples.aside)
+
+
+def choose(asked: Asked, classifies: bool) -> Asked:
+    """Find the start that was asked for, or the one that is recommended for the task."""
+    method = asked.method or (DEFAULT_FOR_CLASSES if classifies else DEFAULT)
+    return replace(asked, start=buildable_start(method))
+
+
+def check(asked: Asked, **place: Any) -> None:
+    """Validate the options that need neither model nor data; `place` is where the adapter is to be saved."""
+    check_adapter_options(asked.start, asked.shape, **place)
+    idle = next((name for name, value in vars(asked.correction).items() if value), None)
+    if idle is not None and not asked.start.by_error:
+        said = f"{{{idle}}} is for the start {CORRECTION}. Leave it out."
+        raise LoraInitError(said, **{idle: getattr(asked.correction, idle)})
+    rank, rho = asked.ranks.rank, asked.ranks.rho
+    if asked.start.one_rank and round(rho * rank) > rank:
+        raise LoraInitError(
+            "{method} with {rho}: it gives all layers one rank. Leave rho out.", method=asked.start.name, rho=rho
+        )
+
+
+def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn: Collection[str] = ()) -> Asked:
+    """Add the model's task to the options, and its head to the modules that are trained whole; refuse other classes."""
+    if classes and hasattr(model, "config"):
+        head = classes_of(model.config) if heads_of(model) else ()
+        if len(classes) != len(head):
+            raise LoraInitError(
+                f"the data have {len(classes)} classes, the model's head {len(head)}. Load the model by "
+                f"AutoModelForSequenceClassification with num_labels={len(classes)}."
+            )
+        if {*classes} == {*head} and tuple(classes) != head:
+            raise LoraInitError(
+                f"the data count the classes as {', '.join(classes)}, the model's head as {', '.join(head)}. Pass "
+                "known_classes=tuple(model.config.id2label.values()) to load_batches."
+            )
+    task = asked.layers.task_type or ("SEQ_CLS" if classes else task_of(model))
+    if asked.layers.task_type is None and task not in HEADS:
+        task = None
+    heads, whole = HEADS.get(task or "", ()), [*asked.shape.modules_to_save]
+    whole += [name for name in heads_of(model) if not is_in(name, (*heads, *whole))]
+    check_modules_to_save(model, whole, task, drawn)
+    return asked.but(task_type=task, modules_to_save=whole)
+
+
+def read(
+    source: Any, tokenizer: Any, asked: Asked, *, seq2seq: bool, known: Sequence[str]
+) -> tuple[Batches, Sequence[Any]]:
+    """Read the sample and, where a loss is measured, examples beyond it."""
+    sample, run = asked.sample, asked.run
+    fitting = {
+        "seq2seq": seq2seq and sample.label is None, "known_classes": known if sample.label is not None else (),
+        "needs_labels": asked.by_gradient or run.token_mask == "labels",
+    }  # fmt: skip
+    options = vars(sample) | {name: value for name, value in fitting.items() if getattr(sample, name) is None}
+    load = partial(load_batches, source, tokenizer, **vars(asked.reading), seed=run.seed)
+    batches = load(**options)
+    if (n := batches.n) < LEAST:
+        said = f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more."
+        warnings.warn(LoraInitWarning(said), stacklevel=5)
+    beyond: Sequence[Any] = ()
+    if asked.measures and sample.samples is not None:
+        more = {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}
+        with suppress(LoraInitError):  # there are none
+            beyond = load(**options | more)
+    return batches, beyond
+
+
+def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Examples:
+    """Hold out examples if a loss is `measured`: from `beyond` if it has enough, else from the batches."""
+    classes, words = tuple(getattr(batches, "classes", ())), getattr(batches, "description", "")
+    if not measured:
+        return Examples(batches, (), classes, words)
+    aside, others = set_aside(batches, beyond)
+    if others is not batches and isinstance(batches, Batches):
+        n = sum(len(batch["input_ids"]) for batch in aside)
+        others, words = Batches(others, batches.settings | {"set aside": n}), f"{words}, {n} set aside"
+    return Examples(others, aside, classes, words)
+
+
+def build(
+    model: nn.Module,
+    stats: Statistics,
+    ranks: RankAllocation | int,
+    asked: Asked,
+    aside: Sequence[Any] = (),
+    errors: QuantizationErrors | None = None,
+) -> AdapterInit:
+    """Build the adapter; the loss on the batches `aside` decides the size of its step, or checks its correction."""
+    start, shape, seed = asked.start, asked.shape, asked.run.seed
+    of_loss: dict[str, Any] = dict(batches=aside, forward=asked.run.forward, loss=asked.run.loss)
+
+    def shared(loss_of: Callable[[nn.Module], float], model: nn.Module) -> float:
+        loss = loss_of(model)
+        with Processes() as processes:
+            return statistics.fmean(processes.gather(loss))
+
+    def made(gamma: float | None = shape.gamma) -> AdapterInit:
+        return build_from(Material(start, stats, replace(shape, gamma=gamma), seed, errors, model), ranks)
+
+    if start.by_error:
+        errors = errors or QuantizationErrors(model, stats.targets, asked.correction.weights)
+        loss_of = partial(shared, loss_or_distance(model, errors, **of_loss)) if aside else None
+        return with_losses(model, made(), errors, loss_of, asked.correction.unchecked) if loss_of else made()
+    if start.takes_step and aside:
+        return find_step_size(model, made, partial(shared, partial(mean_loss, **of_loss)), shape.gamma)
+    return made()
+
+
+def _check_tokens(source: Any) -> None:
+    """Refuse texts where batches are wanted."""
+    first = source[0] if isinstance(source, (list, tuple)) and source else None
+    values = [*first.values()] if isinstance(first, Mapping) else [first]
+    if not any(isinstance(one, Tensor) for one in values) and any(
+        isinstance(one, str) or (isinstance(one, list) and one and isinstance(one[0], Mapping)) for one in values
+    ):
+        columns = f" with the columns {', '.join(map(str, first))}" if isinstance(first, Mapping) else ""
+        raise LoraInitError(f"batches are rows of text{columns}, and tokens are needed. Pass tokenizer=, the model's.")

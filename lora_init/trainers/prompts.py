@@ -1,0 +1,80 @@
+"""Reinforcement learning in TRL: the data are prompts, and the model itself gives the answers that it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.adapters.carriers import Carrier
+from lora_init.errors import LoraInitError
+from lora_init.layers.masks import IGNORED
+from lora_init.trainers.trl import TRLTrainer
+
+_SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class PromptTrainer(TRLTrainer):
+    """GRPOTrainer and RLOOTrainer; the statistics are of prompts with one answer each, as training samples them."""
+
+    def find_carrier(self) -> Carrier:
+        """Find how the model holds an adapter; without it the model is the reference."""
+        carrier = super().find_carrier()
+        carrier.base_stays = f"{self.name} compares what it trains with the model without its adapter"
+        return carrier
+
+    @torch.no_grad()
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """Sample an answer to each prompt, in the trainer's own way of doing so."""
+        trainer, model, before = self.trainer, self.carrier.model, None
+        for rows in loader:
+            prompts = [row.get("prompt") for row in rows]
+            prompts = [one for i, one in enumerate(prompts) if one not in prompts[:i]]
+            if prompts == before:  # each batch of prompts comes again for every step of its group
+                continue
+            before = prompts
+            yield answered(prompts, trainer, model)
+
+
+def answered(prompts: list[Any], trainer: Any, model: Any) -> dict[str, Tensor]:
+    """Let the model answer prompts, and return a batch of prompts with their answers, padded on the left."""
+    tokenizer, args = trainer.processing_class, trainer.args
+    chats = all(isinstance(one, list) for one in prompts)
+    if not (chats or all(isinstance(one, str) for one in prompts)):
+        raise LoraInitError(
+            f"the batches of {type(trainer).__name__} have no column prompt of texts or messages. Initialize the plain "
+            "model on load_batches(...), and give the trainer the result."
+        )
+    if chats:
+        more = getattr(args, "chat_template_kwargs", None) or {}
+        render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, **more)
+        prompts = [render(one) for one in prompts]
+    tokens = tokenizer(
+        text=prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chats
+    )
+    asked = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    sampling = _sampling(trainer)
+    whole = model.generate(**asked, **sampling)
+    length, ends = asked["input_ids"].shape[1], sampling.get("eos_token_id", model.generation_config.eos_token_id)
+    ended = torch.isin(whole[:, length:], torch.as_tensor([] if ends is None else ends, device=whole.device)).long()
+    mask = torch.cat([asked["attention_mask"], (ended.cumsum(1) == ended).long()], dim=1)  # the first end counts, too
+    labels = whole.masked_fill(mask == 0, IGNORED)
+    labels[:, :length] = IGNORED
+    return {"input_ids": whole, "attention_mask": mask, "labels": labels}
+
+
+def _sampling(trainer: Any) -> dict[str, Any]:
+    """Return the trainer's own settings of `generate`; what it leaves open is the checkpoint's, as it is in training.
+
+    A trainer with vLLM has none. Its arguments are used then, but for those that only vLLM knows.
+    """
+    args = trainer.args
+    chosen = getattr(trainer, "generation_kwargs", None)
+    if chosen is None:
+        chosen = {name: getattr(args, name) for name in _SAMPLED_BY} | (args.generation_kwargs or {})
+        chosen = {name: value for name, value in chosen.items() if hasattr(trainer.model.generation_config, name)}
+        chosen |= {"do_sample": True, "max_new_tokens": args.max_completion_length}
+    return {name: value for name, value in chosen.items() if value is not None}

@@ -1,0 +1,311 @@
+"""A trainer of transformers: its model, its batches, the loss it trains by; and its adapter put back into it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import tee
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset, RandomSampler, WeightedRandomSampler
+from transformers.trainer_utils import has_length
+
+from lora_init.adapters.asked import Asked
+from lora_init.adapters.carriers import Carrier, carrier_of
+from lora_init.errors import LoraInitError
+from lora_init.layers.running import call_model
+from lora_init.loading.models import task_of
+from lora_init.private_parts import forget_loader
+from lora_init.rates.learning_rate import check_measured, schedule_of
+from lora_init.rates.training_length import TrainingLength
+from lora_init.starts.starts import DEFAULT
+
+# Their loss is what the model computes from labels. Other trainers compute their own.
+_PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")
+# How arguments name the loss that the model computes from labels; most trainers' have no name for it.
+_OWN_LOSS = (None, "nll", "chunked_nll")
+_KNOWN = ("transformers", "trl", "sentence_transformers")
+_CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
+
+
+class TrainerDoor:
+    """A trainer before `train()`, and the carrier of its model."""
+
+    advice = "Check columns and collator; remove_unused_columns=False keeps what a collator reads."
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.name = trainer, type(trainer).__name__
+        self.carrier = self.find_carrier()
+
+    def find_carrier(self) -> Carrier:
+        """Find how the trainer's model holds an adapter."""
+        return carrier_of(self.trainer.model)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the trainer trains a classifier by the loss that the model computes from classes."""
+        config = next(iter(getattr(self.trainer.model, "peft_config", {}).values()), None)
+        named = type(self.carrier.model).__name__.endswith(_CLASSIFIERS)
+        return (getattr(config, "task_type", None) == "SEQ_CLS" or named) and self.has_plain_loss
+
+    @property
+    def has_plain_loss(self) -> bool:
+        """Whether the trainer trains by the loss that its model computes from labels."""
+        return self.source_of_loss in _PLAIN_LOSS and not self.changes_loss
+
+    @property
+    def changes_loss(self) -> bool:
+        """Whether a function or smoothing of labels stands between the model's loss and the one that is trained by."""
+        own = {"compute_loss", "training_step"} & {*vars(self.trainer)} or self.trainer.compute_loss_func
+        of_model = getattr(self.carrier.model, "loss_function", None)
+        return bool(own) or not leaves_loss(self.trainer.args) or not (of_model is None or _is_known(of_model))
+
+    @property
+    def gives_loss(self) -> bool:
+        """Whether `forward` gives the loss that is trained by."""
+        return self.has_plain_loss
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether rates were measured for what it trains: models of text, by their own loss."""
+        return self.has_plain_loss and "input_ids" in inspect.signature(type(self.carrier.model).forward).parameters
+
+    @property
+    def length(self) -> TrainingLength | None:
+        """How long it will train, by its own count of steps; None if neither its arguments nor its data say so."""
+        args, rows = self.trainer.args, self.trainer.train_dataset
+        if not has_length(rows):
+            return length_of(args, args.max_steps) if args.max_steps > 0 else None
+        counted = self.trainer.set_initial_training_values
+        with _loader(self.trainer) as loader:
+            given = {"args": args, "dataloader": loader, "total_train_batch_size": examples_of_a_step(args)}
+            taken = inspect.signature(counted).parameters  # transformers 4 has the last one
+            steps = counted(**{name: given[name] for name in given if name in taken})[-1]
+            return length_of(args, steps, loader)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer that it will train with, by the name of its setting or class."""
+        if self._has_own("create_optimizer") or self._has_own("get_optimizer_cls_and_kwargs"):
+            return f"that {self.name} makes itself"
+        made, setting = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args.optim
+        return getattr(made[0], "__name__", str(made[0])) if made else str(getattr(setting, "value", setting))
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The rate that it will train with; None if its optimizer has one of its own that is not known yet."""
+        made = getattr(self.trainer, "optimizer_cls_and_kwargs", None)
+        rate: float | None = made[1].get("lr") if made else self.trainer.args.learning_rate
+        return rate
+
+    def set_rate(self, rate: float) -> None:
+        """Set the rate in the arguments, and in those of an optimizer that the trainer was given with its own."""
+        self.trainer.args.learning_rate = rate
+        if made := getattr(self.trainer, "optimizer_cls_and_kwargs", None):
+            self.trainer.optimizer_cls_and_kwargs = (made[0], made[1] | {"lr": rate})
+
+    @property
+    def schedule(self) -> str:
+        """The schedule of its rate, see `schedule_of`; or that a method of one's own makes it."""
+        if self._has_own("create_scheduler"):
+            return f"that {self.name} makes itself"
+        made = self.trainer.lr_scheduler
+        length = None if made is None else self.length
+        return schedule_of(self.trainer.args, made, length.steps if length else 0)
+
+    def check_rate(self) -> None:
+        """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""
+        check_measured(self.optimizer, self.has_plain_loss, self.name)
+
+    def _has_own(self, method: str) -> bool:
+        """Return whether a method of the trainer is of one's own, and not of a library that this door knows."""
+        function = getattr(self.trainer, method, None)
+        return function is not None and not _is_known(function)
+
+    @property
+    def source_of_loss(self) -> str:
+        """The name of the library's class that says how the loss is computed; empty where a class of one's own does."""
+        methods = ("compute_loss", "training_step")
+        kind = next(kind for kind in type(self.trainer).__mro__ if {*methods} & {*vars(kind)})
+        # Of a library's class a patch may have put another function in the place of its own.
+        parts = [kind, *(getattr(kind, name) for name in methods if name in vars(kind))]
+        return kind.__name__ if all(map(_is_known, parts)) else ""
+
+    @contextmanager
+    def opened(self, asked: Asked) -> Iterator[tuple[Asked, Iterator[Any]]]:
+        """Take the trainer's untrained adapter off its model, if it has one, and open its data.
+
+        Yields what was asked for with what the trainer's `peft_config` says, and the batches to come. The block ends
+        with `put`; on an exception all is as it was.
+        """
+        self.check(asked)
+        trainer, run = self.trainer, asked.run
+        if self.carrier.wraps_anew:
+            asked = asked.but(task_type=asked.layers.task_type or task_of(self.carrier.model))
+        with self.carrier.opened(asked) as asked:
+            forward = run.forward or self.forward(with_labels=asked.by_gradient or asked.start.by_error)
+            data = run.data or f"training batches of {self.name}"
+            _keep_for_training(trainer)
+            with _loader(trainer) as loader:
+                yield asked.but(data=data, forward=forward), self.batches(loader)
+
+    def check(self, asked: Asked) -> None:
+        """Refuse a trainer that has begun, and a start that its loss cannot give."""
+        if self.trainer.optimizer is not None:
+            raise LoraInitError(f"the {self.name} has an optimizer already. Call initialize() right after it is made.")
+        if self.trainer.model_init is not None:
+            raise LoraInitError(
+                f"the {self.name} makes its model anew when training begins. Give it model= for model_init=."
+            )
+        if self.trainer.train_dataset is None and not self._has_own("get_train_dataloader"):
+            raise LoraInitError(f"the {self.name} has no train_dataset to learn from. Make it with one.")
+        self.carrier.check(asked.start)
+        if asked.by_gradient and not self.gives_loss:
+            raise LoraInitError(
+                f"method={asked.start.name!r}: a start from gradients needs the gradient of the training loss, and "
+                f"this {self.name} computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs "
+                "alone."
+            )
+
+    def forward(self, with_labels: bool) -> Any:
+        """Return how a batch is run, `with_labels` so that there is a loss."""
+        taken = inspect.signature(type(self.carrier.model).forward).parameters
+        # What a forward function does not name, Trainer hands to it all the same; others keep it.
+        whole = self.source_of_loss in _PLAIN_LOSS and any(one.kind is one.VAR_KEYWORD for one in taken.values())
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            kept = {key: value for key, value in batch.items() if whole or key in taken}
+            needed = getattr(model, "main_input_name", None)
+            found = any(key == needed or key.endswith(("embeds", "outputs")) for key in kept)
+            if not kept or (needed and not found):
+                wants = f"needs {needed}" if kept else "takes none of these"
+                raise LoraInitError(
+                    f"a batch of {self.name} has {', '.join(batch)}, and {type(model).__name__} {wants}. {self.advice}"
+                )
+            return call_model(model, kept, with_labels=with_labels)
+
+        return forward
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """Read batches as the model takes them."""
+        for batch in loader:
+            if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
+                raise LoraInitError(
+                    f"{self.name} makes its batches of tokens while it trains, so there are none to learn "
+                    "from yet. Initialize the plain model on load_batches(...), and give the trainer the result."
+                )
+            yield batch
+
+    def hand_over(self, adapted: Any) -> None:
+        """Put this model into the trainer, as if it had been made with it."""
+        trainer = self.trainer
+        if self.carrier.wraps_anew and trainer.args.gradient_checkpointing:
+            model: Any = self.carrier.model
+            model.enable_input_require_grads()  # as trainers do for an adapter of their own
+        trainer.model = trainer.model_wrapped = trainer.callback_handler.model = adapted
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Draw random numbers, of torch, numpy and Python, as collators do, that will be drawn again after the block."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        yield
+
+
+@contextmanager
+def _loader(trainer: Any) -> Iterator[Any]:
+    """Open a trainer's own data, and leave no trace: the trainer will draw the same batches in the same order."""
+    with undisturbed(), ExitStack() as stack:  # a collator may have a generator of its own
+        stack.callback(setattr, trainer, "data_collator", trainer.data_collator)
+        with suppress(Exception):  # what cannot be copied is used itself
+            trainer.data_collator = copy.deepcopy(trainer.data_collator)
+        loader = trainer.get_train_dataloader()
+        if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
+            stack.callback(loader.end)
+        stack.callback(forget_loader, trainer.accelerator, loader)
+        yield loader
+
+
+def _keep_for_training(trainer: Any) -> None:
+    """Keep the rows of a stream that the pass reads, for training to begin with them, too."""
+    rows = trainer.train_dataset
+    if is_used_up(rows) and not trainer.args.dataloader_num_workers:  # workers read copies
+        trainer.train_dataset = _Twice(rows)
+
+
+def _is_known(made: Any) -> bool:
+    """Return whether a class or function is of a library whose trainers are known here."""
+    return getattr(made, "__module__", "").partition(".")[0] in _KNOWN
+
+
+def leaves_loss(args: Any) -> bool:
+    """Return whether a trainer's arguments leave the loss to the model, as it computes it from labels."""
+    smooths, of_preferences = args.label_smoothing_factor, hasattr(args, "beta")
+    return not smooths and not of_preferences and getattr(args, "loss_type", None) in _OWN_LOSS
+
+
+def is_used_up(rows: Any) -> bool:
+    """Return whether rows may be there only once: a stream, but for those of datasets, which begin anew each time."""
+    return isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
+
+
+class _Twice(IterableDataset[Any]):
+    """Rows for the pass, and for training from the same beginning, also where they are there only once."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        self.streams: list[Iterator[Any]] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.streams is None:
+            self.streams = list(tee(iter(self.rows)))
+        return self.streams.pop() if self.streams else iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what Trainer looks for in data, such as `set_epoch`."""
+        return getattr(self.rows, name)
+
+
+def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
+    """Describe a training of so many steps by a trainer's arguments and its loader, which may have batches of its own.
+
+    Examples that no batch of an epoch has, as with `dataloader_drop_last` or a sampler of a part, do not count. Those
+    that are drawn by weights count by Kish's effective number: how often one that is drawn was drawn, in the mean.
+    """
+    batch_size, data = examples_of_a_step(args), getattr(loader, "dataset", None)
+    if not isinstance(data, Sized) or not len(data):
+        return TrainingLength(int(steps), batch_size)
+    each = args.train_batch_size * args.world_size
+    own = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    each = getattr(loader, "total_batch_size", None) or (own * args.world_size if isinstance(own, int) else each)
+    # One that draws `num_samples` of them anew in each epoch sees others each time.
+    sampler = _sampler_of(loader)
+    draws = isinstance(sampler, (RandomSampler, WeightedRandomSampler)) and sampler.num_samples < len(data)
+    known = len(data)
+    if isinstance(sampler, WeightedRandomSampler):
+        known = round(float(sampler.weights.sum() ** 2 / (sampler.weights**2).sum()))
+    rows = known if draws else min(known, len(loader) * each)
+    return TrainingLength(int(steps), min(each * args.gradient_accumulation_steps, rows), rows)
+
+
+def _sampler_of(loader: Any) -> Any:
+    """Return what draws the examples: accelerate's loaders hold it in a sampler of batches, or in a part of one."""
+    batches = getattr(loader, "batch_sampler", None)
+    return getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
+
+
+def examples_of_a_step(args: Any) -> int:
+    """Count the examples of a step, of all processes, by a trainer's arguments."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)

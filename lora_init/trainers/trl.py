@@ -1,0 +1,52 @@
+"""A trainer of TRL: its loss by name, answers that stand beside each other in a batch, a head that it fuses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from lora_init.adapters.asked import Asked
+from lora_init.errors import LoraInitError
+from lora_init.layers.masks import IGNORED
+from lora_init.layers.targets import find_targets
+from lora_init.trainers.trainers import TrainerDoor
+
+
+class TRLTrainer(TrainerDoor):
+    """SFTTrainer, DPOTrainer and the like."""
+
+    # DPOTrainer before 0.29 has prompts and answers apart.
+    advice = "TRL 0.29 or newer makes whole texts; or initialize the plain model on load_batches(...)."
+
+    @property
+    def has_plain_loss(self) -> bool:
+        """Whether it is an SFTTrainer that trains by the loss of the model."""
+        return (self.source_of_loss == "SFTTrainer" and not self.changes_loss) or super().has_plain_loss
+
+    def check(self, asked: Asked) -> None:
+        """Refuse, too, an adapter on a head by whose weight alone TRL multiplies, as TRL does."""
+        super().check(asked)
+        if self.carrier.wraps_anew:
+            _check_head(self.carrier.model, asked.given.get("target_modules", ()), self.name)
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """Read batches; of those of DPOTrainer both answers count."""
+        for batch in super().batches(loader):
+            if "labels" not in batch and "completion_mask" in batch:
+                yield {**batch, "labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)}
+            else:
+                yield batch
+
+
+def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
+    taken = inspect.signature(model.forward, follow_wrapped=False).parameters  # TRL's forward is wrapped as the model's
+    if not target_modules or "fused_lm_head" not in taken:
+        return
+    head = model.get_output_embeddings()
+    selected = find_targets(model, target_modules).layers
+    if any(model.get_submodule(layer) is head for layer in selected):
+        raise LoraInitError(
+            f"{trainer} computes its loss from the weight of the head alone, so that an adapter there would never be "
+            "trained. Leave the head out of target_modules, or train it whole: modules_to_save."
+        )

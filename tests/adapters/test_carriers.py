@@ -1,0 +1,104 @@
+"""Adapters that `add_adapter` of transformers and diffusers has put into a model: filled in place."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+
+import lora_init
+from lora_init.adapters.peft_model import adapter_layers
+from tests.conftest import batches_for, refused, tiny_llama
+from tests.trainers.made import CONFIG, add_adapter
+
+
+def test_the_layers_are_filled_and_stay_the_same_objects():
+    plain, batches = tiny_llama(), batches_for("llama")
+    model = add_adapter(copy.deepcopy(plain))
+    with torch.no_grad():
+        before = model(**batches[0]).logits
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert lora_init.initialize(model, batches) is model
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters  # an optimizer may hold them
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+    assert torch.equal(model(**batches[0]).logits, before)
+    expected = lora_init.initialize(plain, batches, rank=4, rho=1, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    theirs = adapter_layers(expected)
+    for name, layer in adapter_layers(model).items():
+        assert torch.equal(layer.lora_A["default"].weight, theirs[name].lora_A["default"].weight)
+        assert layer.scaling == theirs[name].scaling
+
+
+def used():
+    model = add_adapter(tiny_llama())
+    for layer in adapter_layers(model).values():
+        layer.lora_B["default"].weight.data += 1.0
+    return model
+
+
+def applied(model, ranks=4, alpha=8, targets=("q_proj", "v_proj"), **more):
+    stats = lora_init.collect(tiny_llama(), batches_for("llama"), [*targets], rank=8)
+    return lora_init.build_adapter(stats, ranks, lora_alpha=alpha, **more).apply(model)
+
+
+def filled(model, **options):
+    return lora_init.initialize(model, batches_for("llama"), **options)
+
+
+def twice(model):
+    inject_adapter_in_model(LoraConfig(**CONFIG), model, "second")
+    return model
+
+
+def with_two():
+    return twice(add_adapter(tiny_llama()))
+
+
+def fresh():
+    return add_adapter(tiny_llama())
+
+
+REFUSED = {
+    "in use": (lambda: filled(used()), "the adapter on the model is no fresh one: B is not zero"),
+    "in use, applied": (lambda: applied(used()), "the adapter on LlamaForCausalLM is no fresh one"),
+    "two": (lambda: filled(with_two()), "has the adapters default, second"),
+    "two, applied": (lambda: applied(with_two()), "has the adapters default, second, and one is expected"),
+    "ranks that move": (lambda: filled(fresh(), rho=2), "rho=2: the adapter on Llama.* keeps the rank"),
+    "another rank": (lambda: filled(fresh(), rank=8), "rank=8: the adapter on the model decides that"),
+    "a config": (lambda: filled(fresh(), config=LoraConfig()), "this one has an adapter with a Lora"),
+    "changes the base": (
+        lambda: filled(fresh(), method="lora-ga"), "an adapter from add_adapter.. is saved without"
+    ),
+    "ranks, applied": (lambda: applied(fresh(), 8, 16), "has rank 4 and scaling 2, the start 8 and 2"),
+    "scaling, applied": (lambda: applied(fresh(), 4, 4), "scaling 2, the start 4 and 1"),
+    "layers, applied": (
+        lambda: applied(fresh(), targets=["q_proj", "k_proj"]),
+        "has other layers than the start; first of 4",
+    ),
+    "a PeftModel": (
+        lambda: filled(get_peft_model(tiny_llama(), LoraConfig(**CONFIG))), r"has an adapter. Call its unload\(\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_filled_is_refused(case):
+    make, message = REFUSED[case]
+    refused(message, make)
+
+
+def test_transformers_saves_and_loads_what_was_filled(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = add_adapter(type(tiny_llama()).from_pretrained(tmp_path / "base"))
+    lora_init.initialize(model, batches_for("llama"))
+    for layer in adapter_layers(model).values():
+        layer.lora_B["default"].weight.data.normal_()
+    try:
+        model.save_pretrained(tmp_path / "adapter")
+    except ValueError as error:
+        pytest.skip(f"transformers cannot save an adapter of its own with this PEFT: {error}")
+    again = type(model).from_pretrained(tmp_path / "base")
+    again.load_adapter(str(tmp_path / "adapter"))
+    batch = batches_for("llama")[0]
+    assert torch.equal(model.eval()(**batch).logits, again.eval()(**batch).logits)

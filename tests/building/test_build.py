@@ -1,0 +1,180 @@
+"""From statistics and ranks to an adapter: which ranks there are, and what is refused, before any data is read."""
+
+import re
+import runpy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lora_init
+from lora_init import LoraInitError, build_adapter, collect
+from lora_init.adapters.asked import Shape
+from lora_init.building.build import buildable_start, check_adapter_options, rank_with_frozen_a
+from lora_init.starts.initializers import as_large_as_random
+from lora_init.statistics.spectrum import Spectrum
+from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics
+from tests.conftest import MODELS, batches_for, refused, tiny_llama
+
+peft = pytest.importorskip("peft")
+
+
+def energies_of(stats, init, rows):
+    """Mean of |A x|^2 over the very rows that the statistics are of, by layer."""
+    return {name: float((rows[name] @ init.weights[name].a.double().T).square().sum(1).mean()) for name in stats}
+
+
+@pytest.mark.parametrize("method", ["eva", "orthogonal", "eva-grad", "natural-gradient"])
+@pytest.mark.parametrize("center", [True, False])
+def test_a_lets_as_much_through_in_each_layer_as_random_does(method, center):
+    model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 5)).double()
+    data = torch.randn(256, 12).double() * torch.logspace(0, -3, 12) + 2.0
+    loss = dict(forward=lambda model, x: model(x), loss=lambda y, x: y.square().mean(), gradients=True)
+    stats = collect(model, [data[:128], data[128:]], rank=4, center=center, **loss)
+    rows = {"0": data, "2": model[1](model[0](data)).detach()}
+    wanted = {name: 4 / 3 * float(x.square().sum(1).mean()) / x.shape[1] for name, x in rows.items()}
+    of_random = [energies_of(stats, build_adapter(stats, 4, "random", seed=seed), rows) for seed in range(300)]
+    for name, energy in energies_of(stats, build_adapter(stats, 4, method), rows).items():
+        # What is outside of 8 components is taken to be isotropic; 300 draws of random have their error.
+        assert energy == pytest.approx(wanted[name], rel=0.02)
+        assert sum(one[name] for one in of_random) / 300 == pytest.approx(wanted[name], rel=0.15)
+    unit = build_adapter(stats, 4, method, unit_rows=True)
+    for own in unit.weights.values():
+        assert torch.allclose(own.a @ own.a.T, torch.eye(4), atol=1e-5)
+    assert unit.unit_rows and not build_adapter(stats, 4, method).unit_rows
+
+
+def test_a_in_directions_without_variance_stays_of_a_bounded_length():
+    flat = Spectrum(torch.eye(6)[:2], torch.tensor([4.0, 1.0]).double(), 5.0 + 1e-12, torch.zeros(6), 50)
+    sized = as_large_as_random(flat, torch.eye(6)[4:])  # the data has next to nothing there
+    assert float(sized.norm()) == pytest.approx(10 * (2 / 3) ** 0.5, rel=1e-4)
+    assert torch.equal(as_large_as_random(flat, torch.zeros(2, 6)), torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(method="pissa"), "method='pissa' is unknown. Choose from eva, random, random-scaled, gaussian, orth"),
+    (dict(method="random", whiten=True), "whiten=True is for the start eva"),
+    (dict(method="gaussian", unit_rows=True), "unit_rows=True with method='gaussian': its rows have a size"),
+    (dict(method="eva", errors={}), "errors= with method='eva': it corrects no base"),
+    (dict(lora_alpha=0), "lora_alpha=0 must be a positive number"),
+    (dict(lora_alpha=float("nan")), "lora_alpha=nan must be"),
+    (dict(lora_dropout=1.0), "lora_dropout=1.0 must be"),
+    (dict(ranks=-1), "ranks=-1: a whole number"),
+    (dict(ranks=2.5), "ranks=2.5: a whole number"),
+    (dict(ranks=True), "ranks=True: a whole number"),
+    (dict(ranks=0), "all 14 layers have rank 0"),
+    (dict(ranks={"model.layers.0.self_attn.qproj": 2}), "'model.layers.0.self_attn.qproj'.*Closest.*q_proj'"),
+    (dict(ranks={"model.layers.0.self_attn.q_proj": 33}), "q_proj': rank 33 is larger than its input width 32"),
+    (dict(ranks={"model.layers.0.self_attn.q_proj": 9}), "q_proj': rank 9 needs 9 components.*hold 8"),
+    (dict(ranks={"model.layers.0.self_attn.q_proj": "4"}), "q_proj': rank='4': a whole number of at least 0"),
+    (dict(ranks={}), "all 14 layers have rank 0"),
+])  # fmt: skip
+def test_impossible_requests_are_refused(arguments, message):
+    stats = made_up_statistics(tiny_llama())
+    refused(message, build_adapter, stats, **{"ranks": 4} | arguments)
+
+
+def test_what_can_be_known_before_the_pass_is_refused_before_it(tmp_path):
+    def unread():
+        raise AssertionError("a batch was read")
+        yield
+
+    for arguments, message in (
+        (dict(method="pisa"), "method='pisa' is unknown"),
+        (dict(method="eva_grad"), "Did you mean eva-grad"),
+        (dict(gamma=2.0), "gamma=2.0 with method='eva'"),
+        (dict(method="lora-one", gamma=0.0), "gamma=0.0"),
+        (dict(method="random", whiten=True), "whiten=True"),
+        (dict(lora_alpha=float("inf")), "lora_alpha=inf"),
+        (dict(lora_dropout=-0.1), "lora_dropout=-0.1"),
+        (dict(modules_to_save="lm_head"), "must be a list of names"),
+        (dict(modules_to_save=["lm_haed"]), "'lm_haed' is no module of LlamaForCausalLM. Closest: lm_head"),
+    ):
+        refused(message, lora_init.initialize, tiny_llama(), unread(), **arguments)
+        if "modules_to_save" not in arguments or isinstance(arguments["modules_to_save"], str):
+            with pytest.raises(LoraInitError, match=message):
+                start = buildable_start(arguments.get("method", "eva"))
+                check_adapter_options(start, Shape(**{k: v for k, v in arguments.items() if k != "method"}))
+    build_adapter(made_up_statistics(tiny_llama()), 2).save_pretrained(tmp_path / "there")
+    eva = buildable_start("eva")
+    with pytest.raises(LoraInitError, match=r"there exists and is not empty.*overwrite=True"):
+        check_adapter_options(eva, Shape(), output=tmp_path / "there")
+    check_adapter_options(eva, Shape(), output=tmp_path / "there", overwrite=True)
+    (tmp_path / "there" / "thesis.tex").write_text("x")
+    with pytest.raises(LoraInitError, match=r"holds more than an adapter \(thesis.tex\)"):
+        check_adapter_options(eva, Shape(), output=tmp_path / "there", overwrite=True)
+    check_adapter_options(eva, Shape(), output=tmp_path / "new")
+
+
+def test_a_frozen_a_leaves_its_parameters_to_b():
+    stats = made_up_statistics(tiny_llama(), k=20)
+    rank = rank_with_frozen_a(stats.targets.values(), 4)
+    both, frozen = build_adapter(stats, 4), build_adapter(stats, rank, freeze_a=True)
+    assert both.n_parameters() - build_adapter(stats, 1, freeze_a=True).n_parameters() < frozen.n_parameters()
+    assert frozen.n_parameters() <= both.n_parameters()
+
+
+def test_fewer_directions_than_rank_give_the_rank_that_there_is():
+    """One rule for ten rows and for one: what there is, with a warning, and an error only where there is nothing."""
+    stats = made_up_statistics(tiny_llama(), k=3, n_samples=4)
+    with pytest.warns(UserWarning, match=r"14 of 14 layers get fewer ranks than asked for.*3 of 4.*More data"):
+        init = build_adapter(stats, 4)
+    assert set(init.ranks.values()) == {3} and init.scaling == 8 / 4
+    assert {layer.scaling["default"] for layer in lora_layers(init.apply(tiny_llama())).values()} == {2.0}
+    model = nn.Sequential(nn.Linear(8, 8))
+    for n_rows, expected in ((10, 4), (3, 2), (2, 1)):
+        stats = collect(model, [torch.randn(n_rows, 8)], rank=4)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert build_adapter(stats, 4).ranks == {"0": expected}
+        assert len(caught) == (expected < 4)
+    refused("no direction in any layer", build_adapter, collect(model, [torch.randn(1, 8)], rank=4), 4)
+    assert build_adapter(collect(model, [torch.randn(1, 8)], rank=4), 4, "random").ranks == {"0": 4}
+
+
+def test_fewer_directions_than_rank_leave_a_multiple_of_a_convolutions_groups():
+    model = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2))
+    stats = collect(model, [torch.randn(1, 4, 6)], ["0"], rank=4)
+    with pytest.warns(UserWarning, match=r"2 of 4"):
+        init = build_adapter(stats, 4)
+    assert stats["0"].n_components == 3 and init.ranks == {"0": 2}
+    lora_layers(init.apply(model))["0"](torch.randn(1, 4, 6))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_initialize_does_all_of_it_in_one_call(name):
+    batches = batches_for(name, 6)
+    model = MODELS[name]()
+    before = logits(model, batches[0])
+    exclude = ["classifier"] if name in ("bert", "vit") else None
+    stats = lora_init.collect(model, batches, rank=3, rho=2.0, seed=1, exclude_modules=exclude, task_type=TASKS[name])
+    ranks = lora_init.allocate_ranks(stats, rank=3, rho=1.0)
+    expected = build_adapter(stats, ranks, lora_alpha=8, use_rslora=True, seed=1)
+    peft_model = lora_init.initialize(
+        model, batches, rank=3, lora_alpha=8, use_rslora=True, seed=1, adapter_name="mine", exclude_modules=exclude,
+        task_type=TASKS[name],
+    )  # fmt: skip
+    assert list(peft_model.peft_config) == ["mine"] and torch.equal(before, logits(peft_model, batches[0]))
+    layers = lora_layers(peft_model)
+    assert set(layers) == set(expected.weights)
+    for layer_name, (a, _) in expected.weights.items():
+        assert torch.equal(layers[layer_name].lora_A["mine"].weight, a)
+        assert layers[layer_name].scaling["mine"] == pytest.approx(8 / 3**0.5)
+
+
+@pytest.mark.parametrize(("example", "arguments"), [
+    ("quickstart", []),
+    ("sft_trl", ["--steps", "8"]),
+    ("sft_trl", ["--steps", "12", "--freeze-a"]),
+    ("dpo_trl", ["--steps", "16", "--learning-rate", "5e-3"]),
+])  # fmt: skip
+def test_the_examples_run_and_learn(example, arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", [example, *arguments])
+    monkeypatch.chdir(tmp_path)
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    runpy.run_path(str(examples / f"{example}.py"), run_name="__main__")
+    losses = [float(number) for number in re.findall(r"(?:loss|->) (\d+\.\d+)", capsys.readouterr().out)]
+    assert len(losses) >= 2 and losses[-1] < losses[0] and not list(tmp_path.iterdir())

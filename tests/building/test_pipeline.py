@@ -1,0 +1,32 @@
+"""The steps from a model and data to an adapter stand once, and keywords are sorted once."""
+
+import pytest
+
+from lora_init import LoraInitError, initialize
+from lora_init.adapters.asked import Asked
+from lora_init.building.pipeline import choose, read, split
+from tests.conftest import tiny_llama
+from tests.loading.made import byte_tokenizer
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("exclude_module", "exclude_modules"), ("lora_alfa", "lora_alpha")])
+def test_a_misspelt_keyword_is_refused_before_anything_is_read(wrong, right):
+    def never():
+        raise AssertionError("a batch was read")
+        yield
+
+    with pytest.raises(LoraInitError, match=rf"^initialize\(\) has no argument {wrong}=. Did you mean {right}\?"):
+        initialize(tiny_llama(), never(), **{wrong: ["lm_head"]})
+
+
+@pytest.mark.parametrize(("n", "left"), [(257, 241), (300, 256)])
+def test_what_a_step_is_measured_on_is_no_part_of_the_statistics(n, left):
+    rows = [{"text": f"row {i}"} for i in range(n)]
+    asked = choose(Asked.by("test", "lora-one", samples=256, batch_size=4), classifies=False)
+    batches, beyond = read(rows, byte_tokenizer(), asked, seq2seq=False, known=())
+    found = split(batches, beyond)
+    assert [sum(len(b["input_ids"]) for b in part) for part in (found.aside, found.batches)] == [16, left]
+    if left < 256:  # a statistics file of the whole sample is another one
+        assert found.batches.settings["set aside"] == 16 and found.data == f"{batches.description}, 16 set aside"
+    else:
+        assert found.data == batches.description and "set aside" not in found.batches.settings

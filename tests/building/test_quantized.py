@@ -1,0 +1,214 @@
+"""Quantized bases: what rounding took is read layer by layer, and given back by the start that is made for it."""
+
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import lora_init
+from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
+from lora_init.building.quantized import loss_or_distance, with_losses
+from lora_init.loading.models import QUANTIZATIONS, load_model
+from tests.collection.made import PackedLinear
+from tests.commands import save_model
+from tests.conftest import batches_for, refused, tiny_llama
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def plain(seed=3):
+    torch.manual_seed(seed)
+    return tiny_llama(hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("float")
+    plain().save_pretrained(directory, max_shard_size="100KB")  # several files
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    return directory
+
+
+def load(directory, name="nf4"):
+    settings = {"quantization_config": dict(QUANTIZATIONS[name]), "device_map": {"": "cpu"}}
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **settings)
+
+
+def rounded(model, bits=3):
+    """Round weights in place, in groups of 64."""
+    for name in find_targets(model).layers:
+        weight = model.get_submodule(name).weight.data
+        groups = weight.view(-1, 64)
+        step = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / (2**bits - 1)
+        groups.copy_((groups / step).round() * step)
+    return model
+
+
+def labelled_batches(n=24):
+    """Batches whose labels are what the plain model predicts, so that rounding its weights raises the loss."""
+    model, batches = plain(), batches_for("llama", n)
+    for batch in batches:
+        with torch.no_grad():
+            best = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+        shifted = torch.cat([batch["labels"][:, :1], best[:, :-1]], dim=1)
+        batch["labels"] = shifted.masked_fill(batch["attention_mask"] == 0, -100)
+    return batches
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("ran", [False, True], ids=["fresh", "ran"])  # bitsandbytes packs weights when they are used
+def test_errors_are_those_of_the_layers_own_dequantization(name, ran, directory):
+    from bitsandbytes.functional import dequantize_4bit
+
+    fresh, model, float_model = load(directory, name), load(directory, name), plain()
+    if ran:
+        with torch.no_grad():
+            model(**batches_for("llama")[0])
+    errors = QuantizationErrors(model, find_targets(model).layers)
+    assert list(errors) == list(find_targets(float_model).layers)
+    for layer in errors:
+        module, weight = fresh.get_submodule(layer), float_model.get_submodule(layer).weight.detach()
+        if name == "int8":
+            own = module.weight.CB.float() * module.weight.SCB[:, None] / 127
+        else:
+            own = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        assert torch.equal(errors.weight(layer), weight)
+        # In the kernel for this processor steps and scales are bfloat16: 2^-7 of a weight, where rounding takes 2^-3.
+        torch.testing.assert_close(errors[layer], weight - own, atol=2.0**-7 * float(weight.abs().max()), rtol=0)
+
+
+def test_errors_of_any_layer_that_multiplies(directory):
+    model = plain()
+    layer = PackedLinear(model.get_submodule(DOWN))
+    layer.qweight //= 10
+    layer.qweight *= 10
+    model.set_submodule(DOWN, layer)
+    errors = QuantizationErrors(model, {DOWN: find_targets(model, [DOWN]).layers[DOWN]}, directory)
+    torch.testing.assert_close(errors[DOWN], plain().get_submodule(DOWN).weight.detach() - layer.qweight / 1000)
+
+
+@pytest.mark.parametrize("large_bias", [0.0, 100.0])
+def test_weights_that_the_checkpoint_has_transposed(tmp_path, large_bias):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    float_model = GPT2LMHeadModel(config).eval()
+    for block in float_model.transformer.h:
+        nn.init.constant_(block.attn.c_proj.bias, large_bias)  # a square weight
+    float_model.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    errors = QuantizationErrors(model, find_targets(model).layers)
+    bias = model.transformer.h[0].attn.c_proj.bias
+    for name in errors:
+        weight = float_model.get_submodule(name).weight.detach().T
+        assert torch.equal(errors.weight(name), weight)
+        assert 0.05 < float(errors[name].norm() / weight.norm()) < 0.2
+    assert model.transformer.h[0].attn.c_proj.bias is bias and bool((bias == large_bias).all())
+    batch = batches_for("gpt2")[0]
+    with torch.no_grad(), errors.undone():
+        torch.testing.assert_close(model(**batch).logits, float_model(**batch).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_initialize_gives_the_quantized_model_its_loss_back(directory):
+    model, batches = load(directory), labelled_batches()
+    aside = labelled_batches(40)[24:]
+    quantized, exact = mean_loss(model, aside), mean_loss(plain(), aside)
+    adapted = lora_init.initialize(model, batches, rank=16, rho=1, method="qera")
+    assert mean_loss(adapted, aside) < quantized - 0.4 * (quantized - exact)
+    assert adapted.peft_config["default"].r == 16
+
+
+@pytest.mark.parametrize("options", [dict(lora_alpha=16), dict(lora_alpha=3), dict(lora_alpha=3, use_rslora=True)])
+def test_the_scaling_is_divided_out(options, directory):
+    model, batches = load(directory), labelled_batches(4)
+    stats, errors = collect(model, batches, rank=4, rho=1), QuantizationErrors(model, find_targets(model).layers)
+    products = []
+    for given in ({}, options):
+        init = build_adapter(stats, 4, "qera", errors=errors, **given)
+        a, b = init.weights[DOWN]
+        products.append(init.scaling * b @ a)
+    torch.testing.assert_close(products[0], products[1], rtol=1e-4, atol=1e-6)
+    assert all(after < before for before, after in init.errors.values())
+
+
+def test_a_correction_that_does_not_lower_the_loss_is_refused(directory):
+    model, batches = load(directory), labelled_batches(8)
+    for batch in batches:  # labels that the plain model finds unlikely: rounding lowers their loss
+        batch["labels"] = batch["labels"].clone()
+    stats = collect(model, batches[4:], rank=4, rho=1)
+    errors = QuantizationErrors(model, stats.targets)
+    init = build_adapter(stats, 4, "qera", errors={name: -errors[name] for name in errors})
+    loss_of = loss_or_distance(model, errors, batches[:4])
+    refused("nothing to gain", with_losses, model, init, errors, loss_of)
+    assert with_losses(model, init, errors, loss_of, unchecked=True).share_closed < 0
+    half = build_adapter(stats, 4, "qera", errors={name: -errors[name].bfloat16() for name in errors})
+    torch.testing.assert_close(half.weights[DOWN].a, init.weights[DOWN].a, rtol=0.1, atol=0.1)
+    refused("all finite", build_adapter, stats, 4, "qera", errors={name: errors[name] / 0 for name in errors})
+
+
+def check_refused(message, model, directory, layers=None):
+    errors = QuantizationErrors(model, find_targets(model, layers or "all-linear").layers, directory)
+    refused(message, lambda: errors[next(iter(errors))])
+
+
+def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
+    model = load(directory)
+    refused("cannot be read", QuantizationErrors, model, find_targets(model).layers, tmp_path / "nothing")
+    other = tmp_path / "wider"
+    tiny_llama(hidden_size=64, intermediate_size=192).save_pretrained(other)
+    said = r"layer 'model.layers.0.mlp.gate_proj', a Linear4bit.*\[192, 64\]"
+    refused(said, QuantizationErrors, model, find_targets(model).layers, other)
+    same_shapes = tmp_path / "other"
+    plain(seed=4).save_pretrained(same_shapes)
+    check_refused(r"\|W - Q\| is 1\.\d+ \|W\|.*0\.3 at most", model, same_shapes)
+    doubled = tmp_path / "doubled"
+    shutil.copytree(directory, doubled)
+    for file in doubled.glob("*.safetensors"):
+        save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    check_refused("0.50", model, doubled)
+    check_refused("it was not quantized", plain(), directory)
+    with torch.device("meta"), pytest.raises(LoraInitError, match="not in memory"):
+        QuantizationErrors(plain(), find_targets(plain()).layers, directory)
+    refused("loaded from", QuantizationErrors, plain(), find_targets(plain()).layers)
+    model.config.quantization_config.to_json_file(str(tmp_path / "q.json"))
+    saved = tmp_path / "quantized"
+    model.save_pretrained(saved)
+    refused("is quantized", QuantizationErrors, model, find_targets(model).layers, saved)
+    refused("is quantized already", load_model, str(save_model(model, saved)), quantize="nf4")
+
+
+def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):
+    model, batches = load(directory), labelled_batches(8)
+    stats = collect(model, batches, rank=4, rho=1, task_type="CAUSAL_LM")
+    errors = dict(QuantizationErrors(model, stats.targets))
+    init = build_adapter(stats, 4, "qera", errors=errors)
+    start, trained = init.save_pretrained(tmp_path / "start", model=model), tmp_path / "trained"
+    adapted = init.apply(model)
+    generator = torch.Generator().manual_seed(0)
+    learned = {}
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # training
+            learned[name] = 0.01 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += learned[name]
+    with torch.no_grad():  # before it is saved: on this processor bitsandbytes 0.50.2 damages packed weights then
+        expected = adapted.eval()(**batches[0]).logits
+    adapted.save_pretrained(trained)
+    start_share = export_adapter(start, tmp_path / "start served").error_share
+    served = export_adapter(trained, tmp_path / "served")  # for the same quantized base: as it is
+    on_quantized = PeftModel.from_pretrained(load(directory), served.path)
+    with torch.no_grad():  # with gradients it takes another kernel, of other rounding
+        torch.testing.assert_close(on_quantized(**batches[0]).logits, expected, atol=1e-3, rtol=1e-3)
+    with pytest.raises(LoraInitError, match="float weights, which lack nothing"):
+        export_adapter(trained, tmp_path / "merged", merge_into=str(directory))
+    merged = export_adapter(trained, tmp_path / "merged", merge_into=str(directory), start=start)
+    change = AutoModelForCausalLM.from_pretrained(merged.path).get_submodule(DOWN).weight
+    a = adapted.get_submodule(f"base_model.model.{DOWN}").lora_A["default"].weight
+    wanted = init.scaling * learned[f"base_model.model.{DOWN}.lora_B.default.weight"] @ a
+    torch.testing.assert_close(change, plain().get_submodule(DOWN).weight + wanted, atol=1e-5, rtol=1e-4)
+    assert init.error_size == pytest.approx(float(sum(e.square().sum() for e in errors.values())) ** 0.5, rel=1e-4)
+    size = float(sum((init.scaling * (b @ a)).square().sum() for a, b in init.weights.values())) ** 0.5
+    assert start_share == pytest.approx(init.error_size / size, rel=1e-4)
+    assert merged.error_share > 0 and served.error_share > 0

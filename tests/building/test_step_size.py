@@ -1,0 +1,135 @@
+"""The size of a step: the best that a plain search finds, measured on the model that is then handed over."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import lora_init
+from lora_init import find_step_size, mean_loss
+from lora_init.adapters.card import start_in_words
+from lora_init.building.build import build_adapter
+from lora_init.building.step_size import set_aside
+from lora_init.collection.collect import collect
+from lora_init.errors import LoraInitError
+from tests.collection.made import labelled
+from tests.conftest import refused, tiny_llama
+
+STEPS = ["lora-one", "natural-gradient-step"]
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    model, batches = tiny_llama(), labelled("llama")
+    return model, batches, collect(model, batches, rank=4, gradients=True)
+
+
+def copied(model):
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_no_other_power_of_two_is_better_and_the_losses_are_those_of_the_model(case, method):
+    model, batches, stats = case
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def build(gamma):
+        return build_adapter(stats, 4, method, gamma=gamma)
+
+    def loss_with(gamma):
+        return mean_loss(build(gamma).apply(copied(model)), batches)
+
+    found = find_step_size(model, build, lambda m: mean_loss(m, batches))
+    truth = {2.0**i: loss_with(2.0**i) for i in range(16)}
+    assert found.gamma == min(truth, key=truth.get)
+    plain = float(sum(model(**batch).loss.detach() for batch in batches) / len(batches))
+    assert found.losses == pytest.approx((plain, truth[found.gamma]), rel=1e-5) and found.losses[1] < plain - 0.01
+    assert f"loss {plain:.4g} -> {found.losses[1]:.4g}" in start_in_words(found)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    asked = find_step_size(model, build, lambda m: mean_loss(m, batches), gamma=3.0)
+    assert asked.gamma == 3.0 and asked.losses[1] == pytest.approx(loss_with(3.0), rel=1e-5)
+
+
+def test_a_step_that_never_helps_is_refused(case):
+    model, _, stats = case
+
+    def build(gamma):
+        return build_adapter(stats, 4, "lora-one", gamma=gamma)
+
+    with pytest.raises(LoraInitError, match=r"'lora-one': the loss is 1 for the plain model and 1 after the step"):
+        find_step_size(model, build, lambda m: 1.0)
+    refused("the loss is nan for the plain model", find_step_size, model, build, lambda m: float("nan"))
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_initialize_steps_and_sets_batches_aside_from_any_iterable(case, monkeypatch):
+    model = case[0]
+    many = [
+        of(*[(7, 8, 9, 10, 11, i + k) for k in range(4)], width=6) for i in range(0, 64, 4)
+    ]  # there is something to learn
+    seen = []
+    monkeypatch.setattr(
+        "lora_init.building.pipeline.collect", lambda m, b, *rest, **named: collect(m, seen_by(b, seen), *rest, **named)
+    )
+    plain = mean_loss(model, many[:4])
+    adapted = lora_init.initialize(copied(model), (batch for batch in many), rank=2, rho=1, method="lora-one")
+    assert [id(batch) for batch in seen] == [id(batch) for batch in many[4 : 4 + len(seen)]] and len(seen) >= 8
+    assert mean_loss(adapted, many[:4]) < plain
+
+
+def seen_by(batches, seen):
+    for batch in batches:
+        seen.append(batch)
+        yield batch
+
+
+def of(*rows, width=3):
+    """A batch of examples, each a list of tokens, padded with 0."""
+    ids = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def rows_of(batches):
+    return [tuple(row[kept.bool()].tolist()) for b in batches for row, kept in zip(*list(b.values())[:2], strict=True)]
+
+
+def numbered(n, size=4):
+    return [of(*[(1, i) for i in range(k, min(k + size, n))]) for k in range(0, n, size)]
+
+
+@pytest.mark.parametrize(("n", "expected"), [(17, 4), (20, 4), (40, 8), (64, 16), (257, 16)])
+def test_a_quarter_is_set_aside_until_it_is_sixteen(n, expected):
+    with pytest.warns(UserWarning, match=f"on {expected} of {n} different") if expected < 16 else nullcontext():
+        aside, others = set_aside(iter(numbered(n)))
+    aside, others = rows_of(aside), rows_of(others)
+    assert len(aside) == expected and aside + others == rows_of(numbered(n))
+
+
+def test_no_example_is_on_both_sides_however_often_it_is_there():
+    # 16 different ones, eight times each, padded in two ways
+    batches = [of((1, i % 8), (2, i % 8), width=2 + i // 8 % 2) for i in range(64)]
+    with pytest.warns(UserWarning, match="on 4 of 16 different examples"):
+        aside, others = set_aside(batches)
+    aside, others = rows_of(aside), rows_of(others)
+    assert len(aside) == len(set(aside)) == 4 and len(others) == 12 * 8
+    assert not set(aside) & set(others) and len(set(others)) == 12
+
+
+def test_batches_without_rows_are_set_aside_whole():
+    """Pictures cut into patches, say: not one for each example."""
+    batches = [{"input_ids": torch.ones(2, 3), "pixel_values": torch.ones(7, 3)} for _ in range(40)]
+    aside, others = set_aside(iter(batches))
+    assert [id(one) for one in (*aside, *others)] == [id(one) for one in batches] and len(aside) == 4
+    with pytest.warns(UserWarning, match="on 1 of 4 different examples"):
+        aside, others = set_aside(batches[:1])
+    assert aside == list(others) == batches[:1]
+    assert set_aside([]) == ([], [])
+
+
+def modes(model):
+    return [module.training for module in model.modules()]

@@ -1,0 +1,469 @@
+"""The learning rate from one forward pass: the rule against brute force, the pass against the rule, wrong input."""
+
+import copy
+import math
+from collections import OrderedDict
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import nn
+from transformers import TrainingArguments, XLMConfig, XLMModel, get_cosine_schedule_with_warmup, get_scheduler
+
+import lora_init
+from lora_init import build_adapter, collect, learning_rate
+from lora_init.adapters.peft_model import adapter_layers
+from lora_init.layers.rows import experts_of
+from lora_init.layers.targets import count_linear, find_targets
+from lora_init.rates.learning_rate import (
+    CHANGE,
+    GROWTH,
+    NEW_HEAD,
+    LearningRate,
+    Response,
+    factor,
+    response,
+    schedule_of,
+)
+from lora_init.rates.training_length import TrainingLength
+from lora_init.statistics.statistics import Sizes
+from tests.adapters.made import batches, tiny
+from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
+from tests.layers.made import BOTH, MODELS, mixtral, split
+from tests.versions import OLD_TRANSFORMERS
+
+ONE = {"layer": Response(2.0, 0.0)}
+
+
+def test_a_move_of_unit_sign_in_b_changes_an_output_by_what_the_response_says():
+    model, data = tiny(), torch.cat(batches())
+    init = build_adapter(collect(model, [data], rank=4), 4, "random", lora_alpha=12)
+    a, scaling, eta = init.weights["0"].a.double(), 3.0, 1e-3
+    ax = data @ a.T  # [n, r]
+    moved = scaling * ax.abs().sum(1) * eta  # B moves with the sign of A x in each column
+    y = (data @ model[0].weight.T).square().mean().sqrt()
+    sizes = Sizes(float(data.abs().sum(1).mean()), float(y))
+    exact = response(sizes, float(ax.abs().sum(1).mean()), 4, scaling / 2**0.25)  # see `RANK` and `OVERLAP`
+    assert exact.linear * eta == pytest.approx(float(moved.mean() / y), rel=1e-9)
+    assert exact.quadratic == pytest.approx(float(scaling * GROWTH * 4 * data.abs().sum(1).mean() / 2 / y), rel=1e-9)
+    # Of A x the pass knows the second moment alone. These inputs are Gaussian, of 16 dimensions.
+    assert init.responses["0"].linear / 2**0.25 == pytest.approx(exact.linear, rel=0.03)
+
+
+@pytest.fixture
+def llama():
+    return tiny_llama()
+
+
+@pytest.fixture
+def tokens():
+    return {"input_ids": torch.randint(3, 64, (4, 12))}
+
+
+@pytest.mark.parametrize("scaling", [0.1, 1.0, 50.0])
+def test_the_rate_solves_the_rule(scaling):
+    responses = {str(i): Response(scaling * (i + 1), scaling * 40.0 * i) for i in range(3)}
+    rate = LearningRate(responses, TrainingLength(48)).rate
+    change = [rate * one.linear + rate**2 * one.quadratic for one in responses.values()]
+    assert math.prod(change) ** (1 / 3) == pytest.approx(CHANGE, rel=0.1)  # the rate has two digits
+
+
+def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs():
+    assert LearningRate(ONE, TrainingLength(48)).rate == pytest.approx(CHANGE / 2, rel=0.02)
+    of_both = {"layer": Response(2.0, 400.0)}  # A and B move alike: the power is the same
+    for responses in (ONE, of_both):
+        short, long, again = (
+            LearningRate(responses, length).rate
+            for length in (TrainingLength(48), TrainingLength(480), TrainingLength(480, rows=960))
+        )
+        assert short / long == pytest.approx(10 ** (1 / 6), rel=0.05) and long / again == pytest.approx(4, rel=0.05)
+        # Steps of four times as many examples want a rate that is higher by the cube root of four.
+        larger = LearningRate(responses, TrainingLength(480, 32, rows=3840)).rate
+        assert larger == pytest.approx(again * 4 ** (1 / 3), rel=0.05)
+    assert LearningRate(ONE, TrainingLength(48), new_head=True).rate == pytest.approx(CHANGE / 2 * NEW_HEAD, rel=0.05)
+    assert factor(TrainingLength(192, rows=100), new_head=True) == 0.5  # measured so, over three epochs
+
+
+@pytest.mark.parametrize(("rows", "said", "expected"), [
+    (500, {}, "63 steps of 8 (an epoch of 500 examples in batches of 8)"),
+    (500, {"epochs": 3}, "189 steps of 8 (3 epochs of 500 examples in batches of 8)"),
+    (500, {"epochs": 0.5}, "32 steps of 8 (0.5 epochs of 500 examples in batches of 8)"),
+    (500, {"epochs": 2, "batch_size": 32}, "32 steps of 32 (2 epochs of 500 examples in batches of 32)"),
+    (500, {"steps": 40}, "40 steps of 8"),
+    (900, {"steps": 480}, "480 steps of 8 (4.2 epochs of 900 examples)"),
+    (500, {"steps": 188, "epochs": 3}, "188 steps of 8 (3.0 epochs of 500 examples)"),
+    (None, {}, "100 steps of 8 (assumed; say how many yours has)"),
+    (None, {"steps": 30}, "30 steps of 8"),
+    (None, {"steps": 375, "epochs": 3}, "375 steps of 8 (3.0 epochs of 1,000 examples)"),
+    (4, {}, "1 step of 8 (an epoch of 4 examples in batches of 8)"),
+])  # fmt: skip
+def test_a_length_is_completed_from_what_is_said(rows, said, expected):
+    assert str(TrainingLength.plan(rows, **said)) == expected
+
+
+@pytest.mark.parametrize(("rows", "said", "words"), [
+    (500, {"steps": 9, "epochs": 3}, "steps=9 and epochs=3 contradict: 3 epochs of 500 examples in batches of 8 are"),
+    (None, {"epochs": 3}, "epochs=3: the number of examples is unknown, as of a stream. Say steps=, or both."),
+    (100, {"batch_size": 128}, "train_batch_size=128, and there are 100 examples. Take fewer, or more data."),
+    (500, {"epochs": 0}, "epochs=0, expected a number above 0, 10,000 at most."),
+    (500, {"epochs": math.nan}, "epochs=nan, expected a number above 0, 10,000 at most."),
+    (500, {"steps": 0}, "steps=0, expected a whole number of training steps of at least 1."),
+    (500, {"steps": "9"}, "steps='9', expected a whole number of training steps of at least 1."),
+    (500, {"batch_size": 0}, "train_batch_size=0, expected a whole number of examples of at least 1."),
+])  # fmt: skip
+def test_a_length_that_contradicts_itself_is_refused(rows, said, words):
+    assert refused("", lambda: TrainingLength.plan(rows, **said)).startswith(words)
+
+
+def test_the_rate_rises_with_the_root_of_one_over_the_share_of_the_layers(llama, tokens):
+    part = ["q_proj", "v_proj"]  # of seven kinds
+    init = build_adapter(collect(llama, [tokens], part, rank=4), 4)
+    adapted = get_peft_model(llama, LoraConfig(r=4, target_modules=part))
+    for found in (init.rate, learning_rate(adapted, [tokens], steps=48)):
+        assert found.share == 2 / 7 and LearningRate.read(found.stored()).share == 2 / 7
+        assert replace(found, share=1.0).rate * 3.5**0.5 == pytest.approx(found.rate, rel=0.05)
+    assert build_adapter(collect(tiny_llama(), [tokens], part, rank=4, task_type="SEQ_CLS"), 4).rate.new_head
+    classifier = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    stats = collect(tiny_bert(), [tokens], rank=2, task_type="SEQ_CLS")
+    for found in (build_adapter(stats, 2).rate, learning_rate(classifier, [tokens], steps=48)):
+        assert found.share == 1.0  # PEFT trains the head whole
+    # A layer, or a block, is a part of as many layers as two of them are: the rate does not jump between the two.
+    assert count_linear(tiny_llama(), ["lm_head"]) == count_linear(tiny_llama(), ["model.layers.1.mlp.up_proj"]) == 14
+    both = nn.ModuleDict({"vision": tiny_llama().model, "text": tiny_llama().model})
+    names = [*find_targets(both).layers]
+    assert [count_linear(both, part) for part in (names, names[14:], names[:2], names[:1])] == [28, 14, 14, 14]
+    # Blocks may be named, and stand in several lists; a pooler is a part of the whole.
+    named = nn.Sequential(OrderedDict((f"block_{letter}", nn.Linear(4, 4)) for letter in "abc"))
+    assert count_linear(nn.ModuleDict({"encoder": named, "head": nn.Linear(4, 4)}), ["encoder.block_a"]) == 4
+    xlm = XLMModel(XLMConfig(vocab_size=20, emb_dim=8, n_layers=3, n_heads=2))
+    assert count_linear(xlm, [f"attentions.{i}.q_lin" for i in range(3)]) == 18
+    bert = tiny_bert(None)
+    assert count_linear(bert, ["pooler.dense"]) == count_linear(bert, find_targets(bert).layers) == 13
+
+
+@pytest.mark.parametrize("method", ["random", "eva"])
+def test_the_pass_of_collect_and_that_of_learning_rate_agree(method):
+    model, data = tiny(), batches()
+    init = build_adapter(collect(model, data, rank=4), 4, method)
+    measured = learning_rate(init.apply(model), data, steps=100)
+    assert measured.rate == pytest.approx(replace(init, length=TrainingLength(100)).rate.rate, rel=0.1)
+    for name, pair in init.responses.items():
+        assert measured.responses[name].quadratic == pytest.approx(pair.quadratic, rel=1e-6)
+
+
+def test_learning_rate_takes_any_adapter_of_peft_and_leaves_the_model_as_it_was(llama, tokens):
+    model = get_peft_model(llama, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = learning_rate(model, [tokens], steps=10)
+    assert {name.rpartition(".")[2] for name in found.layers} == {"q_proj", "down_proj"} and not found.left_out
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+    # Four times the scaling: a rate between a half, where A and B grow, and a quarter, where B alone does.
+    larger = get_peft_model(model.unload(), LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"]))
+    assert 0.2 < learning_rate(larger, [tokens], steps=10).rate / found.rate < 0.6
+
+
+@pytest.fixture
+def adapted():
+    return get_peft_model(tiny(), LoraConfig(r=2, target_modules=["0", "2"]))
+
+
+def llama_with(*layers):
+    return get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=list(layers) or ["q_proj"]))
+
+
+def test_wrong_input_is_one_line(adapted):
+    far = torch.tensor([[3, 4, 99]])  # 64 tokens there are
+    nan = torch.full((4, 16), math.nan, dtype=torch.float64)
+    trained = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["0"]))
+    nn.init.ones_(trained.base_model.model[0].lora_B["default"].weight)
+    cases = {
+        "has no LoRA adapter 'default'": lambda: learning_rate(tiny(), batches()),
+        "has no LoRA adapter 'other'": lambda: learning_rate(adapted, batches(), adapter_name="other"),
+        "B is not zero. The rule is for adapters before training.": lambda: learning_rate(trained, batches()),
+        "steps=0, expected a whole number of training steps": lambda: learning_rate(adapted, batches(), steps=0),
+        "no batch has a token that counts, so no rate": lambda: learning_rate(adapted, []),
+        "batch 0: layer '0': what it reads or computes contains NaN or inf": lambda: learning_rate(adapted, [nan]),
+        "learning_rate() got a str for the batches": lambda: learning_rate(adapted, "rows.jsonl"),
+        "learning_rate() got a Tensor for the batches": lambda: learning_rate(adapted, batches()[0]),
+        "learning_rate() got texts for the batches": lambda: learning_rate(adapted, ["one", "two"]),
+        "batch 0: Sequential says: mat1 and mat2": lambda: learning_rate(adapted, [torch.ones(2, 3)]),
+        "batch 0: LlamaForCausalLM says: index out of range": lambda: learning_rate(llama_with(), [{"input_ids": far}]),
+        "batch 0: input_ids of the batch are torch.float32 [1, 3], expected whole numbers": lambda: learning_rate(
+            llama_with(), [{"input_ids": far.float()}]
+        ),
+        "of embeddings or parameters": lambda: learning_rate(llama_with("embed_tokens"), [{"input_ids": far % 60}]),
+        "learning_rate='high': 'measured' sets the rate of a trainer": lambda: lora_init.initialize(
+            tiny(), batches(), learning_rate="high"
+        ),
+    }
+    for words, call in cases.items():
+        assert words in refused("", call)
+
+
+@pytest.mark.parametrize("change", ["disable_adapter_layers", "merge_adapter", "add_another"])
+def test_an_adapter_that_no_pass_goes_through_is_named(adapted, change):
+    if change == "add_another":
+        adapted.add_adapter("other", LoraConfig(r=2, target_modules=["0", "2"]))
+        adapted.set_adapter("other")
+    else:
+        getattr(adapted.base_model, change)()
+    assert "adapter 'default' is not active, disabled or merged" in refused("", learning_rate, adapted, batches())
+
+
+fused = pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0")
+
+
+@fused
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("n_experts", [2, 4])
+@pytest.mark.parametrize("attention", [[], ["q_proj", "k_proj", "v_proj", "o_proj"]])
+def test_an_mlp_cut_into_experts_has_the_rate_that_it_has_in_one_piece(n_experts, attention, tokens):
+    dense = tiny_llama()
+    for parameter in dense.parameters():  # so that activations are not at zero
+        parameter.data.mul_(2.0 if parameter.dim() > 1 else 1.0)
+    experts = split(dense, n_experts)
+    assert torch.allclose(experts(**tokens).logits, dense(**tokens).logits, atol=1e-5)
+    ways = [
+        (dense, dict(target_modules=[*attention, "gate_proj", "up_proj", "down_proj"])),
+        (experts, dict(target_modules=attention, target_parameters=BOTH)),
+    ]
+    adapted = [get_peft_model(copy.deepcopy(model), LoraConfig(r=4, **settings)) for model, settings in ways]
+    measured = [learning_rate(model, [tokens]) for model in adapted]
+    planned = [build_adapter(collect(model, [tokens], rank=4, **settings), 4).rate for model, settings in ways]
+    for whole, parts in (measured, planned):
+        assert parts.share == whole.share and not parts.left_out
+        assert parts.rate == pytest.approx(whole.rate, rel=0.2)
+
+
+@fused
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODELS)
+def test_an_expert_counts_for_the_tokens_that_the_router_sends_to_it(name, tokens):
+    model = MODELS[name]() if name != "mixtral" else mixtral(num_local_experts=6)
+    if name == "mixtral":  # its last two experts are never among the best two
+        gate = model.model.layers[1].mlp.gate.weight.data
+        gate[2:4], gate[4:] = -gate[:2], 0.0
+    parameters = [f"model.layers.1.mlp.{end}" for end in BOTH]
+    module, read = model.get_submodule("model.layers.1.mlp.experts"), {}
+    hook = module.register_forward_pre_hook(lambda _, args: read.update(hidden=args[0], chosen=args[1]))
+    model(**tokens)
+    hook.remove()
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=BOTH))
+    found = learning_rate(adapted, [tokens])
+    hidden, chosen = read["hidden"].flatten(0, -2), read["chosen"].flatten(0, -2)
+    lost = [f"{one}.{e}" for one in parameters for e in range(module.num_experts) if not (chosen == e).any()]
+    assert {n for n in found.left_out if ".layers.1." in n} == {*lost} and (name != "mixtral" or len(lost) == 4)
+    for parameter in parameters:
+        experts, layer = experts_of(parameter, module), adapter_layers(adapted)[parameter]
+        weight = getattr(module, parameter.rpartition(".")[2]).double()
+        weight = weight.mT if module.is_transposed else weight
+        a = layer.lora_A["default"].weight.double().reshape(len(weight), 2, -1)
+        rows = [(e, x.double()) for e, x in experts.rows(hidden, chosen) if e is not None]
+        assert sum(len(x) for _, x in rows) == 2 * len(hidden)
+        ax = torch.cat([(x @ a[e].T).abs().sum(1) for e, x in rows]).mean()
+        y = torch.cat([x @ weight[e].T for e, x in rows]).square().mean().sqrt()
+        y = y / 2**0.25 if parameter.endswith("down_proj") else y  # two experts write for each token
+        response_of = found.responses[parameter]
+        assert response_of.linear == pytest.approx(float(3 * (8 / 2) ** 0.25 * ax / y), rel=1e-4)
+
+
+@fused
+@pytest.mark.filterwarnings("ignore")
+def test_the_rates_of_experts_by_collect_and_by_learning_rate_agree(tokens):
+    model = mixtral()
+    data = [{"input_ids": torch.randint(3, 64, (8, 12))} for _ in range(4)]
+    init = build_adapter(collect(model, data, ["q_proj"], rank=2, target_parameters=BOTH), 2)
+    measured = learning_rate(init.apply(model), data, steps=100)
+    assert measured.responses.keys() == init.responses.keys() and len(init.responses) == 6
+    for name, pair in init.responses.items():
+        assert measured.responses[name].linear == pytest.approx(pair.linear, rel=0.1)  # A x is taken to be Gaussian
+        assert measured.responses[name].quadratic == pytest.approx(pair.quadratic, rel=1e-5)
+
+
+@pytest.mark.parametrize(("rate", "optimizer", "schedule", "words"), [
+    (2e-3, "adamw_torch", "cosine", ""),
+    (
+        1e-4, "adamw_torch", "cosine",
+        "learning_rate is 1e-4 in the trainer, and the forward pass says 2.9e-3 for 48 steps",
+    ),
+    (2e-3, "AdamW8bit", "cosine", ""),
+    (2e-3, "PagedAdam32bit", "cosine", ""),
+    (2e-3, "adamax", "cosine", "the learning rate was measured for AdamW, and not for the optimizer adamax"),
+    (2e-3, "RAdam", "cosine", "the learning rate was measured for AdamW, and not for the optimizer RAdam"),
+    (2e-3, "AdamWScheduleFree", "cosine", "the learning rate was measured for AdamW, and not for the optimizer AdamWS"),
+    (2e-3, "sgd", "cosine", "the learning rate was measured for AdamW, and not for the optimizer sgd"),
+    (2e-3, "adamw_torch", "linear", ""),
+    (2e-3, "adamw_torch", "constant", "the learning rate was measured with the schedule cosine and linear, and not"),
+])  # fmt: skip
+def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, schedule, words):
+    said = LearningRate(ONE, TrainingLength(48)).far_off(rate, optimizer, schedule)
+    assert len(said) == bool(words) and all(line.startswith(words) for line in said)
+
+
+@pytest.mark.parametrize(("name", "more", "made_by", "expected"), [
+    ("cosine", {}, "cosine", "cosine"),
+    ("linear", None, "linear", "linear"),
+    ("cosine", {"num_cycles": 3}, "cosine", "cosine (num_cycles=3)"),
+    ("cosine", {}, "linear", "linear"),  # by a method of one's own
+    ("cosine", {}, "constant", "LambdaLR"),
+    ("cosine", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 1, 8, num_cycles=2), "LambdaLR"),
+    ("cosine", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 1, 12), "LambdaLR"),  # of a longer training
+    ("linear", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 3, 8), "cosine"),
+    ("cosine", {}, torch.optim.lr_scheduler.ConstantLR, "ConstantLR"),
+    ("cosine_with_restarts", {}, "cosine_with_restarts", "cosine_with_restarts"),
+])  # fmt: skip
+def test_a_schedule_is_what_multiplies_the_rate(name, more, made_by, expected):
+    settings = TrainingArguments(lr_scheduler_type=name, lr_scheduler_kwargs=more)
+    adam = torch.optim.AdamW(nn.Linear(1, 1).parameters())
+    made = get_scheduler(made_by, adam, 1, 8, more or {}) if isinstance(made_by, str) else made_by(adam)
+    assert schedule_of(settings, made, 8) == expected
+    if made_by == name:
+        assert schedule_of(settings) == expected
+
+
+def test_a_frozen_a_wants_a_higher_rate():
+    model, data = tiny(), batches()
+    stats = collect(model, data, rank=4)
+    free, frozen = (build_adapter(stats, 4, "random", lora_alpha=0.1, freeze_a=freeze) for freeze in (False, True))
+    free, adapted, frozen = free.rate.rate, frozen.apply(model), frozen.rate.rate
+    assert frozen > 1.5 * free
+    assert learning_rate(adapted, data, steps=100, freeze_a=True).rate == pytest.approx(frozen, rel=0.1)
+
+
+@pytest.mark.parametrize("how", ["initialize", "the parameters", "the record", "the argument"])
+def test_a_is_frozen_where_the_parameters_or_the_record_say_so(how, llama, tokens):
+    config = dict(r=4, lora_alpha=0.05, target_modules=["q_proj", "down_proj"])
+    free = learning_rate(get_peft_model(tiny_llama(), LoraConfig(**config)), [tokens], steps=48)
+    adapted = get_peft_model(tiny_llama(), LoraConfig(**config))
+    if how in ("initialize", "the record"):
+        stats = collect(llama, [tokens], config["target_modules"], rank=4)
+        adapted = build_adapter(stats, 4, "random", lora_alpha=0.05, freeze_a=True).apply(llama)
+    if how == "the record":  # as PEFT loads it to be trained
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+    if how == "the parameters":
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(".lora_B." in name)
+    found = learning_rate(adapted, [tokens], steps=48, freeze_a=how == "the argument")
+    assert all(one.quadratic > 0 for one in free.responses.values())
+    assert found.rate > 1.5 * free.rate and all(one.quadratic == 0 for one in found.responses.values())
+
+
+def test_an_embedding_and_an_adapter_on_other_layers_are_left_out(llama, tokens):
+    adapted = get_peft_model(llama, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    adapted.add_adapter("second", LoraConfig(r=2, target_modules=["up_proj"]))
+    found = []
+    for name in ("default", "second"):
+        adapted.set_adapter(name)
+        found.append(learning_rate(adapted, [tokens], steps=48, adapter_name=name))
+    first, second = found
+    assert first.left_out == ["model.embed_tokens"] and {name.split(".")[-1] for name in first.layers} == {"q_proj"}
+    assert not second.left_out and {name.split(".")[-1] for name in second.layers} == {"up_proj"}
+
+
+def own_classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+# A model, what PEFT is told to train whole, a batch, and whether that is a new head.
+TOKENS = {"input_ids": torch.arange(3, 63).reshape(6, 10)}
+WHOLE = {
+    "by the task type": (tiny_bert, dict(task_type="SEQ_CLS"), TOKENS, True),
+    "by its name": (tiny_bert, dict(modules_to_save=["classifier"]), TOKENS, True),
+    "of images": (tiny_vit, dict(modules_to_save=["classifier"]), {"pixel_values": torch.rand(2, 1, 16, 16)}, True),
+    "of one's own": (own_classifier, dict(modules_to_save=["4"]), torch.rand(9, 16).double(), True),
+    "nothing": (tiny_bert, {}, TOKENS, False),
+    "of a language model": (tiny_llama, dict(modules_to_save=["lm_head"]), TOKENS, False),
+    "an embedding": (tiny_llama, dict(modules_to_save=["embed_tokens"]), TOKENS, False),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_new_head_is_what_is_trained_whole_whatever_the_task_is_called(kind):
+    """Also where the model is wrapped, as DistributedDataParallel does, and where the pass of `init` tells the rate."""
+    make, whole, batch, is_new = WHOLE[kind]
+    layers = [*find_targets(make()).layers][:2]
+    adapted = get_peft_model(make(), LoraConfig(r=2, target_modules=layers, **whole))
+    for model in (adapted, nn.DataParallel(adapted)):
+        assert learning_rate(model, [batch], steps=48).new_head == is_new
+    if not whole:
+        return  # our own passes see that it is a classifier
+    stats = collect(make(), [batch], layers, rank=2, task_type=whole.get("task_type"))
+    assert build_adapter(stats, 2, modules_to_save=whole.get("modules_to_save")).rate.new_head == is_new
+
+
+def test_a_layer_whose_output_is_zero_is_left_out_and_named():
+    model = tiny(bias=False)
+    nn.init.zeros_(model[2].weight)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
+    found = learning_rate(model, batches(), steps=9)
+    assert found.left_out == ["2"] and found.layers == ["0"]
+
+
+def test_an_older_file_has_no_sizes_and_its_adapter_says_how_to_get_a_rate():
+    stats = replace(collect(tiny(), batches(), rank=2), sizes={})
+    init = build_adapter(stats, 2)
+    assert init.rate is None and init.recommended is None
+    assert "`lora-init rate` measures it" in init.how_to_train
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(9, 8), (5, 8), (1, 8), (33, 32), (48, 8), (7, 1)])
+def test_epochs_that_are_said_are_those_that_the_rate_is_divided_by(rows, batch_size):
+    assert TrainingLength.plan(rows, epochs=3, batch_size=batch_size).epochs == 3.0
+
+
+@pytest.mark.parametrize(("length", "words"), [
+    (TrainingLength(48), "for 48 steps of 8. The best rate is likely between 1.4e-3 and 5.8e-3."),
+    (TrainingLength(18, why="an epoch"), "for 18 steps of 8 (an epoch). The best rate is likely between "),
+    (TrainingLength(20), " (extrapolated: measured were 24 to 480 steps)."),
+    (TrainingLength(900, 256), " (extrapolated: measured were 24 to 480 steps and steps of at most 128 examples)."),
+    (TrainingLength(480, rows=900), "(4.2 epochs of 900 examples). The best rate is likely between 1.6e-4 and 1.4e-3."),
+    (
+        TrainingLength(1250, rows=1000),
+        "is not known for such a training, and likely between 3.8e-5 and 7.6e-4: try 8e-5 and 3.6e-4 (extrapolated",
+    ),
+])  # fmt: skip
+def test_the_sentence_names_the_length_the_range_and_what_is_extrapolated(length, words):
+    assert words in str(LearningRate(ONE, length))
+
+
+def test_the_range_widens_with_the_distance_from_what_was_measured():
+    near, *far = (
+        LearningRate(ONE, length).within
+        for length in (TrainingLength(48), TrainingLength(480), TrainingLength(48, 64), TrainingLength(48, rows=100))
+    )
+    assert near == pytest.approx(2.0, rel=0.02) and min(far) > 1.05 * near
+    new_head = LearningRate(ONE, TrainingLength(200, rows=533), new_head=True)
+    assert new_head.within == pytest.approx(near, rel=0.02)
+    assert new_head.range == pytest.approx([new_head.rate / near, new_head.rate * near], rel=0.05)
+
+
+def test_a_record_keeps_the_length_and_takes_another():
+    rate = LearningRate(ONE, TrainingLength(480, 16, rows=1920), new_head=True)
+    stored = rate.stored()
+    assert replace(LearningRate.read(stored), left_out=()) == rate
+    assert LearningRate.read(stored, steps=100).length == TrainingLength(100, 16, 1920)
+    assert LearningRate.read(stored, epochs=2).length.steps == 240
+    assert LearningRate.read(stored, train_batch_size=32).length.steps == 240  # the four epochs of the record
+    assert LearningRate.read(stored | {"rows": None}, train_batch_size=32).length == TrainingLength(480, 32)
+    older = {name: value for name, value in stored.items() if name not in ("batch_size", "rows", "why")}
+    assert LearningRate.read(older).length == TrainingLength(480)
+
+
+def test_dora_has_the_rate_of_the_same_adapter_without_it_and_stays_dora():
+    init = build_adapter(collect(tiny(), batches(), rank=2), 2, use_dora=True)
+    adapted = init.apply(tiny())
+    assert replace(init, use_dora=False).rate.rate == init.rate.rate
+    assert learning_rate(adapted, batches(), steps=100).rate == pytest.approx(
+        replace(init, length=TrainingLength(100)).rate.rate, rel=0.1
+    )
+    assert adapted.base_model.model[0].lora_variant
+
+
+def test_an_adapter_of_another_method_is_no_lora_adapter(tokens):
+    other = get_peft_model(tiny_llama(), AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]))
+    assert "has no LoRA adapter 'default'" in refused("", learning_rate, other, [tokens])

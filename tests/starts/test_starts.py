@@ -1,0 +1,92 @@
+"""The registry of starts, and starts that other packages bring."""
+
+import math
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from lora_init import Start, build_adapter, collect, initialize
+from lora_init.adapters.directory import AdapterDirectory
+from lora_init.starts.starts import buildable, changes_base, start_names
+from tests.conftest import batches_for, refused, tiny_llama
+
+RANK = 3
+
+
+def test_importing_the_registry_takes_no_torch():
+    program = "import sys, lora_init.starts.starts; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights():
+    assert all(map(changes_base, ["pissa", "pissa_niter_4", "PiSSA", "olora", "corda", "loftq", "lora_ga", "lora-ga"]))
+    assert not any(map(changes_base, ["eva", "gaussian", "lora-one", "full", "unheard-of", ""]))
+
+
+@pytest.fixture
+def packages(installed):
+    return partial(installed, "lora_init.starts")
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return collect(tiny_llama(), batches_for("llama"), rank=RANK, rho=1.0, task_type="CAUSAL_LM")
+
+
+def leading(spectrum, rank):
+    return spectrum.components[:rank]
+
+
+def test_a_start_of_another_package_is_built_and_named_in_the_origin(packages, stats, tmp_path):
+    packages(lead=Start("lead", "as eva", function=leading))
+    assert start_names()[-1] == "lead" and "lead" in buildable()
+    init = build_adapter(stats, RANK, "lead")
+    for name, (a, b) in build_adapter(stats, RANK, "eva").weights.items():
+        assert torch.equal(init.weights[name][0], a) and not b.any()
+    directory = init.save_pretrained(tmp_path / "adapter")
+    assert AdapterDirectory(directory).origin["package"] == "an unknown package"
+    assert AdapterDirectory(directory).config["init_lora_weights"] is True
+
+
+@pytest.mark.parametrize(("function", "said"), [
+    (lambda spectrum, rank: spectrum.components[: rank - 1], r"returned \[\[2, 32\]\], expected A of shape \[\[3, 32"),
+    (lambda rank: [1.0] * rank, r"returned \['list'\]"),
+    (lambda spectrum, rank: torch.full((rank, spectrum.components.shape[1]), torch.nan), "returned NaN or inf"),
+    (lambda spectrum, rank: torch.full((rank, spectrum.components.shape[1]), 1e300, dtype=torch.float64),
+     "too large for float32"),
+    (lambda spectrum, rank: (spectrum.components[:rank],) * 2, "expected A of shape"),
+    (lambda spectrum, rank: sys.exit(7), "its function raised SystemExit: 7"),
+    (lambda spectrum, rank: 1 / 0, "its function raised ZeroDivisionError: division by zero"),
+    (lambda spectra, rank: spectra, "its function asks for spectra, and there is spectrum, gradient"),
+    ("lora_init.building.build:nothing", "cannot be imported: AttributeError"),
+])  # fmt: skip
+def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(packages, stats, function, said):
+    packages(theirs=Start("theirs", "", function=function))
+    said = refused(said, build_adapter, stats, RANK, "theirs")
+    assert "'theirs'" in said and "an unknown package" in said
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [({"gamma": -1}, "gamma=-1, expected a positive number"), ({"gamma": math.inf}, "gamma=inf")]
+)
+def test_what_cannot_be_true_of_a_start_is_refused_where_it_is_made(what, said):
+    refused(f"start 'odd': {said}", Start, "odd", "", function=leading, **what)
+
+
+def test_a_start_may_take_the_weight_of_the_base(packages, stats):
+    def rows(weight, rank):
+        return weight[:rank]
+
+    packages(rows=Start("rows", "", function=rows))
+    model = tiny_llama()
+    adapted = initialize(model, batches_for("llama"), rank=RANK, method="rows", unit_rows=True)
+    layer = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    assert torch.equal(layer.lora_A["default"].weight, layer.base_layer.weight[:RANK])
+    refused("the start is made from its weight", build_adapter, stats, RANK, "rows")
+    b_infinite = Start("b", "", b_is_zero=False, function=lambda weight, rank: (weight[:rank], weight[:, :rank] / 0))
+    packages(b=b_infinite)
+    refused("returned NaN or inf", build_adapter, stats, RANK, "b", model=tiny_llama())

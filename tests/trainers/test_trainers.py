@@ -1,0 +1,535 @@
+"""initialize(trainer): statistics from what the trainer trains on, and the adapter in the trainer."""
+
+import json
+import re
+import types
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+import lora_init
+from lora_init.adapters.peft_model import adapter_layers
+from lora_init.trainers.trainers import TrainerDoor
+from tests.commands import tokenizer_of
+from tests.conftest import refused, tiny_bert, tiny_llama
+from tests.trainers.made import seen_by
+
+# These trainers take the rates that a tiny model learns at.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")
+
+WORDS = "a the cat dog sat ran on mat road to is big red what where user assistant".split()  # noqa: SIM905
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
+trl = pytest.importorskip("trl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_of(WORDS, bos_token="<s>", chat_template=CHAT)
+
+
+def sentences(n=40):
+    return [" ".join(WORDS[(i * k) % 12] for k in range(3, 9)) for i in range(1, n + 1)]
+
+
+def chats():
+    return Dataset.from_list([{"prompt": f"what is {text}", "completion": f" {text}"} for text in sentences()])
+
+
+def pairs():
+    both = zip(sentences(), sentences()[::-1], strict=True)
+    return Dataset.from_list([{"prompt": f"what {a}", "chosen": f" {a}", "rejected": f" {b}"} for a, b in both])
+
+
+def settings(kind, tmp_path, **more):
+    base = dict(output_dir=str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4, logging_steps=1)
+    base |= dict(report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2)
+    return kind(**base | more)
+
+
+def plain(tmp_path, tokenizer, model=None, **more):
+    ids = [tokenizer(text)["input_ids"] for text in sentences()]
+    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    return Trainer(model or tiny_llama(), settings(TrainingArguments, tmp_path, **more), collator, data)
+
+
+def sft(tmp_path, tokenizer, model=None, peft_config=None, **more):
+    args = settings(trl.SFTConfig, tmp_path, bf16=False, max_length=32, **more)
+    model = model or tiny_llama()
+    return trl.SFTTrainer(model, args, train_dataset=chats(), processing_class=tokenizer, peft_config=peft_config)
+
+
+def dpo(tmp_path, tokenizer, model=None, peft_config=None, **more):
+    args = settings(trl.DPOConfig, tmp_path, bf16=False, max_length=32, **more)
+    model = model or tiny_llama()
+    return trl.DPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer, peft_config=peft_config)
+
+
+def batches_of(trainer, n=3):
+    """The batches that a trainer trains on, as the model gets them."""
+    seen, inner = [], trainer.training_step
+
+    def step(model, inputs, *rest, **more):
+        seen.append(inputs["input_ids"].clone())
+        return inner(model, inputs, *rest, **more)
+
+    trainer.training_step = step
+    trainer.train()
+    return seen[:n]
+
+
+LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+MADE = {
+    "Trainer": plain,
+    "SFTTrainer": sft,
+    "SFTTrainer with peft_config": lambda *a, **k: sft(*a, peft_config=LoraConfig(**LORA), **k),
+    "DPOTrainer with peft_config": lambda *a, **k: dpo(*a, peft_config=LoraConfig(**LORA), **k),
+}
+RANK = {made: {} if "peft" in made else {"rank": 4} for made in MADE}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("made", MADE)
+def test_the_trainer_trains_the_adapter(made, checkpointing, tmp_path, tokenizer):
+    # The reentrant kind, transformers 4's default, learns nothing unless the embeddings' output requires a gradient.
+    more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = MADE[made](tmp_path, tokenizer, **more if checkpointing else {"gradient_checkpointing": False})
+    base = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    adapted = lora_init.initialize(trainer, **RANK[made])
+    assert isinstance(adapted, PeftModel) and trainer.model is adapted
+    layers = adapter_layers(adapted)
+    start = {name: layer.lora_A["default"].weight.detach().clone() for name, layer in layers.items()}
+    for gram in (a @ a.T for a in start.values()):  # directions of one length, not random rows
+        assert (gram / gram[0, 0] - torch.eye(len(gram))).abs().max() < 1e-3
+    if "peft" in made:
+        assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "v_proj"}
+        assert sum(layer.r["default"] for layer in layers.values()) == 4 * len(layers)
+        assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+        assert adapted.peft_config["default"].lora_dropout == 0.1
+    else:
+        assert len(layers) == 14
+    trainer.train()
+    for name, layer in layers.items():
+        assert layer.lora_B["default"].weight.abs().max() > 0, name
+        assert not torch.equal(layer.lora_A["default"].weight, start[name]), name
+    after = adapted.get_base_model().state_dict()
+    for name, value in base.items():
+        plain_name = name.removeprefix("base_model.model.")
+        if "lora_" not in name:
+            key = plain_name if plain_name in after else plain_name.replace(".weight", ".base_layer.weight")
+            assert torch.equal(after[key], value), name
+    trainer.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved/adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_statistics_are_from_the_batches_that_training_sees(made, tmp_path, tokenizer, monkeypatch):
+    seen = seen_by(TrainerDoor, monkeypatch)
+    trainer, other = (MADE[made](tmp_path, tokenizer) for _ in range(2))
+    lora_init.initialize(trainer, **RANK[made])
+    assert len(seen) > 3
+    trained, without = batches_of(trainer), batches_of(other)
+    assert len(trained) == 3
+    for ours, theirs, undisturbed in zip(seen, trained, without, strict=False):
+        assert torch.equal(ours["input_ids"], theirs) and torch.equal(theirs, undisturbed)
+
+
+def test_a_collator_with_a_state_of_its_own_begins_training_as_it_was(tmp_path, tokenizer):
+    class Drawing(DataCollatorForSeq2Seq):
+        drawn = 0
+
+        def __call__(self, rows, return_tensors=None):
+            self.drawn += 1
+            return super().__call__(rows, return_tensors)
+
+    trainer = plain(tmp_path, tokenizer)
+    trainer.data_collator = collator = Drawing(tokenizer)
+    lora_init.initialize(trainer, rank=4, max_batches=2)
+    assert trainer.data_collator is collator and collator.drawn == 0
+
+
+def test_nothing_of_the_pass_is_left_in_the_trainer(tmp_path, tokenizer):
+    """Accelerate counts steps by the loaders that are open: one left over would end every accumulation early."""
+    trainer = sft(tmp_path, tokenizer)
+    before, open_before = torch.random.get_rng_state(), trainer.accelerator.gradient_state.dataloader_references[:]
+    lora_init.initialize(trainer, rank=4, max_batches=2)
+    assert trainer.accelerator.gradient_state.dataloader_references == open_before
+    assert trainer.accelerator._dataloaders == []
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_the_reference_of_dpo_is_the_plain_model(with_config, tmp_path, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    model = type(tiny_llama()).from_pretrained(tmp_path / "model")
+    config = LoraConfig(**LORA | {"lora_dropout": 0.0}) if with_config else None
+    trainer = dpo(tmp_path, tokenizer, model, config, max_steps=6)
+    lora_init.initialize(trainer, **({} if with_config else {"rank": 4}))
+    assert (trainer.ref_model is None) == with_config
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931, abs=2e-4)  # ln 2: the model is the reference yet
+    assert min(losses) < 0.66
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "natural-gradient-step"])
+def test_starts_from_gradients_take_the_loss_of_sft(method, tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer)
+    if method == "lora-ga":
+        refused(r"rho=2.*Leave rho out", lora_init.initialize, sft(tmp_path, tokenizer), rank=2, rho=2, method=method)
+    message = (
+        r"before training.*--start" if method == "lora-ga" else "3 of 12 different examples"
+    )  # most rows are alike
+    with pytest.warns(UserWarning, match=message):
+        adapted = lora_init.initialize(trainer, rank=2, rho=1, method=method, task_type="CAUSAL_LM")
+    assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in adapter_layers(adapted).values())
+    trainer.train()
+
+
+def test_labels_of_a_trainer_say_which_tokens_count(tmp_path, tokenizer):
+    counted = []
+    for mask in ("attention", "labels"):
+        trainer = dpo(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+        lora_init.initialize(trainer, token_mask=mask, statistics=tmp_path / f"{mask}.safetensors")
+        counted.append(lora_init.Statistics.load(tmp_path / f"{mask}.safetensors").provenance.n_samples)
+    assert counted[1] < counted[0]
+
+
+@pytest.mark.parametrize(("rows", "batch", "accumulation", "epochs", "drop_last", "max_steps"), [
+    (9, 2, 4, 3, False, -1), (9, 2, 4, 3, True, -1), (9, 2, 4, 2.5, False, -1), (8, 2, 4, 3, False, -1),
+    (5, 4, 1, 2, False, -1), (5, 4, 1, 2, True, -1), (7, 2, 3, 1, True, -1), (3, 2, 8, 2, False, -1),
+    (9, 2, 4, 3, False, 2), (10, 3, 2, 0.5, False, -1),
+])  # fmt: skip
+def test_steps_are_those_that_the_trainer_takes(
+    rows, batch, accumulation, epochs, drop_last, max_steps, tmp_path, tokenizer
+):
+    how = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=epochs)
+    trainer = plain(tmp_path, tokenizer, max_steps=max_steps, dataloader_drop_last=drop_last, **how)
+    trainer.train_dataset = trainer.train_dataset.select([i % len(trainer.train_dataset) for i in range(rows)])
+    length = TrainerDoor(trainer).length
+    trainer.train()
+    assert length.steps == trainer.state.max_steps == trainer.state.global_step
+    # Between two ends of an epoch the trainer counts batches, and more of them belong to the first step.
+    tolerance = 1e-9 if trainer.state.epoch == round(trainer.state.epoch) else 0.25
+    assert length.epochs == pytest.approx(max(1.0, trainer.state.epoch), rel=tolerance)
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator)
+
+
+class OwnSampler(Trainer):
+    def _get_train_sampler(self, *given):
+        return RandomSampler(self.train_dataset, num_samples=4)
+
+
+@pytest.mark.parametrize("kind", [OwnLoader, OwnSampler])
+def test_the_length_is_that_of_the_loader_whatever_the_arguments_say(kind, tmp_path, tokenizer):
+    trainer = of_class(kind)(tmp_path, tokenizer)
+    assert trainer.args.train_batch_size > 2
+    length, read = TrainerDoor(trainer).length, []
+    inner = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: (
+        read.append(len(inputs["input_ids"])) or inner(model, inputs, *rest)
+    )
+    trainer.train()
+    assert length.steps == trainer.state.max_steps and {length.batch_size} == {*read}
+    assert length.rows == len(trainer.train_dataset)
+    assert length.epochs == pytest.approx(max(1.0, sum(read) / length.rows), rel=0.5)
+
+
+class Stream(IterableDataset):
+    """Rows of each epoch of their own, as a trainer that calls `set_epoch` shuffles them."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter([{"input_ids": [1 + self.epoch, 3, 5 + i], "labels": [2, 3, 4]} for i in range(12)])
+
+
+class Counted(Stream):
+    def __len__(self):
+        return 12
+
+
+class Once(Stream):
+    """Rows that are there a single time."""
+
+    def __init__(self):
+        self.rows = iter([{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(12)])
+
+    def __iter__(self):
+        return self.rows
+
+
+@pytest.mark.parametrize(("kind", "max_steps", "rows"), [
+    (Stream, 8, None), (Counted, 8, 12), (Counted, -1, 12), (Once, 3, None),
+])  # fmt: skip
+def test_training_sees_a_stream_as_it_would_have_been_and_its_steps_are_counted(
+    kind, max_steps, rows, tmp_path, tokenizer
+):
+    trainer, other = (plain(tmp_path, tokenizer, max_steps=max_steps, num_train_epochs=2) for _ in range(2))
+    trainer.train_dataset, other.train_dataset = kind(), kind()
+    lora_init.initialize(trainer, rank=2, max_batches=2)
+    length = TrainerDoor(trainer).length
+    found, expected = batches_of(trainer, 8), batches_of(other, 8)
+    assert len(found) == len(expected) == trainer.state.max_steps == length.steps
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert length.rows == rows
+
+
+def with_own_loss(*given):
+    trainer = plain(*given)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()
+    return trainer
+
+
+class OwnOptimizer(Trainer):
+    def create_optimizer(self, *given):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.args.learning_rate)
+        return self.optimizer
+
+
+class OwnClass(Trainer):
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        return torch.optim.SGD, {"lr": args.learning_rate}
+
+
+def with_own_step(*given):
+    trainer = plain(*given)
+    trainer.training_step = types.MethodType(lambda self, model, inputs, *more: model(**inputs).logits.sum(), trainer)
+    return trainer
+
+
+def with_own_model_loss(*given):
+    trainer = plain(*given)
+    trainer.model.loss_function = lambda logits, labels, **more: logits.square().mean()
+    return trainer
+
+
+class Seq2SeqTrainer(Trainer):  # named as one whose loss is known
+    def compute_loss(self, model, inputs, *given, **more):
+        return model(**inputs).logits.square().mean()
+
+
+class OwnStep(Trainer):
+    def training_step(self, *given, **more):
+        return super().training_step(*given, **more)
+
+
+def of_class(kind):
+    def make(*given):
+        trainer = plain(*given)
+        return kind(trainer.model, trainer.args, trainer.data_collator, trainer.train_dataset)
+
+    return make
+
+
+UNMEASURED = {
+    "an optimizer of one's own": (of_class(OwnOptimizer), "for the optimizer that OwnOptimizer makes itself"),
+    "its class": (of_class(OwnClass), "for the optimizer that OwnClass makes itself"),
+    "SGD": (lambda *given: plain(*given, optim="sgd"), "for the optimizer sgd"),
+    "Adafactor": (lambda *given: plain(*given, optim="adafactor"), "for the optimizer adafactor"),
+    "Adagrad": (lambda *given: plain(*given, optim="adagrad"), "for the optimizer adagrad"),
+    "Lion": (lambda *given: plain(*given, optim="lion_32bit"), "for the optimizer lion_32bit"),
+    "GaLore": (lambda *given: sft(*given, optim="galore_adamw"), "for the optimizer galore_adamw"),
+    "DPO": (lambda *given: dpo(*given, peft_config=LoraConfig(**LORA)), "for the loss of DPOTrainer"),
+    "a loss of one's own": (with_own_loss, "for the loss of Trainer"),
+    "a class of a known name": (of_class(Seq2SeqTrainer), "for the loss of Seq2SeqTrainer"),
+    "a step of one's own": (of_class(OwnStep), "for the loss of OwnStep"),
+    "a step put in its place": (with_own_step, "for the loss of Trainer"),
+    "a loss of the model's": (with_own_model_loss, "for the loss of Trainer"),
+}
+
+
+@pytest.mark.parametrize("kind", UNMEASURED)
+def test_a_rate_is_not_set_where_none_was_measured(kind, tmp_path, tokenizer):
+    make, said = UNMEASURED[kind]
+    trainer = make(tmp_path, tokenizer)
+    refused(f"learning_rate='measured': no rate was measured {said}", lora_init.initialize, trainer, rank=4,
+            learning_rate="measured")  # fmt: skip
+    assert trainer.args.learning_rate == 1e-2
+
+
+class OwnSchedule(Trainer):
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer or self.optimizer)
+        return self.lr_scheduler
+
+
+@pytest.mark.parametrize("kind", [Trainer, OwnSchedule, "given"])
+def test_a_schedule_that_the_arguments_do_not_name_is_told_of(kind, tmp_path, tokenizer, recwarn):
+    given = kind == "given"
+    trainer = of_class(Trainer if given else kind)(tmp_path, tokenizer)
+    if given:
+        trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(torch.optim.AdamW(trainer.model.parameters()))
+    lora_init.initialize(trainer, rank=4, learning_rate="measured", progress=False)
+    said = [str(one.message) for one in recwarn if "measured with the schedule" in str(one.message)]
+    of = {Trainer: [], OwnSchedule: ["that OwnSchedule makes itself"], "given": ["ConstantLR"]}[kind]
+    schedules = [
+        f"the learning rate was measured with the schedule cosine and linear, and not with {one}" for one in of
+    ]
+    assert [line.removesuffix(": tune it.") for line in said] == schedules
+
+
+def test_a_measured_rate_reaches_an_optimizer_that_was_given_with_its_own(tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer, max_steps=2, lr_scheduler_type="constant", logging_steps=1)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"lr": 1e-5})
+    with pytest.warns(UserWarning, match="measured with the schedule"):
+        lora_init.initialize(trainer, rank=4, learning_rate="measured", progress=False)
+    trainer.train()
+    used = {row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row}
+    assert used == {trainer.args.learning_rate} and trainer.args.learning_rate not in (1e-5, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rows"),
+    [
+        (lambda data: torch.utils.data.SubsetRandomSampler(range(8)), 8),
+        (lambda data: torch.utils.data.RandomSampler(data, num_samples=8), 16),  # others in each epoch
+        (lambda data: torch.utils.data.WeightedRandomSampler([1.0] * 16, 8), 16),
+        (lambda data: torch.utils.data.WeightedRandomSampler([1.0] * 4 + [0.0] * 12, 16), 4),
+        (lambda data: torch.utils.data.WeightedRandomSampler([3.0] * 4 + [1.0] * 12, 8), 12),  # 24^2 / 48
+        (torch.utils.data.RandomSampler, 16),
+    ],
+)
+def test_the_examples_of_an_epoch_are_those_that_its_sampler_draws(sampler, rows, tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer, num_train_epochs=4, max_steps=-1, dataloader_drop_last=rows >= 12)
+    trainer.train_dataset = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
+    trainer._get_train_sampler = lambda *given: sampler(trainer.train_dataset)
+    length = TrainerDoor(trainer).length
+    assert length.rows == rows and length.steps == len(trainer.get_train_dataloader()) * 4
+
+
+def trained(trainer):
+    trainer.train()
+    return trainer
+
+
+def made_later(tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer)
+    return Trainer(
+        None, trainer.args, trainer.data_collator, trainer.train_dataset, model_init=lambda: tiny_llama().train()
+    )
+
+
+def without_data(*given):
+    trainer = plain(*given)
+    trainer.train_dataset = None
+    return trainer
+
+
+def own_loss(tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer)
+    trainer.compute_loss = lambda model, inputs, **more: model(**inputs).loss * 2
+    return trainer
+
+
+REFUSED = {
+    "after training": (lambda *a: trained(sft(*a)), {}, r"the SFTTrainer has an optimizer already"),
+    "said twice": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"rank": 8}, r"^rank=8: the trainer's peft_config decides"
+    ),
+    # These equal the defaults, which do not count as given.
+    "said twice, rank": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"rank": 16}, r"^rank=16: .* decides that and says 4\."
+    ),
+    "said twice, alpha": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA | {"lora_alpha": 9})), {"lora_alpha": 16}, "^lora_alpha=16: "
+    ),
+    "said twice, dropout": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"lora_dropout": 0.0}, "^lora_dropout=0"
+    ),
+    "said twice, layers": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"target_modules": "all-linear"}, "^target_modules='all-l"
+    ),
+    "ranks of its own": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA, rank_pattern={"q_proj": 2})), {}, r"sets rank_pattern, which"
+    ),
+    "not fresh": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA, init_lora_weights="pissa")), {}, r"is no fresh one: B is not"
+    ),
+    "two adapters": (
+        lambda *a: dpo(*a, model=sft(*a, peft_config=LoraConfig(**LORA)).model), {}, r"has the adapters default, ref"
+    ),
+    "no data to train on": (without_data, {}, r"^the Trainer has no train_dataset to learn from\. Make it with one"),
+    "a model to come": (made_later, {}, r"makes its model anew when training begins. Give it model="),
+    "a head that TRL leaves out": (sft, {"target_modules": ["q_proj", "lm_head"]}, r"would never be trained. Leave"),
+    "a task said twice": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"task_type": "SEQ_CLS"}, "^task_type='SEQ_CLS': the"
+    ),
+    "smoothed labels": (
+        lambda *a: plain(*a, label_smoothing_factor=0.1), {"method": "grad-a"}, r"this Trainer computes a loss of its"
+    ),
+    "another loss of SFT": (lambda *a: sft(*a, loss_type="dft"), {"method": "grad-a"}, r"this SFTTrainer computes a"),
+    "a loss put in its place": (own_loss, {"method": "grad-a"}, r"this Trainer computes a loss of its own"),
+    "a loss of its own": (
+        lambda *a: dpo(*a, peft_config=LoraConfig(**LORA)), {"method": "lora-one"}, r"this DPOTrainer computes a loss"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case, tmp_path, tokenizer):
+    make, arguments, message = REFUSED[case]
+    trainer = make(tmp_path, tokenizer)
+    before = trainer.model
+    refused(message, lora_init.initialize, trainer, **arguments)
+    assert trainer.model is before
+
+
+@pytest.mark.parametrize(("batch", "message"), [
+    ({"texts": ["made while it trains"]}, "SFTTrainer makes its batches of tokens while it trains"),
+    ({"prompt_input_ids": torch.ones(2, 3), "chosen_input_ids": torch.ones(2, 3)},
+     "has prompt_input_ids, chosen_input_ids, and LlamaForCausalLM takes none of these. TRL 0.29"),
+])  # fmt: skip
+def test_a_failure_leaves_the_trainer_as_it_was(batch, message, tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    before, state = trainer.model, {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.data_collator = lambda rows: batch
+    refused(message, lora_init.initialize, trainer)
+    assert trainer.model is before and state.keys() == before.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_the_head_of_a_classifier_is_trained_whole(with_adapter, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 64, (32, 8), generator=generator).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "labels": [i % 2 for i in range(32)]})
+    config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(tiny_bert(), config) if with_adapter else tiny_bert()
+    trainer = Trainer(model, settings(TrainingArguments, tmp_path), train_dataset=data)
+    adapted = lora_init.initialize(trainer, **({} if with_adapter else {"rank": 4}))
+    head = {
+        name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name
+    }
+    assert head and all("classifier" in name for name in head)
+    trainer.train()
+    assert all(not torch.equal(adapted.get_parameter(name), before) for name, before in head.items())
+
+
+def test_a_measured_rate_is_that_of_the_trainers_own_steps(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer)
+    adapted = lora_init.initialize(trainer, rank=4, learning_rate="measured")
+    batches = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in trainer.get_train_dataloader()]
+    again = lora_init.learning_rate(adapted, batches, steps=TrainerDoor(trainer).length.steps).rate
+    assert trainer.args.learning_rate == pytest.approx(again, rel=0.3) and again != 1e-2
+
+
+def test_it_ends_with_one_line_on_stderr(tmp_path, tokenizer, capsys):
+    lora_init.initialize(sft(tmp_path, tokenizer), rank=4)
+    line = capsys.readouterr().err.splitlines()[-1]
+    said = r"eva: 14 layers, rank [\d to]+, \d+ batches of 4 examples, \d+\.\d s\. "
+    assert re.fullmatch(said + "Train with AdamW at .*", line)
+    lora_init.initialize(sft(tmp_path, tokenizer), rank=4, progress=False)
+    assert "batches of 4 examples" not in capsys.readouterr().err
