@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -63,6 +65,19 @@ class LoraInitError(Message, ValueError):
 
 class LoraInitWarning(Message, UserWarning):
     """Describes a likely mistake, and what to do about it, in one line."""
+
+
+def warn(text: str, **options: Any) -> None:
+    """Warn of a likely mistake, with options as a `Message` has them, at the line that called this package.
+
+    That is what `skip_file_prefixes` of Python 3.12 is for.
+    """
+    frame, level, outermost = inspect.currentframe(), 1, 1
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == "lora_init":
+            outermost = level
+        frame, level = frame.f_back, level + 1
+    warnings.warn(LoraInitWarning(text, **options), stacklevel=outermost + 1)
 
 
 def explain(error: BaseException, spell: Spell = in_python) -> str:

@@ -5,7 +5,6 @@ Importing this file imports no torch.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from typing import Any
 
-from lora_init.errors import LoraInitError, first_line
+from lora_init.errors import LoraInitError, first_line, warn
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Group:
         """Warn of those that cannot be had, since their name is ours."""
         for entry in self.entries.get(name, ()):
             text = f"{self.kind} {name!r} of {package_of(entry)} is not used: this name is lora_init's own."
-            warnings.warn(text, stacklevel=3)
+            warn(text)
 
 
 def package_of(entry: EntryPoint) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from lora_init.adapters.peft_model import adapter_layers, as_it_was, match_modes
 from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, warn
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets, is_linear
 from lora_init.layers.wrappers import is_sharded
@@ -90,10 +89,9 @@ def get_eva_state_dict(
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(alone=not gather_distributed_inputs))
         if processes.size > 1:
-            warnings.warn(
+            warn(
                 "torch.distributed is initialized and `gather_distributed_inputs` is True, therefore EVA merges what "
-                "all ranks have seen. Ensure the model does not receive the same inputs on different ranks.",
-                stacklevel=2,
+                "all ranks have seen. Ensure the model does not receive the same inputs on different ranks."
             )
         if wrapped:
             stack.enter_context(as_it_was(model))  # PEFT's own context does not see to requires_grad
@@ -159,10 +157,9 @@ def _collect(
             "labels, or set use_label_mask=False."
         )
     if found.stop_reason == "max_batches":
-        warnings.warn(
+        warn(
             f"tau={tau} was not reached in {MAX_BATCHES} batches: of what the directions capture they would keep "
-            f"{found.keeps:.0%} on other data. They are used as they are.",
-            stacklevel=3,
+            f"{found.keeps:.0%} on other data. They are used as they are."
         )
     return {name: spectra[name] for name in modules if name in spectra}
 
@@ -206,11 +203,10 @@ def initialize_lora_eva_weights(
         )
     missing = _load(model, eva_state_dict, adapter_name)
     if missing:
-        warnings.warn(
+        warn(
             "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
             f"state_dict: {missing}\nEmbeddings, convolutions and nn.MultiheadAttention have no rows to learn from, "
-            "and neither has a layer that no batch reached",
-            stacklevel=2,
+            "and neither has a layer that no batch reached"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from lora_init.adapters.asked import SCALING, Shape
 from lora_init.adapters.config import read_config_for
 from lora_init.adapters.directory import check_place
 from lora_init.building.layer_start import Material, layer_start
-from lora_init.errors import LoraInitError, did_you_mean, is_number
+from lora_init.errors import LoraInitError, did_you_mean, is_number, warn
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import alpha_for
@@ -343,9 +342,8 @@ def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> di
         raise LoraInitError("the data has no direction in any layer: its rows are all alike. Collect from more data.")
     short = [name for name, rank in plan.items() if there[name] < rank]
     if short:
-        warnings.warn(
+        warn(
             f"{len(short)} of {len(plan)} layers get fewer ranks than asked for, since the data has no more directions "
-            f"there (first: {short[0]!r}, {there[short[0]]} of {plan[short[0]]}). More data would give more.",
-            stacklevel=3,
+            f"there (first: {short[0]!r}, {there[short[0]]} of {plan[short[0]]}). More data would give more."
         )
     return {name: rank for name, rank in there.items() if rank}

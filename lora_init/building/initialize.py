@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +15,7 @@ from lora_init.adapters.carriers import Carrier
 from lora_init.adapters.config import read_config
 from lora_init.adapters.peft_model import check_plain, is_filled
 from lora_init.building.pipeline import Source, choose, run
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, warn
 from lora_init.trainers.registry import find_carrier, find_trainer, is_trainer
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def initialize(
         door.set_rate(init.rate.rate)
     if door.is_measured and init.rate:
         for said in init.rate.far_off(door.learning_rate, door.optimizer, door.schedule):
-            warnings.warn(said, stacklevel=2)
+            warn(said)
     if asked.run.progress is not False and door.trainer.is_world_process_zero():
         _print_made(init, door.trainer.args.per_device_train_batch_size, time.perf_counter() - began)
     return adapted
@@ -173,10 +172,9 @@ def _applied(init: AdapterInit, carrier: Carrier, adapter_name: str) -> Any:
     adapted = carrier.put(init, adapter_name)
     if init.corrects_base:
         start = "START" if adapter_name == "default" else f"START/{adapter_name}"  # where PEFT saves it
-        warnings.warn(
+        warn(
             f"method={init.method!r} changed the base weights, so what is trained now does not fit the plain base. "
             f"Call save_pretrained('START') of the model returned before training: `lora-init export --start {start}` "
-            "needs that to make an adapter for the plain base of what was saved after it.",
-            stacklevel=3,
+            "needs that to make an adapter for the plain base of what was saved after it."
         )
     return adapted

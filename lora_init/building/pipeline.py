@@ -7,7 +7,6 @@ own way. The options travel as an `Asked`, with the start in it; the batches tra
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from lora_init.collection.backward import NoGradientsError
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
 from lora_init.collection.processes import Processes
-from lora_init.errors import LoraInitError, LoraInitWarning
+from lora_init.errors import LoraInitError, warn
 from lora_init.layers.masks import encoder_of
 from lora_init.layers.targets import HEADS, find_targets, heads_of, is_in
 from lora_init.loading.batches import Batches, as_batches, load_batches
@@ -115,7 +114,7 @@ class Source:
             if asked.method is not None:
                 raise
             said = f"{error} So the start is {DEFAULT}, from what the layers read."
-            warnings.warn(LoraInitWarning(said), stacklevel=4)
+            warn(said)
         asked = replace(asked.but(gradients=False), start=find_start(DEFAULT))
         return collect_for(asked), asked
 
@@ -187,7 +186,7 @@ def read(
     batches = load(**options)
     if (n := batches.n) < LEAST:
         said = f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more."
-        warnings.warn(LoraInitWarning(said), stacklevel=5)
+        warn(said)
     beyond: Sequence[Any] = ()
     if asked.measures and sample.samples is not None:
         more = {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}

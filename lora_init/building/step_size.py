@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_plain
-from lora_init.errors import LoraInitError, LoraInitWarning
+from lora_init.errors import LoraInitError, warn
 from lora_init.layers.wrappers import unwrapped
 from lora_init.packages import check_takes
 
@@ -151,13 +150,10 @@ def _read_enough(stream: Iterator[tuple[Any, list[Any]]]) -> tuple[list[tuple[An
 
 def _warn_of_few(n: int, total: int) -> None:
     if n < LEAST:
-        warnings.warn(
-            LoraInitWarning(
-                f"the start is judged by the loss on {n} of {total} different examples, and fewer than {LEAST} "
-                f"say little about it. Give at least {4 * LEAST} different examples, or {{gamma}}.",
-                gamma=...,
-            ),
-            stacklevel=7,
+        warn(
+            f"the start is judged by the loss on {n} of {total} different examples, and fewer than {LEAST} "
+            f"say little about it. Give at least {4 * LEAST} different examples, or {{gamma}}.",
+            gamma=...,
         )
 
 

@@ -235,7 +235,6 @@ def _quiet_libraries() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"lora_init\b")
         warnings.filterwarnings("default", category=LoraInitWarning)
         warnings.showwarning = show
         yield

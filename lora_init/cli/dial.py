@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, offered, print_next, print_result, refuse_idle, say
 from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, of_adapter, read_share
 from lora_init.cli.tables import facts
-from lora_init.errors import LoraInitError, require
+from lora_init.errors import LoraInitError, require, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,9 +93,7 @@ def dial(
         source.check_quantized(loading.quantize)
         if trained.quantized and not loading.quantize and getattr(source.config, "quantization_config", None) is None:
             how = trained.quantized
-            warnings.warn(
-                f"{adapter} was made on a base in {how}, and this one is not: --quantize {how}.", stacklevel=2
-            )
+            warn(f"{adapter} was made on a base in {how}, and this one is not: --quantize {how}.")
         fit: dict[str, Any] = dict(tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
         batches = load_batches(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8), **fit)
         check_enough(batches.n, f"DATA {data}")

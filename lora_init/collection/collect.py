@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from lora_init.collection.loop import TOLERANCE, Collected, Pass, progress_bar, 
 from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, read_settings
-from lora_init.errors import LoraInitError, LoraInitWarning, explain
+from lora_init.errors import LoraInitError, explain, warn
 from lora_init.files import check_writable, locked
 from lora_init.layers.grid import one_line_each, some, span
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint, model_config
@@ -388,7 +387,7 @@ def _with_statistics(error: BaseException, name: str, result: Statistics) -> Bas
             error = error.within(remedy=remedy, skip_bad_batches=n_bad).with_traceback(error.__traceback__)
         else:
             said = f"{name} failed: {type(error).__name__}. {remedy}"
-            warnings.warn(LoraInitWarning(said, skip_bad_batches=n_bad), stacklevel=2)
+            warn(said, skip_bad_batches=n_bad)
     with suppress(AttributeError):  # of a class with slots
         error.statistics = kept  # type: ignore[attr-defined]
     return error
@@ -496,7 +495,7 @@ def _write(file: Path, statistics: Statistics) -> None:
     try:
         statistics.save(file)
     except LoraInitError as error:
-        warnings.warn(f"{error} The statistics are not kept in that file.", stacklevel=3)
+        warn(f"{error} The statistics are not kept in that file.")
 
 
 def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.collection.backward import BackwardHooks
 from lora_init.collection.processes import Processes, Shard
-from lora_init.errors import LoraInitError, first_line, is_out_of_memory
+from lora_init.errors import LoraInitError, first_line, is_out_of_memory, warn
 from lora_init.layers.masks import NothingCountsError
 from lora_init.layers.running import Forward
 from lora_init.layers.wrappers import run_eagerly
@@ -340,10 +339,9 @@ class Pass(Sink):
                         compared.append(halves)
         falls = sum(falls_sharply([share for _, share, _ in record.shares]) for record in compared)
         if 2 * falls > len(compared):
-            warnings.warn(
+            warn(
                 f"{name}: far less of it is captured than of all batches before, in {falls} of {len(compared)} "
-                "inputs, as if another kind of data began. Shuffle the data: sorted, its end counts for too little.",
-                stacklevel=2,
+                "inputs, as if another kind of data began. Shuffle the data: sorted, its end counts for too little."
             )
 
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import signal
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -21,7 +20,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from lora_init.errors import LoraInitError, first_line
+from lora_init.errors import LoraInitError, first_line, warn
 
 if TYPE_CHECKING:
     from lora_init.collection.loop import Collected
@@ -215,10 +214,9 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: Sequence[int
         start = sum(used)
     else:
         if same and processes.rank == 0:
-            warnings.warn(
+            warn(
                 f"ranks {', '.join(map(str, same))} got the same first batch; what they read alike counts as often. "
-                "Give each rank data of its own, or all of them the same loader.",
-                stacklevel=2,
+                "Give each rank data of its own, or all of them the same loader."
             )
         if used and len(used) != processes.size:
             raise LoraInitError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, warn
 from lora_init.loading.batches import group_by_length, pad_batch, padding_token
 from lora_init.loading.examples import Wanted
 from lora_init.loading.reader import Encoded, Reader, open_reader
@@ -221,7 +220,7 @@ def load_task(
             "Lower --report-samples, --selection-samples or --batch-size, raise --train-samples, or use more data."
         )
     if len(report) < FEW and asked.report_samples is None:
-        warnings.warn(f"{counted}. So few decide nothing but large differences. Use more data.", stacklevel=2)
+        warn(f"{counted}. So few decide nothing but large differences. Use more data.")
     described = ", ".join([f"{counted} of {len(data.table)}", *_how_read(reader, asked), *skipped])
     padding, title = padding_token(tokenizer), asked.name or name
     spelled_out = not asked.options or all(

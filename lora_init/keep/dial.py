@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers, adds_nothing
 from lora_init.collection.losses import token_losses
-from lora_init.errors import LoraInitError, LoraInitWarning, is_number
+from lora_init.errors import LoraInitError, is_number, warn
 from lora_init.keep.dialed import BEST, UNIFORM, Change, Dial, Point, signed
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
@@ -80,7 +79,7 @@ class Rule:
             _check_asked(name, value)
             if name == "strength" and value > STRONGEST:
                 said = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
-                warnings.warn(LoraInitWarning(said, strength=value), stacklevel=4)
+                warn(said, strength=value)
         if self.uniform and self.strength is not None:
             raise LoraInitError("{strength} is one for all layers already. Leave {uniform} out.", **vars(self))
         if not asked:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import regex
 from torch import nn
 
-from lora_init.errors import LoraInitError, LoraInitWarning
+from lora_init.errors import LoraInitError, warn
 from lora_init.layers.grid import PURPOSES, by_purpose, layers_in
 from lora_init.layers.rows import CONVOLUTIONS, Experts, experts_of, find_parameters, patches_of
 from lora_init.layers.wrappers import class_name, plain_names, unwrapped
@@ -284,7 +283,7 @@ def find_targets(
     if exclude_modules and not isinstance(exclude_modules, str):
         for name in _unmatched(modules, exclude_modules):
             said = f"{{exclude_modules}} matches nothing in {type(model).__name__}. {_closest_names(modules, [name])}"
-            warnings.warn(LoraInitWarning(said, exclude_modules=name), stacklevel=2)
+            warn(said, exclude_modules=name)
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
         raise LoraInitError(

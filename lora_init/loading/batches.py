@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import random
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_init.errors import LoraInitError, LoraInitWarning, first_line, is_number
+from lora_init.errors import LoraInitError, first_line, is_number, warn
 from lora_init.loading.examples import BATCH_SIZE, MAX_LENGTH, SAMPLES, Wanted
 from lora_init.loading.reader import IGNORED, Encoded, Reader, classes_in_words, open_reader
 from lora_init.loading.sources import Rows, read_rows
@@ -130,8 +129,7 @@ def load_batches(
     )
     drawn = _draw(rows, reader, samples, offset, seed)
     _check_drawn(drawn, reader, rows, max_length)
-    for doubt in _doubts(drawn, reader, rows.label, max_length):
-        warnings.warn(doubt, stacklevel=2)
+    _warn_of(drawn, reader, rows.label, max_length)
     pad = padding_token(tokenizer)
     groups = group_by_length(drawn.examples, batch_size, seed, lambda e: len(e[0]))
     settings = {
@@ -215,20 +213,18 @@ def _check_drawn(drawn: _Drawn, reader: Reader, rows: Rows, max_length: int) -> 
         )
 
 
-def _doubts(drawn: _Drawn, reader: Reader, place: str, max_length: int) -> list[str | LoraInitWarning]:
-    """List what makes a sample worse than its size says: rows left out, answers cut off, duplicates."""
-    n, doubts = len(drawn.examples), list[str | LoraInitWarning]()
+def _warn_of(drawn: _Drawn, reader: Reader, place: str, max_length: int) -> None:
+    """Warn of what makes a sample worse than its size says: rows left out, answers cut off, duplicates."""
+    n = len(drawn.examples)
     if drawn.left_out.total() > _MOST_LEFT_OUT * drawn.n_read:
-        doubts.append(f"{place}: of the first {drawn.n_read} rows {drawn.skipped}; read as {reader.recipe.name}.")
+        warn(f"{place}: of the first {drawn.n_read} rows {drawn.skipped}; read as {reader.recipe.name}.")
     n_cut = drawn.count_cut(getattr(reader.tokenizer, "eos_token_id", None))
     if reader.needs_labels and n_cut > _MOST_LEFT_OUT * n:
-        doubts.append(f"{place}: {n_cut} of {n} answers are cut off at {reader.limit} tokens. Raise max_length.")
+        warn(f"{place}: {n_cut} of {n} answers are cut off at {reader.limit} tokens. Raise max_length.")
     if drawn.n_full > n // 2 and reader.limit < _SHORT:
-        said = f"{place}: {drawn.n_full} of {n} examples end at {{max_length}} tokens. Raise it."
-        doubts.append(LoraInitWarning(said, max_length=max_length))
+        warn(f"{place}: {drawn.n_full} of {n} examples end at {{max_length}} tokens. Raise it.", max_length=max_length)
     if drawn.n_duplicates > n // 2:
-        doubts.append(f"{place}: {drawn.n_duplicates} duplicates among {n} examples.")
-    return doubts
+        warn(f"{place}: {drawn.n_duplicates} duplicates among {n} examples.")
 
 
 def _describe(drawn: _Drawn, reader: Reader, rows: Rows, seed: int) -> str:

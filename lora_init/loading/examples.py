@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from itertools import takewhile
 from string import Formatter
 from typing import Any
 
-from lora_init.errors import LoraInitError, LoraInitWarning, did_you_mean
+from lora_init.errors import LoraInitError, did_you_mean, warn
 
 # Defaults of `load_batches` and of the command line: examples, examples in a batch, tokens of an example.
 SAMPLES, BATCH_SIZE, MAX_LENGTH = 512, 8, 512
@@ -257,7 +256,7 @@ def _warn_of_roles(turns: Sequence[Mapping[str, Any]], whole: str, template: str
         dropped = isinstance(words, str) and words.strip() not in whole and role not in ("assistant", "tool")
         if dropped or not named:
             what = "leaves out the turns of" if dropped else "does not know"
-            warnings.warn(LoraInitWarning(f"the chat template {what} the role {role!r}. Rename it."), stacklevel=2)
+            warn(f"the chat template {what} the role {role!r}. Rename it.")
 
 
 def _first_answer(turns: Sequence[Mapping[str, Any]]) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from lora_init.errors import LoraInitError, LoraInitWarning
+from lora_init.errors import LoraInitError, warn
 from lora_init.loading.examples import Example, ExampleRecipe, Wanted, count_common, is_missing, recipe
 from lora_init.loading.sources import Rows, columns_of, read_rows
 
@@ -155,7 +154,7 @@ def _warn_of_classes(found: Mapping[str, int], place: str) -> None:
     }
     for what, names in odd.items():
         if names:
-            warnings.warn(LoraInitWarning(f"{place}: {', '.join(map(repr, names))}: {what}."), stacklevel=5)
+            warn(f"{place}: {', '.join(map(repr, names))}: {what}.")
 
 
 def classes_in_words(rows_of: Mapping[str, int]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, warn
 from lora_init.layers.grid import some
 from lora_init.planning.budgets import BoolArray, Budget, FloatArray, IntArray, choose_budget, costs
 from lora_init.planning.limits import Limits, allowed_by_unit, layer_limits, tie_layers
@@ -248,7 +247,7 @@ def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
     short = wanting & spectra.starved & (spectra.collected < task.needs)
     if short.any():
         text = f"{_some(spectra.names, short)} got as many ranks as the data has directions. Use more data."
-        warnings.warn(text, stacklevel=3)  # at the line that calls allocate_ranks
+        warn(text)
     capped = wanting & ~spectra.starved
     if capped.any() and (task.rho is not None or is_stuck):
         rank, most = min(math.ceil(task.average), int(task.could.max())), spectra.most_collected

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 from lora_init.adapters.directory import CARD_FILE, LORA_A, LORA_B, WEIGHTS_FILE, AdapterDirectory, card_header
 from lora_init.adapters.intruders import intruder_dimensions
 from lora_init.adapters.peft_model import as_it_was
-from lora_init.errors import LoraInitError, require_version
+from lora_init.errors import LoraInitError, require_version, warn
 from lora_init.files import (
     as_path,
     check_free,
@@ -167,7 +166,7 @@ def export_adapter(
         kept = sum(kept_by_merge(model, trained, sources).values(), Kept())
         if kept.is_doubtful:
             remedy = "`lora-init inspect ADAPTER --merge TYPE --data FILE` measures it."
-            warnings.warn(f"{merge_into}, in the type of its weights: {kept.advice()} {remedy}", stacklevel=2)
+            warn(f"{merge_into}, in the type of its weights: {kept.advice()} {remedy}")
     if reduce_intruders is not None:
         if start is not None:
             raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory, form_of
-from lora_init.errors import LoraInitError, in_one_line
+from lora_init.errors import LoraInitError, in_one_line, warn
 from lora_init.files import as_path
 from lora_init.layers.identity import count_parameters, differing_config, fingerprint, model_config
 from lora_init.layers.targets import PREFIX
@@ -111,7 +111,7 @@ class FitReport:
         if self.stops:
             raise LoraInitError(" ".join([self.lines[0], *(self.lines[-1:] if self.can_rename else [])]))
         for one in self.misfits:
-            warnings.warn(f"{one.where} {one.problem} Is it the same base?", stacklevel=3)
+            warn(f"{one.where} {one.problem} Is it the same base?")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `json.dumps` takes."""

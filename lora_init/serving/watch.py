@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_init.errors import LoraInitError, explain
+from lora_init.errors import LoraInitError, explain, warn
 from lora_init.layers.running import evaluating
 from lora_init.serving.server import Server
 from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, check_prompts, diagnose
@@ -192,7 +191,7 @@ class ServingCallback(TrainerCallback):
                 return
             kind, fault = found.verdict, f"the engine does not serve what is trained: {found.text}"
         if kind not in self._warned:
-            warnings.warn(f"step {step}: {fault}", stacklevel=2)
+            warn(f"step {step}: {fault}")
         self._warned.add(kind)
         if self.stop:
             control.should_training_stop = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +21,7 @@ from lora_init.adapters.carriers import InPlace, Wrapped
 from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.building.pipeline import Source, choose, run
-from lora_init.errors import LoraInitError, is_number
+from lora_init.errors import LoraInitError, is_number, warn
 from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
 from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
@@ -189,7 +188,7 @@ class StartCallback(TrainerCallback):
             args.learning_rate = rate.rate
         trained_at, schedule = _rate_of(optimizer), schedule_of(args, rest.get("lr_scheduler"), state.max_steps)
         for said in rate.far_off(trained_at, type(optimizer).__name__, schedule) if rate and is_plain_loss else ():
-            warnings.warn(said, stacklevel=2)
+            warn(said)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
         _say(state, f"{what}; the learning rate is {trained_at:.2g}.")
 
