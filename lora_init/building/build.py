@@ -69,8 +69,8 @@ def _check_gamma(start: Start, gamma: float | None) -> None:
 
 def _check_rows(start: Start, shape: Shape) -> None:
     """Refuse sizes of the rows of A that the start does not have."""
-    if shape.whiten and "whiten" not in start.takes:
-        able = " or ".join(one.name for one in STARTS if "whiten" in one.takes)
+    if shape.whiten and "whiten" not in start.arguments:
+        able = " or ".join(one.name for one in STARTS if "whiten" in one.arguments)
         raise LoraInitError(
             f"{{whiten}} is for the start {able}; {{method}} has no variances to divide by.",
             whiten=True,

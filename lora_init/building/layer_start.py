@@ -113,7 +113,7 @@ def _called(start: Start, layer: LayerToStart) -> LoraWeights:
     """Call the function of a start; refuse what it raises or returns in a line that names it. B is empty where zero."""
     where = f"layer {layer.target.name!r}: {start}"
     try:
-        made = start.compute(**{name: PROVIDERS[name].of(layer) for name in start.takes})
+        made = start.compute(**{name: PROVIDERS[name].of(layer) for name in start.arguments})
     except (LoraInitError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a module that is imported for it may call sys.exit

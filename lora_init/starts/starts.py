@@ -7,15 +7,12 @@ line and its help, comparisons, the guard of `export`, the table in the document
 
 from __future__ import annotations
 
-import ast
 import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from lora_init.errors import LoraInitError, did_you_mean
@@ -47,6 +44,8 @@ class Start:
         matched: Whether A has a size of its own on purpose. Else, where B is zero, `build_adapter` gives A x the size
             that it has with `random`.
         package: Name and version of the package that it comes from; empty for our own.
+        takes: The names of the function's parameters, as ours have them: importing the functions would import torch.
+            Default: read from the function.
 
     Raises:
         LoraInitError: A number is not finite and positive.
@@ -62,6 +61,7 @@ class Start:
     one_rank: bool = False
     matched: bool = False
     package: str = ""
+    takes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.gamma is not None and not 0.0 < self.gamma < math.inf:
@@ -70,7 +70,7 @@ class Start:
     @property
     def needed(self) -> frozenset[str]:
         """What must be at hand before: `"inputs"`, `"gradients"`, `"errors"`, `"weights"`, a `"bank"`."""
-        return frozenset(PROVIDERS[name].needs for name in self.takes) - {"nothing"}
+        return frozenset(PROVIDERS[name].needs for name in self.arguments) - {"nothing"}
 
     @property
     def changes_base(self) -> bool:
@@ -111,12 +111,9 @@ class Start:
         return ("--method", self.name)
 
     @functools.cached_property
-    def takes(self) -> tuple[str, ...]:
+    def arguments(self) -> tuple[str, ...]:
         """The names of the parameters of its function."""
-        module, _, name = self.function.partition(":") if isinstance(self.function, str) else ("", "", "")
-        if module == _INITIALIZERS:
-            return _parameters()[name]
-        return tuple(signature(load_function(self.function)).parameters) if self.function else ()
+        return self.takes or tuple(signature(load_function(self.function)).parameters) if self.function else ()
 
     def __str__(self) -> str:
         return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
@@ -124,7 +121,7 @@ class Start:
     def compute(self, **known: Any) -> Any:
         """Call the function with the arguments that it names. What it raises passes."""
         assert self.function is not None
-        return load_function(self.function)(**{name: known[name] for name in self.takes})
+        return load_function(self.function)(**{name: known[name] for name in self.arguments})
 
 
 @dataclass(frozen=True)
@@ -185,16 +182,6 @@ def load_function(function: Callable[..., Any] | str) -> Callable[..., Any]:
     return found
 
 
-@functools.cache
-def _parameters() -> dict[str, tuple[str, ...]]:
-    """Read from the source what our functions take: importing them would import torch."""
-    spec = find_spec(_INITIALIZERS)
-    assert spec is not None and spec.origin is not None
-    defined = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
-    found = {node.name: node.args.args for node in defined if isinstance(node, ast.FunctionDef)}
-    return {name: tuple(argument.arg for argument in arguments) for name, arguments in found.items()}
-
-
 def _triplets(spectrum: Any, gradient: Any) -> int:
     return len(gradient.singular_values)
 
@@ -205,48 +192,62 @@ STARTS: tuple[Start, ...] = (
         "eva",
         "the principal directions of what the layer reads (EVA, arXiv 2410.07170)",
         function=f"{_INITIALIZERS}:eva",
+        takes=("spectrum", "rank", "generator", "whiten"),
         directions=lambda spectrum, gradient: spectrum,
     ),
     Start(
         RANDOM,
         "PEFT's default: Kaiming uniform",
         function=f"{_INITIALIZERS}:random",
+        takes=("width", "rank", "generator"),
         matched=True,
     ),
     Start(
         "random-scaled",
         "random, with as much energy in A x as with eva in rows of length one",
         function=f"{_INITIALIZERS}:random_scaled",
+        takes=("spectrum", "rank", "generator"),
         matched=True,
     ),
-    Start("gaussian", 'PEFT\'s init_lora_weights="gaussian"', function=f"{_INITIALIZERS}:gaussian", matched=True),
+    Start(
+        "gaussian",
+        'PEFT\'s init_lora_weights="gaussian"',
+        function=f"{_INITIALIZERS}:gaussian",
+        takes=("width", "rank", "generator"),
+        matched=True,
+    ),
     Start(
         "orthogonal",
         "random orthonormal directions: eva without the data",
         function=f"{_INITIALIZERS}:orthogonal",
+        takes=("width", "rank", "generator"),
     ),
     Start(
         "eva-grad",
         "the directions of the inputs, weighted by how much the loss depends on them",
         function=f"{_INITIALIZERS}:eva_grad",
+        takes=("gradient", "rank"),
         directions=lambda spectrum, gradient: gradient.weighted,
     ),
     Start(
         "grad-a",
         "the right singular vectors of the mean gradient",
         function=f"{_INITIALIZERS}:grad_a",
+        takes=("gradient", "rank"),
         directions=_triplets,
     ),
     Start(
         "natural-gradient",
         "the right singular vectors of a step along the natural gradient",
         function=f"{_INITIALIZERS}:natural_gradient",
+        takes=("spectrum", "gradient", "rank"),
         directions=_triplets,
     ),
     Start(
         "natural-gradient-step",
         "a step along the natural gradient; B is not zero",
         function=f"{_INITIALIZERS}:natural_gradient_step",
+        takes=("spectrum", "gradient", "rank"),
         directions=_triplets,
         b_is_zero=False,
         gamma=1024.0,
@@ -255,6 +256,7 @@ STARTS: tuple[Start, ...] = (
         "lora-ga",
         "LoRA-GA (arXiv 2407.05000); B is not zero, and s B A is subtracted from the base weights",
         function=f"{_INITIALIZERS}:lora_ga",
+        takes=("gradient", "rank"),
         b_is_zero=False,
         corrects_base=True,
         gamma=16.0,
@@ -264,6 +266,7 @@ STARTS: tuple[Start, ...] = (
         "lora-one",
         "LoRA-One (arXiv 2502.01235): a step down the gradient; B is not zero",
         function=f"{_INITIALIZERS}:lora_one",
+        takes=("gradient", "rank"),
         directions=_triplets,
         b_is_zero=False,
         gamma=1024.0,
@@ -272,6 +275,7 @@ STARTS: tuple[Start, ...] = (
         "qera",
         "of a quantized base: what quantization took from the weights, where the data are (QERA, arXiv 2410.06040)",
         function=f"{_INITIALIZERS}:qera",
+        takes=("spectrum", "error", "rank", "scaling", "generator"),
         b_is_zero=False,
     ),
     PeftStart("pissa", "PEFT's PiSSA (arXiv 2404.02948)"),
@@ -391,7 +395,7 @@ def _load(name: str) -> Start:
         if not isinstance(start, Start) or not start.function:
             raise LoraInitError(f"{where}: {entry.value} is no lora_init.Start with a function.")
         start = replace(start, name=name, package=package_of(entry))
-        strange = [name for name in start.takes if name not in PROVIDERS]
+        strange = [name for name in start.arguments if name not in PROVIDERS]
     if strange:
         raise LoraInitError(
             f"{where}: its function asks for {', '.join(strange)}, and there is {', '.join(PROVIDERS)}. Rename them."

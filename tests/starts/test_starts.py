@@ -4,13 +4,14 @@ import math
 import subprocess
 import sys
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
 
 from lora_init import Start, build_adapter, collect, initialize
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.starts.starts import buildable, changes_base, start_names
+from lora_init.starts.starts import STARTS, buildable, changes_base, load_function, start_names
 from tests.conftest import batches_for, refused, tiny_llama
 
 RANK = 3
@@ -20,6 +21,13 @@ def test_importing_the_registry_takes_no_torch():
     program = "import sys, lora_init.starts.starts; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_the_registry_knows_what_functions_take():
+    named = [start for start in STARTS if start.takes]
+    assert len(named) == len([start for start in STARTS if start.function])
+    for start in named:
+        assert start.takes == tuple(signature(load_function(start.function)).parameters), start.name
 
 
 def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights():
