@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lora_init
-from lora_init.cli import bank, compare, dial, export, init, inspect, ranks, rate, verify
+from lora_init.cli import bank, compare, dial, export, init, inspect, merge, ranks, rate, verify
 from lora_init.cli.console import (
     WRONG_USAGE,
     busy,
@@ -151,7 +151,7 @@ _COMMANDS: dict[Callable[..., None], str | None] = {
     inspect.inspect: inspect.EXAMPLE,
     rate.rate: rate.EXAMPLE,
     ranks.ranks: ranks.EXAMPLE,
-    inspect.merge: inspect.MERGE_EXAMPLE,
+    merge.merge: merge.EXAMPLE,
     compare.compare: compare.EXAMPLE,
     dial.dial: dial.EXAMPLE,
     dial.replay: dial.REPLAY_EXAMPLE,

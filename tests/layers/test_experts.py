@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lora_init import LoraInitError, allocate_ranks, build_adapter, collect, find_targets
-from lora_init.cli.inspect import describe
+from lora_init.cli.describe import describe
 from lora_init.collection.activations import ActivationHooks
 from lora_init.layers.masks import TokenMasks
 from tests.collection.made import run

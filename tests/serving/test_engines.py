@@ -183,7 +183,7 @@ NOTES = {
 
 @pytest.mark.parametrize("name", NOTES)
 def test_engines_take_only_what_they_scale_and_read_as_peft_does(name, base, tmp_path):
-    from lora_init.cli.inspect import describe
+    from lora_init.cli.describe import describe
 
     settings, note = NOTES[name]
     assert note in describe(train(base, tmp_path / "trained", **{"r": 8, "lora_alpha": 8} | settings))["serving"]
