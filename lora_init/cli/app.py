@@ -16,10 +16,10 @@ import typer
 
 import lora_init
 from lora_init.cli import bank, compare, dial, export, init, inspect, merge, ranks, rate, verify
+from lora_init.cli.commands import command
 from lora_init.cli.console import (
     WRONG_USAGE,
     busy,
-    command,
     print_error,
     print_next,
     print_result,

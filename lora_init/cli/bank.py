@@ -13,7 +13,8 @@ import typer
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, command, importing, print_next, print_result, say
+from lora_init.cli.commands import command
+from lora_init.cli.console import busy, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands
 from lora_init.cli.options import MaxLength, TrustRemoteCode
 from lora_init.cli.tables import Cells, facts, finite

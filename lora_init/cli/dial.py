@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, importing, offered, print_next, print_result, refuse_idle, say
+from lora_init.cli.commands import offered
+from lora_init.cli.console import busy, importing, print_next, print_result, refuse_idle, say
 from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, of_adapter, read_share
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require, warn

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import FAILED, busy, importing, in_words, offered, print_error, print_result, refuse_idle
+from lora_init.cli.commands import offered
+from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result, refuse_idle
 from lora_init.cli.options import MaxLength, WrittenAs, of_adapter, one_base
 from lora_init.cli.tables import Cells, facts
 from lora_init.errors import LoraInitError, explain, require, require_version

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Asked, Correction, Layers, PassOptions, Ranks, Reading, Sample, Shape
-from lora_init.cli.console import importing, offered, print_result, process_group, process_rank, refuse_idle
+from lora_init.cli.commands import offered
+from lora_init.cli.console import importing, print_result, process_group, process_rank, refuse_idle
 from lora_init.cli.options import Length, LoadingQuantized, of_adapter
 from lora_init.cli.summary import show_bank_summary, show_summary, summary_of, summary_of_bank
 from lora_init.errors import LoraInitError, require

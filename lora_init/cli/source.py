@@ -20,7 +20,8 @@ from lora_init.bank.start import BankStart, start_from_bank
 from lora_init.bank.store import open_bank
 from lora_init.building.pipeline import Examples, Source, check, fit_to, read, split
 from lora_init.cli.bank import read_encoder
-from lora_init.cli.console import busy, given, offered, refuse_idle, running, say
+from lora_init.cli.commands import offered
+from lora_init.cli.console import busy, given, refuse_idle, running, say
 from lora_init.cli.options import Length, LoadingQuantized
 from lora_init.collection.collect import OtherSettingsError, check_targets
 from lora_init.collection.losses import mean_loss

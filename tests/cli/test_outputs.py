@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from lora_init.cli import app as cli
-from lora_init.cli.console import WRITES
+from lora_init.cli.commands import WRITES
 from tests.commands import assert_one_line_error, run
 
 # What goes with an output; names of models and data that are nowhere show what is looked at first.
