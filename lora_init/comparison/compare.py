@@ -33,12 +33,13 @@ from lora_init.comparison.runs import (
     peek,
     read_settings,
 )
+from lora_init.comparison.set_up import Sources, set_up
 from lora_init.comparison.size import SIZES, AskedSize, Size, fit
 from lora_init.comparison.starts import AdapterShape, read_start
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.variants import Variant, by_batches
-from lora_init.comparison.workbench import Sources, Workbench, circumstances, set_up
+from lora_init.comparison.workbench import Workbench, circumstances
 from lora_init.comparison.workers import Job, Worker, describe, elsewhere, here, processes, run_all
 from lora_init.errors import LoraInitError, did_you_mean, is_number, require
 from lora_init.files import as_path

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,26 +19,16 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.measured_rate import measure_rate
-from lora_init.adapters.peft_model import check_modules_to_save
-from lora_init.bank.store import Bank, check_base, open_bank
+from lora_init.bank.store import Bank
 from lora_init.building.pipeline import split
 from lora_init.building.quantized import QuantizationErrors
 from lora_init.building.step_size import n_aside
-from lora_init.collection.collect import check_targets, collect
+from lora_init.collection.collect import collect
 from lora_init.collection.losses import text_loss
 from lora_init.collection.processes import digest_of
 from lora_init.comparison.runs import FORMAT, Record, Run
-from lora_init.comparison.starts import (
-    AS_TRAINED,
-    AdapterShape,
-    Basis,
-    Prepared,
-    adapter_files,
-    check_quantized,
-    hash_own,
-    prepare,
-)
-from lora_init.comparison.tasks import CLASSIFICATION, Loading, Task, load_task
+from lora_init.comparison.starts import AS_TRAINED, AdapterShape, Basis, Prepared, adapter_files, hash_own, prepare
+from lora_init.comparison.tasks import Task
 from lora_init.comparison.training import Score, Training, TrainingResult, evaluate, peak_bytes, reset_peak, train
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
@@ -47,14 +36,12 @@ from lora_init.keep.dial import strengths
 from lora_init.layers.identity import dtype_of, fingerprint, model_config
 from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.layers.wrappers import quantization_of
-from lora_init.loading.batches import Batches, load_other
-from lora_init.loading.models import LoadedModel, ModelSource, open_model
+from lora_init.loading.batches import Batches
+from lora_init.loading.models import LoadedModel
 from lora_init.rates.learning_rate import LearningRate
 from lora_init.rates.training_length import TrainingLength
 from lora_init.starts.starts import FULL
 from lora_init.statistics.statistics import Statistics
-
-STRENGTHS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # that a trained adapter is evaluated at
 
 
 def circumstances() -> dict[str, Any]:
@@ -386,88 +373,3 @@ class Workbench:
                 module.weight.copy_(drawn * getattr(model.config, "initializer_range", 0.02))
                 if module.bias is not None:
                     module.bias.zero_()
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What starts are made from."""
-
-    statistics_batches: int  # see `Workbench`
-    starts: Sequence[Variant] = ()  # those to make
-    own: Mapping[str, Any] = field(default_factory=dict)  # see `Workbench`
-    bank: str | None = None  # directory of a bank, for starts from one
-
-
-def set_up(
-    model: str, data: str | Path, directory: Path, options: Loading, shape: AdapterShape, training: Training,
-    sources: Sources, folds: tuple[int | None, int | None] = (None, None),
-) -> Workbench:  # fmt: skip
-    """Read the data, load the model in the class that the task needs, and put both on a `Workbench`."""
-    adapters = None if sources.bank is None else open_bank(sources.bank)
-    # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
-    source = open_model(model, trust_remote_code=options.trust_remote_code)
-    has_float = _check_source(source, model, options, shape, sources.starts)
-    task = load_task(data, source.tokenizer, options, training.batch_size, source.classes).cut(*folds)
-    classifies = task.kind == CLASSIFICATION
-    retain, replay = _load_texts(options, source.tokenizer, training.batch_size, classifies)
-    dtype = "float32" if classifies and options.dtype == "auto" else options.dtype  # for the head
-    load = partial(
-        _load, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,
-        dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
-    loaded = load(model, quantize=options.quantize)
-    float_model = partial(load, str(options.weights or model)) if has_float else None
-    if classifies:
-        check_modules_to_save(loaded.model, (), loaded.task_type, loaded.drawn)
-        if loaded.model.dtype != torch.float32:
-            raise LoraInitError("{dtype}: the head of a classifier is trained whole, in float32.", dtype=options.dtype)
-    shape = replace(shape, task_type=loaded.task_type)
-    if adapters is not None:
-        check_base(adapters, fingerprint(loaded.model), type(loaded.model).__name__)
-    return Workbench(
-        loaded, task, retain, directory, shape, training, sources.statistics_batches, sources.own, adapters,
-        float_model, options.weights, STRENGTHS if retain and options.dial else (), replay,
-    )  # fmt: skip
-
-
-def _check_source(
-    source: ModelSource, model: str, options: Loading, shape: AdapterShape, starts: Sequence[Variant]
-) -> bool:
-    """Refuse a model that the starts or the options do not go with; return whether there is a float model of it."""
-    if options.label is None and source.task_type != "CAUSAL_LM":
-        raise LoraInitError(
-            f"model {model!r} is a {source.saved_as or source.auto_class}, and a comparison trains causal language "
-            "models, or classifiers with --label COLUMN."
-        )
-    source.check_quantized(options.quantize)
-    if (empty := source.empty()) is not None:
-        check_targets(empty, find_targets(empty, shape.target_modules, task_type=source.task_type), shape.rank)
-    is_quantized = options.quantize is not None or getattr(source.config, "quantization_config", None) is not None
-    has_float = options.quantize is not None or options.weights is not None
-    check_quantized(starts, is_quantized, has_float)
-    if options.weights is not None and not is_quantized:
-        raise LoraInitError(f"{{weights}}: model {model!r} is not quantized. Leave it out.", weights=options.weights)
-    return has_float
-
-
-def _load_texts(
-    options: Loading, tokenizer: Any, batch_size: int, classifies: bool
-) -> tuple[Batches | None, Batches | None]:
-    """Read the text to measure forgetting on and the text to train on, too, where they are asked for."""
-    retain = replay = None
-    if options.retain_data is not None:
-        if classifies:
-            raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
-        retain = load_other(
-            options.retain_data, tokenizer, "retain_template", template=options.retain_template,
-            samples=options.retain_samples, batch_size=batch_size, max_length=options.max_length,
-        )  # fmt: skip
-    if options.replay is not None:
-        if classifies:
-            raise LoraInitError("replay is for language models: a classifier has no loss on text. Leave it out.")
-        replay = load_other(options.replay, tokenizer, batch_size=1, max_length=options.max_length)
-    return retain, replay
-
-
-def _load(model: str, *, task_type: str | None, trust_remote_code: bool, **options: Any) -> LoadedModel:
-    return open_model(model, task_type=task_type, trust_remote_code=trust_remote_code).load(**options)

@@ -6,11 +6,11 @@ from unittest.mock import patch
 import torch
 
 import lora_init
+from lora_init.comparison.set_up import Sources, set_up
 from lora_init.comparison.starts import AdapterShape, Basis, prepare
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
 from lora_init.comparison.variants import Variant
-from lora_init.comparison.workbench import Sources, set_up
 from tests.comparisons import SMALL
 
 
