@@ -166,7 +166,7 @@ def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn:
     task = asked.layers.task_type or ("SEQ_CLS" if classes else task_of(model))
     if asked.layers.task_type is None and task not in HEADS:
         task = None
-    heads, whole = HEADS.get(task or "", ()), [*asked.shape.modules_to_save]
+    heads, whole = HEADS.get(task or "", ()), [*(asked.shape.modules_to_save or ())]
     whole += [name for name in heads_of(model) if not is_in(name, (*heads, *whole))]
     check_modules_to_save(model, whole, task, drawn)
     return asked.but(task_type=task, modules_to_save=whole)

@@ -26,7 +26,7 @@ WRITES = {
 }  # fmt: skip
 
 
-def _common(
+def common_options(
     context: typer.Context,
     quiet: Annotated[
         bool,
@@ -43,6 +43,7 @@ def _common(
         bool, Option("--help-all", is_eager=True, callback=print_whole, help="Show every option in full, and exit.")
     ] = False,
 ) -> None:
+    """Take in the options that every command has, and how each option of this one is written."""
     running.options = {}
     for parameter in context.command.params:
         on = next((name for name in parameter.opts if name.startswith("--")), None)
@@ -55,13 +56,13 @@ def _common(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function, with the options of `_common`; a dataclass stands for those that its fields are."""
+    """Make a command of a function, with the options of `common_options`; a dataclass stands for those that its fields are."""
     own = _parameters(function)
     shared: dict[str, Any] = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
 
     @functools.wraps(function)
     def run(context: typer.Context, quiet: bool, verbose: bool, as_json: bool, help_all: bool, **options: Any) -> None:
-        _common(context, quiet, verbose, as_json, help_all)
+        common_options(context, quiet, verbose, as_json, help_all)
         with one_line_errors():
             for name, what in WRITES.get(context.command.name or "", {}).items():
                 if options[name] is not None:
@@ -73,7 +74,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(**options)
 
     groups = (_options(one.annotation) if one.name in shared else [one] for one in own)
-    parameters = [*chain.from_iterable(groups), *_parameters(_common)]
+    parameters = [*chain.from_iterable(groups), *_parameters(common_options)]
     for one in parameters:
         if one.default is False and one.annotation.__metadata__[0].default is ...:  # a switch, without a --no-
             one.annotation.__metadata__[0].default = f"--{one.name.replace('_', '-')}"  # where Option("--name") has it

@@ -63,14 +63,15 @@ def model_config(model: nn.Module) -> dict[str, Any]:
 
     A fingerprint knows the weights alone; the same weights with another `rope_theta` give other inputs to each layer.
     Entries of a nested configuration have names with dots. Buffers that are saved, as the means of a batch norm, are
-    one entry, a hash like the fingerprint. The padding token is one where positions are counted from it, as in RoBERTa.
+    one entry, a hash like the fingerprint. So are tokens that decide what modules compute: positions are counted from
+    the padding in RoBERTa, and what CLIP says of a text stands at its end.
     """
     plain = unwrapped(model)
     # The outermost that has one: a module of one's own may hold a model. Configurations of diffusers are mappings.
     configs = (getattr(module, "config", None) for module in plain.modules())
     config: Any = next((one for one in configs if isinstance(one, Mapping) or hasattr(one, "to_dict")), {})
     entries = dict(_flat("config", config if isinstance(config, Mapping) else config.to_dict()))
-    entries |= _paddings_of_positions(plain)
+    entries |= _tokens_of_modules(plain)
     saved = plain.state_dict(keep_vars=True)
     buffers = [(plain_name(name), one) for name, one in plain.named_buffers() if name in saved]
     floating = [(name, one) for name, one in buffers if one.is_floating_point() and ".lora_" not in name]
@@ -78,13 +79,16 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     return entries | ({"config.saved buffers": _digest_of(floating)} if is_known else {})
 
 
-def _paddings_of_positions(model: nn.Module) -> dict[str, int]:
-    """Return the padding token of each embedding of positions that counts them from it."""
-    named = {name: module for name, module in model.named_modules() if "position" in name}
-    found = {
-        f"config.padding token of {plain_name(name)}": getattr(one, "padding_idx", None) for name, one in named.items()
-    }
-    return {name: padding for name, padding in found.items() if isinstance(padding, int)}
+def _tokens_of_modules(model: nn.Module) -> dict[str, int]:
+    """Return the tokens that modules keep: the padding of embeddings of positions, and the end of a text."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None) if "position" in name else None
+        kept = {"padding": padding, "end": vars(module).get("eos_token_id")}
+        found |= {
+            f"config.{what} of {plain_name(name)}": token for what, token in kept.items() if isinstance(token, int)
+        }
+    return found
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -139,8 +139,11 @@ def heads_of(model: nn.Module) -> list[str]:
 
 
 def new_heads(model: nn.Module) -> list[str]:
-    """Name what begins at random where it is trained whole: a head; any linear layer of a model of one's own."""
-    return heads_of(model) if hasattr(unwrapped(model), "config") else _linear(model, plain_names(model))
+    """Name what begins at random where it is trained whole: a head and its parts; all of a model of one's own."""
+    names = plain_names(model)
+    if not hasattr(unwrapped(model), "config"):
+        return _linear(model, names)
+    return [name for name in names if name.split(".")[0] in heads_of(model)]
 
 
 # What a file may say of a layer; more is damage, and would take minutes and gigabytes before anybody notices.

@@ -214,7 +214,7 @@ class LearningRate:
         """Make it of what `stored` returned, for a training of another length if one is given."""
         responses = {name: Response(*pair) for name, pair in stored["responses"].items()}
         batch_size, rows = stored.get("batch_size", BATCH_SIZE), stored.get("rows")  # older records have neither
-        length = TrainingLength(stored["steps"], batch_size, rows, stored.get("why", ""))
+        length = TrainingLength(stored["steps"], batch_size, rows, stored.get("why", ""), stored.get("seen", 0.0))
         others = {name: stored[name] for name in ("new_head", "left_out", "share") if name in stored}
         return cls(responses, length.changed(steps, epochs, train_batch_size), **others)
 
@@ -261,9 +261,15 @@ def made_by_torch(scheduler: Any) -> Any:
 
 
 def schedule_of(settings: Any, scheduler: Any = None, steps: int = 0) -> str:
-    """Name the schedule of a trainer's arguments, with its own settings; another that was made by what it does."""
+    """Name the schedule of a trainer's arguments, with its own settings; another that was made by what it does.
+
+    A warm-up of more than half of the steps is named, too.
+    """
     name = str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type))
-    own = ", ".join(f"{key}={value}" for key, value in (settings.lr_scheduler_kwargs or {}).items())
+    given, warmup = settings.lr_scheduler_kwargs or {}, settings.get_warmup_steps(steps)
+    own = ", ".join(f"{key}={value}" for key, value in given.items())
+    if scheduler is None and warmup > max(1, steps / 2):
+        own += f"{', ' * bool(own)}a warm-up of {warmup} of {steps} steps"
     made = made_by_torch(scheduler)
     if made is None or own or name not in SCHEDULES:
         return f"{name} ({own})" if own else name
@@ -275,10 +281,12 @@ def _is_curve(scheduler: Any, name: str, steps: int) -> bool:
     for function in getattr(scheduler, "lr_lambdas", ()):
         factors = [function(step) for step in range(steps + 1)]
         highest = factors.index(max(factors))
+        if highest > max(1, steps / 2):
+            return False
         for step in range(highest, steps + 1):
             share = (step - highest) / max(1, steps - highest)
             expected = 1 - share if name == "linear" else (1 + math.cos(math.pi * share)) / 2
-            if abs(factors[step] - expected) > 0.01:
+            if not abs(factors[step] - expected) <= 0.01:  # nor where it is NaN
                 return False
     return steps > 0 and hasattr(scheduler, "lr_lambdas")
 

@@ -21,6 +21,7 @@ class TrainingLength:
         batch_size: Examples in a step, of all processes and of all batches that are accumulated.
         rows: Number of different examples; None if it is unknown, as of a stream: then none repeats.
         why: Where the number of steps comes from, in words; empty if it was given.
+        seen: How often an example of a step is seen in all, in the mean, where examples are drawn by weights; else 0.
 
     Raises:
         LoraInitError: One of these is no number of at least 1, or a step has more examples than there are.
@@ -30,6 +31,7 @@ class TrainingLength:
     batch_size: int = BATCH_SIZE
     rows: int | None = None
     why: str = ""
+    seen: float = 0.0
 
     def __post_init__(self) -> None:
         if not is_number(self.steps) or self.steps < 1 or self.steps % 1:
@@ -110,7 +112,7 @@ class TrainingLength:
     @property
     def epochs(self) -> float:
         """How often an example is seen; 1 where none repeats, or their number is unknown."""
-        return max(1.0, self.steps / self.steps_an_epoch)
+        return max(1.0, self.seen or self.steps / self.steps_an_epoch)
 
     def __str__(self) -> str:
         """Write it as a part of a sentence.
@@ -119,7 +121,10 @@ class TrainingLength:
             >>> print(TrainingLength(480, rows=900))
             480 steps of 8 (4.2 epochs of 900 examples)
         """
-        repeats = f"{self.epochs:.1f} epochs of {self.rows:,} examples" if self.epochs >= 1.05 else ""
+        repeats = ""
+        if self.epochs >= 1.05:
+            epochs = f"{self.epochs:.1f}"
+            repeats = f"each drawn {epochs} times" if self.seen else f"{epochs} epochs of {self.rows:,} examples"
         of = self.why or repeats
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return f"{steps} of {self.batch_size}" + (f" ({of})" if of else "")

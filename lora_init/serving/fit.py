@@ -42,6 +42,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What stands in front of the same layer in one class of a model and not in another.
 _WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model", "module"}
 _CLASSIFIES = ("SEQ_CLS", "TOKEN_CLS")
+_OTHERWISE = "The adapter was made for this base with {}: that changes what it reads."
 _OTHER_WEIGHTS = "with other weights: another revision, or one that was trained further"
 # What PEFT and transformers raise where a configuration and a model do not go together.
 _REFUSED = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError, ImportError, re.error)
@@ -397,7 +398,7 @@ def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | s
     if model is not None and made and not made.get("quantisation"):
         misfits = _of_recorded_base(adapter, made, model, tensors)
         if not misfits and (odd := differing_config(made.get("settings"), model_config(model))):
-            yield f"The adapter was made for this base with {odd}: that changes what it reads."
+            yield _OTHERWISE.format(odd)
         if misfits is not None:
             yield from misfits
             return
@@ -443,9 +444,12 @@ def _of_named_base(
         yield f"The adapter names {named!r} as its base, with which {source!r} could not be compared."
         return
     body = {"task_type": "FEATURE_EXTRACTION"} if adapter.config.get("task_type") in _CLASSIFIES else {}
-    first, second = (_fingerprint(build_base(body, source, config), found) for found in (tensors, theirs))
-    if first != second:
+    made, now = build_base(body, source, other), build_base(body, source, config)
+    odd = differing_config(model_config(made), model_config(now))
+    if _fingerprint(made, theirs) != _fingerprint(now, tensors):
         yield Misfit("base", CONFIG_FILE, f"names {named!r}, which is a base of the same form {_OTHER_WEIGHTS}.")
+    elif odd:
+        yield _OTHERWISE.format(odd)
 
 
 def _architecture(config: Any) -> str:

@@ -7,6 +7,7 @@ import inspect
 import random
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from itertools import tee
 from typing import Any
 
@@ -79,11 +80,10 @@ class TrainerDoor:
     @property
     def length(self) -> TrainingLength | None:
         """How long it will train, by its own count of steps; None if neither its arguments nor its data say so."""
-        args, rows = self.trainer.args, self.trainer.train_dataset
-        if not has_length(rows):
-            return length_of(args, args.max_steps) if args.max_steps > 0 else None
-        counted = self.trainer.set_initial_training_values
+        args, counted = self.trainer.args, self.trainer.set_initial_training_values
         with _loader(self.trainer) as loader:
+            if not has_length(getattr(loader, "dataset", None)):
+                return length_of(args, args.max_steps) if args.max_steps > 0 else None
             given = {"args": args, "dataloader": loader, "total_train_batch_size": examples_of_a_step(args)}
             taken = inspect.signature(counted).parameters  # transformers 4 has the last one
             steps = counted(**{name: given[name] for name in given if name in taken})[-1]
@@ -92,7 +92,8 @@ class TrainerDoor:
     @property
     def optimizer(self) -> str:
         """The optimizer that it will train with, by the name of its setting or class."""
-        if self._has_own("create_optimizer") or self._has_own("get_optimizer_cls_and_kwargs"):
+        methods = ("create_optimizer", "get_optimizer_cls_and_kwargs", "create_optimizer_and_scheduler")
+        if any(map(self._has_own, methods)):
             return f"that {self.name} makes itself"
         made, setting = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args.optim
         return getattr(made[0], "__name__", str(made[0])) if made else str(getattr(setting, "value", setting))
@@ -113,11 +114,10 @@ class TrainerDoor:
     @property
     def schedule(self) -> str:
         """The schedule of its rate, see `schedule_of`; or that a method of one's own makes it."""
-        if self._has_own("create_scheduler"):
+        if self._has_own("create_scheduler") or self._has_own("create_optimizer_and_scheduler"):
             return f"that {self.name} makes itself"
-        made = self.trainer.lr_scheduler
-        length = None if made is None else self.length
-        return schedule_of(self.trainer.args, made, length.steps if length else 0)
+        length = self.length
+        return schedule_of(self.trainer.args, self.trainer.lr_scheduler, length.steps if length else 0)
 
     def check_rate(self) -> None:
         """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""
@@ -282,7 +282,7 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     """Describe a training of so many steps by a trainer's arguments and its loader, which may have batches of its own.
 
     Examples that no batch of an epoch has, as with `dataloader_drop_last` or a sampler of a part, do not count. Those
-    that are drawn by weights count by Kish's effective number: how often one that is drawn was drawn, in the mean.
+    that are drawn by weights repeat as they do in Kish's effective number of rows, (sum w)^2 / sum w^2.
     """
     batch_size, data = examples_of_a_step(args), getattr(loader, "dataset", None)
     if not isinstance(data, Sized) or not len(data):
@@ -293,11 +293,12 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     # One that draws `num_samples` of them anew in each epoch sees others each time.
     sampler = _sampler_of(loader)
     draws = isinstance(sampler, (RandomSampler, WeightedRandomSampler)) and sampler.num_samples < len(data)
-    known = len(data)
-    if isinstance(sampler, WeightedRandomSampler):
-        known = round(float(sampler.weights.sum() ** 2 / (sampler.weights**2).sum()))
-    rows = known if draws else min(known, len(loader) * each)
-    return TrainingLength(int(steps), min(each * args.gradient_accumulation_steps, rows), rows)
+    rows = len(data) if draws else min(len(data), len(loader) * each)
+    length = TrainingLength(int(steps), min(each * args.gradient_accumulation_steps, rows), rows)
+    if not isinstance(sampler, WeightedRandomSampler) or not sampler.replacement:
+        return length
+    effective = float(sampler.weights.sum() ** 2 / (sampler.weights**2).sum())
+    return replace(length, seen=length.steps * length.batch_size / effective)
 
 
 def _sampler_of(loader: Any) -> Any:

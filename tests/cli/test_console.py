@@ -11,8 +11,9 @@ import typer
 from lora_init import Statistics
 from lora_init.cli import app as cli
 from lora_init.cli import console
+from lora_init.cli.commands import common_options
 from lora_init.cli.console import in_words, one_line_errors
-from lora_init.errors import LoraInitError, explain
+from lora_init.errors import LoraInitError, explain, warn
 from tests.assets import EXAMPLES
 from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here
@@ -128,7 +129,7 @@ def test_quiet_prints_warnings_and_what_was_asked_for_but_no_summary(command, tm
 
 def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
     with one_line_errors():
-        warnings.warn_explicit("ours\nis long", UserWarning, "adapter.py", 1, module="lora_init.adapter")
+        warn("ours\nis long")
         warnings.warn_explicit("theirs", UserWarning, "other.py", 1, module="transformers.other")
     assert capsys.readouterr().err == "warning: ours is long\n"
 
@@ -152,7 +153,7 @@ def test_an_error_names_options_and_each_way_in_writes_them_its_way(
     init = typer.main.get_command(cli.app).commands["init"]
     monkeypatch.setattr(console, "running", console._Running())
     assert str(error) == explain(error, in_words) == f"rank=3, '{{x}}': {in_python} is wrong."
-    console._common(init.make_context("init", [], resilient_parsing=True))
+    common_options(init.make_context("init", [], resilient_parsing=True))
     assert explain(error, in_words) == f"rank=3, '{{x}}': {on_the_command_line} is wrong."
     within = LoraInitError("{template} has no {rank}.", template="{rank}", rank=3)
     assert str(within) == "template='{rank}' has no rank=3."

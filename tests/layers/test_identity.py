@@ -55,13 +55,16 @@ def test_a_configuration_is_known_by_what_it_computes():
     assert differing_config(rope | {"config.layerdrop": 0.1}, rope | model_config(model)) == ""
 
 
-def test_a_padding_token_counts_where_positions_are_counted_from_it():
-    from transformers import RobertaConfig, RobertaModel
+def test_tokens_count_where_they_decide_what_a_module_computes():
+    from transformers import CLIPTextConfig, CLIPTextModel, RobertaConfig, RobertaModel
 
     sizes = dict(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     one, other = (RobertaModel(RobertaConfig(**sizes, pad_token_id=token)) for token in (1, 2))
     said = differing_config(json.loads(json.dumps(model_config(one))), model_config(other))
-    assert said == "padding token of embeddings.position_embeddings 1 instead of 2"
+    assert said == "padding of embeddings.position_embeddings 1 instead of 2"
+    sizes = dict(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    one, other = (model_config(CLIPTextModel(CLIPTextConfig(**sizes, eos_token_id=token))) for token in (3, 4))
+    assert differing_config(one, other).endswith("3 instead of 4")
     llama = tiny_llama()
     before = model_config(llama)
     llama.config.pad_token_id = 5

@@ -9,7 +9,15 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
-from transformers import TrainingArguments, XLMConfig, XLMModel, get_cosine_schedule_with_warmup, get_scheduler
+from transformers import (
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    TrainingArguments,
+    XLMConfig,
+    XLMModel,
+    get_cosine_schedule_with_warmup,
+    get_scheduler,
+)  # fmt: skip
 
 import lora_init
 from lora_init import build_adapter, collect, learning_rate
@@ -312,6 +320,8 @@ def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, sc
     ("cosine", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 1, 8, num_cycles=2), "LambdaLR"),
     ("cosine", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 1, 12), "LambdaLR"),  # of a longer training
     ("linear", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 3, 8), "cosine"),
+    ("cosine", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 8, 8), "LambdaLR"),  # which only rises
+    ("cosine", {}, lambda adam: torch.optim.lr_scheduler.LambdaLR(adam, lambda step: math.nan), "LambdaLR"),
     ("cosine", {}, torch.optim.lr_scheduler.ConstantLR, "ConstantLR"),
     ("cosine_with_restarts", {}, "cosine_with_restarts", "cosine_with_restarts"),
 ])  # fmt: skip
@@ -369,11 +379,17 @@ def own_classifier():
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
+def tiny_roberta():
+    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    return RobertaForSequenceClassification(RobertaConfig(**sizes, pad_token_id=1)).eval()
+
+
 # A model, what PEFT is told to train whole, a batch, and whether that is a new head.
 TOKENS = {"input_ids": torch.arange(3, 63).reshape(6, 10)}
 WHOLE = {
     "by the task type": (tiny_bert, dict(task_type="SEQ_CLS"), TOKENS, True),
     "by its name": (tiny_bert, dict(modules_to_save=["classifier"]), TOKENS, True),
+    "by its parts": (tiny_roberta, dict(modules_to_save=["classifier.dense", "out_proj"]), TOKENS, True),
     "of images": (tiny_vit, dict(modules_to_save=["classifier"]), {"pixel_values": torch.rand(2, 1, 16, 16)}, True),
     "of one's own": (own_classifier, dict(modules_to_save=["4"]), torch.rand(9, 16).double(), True),
     "nothing": (tiny_bert, {}, TOKENS, False),

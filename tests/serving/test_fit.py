@@ -250,6 +250,21 @@ def test_a_base_of_another_configuration_is_told_of(bases, tmp_path, name):
     assert ["rms_norm_eps" in " ".join(said) for said in notes] == [False, True]
 
 
+def test_the_configuration_of_the_base_that_an_adapter_names_is_compared(bases, tmp_path):
+    """PEFT keeps no record: the base that it names is there, and this one has the same weights."""
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(bases / "llama")})
+    )
+    shutil.copytree(bases / "llama", tmp_path / "base")
+    notes = [check_fit(directory, str(tmp_path / "base")).notes]
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    notes.append(check_fit(directory, str(tmp_path / "base")).notes)
+    assert ["rms_norm_eps" in " ".join(said) for said in notes] == [False, True]
+
+
 def test_no_code_that_comes_with_a_base_is_run(bases, tmp_path):
     directory = adapter(bases, "llama", tmp_path / "a", **QV)
     shutil.copytree(bases / "llama", tmp_path / "custom")

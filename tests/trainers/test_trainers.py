@@ -391,23 +391,50 @@ def test_a_measured_rate_reaches_an_optimizer_that_was_given_with_its_own(tmp_pa
     assert used == {trainer.args.learning_rate} and trainer.args.learning_rate not in (1e-5, 1e-2)
 
 
+def by_weights(weights, n, replacement=True):
+    return lambda data: torch.utils.data.WeightedRandomSampler(weights, n, replacement)
+
+
 @pytest.mark.parametrize(
-    ("sampler", "rows"),
+    ("sampler", "rows", "epochs"),
     [
-        (lambda data: torch.utils.data.SubsetRandomSampler(range(8)), 8),
-        (lambda data: torch.utils.data.RandomSampler(data, num_samples=8), 16),  # others in each epoch
-        (lambda data: torch.utils.data.WeightedRandomSampler([1.0] * 16, 8), 16),
-        (lambda data: torch.utils.data.WeightedRandomSampler([1.0] * 4 + [0.0] * 12, 16), 4),
-        (lambda data: torch.utils.data.WeightedRandomSampler([3.0] * 4 + [1.0] * 12, 8), 12),  # 24^2 / 48
-        (torch.utils.data.RandomSampler, 16),
+        (lambda data: torch.utils.data.SubsetRandomSampler(range(8)), 8, 4),
+        (lambda data: torch.utils.data.RandomSampler(data, num_samples=8), 16, 2),  # others in each epoch
+        (by_weights([1.0] * 16, 8), 16, 2),
+        (by_weights([1.0] * 4 + [0.0] * 12, 16), 16, 16),
+        (by_weights([1.0] + [0.0] * 15, 16), 16, 64),  # fewer than a step has
+        (by_weights([3.0] * 4 + [1.0] * 12, 8), 16, 8 / 3),  # 24^2 / 48 rows
+        (by_weights([3.0] * 4 + [1.0] * 12, 16, replacement=False), 16, 4),
+        (torch.utils.data.RandomSampler, 16, 4),
     ],
 )
-def test_the_examples_of_an_epoch_are_those_that_its_sampler_draws(sampler, rows, tmp_path, tokenizer):
-    trainer = plain(tmp_path, tokenizer, num_train_epochs=4, max_steps=-1, dataloader_drop_last=rows >= 12)
+def test_the_examples_of_an_epoch_are_those_that_its_sampler_draws(sampler, rows, epochs, tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer, num_train_epochs=4, max_steps=-1, dataloader_drop_last=rows == 16)
     trainer.train_dataset = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
     trainer._get_train_sampler = lambda *given: sampler(trainer.train_dataset)
     length = TrainerDoor(trainer).length
     assert length.rows == rows and length.steps == len(trainer.get_train_dataloader()) * 4
+    assert length.epochs == pytest.approx(epochs)
+    assert (f"each drawn {epochs:.1f} times" in str(length)) == bool(length.seen)
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self):
+        rows = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
+        return torch.utils.data.DataLoader(rows, 4, shuffle=True, collate_fn=self.data_collator)
+
+
+def test_the_length_of_a_trainer_with_a_loader_of_its_own_is_that_of_its_loader(tmp_path, tokenizer):
+    trainer = of_class(OwnLoader)(tmp_path, tokenizer)
+    trainer.train_dataset, trainer.args.max_steps = None, 24
+    length = TrainerDoor(trainer).length
+    assert (length.steps, length.batch_size, length.rows, length.epochs) == (24, 4, 16, 6)
+
+
+def test_a_warm_up_of_more_than_half_of_the_steps_is_told_of(tmp_path, tokenizer):
+    assert TrainerDoor(plain(tmp_path, tokenizer, max_steps=8, warmup_steps=4)).schedule == "linear"
+    trainer = plain(tmp_path, tokenizer, max_steps=8, warmup_steps=5)
+    assert TrainerDoor(trainer).schedule == "linear (a warm-up of 5 of 8 steps)"
 
 
 def trained(trainer):
