@@ -56,7 +56,7 @@ def common_options(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function, with the options of `common_options`; a dataclass stands for those that its fields are."""
+    """Make a command of a function, with `common_options`; a dataclass stands for the options that its fields are."""
     own = _parameters(function)
     shared: dict[str, Any] = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
 

@@ -90,7 +90,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 @dataclass
-class _Running:
+class Running:
     """The command that runs: its options by the name of the argument, as switched on and off, and how much it says."""
 
     options: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class _Running:
     as_json: bool = False
 
 
-running = _Running()
+running = Running()
 
 
 def given(arguments: Iterable[str]) -> list[str]:

@@ -10,8 +10,7 @@ import typer
 
 from lora_init import Statistics
 from lora_init.cli import app as cli
-from lora_init.cli import console
-from lora_init.cli.commands import common_options
+from lora_init.cli import commands, console
 from lora_init.cli.console import in_words, one_line_errors
 from lora_init.errors import LoraInitError, explain, warn
 from tests.assets import EXAMPLES
@@ -151,9 +150,11 @@ def test_an_error_names_options_and_each_way_in_writes_them_its_way(
 ):
     error = LoraInitError(f"rank=3, '{{x}}': {{{next(iter(options))}}} is wrong.", **options)
     init = typer.main.get_command(cli.app).commands["init"]
-    monkeypatch.setattr(console, "running", console._Running())
+    fresh = console.Running()
+    for module in (console, commands):
+        monkeypatch.setattr(module, "running", fresh)
     assert str(error) == explain(error, in_words) == f"rank=3, '{{x}}': {in_python} is wrong."
-    common_options(init.make_context("init", [], resilient_parsing=True))
+    commands.common_options(init.make_context("init", [], resilient_parsing=True))
     assert explain(error, in_words) == f"rank=3, '{{x}}': {on_the_command_line} is wrong."
     within = LoraInitError("{template} has no {rank}.", template="{rank}", rank=3)
     assert str(within) == "template='{rank}' has no rank=3."
