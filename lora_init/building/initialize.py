@@ -14,7 +14,7 @@ from lora_init.adapters.asked import Asked, Options, takes
 from lora_init.adapters.carriers import Carrier
 from lora_init.adapters.config import read_config
 from lora_init.adapters.peft_model import check_plain, is_filled
-from lora_init.building.pipeline import Source, choose, run
+from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, warn
 from lora_init.trainers.registry import find_carrier, find_trainer, is_trainer
 
@@ -112,14 +112,14 @@ def initialize(
             asked = read_config(carrier.model, config, asked)
         with carrier.opened(choose(asked, classifies)) as opened:
             fed, read = carrier.feed(batches, opened)
-            return _applied(run(Source(carrier, fed, tokenizer), read), carrier, adapter_name)
+            return _applied(run(carrier, fed, read, tokenizer), carrier, adapter_name)
     _check_beside_trainer(config, batches, tokenizer)
     began, door = time.perf_counter(), find_trainer(model)
     if learning_rate:
         door.check_rate()
     with door.opened(choose(asked, classifies or door.classifies)) as (read, own):
-        source = Source(door.carrier, own) if batches is None else Source(door.carrier, batches, tokenizer)
-        init = replace(run(source, read), length=door.length)
+        given = own if batches is None else batches
+        init = replace(run(door.carrier, given, read, tokenizer), length=door.length)
         adapted = _applied(init, door.carrier, adapter_name)
     door.hand_over(adapted)
     if learning_rate and init.rate:

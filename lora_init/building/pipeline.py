@@ -1,7 +1,8 @@
 """The steps from a model and data to an adapter, which `initialize`, `init`, the callback and `compare` share.
 
-These entrances differ in where model, data and statistics come from: a `Source` knows that, and may do a step in its
-own way. The options travel as an `Asked`, with the start in it; the batches travel as `Examples`.
+Each step is a function: it takes what it needs and returns what it made. `run` composes them for a model in memory,
+`cli.init` for one that has a name, `comparison.starts` builds from what its runs share. The options travel as an
+`Asked`, with the start in it; the batches travel as `Examples`.
 """
 
 from __future__ import annotations
@@ -48,85 +49,61 @@ class Examples:
     data: str = ""  # in words
 
 
-def run(source: Source, asked: Asked) -> AdapterInit:
-    """Make an adapter from a model and data. All processes of a distributed run call this together."""
-    asked = source.check(asked)
-    examples, asked = source.read(asked)
-    model, asked = source.load(examples, asked)
-    stats, asked = source.collect(model, examples, asked)
-    ranks = source.allocate(stats, asked)
-    return source.build(model, stats, ranks, examples, asked)
+def run(carrier: Carrier, given: Any, asked: Asked, tokenizer: Any = None) -> AdapterInit:
+    """Make an adapter for a model in memory, from batches, or from data and a tokenizer.
+
+    All processes of a distributed run call this together.
+    """
+    check(asked)
+    carrier.check(asked.start)
+    examples = take(given, carrier.model, asked, tokenizer)
+    if not carrier.in_place:  # else its LoraConfig says what is trained whole
+        asked = fit_to(carrier.model, asked, examples.classes)
+    stats, asked = collect_for(carrier.model, examples, asked)
+    ranks = allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho)
+    return build(carrier.model, stats, ranks, asked, examples.aside)
 
 
-class Source:
-    """A model in memory with batches, or with data and a tokenizer. Subclasses replace single steps."""
+def take(given: Any, model: nn.Module, asked: Asked, tokenizer: Any) -> Examples:
+    """Read data with a tokenizer, or take batches; hold some out if the start needs a loss."""
+    if tokenizer is not None:
+        known = classes_of(getattr(model, "config", None))
+        return split(*read(given, tokenizer, asked, encoder_of(model) is not None, known), asked.measures)
+    idle = [name for part in (asked.reading, asked.sample) for name in vars(part) if name in asked.given]
+    if idle:
+        raise LoraInitError(f"{', '.join(idle)}: only texts are read like that. Pass tokenizer=, or leave it out.")
+    _check_tokens(given)
+    return split(as_batches(given, model, asked.run.seed), (), asked.measures)
 
-    rho: float | None = None  # how many times the rank the pass keeps, if that is more than the ranks need
 
-    def __init__(self, carrier: Carrier, given: Any, tokenizer: Any = None) -> None:
-        self.carrier, self.given, self.tokenizer = carrier, given, tokenizer
+def collect_for(
+    model: nn.Module, examples: Examples, asked: Asked, rho: float | None = None
+) -> tuple[Statistics, Asked]:
+    """Collect the statistics that the start needs; without gradients, the default start takes its place.
 
-    def check(self, asked: Asked) -> Asked:
-        """Validate the options that need no data."""
-        check(asked)
-        self.carrier.check(asked.start)
-        return asked
+    The pass keeps `rho` times the rank, by default what the ranks need. The options that are returned name the start
+    that was taken.
+    """
+    if asked.start.by_error:  # refuses before the pass what cannot be read after it
+        layers = find_targets(model, **vars(asked.layers)).layers
+        QuantizationErrors(model, layers, asked.correction.weights)
 
-    def read(self, asked: Asked) -> tuple[Examples, Asked]:
-        """Read batches, and hold some out if the start needs a loss."""
-        model = self.carrier.model
-        if self.tokenizer is not None:
-            known = classes_of(getattr(model, "config", None))
-            found = read(self.given, self.tokenizer, asked, seq2seq=encoder_of(model) is not None, known=known)
-            return split(*found, asked.measures), asked
-        idle = [name for part in (asked.reading, asked.sample) for name in vars(part) if name in asked.given]
-        if idle:
-            raise LoraInitError(f"{', '.join(idle)}: only texts are read like that. Pass tokenizer=, or leave it out.")
-        _check_tokens(self.given)
-        return split(as_batches(self.given, model, asked.run.seed), (), asked.measures), asked
+    def collect_by(asked: Asked) -> Statistics:
+        run = replace(asked.run, gradients=asked.by_gradient, data=asked.run.data or examples.data)
+        options = {name: value for name, value in vars(run).items() if value is not None}
+        return collect(
+            model, examples.batches, **vars(asked.layers), **options, rank=asked.ranks.rank,
+            rho=max(rho or asked.ranks.rho, SPARE),
+        )  # fmt: skip
 
-    def load(self, examples: Examples, asked: Asked) -> tuple[nn.Module, Asked]:
-        """Return the model, and the options with those that depend on the model filled in."""
-        if self.carrier.in_place:  # whose LoraConfig says what is trained whole
-            return self.carrier.model, asked
-        return self.carrier.model, fit_to(self.carrier.model, asked, examples.classes)
-
-    def collect(self, model: nn.Module, examples: Examples, asked: Asked) -> tuple[Statistics, Asked]:
-        """Collect the statistics that the start needs; without gradients, the default start takes its place.
-
-        The options that are returned name the start that was taken.
-        """
-        if asked.start.by_error:  # refuses before the pass what cannot be read after it
-            layers = find_targets(model, **vars(asked.layers)).layers
-            QuantizationErrors(model, layers, asked.correction.weights)
-
-        def collect_for(asked: Asked) -> Statistics:
-            run = replace(asked.run, gradients=asked.by_gradient, data=asked.run.data or examples.data)
-            options = {name: value for name, value in vars(run).items() if value is not None}
-            return collect(
-                model, examples.batches, **vars(asked.layers), **options, rank=asked.ranks.rank,
-                rho=max(self.rho or asked.ranks.rho, SPARE),
-            )  # fmt: skip
-
-        try:
-            return collect_for(asked), asked
-        except NoGradientsError as error:  # before any batch is read
-            if asked.method is not None:
-                raise
-            said = f"{error} So the start is {DEFAULT}, from what the layers read."
-            warn(said)
-        asked = replace(asked.but(gradients=False), start=find_start(DEFAULT))
-        return collect_for(asked), asked
-
-    def allocate(self, stats: Statistics, asked: Asked) -> RankAllocation:
-        """Share the ranks out among the layers."""
-        return allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho)
-
-    def build(
-        self, model: nn.Module, stats: Statistics, ranks: RankAllocation, examples: Examples, asked: Asked
-    ) -> AdapterInit:
-        """Build the adapter, and measure its loss if the start needs that."""
-        return build(model, stats, ranks, asked, examples.aside)
+    try:
+        return collect_by(asked), asked
+    except NoGradientsError as error:  # before any batch is read
+        if asked.method is not None:
+            raise
+        warn(f"{error} So the start is {DEFAULT}, from what the layers read.")
+    asked = replace(asked.but(gradients=False), start=find_start(DEFAULT))
+    return collect_by(asked), asked
 
 
 def choose(asked: Asked, classifies: bool) -> Asked:
@@ -173,7 +150,7 @@ def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn:
 
 
 def read(
-    source: Any, tokenizer: Any, asked: Asked, *, seq2seq: bool, known: Sequence[str]
+    source: Any, tokenizer: Any, asked: Asked, seq2seq: bool, known: Sequence[str]
 ) -> tuple[Batches, Sequence[Any]]:
     """Read the sample and, where a loss is measured, examples beyond it."""
     sample, run = asked.sample, asked.run

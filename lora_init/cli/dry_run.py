@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lora_init.adapters.asked import Asked
     from lora_init.cli.options import LoadingQuantized
-    from lora_init.cli.source import Named
+    from lora_init.cli.source import Opened
     from lora_init.loading.batches import Batches
 
 # How much longer a pass takes than its matrix products alone (measured: 1.4 to 1.74), and with backward passes.
@@ -30,15 +30,17 @@ STATE = 15
 _MARGIN = 1.5
 
 
-def estimate(source: Named, batches: Batches | None, asked: Asked) -> dict[str, Any]:
+def estimate(read: Opened, loading: LoadingQuantized, asked: Asked, rho: float) -> dict[str, Any]:
     """Compute how many layers take an adapter, and what that and the pass would cost, in plain values.
 
-    Without `batches` there would be no pass. The parameters are for one rank everywhere; the time is for an idle
-    machine: beside other work a pass of 21 s was seen to take 59 s. `operations` are matrix products.
+    A pass keeps `rho` times the rank; without batches there would be none. The parameters are for one rank everywhere;
+    the time is for an idle machine: beside other work a pass of 21 s was seen to take 59 s. `operations` are matrix
+    products.
     """
     import transformers
 
-    rank, opened, loading, shape = asked.ranks.rank, source.opened, source.loading, asked.shape
+    rank, opened, shape = asked.ranks.rank, read.model, asked.shape
+    batches: Batches | None = read.examples.batches
     with torch.device("meta"):  # no weights
         loader = getattr(transformers, opened.auto_class)
         model = loader.from_config(opened.config, trust_remote_code=loading.trust_remote_code)
@@ -61,7 +63,7 @@ def estimate(source: Named, batches: Batches | None, asked: Asked) -> dict[str, 
         "batches": len(used),
         "tokens": tokens,
         "weights_bytes": weights_bytes,
-        "statistics_bytes": round(STATE * rank * (source.rho or 1.0) * 4 * sum(width for _, width in shared)),
+        "statistics_bytes": round(STATE * rank * rho * 4 * sum(width for _, width in shared)),
         "offloaded_bytes_read": weights_bytes * len(used),
         "operations": operations,
         "operations_per_second": per_second,

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Asked, Correction, Layers, PassOptions, Ranks, Reading, Sample, Shape
 from lora_init.cli.commands import offered
-from lora_init.cli.console import importing, print_result, process_group, process_rank, refuse_idle
+from lora_init.cli.console import busy, importing, print_result, process_group, process_rank, refuse_idle
 from lora_init.cli.options import Length, LoadingQuantized, of_adapter
 from lora_init.cli.summary import show_bank_summary, show_summary, summary_of, summary_of_bank
 from lora_init.errors import LoraInitError, require
@@ -103,35 +103,45 @@ def init(
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
     with importing(model, data):
+        from lora_init.bank.store import open_bank
         from lora_init.building import pipeline
-        from lora_init.cli.source import Named, Names, OfBank, find_statistics
+        from lora_init.cli import source
+        from lora_init.planning.allocate import allocate_ranks
     _check_words(method, data, from_bank, learning_rate)
-    names = Names(model, data, output, overwrite, statistics.expanduser() if statistics else None, ranks_from)
+    names = source.Names(model, data, output, overwrite, statistics.expanduser() if statistics else None, ranks_from)
     asked = Asked(
         method, reading=reading, sample=sample, ranks=ranks, layers=layers, shape=shape, correction=correction, run=run
     )
-    there = find_statistics(names, asked)
-    source = Named(names, loading, there, length)
-    if from_bank.bank is None:
-        asked = pipeline.choose(asked, sample.label is not None or source.of_classes)
+    there = source.find_statistics(names, asked)
+    bank = None if from_bank.bank is None else open_bank(from_bank.bank)
+    if bank is None:
+        asked = pipeline.choose(asked, sample.label is not None or source.are_of_classes(names, there))
     else:
         asked = replace(asked, start=BANK_WAYS[from_bank.by])
-        source = OfBank(names, loading, there, length, from_bank.bank, from_bank.similarity)
+    asked, plan, rho = source.check_named(names, asked, there, loading.device)
+    opened, asked = source.read_named(names, asked, loading, there, length)
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
 
-        examples, asked = source.read(source.check(asked))
-        print_result(estimate(source, examples.batches, asked), show_estimate)
+        print_result(estimate(opened, loading, asked, rho), show_estimate)
         return
-    built = replace(pipeline.run(source, asked), learning_rate=learning_rate, length=source.length)
-    if process_rank():
-        return
-    built.save_pretrained(output, overwrite=overwrite, model=source.loaded.model)
+    loaded, asked = source.load_named(names, opened, asked, loading, there, plan)
     directory = output.expanduser()  # as it was typed, for the next command
-    if isinstance(source, OfBank):
-        print_result(summary_of_bank(source.found, directory), show_bank_summary, written=True)
-    else:
-        print_result(summary_of(source, directory, built), show_summary, written=True)
+    if bank is not None:
+        found = source.start_of_bank(bank, from_bank.similarity, loaded, opened.examples, asked, there)
+        if not process_rank():
+            built = replace(found.init, length=opened.length)
+            built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
+            print_result(summary_of_bank(found, directory), show_bank_summary, written=True)
+        return
+    stats, asked = source.collect_named(names, loaded.model, opened.examples, asked, there, rho)
+    planned = plan or allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho)
+    with busy(f"computing the start {asked.start.name}"):
+        built = pipeline.build(loaded.model, stats, planned, asked, opened.examples.aside)
+    built = replace(built, learning_rate=learning_rate, length=opened.length)
+    if not process_rank():
+        built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
+        print_result(summary_of(names, stats, planned, directory, built), show_summary, written=True)
 
 
 # What a start from a bank takes of the options about layers, adapter and pass.

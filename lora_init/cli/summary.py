@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from lora_init.adapters.adapter_init import AdapterInit
     from lora_init.bank.start import BankStart
-    from lora_init.cli.source import Named
+    from lora_init.cli.source import Names
     from lora_init.planning.plan import RankAllocation
+    from lora_init.statistics.statistics import Statistics
 
 
 def _how_to_load(model: str, directory: Path, built: AdapterInit) -> str:
@@ -44,14 +45,15 @@ def _next(directory: Path) -> str:
         return f"train it as {directory / 'README.md'} shows; then lora-init inspect TRAINED"
 
 
-def summary_of(source: Named, directory: Path, built: AdapterInit) -> dict[str, Any]:
+def summary_of(
+    names: Names, stats: Statistics, ranks: RankAllocation, directory: Path, built: AdapterInit
+) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
     from lora_init.adapters.card import correction_of, start_in_words
     from lora_init.adapters.directory import WEIGHTS_FILE, AdapterDirectory
     from lora_init.serving.support import serving_note
 
-    stats, ranks, file = source.stats, source.ranks, source.names.file
-    made = stats.provenance
+    made, file = stats.provenance, names.file
     shares = {name: share for name, share in stats.held_out.items() if math.isfinite(share)}
     worst = min(shares, key=shares.__getitem__, default=None)
     before, after = built.losses or (None, None)
@@ -92,7 +94,7 @@ def summary_of(source: Named, directory: Path, built: AdapterInit) -> dict[str, 
         "quantisation": made.quantisation,
         "seconds": made.seconds,
         "serving": serving_note(ranks, written.config, written.shapes, base_change),
-        "load": _how_to_load(source.names.model, directory, built),
+        "load": _how_to_load(names.model, directory, built),
         "recommended": built.recommended,
         "train": built.how_to_train,
         "next": _next(directory),

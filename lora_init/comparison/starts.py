@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked, PassOptions, Shape
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
 from lora_init.adapters.peft_model import adapter_layers, check_fits, load_adapter, match_modes, remember
@@ -24,7 +23,7 @@ from lora_init.bank.embeddings import embed
 from lora_init.bank.start import start_from_bank
 from lora_init.bank.store import Bank
 from lora_init.building.build import build_adapter, rank_with_frozen_a
-from lora_init.building.pipeline import Examples, Source, build, run
+from lora_init.building.pipeline import build
 from lora_init.building.quantized import QuantizationErrors
 from lora_init.collection.losses import batch_loss, mean_loss
 from lora_init.comparison.variants import Variant
@@ -249,49 +248,21 @@ def _blank(basis: Basis, variance: float = 0.0) -> Statistics:
     )
 
 
-class Shared(Source):
-    """A model, examples and statistics that runs of a comparison share; ranks are those of the start's recipe."""
-
-    def __init__(self, asked: Variant, recipe: Recipe, basis: Basis, stats: Statistics) -> None:
-        self.variant, self.recipe, self.basis, self.stats = asked, recipe, basis, stats
-
-    def check(self, asked: Asked) -> Asked:
-        """Return it as it is: what cannot be built was refused when the comparison began."""
-        return asked
-
-    def read(self, asked: Asked) -> tuple[Examples, Asked]:
-        """Return the batches that are set aside, for a start that measures a loss."""
-        return Examples((), self.basis.aside() if asked.start.takes_step else ()), asked
-
-    def load(self, examples: Examples, asked: Asked) -> tuple[nn.Module, Asked]:
-        """Return the plain model."""
-        return self.basis.model, asked
-
-    def collect(self, model: nn.Module, examples: Examples, asked: Asked) -> tuple[Statistics, Asked]:
-        """Return the statistics."""
-        return self.stats, asked
-
-    def allocate(self, stats: Statistics, asked: Asked) -> RankAllocation:
-        """Allocate as many ranks, or as many parameters, as `random` has."""
-        recipe, rank, equal = self.recipe, self.basis.shape.rank, self.variant.equal_parameters
-        targets = [stats.targets[name] for name in stats]
-        of_policy: dict[str, Any] = dict(rho=recipe.rho, policy=recipe.policy)
-        if equal and recipe.freeze_a:  # the statistics are for twice the rank
-            alike = min(2 * rank, rank_with_frozen_a(targets, rank))
-            ranks = RankAllocation(dict.fromkeys(stats, alike), rank)
-        elif equal:
-            ranks = allocate_ranks(stats, parameters=sum(target.parameters(rank) for target in targets), **of_policy)
-        elif recipe.reads_data and not recipe.start.by_error:  # errors have as many directions as the layer
-            ranks = allocate_ranks(stats, rank=rank, **of_policy)
-        else:
-            ranks = RankAllocation(dict.fromkeys(stats, rank), rank)
-        return replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
-
-    def build(
-        self, model: nn.Module, stats: Statistics, ranks: RankAllocation, examples: Examples, asked: Asked
-    ) -> AdapterInit:
-        """Build the adapter; what quantization took from the weights is known."""
-        return build(model, stats, ranks, asked, examples.aside, self.basis.errors)
+def _ranks_of(asked: Variant, recipe: Recipe, basis: Basis, stats: Statistics) -> RankAllocation:
+    """Allocate the ranks of a recipe: as many ranks, or as many parameters, as `random` has."""
+    rank, equal = basis.shape.rank, asked.equal_parameters
+    targets = [stats.targets[name] for name in stats]
+    of_policy: dict[str, Any] = dict(rho=recipe.rho, policy=recipe.policy)
+    if equal and recipe.freeze_a:  # the statistics are for twice the rank
+        alike = min(2 * rank, rank_with_frozen_a(targets, rank))
+        ranks = RankAllocation(dict.fromkeys(stats, alike), rank)
+    elif equal:
+        ranks = allocate_ranks(stats, parameters=sum(target.parameters(rank) for target in targets), **of_policy)
+    elif recipe.reads_data and not recipe.start.by_error:  # errors have as many directions as the layer
+        ranks = allocate_ranks(stats, rank=rank, **of_policy)
+    else:
+        ranks = RankAllocation(dict.fromkeys(stats, rank), rank)
+    return replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
 
 
 @singledispatch
@@ -303,7 +274,9 @@ def _put(start: Start, asked: Variant, basis: Basis, stats: Statistics) -> tuple
         shape=Shape(lora_alpha=basis.shape.lora_alpha, freeze_a=asked.recipe.freeze_a),
         run=PassOptions(seed=basis.seed, **AS_TRAINED),
     )
-    init = run(Shared(asked, asked.recipe, basis, stats), own)
+    ranks = _ranks_of(asked, asked.recipe, basis, stats)
+    aside = basis.aside() if own.start.takes_step else ()
+    init = build(basis.model, stats, ranks, own, aside, basis.errors)
     return init.apply(basis.model), init.gamma
 
 

@@ -20,7 +20,7 @@ from lora_init.adapters.asked import Asked
 from lora_init.adapters.carriers import InPlace, Wrapped
 from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
-from lora_init.building.pipeline import Source, choose, run
+from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, is_number, warn
 from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
@@ -180,7 +180,7 @@ class StartCallback(TrainerCallback):
                         "measured for that. Leave it out, and tune them."
                     )
                 _check_schedule(rest.get("lr_scheduler"))
-            init = run(Source(carrier, chain([first], batches)), asked.but(data="training batches"))
+            init = run(carrier, chain([first], batches), asked.but(data="training batches"))
             carrier.put(init, "")
         rate = replace(init, length=length_of(args, state.max_steps, train_dataloader)).rate
         if self.measured and rate and _rate_of(optimizer):
