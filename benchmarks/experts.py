@@ -2,14 +2,21 @@
 
 Each family is built with random weights, two blocks and four experts, and goes the whole way: start, rate, training,
 dial, export for each engine, merge, verify. The table says where it ends, with the first words of what was refused.
+
+`sweep` trains SmolLM2-135M-Instruct with its MLPs cut into four experts, which all see every token, at the rule's rate
+and rates a factor of three apart, until the best lies inside: 48 steps of 8 examples of each task of
+`benchmarks.long_runs`, `random` of rank 8 in attention and experts. It appends a line a run to
+`results/experts/sweep.jsonl`, goes on where it was stopped, and prints the best rates by a parabola over log rate.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +24,16 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import lora_init
+from benchmarks import long_runs
+from benchmarks.settings import best_rate, table
+from lora_init.comparison.training import Training, train
 from lora_init.serving.engines import ENGINES
+from tests.layers.made import BOTH, split
 
 RESULTS = Path(__file__).resolve().parent / "results/experts"
 WORDS = 64
@@ -77,10 +88,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+RUNS = RESULTS / "sweep.jsonl"
+ADAPTED = dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], target_parameters=BOTH)
+CUT, TRAINING = 4, Training(48, 8, 0.1, [0, 48])  # experts that an MLP becomes; how each run trains
+REPORTED = 128  # held-out examples
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["sweep"]:
+        sweep()
+        return
     rows = {name: row_of(name) for name in sys.argv[1:] or FAMILIES}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [["family", *columns], ["---"] * (len(columns) + 1)]
@@ -207,6 +227,64 @@ def _exported(trained: Path, folder: Path, engine: str | None) -> str:
         print(engine, error)
         return ""
     return engine or "PEFT"
+
+
+def sweep() -> None:
+    """Train what is left, and print what was measured."""
+    for name in long_runs.TASKS:
+        task = None
+        while (power := _next_power(losses := _losses(name))) is not None:
+            task = task or long_runs.load(name, AutoTokenizer.from_pretrained(_smollm2())).cut(REPORTED, None)
+            with RUNS.open("a") as sink:
+                sink.write(json.dumps(_trained(name, task, power)) + "\n")
+        rule = next(row["rule"] for row in _runs() if row["task"] == name)
+        by_rate = {rule * long_runs.FACTOR**power: loss for power, loss in sorted(losses.items())}
+        best, shown = best_rate(by_rate), [f"{rate:.1e} {loss:.3f}" for rate, loss in by_rate.items()]
+        last = [f"{best:.1e}", f"{rule:.1e}", f"{rule / best:.2f}"] if best else ["at the edge", f"{rule:.1e}", ""]
+        print(table(["task", "loss at each rate", "best rate", "the rule's", "over the best"],
+                    [[name, ", ".join(shown), *last]]))  # fmt: skip
+
+
+def _runs() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+
+def _losses(name: str) -> dict[int, float]:
+    """Return the losses of a task by the power of the factor between rates; infinite where training diverged."""
+    own = [row for row in _runs() if row["task"] == name]
+    return {row["power"]: row["loss"][-1] if row["status"] == "finished" else math.inf for row in own}
+
+
+def _next_power(losses: dict[int, float]) -> int | None:
+    """Return the next power to train at, from the rule's rate on, until the lowest loss lies between two others."""
+    lowest = min(losses, key=losses.__getitem__, default=0)
+    return next((power for power in (lowest, lowest + 1, lowest - 1) if power not in losses), None)
+
+
+def _smollm2() -> Path:
+    import demo_assets
+
+    return demo_assets.smollm2()
+
+
+def _trained(name: str, task: Any, power: int) -> dict[str, Any]:
+    """Train a fresh adapter at a power of the factor times the rule's rate; the base in bfloat16, autocast."""
+    began = time.process_time()
+    dense = AutoModelForCausalLM.from_pretrained(_smollm2(), dtype=torch.float32)
+    torch.manual_seed(0)
+    model = get_peft_model(
+        split(dense, CUT).to(torch.bfloat16), LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **ADAPTED)
+    )
+    sample = [task.batch(items) for items in task.order(1000, 8, 8)]
+    rule = lora_init.learning_rate(model, sample, steps=TRAINING.steps)
+    rate = rule.rate * long_runs.FACTOR**power
+    with torch.autocast("cpu", torch.bfloat16):
+        result = train(model, task, TRAINING, learning_rate=rate, seed=0, plain_loss=1e3)
+    row = {"task": name, "power": power, "rule": rule.rate, "share": rule.share, "rate": rate,
+           "loss": [round(loss, 5) for loss in result.report_loss], "status": result.status,
+           "seconds": round(time.process_time() - began)}  # fmt: skip
+    print(row, flush=True)
+    return row
 
 
 if __name__ == "__main__":

@@ -149,6 +149,16 @@ def _medmcqa() -> Iterator[dict[str, str]]:
 TASKS = {"boolq": (_boolq, 64), "medmcqa": (_medmcqa, 80)}
 
 
+def load(name: str, tokenizer: Any) -> Task:
+    """Read a task, with the examples to report apart."""
+    rows, length = TASKS[name]
+    reading = Loading(max_length=length, report_samples=REPORTED, selection_samples=8, train_samples=10**6, data_seed=3)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / f"{name}.jsonl"
+        data.write_text("\n".join(map(json.dumps, rows())))
+        return load_task(data, tokenizer, reading, 8)
+
+
 def _factor(name: str, training: Training, step: int) -> float:
     """Compute the factor on the rate by a schedule of transformers that begins as ours does."""
     warm = round(training.warmup * training.steps)
@@ -164,16 +174,8 @@ class Bench:
         import demo_assets
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        rows, length = TASKS[task]
         directory = demo_assets.smollm2() if model == "smollm2" else second_family.gemma()
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        reading = Loading(
-            max_length=length, report_samples=REPORTED, selection_samples=8, train_samples=10**6, data_seed=3
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / f"{task}.jsonl"
-            data.write_text("\n".join(map(json.dumps, rows())))
-            self.task: Task = load_task(data, tokenizer, reading, 8)
+        self.task = load(task, AutoTokenizer.from_pretrained(directory))
         # Compiled blocks with plain attention train 2.6 times as fast on a processor.
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.bfloat16, attn_implementation="eager"
