@@ -238,10 +238,13 @@ def _check_config(config: Mapping[str, Any], directory: Path) -> None:
 def _with_renamed_patterns(config: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
     """Write out what patterns say of layers under the names in the file, for their new names."""
     old = {key.partition(".lora_A")[0].removeprefix(PREFIX): new for key, new in renames.items() if ".lora_A" in key}
-    new = {name: re.escape(match["name"]) for name, key in old.items() if (match := _PART.fullmatch(key))}
-    ranks, alphas = _ranks_and_alphas(config, new)
+    names = {name: match["name"] for name, key in old.items() if (match := _PART.fullmatch(key))}
+    for key in config.get("target_parameters") or ():  # whose names patterns have, and the file has not
+        names |= {f"{one.replace('.base_layer', '')}.{end}": f"{new.replace('.base_layer', '')}.{end}"
+                  for one, new in names.items() for end in [str(key).rpartition(".")[2]]}  # fmt: skip
+    ranks, alphas = _ranks_and_alphas(config, names)
     patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
-    return {**config, **{key: {new[name]: value for name, value in of.items()} for key, of in patterns.items()}}
+    return {**config, **{key: {re.escape(names[n]): value for n, value in of.items()} for key, of in patterns.items()}}
 
 
 def _check_pair(name: str, found: Mapping[str, Tensor], path: Path) -> None:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_init import export_adapter
+from lora_init import allocate_ranks, build_adapter, collect, dial, export_adapter
 from lora_init.serving import base as base_room
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.trained import read_trained
@@ -163,6 +163,75 @@ def test_a_merged_model_does_what_peft_does(name, base, tmp_path, monkeypatch):
     assert digests(base) == before and len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     assert shapes(tmp_path / "merged") == shapes(base)
     torch.testing.assert_close(logits(tmp_path / "merged"), logits(base, trained), atol=1e-5, rtol=1e-5)
+
+
+@only("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4")
+@pytest.mark.parametrize("name", ["experts alone", "ranks and alphas", "rsLoRA", "one parameter"])
+def test_each_expert_of_the_merged_checkpoint_is_what_it_was_and_b_a(name, base, tmp_path, request):
+    trained = train(base, tmp_path / "trained", **ADAPTERS[name])
+    export_adapter(trained, tmp_path / "merged", merge_into=str(base))
+    before, after = (
+        {key: tensor.double() for file in sorted(one.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+        for one in (base, tmp_path / "merged")
+    )
+    kind = request.node.callspec.params["base"]
+    if kind in ("gpt_oss", "llama4"):  # which are saved as the model has them
+        changed = {key: delta for key, delta in deltas(base, trained).items() if ".experts." in key}
+    else:
+        owner, *names = CHECKPOINT.get(kind, ("mlp", "gate_proj", "up_proj", "down_proj"))
+        ends = dict(zip(("gate_proj", "up_proj", "down_proj"), names, strict=True))
+        changed = {
+            f"model.layers.{block}.{owner}.experts.{expert}.{ends[projection]}.weight": delta
+            for (block, projection), deltas_of_all in expected_projections(base, trained).items()
+            for expert, delta in enumerate(deltas_of_all)
+        }
+    assert changed and before.keys() == after.keys()
+    for key, tensor in after.items():
+        if key in changed:
+            exact = before[key] + changed[key]
+            assert (tensor - exact).abs().max() <= 2.0**-21 * exact.abs().max(), key  # float32, and B A's rounding
+            assert (tensor - before[key]).abs().max() > 1e-3, key
+        elif ".self_attn." not in key:
+            assert torch.equal(tensor, before[key]), key
+
+
+@only("mixtral", "qwen3_moe", "gpt_oss")
+@pytest.mark.parametrize("prefix", ["base_model.model.model.language_model.", "base_model.model."])
+def test_names_of_experts_with_another_prefix_are_written_anew(prefix, base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
+    shutil.copytree(trained, tmp_path / "renamed")
+    rewrite(
+        tmp_path / "renamed", lambda found: {n.replace("base_model.model.model.", prefix): t for n, t in found.items()}
+    )
+    refused("--rename", tmp_path / "renamed", tmp_path / "served")
+    export_adapter(tmp_path / "renamed", tmp_path / "served", rename=True)
+    torch.testing.assert_close(logits(base, tmp_path / "served"), logits(base, trained), atol=1e-6, rtol=1e-6)
+
+
+@only("mixtral", "gpt_oss", "llama4")
+def test_a_dialed_adapter_adds_of_each_expert_a_share(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
+    adapted = PeftModel.from_pretrained(load(base), trained).eval()
+    found = dial(adapted, strength=0.5)
+    adapted.save_pretrained(tmp_path / "dialed")
+    assert sum("experts" in one for one in found.strengths) == 4
+    before, after = deltas(base, trained), deltas(base, tmp_path / "dialed")
+    for name, delta in before.items():
+        torch.testing.assert_close(after[name], delta / 2, atol=0.0, rtol=1e-6)
+
+
+@only("mixtral", "gpt_oss")
+@pytest.mark.parametrize("budget", [dict(rank=4, rho=2), dict(parameters=9000), dict(megabytes=0.03)])
+def test_a_plan_of_ranks_counts_every_expert(budget, base, tmp_path):
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 64, (8, 12))} for _ in range(6)]
+    stats = collect(load(base), batches, "attention", rank=4, rho=2, target_parameters=BOTH)
+    plan = allocate_ranks(stats, **budget)
+    adapted = build_adapter(stats, plan).apply(load(base))
+    there = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert there == plan.parameters == sum(stats.targets[name].parameters(rank) for name, rank in plan.items())
+    assert there <= budget.get("parameters", math.inf) and plan.megabytes() <= budget.get("megabytes", math.inf)
+    assert {rank for name, rank in plan.items() if "experts" in name} and sum("experts" in n for n in plan) == 4
 
 
 @only("mixtral", "gpt_oss")
