@@ -123,6 +123,12 @@ def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> di
     default = LoraConfig(init_lora_weights=config.init_lora_weights)
     other = [field.name for field in fields(default) if field.name not in (*Shape.of_peft, *_SELECTION, *_DROPPED)]
     changed = [name for name in other if getattr(config, name) != getattr(default, name)]
+    if changed and {*(config.rank_pattern or ())} & {rf".*\.{end}" for end in config.target_parameters or ()}:
+        raise LoraInitError(
+            f"{whose}: PEFT makes target_modules the fused experts of this model, at twice the rank in a part, which "
+            f"{taker} cannot keep. Name other layers in target_modules, and experts in target_parameters: "
+            "['experts.gate_up_proj', 'experts.down_proj']."
+        )
     if changed:
         raise LoraInitError(
             f"{whose} sets {', '.join(changed)}, which {taker} decides itself or cannot keep. Leave it out."

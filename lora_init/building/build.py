@@ -185,7 +185,7 @@ def build_from(
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
     plan = _without_whole_modules(asked, shape.modules_to_save)
     plan = _ranks_there(stats, plan, start)
-    _check_experts([stats.targets[name] for name in plan], shape.use_dora, shape.lora_dropout)
+    check_experts([stats.targets[name] for name in plan], shape)
     lora_alpha = alpha_for(SCALING, rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
     shape = replace(shape, lora_alpha=lora_alpha, gamma=shape.gamma or start.gamma)
     of = replace(of, shape=shape, rank=rank)
@@ -263,7 +263,9 @@ def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
     return rank * both // b_alone
 
 
-def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:
+def check_experts(targets: Collection[Target], shape: Shape) -> None:
+    """Refuse what PEFT does not do with fused experts."""
+    use_dora, lora_dropout = shape.use_dora, shape.lora_dropout
     experts = next((target.name for target in targets if target.experts), None)
     for what, is_there in (
         ("{use_dora}", use_dora),

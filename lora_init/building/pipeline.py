@@ -20,7 +20,7 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.carriers import Carrier
 from lora_init.adapters.peft_model import check_modules_to_save
-from lora_init.building.build import build_from, buildable_start, check_adapter_options
+from lora_init.building.build import build_from, buildable_start, check_adapter_options, check_experts
 from lora_init.building.layer_start import Material
 from lora_init.building.quantized import QuantizationErrors, loss_or_distance, with_losses
 from lora_init.building.step_size import LEAST, find_step_size, most_aside, set_aside
@@ -84,9 +84,11 @@ def collect_for(
     The pass keeps `rho` times the rank, by default what the ranks need. The options that are returned name the start
     that was taken.
     """
-    if asked.start.by_error:  # refuses before the pass what cannot be read after it
+    if asked.start.by_error or asked.shape.use_dora or asked.shape.lora_dropout:
         layers = find_targets(model, **vars(asked.layers)).layers
-        QuantizationErrors(model, layers, asked.correction.weights)
+        check_experts(layers.values(), asked.shape)
+        if asked.start.by_error:  # refuses before the pass what cannot be read after it
+            QuantizationErrors(model, layers, asked.correction.weights)
 
     def collect_by(asked: Asked) -> Statistics:
         run = replace(asked.run, gradients=asked.by_gradient, data=asked.run.data or examples.data)

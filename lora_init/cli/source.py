@@ -16,6 +16,7 @@ from lora_init.bank.embeddings import embed
 from lora_init.bank.similarity import neighbours
 from lora_init.bank.start import BankStart, start_from_bank
 from lora_init.bank.store import Bank
+from lora_init.building.build import check_experts
 from lora_init.building.pipeline import Examples, check, collect_for, fit_to, read, split
 from lora_init.cli.bank import read_encoder
 from lora_init.cli.commands import offered
@@ -97,7 +98,9 @@ def read_named(
         opened = _open(names, asked, loading)
         asked = asked.but(task_type=opened.task_type)
         if (empty := opened.empty()) is not None:
-            check_targets(empty, find_targets(empty, **vars(asked.layers)), asked.ranks.rank)
+            targets = find_targets(empty, **vars(asked.layers))
+            check_targets(empty, targets, asked.ranks.rank)
+            check_experts(targets.layers.values(), asked.shape)
             check_modules_to_save(empty, asked.shape.modules_to_save)
         if names.data is None:
             length = said.plan(there.provenance.settings.get("rows") if there else None)

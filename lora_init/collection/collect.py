@@ -24,14 +24,14 @@ from lora_init.collection.loop import TOLERANCE, Collected, Pass, progress_bar, 
 from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, read_settings
-from lora_init.errors import LoraInitError, explain, warn
+from lora_init.errors import LoraInitError, LoraInitWarning, explain, warn
 from lora_init.files import check_writable, locked
 from lora_init.layers.grid import one_line_each, some, span
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint, model_config
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.rows import experts_left_out
 from lora_init.layers.running import Forward, call_model
-from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets, new_heads
+from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets, linear_layers, new_heads
 from lora_init.layers.wrappers import (
     Precision,
     class_name,
@@ -86,6 +86,7 @@ class _Job:
     overwrite: bool
     progress: bool | None
     skip_bad_batches: int
+    left_out: LoraInitWarning | None  # experts that a selection of all linear layers has not
 
     @property
     def n_components(self) -> int:
@@ -221,6 +222,10 @@ def collect(
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     targets.check_layers()
     check_targets(model, targets, rank)
+    modules = plain_names(model)
+    takes_all = target_modules == ALL_LINEAR or {*linear_layers(model, modules)} <= {*targets.layers}
+    if left_out := experts_left_out(modules, targets.layers) if takes_all else None:
+        warn(left_out.text, **left_out.options)
     # The file knows no scalars of numpy.
     settings = {
         **getattr(batches, "settings", {}),
@@ -268,8 +273,8 @@ def collect(
 
     file = None if statistics is None else Path(statistics).expanduser()
     job = _Job(
-        model, targets, plain_names(model), provenance, forward_as_called, loss, file, overwrite, progress,
-        int(skip_bad_batches),
+        model, targets, modules, provenance, forward_as_called, loss, file, overwrite, progress,
+        int(skip_bad_batches), left_out,
     )  # fmt: skip
     try:
         with Processes() as processes, precision.off():
@@ -603,16 +608,10 @@ def _hash_of(targets: Targets) -> str:
     return hashlib.sha256(f"{named}{others}".encode()).hexdigest()[:8]
 
 
-def _on_experts(job: _Job) -> list[str]:
-    """Describe the experts that `"all-linear"` leaves out."""
-    said = experts_left_out(job.modules, job.targets.layers)
-    return [said] if said and job.provenance.target_modules == ALL_LINEAR else []
-
-
 def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
     own = {**job.targets.reasons, **dict.fromkeys(never_ran, "never ran")}
     notes = one_line_each({name: f"{reason}; PEFT's own initialization." for name, reason in own.items()})
-    notes += _on_experts(job)
+    notes += [str(job.left_out)] * bool(job.left_out)
     few: dict[str, dict[str, int]] = {}  # components by layer, of those that should have been
     for name in dict.fromkeys(found.group_of.values()):
         if name in groups:

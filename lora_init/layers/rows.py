@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.private_parts import apply_gate, is_gated
 
 # Patches that one call of a layer gives at most. Neighbours overlap: more of them cost memory and say little.
@@ -179,6 +180,11 @@ def find_parameters(
                     "name target_modules that leave it out."
                 )
             module, parameter = parameters[name]
+            if parameter.dtype.itemsize < 2:
+                raise LoraInitError(
+                    f"target_parameters selects {name!r}, which is quantized ({parameter.dtype}), and PEFT adds to "
+                    "weights in float. Load the model without quantization, or leave the parameter out."
+                )
             found[name] = experts_of(name, module)
             if found[name] is None:
                 _check_weight(name, module, parameter)
@@ -187,10 +193,13 @@ def find_parameters(
 
 def _no_parameter(key: str, parameters: Mapping[str, Tensor], model_class: str) -> LoraInitError:
     """Make the error about a name that selects no parameter, with the names of those that are fused."""
-    fused = sorted({name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.dim() == 3})
+    fused = {name.rpartition(".")[2]: len(parameter) for name, parameter in parameters.items() if parameter.dim() == 3}
     none = "It has no fused experts, as models of transformers have them since 5.0."
-    hint = f"Parameters of three dimensions: {', '.join(fused)}." if fused else none
-    return LoraInitError(f"target_parameters: {key!r} matches no parameter of {model_class}. {hint}")
+    shown = ", ".join(f"{end} (of {n_experts} experts)" for end, n_experts in sorted(fused.items()))
+    hint = f"Parameters of three dimensions: {shown}, which are adapted whole." if fused else none
+    return LoraInitError(
+        f"{{target_parameters}} matches no parameter of {model_class}. {hint}", target_parameters=[key]
+    )
 
 
 def _check_weight(name: str, module: nn.Module, parameter: Tensor) -> None:
@@ -203,20 +212,38 @@ def _check_weight(name: str, module: nn.Module, parameter: Tensor) -> None:
         )
 
 
-def experts_left_out(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> str:
-    """Describe the fused experts of a model that have no adapter, and the option that gives them one; or nothing."""
-    found = {
+def experts_left_out(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> LoraInitWarning | None:
+    """Describe the fused experts of a model that have no adapter, and the option that gives them one."""
+    found = {name: size for name, size in _fused_sizes(modules).items() if name not in adapted}
+    if not found:
+        return None
+    total = sum(p.numel() for module in modules.values() for p in module.parameters(recurse=False))
+    share = sum(found.values()) / total
+    said = f"fused experts hold {share:.0%} of the weights and get no adapter: {{target_parameters}} adds it."
+    return LoraInitWarning(said, target_parameters=_ends(found))
+
+
+def _fused_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Count the numbers in each parameter of fused experts."""
+    return {
         name: parameter.numel()
         for owner, module in modules.items()
         for ending, parameter in module.named_parameters(recurse=False)
-        if experts_of(name := f"{owner}.{ending}", module) and name not in adapted
+        if experts_of(name := f"{owner}.{ending}", module)
     }
-    if not found:
-        return ""
-    ends = sorted({".".join(name.split(".")[-2:]) for name in found})
-    total = sum(p.numel() for module in modules.values() for p in module.parameters(recurse=False))
-    share = sum(found.values()) / total
-    return f"fused experts hold {share:.0%} of the weights and get no adapter: target_parameters={ends} adds it."
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
+
+
+def experts_there(modules: Mapping[str, nn.Module]) -> tuple[str, dict[str, Any]]:
+    """Describe which experts a model has, with options, for one who names modules of experts that it has not."""
+    if fused := _fused_sizes(modules):
+        return " Its experts are fused, which {target_parameters} names.", dict(target_parameters=_ends(fused))
+    found = (re.search(r"\bexperts\.(\d+)\b", name) for name in modules)
+    last = max((int(match[1]) for match in found if match), default=None)
+    return ("" if last is None else f" It has the experts 0 to {last}."), {}
 
 
 def routed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

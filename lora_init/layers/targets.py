@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_init.errors import LoraInitError, warn
 from lora_init.layers.grid import PURPOSES, by_purpose, layers_in
-from lora_init.layers.rows import CONVOLUTIONS, Experts, experts_of, find_parameters, patches_of
+from lora_init.layers.rows import CONVOLUTIONS, Experts, experts_of, experts_there, find_parameters, patches_of
 from lora_init.layers.wrappers import class_name, plain_names, unwrapped
 
 
@@ -46,7 +46,7 @@ def count_linear(model: nn.Module, names: Collection[str], task_type: str | None
     lists = (n for n, owner in enumerate(owners) if isinstance(owner, (nn.ModuleList, nn.Sequential)))
     part = common[: next(lists, len(common) if len(names) > 1 else 0)]
     others = (".lora_", ".modules_to_save.", ".original_module")
-    linear = _linear(model, modules)
+    linear = linear_layers(model, modules)
     linear += _fused_experts(modules, names)
     counted = (name for name in linear if not any(other in name for other in others) and not is_in(name, heads))
     plain = (name.replace(".base_layer", "") for name in counted)
@@ -59,7 +59,8 @@ def _fused_experts(modules: Mapping[str, nn.Module], adapted: Collection[str]) -
     return [name for name, m in found.items() if experts_of(name, m) or name.replace(".base_layer", "") in adapted]
 
 
-def _linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Name the layers that `"all-linear"` means."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return [name for name, module in modules.items() if is_linear(module) and module is not output]
 
@@ -142,7 +143,7 @@ def new_heads(model: nn.Module) -> list[str]:
     """Name what begins at random where it is trained whole: a head and its parts; all of a model of one's own."""
     names = plain_names(model)
     if not hasattr(unwrapped(model), "config"):
-        return _linear(model, names)
+        return linear_layers(model, names)
     return [name for name in names if name.split(".")[0] in heads_of(model)]
 
 
@@ -334,17 +335,19 @@ def _selected(
     """Name the modules that `target_modules` means."""
     keyword = target_modules.lower().replace("_", "-") if isinstance(target_modules, str) else ""
     if keyword in (ALL_LINEAR, *PURPOSES):
-        linear = _linear(model, modules)
+        linear = linear_layers(model, modules)
         return linear if keyword == ALL_LINEAR else _of_purpose(keyword, modules, linear, type(model).__name__)
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     selected = [name for name in modules if matches(target_modules, name, "target_modules")]
     # Of names in a list each has to match: one that is misspelt was meant, too.
     wrong = _unmatched(modules, names) if names is target_modules else [] if selected else names
     if wrong or not (selected or optional):
+        of_experts, options = experts_there(modules) if any("experts" in one for one in wrong or names) else ("", {})
         raise LoraInitError(
-            f"{{target_modules}} matches no layer of {type(model).__name__}. {_closest_names(modules, wrong)}",
-            target_modules=target_modules if wrong is names else wrong,
-        )
+            f"{{target_modules}} matches no layer of {type(model).__name__}."
+            f"{of_experts or f' {_closest_names(modules, wrong)}'}",
+            target_modules=target_modules if wrong is names else wrong, **options,
+        )  # fmt: skip
     return selected
 
 

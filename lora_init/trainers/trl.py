@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from lora_init.adapters.asked import Asked
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
+from lora_init.layers.running import restoring
 from lora_init.layers.targets import find_targets
 from lora_init.trainers.trainers import TrainerDoor
 
@@ -23,6 +26,19 @@ class TRLTrainer(TrainerDoor):
     def has_plain_loss(self) -> bool:
         """Whether it is an SFTTrainer that trains by the loss of the model."""
         return (self.source_of_loss == "SFTTrainer" and not self.changes_loss) or super().has_plain_loss
+
+    def forward(self, with_labels: bool) -> Any:
+        """Return how a batch is run: with the loss of routers weighed as TRL weighs it, and models do not know."""
+        run, weight = super().forward(with_labels), getattr(self.trainer, "router_aux_loss_coef", None)
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            of_routers: list[Any] = [model] if weight is not None and hasattr(model, "router_aux_loss_coef") else []
+            with restoring("router_aux_loss_coef", of_routers):
+                for one in of_routers:
+                    one.router_aux_loss_coef = weight
+                return run(model, batch)
+
+        return forward
 
     def check(self, asked: Asked) -> None:
         """Refuse, too, an adapter on a head by whose weight alone TRL multiplies, as TRL does."""

@@ -1,8 +1,11 @@
 """A model with LoRA layers of its library, and what a door reads of a trainer."""
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
 
+WORDS = "a the cat dog sat ran on mat road to is big red what where user assistant".split()  # noqa: SIM905
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
 CONFIG = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
@@ -28,3 +31,17 @@ def add_adapter(model, **changes):
         inject_adapter_in_model(config, model)
         model._hf_peft_config_loaded = True
     return model
+
+
+def sentences(n=40):
+    return [" ".join(WORDS[(i * k) % 12] for k in range(3, 9)) for i in range(1, n + 1)]
+
+
+def chats():
+    return Dataset.from_list([{"prompt": f"what is {text}", "completion": f" {text}"} for text in sentences()])
+
+
+def settings(kind, tmp_path, **more):
+    base = dict(output_dir=str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4, logging_steps=1)
+    base |= dict(report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2)
+    return kind(**base | more)

@@ -16,13 +16,11 @@ from lora_init.adapters.peft_model import adapter_layers
 from lora_init.trainers.trainers import TrainerDoor
 from tests.commands import tokenizer_of
 from tests.conftest import refused, tiny_bert, tiny_llama
-from tests.trainers.made import seen_by
+from tests.trainers.made import CHAT, WORDS, chats, seen_by, sentences, settings
 
 # These trainers take the rates that a tiny model learns at.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")
 
-WORDS = "a the cat dog sat ran on mat road to is big red what where user assistant".split()  # noqa: SIM905
-CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
 trl = pytest.importorskip("trl")
 
 
@@ -31,23 +29,9 @@ def tokenizer():
     return tokenizer_of(WORDS, bos_token="<s>", chat_template=CHAT)
 
 
-def sentences(n=40):
-    return [" ".join(WORDS[(i * k) % 12] for k in range(3, 9)) for i in range(1, n + 1)]
-
-
-def chats():
-    return Dataset.from_list([{"prompt": f"what is {text}", "completion": f" {text}"} for text in sentences()])
-
-
 def pairs():
     both = zip(sentences(), sentences()[::-1], strict=True)
     return Dataset.from_list([{"prompt": f"what {a}", "chosen": f" {a}", "rejected": f" {b}"} for a, b in both])
-
-
-def settings(kind, tmp_path, **more):
-    base = dict(output_dir=str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4, logging_steps=1)
-    base |= dict(report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2)
-    return kind(**base | more)
 
 
 def plain(tmp_path, tokenizer, model=None, **more):
