@@ -198,8 +198,9 @@ class _Fit:
         model = make()
         self.adapter, self.make, self.name = adapter, make, type(model).__name__
         self.base = Base("", model, widths_of(model), {})
-        # The modules of fused experts, which no layer is named after.
-        self.owners = {_core(name.rpartition(".")[0]) for name, one in model.named_parameters() if one.dim() > 2}
+        # The modules of fused experts, which no layer is named after, and how many they have.
+        fused = ((name, one) for name, one in model.named_parameters() if one.dim() > 2)
+        self.owners = {_core(name.rpartition(".")[0]): len(one) for name, one in fused}
         # Names and shapes of what the configuration selects, and of all other weights of the model.
         self.expected: dict[str, list[int]] = {}
         self.whole: dict[str, list[int]] = {}
@@ -236,7 +237,13 @@ class _Fit:
         only_names = not missing and all(one.kind == "config" for one in found)
         renames = new_names if new_names and only_names else {}
         if misnamed and converts and self._converts():
-            notes.append("PEFT brings its names into the model's form; for engines `lora-init export --rename` does.")
+            alone = any(_expert_in(key) >= 0 for key in misnamed)  # which no renaming puts together
+            how = (
+                "for `lora-init export` load and save it by PEFT."
+                if alone
+                else "for engines `lora-init export --rename` does."
+            )
+            notes.append(f"PEFT brings its names into the model's form; {how}")
         else:
             found += [misfit for misfit, _ in strangers.values()]
             lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
@@ -279,13 +286,27 @@ class _Fit:
         other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
         is_embedding = layer.removesuffix(".base_layer") in self.base.embeddings
         tokens = getattr(self.base.config, "vocab_size", None) if is_embedding else None  # vision models have none
+        experts = self.owners.get(_core(layer.replace(".base_layer", "")), 0) if match else 0
         if len(shape) == len(wanted) and axis is not None and other == [axis]:
-            yield Misfit("rank", key, f"has {shape[axis]} rows of rank, and {CONFIG_FILE} says {wanted[axis]}.")
+            said = f"has {shape[axis]} rows of rank, and {CONFIG_FILE} says {wanted[axis]}."
+            if experts and not shape[axis] * experts % wanted[axis]:
+                said = f"is of {shape[axis] * experts // wanted[axis]} experts, and {self.name} has {experts}."
+            yield Misfit("rank", key, said)
+        elif experts and wanted == [*self._other_shape(key)[::-1]]:
+            said = (
+                "A and B have each other's widths, as PEFT before 0.19 made them for experts. Train it by a newer one."
+            )
+            yield Misfit("shape", key, said)
         elif len(shape) == len(wanted) and [wanted[i] for i in other] == [tokens]:
             said = f"is for {shape[other[0]]} tokens, and the vocabulary of the base has {tokens}. Call"
             yield Misfit("vocabulary", key, f"{said} resize_token_embeddings() on the base, and save it.")
         else:
             yield Misfit("shape", key, f"is {[*shape]}, and {wanted} fits {self.name}: a base of another size.")
+
+    def _other_shape(self, key: str) -> Sequence[int]:
+        """Return the shape of B for the name of A, and of A for that of B."""
+        other = re.sub(r"lora_([AB])", lambda found: "lora_B" if found[1] == "A" else "lora_A", key)
+        return self.adapter.header.get(other, ((), ""))[0]
 
     def _shape_wanted(
         self, layer: str, axis: int | None, shape: Sequence[int], expected: Sequence[int], is_whole: bool
@@ -299,14 +320,16 @@ class _Fit:
         return wanted
 
     def _rank_of(self, layer: str, there: int, experts: int) -> int:
-        """Return how many rows of rank a layer has by the configuration; of experts whose pattern counts, those there.
+        """Return how many rows of rank a layer has by the configuration.
 
-        Patterns name their parameters, which the file does not.
+        Patterns name the parameters of experts, which the file does not: those there if one of them has so many.
         """
-        patterns = self.adapter.config.get("rank_pattern") or {}
-        if patterns and layer not in self.base.widths:
-            return there - there % experts or experts
-        return int(experts * from_patterns(patterns, [layer], self.rank)[layer])
+        module, config = layer.replace(".base_layer", ""), self.adapter.config
+        wanted = config.get("target_parameters") or () if layer not in self.base.widths else ()
+        names = sorted(f"{module}.{key.rpartition('.')[2]}" for key in wanted) or [layer]  # the second matrix first
+        found = from_patterns(config.get("rank_pattern"), names, self.rank)
+        counts = [int(experts * found[name]) for name in names]
+        return there if there in counts else counts[layer.count(".base_layer") % len(counts)]
 
     def _converts(self) -> bool:
         """Return whether PEFT brings all names into the model's form when it loads the adapter."""
@@ -331,9 +354,11 @@ class _Fit:
         if new == key or (new is None and core.replace(".base_layer", "") in self.owners):
             said = f"its layer is there, and {CONFIG_FILE} does not select it (target_modules and the like)."
             return Misfit("config", key, said), None
-        if re.search(r"\bexperts\.\d+\.", key):
-            said = "is of one expert, and the base has its experts fused. Load it with PEFT and save it again."
-            return Misfit("name", key, said), new
+        if _expert_in(key) >= 0:
+            there, here = 1 + max(map(_expert_in, self.adapter.header)), max(self.owners.values(), default=0)
+            last = f": {here}, and the adapter has {there}." if here else "."
+            last = ". Load it with PEFT and save it again." if here == there else last
+            return Misfit("name", key, f"is of one expert, and the base has its experts fused{last}"), new
         nearest = new or self._nearest_layer(core)
         return Misfit("name", key, f"{self.name} has no layer of this name. Nearest: {nearest}."), new
 
@@ -365,6 +390,12 @@ class _Fit:
         wanted = self.expected.get(f"{PREFIX}{layer}.{end}")
         d_in, d_out = self.base.widths.get(layer, (0, 0)) if wanted is None else (wanted[-1], wanted[0])
         return shape[-1] == d_in if "_A" in end else shape[0] == d_out
+
+
+def _expert_in(key: str) -> int:
+    """Return which expert a tensor is of by its name; -1 if of none."""
+    match = re.search(r"\bexperts\.(\d+)\.", key)
+    return int(match[1]) if match else -1
 
 
 def _core(layer: str) -> str:

@@ -16,6 +16,7 @@ from lora_init.layers.targets import PREFIX
 from lora_init.planning.lora_config import scaling_of
 from lora_init.serving.base import Base, read_base, with_changed_copies
 from lora_init.serving.engines import ENGINES, PEFT, Engine, check_rank, find_engine, vllm_rank
+from lora_init.serving.experts import is_single
 from lora_init.serving.trained import (
     EMBEDDING,
     MAGNITUDE,
@@ -33,6 +34,7 @@ WRITE_NO_TEXT = {
     "FEATURE_EXTRACTION": "an encoder",
 }  # fmt: skip
 _OF_EXPERTS = "adapter of experts"
+_NO_EXPERTS = f"takes no {_OF_EXPERTS}"
 # What an adapter may be trained with that neither an engine nor a merged model does.
 _PEFT_ALONE = ("alora_invocation_tokens", "trainable_token_indices", "lora_bias", *OTHER_UPDATES)
 
@@ -76,10 +78,12 @@ def _which_take(ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     why_not = {engine: beyond_engine(engine, ranks, config) for engine in ENGINES.values()}
     room = max(*ranks.values(), int(config.get("r") or 0))
     ready = [PEFT.title, *(engine.name_with(room) for engine, reason in why_not.items() if not reason)]
-    others = [engine.title for engine, reason in why_not.items() if reason]
+    never = [engine.title for engine, reason in why_not.items() if reason == _NO_EXPERTS]
+    others = [engine.title for engine, reason in why_not.items() if reason and engine.title not in never]
+    merge = f" {_listed(never)} take no {_OF_EXPERTS}: `lora-init export --merge-into MODEL`." if never else ""
     return (
         f"{_listed(ready)} take{'s' * (len(ready) == 1)} this adapter as it is. "
-        f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`."
+        f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`.{merge}"
     )
 
 
@@ -116,6 +120,8 @@ def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str,
         return "reads no directory of PEFT"
     if config.get("target_parameters"):
         return "has a form of its own for experts, and drops or refuses PEFT's"
+    if any(map(is_single, ranks)) and not (engine.experts and engine.writes_peft):
+        return "has a form of its own for experts" if engine.experts else _NO_EXPERTS
     if not engine.allows(max(most, named)):
         return f"takes {engine.allowed}, and this is {max(most, named)}"
     if config.get("use_rslora") and "use_rslora" not in engine.reads:
@@ -210,6 +216,8 @@ def _beyond_lora(engine: Engine, trained: Trained, base: Base) -> Iterator[str]:
     for name, layer in trained.layers.items():
         if layer.ends == EMBEDDING:
             yield f"an adapter of the embedding {name!r}"
+        if is_single(name) and not engine.experts:
+            yield f"an adapter of the expert {name!r}"
         if layer.experts and not (engine.experts and layer.experts > 1):  # one is no expert, but a router
             yield f"an adapter of the parameter {name!r} of {layer.experts} experts"
         if name == tied:

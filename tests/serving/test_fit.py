@@ -172,7 +172,7 @@ OTHERS = {
     "of a deeper base": (LLAMA, None, dict(base="deep"), "no layer of this name. Nearest: model.layers.0.self_attn"),
     "of GPT-2": (GPT2, None, dict(base="llama"), "LlamaForCausalLM has no layer of this name"),
     "GPT-2's A transposed": (GPT2, one(lambda a: a.T, "h.0.attn.c_attn.lora_A.weight"), {}, "is [32, 4], and [4, 32"),
-    "an expert less": (MOE, one(lambda a: a[:12], "0.mlp.experts.lora_A.weight"), {}, "has 12 rows of rank, and ada"),
+    "an expert less": (MOE, one(lambda a: a[:12], "0.mlp.experts.lora_A.weight"), {}, "is of 3 experts, and Mixtral"),
     "vision's A": (VISION, one(HALF), {}, "is [4, 16], and [4, 32] fits LlavaForConditionalGeneration"),
     "rank of the config": (LLAMA, None, dict(r=8), "has 4 rows of rank, and adapter_config.json says 8. 7 more are"),
     "rank of the config, misnamed": (LLAMA, named(r"model\.model", "model"), dict(r=8), "has 4 rows of rank, and"),
