@@ -54,8 +54,8 @@ class TrainingLength:
         """Complete what is known: steps from epochs and rows; without either one epoch, or 100 steps of a stream.
 
         Example:
-            >>> TrainingLength.plan(1000, epochs=3)
-            TrainingLength(steps=375, batch_size=8, rows=1000, why='3 epochs of 1,000 examples in batches of 8')
+            >>> print(TrainingLength.plan(1000, epochs=3))
+            375 steps of 8 (3 epochs of 1,000 examples in batches of 8)
 
         Raises:
             LoraInitError: Steps and epochs contradict, or there are epochs of a stream.
