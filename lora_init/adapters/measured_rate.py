@@ -97,14 +97,16 @@ def measure_rate(
     """Measure the rate of an adapter, whatever its B is: of starts whose B is not zero the rule holds as well."""
     model = unwrapped(model)
     base, layers = without_adapter(model), layers_of(model, adapter_name)
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    configs = (getattr(module, "peft_config", {}) for module in model.modules())  # a PeftModel may be held by another
+    config = next((found[adapter_name] for found in configs if adapter_name in found), None)
     freeze_a = freeze_a or bool(config and carried(config.to_dict()).get("freeze_a"))
     responses, unread = measure_responses(base, layers, batches, adapter_name, freeze_a)
     left_out = [name for name in layers if name not in responses] + unread
     # PEFT trains the head of such a task whole, which often begins at random, and what else it is told to.
     task_type, whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
     new_head = task_type in HEADS or any(is_in(name, whole) for name in new_heads(base))
-    share = share_of(sum(map(layers_in, layers)), count_linear(base, layers, task_type))
+    linear = [name for name, layer in layers.items() if adapter_name in layer.lora_A]  # and no embedding
+    share = share_of(sum(map(layers_in, linear)), count_linear(base, layers, task_type))
     return LearningRate(responses, length, new_head, left_out, share)
 
 

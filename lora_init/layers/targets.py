@@ -13,6 +13,7 @@ from typing import Any
 
 import regex
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_init.errors import LoraInitError, warn
 from lora_init.layers.grid import PURPOSES, by_purpose, layers_in
@@ -142,9 +143,15 @@ def heads_of(model: nn.Module) -> list[str]:
 def new_heads(model: nn.Module) -> list[str]:
     """Name what begins at random where it is trained whole: a head and its parts; all of a model of one's own."""
     names = plain_names(model)
-    if not hasattr(unwrapped(model), "config"):
-        return linear_layers(model, names)
-    return [name for name in names if name.split(".")[0] in heads_of(model)]
+    whole = {name: one for name, one in names.items() if isinstance(one, PreTrainedModel)}
+    owners = [name for name in whole if not any(_is_below(name, other) for other in whole if other != name)]
+    heads = [f"{name}.{head}".removeprefix(".") for name in owners for head in heads_of(whole[name])]
+    own = [name for name in linear_layers(model, names) if not any(_is_below(name, owner) for owner in owners)]
+    return own + [name for name in names if any(_is_below(name, head) for head in heads)]
+
+
+def _is_below(name: str, owner: str) -> bool:
+    return not owner or name == owner or name.startswith(f"{owner}.")
 
 
 # What a file may say of a layer; more is damage, and would take minutes and gigabytes before anybody notices.

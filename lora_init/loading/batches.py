@@ -134,7 +134,8 @@ def load_batches(
     groups = group_by_length(drawn.examples, batch_size, seed, lambda e: len(e[0]))
     settings = {
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
-        "batch_size": batch_size, "seed of the sample": seed, "rows": len(rows.table),
+        "batch_size": batch_size, "seed of the sample": seed,
+        "rows": round(len(rows.table) * (1.0 - drawn.left_out.total() / drawn.n_read)),  # that can be trained on
         **({"classes": [*reader.rows_of]} if label else {}),
     }  # fmt: skip
     batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)

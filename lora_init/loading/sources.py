@@ -107,7 +107,7 @@ def _read_table(source: Any, files: list[Path] | None, subset: str | None, split
         folder = files[0].resolve()
         label = f"{folder.name}/{configuration}{f', {split}' if split != 'train' else ''}"
         return label, _load(label, path=str(folder), name=subset, split=split)
-    if subset is not None or (files and split != "train"):
+    if subset is not None or split != "train":
         kind = source if isinstance(source, (str, Path)) else "files or data in memory"
         name = "split" if subset is None else "subset"
         raise LoraInitError(

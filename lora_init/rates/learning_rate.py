@@ -163,7 +163,8 @@ class LearningRate:
 
     def of_steps(self, steps: int) -> LearningRate:
         """Return the rate for another number of steps on the same data."""
-        return replace(self, length=replace(self.length, steps=steps, why=""))
+        seen = self.length.seen * steps / self.length.steps
+        return replace(self, length=replace(self.length, steps=steps, why="", seen=seen))
 
     @property
     def within(self) -> float:

@@ -102,7 +102,9 @@ class TrainingLength:
                 return self
             steps = None if self.rows else self.steps
             epochs = self.steps / self.steps_an_epoch if self.rows else None
-        return TrainingLength.plan(self.rows, steps, epochs, batch_size or self.batch_size)
+        other = TrainingLength.plan(self.rows, steps, epochs, batch_size or self.batch_size)
+        times = other.steps * other.batch_size / (self.steps * self.batch_size)
+        return replace(other, seen=self.seen * times)
 
     @property
     def steps_an_epoch(self) -> int:

@@ -477,10 +477,13 @@ def _of_named_base(
     body = {"task_type": "FEATURE_EXTRACTION"} if adapter.config.get("task_type") in _CLASSIFIES else {}
     made, now = build_base(body, source, other), build_base(body, source, config)
     odd = differing_config(model_config(made), model_config(now))
-    if _fingerprint(made, theirs) != _fingerprint(now, tensors):
+    first, second = _fingerprint(made, theirs), _fingerprint(now, tensors)
+    if first != second:
         yield Misfit("base", CONFIG_FILE, f"names {named!r}, which is a base of the same form {_OTHER_WEIGHTS}.")
     elif odd:
         yield _OTHERWISE.format(odd)
+    elif not first:  # the files name their tensors otherwise than the model, as those of each expert alone
+        yield f"The weights of {source!r} were not compared with those of {named!r}: only names and shapes were."
 
 
 def _architecture(config: Any) -> str:

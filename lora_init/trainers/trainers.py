@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from itertools import tee
 from typing import Any
 
@@ -83,7 +82,7 @@ class TrainerDoor:
         args, counted = self.trainer.args, self.trainer.set_initial_training_values
         with _loader(self.trainer) as loader:
             if not has_length(getattr(loader, "dataset", None)):
-                return length_of(args, args.max_steps) if args.max_steps > 0 else None
+                return length_of(args, args.max_steps, loader) if args.max_steps > 0 else None
             given = {"args": args, "dataloader": loader, "total_train_batch_size": examples_of_a_step(args)}
             taken = inspect.signature(counted).parameters  # transformers 4 has the last one
             steps = counted(**{name: given[name] for name in given if name in taken})[-1]
@@ -284,21 +283,41 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     Examples that no batch of an epoch has, as with `dataloader_drop_last` or a sampler of a part, do not count. Those
     that are drawn by weights repeat as they do in Kish's effective number of rows, (sum w)^2 / sum w^2.
     """
-    batch_size, data = examples_of_a_step(args), getattr(loader, "dataset", None)
-    if not isinstance(data, Sized) or not len(data):
+    each, whole = _counts(args, loader)
+    batch_size = each * args.gradient_accumulation_steps
+    if not whole:
         return TrainingLength(int(steps), batch_size)
-    each = args.train_batch_size * args.world_size
-    own = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    each = getattr(loader, "total_batch_size", None) or (own * args.world_size if isinstance(own, int) else each)
+    sampler, rows = _sampler_of(loader), min(whole, len(loader) * each)
     # One that draws `num_samples` of them anew in each epoch sees others each time.
-    sampler = _sampler_of(loader)
-    draws = isinstance(sampler, (RandomSampler, WeightedRandomSampler)) and sampler.num_samples < len(data)
-    rows = len(data) if draws else min(len(data), len(loader) * each)
-    length = TrainingLength(int(steps), min(each * args.gradient_accumulation_steps, rows), rows)
-    if not isinstance(sampler, WeightedRandomSampler) or not sampler.replacement:
-        return length
+    if isinstance(sampler, RandomSampler) and sampler.num_samples < len(sampler.data_source):
+        rows = len(sampler.data_source)
+    if not isinstance(sampler, WeightedRandomSampler):
+        return TrainingLength(int(steps), min(batch_size, rows), rows)
     effective = float(sampler.weights.sum() ** 2 / (sampler.weights**2).sum())
-    return replace(length, seen=length.steps * length.batch_size / effective)
+    if not sampler.replacement:
+        rows = max(rows, round(effective))
+        return TrainingLength(int(steps), min(batch_size, rows), rows)
+    batch_size = min(batch_size, whole)
+    return TrainingLength(int(steps), batch_size, whole, seen=steps * batch_size / effective)
+
+
+def _counts(args: Any, loader: Any) -> tuple[int, int]:
+    """Count the examples of a batch, of all processes, and those of the data; 0 where nobody knows.
+
+    A loader may have batches of its own: by its size, by a sampler that says none, or ready in the data.
+    """
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    data: Any = getattr(loader, "dataset", None)
+    n = len(data) if has_length(data) else 0
+    own = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+    is_ready = own is None and sampler is None and n > 0
+    with undisturbed(), suppress(Exception):
+        if is_ready:
+            own = max(len(value) for value in data[0].values() if isinstance(value, Tensor))
+        elif own is None:
+            own = len(next(iter(copy.deepcopy(sampler))))
+    each = (own if isinstance(own, int) else args.train_batch_size) * args.world_size
+    return getattr(loader, "total_batch_size", None) or each, n * own if is_ready and own else n
 
 
 def _sampler_of(loader: Any) -> Any:

@@ -394,3 +394,8 @@ def test_what_is_odd_about_rows_is_said(tokenizer, rows, options, words, needs_l
 def test_what_is_as_it_should_be_is_not_warned_of(tokenizer, rows, options):
     tokenizer.chat_template = TWO_ROLES.replace("['user', 'assistant']", "['user', 'assistant', 'system', 'tool']")
     assert load_batches(rows, tokenizer, **options)
+
+
+def test_rows_that_are_left_out_are_no_examples_of_the_training():
+    rows = [{"text": "a b c d e f"}] * 4 + [{"text": ""}] * 6
+    assert load_batches(rows, byte_tokenizer()).settings["rows"] == 4

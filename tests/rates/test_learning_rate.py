@@ -85,7 +85,9 @@ def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs():
             LearningRate(responses, length).rate
             for length in (TrainingLength(48), TrainingLength(480), TrainingLength(480, rows=960))
         )
-        assert short / long == pytest.approx(10 ** (1 / 6), rel=0.05) and long / again == pytest.approx(4**1.2, rel=0.05)
+        assert short / long == pytest.approx(10 ** (1 / 6), rel=0.05) and long / again == pytest.approx(
+            4**1.2, rel=0.05
+        )
         # Steps of four times as many examples want a rate that is higher by the cube root of four.
         larger = LearningRate(responses, TrainingLength(480, 32, rows=3840)).rate
         assert larger == pytest.approx(again * 4 ** (1 / 3), rel=0.05)
@@ -398,6 +400,35 @@ WHOLE = {
 }
 
 
+class Held(nn.Module):
+    """A module of one's own around a pretrained model, as trainers want it: with a configuration."""
+
+    def __init__(self, inner, head=None):
+        super().__init__()
+        self.inner, self.config, self.head = inner, inner.config, head
+
+    def forward(self, **batch):
+        found = self.inner(**batch)
+        return found if self.head is None else self.head(found.last_hidden_state)
+
+
+@pytest.mark.parametrize(("make", "whole", "is_new"), [
+    (lambda: Held(tiny_bert(None), nn.Linear(32, 3)), ["head"], True),
+    (lambda: Held(tiny_llama()), ["inner.lm_head"], False),
+])  # fmt: skip
+def test_a_new_head_is_known_in_a_model_of_ones_own_with_a_configuration(make, whole, is_new):
+    model = make()
+    layers = [*find_targets(model).layers][:2]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=layers, modules_to_save=whole))
+    assert learning_rate(adapted, [TOKENS], steps=48).new_head == is_new
+
+
+def test_an_adapter_that_another_module_holds_has_its_own_configuration():
+    inner = tiny_bert()
+    adapted = get_peft_model(inner, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    assert learning_rate(Held(adapted), [TOKENS], steps=48).new_head
+
+
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_new_head_is_what_is_trained_whole_whatever_the_task_is_called(kind):
     """Also where the model is wrapped, as DistributedDataParallel does, and where the pass of `init` tells the rate."""
@@ -483,3 +514,8 @@ def test_dora_has_the_rate_of_the_same_adapter_without_it_and_stays_dora():
 def test_an_adapter_of_another_method_is_no_lora_adapter(tokens):
     other = get_peft_model(tiny_llama(), AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]))
     assert "has no LoRA adapter 'default'" in refused("", learning_rate, other, [tokens])
+
+
+def test_how_often_an_example_is_drawn_goes_with_the_length():
+    drawn = LearningRate(ONE, TrainingLength(100, 8, 40, seen=20.0))
+    assert LearningRate.read(drawn.stored(), steps=400).length.epochs == 80.0 == drawn.of_steps(400).length.epochs

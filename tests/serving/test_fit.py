@@ -265,6 +265,17 @@ def test_the_configuration_of_the_base_that_an_adapter_names_is_compared(bases, 
     assert ["rms_norm_eps" in " ".join(said) for said in notes] == [False, True]
 
 
+def test_weights_that_cannot_be_compared_are_said(bases, tmp_path):
+    """A checkpoint has each expert apart, and transformers' model has them fused: no fingerprint is made."""
+    directory = adapter(bases, "mixtral", tmp_path / "a", **EXPERTS)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    named = config | {"base_model_name_or_path": str(bases / "mixtral")}
+    (directory / "adapter_config.json").write_text(json.dumps(named))
+    torch.manual_seed(7)
+    mixtral().save_pretrained(tmp_path / "other")
+    assert "were not compared" in " ".join(check_fit(directory, str(tmp_path / "other")).notes)
+
+
 def test_no_code_that_comes_with_a_base_is_run(bases, tmp_path):
     directory = adapter(bases, "llama", tmp_path / "a", **QV)
     shutil.copytree(bases / "llama", tmp_path / "custom")

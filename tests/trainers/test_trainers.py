@@ -389,6 +389,8 @@ def by_weights(weights, n, replacement=True):
         (by_weights([1.0] + [0.0] * 15, 16), 16, 64),  # fewer than a step has
         (by_weights([3.0] * 4 + [1.0] * 12, 8), 16, 8 / 3),  # 24^2 / 48 rows
         (by_weights([3.0] * 4 + [1.0] * 12, 16, replacement=False), 16, 4),
+        (by_weights([1.0] * 8 + [0.0] * 8, 8, replacement=False), 8, 4),
+        (lambda data: torch.utils.data.RandomSampler(range(8), num_samples=4), 8, 2),
         (torch.utils.data.RandomSampler, 16, 4),
     ],
 )
@@ -413,6 +415,37 @@ def test_the_length_of_a_trainer_with_a_loader_of_its_own_is_that_of_its_loader(
     trainer.train_dataset, trainer.args.max_steps = None, 24
     length = TrainerDoor(trainer).length
     assert (length.steps, length.batch_size, length.rows, length.epochs) == (24, 4, 16, 6)
+
+
+class Lists:
+    """A sampler of batches that does not say how large they are."""
+
+    def __iter__(self):
+        return iter([[*range(8)], [*range(8, 16)]])
+
+    def __len__(self):
+        return 2
+
+
+class Steady(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([{"input_ids": [1, 3, 5], "labels": [2, 3, 4]}] * 64)
+
+
+READY = [{"input_ids": torch.arange(24).reshape(8, 3), "labels": torch.arange(24).reshape(8, 3)} for _ in range(2)]
+
+
+@pytest.mark.parametrize(("data", "how", "rows"), [
+    (Steady(), dict(batch_size=8), None),
+    (range(16), dict(batch_sampler=Lists()), 16),
+    (READY, dict(batch_size=None), 16),
+])  # fmt: skip
+def test_the_size_of_a_step_is_that_of_the_loader(data, how, rows, tmp_path, tokenizer):
+    trainer = of_class(Trainer)(tmp_path, tokenizer)
+    trainer.args.max_steps, trainer.args.gradient_accumulation_steps = 24, 2
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(data, **how)
+    length = TrainerDoor(trainer).length
+    assert (length.batch_size, length.rows, length.steps) == (16, rows, 24)
 
 
 def test_a_warm_up_of_more_than_half_of_the_steps_is_told_of(tmp_path, tokenizer):
