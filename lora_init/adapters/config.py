@@ -118,6 +118,15 @@ def _check_plain_config(config: Any) -> None:
 
 def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> dict[str, Any]:
     """Read rank, scaling and the like, and refuse by its name what `taker` cannot keep."""
+    _check_kept(config, whose, taker)
+    heads = HEADS.get(config.task_type or "", ())
+    shape = {"rank": config.r, **{name: getattr(config, name) for name in Shape.of_peft}}
+    # PEFT adds the names that heads of this task may have, and will again.
+    return shape | {"modules_to_save": [name for name in config.modules_to_save or () if name not in heads]}
+
+
+def _check_kept(config: LoraConfig, whose: str, taker: str) -> None:
+    """Refuse by its name what a config sets and `taker` cannot keep."""
     from peft import LoraConfig
 
     default = LoraConfig(init_lora_weights=config.init_lora_weights)
@@ -133,10 +142,6 @@ def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> di
         raise LoraInitError(
             f"{whose} sets {', '.join(changed)}, which {taker} decides itself or cannot keep. Leave it out."
         )
-    heads = HEADS.get(config.task_type or "", ())
-    shape = {"rank": config.r, **{name: getattr(config, name) for name in Shape.of_peft}}
-    # PEFT adds the names that heads of this task may have, and will again.
-    return shape | {"modules_to_save": [name for name in config.modules_to_save or () if name not in heads]}
 
 
 def read_adapter(model: Any, asked: Asked, whose: str, before: LoraConfig | None = None) -> Asked:

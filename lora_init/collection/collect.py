@@ -206,15 +206,7 @@ def collect(
     _check_numbers(
         rank=rank, max_batches=max_batches, rho=rho, tolerance=tolerance, seed=seed, skip_bad_batches=skip_bad_batches
     )
-    for name, flag in (("center", center), ("gradients", gradients)):
-        if flag not in (True, False):
-            raise LoraInitError(f"{{{name}}}, expected True or False.", **{name: flag})
-    if loss is not None and not gradients:
-        raise LoraInitError("loss= is for {gradients}; without gradients no loss is computed.", gradients=True)
-    if forward is not None:
-        check_takes(forward, "forward=", "model", "batch")
-    if loss is not None:
-        check_takes(loss, "loss=", "output", "batch")
+    _check_options(center, gradients, forward, loss)
     model, precision = unwrapped(model), Precision()
     if task_type is None and task_of(model) in HEADS:
         task_type = task_of(model)  # PEFT then trains the head whole and saves it
@@ -281,6 +273,19 @@ def collect(
             return _run(job, batches, processes)
     except KeyboardInterrupt as stop:
         raise Interrupted(getattr(stop, "statistics", None)) from None
+
+
+def _check_options(center: bool, gradients: bool, forward: Forward | None, loss: Loss | None) -> None:
+    """Refuse flags that are none, functions that cannot be called as a pass does, and a loss that nothing reads."""
+    for name, flag in (("center", center), ("gradients", gradients)):
+        if flag not in (True, False):
+            raise LoraInitError(f"{{{name}}}, expected True or False.", **{name: flag})
+    if loss is not None and not gradients:
+        raise LoraInitError("loss= is for {gradients}; without gradients no loss is computed.", gradients=True)
+    if forward is not None:
+        check_takes(forward, "forward=", "model", "batch")
+    if loss is not None:
+        check_takes(loss, "loss=", "output", "batch")
 
 
 def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:

@@ -174,21 +174,26 @@ def find_parameters(
         if not names:
             raise _no_parameter(key, {name: parameter for name, (_, parameter) in parameters.items()}, model_class)
         for name in names:
-            if name.rpartition(".")[0] in adapted:
-                raise LoraInitError(
-                    f"target_parameters selects {name!r}, and target_modules its layer. PEFT takes one of the two: "
-                    "name target_modules that leave it out."
-                )
             module, parameter = parameters[name]
-            if parameter.dtype.itemsize < 2:
-                raise LoraInitError(
-                    f"target_parameters selects {name!r}, which is quantized ({parameter.dtype}), and PEFT adds to "
-                    "weights in float. Load the model without quantization, or leave the parameter out."
-                )
+            _check_adaptable(name, parameter, adapted)
             found[name] = experts_of(name, module)
             if found[name] is None:
                 _check_weight(name, module, parameter)
     return {name: found[name] for name in parameters if name in found}  # in model order
+
+
+def _check_adaptable(name: str, parameter: Tensor, adapted: Collection[str]) -> None:
+    """Refuse a parameter of a module that has an adapter already, and one that is quantized."""
+    if name.rpartition(".")[0] in adapted:
+        raise LoraInitError(
+            f"target_parameters selects {name!r}, and target_modules its layer. PEFT takes one of the two: "
+            "name target_modules that leave it out."
+        )
+    if parameter.dtype.itemsize < 2:
+        raise LoraInitError(
+            f"target_parameters selects {name!r}, which is quantized ({parameter.dtype}), and PEFT adds to "
+            "weights in float. Load the model without quantization, or leave the parameter out."
+        )
 
 
 def _no_parameter(key: str, parameters: Mapping[str, Tensor], model_class: str) -> LoraInitError:

@@ -349,13 +349,21 @@ def _selected(
     # Of names in a list each has to match: one that is misspelt was meant, too.
     wrong = _unmatched(modules, names) if names is target_modules else [] if selected else names
     if wrong or not (selected or optional):
-        of_experts, options = experts_there(modules) if any("experts" in one for one in wrong or names) else ("", {})
-        raise LoraInitError(
-            f"{{target_modules}} matches no layer of {type(model).__name__}."
-            f"{of_experts or f' {_closest_names(modules, wrong)}'}",
-            target_modules=target_modules if wrong is names else wrong, **options,
-        )  # fmt: skip
+        given = target_modules if wrong is names else wrong
+        raise _no_layer(type(model).__name__, modules, given, wrong, wrong or names)
     return selected
+
+
+def _no_layer(
+    model_class: str, modules: Mapping[str, nn.Module], given: str | Collection[str], wrong: Collection[str],
+    names: Collection[str],
+) -> LoraInitError:  # fmt: skip
+    """Make the error about names that select no layer, with the experts that there are if one is of experts."""
+    of_experts, options = experts_there(modules) if any("experts" in one for one in names) else ("", {})
+    return LoraInitError(
+        f"{{target_modules}} matches no layer of {model_class}.{of_experts or f' {_closest_names(modules, wrong)}'}",
+        target_modules=given, **options,
+    )  # fmt: skip
 
 
 def _without(names: Iterable[str], heads: Collection[str], exclude_modules: str | Collection[str] | None) -> list[str]:

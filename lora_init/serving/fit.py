@@ -237,13 +237,7 @@ class _Fit:
         only_names = not missing and all(one.kind == "config" for one in found)
         renames = new_names if new_names and only_names else {}
         if misnamed and converts and self._converts():
-            alone = any(_expert_in(key) >= 0 for key in misnamed)  # which no renaming puts together
-            how = (
-                "for `lora-init export` load and save it by PEFT."
-                if alone
-                else "for engines `lora-init export --rename` does."
-            )
-            notes.append(f"PEFT brings its names into the model's form; {how}")
+            notes.append(_converted_by_peft(misnamed))
         else:
             found += [misfit for misfit, _ in strangers.values()]
             lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
@@ -284,14 +278,10 @@ class _Fit:
         if [*shape] == wanted:
             return
         other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
-        is_embedding = layer.removesuffix(".base_layer") in self.base.embeddings
-        tokens = getattr(self.base.config, "vocab_size", None) if is_embedding else None  # vision models have none
+        tokens = self._tokens_of(layer)
         experts = self.owners.get(_core(layer.replace(".base_layer", "")), 0) if match else 0
         if len(shape) == len(wanted) and axis is not None and other == [axis]:
-            said = f"has {shape[axis]} rows of rank, and {CONFIG_FILE} says {wanted[axis]}."
-            if experts and not shape[axis] * experts % wanted[axis]:
-                said = f"is of {shape[axis] * experts // wanted[axis]} experts, and {self.name} has {experts}."
-            yield Misfit("rank", key, said)
+            yield Misfit("rank", key, self._other_rank(shape[axis], wanted[axis], experts))
         elif experts and wanted == [*self._other_shape(key)[::-1]]:
             said = (
                 "A and B have each other's widths, as PEFT before 0.19 made them for experts. Train it by a newer one."
@@ -302,6 +292,17 @@ class _Fit:
             yield Misfit("vocabulary", key, f"{said} resize_token_embeddings() on the base, and save it.")
         else:
             yield Misfit("shape", key, f"is {[*shape]}, and {wanted} fits {self.name}: a base of another size.")
+
+    def _other_rank(self, there: int, wanted: int, experts: int) -> str:
+        """Describe a tensor of another rank than the configuration says, or of other experts than the base has."""
+        if experts and not there * experts % wanted:
+            return f"is of {there * experts // wanted} experts, and {self.name} has {experts}."
+        return f"has {there} rows of rank, and {CONFIG_FILE} says {wanted}."
+
+    def _tokens_of(self, layer: str) -> int | None:
+        """Return the size of the vocabulary if the layer is an embedding; vision models have none."""
+        is_embedding = layer.removesuffix(".base_layer") in self.base.embeddings
+        return getattr(self.base.config, "vocab_size", None) if is_embedding else None
 
     def _other_shape(self, key: str) -> Sequence[int]:
         """Return the shape of B for the name of A, and of A for that of B."""
@@ -390,6 +391,15 @@ class _Fit:
         wanted = self.expected.get(f"{PREFIX}{layer}.{end}")
         d_in, d_out = self.base.widths.get(layer, (0, 0)) if wanted is None else (wanted[-1], wanted[0])
         return shape[-1] == d_in if "_A" in end else shape[0] == d_out
+
+
+def _converted_by_peft(misnamed: Mapping[str, str | None]) -> str:
+    """Note that PEFT converts names when it loads them, and how engines get them."""
+    if any(_expert_in(key) >= 0 for key in misnamed):  # which no renaming puts together
+        how = "for `lora-init export` load and save it by PEFT."
+    else:
+        how = "for engines `lora-init export --rename` does."
+    return f"PEFT brings its names into the model's form; {how}"
 
 
 def _expert_in(key: str) -> int:

@@ -118,10 +118,8 @@ def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str,
     is_uniform = whole and _one_rank_a_kind(ranks, most)
     if not engine.reads:
         return "reads no directory of PEFT"
-    if config.get("target_parameters"):
-        return "has a form of its own for experts, and drops or refuses PEFT's"
-    if any(map(is_single, ranks)) and not (engine.experts and engine.writes_peft):
-        return "has a form of its own for experts" if engine.experts else _NO_EXPERTS
+    if of_experts := _beyond_experts(engine, ranks, config):
+        return of_experts
     if not engine.allows(max(most, named)):
         return f"takes {engine.allowed}, and this is {max(most, named)}"
     if config.get("use_rslora") and "use_rslora" not in engine.reads:
@@ -129,6 +127,15 @@ def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str,
     if not scales_alike:
         return "reads one scaling, and here layers have their own"
     return "" if is_uniform or "rank_pattern" in engine.reads else "takes one rank for every layer of a kind"
+
+
+def _beyond_experts(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
+    """Describe why an engine does not take adapters of experts as they are; empty if it does, or there are none."""
+    if config.get("target_parameters"):
+        return "has a form of its own for experts, and drops or refuses PEFT's"
+    if any(map(is_single, ranks)) and not (engine.experts and engine.writes_peft):
+        return "has a form of its own for experts" if engine.experts else _NO_EXPERTS
+    return ""
 
 
 def _one_rank_a_kind(ranks: Mapping[str, int], rank: int) -> bool:
