@@ -37,7 +37,7 @@ def _has_zeros(a: Tensor | None, b: Tensor) -> bool:
 def is_zero_update(a: Tensor | None, b: Tensor) -> bool:
     """Check whether B A is zero, to its rounding: in PEFT's "orthogonal" neither is. `a` may be unknown.
 
-    The rounding is that of its numbers: an adapter of 16 bits may be saved in 32.
+    Numbers of 16 bits may be saved in 32.
     """
     if _has_zeros(a, b):
         return True

@@ -305,7 +305,7 @@ class _Fit:
         return getattr(self.base.config, "vocab_size", None) if is_embedding else None
 
     def _other_shape(self, key: str) -> Sequence[int]:
-        """Return the shape of B for the name of A, and of A for that of B."""
+        """Return the shape of B for the name of A, and the other way round."""
         other = re.sub(r"lora_([AB])", lambda found: "lora_B" if found[1] == "A" else "lora_A", key)
         return self.adapter.header.get(other, ((), ""))[0]
 
@@ -493,7 +493,7 @@ def _of_named_base(
     elif odd:
         yield _OTHERWISE.format(odd)
     elif not first:  # the files name their tensors otherwise than the model, as those of each expert alone
-        yield f"The weights of {source!r} were not compared with those of {named!r}: only names and shapes were."
+        yield f"The weights of {source!r} were not compared with {named!r}: only names and shapes were."
 
 
 def _architecture(config: Any) -> str:
