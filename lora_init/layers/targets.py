@@ -13,7 +13,6 @@ from typing import Any
 
 import regex
 from torch import nn
-from transformers import PreTrainedModel
 
 from lora_init.errors import LoraInitError, warn
 from lora_init.layers.grid import PURPOSES, by_purpose, layers_in
@@ -143,7 +142,7 @@ def heads_of(model: nn.Module) -> list[str]:
 def new_heads(model: nn.Module) -> list[str]:
     """Name what begins at random where it is trained whole: a head and its parts; all of a model of one's own."""
     names = plain_names(model)
-    whole = {name: one for name, one in names.items() if isinstance(one, PreTrainedModel)}
+    whole = {name: one for name, one in names.items() if hasattr(type(one), "from_pretrained")}
     owners = [name for name in whole if not any(_is_below(name, other) for other in whole if other != name)]
     heads = [f"{name}.{head}".removeprefix(".") for name in owners for head in heads_of(whole[name])]
     own = [name for name in linear_layers(model, names) if not any(_is_below(name, owner) for owner in owners)]
