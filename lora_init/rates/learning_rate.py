@@ -85,11 +85,11 @@ def factor(length: TrainingLength, new_head: bool = False) -> float:
     """Compute the rate of a training of this length over that of 48 steps of 8, in which no example comes again.
 
     Where all examples were new, the rate of this law was 0.6 to 0.9 times the best at 48 steps and 0.7 to 0.9 times at
-    480, on two families and two tasks. Of 1,000 examples it is 0.9 and 1.1 times the best after three epochs, and 1.3
-    times after ten (one sweep), where a rate divided by the epochs themselves is 2.1 times the best and ends 5 % above.
-    At 48 steps of 32 it is 0.8 to 0.9 times the best, of 128 1.1 times (one sweep); without the power of the batch 0.4
-    to 0.6. Rates of a new head were measured from 100 to 400 steps of 8, about three epochs: they fell with the root of
-    the steps.
+    480, on two families and two tasks, and 0.8 times at 1,600 (one sweep). Of 1,000 examples it is 0.9 and 1.1 times
+    the best after three epochs, and 1.3 times after ten (one sweep), where a rate divided by the epochs themselves is
+    2.1 times the best and ends 5 % above. At 48 steps of 32 it is 0.8 to 0.9 times the best, of 128 1.1 times (one
+    sweep); without the power of the batch 0.4 to 0.6. Rates of a new head were measured from 100 to 400 steps of 8,
+    about three epochs: they fell with the root of the steps.
 
     Example:
         >>> round(factor(TrainingLength(480)), 2), round(factor(TrainingLength(480, rows=900)), 2)
