@@ -163,8 +163,7 @@ class LearningRate:
 
     def of_steps(self, steps: int) -> LearningRate:
         """Return the rate for another number of steps on the same data."""
-        seen = self.length.seen * steps / self.length.steps
-        return replace(self, length=replace(self.length, steps=steps, why="", seen=seen))
+        return replace(self, length=self.length.changed(steps, None, None))
 
     @property
     def within(self) -> float:

@@ -7,6 +7,7 @@ import inspect
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from itertools import tee
 from typing import Any
 
@@ -76,7 +77,7 @@ class TrainerDoor:
         """Whether rates were measured for what it trains: models of text, by their own loss."""
         return self.has_plain_loss and "input_ids" in inspect.signature(type(self.carrier.model).forward).parameters
 
-    @property
+    @cached_property
     def length(self) -> TrainingLength | None:
         """How long it will train, by its own count of steps; None if neither its arguments nor its data say so."""
         args, counted = self.trainer.args, self.trainer.set_initial_training_values
@@ -291,14 +292,13 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     # One that draws `num_samples` of them anew in each epoch sees others each time.
     if isinstance(sampler, RandomSampler) and sampler.num_samples < len(sampler.data_source):
         rows = len(sampler.data_source)
-    if not isinstance(sampler, WeightedRandomSampler):
-        return TrainingLength(int(steps), min(batch_size, rows), rows)
-    effective = float(sampler.weights.sum() ** 2 / (sampler.weights**2).sum())
-    if not sampler.replacement:
-        rows = max(rows, round(effective))
-        return TrainingLength(int(steps), min(batch_size, rows), rows)
-    batch_size = min(batch_size, whole)
-    return TrainingLength(int(steps), batch_size, whole, seen=steps * batch_size / effective)
+    again = 0.0  # how often a draw is one of the same, where what was drawn may come again
+    if isinstance(sampler, WeightedRandomSampler):
+        effective = float(sampler.weights.sum() ** 2 / (sampler.weights**2).sum())
+        rows = whole if sampler.replacement else max(rows, round(effective))
+        again = 1 / effective if sampler.replacement else 0.0
+    batch_size = min(batch_size, rows)
+    return TrainingLength(int(steps), batch_size, rows, seen=steps * batch_size * again)
 
 
 def _counts(args: Any, loader: Any) -> tuple[int, int]:
