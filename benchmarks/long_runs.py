@@ -35,7 +35,7 @@ from peft import LoraConfig, get_peft_model
 
 import lora_init
 from benchmarks import second_family
-from benchmarks.settings import best_rate, langtest, table
+from benchmarks.settings import best_rate, langtest, prodigy, table
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.peft_model import adapter_layers, fill_in_place
 from lora_init.comparison.tasks import Loading, Task, load_task
@@ -64,6 +64,7 @@ class Sweep:
     layers: str = "all-linear"
     schedule: str = "cosine"
     seed: int = 0
+    optimizer: str = "adamw"  # or "prodigy", which finds its rate while it trains
 
     @property
     def epochs(self) -> float:
@@ -122,6 +123,8 @@ SWEEPS = tuple(_sweeps())
 ALSO = (
     (Sweep("smollm2", "boolq", 480), -2), (Sweep("smollm2", "medmcqa", 480), -2),
     (Sweep("smollm2", "boolq", 480, seed=1), 0), (Sweep("smollm2", "boolq", 480), -1 / 3),
+    *((Sweep(*pair, 480, optimizer="prodigy"), 0)
+      for pair in (("smollm2", "boolq"), ("gemma", "boolq"), ("smollm2", "medmcqa"))),
 )  # fmt: skip
 
 
@@ -195,7 +198,8 @@ class Bench:
             peft_model = self._started(sweep)
             sample = [self.task.batch(items) for items in self.task.order(1000, 8, 8)]
             unit = measure_rate(peft_model, sample, TrainingLength(48)).rate
-        rate = unit * FACTOR**power
+        found = sweep.optimizer == "prodigy"
+        rate = 1.0 if found else unit * FACTOR**power
         training = Training(sweep.steps, sweep.batch, 0.1, [0, sweep.steps])
         early, seen, moved = math.ceil(sweep.steps / 20), count(1), []
 
@@ -205,6 +209,7 @@ class Bench:
 
         with (
             patch.object(Training, "factor", _schedule(sweep.schedule, training)),
+            patch("torch.optim.AdamW", prodigy if found else torch.optim.AdamW),
             torch.autocast("cpu", torch.bfloat16),
         ):
             how: Any = dict(learning_rate=rate, seed=sweep.seed, plain_loss=1e3)
@@ -260,7 +265,8 @@ def read() -> list[dict[str, Any]]:
 
 def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
     """Return what was measured of a sweep, by rising rate."""
-    own = [row for row in read() if all(row[field.name] == getattr(sweep, field.name) for field in fields(Sweep))]
+    wanted = [(field.name, getattr(sweep, field.name), field.default) for field in fields(Sweep)]
+    own = [row for row in read() if all(row.get(name, default) == value for name, value, default in wanted)]
     return sorted(own, key=lambda row: row["power"])
 
 

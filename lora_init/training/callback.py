@@ -26,7 +26,14 @@ from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
 from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
 from lora_init.starts.starts import DEFAULT
-from lora_init.trainers.trainers import examples_of_a_step, is_used_up, leaves_loss, length_of, undisturbed
+from lora_init.trainers.trainers import (
+    counts_of,
+    examples_of_a_step,
+    is_used_up,
+    leaves_loss,
+    length_of,
+    undisturbed,
+)
 
 _MOST_TEXTS = 512  # that the base writes before training; training goes through them again and again
 _DECIDED = ("max_batches", "data", "task_type", "gradients")  # of initialize()'s options, by the trainer or `samples`
@@ -162,8 +169,7 @@ class StartCallback(TrainerCallback):
                 "DeepSpeed has its own copy of the weights by now, which would undo a start at the first step. Make "
                 "the adapter by `lora-init init`, and train that."
             )
-        each = args.train_batch_size * args.world_size
-        asked = self.asked.but(max_batches=math.ceil(self.samples / each))
+        asked = self.asked.but(max_batches=math.ceil(self.samples / counts_of(args, train_dataloader)[0]))
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
             first = next(batches, {})
             is_plain_loss = "labels" in first and leaves_loss(args)  # those of preferences have none

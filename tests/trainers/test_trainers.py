@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
@@ -439,6 +439,10 @@ READY = [{"input_ids": torch.arange(24).reshape(8, 3), "labels": torch.arange(24
     (Steady(), dict(batch_size=8), None),
     (range(16), dict(batch_sampler=Lists()), 16),
     (READY, dict(batch_size=None), 16),
+    (READY, dict(batch_size=1, collate_fn=lambda items: items[0]), 16),
+    (READY[:1] * 4, dict(batch_size=2, collate_fn=lambda items: {"input_ids": items[0]["input_ids"][:4 * len(items)]}),
+     16),
+    ([{"input_ids": [1, 3]}] * 16, dict(batch_size=8, collate_fn=DataCollatorWithFlattening()), 16),
 ])  # fmt: skip
 def test_the_size_of_a_step_is_that_of_the_loader(data, how, rows, tmp_path, tokenizer):
     trainer = of_class(Trainer)(tmp_path, tokenizer)

@@ -75,18 +75,18 @@ def test_the_adapter_starts_as_initialize_would_have_it(tmp_path, method, capsys
     assert f"lora_init: {method or 'eva'} start of 4 layers" in said and "from 8 examples of the data at most" in said
 
 
-@pytest.mark.parametrize("n_processes", [1, 2])
-def test_the_examples_to_learn_from_are_those_of_all_processes(n_processes, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("batch", "n_processes", "read_batches"), [(4, 1, 4), (4, 2, 2), (8, 1, 2)])
+def test_the_examples_to_learn_from_are_those_of_all_processes(batch, n_processes, read_batches, tmp_path, monkeypatch):
     read, adapted = [], model()
     made = trainer(tmp_path, adapted)
     made.state.max_steps = 3
-    loader = DataLoader(rows(), 4, collate_fn=lambda part: read.append(part) or made.data_collator(part))
+    loader = DataLoader(rows(), batch, collate_fn=lambda part: read.append(part) or made.data_collator(part))
     monkeypatch.setattr(TrainingArguments, "world_size", n_processes)
     start = lora_init.StartCallback(samples=16, tolerance=0.0)
     start.on_train_begin(
         made.args, made.state, made.control, model=adapted, train_dataloader=loader, optimizer=made.create_optimizer()
     )
-    assert len(read) == 4 // n_processes
+    assert [*map(len, read)].count(batch) == read_batches
 
 
 def test_training_is_otherwise_as_it_would_have_been(tmp_path):
