@@ -519,6 +519,15 @@ def long_judged() -> tuple[float, float, float, float]:
     return min(over), max(over), math.exp(math.sqrt(np.mean(np.log(over) ** 2))), max(above)
 
 
+def experts_over() -> tuple[float, ...]:
+    """Return how many times the best rate of each sweep on SmolLM2 with its MLPs cut into experts the rule's is."""
+    lines = (Path(__file__).parent / "results/experts/sweep.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [one for one in map(json.loads, lines) if one["status"] == "finished"]
+    rule = {one["task"]: one["rule"] for one in runs}
+    losses = {task: {one["rate"]: one["loss"][-1] for one in runs if one["task"] == task} for task in rule}
+    return tuple(rule[task] / (long_runs.best_rate(losses[task]) or math.nan) for task in rule)
+
+
 def cited(*numbers: float) -> tuple[float, ...]:
     """Take numbers as they stand: somebody else's, with the source beside them."""
     return numbers

@@ -100,11 +100,11 @@ def _sweeps() -> Iterator[Sweep]:
     yield Sweep("smollm2", "boolq", 1250, rows=1000)
     yield Sweep("smollm2", "boolq", 125, rows=1000)
     yield Sweep("smollm2", "boolq", 480, schedule="constant")
-    yield Sweep("smollm2", "medmcqa", 375, rows=1000)
     yield Sweep("smollm2", "boolq", 480, rank=64, alpha=128)
-    yield Sweep("smollm2", "boolq", 480, start="eva")
     yield Sweep("smollm2", "boolq", 480, layers="attention")
     yield Sweep("smollm2", "boolq", 480, rank=64, alpha=16)
+    yield Sweep("smollm2", "medmcqa", 375, rows=1000)
+    yield Sweep("smollm2", "boolq", 480, start="eva")
     yield from (Sweep(*pair, 160) for pair in both[2:])
     yield Sweep("smollm2", "medmcqa", 160, batch=32)
     yield Sweep("gemma", "boolq", 160, batch=32)
@@ -337,11 +337,10 @@ def train_all() -> None:
     claims.mkdir(exist_ok=True)
     bench, key = None, ("", "")
     while True:
-        own = [sweep for sweep in SWEEPS if sys.argv[2:] in ([], [sweep.model])]
-        wanted = [(sweep, power) for sweep in own if (power := next_power(sweep)) is not None]
-        also = [(sweep, power) for sweep, power in ALSO if power not in {row["power"] for row in rows_of(sweep)}]
-        wanted += [(sweep, power) for sweep, power in also if sys.argv[2:] in ([], [sweep.model])]
-        found = next(((sweep, power) for sweep, power in wanted if _claim(claims, sweep, power)), None)
+        wanted = [(sweep, power) for sweep, power in ALSO if power not in {row["power"] for row in rows_of(sweep)}]
+        wanted += [(sweep, power) for sweep in SWEEPS if (power := next_power(sweep)) is not None]
+        own = [(sweep, power) for sweep, power in wanted if sys.argv[2:] in ([], [sweep.model])]
+        found = next(((sweep, power) for sweep, power in own if _claim(claims, sweep, power)), None)
         if found is None:
             return
         sweep, power = found
