@@ -41,6 +41,23 @@ def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
     assert sorted(calls) == [False, False, True, True]
 
 
+SECOND = dict(starts=("random", "eva"), learning_rates=None, seeds=1, extend=0, full=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home, tmp_path_factory):
+    """A comparison that nothing came before; and beside its model and data there are others."""
+    torch.manual_seed(5)
+    save_model(tiny_llama(), home / "other")
+    shutil.copytree(home / "llama", home / "rotated")  # the same weights
+    text = (home / "rotated" / "config.json").read_text()
+    assert '"rope_theta": 10000.0' in text
+    (home / "rotated" / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 5.0'))
+    lines = (home / "rows.jsonl").read_text().splitlines()
+    (home / "other.jsonl").write_text("\n".join(lines[::-1][:80]))
+    return compare(home, tmp_path_factory.mktemp("undisturbed") / "out", **SECOND)
+
+
 def does_not_fit(model, seed):
     raise LoraInitError("this start does not fit.")
 
@@ -59,22 +76,12 @@ def does_not_fit(model, seed):
     ],
     ids=str,
 )
-def test_statistics_of_a_first_try_are_taken_for_the_same_alone(home, tmp_path, before):
+def test_statistics_of_a_first_try_are_taken_for_the_same_alone(home, undisturbed, tmp_path, before):
     """A first command ended before its settings were written: its statistics are of another model, data or layers."""
-    if not (home / "other").exists():
-        torch.manual_seed(5)
-        save_model(tiny_llama(), home / "other")
-        shutil.copytree(home / "llama", home / "rotated")  # the same weights
-        text = (home / "rotated" / "config.json").read_text()
-        assert '"rope_theta": 10000.0' in text
-        (home / "rotated" / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 5.0'))
-        lines = (home / "rows.jsonl").read_text().splitlines()
-        (home / "other.jsonl").write_text("\n".join(lines[::-1][:80]))
-    second = dict(starts=("random", "eva"), learning_rates=None, seeds=1, extend=0, full=False)
     with pytest.raises(LoraInitError, match="does not fit"):
-        compare(home, tmp_path / "out", **second | before | {"starts": ("random", "eva", ("mine", does_not_fit))})
+        compare(home, tmp_path / "out", **SECOND | before | {"starts": ("random", "eva", ("mine", does_not_fit))})
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "statistics"]
-    found, undisturbed = (compare(home, tmp_path / name, **second) for name in ("out", "clean"))
+    found = compare(home, tmp_path / "out", **SECOND)
     assert found.settings["recommended"] == undisturbed.settings["recommended"]
     assert without_clock(found.records) == without_clock(undisturbed.records)
 
