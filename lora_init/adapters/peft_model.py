@@ -19,7 +19,7 @@ from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, Target, find_targets, is_in
 from lora_init.layers.wrappers import plain_name, without_adapter
 from lora_init.planning.lora_config import exact_pattern
-from lora_init.private_parts import has_added_adapter
+from lora_init.third_party_internals import has_added_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel

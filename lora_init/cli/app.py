@@ -29,7 +29,7 @@ from lora_init.cli.console import (
 from lora_init.cli.help import GroupedCommand, ListedCommands
 from lora_init.cli.tables import facts
 from lora_init.errors import did_you_mean
-from lora_init.private_parts import usage_error
+from lora_init.third_party_internals import usage_error
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,7 @@ from lora_init.layers.masks import TokenMasks
 from lora_init.layers.rows import Experts, Patches, expert_group, experts_of, patches_of, routed
 from lora_init.layers.running import evaluating, on_device_of
 from lora_init.layers.wrappers import Precision, class_name, is_offloaded, is_sharded
-from lora_init.private_parts import goes_backward, version_of
+from lora_init.third_party_internals import goes_backward, version_of
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
 RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]

@@ -21,7 +21,7 @@ from lora_init.layers.masks import rows_of
 from lora_init.layers.running import Forward, restoring
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, reshard, run_eagerly
-from lora_init.private_parts import goes_backward, version_of
+from lora_init.third_party_internals import goes_backward, version_of
 
 
 @dataclass(eq=False)

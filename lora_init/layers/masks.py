@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.grid import cross_inputs
 from lora_init.layers.wrappers import plain_names
-from lora_init.private_parts import has_plain_loss
+from lora_init.third_party_internals import has_plain_loss
 
 # The label of a token that has none: torch's cross entropy skips it, and so does every model of transformers.
 IGNORED = -100

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_init.errors import LoraInitError, LoraInitWarning
-from lora_init.private_parts import apply_gate, is_gated
+from lora_init.third_party_internals import apply_gate, is_gated
 
 # Patches that one call of a layer gives at most. Neighbours overlap: more of them cost memory and say little.
 MAX_PATCHES = 4096

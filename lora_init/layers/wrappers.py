@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.private_parts import WRAPPED, hook_of
+from lora_init.third_party_internals import WRAPPED, hook_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -22,10 +22,10 @@ from lora_init.adapters.carriers import Carrier, carrier_of
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import call_model
 from lora_init.loading.models import task_of
-from lora_init.private_parts import forget_loader
 from lora_init.rates.learning_rate import check_measured, schedule_of
 from lora_init.rates.training_length import TrainingLength
 from lora_init.starts.starts import DEFAULT
+from lora_init.third_party_internals import forget_loader
 
 # Their loss is what the model computes from labels. Other trainers compute their own.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lora_init
-from lora_init import private_parts
+from lora_init import third_party_internals
 from tests.conftest import tiny_bart_decoder, tiny_gpt2, tiny_llama
 from tests.versions import needs_fused_experts
 
@@ -54,18 +54,18 @@ def own_names():
                     yield name
 
 
-def test_no_other_file_takes_private_parts():
+def test_no_other_file_takes_third_party_internals():
     ours = {*own_names()} | PUBLIC
-    files = [path for path in PACKAGE.rglob("*.py") if path.name != "private_parts.py"]
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "third_party_internals.py"]
     found = {(path.name, name) for path in files for name in {*strangers(ast.parse(path.read_text()))} - ours}
     assert not found
     # Negative: the file that may has some of each kind.
-    there = {*strangers(ast.parse((PACKAGE / "private_parts.py").read_text()))}
+    there = {*strangers(ast.parse((PACKAGE / "third_party_internals.py").read_text()))}
     assert {"_version", "_hf_hook", "_dataloaders", "co_varnames"} <= there - ours
 
 
 def test_each_function_has_its_test_here():
-    functions = {name for name, _ in inspect.getmembers(private_parts, inspect.isfunction)}
+    functions = {name for name, _ in inspect.getmembers(third_party_internals, inspect.isfunction)}
     used = {node.attr for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Attribute)}
     assert functions | {"WRAPPED"} <= used
 
@@ -76,32 +76,32 @@ def test_torch_names_what_it_wraps():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     found = [next(wrapped.named_children())[0] for wrapped in (compiled, checkpoint_wrapper(nn.Linear(2, 2)))]
-    assert found == list(private_parts.WRAPPED[:2])
+    assert found == list(third_party_internals.WRAPPED[:2])
     source = Path(sys.modules["torch"].__file__).parent / "distributed" / "fsdp" / "_common_utils.py"
-    assert f'FSDP_WRAPPED_MODULE = "{private_parts.WRAPPED[2]}"' in source.read_text()
+    assert f'FSDP_WRAPPED_MODULE = "{third_party_internals.WRAPPED[2]}"' in source.read_text()
 
 
 def test_torch_counts_changes_in_place():
     x = torch.zeros(2)
-    assert private_parts.version_of(x) == 0 and private_parts.version_of(x.add_(1)) == 1
+    assert third_party_internals.version_of(x) == 0 and third_party_internals.version_of(x.add_(1)) == 1
     with torch.inference_mode():
-        assert private_parts.version_of(torch.zeros(2).add_(1)) == 0
+        assert third_party_internals.version_of(torch.zeros(2).add_(1)) == 0
 
 
 def test_torch_knows_whether_it_goes_backward():
     seen, x = [], torch.ones(2, requires_grad=True)
-    x.register_hook(lambda gradient: seen.append(private_parts.goes_backward()))
+    x.register_hook(lambda gradient: seen.append(third_party_internals.goes_backward()))
     x.sum().backward()
-    assert seen == [True] and not private_parts.goes_backward()
+    assert seen == [True] and not third_party_internals.goes_backward()
 
 
 def test_accelerate_keeps_its_hook_with_the_module():
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     layer, hook = nn.Linear(2, 2), ModelHook()
-    assert private_parts.hook_of(layer) is None
+    assert third_party_internals.hook_of(layer) is None
     add_hook_to_module(layer, hook)
-    assert private_parts.hook_of(layer) is hook
+    assert third_party_internals.hook_of(layer) is hook
 
 
 def test_accelerate_forgets_one_loader():
@@ -112,7 +112,7 @@ def test_accelerate_forgets_one_loader():
     kept, gone = (accelerator.prepare(torch.utils.data.DataLoader(range(4))) for _ in range(2))
     for loader in (kept, gone):
         iter(loader)
-    private_parts.forget_loader(accelerator, gone)
+    third_party_internals.forget_loader(accelerator, gone)
     assert accelerator._dataloaders == [kept]
 
 
@@ -123,17 +123,17 @@ def test_transformers_experts_have_a_gate():
     sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=8)
     config = Qwen3MoeConfig(**sizes, head_dim=4, moe_intermediate_size=6, num_experts=2, num_experts_per_tok=1)
     model = Qwen3MoeForCausalLM(config)
-    experts = [module for module in model.modules() if private_parts.is_gated(module)]
-    assert experts and not private_parts.is_gated(nn.Linear(2, 2))
+    experts = [module for module in model.modules() if third_party_internals.is_gated(module)]
+    assert experts and not third_party_internals.is_gated(nn.Linear(2, 2))
     up = torch.randn(3, experts[0].gate_up_proj.shape[1])
     gate, linear = up.chunk(2, -1)
-    torch.testing.assert_close(private_parts.apply_gate(experts[0], up), nn.functional.silu(gate) * linear)
+    torch.testing.assert_close(third_party_internals.apply_gate(experts[0], up), nn.functional.silu(gate) * linear)
 
 
 @pytest.mark.parametrize(("build", "plain"), [(tiny_bart_decoder, True), (tiny_llama, False), (tiny_gpt2, False)])
 def test_transformers_decoders_with_a_plain_loss_are_told(build, plain):
     model = build()
-    assert private_parts.has_plain_loss(model) is plain
+    assert third_party_internals.has_plain_loss(model) is plain
     batch = {name: torch.tensor([[3, 5, 7, 4]]) for name in ("input_ids", "labels")}
     output = model(**batch)
     aligned = nn.functional.cross_entropy(output.logits[0], batch["labels"][0])
@@ -145,7 +145,7 @@ def test_typer_shows_the_error_that_all_wrong_words_are():
 
     app = typer.Typer()
     app.command()(lambda: None)
-    error = private_parts.usage_error()
+    error = third_party_internals.usage_error()
     with pytest.raises(error, match="--nothing"):
         typer.main.get_command(app).main(["--nothing"], standalone_mode=False)
     assert issubclass(typer.BadParameter, error)
@@ -155,9 +155,9 @@ def test_add_adapter_leaves_a_mark_that_a_peft_model_has_not():
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=2, target_modules=["q_proj"])
-    assert not private_parts.has_added_adapter(get_peft_model(tiny_llama(), config).get_base_model())
+    assert not third_party_internals.has_added_adapter(get_peft_model(tiny_llama(), config).get_base_model())
     assert "self._hf_peft_config_loaded = True" in inspect.getsource(tiny_llama().add_adapter)
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    assert private_parts.has_added_adapter(model)
+    assert third_party_internals.has_added_adapter(model)
