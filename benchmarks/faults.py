@@ -474,7 +474,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("lost setting", "new_head = self.provenance.task_type in HEADS", "new_head = False"),
         ("lost setting", "            freeze_a(adapted)", "            pass"),
     ],
-    "adapters/asked.py": [
+    "adapters/init_config.py": [
         ("missing check", "isinstance(value, Integral) or not whole", "True"),
         ("lost setting", "return self.run.gradients or self.start.by_gradient", "return self.start.by_gradient"),
     ],

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import lora_init
-from lora_init.adapters.asked import Options
 from lora_init.adapters.card import origin_of
+from lora_init.adapters.init_config import Options
 from lora_init.building import initialize as initializing
 from lora_init.building.build import build_adapter
 from lora_init.cli.app import app

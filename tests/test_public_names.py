@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import lora_init
-from lora_init.adapters.asked import Options
+from lora_init.adapters.init_config import Options
 
 SOURCE = Path(lora_init.__file__)
 CALLER = Path(__file__).with_name("caller.py")

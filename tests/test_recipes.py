@@ -55,7 +55,10 @@ def printed(tmp_path_factory):
     option, function, start = (
         next(block for block in BLOCKS if word in block) for word in ("sides:", "def first_rows", "Start(")
     )
-    blocks = {"adapters/asked": (option, "    use_dora: Annotated"), "starts/starts": (start, "    FullTraining(FULL")}
+    blocks = {
+        "adapters/init_config": (option, "    use_dora: Annotated"),
+        "starts/starts": (start, "    FullTraining(FULL"),
+    }
     blocks["starts/initializers"] = (f"{function}\n\n", "def random(")
     shutil.copytree(Path(lora_init.__file__).parent, folder / "lora_init", ignore=shutil.ignore_patterns("__pycache__"))
     for name, (block, line) in blocks.items():

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.asked import Shape
 from lora_init.adapters.base_weights import check_correctable, correct_outputs, correct_weights
 from lora_init.adapters.card import card_of, origin_of
 from lora_init.adapters.directory import LORA_A, LORA_B, carrying, write_start
+from lora_init.adapters.init_config import Shape
 from lora_init.adapters.peft_model import (
     as_it_was,
     attach,

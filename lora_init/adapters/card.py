@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_init.adapters.asked import Shape
 from lora_init.adapters.directory import card_header, hub_id, start_digest
+from lora_init.adapters.init_config import Shape
 
 if TYPE_CHECKING:
     from lora_init.adapters.adapter_init import AdapterInit

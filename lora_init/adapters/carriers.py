@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.asked import Asked
 from lora_init.adapters.config import read_adapter
+from lora_init.adapters.init_config import Asked
 from lora_init.adapters.peft_model import is_filled, remember, remove_adapters
 from lora_init.errors import LoraInitError
 from lora_init.starts.starts import Start

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_init.adapters.asked import Asked, Shape
+from lora_init.adapters.init_config import Asked, Shape
 from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_fresh
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, matches

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.asked import SCALING, Shape
+from lora_init.adapters.init_config import SCALING, Shape
 from lora_init.adapters.peft_model import check_plain
 from lora_init.bank.generator import balanced, load_generator
 from lora_init.bank.mixture import MOST_ADAPTERS, find_weights, stack

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.asked import SCALING, Shape
 from lora_init.adapters.config import read_config_for
 from lora_init.adapters.directory import check_place
+from lora_init.adapters.init_config import SCALING, Shape
 from lora_init.building.layer_start import Material, layer_start
 from lora_init.errors import LoraInitError, did_you_mean, is_number, warn
 from lora_init.layers.targets import Target, is_in

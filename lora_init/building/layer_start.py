@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.asked import Shape
+from lora_init.adapters.init_config import Shape
 from lora_init.building.quantized import read_product
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.rows import expert_group

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.init_config import Reading
 from lora_init.cli.commands import command
 from lora_init.cli.console import busy, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.init_config import Reading
 from lora_init.cli.console import busy, importing
 from lora_init.cli.options import Length
 from lora_init.cli.tables import finite

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.init_config import Reading
 from lora_init.cli.commands import offered
 from lora_init.cli.console import busy, importing, print_next, print_result, refuse_idle, say
 from lora_init.cli.options import Loading, LoadingQuantized, MaxLength, of_adapter, read_share

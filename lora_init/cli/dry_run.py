@@ -16,7 +16,7 @@ from lora_init.loading.models import QUANTIZED_BYTES, find_device, is_better_in_
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_init.adapters.asked import Asked
+    from lora_init.adapters.init_config import Asked
     from lora_init.cli.options import LoadingQuantized
     from lora_init.cli.source import Opened
     from lora_init.loading.batches import Batches

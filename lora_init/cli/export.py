@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.init_config import Reading
 from lora_init.cli.commands import offered
 from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result, refuse_idle
 from lora_init.cli.options import MaxLength, WrittenAs, of_adapter, one_base

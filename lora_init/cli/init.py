@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Asked, Correction, Layers, PassOptions, Ranks, Reading, Sample, Shape
+from lora_init.adapters.init_config import Asked, Correction, Layers, PassOptions, Ranks, Reading, Sample, Shape
 from lora_init.cli.commands import offered
 from lora_init.cli.console import busy, importing, print_result, process_group, process_rank, refuse_idle
 from lora_init.cli.options import Length, LoadingQuantized, of_adapter

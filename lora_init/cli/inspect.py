@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.init_config import Reading
 from lora_init.cli.commands import offered
 from lora_init.cli.console import FAILED, print_result, refuse_idle
 from lora_init.cli.describe import damage_of, describe, describe_fit, describe_intruders, describe_merge

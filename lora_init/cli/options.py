@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Option
 
-from lora_init.adapters.asked import HELP_OF_WEIGHTS
+from lora_init.adapters.init_config import HELP_OF_WEIGHTS
 from lora_init.cli.console import busy
 from lora_init.errors import LoraInitError
 from lora_init.rates.training_length import BATCH_SIZE, TrainingLength

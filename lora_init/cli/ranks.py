@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 from typer import Argument, Option
 
-from lora_init.adapters.asked import read_names
+from lora_init.adapters.init_config import read_names
 from lora_init.cli.console import print_next, print_result, running, say
 from lora_init.cli.options import WrittenAs, read_numbers
 from lora_init.cli.tables import Cells, facts, rank_table

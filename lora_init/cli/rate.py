@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.init_config import Reading
 from lora_init.cli.console import busy, importing, print_next, print_result
 from lora_init.cli.options import Length, Loading, MaxLength
 from lora_init.errors import LoraInitError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lora_init.adapters.asked import Asked, PassOptions, Reading, Sample
+from lora_init.adapters.init_config import Asked, PassOptions, Reading, Sample
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.bank.embeddings import embed
 from lora_init.bank.similarity import neighbours

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.init_config import Reading
 from lora_init.cli.console import busy, importing, in_words, print_error, print_next, print_result
 from lora_init.cli.options import Loading, MaxLength, one_base
 from lora_init.cli.tables import facts

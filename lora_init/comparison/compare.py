@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_init.adapters.asked import SCALING
+from lora_init.adapters.init_config import SCALING
 from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.clusters import open_executor
 from lora_init.comparison.findings import Summary, summarise

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.asked import Asked, PassOptions, Shape
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
+from lora_init.adapters.init_config import Asked, PassOptions, Shape
 from lora_init.adapters.peft_model import adapter_layers, check_fits, load_adapter, match_modes, remember
 from lora_init.bank.embeddings import embed
 from lora_init.bank.start import start_from_bank

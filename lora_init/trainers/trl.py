@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_init.adapters.asked import Asked
+from lora_init.adapters.init_config import Asked
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.running import restoring

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_init import allocate_ranks, build_adapter, collect, initialize
-from lora_init.adapters.asked import Shape
 from lora_init.adapters.config import _DROPPED, _SELECTION
+from lora_init.adapters.init_config import Shape
 from lora_init.adapters.peft_model import adapter_layers
 from tests.conftest import batches_for, refused, tiny_llama
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from lora_init.adapters.asked import Shape
+from lora_init.adapters.init_config import Shape
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import balanced, load_generator, train_generator
 from lora_init.bank.mixture import MOST_PASSES, find_weights, stack

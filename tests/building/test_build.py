@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_init
 from lora_init import LoraInitError, build_adapter, collect
-from lora_init.adapters.asked import Shape
+from lora_init.adapters.init_config import Shape
 from lora_init.building.build import buildable_start, check_adapter_options, rank_with_frozen_a
 from lora_init.starts.initializers import as_large_as_random
 from lora_init.statistics.spectrum import Spectrum

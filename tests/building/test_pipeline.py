@@ -3,7 +3,7 @@
 import pytest
 
 from lora_init import LoraInitError, initialize
-from lora_init.adapters.asked import Asked
+from lora_init.adapters.init_config import Asked
 from lora_init.building.pipeline import choose, read, split
 from tests.conftest import tiny_llama
 from tests.loading.made import byte_tokenizer

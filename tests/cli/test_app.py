@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import lora_init
 from lora_init import allocate_ranks, build_adapter, collect, load_batches
 from lora_init import cli as package
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.init_config import Reading
 from lora_init.cli import app as cli
 from lora_init.cli.init import init
 from lora_init.cli.ranks import ranks
