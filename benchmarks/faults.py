@@ -453,8 +453,8 @@ FAULTS: dict[str, list[Planted]] = {
     "building/pipeline.py": [
         ("wrong rows", '"offset": sample.offset + sample.samples', '"offset": sample.offset'),
         ("missing check", "if {*classes} == {*head} and tuple(classes) != head:", "if False:"),
-        ("missing check", "if asked.start.one_rank and round(rho * rank) > rank:", "if False:"),
-        ("lost setting", "rho or asked.ranks.rho, SPARE", "self.rho or 1.0, SPARE"),
+        ("missing check", "if config.start.one_rank and round(rho * rank) > rank:", "if False:"),
+        ("lost setting", "rho or config.ranks.rho, SPARE", "self.rho or 1.0, SPARE"),
         ("lost setting", "DEFAULT_FOR_CLASSES if classifies else DEFAULT", "DEFAULT"),
         ("lost head", "whole += [name for name in heads_of(model) if not is_in(name, (*heads, *whole))]", "pass"),
     ],

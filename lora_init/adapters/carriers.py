@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.config import read_adapter
-from lora_init.adapters.init_config import Asked
+from lora_init.adapters.init_config import InitConfig
 from lora_init.adapters.peft_model import is_filled, remember, remove_adapters
 from lora_init.errors import LoraInitError
 from lora_init.starts.starts import Start
@@ -32,9 +32,9 @@ class Carrier:
         model: nn.Module = self.given
         return model
 
-    def read(self, asked: Asked) -> Asked:
+    def read(self, config: InitConfig) -> InitConfig:
         """Add what an adapter that is there says; refuse one that is in use."""
-        return asked
+        return config
 
     def check(self, start: Start) -> None:
         """Refuse a start that changes the base where that would be lost."""
@@ -43,18 +43,18 @@ class Carrier:
                 f"method={start.name!r} changes the base weights, and {self.base_stays}. Take a start at B = 0."
             )
 
-    def feed(self, batches: Any, asked: Asked) -> tuple[Any, Asked]:
+    def feed(self, batches: Any, config: InitConfig) -> tuple[Any, InitConfig]:
         """Return batches as a pass reads them, and how it does."""
-        return batches, asked
+        return batches, config
 
     @contextmanager
-    def opened(self, asked: Asked) -> Iterator[Asked]:
+    def opened(self, config: InitConfig) -> Iterator[InitConfig]:
         """Take an untrained adapter off while the block runs, which ends with `put`; put it back on an exception."""
-        asked, self.restore = self.read(asked), remember(self.model)
+        config, self.restore = self.read(config), remember(self.model)
         try:
             if not self.wraps_anew:
                 remove_adapters(self.model)
-            yield asked
+            yield config
         except BaseException:
             self.restore()
             raise
@@ -75,10 +75,10 @@ class Wrapped(Carrier):
         model: nn.Module = self.given.get_base_model()
         return model
 
-    def read(self, asked: Asked) -> Asked:
+    def read(self, config: InitConfig) -> InitConfig:
         """Read the LoraConfig, and the type that TRL has given to the adapter of a quantized model."""
         self.dtype = next((p.dtype for n, p in self.given.named_parameters() if ".lora_A." in n), None)
-        return read_adapter(self.given, asked, "the trainer's peft_config")
+        return read_adapter(self.given, config, "the trainer's peft_config")
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
         """Put the adapter on, in the type of the one before."""
@@ -95,14 +95,14 @@ class InPlace(Carrier):
     in_place, wraps_anew = True, False
     base_stays = "an adapter from add_adapter() is saved without them"
 
-    def read(self, asked: Asked) -> Asked:
+    def read(self, config: InitConfig) -> InitConfig:
         """Read the LoraConfig; every layer has its rank, as the libraries' files expect."""
-        if asked.ranks.rho not in (None, 1):
+        if config.ranks.rho not in (None, 1):
             raise LoraInitError(
-                f"rho={asked.ranks.rho:g}: the adapter on {type(self.given).__name__} keeps the rank that its layers "
+                f"rho={config.ranks.rho:g}: the adapter on {type(self.given).__name__} keeps the rank that its layers "
                 "have. Leave rho out, or give the plain model."
             )
-        return read_adapter(self.given, asked, "the adapter on the model").but(rho=1.0)
+        return read_adapter(self.given, config, "the adapter on the model").with_options(rho=1.0)
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
         """Put the layers back and fill them."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_init.adapters.init_config import Asked, Shape
+from lora_init.adapters.init_config import InitConfig, Shape
 from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_fresh
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, matches
@@ -47,7 +47,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float)) else frozenset(value or ())
 
 
-def read_config(model: nn.Module, config: LoraConfig, asked: Asked) -> Asked:
+def read_config(model: nn.Module, config: LoraConfig, init_config: InitConfig) -> InitConfig:
     """Add the settings of a LoraConfig to the options; PEFT itself selects the layers, on a model that is restored."""
     from peft import get_peft_model
 
@@ -58,8 +58,8 @@ def read_config(model: nn.Module, config: LoraConfig, asked: Asked) -> Asked:
             peft_model = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
         except (ValueError, TypeError, AttributeError) as error:
             raise LoraInitError(f"config does not fit {type(model).__name__}: {in_one_line(error)}") from error
-        said = read_adapter(peft_model, asked, "config", config)
-    return said if config.task_type else said.but(task_type=asked.layers.task_type)
+        said = read_adapter(peft_model, init_config, "config", config)
+    return said if config.task_type else said.with_options(task_type=init_config.layers.task_type)
 
 
 def read_config_for(
@@ -102,9 +102,9 @@ def _check_collected(config: LoraConfig, names: list[str]) -> None:
     """Refuse a config that lists a layer or parameter which the statistics do not have and it does not exclude."""
     listed = [] if isinstance(config.target_modules, str) else [*(config.target_modules or ())]
     excluded = config.exclude_modules or ()
-    for asked in sorted([*listed, *(config.target_parameters or ())]):
-        if not any(matches([asked], name, "") for name in names) and not matches(excluded, asked, "exclude_modules"):
-            raise LoraInitError(f"config selects {asked!r}, of which the statistics have no layer. Collect with it.")
+    for one in sorted([*listed, *(config.target_parameters or ())]):
+        if not any(matches([one], name, "") for name in names) and not matches(excluded, one, "exclude_modules"):
+            raise LoraInitError(f"config selects {one!r}, of which the statistics have no layer. Collect with it.")
 
 
 def _check_plain_config(config: Any) -> None:
@@ -144,7 +144,7 @@ def _check_kept(config: LoraConfig, whose: str, taker: str) -> None:
         )
 
 
-def read_adapter(model: Any, asked: Asked, whose: str, before: LoraConfig | None = None) -> Asked:
+def read_adapter(model: Any, init_config: InitConfig, whose: str, before: LoraConfig | None = None) -> InitConfig:
     """Add the settings of an untrained adapter on a model; `before` is its config as the user wrote it."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import ParamWrapper
@@ -163,5 +163,5 @@ def read_adapter(model: Any, asked: Asked, whose: str, before: LoraConfig | None
         "target_parameters": config.target_parameters,
         "task_type": config.task_type,
     }
-    check_agreement({name: value for name, value in asked.given.items() if name in said}, said, whose)
-    return asked.but(**said | {"target_modules": exact_pattern(plain) if plain else []})
+    check_agreement({name: value for name, value in init_config.given.items() if name in said}, said, whose)
+    return init_config.with_options(**said | {"target_modules": exact_pattern(plain) if plain else []})

@@ -241,8 +241,8 @@ class Options(PassOptions, Correction, Shape, Layers, Sample, Reading, Ranks):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """All options of one call, sorted by topic; those that were not given have their defaults."""
+class InitConfig:
+    """The options of one initialization, sorted by topic; those that were not given have their defaults."""
 
     method: str | None = None  # None for the start that is recommended
     start: Start = _BY_DEFAULT
@@ -268,7 +268,7 @@ class Asked:
     def _parts(self) -> Iterator[tuple[str, Any]]:
         return ((name, value) for name, value in vars(self).items() if name not in ("method", "start", "given"))
 
-    def but(self, **changes: Any) -> Asked:
+    def with_options(self, **changes: Any) -> InitConfig:
         """Return a copy with some options changed, each in the part that has it."""
         parts = {}
         for name, part in self._parts():
@@ -277,14 +277,14 @@ class Asked:
         return replace(self, **parts)
 
     @classmethod
-    def by(cls, taker: str, method: str | None = None, **given: Any) -> Asked:
+    def from_arguments(cls, taker: str, method: str | None = None, **given: Any) -> InitConfig:
         """Sort the keywords of a function into parts; refuse those that are in none, with the nearest one."""
         known = {one.name for one in fields(Options)}
         for name in given:
             if name not in known:
                 every = sorted({*known, "tokenizer", "config", "adapter_name", "learning_rate"})  # `initialize` has all
                 raise LoraInitError(f"{taker} has no argument {name}=. {did_you_mean(name, every)}")
-        return cls(method=method, given=given).but(**given)
+        return cls(method=method, given=given).with_options(**given)
 
 
 def takes(arguments: Callable[_P, Any]) -> Callable[[Callable[..., _R]], Callable[_P, _R]]:

@@ -12,7 +12,7 @@ from torch import nn
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.carriers import Carrier
 from lora_init.adapters.config import read_config
-from lora_init.adapters.init_config import Asked, Options, takes
+from lora_init.adapters.init_config import InitConfig, Options, takes
 from lora_init.adapters.peft_model import check_plain, is_filled
 from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, warn
@@ -101,23 +101,23 @@ def initialize(
             whose adapter is not a fresh LoRA adapter. The trainer is unchanged then.
     """
     _check_learning_rate(learning_rate, model)
-    asked = Asked.by("initialize()", method, **options, **_without_none(rank=rank, rho=rho))
-    classifies = asked.sample.label is not None or bool(getattr(batches, "classes", ()))
+    init_config = InitConfig.from_arguments("initialize()", method, **options, **_without_none(rank=rank, rho=rho))
+    classifies = init_config.sample.label is not None or bool(getattr(batches, "classes", ()))
     if not is_trainer(model):
         _check_plain_model(model, batches)
         carrier = find_carrier(model)
         if config is not None:
             if not carrier.wraps_anew:
                 raise LoraInitError("config= is for a plain model, and this one has an adapter with a LoraConfig.")
-            asked = read_config(carrier.model, config, asked)
-        with carrier.opened(choose(asked, classifies)) as opened:
+            init_config = read_config(carrier.model, config, init_config)
+        with carrier.opened(choose(init_config, classifies)) as opened:
             fed, read = carrier.feed(batches, opened)
             return _applied(run(carrier, fed, read, tokenizer), carrier, adapter_name)
     _check_beside_trainer(config, batches, tokenizer)
     began, door = time.perf_counter(), find_trainer(model)
     if learning_rate:
         door.check_rate()
-    with door.opened(choose(asked, classifies or door.classifies)) as (read, own):
+    with door.opened(choose(init_config, classifies or door.classifies)) as (read, own):
         given = own if batches is None else batches
         init = replace(run(door.carrier, given, read, tokenizer), length=door.length)
         adapted = _applied(init, door.carrier, adapter_name)
@@ -127,7 +127,7 @@ def initialize(
     if door.is_measured and init.rate:
         for said in init.rate.far_off(door.learning_rate, door.optimizer, door.schedule):
             warn(said)
-    if asked.run.progress is not False and door.trainer.is_world_process_zero():
+    if init_config.run.progress is not False and door.trainer.is_world_process_zero():
         _print_made(init, door.trainer.args.per_device_train_batch_size, time.perf_counter() - began)
     return adapted
 

@@ -2,7 +2,7 @@
 
 Each step is a function: it takes what it needs and returns what it made. `run` composes them for a model in memory,
 `cli.init` for one that has a name, `comparison.starts` builds from what its runs share. The options travel as an
-`Asked`, with the start in it; the batches travel as `Examples`.
+`InitConfig`, with the start in it; the batches travel as `Examples`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.carriers import Carrier
-from lora_init.adapters.init_config import Asked
+from lora_init.adapters.init_config import InitConfig
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.building.build import build_from, buildable_start, check_adapter_options, check_experts
 from lora_init.building.layer_start import Material
@@ -49,86 +49,88 @@ class Examples:
     data: str = ""  # in words
 
 
-def run(carrier: Carrier, given: Any, asked: Asked, tokenizer: Any = None) -> AdapterInit:
+def run(carrier: Carrier, given: Any, config: InitConfig, tokenizer: Any = None) -> AdapterInit:
     """Make an adapter for a model in memory, from batches, or from data and a tokenizer.
 
     All processes of a distributed run call this together.
     """
-    check(asked)
-    carrier.check(asked.start)
-    examples = take(given, carrier.model, asked, tokenizer)
+    check(config)
+    carrier.check(config.start)
+    examples = take(given, carrier.model, config, tokenizer)
     if not carrier.in_place:  # else its LoraConfig says what is trained whole
-        asked = fit_to(carrier.model, asked, examples.classes)
-    stats, asked = collect_for(carrier.model, examples, asked)
-    ranks = allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho)
-    return build(carrier.model, stats, ranks, asked, examples.aside)
+        config = fit_to(carrier.model, config, examples.classes)
+    stats, config = collect_for(carrier.model, examples, config)
+    ranks = allocate_ranks(stats, config.ranks.rank, config.ranks.rho)
+    return build(carrier.model, stats, ranks, config, examples.aside)
 
 
-def take(given: Any, model: nn.Module, asked: Asked, tokenizer: Any) -> Examples:
+def take(given: Any, model: nn.Module, config: InitConfig, tokenizer: Any) -> Examples:
     """Read data with a tokenizer, or take batches; hold some out if the start needs a loss."""
     if tokenizer is not None:
         known = classes_of(getattr(model, "config", None))
-        return split(*read(given, tokenizer, asked, encoder_of(model) is not None, known), asked.measures)
-    idle = [name for part in (asked.reading, asked.sample) for name in vars(part) if name in asked.given]
+        return split(*read(given, tokenizer, config, encoder_of(model) is not None, known), config.measures)
+    idle = [name for part in (config.reading, config.sample) for name in vars(part) if name in config.given]
     if idle:
         raise LoraInitError(f"{', '.join(idle)}: only texts are read like that. Pass tokenizer=, or leave it out.")
     _check_tokens(given)
-    return split(as_batches(given, model, asked.run.seed), (), asked.measures)
+    return split(as_batches(given, model, config.run.seed), (), config.measures)
 
 
 def collect_for(
-    model: nn.Module, examples: Examples, asked: Asked, rho: float | None = None
-) -> tuple[Statistics, Asked]:
+    model: nn.Module, examples: Examples, config: InitConfig, rho: float | None = None
+) -> tuple[Statistics, InitConfig]:
     """Collect the statistics that the start needs; without gradients, the default start takes its place.
 
     The pass keeps `rho` times the rank, by default what the ranks need. The options that are returned name the start
     that was taken.
     """
-    if asked.start.by_error or asked.shape.use_dora or asked.shape.lora_dropout:
-        layers = find_targets(model, **vars(asked.layers)).layers
-        check_experts(layers.values(), asked.shape)
-        if asked.start.by_error:  # refuses before the pass what cannot be read after it
-            QuantizationErrors(model, layers, asked.correction.weights)
+    if config.start.by_error or config.shape.use_dora or config.shape.lora_dropout:
+        layers = find_targets(model, **vars(config.layers)).layers
+        check_experts(layers.values(), config.shape)
+        if config.start.by_error:  # refuses before the pass what cannot be read after it
+            QuantizationErrors(model, layers, config.correction.weights)
 
-    def collect_by(asked: Asked) -> Statistics:
-        run = replace(asked.run, gradients=asked.by_gradient, data=asked.run.data or examples.data)
+    def collect_by(config: InitConfig) -> Statistics:
+        run = replace(config.run, gradients=config.by_gradient, data=config.run.data or examples.data)
         options = {name: value for name, value in vars(run).items() if value is not None}
         return collect(
-            model, examples.batches, **vars(asked.layers), **options, rank=asked.ranks.rank,
-            rho=max(rho or asked.ranks.rho, SPARE),
+            model, examples.batches, **vars(config.layers), **options, rank=config.ranks.rank,
+            rho=max(rho or config.ranks.rho, SPARE),
         )  # fmt: skip
 
     try:
-        return collect_by(asked), asked
+        return collect_by(config), config
     except NoGradientsError as error:  # before any batch is read
-        if asked.method is not None:
+        if config.method is not None:
             raise
         warn(f"{error} So the start is {DEFAULT}, from what the layers read.")
-    asked = replace(asked.but(gradients=False), start=find_start(DEFAULT))
-    return collect_by(asked), asked
+    config = replace(config.with_options(gradients=False), start=find_start(DEFAULT))
+    return collect_by(config), config
 
 
-def choose(asked: Asked, classifies: bool) -> Asked:
+def choose(config: InitConfig, classifies: bool) -> InitConfig:
     """Find the start that was asked for, or the one that is recommended for the task."""
-    method = asked.method or (DEFAULT_FOR_CLASSES if classifies else DEFAULT)
-    return replace(asked, start=buildable_start(method))
+    method = config.method or (DEFAULT_FOR_CLASSES if classifies else DEFAULT)
+    return replace(config, start=buildable_start(method))
 
 
-def check(asked: Asked, **place: Any) -> None:
+def check(config: InitConfig, **place: Any) -> None:
     """Validate the options that need neither model nor data; `place` is where the adapter is to be saved."""
-    check_adapter_options(asked.start, asked.shape, **place)
-    idle = next((name for name, value in vars(asked.correction).items() if value), None)
-    if idle is not None and not asked.start.by_error:
+    check_adapter_options(config.start, config.shape, **place)
+    idle = next((name for name, value in vars(config.correction).items() if value), None)
+    if idle is not None and not config.start.by_error:
         said = f"{{{idle}}} is for the start {CORRECTION}. Leave it out."
-        raise LoraInitError(said, **{idle: getattr(asked.correction, idle)})
-    rank, rho = asked.ranks.rank, asked.ranks.rho
-    if asked.start.one_rank and round(rho * rank) > rank:
+        raise LoraInitError(said, **{idle: getattr(config.correction, idle)})
+    rank, rho = config.ranks.rank, config.ranks.rho
+    if config.start.one_rank and round(rho * rank) > rank:
         raise LoraInitError(
-            "{method} with {rho}: it gives all layers one rank. Leave rho out.", method=asked.start.name, rho=rho
+            "{method} with {rho}: it gives all layers one rank. Leave rho out.", method=config.start.name, rho=rho
         )
 
 
-def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn: Collection[str] = ()) -> Asked:
+def fit_to(
+    model: nn.Module, config: InitConfig, classes: Collection[str] = (), drawn: Collection[str] = ()
+) -> InitConfig:
     """Add the model's task to the options, and its head to the modules that are trained whole; refuse other classes."""
     if classes and hasattr(model, "config"):
         head = classes_of(model.config) if heads_of(model) else ()
@@ -142,32 +144,32 @@ def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn:
                 f"the data count the classes as {', '.join(classes)}, the model's head as {', '.join(head)}. Pass "
                 "known_classes=tuple(model.config.id2label.values()) to load_batches."
             )
-    task = asked.layers.task_type or ("SEQ_CLS" if classes else task_of(model))
-    if asked.layers.task_type is None and task not in HEADS:
+    task = config.layers.task_type or ("SEQ_CLS" if classes else task_of(model))
+    if config.layers.task_type is None and task not in HEADS:
         task = None
-    heads, whole = HEADS.get(task or "", ()), [*(asked.shape.modules_to_save or ())]
+    heads, whole = HEADS.get(task or "", ()), [*(config.shape.modules_to_save or ())]
     whole += [name for name in heads_of(model) if not is_in(name, (*heads, *whole))]
     check_modules_to_save(model, whole, task, drawn)
-    return asked.but(task_type=task, modules_to_save=whole)
+    return config.with_options(task_type=task, modules_to_save=whole)
 
 
 def read(
-    source: Any, tokenizer: Any, asked: Asked, seq2seq: bool, known: Sequence[str]
+    source: Any, tokenizer: Any, config: InitConfig, seq2seq: bool, known: Sequence[str]
 ) -> tuple[Batches, Sequence[Any]]:
     """Read the sample and, where a loss is measured, examples beyond it."""
-    sample, run = asked.sample, asked.run
+    sample, run = config.sample, config.run
     fitting = {
         "seq2seq": seq2seq and sample.label is None, "known_classes": known if sample.label is not None else (),
-        "needs_labels": asked.by_gradient or run.token_mask == "labels",
+        "needs_labels": config.by_gradient or run.token_mask == "labels",
     }  # fmt: skip
     options = vars(sample) | {name: value for name, value in fitting.items() if getattr(sample, name) is None}
-    load = partial(load_batches, source, tokenizer, **vars(asked.reading), seed=run.seed)
+    load = partial(load_batches, source, tokenizer, **vars(config.reading), seed=run.seed)
     batches = load(**options)
     if (n := batches.n) < LEAST:
         said = f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more."
         warn(said)
     beyond: Sequence[Any] = ()
-    if asked.measures and sample.samples is not None:
+    if config.measures and sample.samples is not None:
         more = {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}
         with suppress(LoraInitError):  # there are none
             beyond = load(**options | more)
@@ -190,13 +192,13 @@ def build(
     model: nn.Module,
     stats: Statistics,
     ranks: RankAllocation | int,
-    asked: Asked,
+    config: InitConfig,
     aside: Sequence[Any] = (),
     errors: QuantizationErrors | None = None,
 ) -> AdapterInit:
     """Build the adapter; the loss on the batches `aside` decides the size of its step, or checks its correction."""
-    start, shape, seed = asked.start, asked.shape, asked.run.seed
-    of_loss: dict[str, Any] = dict(batches=aside, forward=asked.run.forward, loss=asked.run.loss)
+    start, shape, seed = config.start, config.shape, config.run.seed
+    of_loss: dict[str, Any] = dict(batches=aside, forward=config.run.forward, loss=config.run.loss)
 
     def shared(loss_of: Callable[[nn.Module], float], model: nn.Module) -> float:
         loss = loss_of(model)
@@ -207,9 +209,9 @@ def build(
         return build_from(Material(start, stats, replace(shape, gamma=gamma), seed, errors, model), ranks)
 
     if start.by_error:
-        errors = errors or QuantizationErrors(model, stats.targets, asked.correction.weights)
+        errors = errors or QuantizationErrors(model, stats.targets, config.correction.weights)
         loss_of = partial(shared, loss_or_distance(model, errors, **of_loss)) if aside else None
-        return with_losses(model, made(), errors, loss_of, asked.correction.unchecked) if loss_of else made()
+        return with_losses(model, made(), errors, loss_of, config.correction.unchecked) if loss_of else made()
     if start.takes_step and aside:
         return find_step_size(model, made, partial(shared, partial(mean_loss, **of_loss)), shape.gamma)
     return made()

@@ -16,7 +16,7 @@ from lora_init.loading.models import QUANTIZED_BYTES, find_device, is_better_in_
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_init.adapters.init_config import Asked
+    from lora_init.adapters.init_config import InitConfig
     from lora_init.cli.options import LoadingQuantized
     from lora_init.cli.source import Opened
     from lora_init.loading.batches import Batches
@@ -30,7 +30,7 @@ STATE = 15
 _MARGIN = 1.5
 
 
-def estimate(read: Opened, loading: LoadingQuantized, asked: Asked, rho: float) -> dict[str, Any]:
+def estimate(read: Opened, loading: LoadingQuantized, config: InitConfig, rho: float) -> dict[str, Any]:
     """Compute how many layers take an adapter, and what that and the pass would cost, in plain values.
 
     A pass keeps `rho` times the rank; without batches there would be none. The parameters are for one rank everywhere;
@@ -39,19 +39,19 @@ def estimate(read: Opened, loading: LoadingQuantized, asked: Asked, rho: float) 
     """
     import transformers
 
-    rank, opened, shape = asked.ranks.rank, read.model, asked.shape
+    rank, opened, shape = config.ranks.rank, read.model, config.shape
     batches: Batches | None = read.examples.batches
     with torch.device("meta"):  # no weights
         loader = getattr(transformers, opened.auto_class)
         model = loader.from_config(opened.config, trust_remote_code=loading.trust_remote_code)
-    found = find_targets(model, **vars(asked.layers))
+    found = find_targets(model, **vars(config.layers))
     found.check_layers()
     place = find_device(loading.device)
     dtype = _dtype(model, opened.config, loading, place)
     shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
-    used = (batches or [])[: asked.run.max_batches]
+    used = (batches or [])[: config.run.max_batches]
     tokens = sum(batch["input_ids"].numel() for batch in used)
-    operations = 2 * _n_multiplied(model) * tokens * (_BACKWARD if asked.by_gradient else 1.0)
+    operations = 2 * _n_multiplied(model) * tokens * (_BACKWARD if config.by_gradient else 1.0)
     weights_bytes = _weights_bytes(model, dtype, loading.quantize)
     per_second = _speed(dtype, place)
     return {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from typer import Argument, Option
 
-from lora_init.adapters.init_config import Asked, Correction, Layers, PassOptions, Ranks, Reading, Sample, Shape
+from lora_init.adapters.init_config import Correction, InitConfig, Layers, PassOptions, Ranks, Reading, Sample, Shape
 from lora_init.cli.commands import offered
 from lora_init.cli.console import busy, importing, print_result, process_group, process_rank, refuse_idle
 from lora_init.cli.options import Length, LoadingQuantized, of_adapter
@@ -109,35 +109,35 @@ def init(
         from lora_init.planning.allocate import allocate_ranks
     _check_words(method, data, from_bank, learning_rate)
     names = source.Names(model, data, output, overwrite, statistics.expanduser() if statistics else None, ranks_from)
-    asked = Asked(
+    config = InitConfig(
         method, reading=reading, sample=sample, ranks=ranks, layers=layers, shape=shape, correction=correction, run=run
     )
-    there = source.find_statistics(names, asked)
+    there = source.find_statistics(names, config)
     bank = None if from_bank.bank is None else open_bank(from_bank.bank)
     if bank is None:
-        asked = pipeline.choose(asked, sample.label is not None or source.are_of_classes(names, there))
+        config = pipeline.choose(config, sample.label is not None or source.are_of_classes(names, there))
     else:
-        asked = replace(asked, start=BANK_WAYS[from_bank.by])
-    asked, plan, rho = source.check_named(names, asked, there, loading.device)
-    opened, asked = source.read_named(names, asked, loading, there, length)
+        config = replace(config, start=BANK_WAYS[from_bank.by])
+    config, plan, rho = source.check_named(names, config, there, loading.device)
+    opened, config = source.read_named(names, config, loading, there, length)
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
 
-        print_result(estimate(opened, loading, asked, rho), show_estimate)
+        print_result(estimate(opened, loading, config, rho), show_estimate)
         return
-    loaded, asked = source.load_named(names, opened, asked, loading, there, plan)
+    loaded, config = source.load_named(names, opened, config, loading, there, plan)
     directory = output.expanduser()  # as it was typed, for the next command
     if bank is not None:
-        found = source.start_of_bank(bank, from_bank.similarity, loaded, opened.examples, asked, there)
+        found = source.start_of_bank(bank, from_bank.similarity, loaded, opened.examples, config, there)
         if not process_rank():
             built = replace(found.init, length=opened.length)
             built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
             print_result(summary_of_bank(found, directory), show_bank_summary, written=True)
         return
-    stats, asked = source.collect_named(names, loaded.model, opened.examples, asked, there, rho)
-    planned = plan or allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho)
-    with busy(f"computing the start {asked.start.name}"):
-        built = pipeline.build(loaded.model, stats, planned, asked, opened.examples.aside)
+    stats, config = source.collect_named(names, loaded.model, opened.examples, config, there, rho)
+    planned = plan or allocate_ranks(stats, config.ranks.rank, config.ranks.rho)
+    with busy(f"computing the start {config.start.name}"):
+        built = pipeline.build(loaded.model, stats, planned, config, opened.examples.aside)
     built = replace(built, learning_rate=learning_rate, length=opened.length)
     if not process_rank():
         built.save_pretrained(output, overwrite=overwrite, model=loaded.model)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lora_init.adapters.init_config import Asked, PassOptions, Reading, Sample
+from lora_init.adapters.init_config import InitConfig, PassOptions, Reading, Sample
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.bank.embeddings import embed
 from lora_init.bank.similarity import neighbours
@@ -64,63 +64,63 @@ def are_of_classes(names: Names, there: Statistics | None) -> bool:
 
 
 def check_named(
-    names: Names, asked: Asked, there: Statistics | None, device: str
-) -> tuple[Asked, RankAllocation | None, float]:
+    names: Names, config: InitConfig, there: Statistics | None, device: str
+) -> tuple[InitConfig, RankAllocation | None, float]:
     """Refuse what can be refused before anything is read.
 
     Returns the options with the rank of the plan, the plan if one is named, and how many times the rank a pass keeps.
     """
-    start = asked.start
+    start = config.start
     if names.data is None and start.takes_step:
         raise LoraInitError(
             f"--method {start.name} finds the size of its step by the loss on examples, and DATA is missing."
         )
-    check(asked, output=names.output, overwrite=names.overwrite)
+    check(config, output=names.output, overwrite=names.overwrite)
     find_device(device)
-    ranks, of_file = asked.ranks, (there.provenance.rho if there else None) or SPARE
+    ranks, of_file = config.ranks, (there.provenance.rho if there else None) or SPARE
     if names.ranks_from is None:
         if there is not None and names.data is None:
             allocate_ranks(there, ranks.rank, ranks.rho)  # refuses more than was collected
-        return asked, None, max(ranks.rho, of_file)
+        return config, None, max(ranks.rho, of_file)
     if given(("rank", "rho")):
         raise LoraInitError("--ranks names a plan, which has all ranks. Leave --rank and --rho out.")
     plan = load_plan(names.ranks_from)
     if there is not None:
-        return asked.but(rank=there.provenance.rank), plan, of_file
-    return asked.but(rank=plan.rank), plan, max(1.0, max(plan.values()) / plan.rank)
+        return config.with_options(rank=there.provenance.rank), plan, of_file
+    return config.with_options(rank=plan.rank), plan, max(1.0, max(plan.values()) / plan.rank)
 
 
 def read_named(
-    names: Names, asked: Asked, loading: LoadingQuantized, there: Statistics | None, said: Length
-) -> tuple[Opened, Asked]:
+    names: Names, config: InitConfig, loading: LoadingQuantized, there: Statistics | None, said: Length
+) -> tuple[Opened, InitConfig]:
     """Read what the model is, and the data, before the weights, which take longer."""
     with busy(f"reading {names.model} and the data"):
-        opened = _open(names, asked, loading)
-        asked = asked.but(task_type=opened.task_type)
+        opened = _open(names, config, loading)
+        config = config.with_options(task_type=opened.task_type)
         if (empty := opened.empty()) is not None:
-            targets = find_targets(empty, **vars(asked.layers))
-            check_targets(empty, targets, asked.ranks.rank)
-            check_experts(targets.layers.values(), asked.shape)
-            check_modules_to_save(empty, asked.shape.modules_to_save)
+            targets = find_targets(empty, **vars(config.layers))
+            check_targets(empty, targets, config.ranks.rank)
+            check_experts(targets.layers.values(), config.shape)
+            check_modules_to_save(empty, config.shape.modules_to_save)
         if names.data is None:
             length = said.plan(there.provenance.settings.get("rows") if there else None)
-            return Opened(opened, Examples(None), length), asked
-        batches, beyond = read(names.data, opened.tokenizer, asked, opened.seq2seq, opened.classes)
+            return Opened(opened, Examples(None), length), config
+        batches, beyond = read(names.data, opened.tokenizer, config, opened.seq2seq, opened.classes)
         length = said.plan(batches.settings.get("rows"))
-        examples = split(batches, beyond, asked.measures)
+        examples = split(batches, beyond, config.measures)
         say(f"data: {examples.data}")
-        return Opened(opened, examples, length), asked
+        return Opened(opened, examples, length), config
 
 
-def _open(names: Names, asked: Asked, loading: LoadingQuantized) -> ModelSource:
+def _open(names: Names, config: InitConfig, loading: LoadingQuantized) -> ModelSource:
     """Read what a model is, for classes if the data have them; refuse one that the start cannot be made for."""
-    label, task_type = asked.sample.label, asked.layers.task_type
+    label, task_type = config.sample.label, config.layers.task_type
     if label is not None and task_type not in (None, "SEQ_CLS"):
         raise LoraInitError(f"--label makes this a classification, and --task-type {task_type} does not. Give one.")
     task_type = task_type if label is None else "SEQ_CLS"
     opened = open_model(names.model, task_type=task_type, trust_remote_code=loading.trust_remote_code)
-    opened.check_quantized(loading.quantize, needed=asked.start.by_error)
-    if asked.by_gradient and names.data is not None and opened.task_type in HEADS and label is None:
+    opened.check_quantized(loading.quantize, needed=config.start.by_error)
+    if config.by_gradient and names.data is not None and opened.task_type in HEADS and label is None:
         head = opened.task_type
         other = "Name their column: --label COLUMN." if head == "SEQ_CLS" else "Use initialize() in Python."
         raise LoraInitError(f"gradients for the task type {head} need classes, not texts alone. {other}")
@@ -128,67 +128,67 @@ def _open(names: Names, asked: Asked, loading: LoadingQuantized) -> ModelSource:
 
 
 def load_named(
-    names: Names, opened: Opened, asked: Asked, loading: LoadingQuantized, there: Statistics | None,
+    names: Names, opened: Opened, config: InitConfig, loading: LoadingQuantized, there: Statistics | None,
     plan: RankAllocation | None,
-) -> tuple[LoadedModel, Asked]:  # fmt: skip
-    """Read the weights, check that the plan is for them, and fit what was asked for to them."""
-    classes, seed = opened.examples.classes, asked.run.seed  # of a new head
+) -> tuple[LoadedModel, InitConfig]:  # fmt: skip
+    """Read the weights, check that the plan is for them, and fit the options to them."""
+    classes, seed = opened.examples.classes, config.run.seed  # of a new head
     if names.data is None and there is not None:
         classes, seed = there.provenance.settings.get("classes", ()), there.provenance.seed
     loaded = loading.load(opened.model, seed=seed, n_labels=len(classes) or None)
     model: nn.Module = loaded.model
     if plan is not None:
         plan.check_model(fingerprint(model), f"{type(model).__name__} {names.model}")
-    return loaded, fit_to(model, asked, opened.examples.classes, loaded.drawn)
+    return loaded, fit_to(model, config, opened.examples.classes, loaded.drawn)
 
 
 def collect_named(
-    names: Names, model: nn.Module, examples: Examples, asked: Asked, there: Statistics | None, rho: float
-) -> tuple[Statistics, Asked]:
+    names: Names, model: nn.Module, examples: Examples, config: InitConfig, there: Statistics | None, rho: float
+) -> tuple[Statistics, InitConfig]:
     """Use the statistics file, or go on with it, or make it."""
     if there is not None and names.data is None:
-        _check_made_for(there, model, asked)
+        _check_made_for(there, model, config)
         _say_used(there)
-        return there, asked
+        return there, config
     before = _written(names.file)
-    asked = asked.but(statistics=names.file, progress=False if running.quiet else None)
+    config = config.with_options(statistics=names.file, progress=False if running.quiet else None)
     with _saying_what_is_kept(names.file):
         try:
-            stats, asked = collect_for(model, examples, asked, rho)
+            stats, config = collect_for(model, examples, config, rho)
         except OtherSettingsError as error:
             if not names.overwrite:
                 raise LoraInitError(
                     f"{error.difference} Pass --overwrite to collect again, or leave DATA out to use the file as it is."
                 ) from None
-            stats, asked = collect_for(model, examples, asked.but(overwrite=True), rho)
+            stats, config = collect_for(model, examples, config.with_options(overwrite=True), rho)
     if before is not None and before == _written(names.file):
         _say_used(stats)
-    return stats, asked
+    return stats, config
 
 
 def start_of_bank(
-    bank: Bank, similarity: str, loaded: LoadedModel, examples: Examples, asked: Asked, there: Statistics | None
+    bank: Bank, similarity: str, loaded: LoadedModel, examples: Examples, config: InitConfig, there: Statistics | None
 ) -> BankStart:
     """Make an adapter of the nearest ones in a bank, by the loss if there are labels.
 
     Statistics of the data are compared with those in the bank if there are some.
     """
-    assert isinstance(asked.start, BankWay)
+    assert isinstance(config.start, BankWay)
     with busy(f"starting from {bank.path}"):
         embeddings = embed(loaded.model, examples.batches, loaded.tokenizer, read_encoder(bank.encoder))
         order = neighbours(bank, embeddings, there, similarity)
         labelled = any("labels" in batch for batch in examples.aside)
         loss_of = partial(mean_loss, batches=[*examples.aside]) if labelled else None
         return start_from_bank(
-            bank, loaded.model, embeddings, loss_of, asked.start.way, rank=asked.ranks.rank, shape=asked.shape,
+            bank, loaded.model, embeddings, loss_of, config.start.way, rank=config.ranks.rank, shape=config.shape,
             order=order,
         )  # fmt: skip
 
 
-def find_statistics(names: Names, asked: Asked) -> Statistics | None:
+def find_statistics(names: Names, config: InitConfig) -> Statistics | None:
     """Read the statistics file if it is there; refuse to go without data where it does not replace them."""
-    if asked.sample.label is not None and asked.run.token_mask == "labels":
-        raise LoraInitError(f"--label {asked.sample.label}: a class is no --token-mask labels. Leave it out.")
+    if config.sample.label is not None and config.run.token_mask == "labels":
+        raise LoraInitError(f"--label {config.sample.label}: a class is no --token-mask labels. Leave it out.")
     file = names.file
     if names.data is not None:
         if file is not None:
@@ -205,7 +205,7 @@ def find_statistics(names: Names, asked: Asked) -> Statistics | None:
 _OF_PASS = [name for name in offered(PassOptions) if name != "seed"]
 
 
-def _check_made_for(stats: Statistics, model: nn.Module, asked: Asked) -> None:
+def _check_made_for(stats: Statistics, model: nn.Module, config: InitConfig) -> None:
     made = stats.provenance
     if made.fingerprint != fingerprint(model):
         origin = f"{made.model_class} {made.model_id}".strip()
@@ -214,7 +214,7 @@ def _check_made_for(stats: Statistics, model: nn.Module, asked: Asked) -> None:
         raise LoraInitError(f"{stats.path} was made from this model with {odd}. Make it anew: name DATA.")
     if given(("dtype",)) and made.settings.get("dtype", dtype_of(model)) != dtype_of(model):
         raise LoraInitError(f"{stats.path} was made in {made.settings['dtype']}. Leave --dtype out, or name DATA.")
-    found = find_targets(model, **vars(asked.layers))
+    found = find_targets(model, **vars(config.layers))
     wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
     if wanted != there:
         raise LoraInitError(

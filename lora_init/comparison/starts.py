@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
-from lora_init.adapters.init_config import Asked, PassOptions, Shape
+from lora_init.adapters.init_config import InitConfig, PassOptions, Shape
 from lora_init.adapters.peft_model import adapter_layers, check_fits, load_adapter, match_modes, remember
 from lora_init.bank.embeddings import embed
 from lora_init.bank.start import start_from_bank
@@ -269,7 +269,7 @@ def _ranks_of(asked: Variant, recipe: Recipe, basis: Basis, stats: Statistics) -
 def _put(start: Start, asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
     """Put a start on the model. Ours is built from statistics, and steps as far as lowers the loss most."""
     assert asked.recipe is not None  # made by us
-    own = Asked(
+    own = InitConfig(
         start=asked.recipe.start,
         shape=Shape(lora_alpha=basis.shape.lora_alpha, freeze_a=asked.recipe.freeze_a),
         run=PassOptions(seed=basis.seed, **AS_TRAINED),

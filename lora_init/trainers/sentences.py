@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.carriers import Carrier, carrier_of
-from lora_init.adapters.init_config import Asked
+from lora_init.adapters.init_config import InitConfig
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.running import restoring
 from lora_init.trainers.trainers import TrainerDoor
@@ -43,24 +43,24 @@ class Sentences(Carrier):
         """The model of transformers."""
         return self.inner.model
 
-    def read(self, asked: Asked) -> Asked:
+    def read(self, config: InitConfig) -> InitConfig:
         """Add what an adapter that is there says."""
-        return self.inner.read(asked)
+        return self.inner.read(config)
 
-    def feed(self, batches: Any, asked: Asked) -> tuple[Any, Asked]:
+    def feed(self, batches: Any, config: InitConfig) -> tuple[Any, InitConfig]:
         """Tokenize texts, or pairs for a CrossEncoder, as the model does; run it whole."""
         if isinstance(batches, (list, tuple)) and batches and isinstance(batches[0], (str, list, tuple)):
             tokenize = getattr(self.given, "preprocess", None) or self.given.tokenize  # its name before 5.3
-            asked = asked.but(data=asked.run.data or f"{len(batches)} texts")
+            config = config.with_options(data=config.run.data or f"{len(batches)} texts")
             cut = range(0, len(batches), _BATCH_SIZE)
             batches = [tokenize(list(batches[i : i + _BATCH_SIZE])) for i in cut]
-        forward = asked.run.forward or (lambda model, batch: model(dict(batch)))
-        return batches, asked.but(forward=lambda _, batch: forward(self.given, batch))
+        forward = config.run.forward or (lambda model, batch: model(dict(batch)))
+        return batches, config.with_options(forward=lambda _, batch: forward(self.given, batch))
 
     @contextmanager
-    def opened(self, asked: Asked) -> Iterator[Asked]:
+    def opened(self, config: InitConfig) -> Iterator[InitConfig]:
         """Open the model inside, and let its hooks run: the library calls `model.forward`, which is past them."""
-        with self.inner.opened(asked) as asked:
+        with self.inner.opened(config) as config:
             own, forward = vars(self.model), self.model.forward
 
             def called(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ class Sentences(Carrier):
 
             with restoring("forward", [self.model]):
                 own["forward"] = called
-                yield asked
+                yield config
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
         """Put the adapter on the model inside, and return the whole."""
@@ -90,9 +90,9 @@ class SentenceTrainer(TrainerDoor):
         return Sentences(self.trainer.model)
 
     @contextmanager
-    def opened(self, asked: Asked) -> Iterator[tuple[Asked, Iterator[Any]]]:
+    def opened(self, config: InitConfig) -> Iterator[tuple[InitConfig, Iterator[Any]]]:
         """Open it as another trainer; the losses of the pass do not count as losses of training."""
-        with restoring("accum_loss_components", [self.trainer]), super().opened(asked) as found:
+        with restoring("accum_loss_components", [self.trainer]), super().opened(config) as found:
             self.trainer.accum_loss_components = copy.deepcopy(self.trainer.accum_loss_components)
             yield found
 

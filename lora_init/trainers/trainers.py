@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, RandomSampler, WeightedRandomSampl
 from transformers.trainer_utils import has_length
 
 from lora_init.adapters.carriers import Carrier, carrier_of
-from lora_init.adapters.init_config import Asked
+from lora_init.adapters.init_config import InitConfig
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import call_model
 from lora_init.loading.models import task_of
@@ -138,24 +138,24 @@ class TrainerDoor:
         return kind.__name__ if all(map(_is_known, parts)) else ""
 
     @contextmanager
-    def opened(self, asked: Asked) -> Iterator[tuple[Asked, Iterator[Any]]]:
+    def opened(self, config: InitConfig) -> Iterator[tuple[InitConfig, Iterator[Any]]]:
         """Take the trainer's untrained adapter off its model, if it has one, and open its data.
 
-        Yields what was asked for with what the trainer's `peft_config` says, and the batches to come. The block ends
+        Yields the options with what the trainer's `peft_config` says, and the batches to come. The block ends
         with `put`; on an exception all is as it was.
         """
-        self.check(asked)
-        trainer, run = self.trainer, asked.run
+        self.check(config)
+        trainer, run = self.trainer, config.run
         if self.carrier.wraps_anew:
-            asked = asked.but(task_type=asked.layers.task_type or task_of(self.carrier.model))
-        with self.carrier.opened(asked) as asked:
-            forward = run.forward or self.forward(with_labels=asked.by_gradient or asked.start.by_error)
+            config = config.with_options(task_type=config.layers.task_type or task_of(self.carrier.model))
+        with self.carrier.opened(config) as config:
+            forward = run.forward or self.forward(with_labels=config.by_gradient or config.start.by_error)
             data = run.data or f"training batches of {self.name}"
             _keep_for_training(trainer)
             with _loader(trainer) as loader:
-                yield asked.but(data=data, forward=forward), self.batches(loader)
+                yield config.with_options(data=data, forward=forward), self.batches(loader)
 
-    def check(self, asked: Asked) -> None:
+    def check(self, config: InitConfig) -> None:
         """Refuse a trainer that has begun, and a start that its loss cannot give."""
         if self.trainer.optimizer is not None:
             raise LoraInitError(f"the {self.name} has an optimizer already. Call initialize() right after it is made.")
@@ -165,10 +165,10 @@ class TrainerDoor:
             )
         if self.trainer.train_dataset is None and not self._has_own("get_train_dataloader"):
             raise LoraInitError(f"the {self.name} has no train_dataset to learn from. Make it with one.")
-        self.carrier.check(asked.start)
-        if asked.by_gradient and not self.gives_loss:
+        self.carrier.check(config.start)
+        if config.by_gradient and not self.gives_loss:
             raise LoraInitError(
-                f"method={asked.start.name!r}: a start from gradients needs the gradient of the training loss, and "
+                f"method={config.start.name!r}: a start from gradients needs the gradient of the training loss, and "
                 f"this {self.name} computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs "
                 "alone."
             )

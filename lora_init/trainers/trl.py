@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_init.adapters.init_config import Asked
+from lora_init.adapters.init_config import InitConfig
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.running import restoring
@@ -40,11 +40,11 @@ class TRLTrainer(TrainerDoor):
 
         return forward
 
-    def check(self, asked: Asked) -> None:
+    def check(self, config: InitConfig) -> None:
         """Refuse, too, an adapter on a head by whose weight alone TRL multiplies, as TRL does."""
-        super().check(asked)
+        super().check(config)
         if self.carrier.wraps_anew:
-            _check_head(self.carrier.model, asked.given.get("target_modules", ()), self.name)
+            _check_head(self.carrier.model, config.given.get("target_modules", ()), self.name)
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """Read batches; of those of DPOTrainer both answers count."""

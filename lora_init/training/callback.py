@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.carriers import InPlace, Wrapped
 from lora_init.adapters.directory import carried
-from lora_init.adapters.init_config import Asked
+from lora_init.adapters.init_config import InitConfig
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, is_number, warn
@@ -91,7 +91,8 @@ class StartCallback(TrainerCallback):
         if idle is not None:
             raise LoraInitError(f"StartCallback() has no argument {idle}=: the trainer decides that, or samples=.")
         self.measured, self.replay, self.dial = learning_rate is not None, replay, dial
-        self.asked, self.samples = choose(Asked.by("StartCallback()", method, **options), False), samples
+        self.config = choose(InitConfig.from_arguments("StartCallback()", method, **options), False)
+        self.samples = samples
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
@@ -169,14 +170,14 @@ class StartCallback(TrainerCallback):
                 "DeepSpeed has its own copy of the weights by now, which would undo a start at the first step. Make "
                 "the adapter by `lora-init init`, and train that."
             )
-        asked = self.asked.but(max_batches=math.ceil(self.samples / counts_of(args, train_dataloader)[0]))
-        with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
+        config = self.config.with_options(max_batches=math.ceil(self.samples / counts_of(args, train_dataloader)[0]))
+        with carrier.opened(config) as config, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
             first = next(batches, {})
             is_plain_loss = "labels" in first and leaves_loss(args)  # those of preferences have none
-            if asked.by_gradient and not is_plain_loss:
+            if config.by_gradient and not is_plain_loss:
                 raise LoraInitError(
-                    f"method={asked.start.name!r}: a start from gradients needs the gradient of the training loss, and "
-                    f"this one is not what the model computes from labels. Take method={DEFAULT!r}."
+                    f"method={config.start.name!r}: a start from gradients needs the gradient of the training loss, "
+                    f"and this one is not what the model computes from labels. Take method={DEFAULT!r}."
                 )
             if self.measured:
                 check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
@@ -186,7 +187,7 @@ class StartCallback(TrainerCallback):
                         "measured for that. Leave it out, and tune them."
                     )
                 _check_schedule(rest.get("lr_scheduler"))
-            init = run(carrier, chain([first], batches), asked.but(data="training batches"))
+            init = run(carrier, chain([first], batches), config.with_options(data="training batches"))
             carrier.put(init, "")
         rate = replace(init, length=length_of(args, state.max_steps, train_dataloader)).rate
         if self.measured and rate and _rate_of(optimizer):

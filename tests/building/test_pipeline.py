@@ -3,7 +3,7 @@
 import pytest
 
 from lora_init import LoraInitError, initialize
-from lora_init.adapters.init_config import Asked
+from lora_init.adapters.init_config import InitConfig
 from lora_init.building.pipeline import choose, read, split
 from tests.conftest import tiny_llama
 from tests.loading.made import byte_tokenizer
@@ -22,8 +22,8 @@ def test_a_misspelt_keyword_is_refused_before_anything_is_read(wrong, right):
 @pytest.mark.parametrize(("n", "left"), [(257, 241), (300, 256)])
 def test_what_a_step_is_measured_on_is_no_part_of_the_statistics(n, left):
     rows = [{"text": f"row {i}"} for i in range(n)]
-    asked = choose(Asked.by("test", "lora-one", samples=256, batch_size=4), classifies=False)
-    batches, beyond = read(rows, byte_tokenizer(), asked, seq2seq=False, known=())
+    config = choose(InitConfig.from_arguments("test", "lora-one", samples=256, batch_size=4), classifies=False)
+    batches, beyond = read(rows, byte_tokenizer(), config, seq2seq=False, known=())
     found = split(batches, beyond)
     assert [sum(len(b["input_ids"]) for b in part) for part in (found.aside, found.batches)] == [16, left]
     if left < 256:  # a statistics file of the whole sample is another one
