@@ -180,10 +180,10 @@ def build_from(
     """Compute the start of the adapter of each layer that is `selected`, from options that were checked already."""
     start, stats, shape = of.start, of.stats, of.shape
     selected = [*stats, *stats.unsupported] if selected is None else selected
-    asked, rank = _ranks_asked(stats, ranks, of.rank, selected)
-    if not any(asked.values()):
+    requested, rank = _requested_ranks(stats, ranks, of.rank, selected)
+    if not any(requested.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
-    plan = _without_whole_modules(asked, shape.modules_to_save)
+    plan = _without_whole_modules(requested, shape.modules_to_save)
     plan = _ranks_there(stats, plan, start)
     check_experts([stats.targets[name] for name in plan], shape)
     lora_alpha = alpha_for(SCALING, rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
@@ -277,7 +277,7 @@ def check_experts(targets: Collection[Target], shape: Shape) -> None:
             raise LoraInitError(said, use_dora=use_dora, lora_dropout=lora_dropout)
 
 
-def _ranks_asked(
+def _requested_ranks(
     stats: Statistics,
     ranks: Mapping[str, int] | int | None,
     average: int | None,
@@ -291,16 +291,16 @@ def _ranks_asked(
     if not isinstance(ranks, Mapping):
         ranks = dict.fromkeys((name for name in stats if name in selected), whole_number(ranks, "ranks", 0))
     _check_layers_known(ranks, stats)
-    asked = {name: whole_number(ranks[name], f"layer {name!r}: rank", 0) for name in stats if name in ranks}
-    for name, rank in asked.items():
+    requested = {name: whole_number(ranks[name], f"layer {name!r}: rank", 0) for name in stats if name in ranks}
+    for name, rank in requested.items():
         _check_rank_of_layer(stats.targets[name], rank)
         if rank and name not in selected:
             raise LoraInitError(f"layer {name!r}: ranks give it {rank}, and config does not select it. Change one.")
     known = ranks.rank if isinstance(ranks, RankAllocation) else 0
-    known = known or max(1, round(sum(asked.values()) / max(len(asked), 1)))
+    known = known or max(1, round(sum(requested.values()) / max(len(requested), 1)))
     if average not in (None, known):
         raise LoraInitError(f"ranks are {known} on average, and config says r={average}. Change one.")
-    return asked, known
+    return requested, known
 
 
 def _ranks_by_default(stats: Statistics, rank: int, selected: Collection[str]) -> RankAllocation:

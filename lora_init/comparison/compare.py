@@ -34,7 +34,7 @@ from lora_init.comparison.runs import (
     read_settings,
 )
 from lora_init.comparison.set_up import Sources, set_up
-from lora_init.comparison.size import SIZES, AskedSize, Size, fit
+from lora_init.comparison.size import SIZES, RequestedSize, Size, fit
 from lora_init.comparison.starts import AdapterShape, read_start
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
@@ -177,7 +177,7 @@ def compare(
             or in use by another process.
         KeyboardInterrupt: Ctrl-C; the report is written from the runs that ended.
     """
-    _check_asked(model, rank)
+    _check_model(model, rank)
     options = _read_options(loading)
     find_device(options.device)
     batches = _read_batches(statistics_batches)
@@ -187,7 +187,9 @@ def compare(
     seeds = _read_seeds(seeds, STAGES[-1] if budget.limited else 5)
     # Until they are measured, any rate stands for all.
     plan = RunPlan(names, [1.0] if learning_rates is None else _listed(learning_rates), seeds, sweep, extend)
-    asked = AskedSize(options, steps, batch_size, warmup, _read_points(steps, extend, evaluation_points), starts)
+    requested = RequestedSize(
+        options, steps, batch_size, warmup, _read_points(steps, extend, evaluation_points), starts
+    )
     directory = as_path(output, "output").absolute()
     check_there(directory)
     does = _find_executor(workers, executor, gpus_per_run, directory)
@@ -195,18 +197,18 @@ def compare(
     shape = AdapterShape(rank, alpha_for(SCALING, rank) if lora_alpha is None else lora_alpha, target_modules)
     sources = Sources(batches[0], names, own, _absolute(bank))
     make = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, sources=sources)
-    bench = make(training=asked.training())
+    bench = make(training=requested.training())
     say(f"data: {bench.task.data}{_classes_in_words(bench.task.rows_of)}")
     plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers
-    asked = replace(asked, rates=bench.measured_rates(plan.starts, dry_run) if learning_rates is None else {})
-    bench.check(plan.starts if dry_run else [start for start in plan.starts if str(start) not in asked.rates])
-    lay_out = partial(asked.lay_out, bench, plan)
+    requested = replace(requested, rates=bench.measured_rates(plan.starts, dry_run) if learning_rates is None else {})
+    bench.check(plan.starts if dry_run else [start for start in plan.starts if str(start) not in requested.rates])
+    lay_out = partial(requested.lay_out, bench, plan)
     if size is None:
         size = fit(lay_out, measure(bench), budget, steps is None) if time else SIZES[0]
     bench, plan = lay_out(size)
     plan = _with_kept_rates(plan, directory)
-    make = partial(make, training=bench.training, folds=asked.folds(size))
+    make = partial(make, training=bench.training, folds=requested.folds(size))
     settings = {**bench.settings(model_name(model)), **plan.settings(), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}
     settings |= {} if size == SIZES[0] else {"size": asdict(size)}
@@ -227,8 +229,8 @@ def compare(
         return Comparison(Path(output), log.settings, records, planned, summarise(records, log.settings), files)
 
 
-def _shows_progress(asked: bool | None) -> bool:
-    return sys.stderr.isatty() if asked is None else asked
+def _shows_progress(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress
 
 
 def _sweep_by_default(budget: RunBudget) -> str:
@@ -287,7 +289,7 @@ def _read_seeds(seeds: int | Sequence[int] | None, number: int) -> list[int]:
     return list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
 
 
-def _check_asked(model: Any, rank: Any) -> None:
+def _check_model(model: Any, rank: Any) -> None:
     require("matplotlib", "scipy", "sklearn")  # for the report, at the end
     if not isinstance(model, (str, Path)):
         raise LoraInitError(f"compare() takes a directory or hub id in this place and got a {type(model).__name__}.")

@@ -262,11 +262,11 @@ def _winner(judged: Sequence[Verdict], timed: Mapping[str, EqualTime]) -> tuple[
 
 def _next_extend(table: pd.DataFrame, edges: Mapping[str, str], settings: Mapping[str, Any]) -> int | None:
     """Return the `--extend` that goes on from the edge; None if the same command does, as after an interruption."""
-    asked, extend = settings.get("learning_rates") or [], settings.get("extend", 0)
+    given, extend = settings.get("learning_rates") or [], settings.get("extend", 0)
     for start, edge in edges.items():
         tried, scale = table[table["start"] == start]["learning_rate"].unique(), 0.1 if start == FULL else 1.0
         own = (settings.get("recommended") or {}).get(start)
-        ends = [rate * scale for rate in asked] or ([own / APART, own * APART] if own else [0.0])
+        ends = [rate * scale for rate in given] or ([own / APART, own * APART] if own else [0.0])
         added = sum(rate < 0.999 * min(ends) for rate in tried) if edge == "lowest" else sum(tried > 1.001 * max(ends))
         if added >= extend:
             return int(extend) + 2
@@ -275,15 +275,15 @@ def _next_extend(table: pd.DataFrame, edges: Mapping[str, str], settings: Mappin
 
 def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: float | None = None) -> str | None:
     """Write the command that makes the adapter of a start, to be trained at a rate; None where `init` does not."""
-    asked = Variant.parse(start) if start else None
-    options = asked.init_options() if asked else None
-    if not asked or not options or not settings.get("init"):
+    variant = Variant.parse(start) if start else None
+    options = variant.init_options() if variant else None
+    if not variant or not options or not settings.get("init"):
         return None
     of_bank = "--bank" in options  # whose adapters decide all else
     rate = "" if learning_rate is None or of_bank else f"--learning-rate {rate_text(learning_rate)} "
-    batches = asked.batches or settings["statistics_batches"]
+    batches = variant.batches or settings["statistics_batches"]
     samples = f"--samples {batches * settings['batch_size']} --max-batches {batches}"
-    alpha = f"--lora-alpha {asked.alpha or settings['lora_alpha']:g}"
+    alpha = f"--lora-alpha {variant.alpha or settings['lora_alpha']:g}"
     return " ".join([settings["init"], samples, alpha, *options, f"{rate}--output adapter"])
 
 

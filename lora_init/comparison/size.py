@@ -43,7 +43,7 @@ SIZES = (
 
 
 @dataclass(frozen=True)
-class AskedSize:
+class RequestedSize:
     """What a user has said of the size; None leaves it open."""
 
     loading: Loading

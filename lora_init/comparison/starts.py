@@ -110,22 +110,22 @@ def read_start(start: str | OwnStart) -> Variant:
     """Read the name of a start, or of a pair of one's own."""
     if isinstance(start, tuple):
         name, source = start if len(start) == 2 else ("", None)
-        asked = Variant.parse(name if isinstance(name, str) else "")
-        if not asked.base or asked.start is not None:
+        variant = Variant.parse(name if isinstance(name, str) else "")
+        if not variant.base or variant.start is not None:
             raise LoraInitError(f"start {start!r}: a pair is needed, of a new name and a directory or a function.")
         if not callable(source) and not (Path(str(source)).expanduser() / WEIGHTS_FILE).is_file():
             raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
     else:
-        asked = Variant.parse(start)
-        if asked.start is None:
+        variant = Variant.parse(start)
+        if variant.start is None:
             raise LoraInitError(f"start {start!r} is unknown. {did_you_mean(start, compared_names())}")
-    if asked.equal_parameters and not (asked.recipe and (asked.recipe.reads_data or asked.recipe.freeze_a)):
+    if variant.equal_parameters and not (variant.recipe and (variant.recipe.reads_data or variant.recipe.freeze_a)):
         raise LoraInitError(
-            f"start {asked.base!r} takes no ranks from data, so it cannot be run with equal parameters."
+            f"start {variant.base!r} takes no ranks from data, so it cannot be run with equal parameters."
         )
-    if asked.base == FULL and not asked.is_plain:
+    if variant.base == FULL and not variant.is_plain:
         raise LoraInitError(f"start {FULL!r} has no adapter that could be scaled or resized.")
-    return asked
+    return variant
 
 
 def check_quantized(starts: Iterable[Variant], is_quantized: bool, has_float: bool) -> None:
@@ -175,7 +175,7 @@ class Basis:
     own: Any = None
 
 
-def prepare(asked: Variant, basis: Basis) -> Prepared:
+def prepare(variant: Variant, basis: Basis) -> Prepared:
     """Put the adapter of a start on a model: the same layers and the same scaling lora_alpha / rank for every start.
 
     `docs/comparing-starts.md` says what each start is; `full` has no adapter and trains all weights. B = 0 and the
@@ -196,9 +196,9 @@ def prepare(asked: Variant, basis: Basis) -> Prepared:
 
     If a start does not apply, the model is unchanged.
     """
-    recipe, corrects = asked.recipe, asked.start is not None and asked.start.corrects(basis.errors is not None)
-    basis = replace(basis, shape=replace(basis.shape, lora_alpha=asked.alpha or basis.shape.lora_alpha))
-    changes = asked.start is None or (asked.changes_base and not corrects)  # one's own may do anything
+    recipe, corrects = variant.recipe, variant.start is not None and variant.start.corrects(basis.errors is not None)
+    basis = replace(basis, shape=replace(basis.shape, lora_alpha=variant.alpha or basis.shape.lora_alpha))
+    changes = variant.start is None or (variant.changes_base and not corrects)  # one's own may do anything
     restore = remember(basis.model, weights=changes)
     try:
         by_data = recipe if recipe and recipe.reads_data else None
@@ -207,7 +207,8 @@ def prepare(asked: Variant, basis: Basis) -> Prepared:
         # Whatever a start draws, training begins with the same random state.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(basis.seed)
-            peft_model, gamma = _put(asked.start, asked, basis, stats) if asked.start else _put_own(asked, basis)
+            start = variant.start
+            peft_model, gamma = _put(start, variant, basis, stats) if start else _put_own(variant, basis)
     except BaseException:
         restore()
         raise
@@ -248,9 +249,9 @@ def _blank(basis: Basis, variance: float = 0.0) -> Statistics:
     )
 
 
-def _ranks_of(asked: Variant, recipe: Recipe, basis: Basis, stats: Statistics) -> RankAllocation:
+def _ranks_of(variant: Variant, recipe: Recipe, basis: Basis, stats: Statistics) -> RankAllocation:
     """Allocate the ranks of a recipe: as many ranks, or as many parameters, as `random` has."""
-    rank, equal = basis.shape.rank, asked.equal_parameters
+    rank, equal = basis.shape.rank, variant.equal_parameters
     targets = [stats.targets[name] for name in stats]
     of_policy: dict[str, Any] = dict(rho=recipe.rho, policy=recipe.policy)
     if equal and recipe.freeze_a:  # the statistics are for twice the rank
@@ -266,22 +267,22 @@ def _ranks_of(asked: Variant, recipe: Recipe, basis: Basis, stats: Statistics) -
 
 
 @singledispatch
-def _put(start: Start, asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
+def _put(start: Start, variant: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
     """Put a start on the model. Ours is built from statistics, and steps as far as lowers the loss most."""
-    assert asked.recipe is not None  # made by us
+    assert variant.recipe is not None  # made by us
     own = InitConfig(
-        start=asked.recipe.start,
-        shape=Shape(lora_alpha=basis.shape.lora_alpha, freeze_a=asked.recipe.freeze_a),
+        start=variant.recipe.start,
+        shape=Shape(lora_alpha=basis.shape.lora_alpha, freeze_a=variant.recipe.freeze_a),
         run=PassOptions(seed=basis.seed, **AS_TRAINED),
     )
-    ranks = _ranks_of(asked, asked.recipe, basis, stats)
+    ranks = _ranks_of(variant, variant.recipe, basis, stats)
     aside = basis.aside() if own.start.takes_step else ()
     init = build(basis.model, stats, ranks, own, aside, basis.errors)
     return init.apply(basis.model), init.gamma
 
 
 @_put.register(BankWay)
-def _(start: BankWay, asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
+def _(start: BankWay, variant: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
     if basis.bank is None or basis.bank.encoder:
         raise LoraInitError(
             "a start from a bank needs {bank}, whose prompts are embedded by the base model itself.", bank=...
@@ -295,16 +296,16 @@ def _(start: BankWay, asked: Variant, basis: Basis, stats: Statistics) -> tuple[
 
 
 @_put.register(FullTraining)
-def _(start: FullTraining, asked: Variant, basis: Basis, stats: Statistics) -> tuple[Any, None]:
+def _(start: FullTraining, variant: Variant, basis: Basis, stats: Statistics) -> tuple[Any, None]:
     """Train the model itself: steps would be lost in the rounding of bfloat16."""
     return basis.model.float().requires_grad_(True), None
 
 
-def _put_own(asked: Variant, basis: Basis) -> tuple[PeftModel, None]:
+def _put_own(variant: Variant, basis: Basis) -> tuple[PeftModel, None]:
     """Put the user's adapter on the model: from a directory, or by a function that may raise what it likes."""
     from peft import PeftModel
 
-    name, model, source = asked.base, basis.model, basis.own
+    name, model, source = variant.base, basis.model, basis.own
     try:
         if not callable(source):
             return load_adapter(model, AdapterDirectory(source), trainable=True), None
@@ -335,7 +336,7 @@ def _put_correction(basis: Basis) -> tuple[PeftModel, None]:
 
 
 @_put.register(PeftStart)
-def _(start: PeftStart, asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
+def _(start: PeftStart, variant: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
     """Start the adapter by PEFT, which changes the model's weights, but for those of a quantized base."""
     from peft import get_peft_model
 

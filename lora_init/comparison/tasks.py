@@ -154,7 +154,7 @@ REPORT, SELECTION = 256, 128
 FEW = 100
 
 
-def fold_sizes(asked: Loading, n_prompts: int) -> tuple[int, int]:
+def fold_sizes(loading: Loading, n_prompts: int) -> tuple[int, int]:
     """Compute how many examples to report and to select by: a third and a sixth of few data, so that half train.
 
     What is asked for stays; the other is then a share of what that leaves.
@@ -163,7 +163,7 @@ def fold_sizes(asked: Loading, n_prompts: int) -> tuple[int, int]:
         >>> fold_sizes(Loading(), 1000), fold_sizes(Loading(), 60), fold_sizes(Loading(report_samples=40), 60)
         ((256, 128), (20, 10), (40, 5))
     """
-    report, selection = asked.report_samples, asked.selection_samples
+    report, selection = loading.report_samples, loading.selection_samples
     if report is None:
         share = n_prompts // 3 if selection is None else 2 * (n_prompts - selection) // 5
         report = max(1, min(REPORT, share))
@@ -171,30 +171,30 @@ def fold_sizes(asked: Loading, n_prompts: int) -> tuple[int, int]:
 
 
 def load_task(
-    source: str | Path, tokenizer: Any, asked: Loading, batch_size: int, known_classes: Sequence[str] = ()
+    source: str | Path, tokenizer: Any, loading: Loading, batch_size: int, known_classes: Sequence[str] = ()
 ) -> Task:
     """Read a data set and split it: rows to report come first in the seeded order, then those to select by.
 
     So more training moves neither. Rows are read as by `load_batches`. Of rows with the same tokens the first counts,
     and a row whose prompt is in a fold before is left out: the model would have seen the question that it is scored by.
     """
-    _check_sizes(selection_samples=asked.selection_samples, report_samples=asked.report_samples)
-    data = read_rows(source, asked.subset, asked.split)
+    _check_sizes(selection_samples=loading.selection_samples, report_samples=loading.report_samples)
+    data = read_rows(source, loading.subset, loading.split)
     names, name = list(data.table.column_names), data.label
-    kind = _kind(asked, names, name)
-    wanted = Wanted(asked.template, _completion(asked, kind), asked.format, asked.label)
+    kind = _kind(loading, names, name)
+    wanted = Wanted(loading.template, _completion(loading, kind), loading.format, loading.label)
     reader = open_reader(
-        data, tokenizer, asked.max_length, wanted, needs_labels=kind != MULTIPLE_CHOICE, known_classes=known_classes
+        data, tokenizer, loading.max_length, wanted, needs_labels=kind != MULTIPLE_CHOICE, known_classes=known_classes
     )
     left_out: Counter[str] = Counter()
     usable = data.usable(
-        _columns(reader, asked, names), partial(_read, reader=reader, asked=asked), asked.data_seed, left_out
+        _columns(reader, loading, names), partial(_read, reader=reader, loading=loading), loading.data_seed, left_out
     )
     elsewhere: set[str] = set()  # prompts of the folds before
     distinct, ahead = _distinct(usable), list[tuple[str, Item]]()
-    if asked.report_samples is None or asked.selection_samples is None:
+    if loading.report_samples is None or loading.selection_samples is None:
         ahead = _until(distinct, 2 * (REPORT + SELECTION))
-    n_report, n_selection = fold_sizes(asked, len({prompt for prompt, _ in ahead}))
+    n_report, n_selection = fold_sizes(loading, len({prompt for prompt, _ in ahead}))
 
     def fresh() -> Iterator[tuple[str, Item]]:
         for prompt, item in chain(ahead, distinct):
@@ -210,7 +210,7 @@ def load_task(
         elsewhere.update(prompt for prompt, _ in drawn)
         return [item for _, item in drawn]
 
-    report, selection, train = map(fold, (n_report, n_selection, asked.train_samples))
+    report, selection, train = map(fold, (n_report, n_selection, loading.train_samples))
     counted = f"{name}: {len(train)} examples to train on, {len(selection)} to select by and {len(report)} to report"
     skipped = [f"{count} left out {why}" for why, count in left_out.items()]
     if len(train) < batch_size or len(selection) < n_selection:
@@ -219,16 +219,16 @@ def load_task(
             f"{counted}; expected {batch_size} or more, {n_selection} and {n_report}{left}. "
             "Lower --report-samples, --selection-samples or --batch-size, raise --train-samples, or use more data."
         )
-    if len(report) < FEW and asked.report_samples is None:
+    if len(report) < FEW and loading.report_samples is None:
         warn(f"{counted}. So few decide nothing but large differences. Use more data.")
-    described = ", ".join([f"{counted} of {len(data.table)}", *_how_read(reader, asked), *skipped])
-    padding, title = padding_token(tokenizer), asked.name or name
-    spelled_out = not asked.options or all(
-        _has_text(row, asked.options, asked.answer) for row in islice(data.table, 100)
+    described = ", ".join([f"{counted} of {len(data.table)}", *_how_read(reader, loading), *skipped])
+    padding, title = padding_token(tokenizer), loading.name or name
+    spelled_out = not loading.options or all(
+        _has_text(row, loading.options, loading.answer) for row in islice(data.table, 100)
     )
     classes, rows_of = tuple(reader.rows_of), reader.rows_of
     return Task(
-        kind, train, selection, report, classes, padding, asked.normalize, described, title, rows_of, spelled_out
+        kind, train, selection, report, classes, padding, loading.normalize, described, title, rows_of, spelled_out
     )
 
 
@@ -238,19 +238,19 @@ def _check_sizes(**folds: int | None) -> None:
             raise LoraInitError(f"{{{option}}}: expected at least 1; {FEW} or more say something.", **{option: value})
 
 
-def _columns(reader: Reader, asked: Loading, names: Sequence[str]) -> list[str]:
+def _columns(reader: Reader, loading: Loading, names: Sequence[str]) -> list[str]:
     """List the columns to read, with options and answer of a multiple choice."""
-    of_choice = [asked.answer, asked.options] if asked.options else []
+    of_choice = [loading.answer, loading.options] if loading.options else []
     return [*reader.columns, *(column for column in of_choice if column in names)]
 
 
-def _how_read(reader: Reader, asked: Loading) -> Iterator[str]:
+def _how_read(reader: Reader, loading: Loading) -> Iterator[str]:
     """Describe how rows were split and read."""
-    yield f"split seed {asked.data_seed}, at most {reader.limit} tokens, {reader.recipe.name}"
-    if asked.label:
-        yield f"label {asked.label}, {len(reader.rows_of)} classes"
-    if asked.options:
-        yield f"options {asked.options}, answer {asked.answer}"
+    yield f"split seed {loading.data_seed}, at most {reader.limit} tokens, {reader.recipe.name}"
+    if loading.label:
+        yield f"label {loading.label}, {len(reader.rows_of)} classes"
+    if loading.options:
+        yield f"options {loading.options}, answer {loading.answer}"
 
 
 def _distinct(usable: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:
@@ -276,19 +276,19 @@ def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
     return found is None or str(row[answer]).strip() == found[0][found[1]]
 
 
-def _read(row: Mapping[str, Any], reader: Reader, asked: Loading) -> tuple[str, Item] | str:
+def _read(row: Mapping[str, Any], reader: Reader, loading: Loading) -> tuple[str, Item] | str:
     """Return a row's prompt and the row as an item, or why it is left out."""
     example = reader.recipe.to_example(row)
     tokens = reader.encode(example, row)
     if example is None or isinstance(tokens, str):
         return str(tokens)
-    if asked.options is None:
-        return example.prompt, Item(tokens, answer=None if asked.label is None else tokens[1][0])
-    found = read_choices(row, asked.options, asked.answer)
+    if loading.options is None:
+        return example.prompt, Item(tokens, answer=None if loading.label is None else tokens[1][0])
+    found = read_choices(row, loading.options, loading.answer)
     if found is None:
         return "whose answer is none of the options"
     options, right = found
-    choices = [reader({**row, asked.answer: option}) for option in options]
+    choices = [reader({**row, loading.answer: option}) for option in options]
     # A shortened option would be likelier than it is.
     whole = tuple(choice for choice in choices if not isinstance(choice, str) and len(choice[0]) < reader.limit)
     if len(whole) < len(options):
@@ -296,32 +296,33 @@ def _read(row: Mapping[str, Any], reader: Reader, asked: Loading) -> tuple[str, 
     return example.prompt, Item(whole[right], whole, right)
 
 
-def _kind(asked: Loading, names: Sequence[str], name: str) -> str:
+def _kind(loading: Loading, names: Sequence[str], name: str) -> str:
     """Return what kind of task is asked for, after a check of its columns."""
     columns = f"Columns of {name}: {', '.join(names)}."
-    if asked.label is not None and asked.options is not None:
+    if loading.label is not None and loading.options is not None:
         raise LoraInitError("label makes this a classification, options a multiple choice. Give one of them.")
-    if asked.label is not None:
+    if loading.label is not None:
         return CLASSIFICATION
-    if asked.options is None:
+    if loading.options is None:
         return CAUSAL_LM
-    if asked.options not in names and len(split_options(asked.options.split(","))) < 2:
+    if loading.options not in names and len(split_options(loading.options.split(","))) < 2:
         raise LoraInitError(
-            f"{{options}} is not a column, and not a list of options such as 'yes,no'. {columns}", options=asked.options
+            f"{{options}} is not a column, and not a list of options such as 'yes,no'. {columns}",
+            options=loading.options,
         )
-    if asked.answer not in names:
-        raise LoraInitError(f"{{answer}} is not a column. {columns}", answer=asked.answer)
+    if loading.answer not in names:
+        raise LoraInitError(f"{{answer}} is not a column. {columns}", answer=loading.answer)
     return MULTIPLE_CHOICE
 
 
-def _completion(asked: Loading, kind: str) -> str | None:
+def _completion(loading: Loading, kind: str) -> str | None:
     """Check prompt and completion against what the task needs, and complete what is plain from it."""
-    template, completion = asked.template, asked.completion
+    template, completion = loading.template, loading.completion
     if kind != MULTIPLE_CHOICE:
         return completion
     if template is None:
         raise LoraInitError("multiple choice needs a template for the prompt, such as '{question}\\nAnswer:'.")
-    named = f"{{{asked.answer}}}"
+    named = f"{{{loading.answer}}}"
     if named in template:
         raise LoraInitError(f"{{template}} gives the answer away: it names {named}. Take it out.", template=template)
     if completion is not None and named not in completion:

@@ -54,11 +54,11 @@ def in_words(start: str) -> str:
         >>> in_words("eva"), in_words("eva+32-alpha+equal-parameters")
         ('eva', 'eva with lora_alpha 32 and as many parameters as random (eva+32-alpha+equal-parameters)')
     """
-    asked = Variant.parse(start)
-    how = [f"lora_alpha {asked.alpha}"] * bool(asked.alpha)
-    how += ["as many parameters as random"] * asked.equal_parameters
-    how += [f"statistics of {asked.batches} batches"] * bool(asked.batches)
-    return f"{asked.base} with {' and '.join(how)} ({start})" if how else start
+    variant = Variant.parse(start)
+    how = [f"lora_alpha {variant.alpha}"] * bool(variant.alpha)
+    how += ["as many parameters as random"] * variant.equal_parameters
+    how += [f"statistics of {variant.batches} batches"] * bool(variant.batches)
+    return f"{variant.base} with {' and '.join(how)} ({start})" if how else start
 
 
 def say(sentence: str, **facts: Any) -> str:

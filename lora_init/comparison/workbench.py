@@ -289,27 +289,27 @@ class Workbench:
                     found[strength] = task, text_loss(peft_model, retain)
         return [[strength, *found[strength]] for strength in self.strengths]
 
-    def _prepare(self, asked: Variant, seed: int) -> Prepared:
+    def _prepare(self, variant: Variant, seed: int) -> Prepared:
         """Put a start on the model that it trains. Its seconds count with the seconds of its statistics."""
         collected: list[Statistics] = []
-        n = self.n_batches(asked.batches)
+        n = self.n_batches(variant.batches)
 
         def statistics(center: bool, gradients: bool) -> Statistics:
-            collected.append(self.statistics(seed, center, gradients, asked.batches))
+            collected.append(self.statistics(seed, center, gradients, variant.batches))
             return collected[-1]
 
         def aside() -> Sequence[Any]:
             return split(self._batches(seed, 0, n), self._batches(seed, n, self._n_aside())).aside
 
         loaded = self.loaded
-        if asked.base == FULL and self.float_model is not None:
+        if variant.base == FULL and self.float_model is not None:
             loaded = self.float_model()  # beside the quantized one, whose weights cannot be trained
             self._renew_head(loaded, seed)
         basis = Basis(
             loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), aside, self.bank,
-            self._errors(self.shape.target_modules), self.own.get(asked.base),
+            self._errors(self.shape.target_modules), self.own.get(variant.base),
         )  # fmt: skip
-        prepared = prepare(asked, basis)
+        prepared = prepare(variant, basis)
         collecting = sum(sum(stats.provenance.seconds.values()) for stats in collected)
         return replace(prepared, seconds=prepared.seconds + collecting)
 

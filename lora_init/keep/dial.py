@@ -49,7 +49,7 @@ LOSE = 0.02
 _PLAIN = {"input_ids", "attention_mask", "labels"}
 
 
-def _check_asked(name: str, value: Any) -> None:
+def _check_limit(name: str, value: Any) -> None:
     """Refuse a value of a rule that is out of range."""
     if not is_number(value):
         raise LoraInitError(f"{{{name}}}, expected a number.", **{name: value})
@@ -71,18 +71,18 @@ class Rule:
     uniform: bool = False
 
     def __post_init__(self) -> None:
-        asked = {name: value for name, value in vars(self).items() if value is not None and name != "uniform"}
-        if len(asked) > 1:
-            both = " and ".join(f"{{{name}}}" for name in asked)
-            raise LoraInitError(f"{both} are both given. One of them says what is chosen.", **dict.fromkeys(asked, ...))
-        for name, value in asked.items():
-            _check_asked(name, value)
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "uniform"}
+        if len(given) > 1:
+            both = " and ".join(f"{{{name}}}" for name in given)
+            raise LoraInitError(f"{both} are both given. One of them says what is chosen.", **dict.fromkeys(given, ...))
+        for name, value in given.items():
+            _check_limit(name, value)
             if name == "strength" and value > STRONGEST:
                 said = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
                 warn(said, strength=value)
         if self.uniform and self.strength is not None:
             raise LoraInitError("{strength} is one for all layers already. Leave {uniform} out.", **vars(self))
-        if not asked:
+        if not given:
             object.__setattr__(self, "lose", LOSE)
 
     def __str__(self) -> str:

@@ -54,7 +54,7 @@ def snippet(
     if not plan.total_rank:
         raise LoraInitError("the plan gives no layer any rank, so there is nothing to configure.")
     rslora = " --use-rslora" if use_rslora else ""
-    asked = Snippet(
+    request = Snippet(
         plan,
         scaling_of(lora_alpha, plan.rank, use_rslora),
         use_rslora,
@@ -63,7 +63,7 @@ def snippet(
         recommended or {},
         advice,
     )
-    return TOOLS[tool](asked)
+    return TOOLS[tool](request)
 
 
 def _comments(*lines: str) -> str:
@@ -77,10 +77,10 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-def _peft(asked: Snippet) -> str:
+def _peft(request: Snippet) -> str:
     from lora_init.planning.plan import plan_config
 
-    config = plan_config(asked.plan, asked.scaling, asked.use_rslora)
+    config = plan_config(request.plan, request.scaling, request.use_rslora)
     arguments = {name: config[name] for name in _ARGUMENTS if config.get(name)}
     # A list or mapping of names and numbers is the same in JSON and in Python.
     lines = [
@@ -89,44 +89,44 @@ def _peft(asked: Snippet) -> str:
     ]
     start = "This starts at random. lora_init.build_adapter(statistics, plan).apply(model) starts from the data."
     call = f"from peft import LoraConfig\n\nconfig = LoraConfig(\n{indent(''.join(lines), '    ')})\n"
-    return _comments(*asked.about, start) + call
+    return _comments(*request.about, start) + call
 
 
-def _axolotl(asked: Snippet) -> str:
+def _axolotl(request: Snippet) -> str:
     from lora_init.planning.plan import plan_config
 
-    config = plan_config(asked.plan, asked.scaling)
+    config = plan_config(request.plan, request.scaling)
     if not all(isinstance(alpha, int) for alpha in (config["lora_alpha"], *config["alpha_pattern"].values())):
         raise LoraInitError(
-            f"axolotl takes whole numbers for lora_alpha, and a scaling of {asked.scaling:.4g} gives some ranks "
+            f"axolotl takes whole numbers for lora_alpha, and a scaling of {request.scaling:.4g} gives some ranks "
             f"others. Take a multiple of the average rank, such as {{lora_alpha}} without rsLoRA.",
-            lora_alpha=asked.plan.rank,
+            lora_alpha=request.plan.rank,
         )
     names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
     written = {f"lora_{name.removeprefix('lora_')}": config[name] for name in names if config.get(name)}
     start = "axolotl 0.18 or newer. Make the adapter first; without lora_model_dir these ranks start at random:"
-    training = _training(asked, "warmup_ratio", "lr_scheduler")
-    return _made_first(asked, start) + _yaml({"adapter": "lora", "lora_model_dir": "adapter", **written, **training})
+    training = _training(request, "warmup_ratio", "lr_scheduler")
+    return _made_first(request, start) + _yaml({"adapter": "lora", "lora_model_dir": "adapter", **written, **training})
 
 
 _OLDER = "Before transformers 5 a share for the warm-up is called warmup_ratio."
 
 
-def _llama_factory(asked: Snippet) -> str:
+def _llama_factory(request: Snippet) -> str:
     start = "LLaMA-Factory has one rank for all layers. Make the adapter first:"
     config = {"finetuning_type": "lora", "adapter_name_or_path": "adapter", "create_new_adapter": False}
-    return _made_first(asked, start, _OLDER) + _yaml(config | _training(asked, "warmup_steps"))
+    return _made_first(request, start, _OLDER) + _yaml(config | _training(request, "warmup_steps"))
 
 
-def _ms_swift(asked: Snippet) -> str:
+def _ms_swift(request: Snippet) -> str:
     start = "ms-swift has one rank for all layers: swift sft FILE.yaml. Make the adapter first:"
-    return _made_first(asked, start) + _yaml({"adapters": ["adapter"], **_training(asked, "warmup_ratio")})
+    return _made_first(request, start) + _yaml({"adapters": ["adapter"], **_training(request, "warmup_ratio")})
 
 
-def _trl(asked: Snippet) -> str:
-    made = asked.plan.provenance
-    settings = "".join(f", {name}={value!r}" for name, value in _training(asked, "warmup_steps").items())
-    return _made_first(asked, "Make the adapter first:", _OLDER) + (
+def _trl(request: Snippet) -> str:
+    made = request.plan.provenance
+    settings = "".join(f", {name}={value!r}" for name, value in _training(request, "warmup_steps").items())
+    return _made_first(request, "Make the adapter first:", _OLDER) + (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n"
         "from trl import SFTConfig, SFTTrainer\n\n"
@@ -139,26 +139,26 @@ def _trl(asked: Snippet) -> str:
     )
 
 
-def _made_first(asked: Snippet, start: str, older: str = "") -> str:
+def _made_first(request: Snippet, start: str, older: str = "") -> str:
     """Write comments: the plan, how the adapter is made, what to train it with."""
-    older = older if asked.recommended else ""
-    return _comments(*asked.about, start, asked.command, *filter(None, (asked.advice, older)))
+    older = older if request.recommended else ""
+    return _comments(*request.about, start, request.command, *filter(None, (request.advice, older)))
 
 
-def _training(asked: Snippet, warmup: str, schedule: str = "lr_scheduler_type") -> dict[str, Any]:
+def _training(request: Snippet, warmup: str, schedule: str = "lr_scheduler_type") -> dict[str, Any]:
     """Return what is recommended, under a tool's names; the warm-up is a share of all steps."""
     names = {"learning_rate": "learning_rate", "warmup": warmup, "schedule": schedule}
-    return {name: asked.recommended[key] for key, name in names.items() if key in asked.recommended}
+    return {name: request.recommended[key] for key, name in names.items() if key in request.recommended}
 
 
-def _json(asked: Snippet) -> str:
+def _json(request: Snippet) -> str:
     from lora_init.planning.plan import plan_to_dict
 
-    return json.dumps(plan_to_dict(asked.plan), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(plan_to_dict(request.plan), indent=1, ensure_ascii=False) + "\n"
 
 
-def _csv(asked: Snippet) -> str:
-    return str(asked.plan.to_pandas().to_csv(float_format="%.6f", lineterminator="\n"))
+def _csv(request: Snippet) -> str:
+    return str(request.plan.to_pandas().to_csv(float_format="%.6f", lineterminator="\n"))
 
 
 def _yaml(config: dict[str, Any]) -> str:

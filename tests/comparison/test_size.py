@@ -8,7 +8,7 @@ from lora_init.comparison import compare as comparing
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace
 from lora_init.comparison.runs import RunPlan, read_settings
-from lora_init.comparison.size import SIZES, AskedSize, fit
+from lora_init.comparison.size import SIZES, RequestedSize, fit
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.variants import Variant
 from lora_init.rates.learning_rate import LearningRate, Response
@@ -31,8 +31,8 @@ def lay_out(home, tmp_path_factory):
     bench = set_up_bench(home, tmp_path_factory.mktemp("bench"))
     rates = {str(start): LearningRate({"layer": Response(1.0, 0.0)}, TrainingLength(100)) for start in STARTS}
     plan = RunPlan(STARTS, [1.0], range(32), "halving")
-    asked = AskedSize(Loading(), None, 4, 0.1, None, None, rates)
-    return lambda size: asked.lay_out(bench, plan, size)
+    requested = RequestedSize(Loading(), None, 4, 0.1, None, None, rates)
+    return lambda size: requested.lay_out(bench, plan, size)
 
 
 def test_a_shorter_limit_makes_a_smaller_comparison(lay_out):
@@ -42,18 +42,18 @@ def test_a_shorter_limit_makes_a_smaller_comparison(lay_out):
     bench, plan = lay_out(SIZES[-1])
     rate = LearningRate({"layer": Response(1.0, 0.0)}, TrainingLength(24)).rate  # of so short a run
     assert (plan.starts, plan.learning_rates, plan.recommended["eva"]) == (STARTS[:2], [], rate)
-    assert plan.asked(STARTS[1]) == [rate] and len(plan.asked(STARTS[0])) == 3
+    assert plan.requested(STARTS[1]) == [rate] and len(plan.requested(STARTS[0])) == 3
     assert (bench.training.steps, list(bench.training.evaluation_points)) == (24, [0, 24])
 
 
 def test_what_was_asked_for_stays(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     plan = RunPlan(STARTS[:2], [1e-4, 1e-3], range(3), "halving")
-    asked = AskedSize(Loading(report_samples=12), 6, 4, 0.1, [3])
-    small, same = asked.lay_out(bench, plan, SIZES[-1])
+    requested = RequestedSize(Loading(report_samples=12), 6, 4, 0.1, [3])
+    small, same = requested.lay_out(bench, plan, SIZES[-1])
     assert (small.training.steps, list(small.training.evaluation_points)) == (6, [0, 3, 6])
-    assert (same.starts, same.asked(STARTS[1])) == (STARTS[:2], [1e-4, 1e-3])
-    assert asked.folds(SIZES[-1]) == (None, 32)
+    assert (same.starts, same.requested(STARTS[1])) == (STARTS[:2], [1e-4, 1e-3])
+    assert requested.folds(SIZES[-1]) == (None, 32)
 
 
 def test_examples_that_are_cut_are_the_first(home, tmp_path):
