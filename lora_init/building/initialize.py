@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.carriers import Carrier
 from lora_init.adapters.config import read_config
 from lora_init.adapters.init_config import InitConfig, Options, takes
+from lora_init.adapters.model_handles import Carrier
 from lora_init.adapters.peft_model import check_plain, is_filled
 from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, warn

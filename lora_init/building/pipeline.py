@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.carriers import Carrier
 from lora_init.adapters.init_config import InitConfig
+from lora_init.adapters.model_handles import Carrier
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.building.build import build_from, buildable_start, check_adapter_options, check_experts
 from lora_init.building.layer_start import Material

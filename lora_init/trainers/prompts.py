@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init.adapters.carriers import Carrier
+from lora_init.adapters.model_handles import Carrier
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.trainers.trl import TRLTrainer

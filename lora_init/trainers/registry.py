@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_init.adapters.carriers import Carrier, carrier_of
+from lora_init.adapters.model_handles import Carrier, carrier_of
 from lora_init.trainers.prompts import PromptTrainer
 from lora_init.trainers.sentences import LIBRARY, Sentences, SentenceTrainer
 from lora_init.trainers.trainers import TrainerDoor

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.carriers import Carrier, carrier_of
 from lora_init.adapters.init_config import InitConfig
+from lora_init.adapters.model_handles import Carrier, carrier_of
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.running import restoring
 from lora_init.trainers.trainers import TrainerDoor

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, RandomSampler, WeightedRandomSampler
 from transformers.trainer_utils import has_length
 
-from lora_init.adapters.carriers import Carrier, carrier_of
 from lora_init.adapters.init_config import InitConfig
+from lora_init.adapters.model_handles import Carrier, carrier_of
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import call_model
 from lora_init.loading.models import task_of

@@ -16,9 +16,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.carriers import InPlace, Wrapped
 from lora_init.adapters.directory import carried
 from lora_init.adapters.init_config import InitConfig
+from lora_init.adapters.model_handles import InPlace, Wrapped
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, is_number, warn
