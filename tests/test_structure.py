@@ -140,5 +140,5 @@ def test_functions_unfold():
     assert found == FOLDED
 
 
-def test_the_door_of_trainers_knows_none_of_trl():
+def test_the_integration_of_any_trainer_knows_none_of_trl():
     assert not re.findall(r"TRL|[A-Z]{3}Trainer", (PACKAGE / "trainers/trainers.py").read_text(encoding="utf-8"))

@@ -16,8 +16,8 @@ from lora_init.errors import LoraInitError
 from lora_init.starts.starts import Start
 
 
-class Carrier:
-    """A plain model, which comes back as a PeftModel. Others say what they do in another way."""
+class ModelHandle:
+    """A plain model, which becomes a PeftModel; subclasses do the same steps for models that have an adapter."""
 
     in_place = False  # its adapter keeps its layers and their rank
     wraps_anew = True  # there was no adapter
@@ -64,7 +64,7 @@ class Carrier:
         return init.apply(self.model, adapter_name)
 
 
-class Wrapped(Carrier):
+class PeftModelHandle(ModelHandle):
     """A PeftModel with a fresh adapter. A new PeftModel around the same model replaces it."""
 
     wraps_anew = False
@@ -89,7 +89,7 @@ class Wrapped(Carrier):
         return adapted
 
 
-class InPlace(Carrier):
+class InPlaceHandle(ModelHandle):
     """A model with LoRA layers from `add_adapter` of transformers or diffusers, which are filled."""
 
     in_place, wraps_anew = True, False
@@ -110,7 +110,7 @@ class InPlace(Carrier):
         return super().put(init, adapter_name)
 
 
-def carrier_of(model: Any) -> Carrier:
+def handle_of(model: Any) -> ModelHandle:
     """Find how a model holds an adapter."""
-    kind = Wrapped if hasattr(model, "get_base_model") else InPlace if is_filled(model) else Carrier
+    kind = PeftModelHandle if hasattr(model, "get_base_model") else InPlaceHandle if is_filled(model) else ModelHandle
     return kind(model)

@@ -12,11 +12,11 @@ from torch import nn
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.config import read_config
 from lora_init.adapters.init_config import InitConfig, Options, takes
-from lora_init.adapters.model_handles import Carrier
+from lora_init.adapters.model_handles import ModelHandle
 from lora_init.adapters.peft_model import check_plain, is_filled
 from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, warn
-from lora_init.trainers.registry import find_carrier, find_trainer, is_trainer
+from lora_init.trainers.registry import find_handle, find_trainer, is_trainer
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -105,30 +105,30 @@ def initialize(
     classifies = init_config.sample.label is not None or bool(getattr(batches, "classes", ()))
     if not is_trainer(model):
         _check_plain_model(model, batches)
-        carrier = find_carrier(model)
+        handle = find_handle(model)
         if config is not None:
-            if not carrier.wraps_anew:
+            if not handle.wraps_anew:
                 raise LoraInitError("config= is for a plain model, and this one has an adapter with a LoraConfig.")
-            init_config = read_config(carrier.model, config, init_config)
-        with carrier.opened(choose(init_config, classifies)) as opened:
-            fed, read = carrier.feed(batches, opened)
-            return _applied(run(carrier, fed, read, tokenizer), carrier, adapter_name)
+            init_config = read_config(handle.model, config, init_config)
+        with handle.opened(choose(init_config, classifies)) as opened:
+            fed, read = handle.feed(batches, opened)
+            return _applied(run(handle, fed, read, tokenizer), handle, adapter_name)
     _check_beside_trainer(config, batches, tokenizer)
-    began, door = time.perf_counter(), find_trainer(model)
+    began, integration = time.perf_counter(), find_trainer(model)
     if learning_rate:
-        door.check_rate()
-    with door.opened(choose(init_config, classifies or door.classifies)) as (read, own):
+        integration.check_rate()
+    with integration.opened(choose(init_config, classifies or integration.classifies)) as (read, own):
         given = own if batches is None else batches
-        init = replace(run(door.carrier, given, read, tokenizer), length=door.length)
-        adapted = _applied(init, door.carrier, adapter_name)
-    door.hand_over(adapted)
+        init = replace(run(integration.handle, given, read, tokenizer), length=integration.length)
+        adapted = _applied(init, integration.handle, adapter_name)
+    integration.hand_over(adapted)
     if learning_rate and init.rate:
-        door.set_rate(init.rate.rate)
-    if door.is_measured and init.rate:
-        for said in init.rate.far_off(door.learning_rate, door.optimizer, door.schedule):
+        integration.set_rate(init.rate.rate)
+    if integration.is_measured and init.rate:
+        for said in init.rate.far_off(integration.learning_rate, integration.optimizer, integration.schedule):
             warn(said)
-    if init_config.run.progress is not False and door.trainer.is_world_process_zero():
-        _print_made(init, door.trainer.args.per_device_train_batch_size, time.perf_counter() - began)
+    if init_config.run.progress is not False and integration.trainer.is_world_process_zero():
+        _print_made(init, integration.trainer.args.per_device_train_batch_size, time.perf_counter() - began)
     return adapted
 
 
@@ -168,8 +168,8 @@ def _print_made(init: AdapterInit, batch_size: int, seconds: float) -> None:
     print(f"{init.method}: {len(ranks)} layers, rank {of_layer}, {took}. {init.how_to_train}", file=sys.stderr)
 
 
-def _applied(init: AdapterInit, carrier: Carrier, adapter_name: str) -> Any:
-    adapted = carrier.put(init, adapter_name)
+def _applied(init: AdapterInit, handle: ModelHandle, adapter_name: str) -> Any:
+    adapted = handle.put(init, adapter_name)
     if init.corrects_base:
         start = "START" if adapter_name == "default" else f"START/{adapter_name}"  # where PEFT saves it
         warn(

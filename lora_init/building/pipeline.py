@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.init_config import InitConfig
-from lora_init.adapters.model_handles import Carrier
+from lora_init.adapters.model_handles import ModelHandle
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.building.build import build_from, buildable_start, check_adapter_options, check_experts
 from lora_init.building.layer_start import Material
@@ -49,19 +49,19 @@ class Examples:
     data: str = ""  # in words
 
 
-def run(carrier: Carrier, given: Any, config: InitConfig, tokenizer: Any = None) -> AdapterInit:
+def run(handle: ModelHandle, given: Any, config: InitConfig, tokenizer: Any = None) -> AdapterInit:
     """Make an adapter for a model in memory, from batches, or from data and a tokenizer.
 
     All processes of a distributed run call this together.
     """
     check(config)
-    carrier.check(config.start)
-    examples = take(given, carrier.model, config, tokenizer)
-    if not carrier.in_place:  # else its LoraConfig says what is trained whole
-        config = fit_to(carrier.model, config, examples.classes)
-    stats, config = collect_for(carrier.model, examples, config)
+    handle.check(config.start)
+    examples = take(given, handle.model, config, tokenizer)
+    if not handle.in_place:  # else its LoraConfig says what is trained whole
+        config = fit_to(handle.model, config, examples.classes)
+    stats, config = collect_for(handle.model, examples, config)
     ranks = allocate_ranks(stats, config.ranks.rank, config.ranks.rho)
-    return build(carrier.model, stats, ranks, config, examples.aside)
+    return build(handle.model, stats, ranks, config, examples.aside)
 
 
 def take(given: Any, model: nn.Module, config: InitConfig, tokenizer: Any) -> Examples:

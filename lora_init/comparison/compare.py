@@ -187,9 +187,8 @@ def compare(
     seeds = _read_seeds(seeds, STAGES[-1] if budget.limited else 5)
     # Until they are measured, any rate stands for all.
     plan = RunPlan(names, [1.0] if learning_rates is None else _listed(learning_rates), seeds, sweep, extend)
-    requested = RequestedSize(
-        options, steps, batch_size, warmup, _read_points(steps, extend, evaluation_points), starts
-    )
+    points = _read_points(steps, extend, evaluation_points)
+    requested = RequestedSize(options, steps, batch_size, warmup, points, starts)
     directory = as_path(output, "output").absolute()
     check_there(directory)
     does = _find_executor(workers, executor, gpus_per_run, directory)

@@ -9,27 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init.adapters.model_handles import Carrier
+from lora_init.adapters.model_handles import ModelHandle
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
-from lora_init.trainers.trl import TRLTrainer
+from lora_init.trainers.trl import TRLIntegration
 
 _SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-class PromptTrainer(TRLTrainer):
+class PromptIntegration(TRLIntegration):
     """GRPOTrainer and RLOOTrainer; the statistics are of prompts with one answer each, as training samples them."""
 
-    def find_carrier(self) -> Carrier:
+    def find_handle(self) -> ModelHandle:
         """Find how the model holds an adapter; without it the model is the reference."""
-        carrier = super().find_carrier()
-        carrier.base_stays = f"{self.name} compares what it trains with the model without its adapter"
-        return carrier
+        handle = super().find_handle()
+        handle.base_stays = f"{self.name} compares what it trains with the model without its adapter"
+        return handle
 
     @torch.no_grad()
     def batches(self, loader: Any) -> Iterator[Any]:
         """Sample an answer to each prompt, in the trainer's own way of doing so."""
-        trainer, model, before = self.trainer, self.carrier.model, None
+        trainer, model, before = self.trainer, self.handle.model, None
         for rows in loader:
             prompts = [row.get("prompt") for row in rows]
             prompts = [one for i, one in enumerate(prompts) if one not in prompts[:i]]

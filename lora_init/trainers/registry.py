@@ -1,22 +1,22 @@
-"""The doors: which file knows what `initialize` is given."""
+"""The registry of integrations: which file knows the model or trainer that `initialize` is given."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lora_init.adapters.model_handles import Carrier, carrier_of
-from lora_init.trainers.prompts import PromptTrainer
-from lora_init.trainers.sentences import LIBRARY, Sentences, SentenceTrainer
-from lora_init.trainers.trainers import TrainerDoor
-from lora_init.trainers.trl import TRLTrainer
+from lora_init.adapters.model_handles import ModelHandle, handle_of
+from lora_init.trainers.prompts import PromptIntegration
+from lora_init.trainers.sentences import LIBRARY, SentenceHandle, SentenceIntegration
+from lora_init.trainers.trainers import TrainerIntegration
+from lora_init.trainers.trl import TRLIntegration
 
 # By a module of the classes of what is given, so that no library is imported that is not in use; the first that fits.
-CARRIERS = {LIBRARY: Sentences}
+HANDLES = {LIBRARY: SentenceHandle}
 TRAINERS = {
-    LIBRARY: SentenceTrainer,
-    "trl.trainer.grpo_trainer.": PromptTrainer,
-    "trl.trainer.rloo_trainer.": PromptTrainer,
-    "trl.": TRLTrainer,
+    LIBRARY: SentenceIntegration,
+    "trl.trainer.grpo_trainer.": PromptIntegration,
+    "trl.trainer.rloo_trainer.": PromptIntegration,
+    "trl.": TRLIntegration,
 }
 
 
@@ -25,18 +25,18 @@ def is_trainer(given: Any) -> bool:
     return hasattr(given, "get_train_dataloader") and hasattr(given, "train_dataset")
 
 
-def find_carrier(model: Any) -> Carrier:
-    """Find the door to a model."""
-    carrier: Carrier = _found(CARRIERS, model, carrier_of)(model)
-    return carrier
+def find_handle(model: Any) -> ModelHandle:
+    """Find how a model is handled: whether it has an adapter, and of which library it is."""
+    handle: ModelHandle = _find(HANDLES, model, handle_of)(model)
+    return handle
 
 
-def find_trainer(trainer: Any) -> TrainerDoor:
-    """Find the door to a trainer."""
-    door: TrainerDoor = _found(TRAINERS, trainer, TrainerDoor)(trainer)
-    return door
+def find_trainer(trainer: Any) -> TrainerIntegration:
+    """Find the integration of a trainer, by its library."""
+    integration: TrainerIntegration = _find(TRAINERS, trainer, TrainerIntegration)(trainer)
+    return integration
 
 
-def _found(doors: dict[str, Any], given: Any, usual: Any) -> Any:
+def _find(known: dict[str, Any], given: Any, usual: Any) -> Any:
     modules = [f"{kind.__module__}." for kind in type(given).__mro__]
-    return next((doors[name] for name in doors if any(one.startswith(name) for one in modules)), usual)
+    return next((known[name] for name in known if any(one.startswith(name) for one in modules)), usual)

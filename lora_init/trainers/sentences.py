@@ -12,16 +12,16 @@ from transformers import PreTrainedModel
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.init_config import InitConfig
-from lora_init.adapters.model_handles import Carrier, carrier_of
+from lora_init.adapters.model_handles import ModelHandle, handle_of
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.running import restoring
-from lora_init.trainers.trainers import TrainerDoor
+from lora_init.trainers.trainers import TrainerIntegration
 
 LIBRARY = "sentence_transformers."
 _BATCH_SIZE = 16
 
 
-class Sentences(Carrier):
+class SentenceHandle(ModelHandle):
     """A SentenceTransformer, CrossEncoder or the like; the transformer inside it holds the adapter."""
 
     base_stays = "sentence-transformers saves the adapter without them"
@@ -35,7 +35,7 @@ class Sentences(Carrier):
                 "Initialize that one by itself, on tokens."
             )
         self.holder, self.attribute = holders[0]
-        self.inner = carrier_of(getattr(self.holder, self.attribute))
+        self.inner = handle_of(getattr(self.holder, self.attribute))
         self.in_place, self.wraps_anew = self.inner.in_place, self.inner.wraps_anew
 
     @property
@@ -80,14 +80,14 @@ class Sentences(Carrier):
         return self.given
 
 
-class SentenceTrainer(TrainerDoor):
+class SentenceIntegration(TrainerIntegration):
     """SentenceTransformerTrainer, CrossEncoderTrainer and the like, with the loss they were given."""
 
     gives_loss = True
 
-    def find_carrier(self) -> Carrier:
+    def find_handle(self) -> ModelHandle:
         """Find the model inside."""
-        return Sentences(self.trainer.model)
+        return SentenceHandle(self.trainer.model)
 
     @contextmanager
     def opened(self, config: InitConfig) -> Iterator[tuple[InitConfig, Iterator[Any]]]:

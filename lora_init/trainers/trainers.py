@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, RandomSampler, WeightedRandomSampl
 from transformers.trainer_utils import has_length
 
 from lora_init.adapters.init_config import InitConfig
-from lora_init.adapters.model_handles import Carrier, carrier_of
+from lora_init.adapters.model_handles import ModelHandle, handle_of
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import call_model
 from lora_init.loading.models import task_of
@@ -35,24 +35,24 @@ _KNOWN = ("transformers", "trl", "sentence_transformers")
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
 
 
-class TrainerDoor:
-    """A trainer before `train()`, and the carrier of its model."""
+class TrainerIntegration:
+    """A trainer before `train()`, and the handle of its model."""
 
     advice = "Check columns and collator; remove_unused_columns=False keeps what a collator reads."
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.name = trainer, type(trainer).__name__
-        self.carrier = self.find_carrier()
+        self.handle = self.find_handle()
 
-    def find_carrier(self) -> Carrier:
+    def find_handle(self) -> ModelHandle:
         """Find how the trainer's model holds an adapter."""
-        return carrier_of(self.trainer.model)
+        return handle_of(self.trainer.model)
 
     @property
     def classifies(self) -> bool:
         """Whether the trainer trains a classifier by the loss that the model computes from classes."""
         config = next(iter(getattr(self.trainer.model, "peft_config", {}).values()), None)
-        named = type(self.carrier.model).__name__.endswith(_CLASSIFIERS)
+        named = type(self.handle.model).__name__.endswith(_CLASSIFIERS)
         return (getattr(config, "task_type", None) == "SEQ_CLS" or named) and self.has_plain_loss
 
     @property
@@ -64,7 +64,7 @@ class TrainerDoor:
     def changes_loss(self) -> bool:
         """Whether a function or smoothing of labels stands between the model's loss and the one that is trained by."""
         own = {"compute_loss", "training_step"} & {*vars(self.trainer)} or self.trainer.compute_loss_func
-        of_model = getattr(self.carrier.model, "loss_function", None)
+        of_model = getattr(self.handle.model, "loss_function", None)
         return bool(own) or not leaves_loss(self.trainer.args) or not (of_model is None or _is_known(of_model))
 
     @property
@@ -75,7 +75,7 @@ class TrainerDoor:
     @property
     def is_measured(self) -> bool:
         """Whether rates were measured for what it trains: models of text, by their own loss."""
-        return self.has_plain_loss and "input_ids" in inspect.signature(type(self.carrier.model).forward).parameters
+        return self.has_plain_loss and "input_ids" in inspect.signature(type(self.handle.model).forward).parameters
 
     @cached_property
     def length(self) -> TrainingLength | None:
@@ -124,7 +124,7 @@ class TrainerDoor:
         check_measured(self.optimizer, self.has_plain_loss, self.name)
 
     def _has_own(self, method: str) -> bool:
-        """Return whether a method of the trainer is of one's own, and not of a library that this door knows."""
+        """Return whether a method of the trainer is of one's own, and not of a library that is known here."""
         function = getattr(self.trainer, method, None)
         return function is not None and not _is_known(function)
 
@@ -146,9 +146,9 @@ class TrainerDoor:
         """
         self.check(config)
         trainer, run = self.trainer, config.run
-        if self.carrier.wraps_anew:
-            config = config.with_options(task_type=config.layers.task_type or task_of(self.carrier.model))
-        with self.carrier.opened(config) as config:
+        if self.handle.wraps_anew:
+            config = config.with_options(task_type=config.layers.task_type or task_of(self.handle.model))
+        with self.handle.opened(config) as config:
             forward = run.forward or self.forward(with_labels=config.by_gradient or config.start.by_error)
             data = run.data or f"training batches of {self.name}"
             _keep_for_training(trainer)
@@ -165,7 +165,7 @@ class TrainerDoor:
             )
         if self.trainer.train_dataset is None and not self._has_own("get_train_dataloader"):
             raise LoraInitError(f"the {self.name} has no train_dataset to learn from. Make it with one.")
-        self.carrier.check(config.start)
+        self.handle.check(config.start)
         if config.by_gradient and not self.gives_loss:
             raise LoraInitError(
                 f"method={config.start.name!r}: a start from gradients needs the gradient of the training loss, and "
@@ -175,7 +175,7 @@ class TrainerDoor:
 
     def forward(self, with_labels: bool) -> Any:
         """Return how a batch is run, `with_labels` so that there is a loss."""
-        taken = inspect.signature(type(self.carrier.model).forward).parameters
+        taken = inspect.signature(type(self.handle.model).forward).parameters
         # What a forward function does not name, Trainer hands to it all the same; others keep it.
         whole = self.source_of_loss in _PLAIN_LOSS and any(one.kind is one.VAR_KEYWORD for one in taken.values())
 
@@ -205,8 +205,8 @@ class TrainerDoor:
     def hand_over(self, adapted: Any) -> None:
         """Put this model into the trainer, as if it had been made with it."""
         trainer = self.trainer
-        if self.carrier.wraps_anew and trainer.args.gradient_checkpointing:
-            model: Any = self.carrier.model
+        if self.handle.wraps_anew and trainer.args.gradient_checkpointing:
+            model: Any = self.handle.model
             model.enable_input_require_grads()  # as trainers do for an adapter of their own
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = adapted
 

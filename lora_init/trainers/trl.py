@@ -13,10 +13,10 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.running import restoring
 from lora_init.layers.targets import find_targets
-from lora_init.trainers.trainers import TrainerDoor
+from lora_init.trainers.trainers import TrainerIntegration
 
 
-class TRLTrainer(TrainerDoor):
+class TRLIntegration(TrainerIntegration):
     """SFTTrainer, DPOTrainer and the like."""
 
     # DPOTrainer before 0.29 has prompts and answers apart.
@@ -43,8 +43,8 @@ class TRLTrainer(TrainerDoor):
     def check(self, config: InitConfig) -> None:
         """Refuse, too, an adapter on a head by whose weight alone TRL multiplies, as TRL does."""
         super().check(config)
-        if self.carrier.wraps_anew:
-            _check_head(self.carrier.model, config.given.get("target_modules", ()), self.name)
+        if self.handle.wraps_anew:
+            _check_head(self.handle.model, config.given.get("target_modules", ()), self.name)
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """Read batches; of those of DPOTrainer both answers count."""

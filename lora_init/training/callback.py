@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.directory import carried
 from lora_init.adapters.init_config import InitConfig
-from lora_init.adapters.model_handles import InPlace, Wrapped
+from lora_init.adapters.model_handles import InPlaceHandle, PeftModelHandle
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, is_number, warn
@@ -100,7 +100,7 @@ class StartCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         """Start the adapter, unless the run is resumed; the base writes the texts to replay."""
         resumed, tokenizer = bool(state.global_step), rest.get("processing_class")
-        carrier = None if resumed else Filled(model)
+        handle = None if resumed else FilledHandle(model)
         if self.dial:
             _check_dial(args, model)
         if self.replay:
@@ -108,7 +108,7 @@ class StartCallback(TrainerCallback):
             n = math.ceil(self._texts_until(args, state.max_steps))
             self.texts = replayed(model, tokenizer, min(n, _MOST_TEXTS), args.seed, 1, partial(_say, state))
             _say(state, f"{len(self.texts)} texts that the base has written are replayed.")
-        if carrier is None:
+        if handle is None:
             _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
             rate = rest["optimizer"].param_groups[0].get("initial_lr")  # the one that was measured, from the checkpoint
             made_for = rest["optimizer"].defaults.get("lr")
@@ -116,7 +116,7 @@ class StartCallback(TrainerCallback):
                 _set_shares(rate / made_for, rest["lr_scheduler"], args.lr_scheduler_kwargs)
                 args.learning_rate = rate
         else:
-            self._start(carrier, args, state, train_dataloader, rest)
+            self._start(handle, args, state, train_dataloader, rest)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
@@ -157,7 +157,7 @@ class StartCallback(TrainerCallback):
     def _texts_until(self, args: TrainingArguments, step: int) -> float:
         return self.replay * examples_of_a_step(args) * step
 
-    def _start(self, carrier: Filled, args: Any, state: TrainerState, train_dataloader: Any, rest: Any) -> None:
+    def _start(self, handle: FilledHandle, args: Any, state: TrainerState, train_dataloader: Any, rest: Any) -> None:
         data = getattr(train_dataloader, "dataset", None)
         if is_used_up(data):
             raise LoraInitError(
@@ -171,7 +171,7 @@ class StartCallback(TrainerCallback):
                 "the adapter by `lora-init init`, and train that."
             )
         config = self.config.with_options(max_batches=math.ceil(self.samples / counts_of(args, train_dataloader)[0]))
-        with carrier.opened(config) as config, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
+        with handle.opened(config) as config, undisturbed(), _batches(train_dataloader, handle.model) as batches:
             first = next(batches, {})
             is_plain_loss = "labels" in first and leaves_loss(args)  # those of preferences have none
             if config.by_gradient and not is_plain_loss:
@@ -187,8 +187,8 @@ class StartCallback(TrainerCallback):
                         "measured for that. Leave it out, and tune them."
                     )
                 _check_schedule(rest.get("lr_scheduler"))
-            init = run(carrier, chain([first], batches), config.with_options(data="training batches"))
-            carrier.put(init, "")
+            init = run(handle, chain([first], batches), config.with_options(data="training batches"))
+            handle.put(init, "")
         rate = replace(init, length=length_of(args, state.max_steps, train_dataloader)).rate
         if self.measured and rate and _rate_of(optimizer):
             _set_rate(rate.rate, rest["optimizer"], rest["lr_scheduler"], args.lr_scheduler_kwargs)
@@ -200,11 +200,11 @@ class StartCallback(TrainerCallback):
         _say(state, f"{what}; the learning rate is {trained_at:.2g}.")
 
 
-class Filled(InPlace):
+class FilledHandle(InPlaceHandle):
     """A PeftModel whose parameters an optimizer has already: its fresh adapter is filled."""
 
     base_stays = "the trainer saves the adapter without them"
-    model: Any = Wrapped.model
+    model: Any = PeftModelHandle.model
 
     def __init__(self, given: Any) -> None:
         super().__init__(given)

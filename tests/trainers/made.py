@@ -1,4 +1,4 @@
-"""A model with LoRA layers of its library, and what a door reads of a trainer."""
+"""A model with LoRA layers of its library, and what an integration reads of a trainer."""
 
 import torch
 from datasets import Dataset
@@ -9,16 +9,16 @@ CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s>{% endfor 
 CONFIG = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
-def seen_by(door, monkeypatch):
-    """Collect the batches that a door hands out from here on, as they were then."""
-    seen, inner = [], door.batches
+def seen_by(integration, monkeypatch):
+    """Collect the batches that an integration hands out from here on, as they were then."""
+    seen, inner = [], integration.batches
 
     def record(one, loader):
         for batch in inner(one, loader):
             seen.append({key: value.clone() for key, value in batch.items() if isinstance(value, torch.Tensor)})
             yield batch
 
-    monkeypatch.setattr(door, "batches", record)
+    monkeypatch.setattr(integration, "batches", record)
     return seen
 
 

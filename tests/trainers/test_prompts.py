@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.trainers.prompts import PromptTrainer, answered
+from lora_init.trainers.prompts import PromptIntegration, answered
 from tests.conftest import refused, tiny_llama
 from tests.loading.made import bert_tokenizer
 from tests.trainers.made import seen_by
@@ -39,7 +39,7 @@ def trainer_of(kind, folder, chats=False, peft_config=None, **more):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "chats"), [("GRPO", False), ("RLOO", True)])
 def test_the_statistics_are_of_prompts_with_answers_of_the_models_own(kind, chats, tmp_path, monkeypatch):
-    seen = seen_by(PromptTrainer, monkeypatch)
+    seen = seen_by(PromptIntegration, monkeypatch)
     with_config = chats or kind == "RLOO"  # which loads a second model as its reference otherwise
     trainer = trainer_of(kind, tmp_path, chats, LoraConfig(**LORA) if with_config else None)
     before = torch.random.get_rng_state()

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
-from lora_init.trainers.sentences import SentenceTrainer
+from lora_init.trainers.sentences import SentenceIntegration
 
 library = pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
@@ -73,7 +73,7 @@ def test_the_cached_loss_has_the_gradients_of_the_plain_one(tmp_path):
 
 
 def test_training_reads_the_batches_that_the_statistics_are_from(tmp_path, monkeypatch):
-    seen, trained = seen_by(SentenceTrainer, monkeypatch), []
+    seen, trained = seen_by(SentenceIntegration, monkeypatch), []
     trainer = trainer_of(tmp_path)
     lora_init.initialize(trainer, rank=2)
     step = trainer.training_step

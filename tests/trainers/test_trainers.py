@@ -13,7 +13,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Tra
 
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.trainers.trainers import TrainerDoor
+from lora_init.trainers.trainers import TrainerIntegration
 from tests.commands import tokenizer_of
 from tests.conftest import refused, tiny_bert, tiny_llama
 from tests.trainers.made import CHAT, WORDS, chats, seen_by, sentences, settings
@@ -112,7 +112,7 @@ def test_the_trainer_trains_the_adapter(made, checkpointing, tmp_path, tokenizer
 
 @pytest.mark.parametrize("made", MADE)
 def test_statistics_are_from_the_batches_that_training_sees(made, tmp_path, tokenizer, monkeypatch):
-    seen = seen_by(TrainerDoor, monkeypatch)
+    seen = seen_by(TrainerIntegration, monkeypatch)
     trainer, other = (MADE[made](tmp_path, tokenizer) for _ in range(2))
     lora_init.initialize(trainer, **RANK[made])
     assert len(seen) > 3
@@ -194,7 +194,7 @@ def test_steps_are_those_that_the_trainer_takes(
     how = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=epochs)
     trainer = plain(tmp_path, tokenizer, max_steps=max_steps, dataloader_drop_last=drop_last, **how)
     trainer.train_dataset = trainer.train_dataset.select([i % len(trainer.train_dataset) for i in range(rows)])
-    length = TrainerDoor(trainer).length
+    length = TrainerIntegration(trainer).length
     trainer.train()
     assert length.steps == trainer.state.max_steps == trainer.state.global_step
     # Between two ends of an epoch the trainer counts batches, and more of them belong to the first step.
@@ -216,7 +216,7 @@ class OwnSampler(Trainer):
 def test_the_length_is_that_of_the_loader_whatever_the_arguments_say(kind, tmp_path, tokenizer):
     trainer = of_class(kind)(tmp_path, tokenizer)
     assert trainer.args.train_batch_size > 2
-    length, read = TrainerDoor(trainer).length, []
+    length, read = TrainerIntegration(trainer).length, []
     inner = trainer.training_step
     trainer.training_step = lambda model, inputs, *rest: (
         read.append(len(inputs["input_ids"])) or inner(model, inputs, *rest)
@@ -263,7 +263,7 @@ def test_training_sees_a_stream_as_it_would_have_been_and_its_steps_are_counted(
     trainer, other = (plain(tmp_path, tokenizer, max_steps=max_steps, num_train_epochs=2) for _ in range(2))
     trainer.train_dataset, other.train_dataset = kind(), kind()
     lora_init.initialize(trainer, rank=2, max_batches=2)
-    length = TrainerDoor(trainer).length
+    length = TrainerIntegration(trainer).length
     found, expected = batches_of(trainer, 8), batches_of(other, 8)
     assert len(found) == len(expected) == trainer.state.max_steps == length.steps
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
@@ -398,7 +398,7 @@ def test_the_examples_of_an_epoch_are_those_that_its_sampler_draws(sampler, rows
     trainer = plain(tmp_path, tokenizer, num_train_epochs=4, max_steps=-1, dataloader_drop_last=rows == 16)
     trainer.train_dataset = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
     trainer._get_train_sampler = lambda *given: sampler(trainer.train_dataset)
-    length = TrainerDoor(trainer).length
+    length = TrainerIntegration(trainer).length
     assert length.rows == rows and length.steps == len(trainer.get_train_dataloader()) * 4
     assert length.epochs == pytest.approx(epochs)
     assert (f"each drawn {epochs:.1f} times" in str(length)) == bool(length.seen)
@@ -413,7 +413,7 @@ class OwnLoader(Trainer):
 def test_the_length_of_a_trainer_with_a_loader_of_its_own_is_that_of_its_loader(tmp_path, tokenizer):
     trainer = of_class(OwnLoader)(tmp_path, tokenizer)
     trainer.train_dataset, trainer.args.max_steps = None, 24
-    length = TrainerDoor(trainer).length
+    length = TrainerIntegration(trainer).length
     assert (length.steps, length.batch_size, length.rows, length.epochs) == (24, 4, 16, 6)
 
 
@@ -448,14 +448,14 @@ def test_the_size_of_a_step_is_that_of_the_loader(data, how, rows, tmp_path, tok
     trainer = of_class(Trainer)(tmp_path, tokenizer)
     trainer.args.max_steps, trainer.args.gradient_accumulation_steps = 24, 2
     trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(data, **how)
-    length = TrainerDoor(trainer).length
+    length = TrainerIntegration(trainer).length
     assert (length.batch_size, length.rows, length.steps) == (16, rows, 24)
 
 
 def test_a_warm_up_of_more_than_half_of_the_steps_is_told_of(tmp_path, tokenizer):
-    assert TrainerDoor(plain(tmp_path, tokenizer, max_steps=8, warmup_steps=4)).schedule == "linear"
+    assert TrainerIntegration(plain(tmp_path, tokenizer, max_steps=8, warmup_steps=4)).schedule == "linear"
     trainer = plain(tmp_path, tokenizer, max_steps=8, warmup_steps=5)
-    assert TrainerDoor(trainer).schedule == "linear (a warm-up of 5 of 8 steps)"
+    assert TrainerIntegration(trainer).schedule == "linear (a warm-up of 5 of 8 steps)"
 
 
 def trained(trainer):
@@ -570,7 +570,7 @@ def test_a_measured_rate_is_that_of_the_trainers_own_steps(tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer)
     adapted = lora_init.initialize(trainer, rank=4, learning_rate="measured")
     batches = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in trainer.get_train_dataloader()]
-    again = lora_init.learning_rate(adapted, batches, steps=TrainerDoor(trainer).length.steps).rate
+    again = lora_init.learning_rate(adapted, batches, steps=TrainerIntegration(trainer).length.steps).rate
     assert trainer.args.learning_rate == pytest.approx(again, rel=0.3) and again != 1e-2
 
 
