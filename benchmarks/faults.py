@@ -462,11 +462,13 @@ FAULTS: dict[str, list[Planted]] = {
         ("missing check", "if list(error.shape) != shape or not bool(error.isfinite().all()):",
          "if list(error.shape) != shape:"),
         ("lost dtype", "error.to(torch.promote_types(error.dtype, torch.float32))", "error"),
-        ("lost setting", "if not (start.matched or of.shape.unit_rows):", "if not start.matched:"),
+        ("lost setting", "if not (start.matched or context.shape.unit_rows):", "if not start.matched:"),
         ("missing check", "if not bool(a.isfinite().all() and b.isfinite().all()):",
          "if not bool(a.isfinite().all()):"),
-        ("same draw", "layer_generator(self.of.seed, self.part)", "layer_generator(self.of.seed, self.target.name)"),
-        ("lost setting", "weights if of.shape.gamma is None else scaled_by_gamma(weights, of.shape.gamma)", "weights"),
+        ("same draw", "layer_generator(self.context.seed, self.part)",
+         "layer_generator(self.context.seed, self.target.name)"),
+        ("lost setting", "weights if context.shape.gamma is None else scaled_by_gamma(weights, context.shape.gamma)",
+         "weights"),
     ],
     "adapters/adapter_init.py": [
         ("dropped factor", " // max(self.targets[name].experts, 1) for", " for"),
@@ -476,7 +478,7 @@ FAULTS: dict[str, list[Planted]] = {
     ],
     "adapters/init_config.py": [
         ("missing check", "isinstance(value, Integral) or not whole", "True"),
-        ("lost setting", "return self.run.gradients or self.start.by_gradient", "return self.start.by_gradient"),
+        ("lost setting", "return self.run.gradients or self.start.needs_gradient", "return self.start.needs_gradient"),
     ],
 }
 # fmt: on

@@ -40,7 +40,7 @@ def start_in_words(init: AdapterInit) -> str:
             "B is not zero: the base weights must give up what the adapter adds, and what was trained is converted "
             f"while it is saved (path_initial_model_for_weight_conversion){frozen}"
         )
-    if init.start.by_error:
+    if init.start.needs_error:
         share = init.share_closed
         closed = "" if share is None else f", {share:.0%} of the way to the loss before it was quantized"
         measured = "" if init.losses is None else f" (loss {init.losses[0]:.4g} -> {init.losses[1]:.4g}{closed})"
@@ -74,7 +74,7 @@ def origin_of(init: AdapterInit, short: bool = False) -> dict[str, Any]:
         origin["learning_rate"] = init.learning_rate
     if init.rate and not short:
         origin["rate"] = init.rate.stored()
-    if init.corrects_base or init.start.by_error:
+    if init.corrects_base or init.start.needs_error:
         kind = getattr(torch, init.dtype)
         origin["start"] = start_digest({name: own.to(kind) for name, own in init.weights.items()})
     if init.errors:

@@ -256,9 +256,9 @@ class InitConfig:
     given: Mapping[str, Any] = field(default_factory=dict)  # as it was, which a LoraConfig must not contradict
 
     @property
-    def by_gradient(self) -> bool:
+    def needs_gradient(self) -> bool:
         """Whether the pass runs backward, too."""
-        return self.run.gradients or self.start.by_gradient
+        return self.run.gradients or self.start.needs_gradient
 
     @property
     def measures(self) -> bool:

@@ -16,7 +16,7 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.config import read_config_for
 from lora_init.adapters.directory import check_place
 from lora_init.adapters.init_config import SCALING, Shape
-from lora_init.building.layer_start import Material, layer_start
+from lora_init.building.layer_start import BuildContext, layer_start
 from lora_init.errors import LoraInitError, did_you_mean, is_number, warn
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
@@ -160,7 +160,7 @@ def build_adapter(
             "model and data, Statistics.load() reads a file."
         )
     start, shape = buildable_start(method), Shape(whiten=whiten, unit_rows=unit_rows, gamma=gamma, freeze_a=freeze_a)
-    if errors is not None and not start.by_error:
+    if errors is not None and not start.needs_error:
         raise LoraInitError("errors= with {method}: it corrects no base. Leave errors out.", method=method)
     of_peft = (lora_alpha, use_rslora, use_dora, lora_dropout, modules_to_save)
     given: dict[str, Any] = {
@@ -171,16 +171,16 @@ def build_adapter(
         said, selected = read_config_for(stats, config, given)
         average, shape = said.pop("rank"), replace(shape, **said)
     check_adapter_options(start, shape)
-    return build_from(Material(start, stats, shape, seed, errors, model, average), ranks, selected)
+    return build_from(BuildContext(start, stats, shape, seed, errors, model, average), ranks, selected)
 
 
 def build_from(
-    of: Material, ranks: Mapping[str, int] | int | None, selected: Collection[str] | None = None
+    context: BuildContext, ranks: Mapping[str, int] | int | None, selected: Collection[str] | None = None
 ) -> AdapterInit:
     """Compute the start of the adapter of each layer that is `selected`, from options that were checked already."""
-    start, stats, shape = of.start, of.stats, of.shape
+    start, stats, shape = context.start, context.stats, context.shape
     selected = [*stats, *stats.unsupported] if selected is None else selected
-    requested, rank = _requested_ranks(stats, ranks, of.rank, selected)
+    requested, rank = _requested_ranks(stats, ranks, context.rank, selected)
     if not any(requested.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
     plan = _without_whole_modules(requested, shape.modules_to_save)
@@ -188,8 +188,8 @@ def build_from(
     check_experts([stats.targets[name] for name in plan], shape)
     lora_alpha = alpha_for(SCALING, rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
     shape = replace(shape, lora_alpha=lora_alpha, gamma=shape.gamma or start.gamma)
-    of = replace(of, shape=shape, rank=rank)
-    weights, seen, squares = _layers_of(of, plan)
+    context = replace(context, shape=shape, rank=rank)
+    weights, seen, squares = _layers_of(context, plan)
     unsupported = {
         name: kind
         for name, kind in stats.unsupported.items()
@@ -202,11 +202,11 @@ def build_from(
         targets={name: stats.targets[name] for name in plan},
         unsupported=unsupported,
         rank=rank,
-        seed=of.seed,
+        seed=context.seed,
         left_out=tuple(name for name in stats if name not in plan),
         explained={name: float(stats.explained_variance_ratio(name)[:r].sum()) for name, r in plan.items()},
         provenance=stats.provenance,
-        responses=dict(_responses(of, weights)),
+        responses=dict(_responses(context, weights)),
         errors=seen,
         error_size=squares**0.5,
         dtype=ranks.budget.dtype if isinstance(ranks, RankAllocation) and ranks.budget else "float32",
@@ -222,31 +222,31 @@ def _without_whole_modules(ranks: Mapping[str, int], modules_to_save: Sequence[s
     return plan
 
 
-def _layers_of(of: Material, plan: Mapping[str, int]) -> tuple[Weights, dict[str, tuple[float, float]], float]:
+def _layers_of(context: BuildContext, plan: Mapping[str, int]) -> tuple[Weights, dict[str, tuple[float, float]], float]:
     """Compute the start of each layer; return beside them what `AdapterInit.errors` has, and |W - Q|^2 of all."""
     weights, seen, squares = {}, {}, 0.0
     for name, rank in plan.items():
-        error = of.error(name)
-        weights[name] = layer_start(of, name, rank, error)
+        error = context.error(name)
+        weights[name] = layer_start(context, name, rank, error)
         if error is not None:
             a, b = weights[name].to(error.device, error.dtype)
-            left = torch.addmm(error, b, a, alpha=-of.scaling)
-            seen[name] = error_seen(of.stats[name], error), error_seen(of.stats[name], left)
+            left = torch.addmm(error, b, a, alpha=-context.scaling)
+            seen[name] = error_seen(context.stats[name], error), error_seen(context.stats[name], left)
             squares += float(error.norm()) ** 2
     return weights, seen, squares
 
 
-def _responses(of: Material, weights: Weights) -> Iterator[tuple[str, Response]]:
+def _responses(context: BuildContext, weights: Weights) -> Iterator[tuple[str, Response]]:
     """Compute how far each layer moves at a learning rate. A x is taken to be Gaussian."""
     for name, own in weights.items():
-        if name in of.stats.sizes:
-            experts = of.stats.targets[name].experts
+        if name in context.stats.sizes:
+            experts = context.stats.targets[name].experts
             parts = own.a.flatten(1).chunk(max(experts, 1))
-            counts = [of.stats.rows_of_expert(name, i) for i in range(experts)] or [1]
-            seen = zip(parts, of.stats.of_experts(name) or [of.stats[name]], counts, strict=True)
+            counts = [context.stats.rows_of_expert(name, i) for i in range(experts)] or [1]
+            seen = zip(parts, context.stats.of_experts(name) or [context.stats[name]], counts, strict=True)
             sums = [n * float((energies(one, a) * (2.0 / math.pi)).sqrt().sum()) for a, one, n in seen]
             ax = sum(sums) / max(sum(counts), 1)
-            found = response(of.stats.sizes[name], ax, len(parts[0]), of.scaling, of.shape.freeze_a)
+            found = response(context.stats.sizes[name], ax, len(parts[0]), context.scaling, context.shape.freeze_a)
             if found:
                 yield name, found
 
@@ -334,7 +334,7 @@ def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> di
     for name, rank in plan.items():
         bound: Any = rank  # of a start that takes nothing from the data
         if start.directions is not None:
-            bound = start.directions(stats[name], stats.gradient(name) if start.by_gradient else None)
+            bound = start.directions(stats[name], stats.gradient(name) if start.needs_gradient else None)
         if isinstance(bound, Spectrum):
             check_rank(bound, rank, f"layer {name!r}: ")
             bound = bound.n_components

@@ -24,8 +24,8 @@ from lora_init.statistics.statistics import Statistics
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
-    """What an adapter is built from: a start, statistics, the adapter's form, and what single starts need."""
+class BuildContext:
+    """The context that a start reads: the statistics, the form of the adapter, and what single starts need."""
 
     start: Start
     stats: Statistics
@@ -43,7 +43,7 @@ class Material:
 
     def error(self, name: str) -> Tensor | None:
         """Return W - Q of a layer, if the start corrects quantization; refuse one of another shape or with NaN."""
-        if not self.start.by_error:
+        if not self.start.needs_error:
             return None
         if self.errors is None or name not in self.errors:
             raise LoraInitError(
@@ -61,7 +61,7 @@ class Material:
 class LayerToStart:
     """What is known of a layer, or of one of its experts, when it is started; `PROVIDERS` reads it."""
 
-    of: Material
+    context: BuildContext
     target: Target
     part: str  # the name of the layer or of an expert, by which random numbers are drawn
     spectrum: Spectrum
@@ -76,44 +76,44 @@ class LayerToStart:
     @property
     def generator(self) -> torch.Generator:
         """Source of random numbers of its own."""
-        return layer_generator(self.of.seed, self.part)
+        return layer_generator(self.context.seed, self.part)
 
     @property
     def weight(self) -> Tensor:
         """The matrix that it multiplies by, float32 [d_out, d_in], on the CPU."""
-        if self.of.model is None:
+        if self.context.model is None:
             raise LoraInitError(f"layer {self.target.name!r}: the start is made from its weight. Pass model=.")
-        model = unwrapped(self.of.model)
+        model = unwrapped(self.context.model)
         module, dtype = plain_names(model)[self.target.module], getattr(model, "dtype", torch.float32)
         return read_product(module, self.target, dtype, f"layer {self.target.name!r}").cpu()
 
 
-def layer_start(of: Material, name: str, rank: int, error: Tensor | None) -> LoraWeights:
+def layer_start(context: BuildContext, name: str, rank: int, error: Tensor | None) -> LoraWeights:
     """Compute A and B of a layer; with experts A and B of each, side by side.
 
     Where B is zero A x has the size that it has with `random`, unless the start has one of its own or with `unit_rows`.
     """
-    start, stats, target = of.start, of.stats, of.stats.targets[name]
+    start, stats, target = context.start, context.stats, context.stats.targets[name]
     experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
-    parts = [LayerToStart(of, target, *one, rank, error) for one in (experts or {name: stats[name]}).items()]
+    parts = [LayerToStart(context, target, *one, rank, error) for one in (experts or {name: stats[name]}).items()]
     made = [_called(start, part) for part in parts]
     shape_a, shape_b = target.shapes(rank)
     if start.b_is_zero:
-        if not (start.matched or of.shape.unit_rows):
+        if not (start.matched or context.shape.unit_rows):
             pairs = zip(parts, made, strict=True)
             made = [LoraWeights(as_large_as_random(part.spectrum, own.a), own.b) for part, own in pairs]
         return LoraWeights(torch.cat([own.a for own in made]).reshape(shape_a), torch.zeros(shape_b))
     each = LoraWeights(torch.stack([own.a for own in made]), torch.stack([own.b for own in made]))
     a, b = each.fused()
     weights = LoraWeights(a.reshape(shape_a), b.reshape(shape_b))
-    return weights if of.shape.gamma is None else scaled_by_gamma(weights, of.shape.gamma)
+    return weights if context.shape.gamma is None else scaled_by_gamma(weights, context.shape.gamma)
 
 
 def _called(start: Start, layer: LayerToStart) -> LoraWeights:
     """Call the function of a start; refuse what it raises or returns in a line that names it. B is empty where zero."""
     where = f"layer {layer.target.name!r}: {start}"
     try:
-        made = start.compute(**{name: PROVIDERS[name].of(layer) for name in start.arguments})
+        made = start.compute(**{name: PROVIDERS[name].read(layer) for name in start.arguments})
     except (LoraInitError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a module that is imported for it may call sys.exit

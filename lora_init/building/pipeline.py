@@ -21,7 +21,7 @@ from lora_init.adapters.init_config import InitConfig
 from lora_init.adapters.model_handles import ModelHandle
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.building.build import build_from, buildable_start, check_adapter_options, check_experts
-from lora_init.building.layer_start import Material
+from lora_init.building.layer_start import BuildContext
 from lora_init.building.quantized import QuantizationErrors, loss_or_distance, with_losses
 from lora_init.building.step_size import LEAST, find_step_size, most_aside, set_aside
 from lora_init.collection.backward import NoGradientsError
@@ -84,14 +84,14 @@ def collect_for(
     The pass keeps `rho` times the rank, by default what the ranks need. The options that are returned name the start
     that was taken.
     """
-    if config.start.by_error or config.shape.use_dora or config.shape.lora_dropout:
+    if config.start.needs_error or config.shape.use_dora or config.shape.lora_dropout:
         layers = find_targets(model, **vars(config.layers)).layers
         check_experts(layers.values(), config.shape)
-        if config.start.by_error:  # refuses before the pass what cannot be read after it
+        if config.start.needs_error:  # refuses before the pass what cannot be read after it
             QuantizationErrors(model, layers, config.correction.weights)
 
     def collect_by(config: InitConfig) -> Statistics:
-        run = replace(config.run, gradients=config.by_gradient, data=config.run.data or examples.data)
+        run = replace(config.run, gradients=config.needs_gradient, data=config.run.data or examples.data)
         options = {name: value for name, value in vars(run).items() if value is not None}
         return collect(
             model, examples.batches, **vars(config.layers), **options, rank=config.ranks.rank,
@@ -118,7 +118,7 @@ def check(config: InitConfig, **place: Any) -> None:
     """Validate the options that need neither model nor data; `place` is where the adapter is to be saved."""
     check_adapter_options(config.start, config.shape, **place)
     idle = next((name for name, value in vars(config.correction).items() if value), None)
-    if idle is not None and not config.start.by_error:
+    if idle is not None and not config.start.needs_error:
         said = f"{{{idle}}} is for the start {CORRECTION}. Leave it out."
         raise LoraInitError(said, **{idle: getattr(config.correction, idle)})
     rank, rho = config.ranks.rank, config.ranks.rho
@@ -160,7 +160,7 @@ def read(
     sample, run = config.sample, config.run
     fitting = {
         "seq2seq": seq2seq and sample.label is None, "known_classes": known if sample.label is not None else (),
-        "needs_labels": config.by_gradient or run.token_mask == "labels",
+        "needs_labels": config.needs_gradient or run.token_mask == "labels",
     }  # fmt: skip
     options = vars(sample) | {name: value for name, value in fitting.items() if getattr(sample, name) is None}
     load = partial(load_batches, source, tokenizer, **vars(config.reading), seed=run.seed)
@@ -206,9 +206,9 @@ def build(
             return statistics.fmean(processes.gather(loss))
 
     def made(gamma: float | None = shape.gamma) -> AdapterInit:
-        return build_from(Material(start, stats, replace(shape, gamma=gamma), seed, errors, model), ranks)
+        return build_from(BuildContext(start, stats, replace(shape, gamma=gamma), seed, errors, model), ranks)
 
-    if start.by_error:
+    if start.needs_error:
         errors = errors or QuantizationErrors(model, stats.targets, config.correction.weights)
         loss_of = partial(shared, loss_or_distance(model, errors, **of_loss)) if aside else None
         return with_losses(model, made(), errors, loss_of, config.correction.unchecked) if loss_of else made()

@@ -51,7 +51,7 @@ def estimate(read: Opened, loading: LoadingQuantized, config: InitConfig, rho: f
     shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
     used = (batches or [])[: config.run.max_batches]
     tokens = sum(batch["input_ids"].numel() for batch in used)
-    operations = 2 * _n_multiplied(model) * tokens * (_BACKWARD if config.by_gradient else 1.0)
+    operations = 2 * _n_multiplied(model) * tokens * (_BACKWARD if config.needs_gradient else 1.0)
     weights_bytes = _weights_bytes(model, dtype, loading.quantize)
     per_second = _speed(dtype, place)
     return {

@@ -72,7 +72,7 @@ def init(
         Option(
             metavar="START",
             help=f"How the adapter starts. Default: {DEFAULT}, with --label {DEFAULT_FOR_CLASSES}. There are "
-            f"{', '.join(buildable())} and {FROM_BANK}. With backward passes: {_named(by_gradient=True)}. "
+            f"{', '.join(buildable())} and {FROM_BANK}. With backward passes: {_named(needs_gradient=True)}. "
             f"B is not zero with {_named(b_is_zero=False)} and {FROM_BANK}.",
         ),
     ] = None,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Tool: TypeAlias = str
 else:  # the registries decide what there is
     Policy, Tool = Literal[policy_names()], Literal[tuple(TOOLS)]
-_BY_GRADIENT = ", ".join(name for name, policy in POLICIES.items() if policy.by_gradient)
+_BY_GRADIENT = ", ".join(name for name, policy in POLICIES.items() if policy.needs_gradient)
 
 _BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
 _VARIED = (*_BUDGETS, "dtype", "coverage", "policy", "rho", "min_rank", "max_rank", "multiple_of", "allowed_ranks")

@@ -119,8 +119,8 @@ def _open(names: Names, config: InitConfig, loading: LoadingQuantized) -> ModelS
         raise LoraInitError(f"--label makes this a classification, and --task-type {task_type} does not. Give one.")
     task_type = task_type if label is None else "SEQ_CLS"
     opened = open_model(names.model, task_type=task_type, trust_remote_code=loading.trust_remote_code)
-    opened.check_quantized(loading.quantize, needed=config.start.by_error)
-    if config.by_gradient and names.data is not None and opened.task_type in HEADS and label is None:
+    opened.check_quantized(loading.quantize, needed=config.start.needs_error)
+    if config.needs_gradient and names.data is not None and opened.task_type in HEADS and label is None:
         head = opened.task_type
         other = "Name their column: --label COLUMN." if head == "SEQ_CLS" else "Use initialize() in Python."
         raise LoraInitError(f"gradients for the task type {head} need classes, not texts alone. {other}")

@@ -135,7 +135,7 @@ def show_bank_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 def _notes(built: AdapterInit, ranks: RankAllocation) -> list[str]:
     notes = []
-    if built.start.by_gradient:  # of 256 examples, a third held out, labels made a held-out loss 20 % lower
+    if built.start.needs_gradient:  # of 256 examples, a third held out, labels made a held-out loss 20 % lower
         notes.append("it has seen the labels of these examples: judge what you train from it by others.")
     if built.use_dora and ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes"):
         notes.append(f"{ranks.budget} does not count DoRA's magnitudes.")

@@ -162,7 +162,7 @@ def seconds_of_statistics(bench: Workbench, pace: Pace, left: Iterable[Run]) -> 
     for run in left:
         recipe = run.start.recipe
         if recipe and recipe.reads_data:
-            passes.add((run.seed, run.start.batches, recipe.center, recipe.by_gradient))
+            passes.add((run.seed, run.start.batches, recipe.center, recipe.needs_gradient))
     cost = {True: _PASS_WITH_GRADIENTS, False: _PASS}
-    examples = sum(bench.n_batches(batches) * cost[by_gradient] for _, batches, _, by_gradient in passes)
+    examples = sum(bench.n_batches(batches) * cost[needs_gradient] for _, batches, _, needs_gradient in passes)
     return examples * bench.training.batch_size * pace.example

@@ -202,7 +202,7 @@ def prepare(variant: Variant, basis: Basis) -> Prepared:
     restore = remember(basis.model, weights=changes)
     try:
         by_data = recipe if recipe and recipe.reads_data else None
-        stats = basis.statistics(by_data.center, by_data.by_gradient) if by_data else _blank(basis)
+        stats = basis.statistics(by_data.center, by_data.needs_gradient) if by_data else _blank(basis)
         began = time.perf_counter()
         # Whatever a start draws, training begins with the same random state.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -259,7 +259,7 @@ def _ranks_of(variant: Variant, recipe: Recipe, basis: Basis, stats: Statistics)
         ranks = RankAllocation(dict.fromkeys(stats, alike), rank)
     elif equal:
         ranks = allocate_ranks(stats, parameters=sum(target.parameters(rank) for target in targets), **of_policy)
-    elif recipe.reads_data and not recipe.start.by_error:  # errors have as many directions as the layer
+    elif recipe.reads_data and not recipe.start.needs_error:  # errors have as many directions as the layer
         ranks = allocate_ranks(stats, rank=rank, **of_policy)
     else:
         ranks = RankAllocation(dict.fromkeys(stats, rank), rank)

@@ -98,7 +98,7 @@ def budget_curves(plan: RankAllocation, stats: Statistics) -> dict[str, dict[int
     spectra = stack_spectra(stats, [name for name in plan if name not in set(plan.excluded)])
     exists = int((spectra.widths * spectra.collected).sum())
     budgets = np.geomspace(max(plan.parameters / 8, 1), min(plan.parameters * 8, exists), 20)
-    curves: dict[str, dict[int, float]] = {name: {} for name, policy in POLICIES.items() if not policy.by_gradient}
+    curves: dict[str, dict[int, float]] = {name: {} for name, policy in POLICIES.items() if not policy.needs_gradient}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for policy, curve in curves.items():

@@ -42,7 +42,7 @@ class Policy:
     if_zero: str = "the loss depends on no layer"
 
     @property
-    def by_gradient(self) -> bool:
+    def needs_gradient(self) -> bool:
         """Whether the statistics must have gradients."""
         return self.reads is not None
 

@@ -89,21 +89,21 @@ class Start:
 
     def measures(self, gamma: float | None) -> bool:
         """Return whether a loss is measured: to find the size of a step without `gamma`, or to check a correction."""
-        return self.by_error or (self.takes_step and gamma is None)
+        return self.needs_error or (self.takes_step and gamma is None)
 
     @property
-    def by_gradient(self) -> bool:
+    def needs_gradient(self) -> bool:
         """Whether it needs backward passes."""
         return "gradients" in self.needed
 
     @property
-    def by_error(self) -> bool:
+    def needs_error(self) -> bool:
         """Whether it corrects what quantization took from the weights."""
         return "errors" in self.needed
 
     def corrects(self, is_quantized: bool) -> bool:
         """Return whether it corrects a base that was quantized, of a base that is, or is not."""
-        return self.by_error
+        return self.needs_error
 
     @property
     def init_options(self) -> tuple[str, ...]:
@@ -318,9 +318,9 @@ class Recipe:
         return self.rho > 1.0
 
     @property
-    def by_gradient(self) -> bool:
+    def needs_gradient(self) -> bool:
         """Whether the statistics must have gradients, for the start or for its ranks."""
-        return self.start.by_gradient or POLICIES[self.policy].by_gradient
+        return self.start.needs_gradient or POLICIES[self.policy].needs_gradient
 
     @property
     def is_made_by_init(self) -> bool:

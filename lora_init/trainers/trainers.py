@@ -149,7 +149,7 @@ class TrainerIntegration:
         if self.handle.wraps_anew:
             config = config.with_options(task_type=config.layers.task_type or task_of(self.handle.model))
         with self.handle.opened(config) as config:
-            forward = run.forward or self.forward(with_labels=config.by_gradient or config.start.by_error)
+            forward = run.forward or self.forward(with_labels=config.needs_gradient or config.start.needs_error)
             data = run.data or f"training batches of {self.name}"
             _keep_for_training(trainer)
             with _loader(trainer) as loader:
@@ -166,7 +166,7 @@ class TrainerIntegration:
         if self.trainer.train_dataset is None and not self._has_own("get_train_dataloader"):
             raise LoraInitError(f"the {self.name} has no train_dataset to learn from. Make it with one.")
         self.handle.check(config.start)
-        if config.by_gradient and not self.gives_loss:
+        if config.needs_gradient and not self.gives_loss:
             raise LoraInitError(
                 f"method={config.start.name!r}: a start from gradients needs the gradient of the training loss, and "
                 f"this {self.name} computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs "

@@ -174,7 +174,7 @@ class StartCallback(TrainerCallback):
         with handle.opened(config) as config, undisturbed(), _batches(train_dataloader, handle.model) as batches:
             first = next(batches, {})
             is_plain_loss = "labels" in first and leaves_loss(args)  # those of preferences have none
-            if config.by_gradient and not is_plain_loss:
+            if config.needs_gradient and not is_plain_loss:
                 raise LoraInitError(
                     f"method={config.start.name!r}: a start from gradients needs the gradient of the training loss, "
                     f"and this one is not what the model computes from labels. Take method={DEFAULT!r}."

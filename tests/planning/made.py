@@ -17,7 +17,7 @@ from tests.conftest import tiny_llama
 # Plans take a millisecond, but two cores are shared: no deadline.
 laws = settings(deadline=None, max_examples=60)
 QKV = ("q_proj", "k_proj", "v_proj")
-PLAIN = [name for name, policy in POLICIES.items() if not policy.by_gradient]
+PLAIN = [name for name, policy in POLICIES.items() if not policy.needs_gradient]
 WIDE = [[0.2, 0.1, 0.05, 0.02]] * 3
 
 
