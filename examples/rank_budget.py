@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_init
 from lora_init.cli.ranks import comparison_table, show_plan
-from lora_init.planning.pictures import save_picture
 from lora_init.planning.plan import load_plan, save_plan
 from lora_init.planning.snippets import snippet
+from lora_init.plots.pictures import save_picture
 
 
 def small_statistics() -> lora_init.Statistics:

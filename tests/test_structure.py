@@ -29,8 +29,9 @@ MAY_IMPORT["keep"] = MAY_IMPORT["serving"] | {"serving"}
 MAY_IMPORT["bank"] = {*MAY_IMPORT["building"], "building", "serving"}
 MAY_IMPORT["comparison"] = {*MAY_IMPORT}
 MAY_IMPORT["training"] = {*MAY_IMPORT} - {"bank", "comparison"}
+MAY_IMPORT["plots"] = {"layers", "statistics", "planning"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
-ROOT_FILES = {"__init__", "__main__", "errors", "files", "packages", "third_party_internals", "progress"}
+ROOT_FILES = {"__init__", "__main__", "errors", "extras", "files", "packages", "third_party_internals", "progress"}
 KNOW_PEFT = {"adapters", "building", "serving", "keep", "comparison"}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/**/*.py"))
 

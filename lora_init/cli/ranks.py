@@ -99,8 +99,8 @@ def _number(text: str) -> int | float | str:
 
 def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
     """Print a plan, what it costs and explains against uniform ranks of the same sum, and which engines serve it."""
-    from lora_init.planning.pictures import kind_totals, totals_against_uniform
     from lora_init.planning.plan import plan_config, plan_text, source_text
+    from lora_init.planning.totals import kind_totals, totals_against_uniform
     from lora_init.serving.support import serving_note
 
     heads = ("", "this plan", "uniform ranks, same sum")
@@ -227,7 +227,7 @@ def ranks(
     if output is not None:
         say(f"{save_plan(plan, output)}: written")
     if plot is not None:
-        from lora_init.planning.pictures import save_picture
+        from lora_init.plots.pictures import save_picture
 
         say(f"{save_picture(plan, stats, plot)}: written")
     if tool is not None:
@@ -288,7 +288,7 @@ def _check_outputs(output: Path | None, plot: Path | None, overwrite: bool) -> N
     if output is not None:
         check_writable(output, overwrite, "plan")
     if plot is not None:
-        from lora_init.planning.pictures import picture_kind
+        from lora_init.plots.pictures import picture_kind
 
         require("matplotlib")
         _refuse(plot == output, f"--output and --plot both name {plot}. Choose another name for one of the two.")

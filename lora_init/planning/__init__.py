@@ -1,5 +1,5 @@
 """Statistics + budget -> plan: how many ranks each layer gets.
 
-In: `Statistics` and a budget. Out: a `RankAllocation`, its file, its pictures, and its words for other tools.
+In: `Statistics` and a budget. Out: a `RankAllocation`, its file, and its words for other tools.
 No model is needed.
 """

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
+from lora_init.extras import extra
 from lora_init.files import read_fields, read_json, write_whole
+from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import Target, read_target
 from lora_init.planning.budgets import Budget, bytes_per_parameter
-from lora_init.planning.heat_map import heat_map_figure, rank_grid
 from lora_init.planning.lora_config import listed_or_pattern, lora_config
 from lora_init.statistics.statistics import Provenance, Statistics
 
@@ -86,7 +87,8 @@ class RankAllocation(Mapping[str, int]):
 
     def plot(self) -> Figure:
         """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""
-        return heat_map_figure(self.ranks)
+        figure: Figure = extra("heat map")(self.ranks)
+        return figure
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a table with a row for each layer, by name: rank, widths, parameters, explained variance.
@@ -301,3 +303,14 @@ def _plan_from(content: Mapping[str, Any]) -> RankAllocation:
         excluded=tuple(map(str, content["excluded"])),
         notes=tuple(map(str, content["notes"])),
     )
+
+
+def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
+    """Lay ranks out as block x kind; NaN where there is no adapter."""
+    import pandas as pd
+
+    columns = {
+        kind: {block: ranks[name] or math.nan for block, name in layers.items()}
+        for kind, layers in layer_grid(ranks).by_kind.items()
+    }
+    return pd.DataFrame(columns, dtype=float).sort_index().rename(index={-1: ""})

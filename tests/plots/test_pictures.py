@@ -4,12 +4,9 @@ import pytest
 
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
-from lora_init.planning.pictures import make_figure, save_picture
+from lora_init.plots.pictures import make_figure, save_picture
 from tests.conftest import refused
 from tests.planning.made import PLAIN, llama_like
-
-# --- Numbers behind the pictures ------------------------------------------------------------------------------------
-
 
 # --- Figures --------------------------------------------------------------------------------------------------------
 

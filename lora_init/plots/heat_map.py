@@ -12,23 +12,12 @@ import numpy as np
 
 from lora_init.errors import require
 from lora_init.layers.grid import layer_grid
+from lora_init.planning.plan import rank_grid
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 _COLORS = "YlGnBu"
-
-
-def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
-    """Lay ranks out as block x kind; NaN where there is no adapter."""
-    import pandas as pd
-
-    columns = {
-        kind: {block: ranks[name] or math.nan for block, name in layers.items()}
-        for kind, layers in layer_grid(ranks).by_kind.items()
-    }
-    return pd.DataFrame(columns, dtype=float).sort_index().rename(index={-1: ""})
 
 
 def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:

@@ -1,0 +1,17 @@
+"""What few use, each behind a line of `EXTRAS`: the packages in the middle import none of it.
+
+Without its file and its line everything else works. Importing this file imports nothing of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+EXTRAS = {"heat map": "lora_init.plots.heat_map:heat_map_figure"}  # what `plot()` of a plan and of an adapter draws
+
+
+def extra(name: str) -> Any:
+    """Import what is registered under a name."""
+    module, _, attribute = EXTRAS[name].partition(":")
+    return getattr(import_module(module), attribute)
