@@ -236,7 +236,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("wrong power", "sums.mean(name) ** 0.5", "sums.mean(name)"),
         ("wrong power", "norms.square() / y.shape[-1]", "norms / y.shape[-1]"),
     ],
-    "adapters/intruders.py": [
+    "serving/intruders.py": [
         ("wrong sign", "(vectors.T @ before).abs().amax(dim=1)", "(vectors.T @ before).amax(dim=1)"),
         ("swapped axes", "return matrix.T if is_conv1d(layer) else matrix", "return matrix"),
     ],

@@ -14,8 +14,6 @@ _getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_
 if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on first use, so that no torch is imported
     from lora_init.adapters.adapter_init import AdapterInit as AdapterInit
     from lora_init.adapters.base_weights import correct_base as correct_base
-    from lora_init.adapters.intruders import Intruders as Intruders
-    from lora_init.adapters.intruders import intruder_dimensions as intruder_dimensions
     from lora_init.adapters.measured_rate import learning_rate as learning_rate
     from lora_init.adapters.peft_eva import get_eva_state_dict as get_eva_state_dict
     from lora_init.adapters.peft_eva import initialize_lora_eva_weights as initialize_lora_eva_weights
@@ -43,6 +41,8 @@ if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on
     from lora_init.serving.export import export_adapter as export_adapter
     from lora_init.serving.fit import FitReport as FitReport
     from lora_init.serving.fit import check_fit as check_fit
+    from lora_init.serving.intruders import Intruders as Intruders
+    from lora_init.serving.intruders import intruder_dimensions as intruder_dimensions
     from lora_init.serving.verify import Verification as Verification
     from lora_init.serving.verify import verify as verify
     from lora_init.serving.watch import ServingCallback as ServingCallback
@@ -62,8 +62,8 @@ else:
     _HOMES = {
         "AdapterInit": "lora_init.adapters.adapter_init",
         "correct_base": "lora_init.adapters.base_weights",
-        "Intruders": "lora_init.adapters.intruders",
-        "intruder_dimensions": "lora_init.adapters.intruders",
+        "Intruders": "lora_init.serving.intruders",
+        "intruder_dimensions": "lora_init.serving.intruders",
         "learning_rate": "lora_init.adapters.measured_rate",
         "get_eva_state_dict": "lora_init.adapters.peft_eva",
         "initialize_lora_eva_weights": "lora_init.adapters.peft_eva",

@@ -55,8 +55,8 @@ def describe_intruders(
     if not source:
         raise LoraInitError(f"{path} does not name its base model. Name it with --base.")
     with importing(source):
-        from lora_init.adapters.intruders import THRESHOLD, K, intruder_dimensions
         from lora_init.loading.models import TASK_TYPES, load_model
+        from lora_init.serving.intruders import THRESHOLD, K, intruder_dimensions
     task_type = about["task_type"] if about["task_type"] in TASK_TYPES else None
     with busy(f"loading {source}"):
         loaded = load_model(source, task_type=task_type, device="cpu", trust_remote_code=trust_remote_code)

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_init.adapters.directory import CARD_FILE, LORA_A, LORA_B, WEIGHTS_FILE, AdapterDirectory, card_header
-from lora_init.adapters.intruders import intruder_dimensions
 from lora_init.adapters.peft_model import as_it_was
 from lora_init.errors import LoraInitError, require_version, warn
 from lora_init.files import (
@@ -37,6 +36,7 @@ from lora_init.serving.compress import check_most_rank, error_at, fit
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
 from lora_init.serving.experts import is_single
 from lora_init.serving.fit import compare
+from lora_init.serving.intruders import intruder_dimensions
 from lora_init.serving.kept import Kept, kept_by_merge
 from lora_init.serving.support import WRITE_NO_TEXT, on_base
 from lora_init.serving.trained import Trained, note_of, read_trained

@@ -6,12 +6,12 @@ from peft import PeftModel
 from torch import nn
 
 import lora_init
-from lora_init.adapters.intruders import intruder_dimensions
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.building.build import build_adapter
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
+from lora_init.serving.intruders import intruder_dimensions
 from lora_init.starts.initializers import natural_gradient, natural_gradient_step, natural_step, scaled_by_gamma
 from lora_init.starts.starts import find_start
 from lora_init.statistics.gradient_spectrum import GradientSpectrum

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_init.adapters.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.layers.targets import find_targets
+from lora_init.serving.intruders import intruder_dimensions, left_singular_vectors
 from tests.commands import save_model
 from tests.comparison.made import assert_same, snapshot
 from tests.conftest import refused, tiny_bert, tiny_gpt2, tiny_llama
