@@ -8,7 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-EXTRAS = {"heat map": "lora_init.plots.heat_map:heat_map_figure"}  # what `plot()` of a plan and of an adapter draws
+EXTRAS = {
+    "bank": "lora_init.bank.store:open_bank",  # adapters of other tasks, of `init --bank` and `compare --bank`
+    "heat map": "lora_init.plots.heat_map:heat_map_figure",  # what `plot()` of a plan and of an adapter draws
+    "without intruders": "lora_init.serving.intruders:without_intruders",  # what `export --reduce-intruders` does
+}
 
 
 def extra(name: str) -> Any:

@@ -90,6 +90,29 @@ def test_files_import_each_other_in_no_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
 
 
+class _AtImport(_AtRunTime):
+    """Leave out, too, what functions import when they are called."""
+
+    def visit_FunctionDef(self, node):
+        return None
+
+
+# What few use, and which packages import it then. Public names and `extras.py` name the rest of its users.
+FEW_USE = {"bank": {"cli", "comparison"}, "plots": {"cli"}, "serving.intruders": {"cli"}, "serving.watch": set()}
+
+
+@pytest.mark.parametrize("rare", FEW_USE)
+def test_what_few_use_is_imported_when_it_is_used(rare):
+    """Deleted with its lines in `extras.py` and among the public names, it leaves every other file importable."""
+    for file in FILES:
+        package, module = file.split("/")[0], file.removesuffix(".py").replace("/", ".")
+        if not f"{module}.".startswith(f"{rare}."):
+            at_import = {node.module for node in ast.walk(_AtImport().visit(parsed(file))) if hasattr(node, "module")}
+            assert not any(f"{name}.".startswith(f"lora_init.{rare}.") for name in at_import)
+            runs = {node.module for node in ast.walk(_AtRunTime().visit(parsed(file))) if hasattr(node, "module")}
+            assert package in FEW_USE[rare] or not any(f"{name}.".startswith(f"lora_init.{rare}.") for name in runs)
+
+
 def test_only_the_packages_about_adapters_import_peft():
     importers = {file.split("/")[0] for file in FILES if any(name.split(".")[0] == "peft" for name in imports(file))}
     assert importers <= KNOW_PEFT

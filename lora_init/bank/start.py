@@ -15,7 +15,7 @@ from lora_init.adapters.peft_model import check_plain
 from lora_init.bank.generator import balanced, load_generator
 from lora_init.bank.mixture import MOST_ADAPTERS, find_weights, stack
 from lora_init.bank.similarity import Neighbour, neighbours
-from lora_init.bank.store import Bank, check_base
+from lora_init.bank.store import Bank
 from lora_init.building.step_size import NoStepError, find_step_size
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.identity import count_parameters, fingerprint
@@ -59,7 +59,7 @@ def start_from_bank(
         raise LoraInitError(f"{{by}} is unknown. {did_you_mean(by, BANK_WAYS)}", by=by)
     check_plain(model, "start_from_bank()")
     model = unwrapped(model)
-    check_base(bank, fingerprint(model), class_name(model))
+    bank.check_base(fingerprint(model), class_name(model))
     shape, order = shape or Shape(), order or neighbours(bank, embeddings)
     about = Provenance(
         model_id=model_id(model),

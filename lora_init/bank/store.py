@@ -60,6 +60,12 @@ class Bank:
         digest = hashlib.sha256("".join(entry.sha256 for entry in self.entries.values()).encode()).hexdigest()
         return f"{self.path.name}: {len(self.entries)} adapters of {', '.join(self.tasks)} ({digest[:16]})"
 
+    def check_base(self, fingerprint: str, model: str) -> None:
+        """Refuse another base model than the bank's."""
+        if self.fingerprint != fingerprint:
+            said = f"{self.path} holds adapters of {self.model}, and {model} is another model. Name its bank."
+            raise LoraInitError(said)
+
     def layers(self, name: str) -> dict[str, Layer]:
         """Read A, B and scaling of each layer of an entry."""
         file = self._open(name)
@@ -144,7 +150,7 @@ def add_entry(
     path.mkdir(parents=True, exist_ok=True)
     with FileLock(path / ".lock"):
         bank = open_bank(path) if (path / INDEX).is_file() else new
-        check_base(bank, new.fingerprint, new.model)
+        bank.check_base(new.fingerprint, new.model)
         if bank.encoder != new.encoder:
             got = new.encoder or "the base"
             raise LoraInitError(f"{path} embeds prompts by {bank.encoder or 'its base'}, got {got}.")
@@ -162,12 +168,6 @@ def add_entry(
         bank = replace(bank, entries={**bank.entries, name: entry})
         _write_index(bank)
     return bank
-
-
-def check_base(bank: Bank, fingerprint: str, model: str) -> None:
-    """Refuse another base model than the bank's."""
-    if bank.fingerprint != fingerprint:
-        raise LoraInitError(f"{bank.path} holds adapters of {bank.model}, and {model} is another model. Name its bank.")
 
 
 def check_plain_lora(trained: Trained) -> None:

@@ -1,4 +1,4 @@
-"""The commands `lora-init bank add`, `list` and `train`."""
+"""The commands `lora-init bank add`, `list` and `train`, and what `init --method from-bank` does."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from lora_init.cli.options import MaxLength, TrustRemoteCode
 from lora_init.cli.tables import Cells, facts, finite
 from lora_init.errors import LoraInitError
 from lora_init.files import check_output
-from lora_init.starts.starts import FROM_BANK
+from lora_init.starts.starts import FROM_BANK, BankWay
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_init.adapters.init_config import InitConfig
+    from lora_init.bank.start import BankStart
     from lora_init.bank.store import Bank
+    from lora_init.building.pipeline import Examples
     from lora_init.loading.models import LoadedModel
+    from lora_init.statistics.statistics import Statistics
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -182,3 +186,27 @@ def read_encoder(name: str) -> LoadedModel | None:
         return None
     with busy(f"loading {name}"):
         return load_model(name, task_type="FEATURE_EXTRACTION")
+
+
+def start_from(
+    bank: Bank, similarity: str, loaded: LoadedModel, examples: Examples, config: InitConfig, there: Statistics | None
+) -> BankStart:
+    """Make an adapter of the nearest ones in a bank, by the loss if there are labels.
+
+    Statistics of the data are compared with those in the bank if there are some.
+    """
+    from lora_init.bank.embeddings import embed
+    from lora_init.bank.similarity import neighbours
+    from lora_init.bank.start import start_from_bank
+    from lora_init.collection.losses import mean_loss
+
+    assert isinstance(config.start, BankWay)
+    with busy(f"starting from {bank.path}"):
+        embeddings = embed(loaded.model, examples.batches, loaded.tokenizer, read_encoder(bank.encoder))
+        order = neighbours(bank, embeddings, there, similarity)
+        labelled = any("labels" in batch for batch in examples.aside)
+        loss_of = partial(mean_loss, batches=[*examples.aside]) if labelled else None
+        return start_from_bank(
+            bank, loaded.model, embeddings, loss_of, config.start.way, rank=config.ranks.rank, shape=config.shape,
+            order=order,
+        )  # fmt: skip

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 from typer import Argument, Option
 
 from lora_init.adapters.init_config import Correction, InitConfig, Layers, PassOptions, Ranks, Reading, Sample, Shape
+from lora_init.cli.bank import start_from
 from lora_init.cli.commands import offered
 from lora_init.cli.console import busy, importing, print_result, process_group, process_rank, refuse_idle
 from lora_init.cli.options import Length, LoadingQuantized, of_adapter
 from lora_init.cli.summary import show_bank_summary, show_summary, summary_of, summary_of_bank
 from lora_init.errors import LoraInitError, require
+from lora_init.extras import extra
 from lora_init.loading.sources import FILE_TYPES
 from lora_init.starts.starts import BANK_WAY, BANK_WAYS, DEFAULT, DEFAULT_FOR_CLASSES, FROM_BANK, STARTS, buildable
 
@@ -103,7 +105,6 @@ def init(
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
     with importing(model, data):
-        from lora_init.bank.store import open_bank
         from lora_init.building import pipeline
         from lora_init.cli import source
         from lora_init.planning.allocate import allocate_ranks
@@ -113,7 +114,7 @@ def init(
         method, reading=reading, sample=sample, ranks=ranks, layers=layers, shape=shape, correction=correction, run=run
     )
     there = source.find_statistics(names, config)
-    bank = None if from_bank.bank is None else open_bank(from_bank.bank)
+    bank = None if from_bank.bank is None else extra("bank")(from_bank.bank)
     if bank is None:
         config = pipeline.choose(config, sample.label is not None or source.are_of_classes(names, there))
     else:
@@ -128,7 +129,7 @@ def init(
     loaded, config = source.load_named(names, opened, config, loading, there, plan)
     directory = output.expanduser()  # as it was typed, for the next command
     if bank is not None:
-        found = source.start_of_bank(bank, from_bank.similarity, loaded, opened.examples, config, there)
+        found = start_from(bank, from_bank.similarity, loaded, opened.examples, config, there)
         if not process_rank():
             built = replace(found.init, length=opened.length)
             built.save_pretrained(output, overwrite=overwrite, model=loaded.model)

@@ -1,29 +1,22 @@
-"""What `lora-init init` runs on: a model and data by their names, a file of statistics, a plan of ranks, a bank."""
+"""What `lora-init init` runs on: a model and data by their names, a file of statistics, a plan of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from lora_init.adapters.init_config import InitConfig, PassOptions, Reading, Sample
 from lora_init.adapters.peft_model import check_modules_to_save
-from lora_init.bank.embeddings import embed
-from lora_init.bank.similarity import neighbours
-from lora_init.bank.start import BankStart, start_from_bank
-from lora_init.bank.store import Bank
 from lora_init.building.build import check_experts
 from lora_init.building.pipeline import Examples, check, collect_for, fit_to, read, split
-from lora_init.cli.bank import read_encoder
 from lora_init.cli.commands import offered
 from lora_init.cli.console import busy, given, refuse_idle, running, say
 from lora_init.cli.options import Length, LoadingQuantized
 from lora_init.collection.collect import OtherSettingsError, check_targets
-from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
 from lora_init.layers.identity import differing_config, dtype_of, fingerprint, model_config
@@ -32,7 +25,6 @@ from lora_init.loading.models import LoadedModel, ModelSource, find_device, open
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import RankAllocation, load_plan
 from lora_init.rates.training_length import TrainingLength
-from lora_init.starts.starts import BankWay
 from lora_init.statistics.statistics import SPARE, Statistics
 
 
@@ -164,25 +156,6 @@ def collect_named(
     if before is not None and before == _written(names.file):
         _say_used(stats)
     return stats, config
-
-
-def start_of_bank(
-    bank: Bank, similarity: str, loaded: LoadedModel, examples: Examples, config: InitConfig, there: Statistics | None
-) -> BankStart:
-    """Make an adapter of the nearest ones in a bank, by the loss if there are labels.
-
-    Statistics of the data are compared with those in the bank if there are some.
-    """
-    assert isinstance(config.start, BankWay)
-    with busy(f"starting from {bank.path}"):
-        embeddings = embed(loaded.model, examples.batches, loaded.tokenizer, read_encoder(bank.encoder))
-        order = neighbours(bank, embeddings, there, similarity)
-        labelled = any("labels" in batch for batch in examples.aside)
-        loss_of = partial(mean_loss, batches=[*examples.aside]) if labelled else None
-        return start_from_bank(
-            bank, loaded.model, embeddings, loss_of, config.start.way, rank=config.ranks.rank, shape=config.shape,
-            order=order,
-        )  # fmt: skip
 
 
 def find_statistics(names: Names, config: InitConfig) -> Statistics | None:

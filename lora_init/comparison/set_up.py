@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lora_init.adapters.peft_model import check_modules_to_save
-from lora_init.bank.store import check_base, open_bank
 from lora_init.collection.collect import check_targets
 from lora_init.comparison.starts import AdapterShape, check_quantized
 from lora_init.comparison.tasks import CLASSIFICATION, Loading, load_task
@@ -19,6 +18,7 @@ from lora_init.comparison.training import Training
 from lora_init.comparison.variants import Variant
 from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
+from lora_init.extras import extra
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import find_targets
 from lora_init.loading.batches import Batches, load_other
@@ -42,7 +42,7 @@ def set_up(
     sources: Sources, folds: tuple[int | None, int | None] = (None, None),
 ) -> Workbench:  # fmt: skip
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`."""
-    adapters = None if sources.bank is None else open_bank(sources.bank)
+    bank = None if sources.bank is None else extra("bank")(sources.bank)
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
     has_float = _check_source(source, model, options, shape, sources.starts)
@@ -61,10 +61,10 @@ def set_up(
         if loaded.model.dtype != torch.float32:
             raise LoraInitError("{dtype}: the head of a classifier is trained whole, in float32.", dtype=options.dtype)
     shape = replace(shape, task_type=loaded.task_type)
-    if adapters is not None:
-        check_base(adapters, fingerprint(loaded.model), type(loaded.model).__name__)
+    if bank is not None:
+        bank.check_base(fingerprint(loaded.model), type(loaded.model).__name__)
     return Workbench(
-        loaded, task, retain, directory, shape, training, sources.statistics_batches, sources.own, adapters,
+        loaded, task, retain, directory, shape, training, sources.statistics_batches, sources.own, bank,
         float_model, options.weights, STRENGTHS if retain and options.dial else (), replay,
     )  # fmt: skip
 

@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
 from lora_init.adapters.init_config import InitConfig, PassOptions, Shape
 from lora_init.adapters.peft_model import adapter_layers, check_fits, load_adapter, match_modes, remember
-from lora_init.bank.embeddings import embed
-from lora_init.bank.start import start_from_bank
-from lora_init.bank.store import Bank
 from lora_init.building.build import build_adapter, rank_with_frozen_a
 from lora_init.building.pipeline import build
 from lora_init.building.quantized import QuantizationErrors
@@ -49,6 +46,8 @@ from lora_init.statistics.statistics import Provenance, Statistics
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+
+    from lora_init.bank.store import Bank
 
 # Says to a pass and to `mean_loss` that the loss is the very one that training minimizes.
 AS_TRAINED: dict[str, Any] = {"forward": batch_loss, "loss": lambda loss, batch: loss}
@@ -283,6 +282,9 @@ def _put(start: Start, variant: Variant, basis: Basis, stats: Statistics) -> tup
 
 @_put.register(BankWay)
 def _(start: BankWay, variant: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
+    from lora_init.bank.embeddings import embed
+    from lora_init.bank.start import start_from_bank
+
     if basis.bank is None or basis.bank.encoder:
         raise LoraInitError(
             "a start from a bank needs {bank}, whose prompts are embedded by the base model itself.", bank=...

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -19,7 +19,6 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.measured_rate import measure_rate
-from lora_init.bank.store import Bank
 from lora_init.building.pipeline import split
 from lora_init.building.quantized import QuantizationErrors
 from lora_init.building.step_size import n_aside
@@ -42,6 +41,9 @@ from lora_init.rates.learning_rate import LearningRate
 from lora_init.rates.training_length import TrainingLength
 from lora_init.starts.starts import FULL
 from lora_init.statistics.statistics import Statistics
+
+if TYPE_CHECKING:
+    from lora_init.bank.store import Bank
 
 
 def circumstances() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_init.adapters.directory import CARD_FILE, LORA_A, LORA_B, WEIGHTS_FILE, AdapterDirectory, card_header
-from lora_init.adapters.peft_model import as_it_was
-from lora_init.errors import LoraInitError, require_version, warn
+from lora_init.errors import LoraInitError, warn
+from lora_init.extras import extra
 from lora_init.files import (
     as_path,
     check_free,
@@ -31,12 +31,11 @@ from lora_init.layers.targets import PREFIX
 from lora_init.loading.models import CLASS_OF_TASK, kind_of
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
-from lora_init.serving.base import is_transposed, plan_merge, write_merged
+from lora_init.serving.base import plan_merge, write_merged
 from lora_init.serving.compress import check_most_rank, error_at, fit
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
 from lora_init.serving.experts import is_single
 from lora_init.serving.fit import compare
-from lora_init.serving.intruders import intruder_dimensions
 from lora_init.serving.kept import Kept, kept_by_merge
 from lora_init.serving.support import WRITE_NO_TEXT, on_base
 from lora_init.serving.trained import Trained, note_of, read_trained
@@ -170,7 +169,7 @@ def export_adapter(
     if reduce_intruders is not None:
         if start is not None:
             raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")
-        trained, intruders = _reduce_intruders(trained, Path(directory).expanduser(), reduce_intruders)
+        trained, intruders = extra("without intruders")(trained, Path(directory).expanduser(), reduce_intruders)
     trained = trained.with_one_scaling()
     result = Exported(
         path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders,
@@ -322,37 +321,6 @@ def _check_limits(limits: Mapping[str, int | str | float]) -> None:
     megabytes = limits.get("megabytes", 1.0)
     if not isinstance(megabytes, (int, float)) or not 0 < megabytes < math.inf:
         raise LoraInitError("{megabytes} must be a number above 0, and finite.", megabytes=megabytes)
-
-
-def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tuple[Trained, tuple[int, int]]:
-    """Let PEFT take most of the intruder dimensions out of the adapter, and count them before and after.
-
-    The model is wrapped meanwhile, and restored afterwards.
-    """
-    if not isinstance(model, nn.Module):
-        raise LoraInitError(f"reduce_intruders= takes the base model and got {type(model).__name__}. Load it first.")
-    require_version("peft", "0.19", "reduce_intruders")
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.tuners.lora.intruders import reduce_intruder_dimension
-
-    if trained.others or trained.dora or any(layer.experts for layer in trained.layers.values()):
-        raise LoraInitError("intruders are reduced in plain LoRA only, without DoRA, modules_to_save and experts.")
-    modules = dict(model.named_modules())
-    other = next((name for name in trained.layers if name in modules and is_transposed(modules[name])), None)
-    if other is not None:  # PEFT takes its weight for a linear layer's
-        raise LoraInitError(f"layer {other!r} is a {type(modules[other]).__name__}: PEFT reduces linear layers alone.")
-
-    with as_it_was(model):
-        peft_model = PeftModel.from_pretrained(model, str(directory))
-        before = intruder_dimensions(peft_model).count
-        reduce_intruder_dimension(peft_model, "default", "reduced", logging_sink=None)  # type: ignore[no-untyped-call]
-        counts = before, intruder_dimensions(peft_model).count
-        state = get_peft_model_state_dict(peft_model, adapter_name="reduced", save_embedding_layers=False)
-    layers = {}
-    for name, layer in trained.layers.items():
-        a, b = (state[f"{PREFIX}{name}.{end}"].cpu().to(layer.a.dtype) for end in layer.ends)
-        layers[name] = replace(layer, a=a, b=b)
-    return replace(trained, layers=layers), counts
 
 
 def _command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.adapters.peft_model import adapter_layers, check_plain, with_adapter
-from lora_init.errors import LoraInitError
-from lora_init.layers.targets import is_conv1d, is_linear
+from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_plain, with_adapter
+from lora_init.errors import LoraInitError, require_version
+from lora_init.layers.targets import PREFIX, is_conv1d, is_linear
+from lora_init.serving.base import is_transposed
+from lora_init.serving.trained import Trained
 
 # From here on the first k singular vectors come from Lanczos steps, which take an eighth of the time of all of them.
 _SMALL = 128
@@ -198,3 +200,34 @@ def _leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     u, s, _ = svds(weight.numpy(), k=k, rng=0, return_singular_vectors="u")
     return torch.from_numpy(u[:, ::-1].copy()), torch.from_numpy(s[::-1].copy())
+
+
+def without_intruders(trained: Trained, directory: Path, model: nn.Module) -> tuple[Trained, tuple[int, int]]:
+    """Let PEFT take most of the intruder dimensions out of the adapter, and count them before and after.
+
+    The model is wrapped meanwhile, and restored afterwards.
+    """
+    if not isinstance(model, nn.Module):
+        raise LoraInitError(f"reduce_intruders= takes the base model and got {type(model).__name__}. Load it first.")
+    require_version("peft", "0.19", "reduce_intruders")
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    if trained.others or trained.dora or any(layer.experts for layer in trained.layers.values()):
+        raise LoraInitError("intruders are reduced in plain LoRA only, without DoRA, modules_to_save and experts.")
+    modules = dict(model.named_modules())
+    other = next((name for name in trained.layers if name in modules and is_transposed(modules[name])), None)
+    if other is not None:  # PEFT takes its weight for a linear layer's
+        raise LoraInitError(f"layer {other!r} is a {type(modules[other]).__name__}: PEFT reduces linear layers alone.")
+
+    with as_it_was(model):
+        peft_model = PeftModel.from_pretrained(model, str(directory))
+        before = intruder_dimensions(peft_model).count
+        reduce_intruder_dimension(peft_model, "default", "reduced", logging_sink=None)  # type: ignore[no-untyped-call]
+        counts = before, intruder_dimensions(peft_model).count
+        state = get_peft_model_state_dict(peft_model, adapter_name="reduced", save_embedding_layers=False)
+    layers = {}
+    for name, layer in trained.layers.items():
+        a, b = (state[f"{PREFIX}{name}.{end}"].cpu().to(layer.a.dtype) for end in layer.ends)
+        layers[name] = replace(layer, a=a, b=b)
+    return replace(trained, layers=layers), counts

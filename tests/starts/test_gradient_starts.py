@@ -11,7 +11,6 @@ from lora_init.building.build import build_adapter
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
-from lora_init.serving.intruders import intruder_dimensions
 from lora_init.starts.initializers import natural_gradient, natural_gradient_step, natural_step, scaled_by_gamma
 from lora_init.starts.starts import find_start
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
@@ -231,10 +230,10 @@ def test_a_saved_start_goes_on_a_corrected_base(case, tmp_path):
     refused(no_start, lora_init.correct_base, tiny_copy(model), tmp_path / "trained")
     for directory in ("start", "trained"):
         with pytest.raises(LoraInitError, match=f"{directory} began as lora-ga, .*does not fit the plain base"):
-            intruder_dimensions(tiny_copy(model), tmp_path / directory)
+            lora_init.intruder_dimensions(tiny_copy(model), tmp_path / directory)
     converted = dict(path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     right.save_pretrained(tmp_path / "converted", **converted)
-    assert intruder_dimensions(tiny_copy(model), tmp_path / "converted").count == 0
+    assert lora_init.intruder_dimensions(tiny_copy(model), tmp_path / "converted").count == 0
 
 
 @pytest.mark.parametrize(
