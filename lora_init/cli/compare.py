@@ -6,10 +6,9 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Argument, Option
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from lora_init.comparison.compare import Comparison
     from lora_init.comparison.findings import Summary
 
-_data, _runs = (partial(Option, rich_help_panel=panel) for panel in ("Data", "Runs"))
-
 EXAMPLE = """\b
 Examples:
 $ lora-init compare MODEL sums.jsonl -o comparison --dry-run
@@ -37,6 +34,76 @@ $ lora-init compare MODEL quiz.csv --template '{question}' \\
 $ lora-init compare MODEL reviews.csv --template '{text}' \\
     --label stars -o comparison --starts random,eva,lora-one
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """How data become a task, and what else is measured and trained on."""
+
+    title: ClassVar = "Data"
+    train_samples: Annotated[int, dict(min=1, help="Training examples at most.")] = 1024
+    selection_samples: Annotated[
+        int | None,
+        dict(min=1, help="Examples that learning rates are chosen by. Default: 128, at most a sixth of the data."),
+    ] = None
+    report_samples: Annotated[
+        int | None, dict(min=1, help="Examples that every figure is from. Default: 256, at most a third of the data.")
+    ] = None
+    max_length: MaxLength = 256
+    data_seed: Annotated[int, dict(min=0, help="Seed of the split.")] = 0
+    options: Annotated[
+        str | None, dict(help="Column of the options, or yes,no: scores a multiple choice by log-likelihood.")
+    ] = None
+    answer: Annotated[str, dict(help="With --options: column that says which is right.")] = "answer"
+    normalize: Annotated[bool, dict(help="With --options: divide the log-likelihood by the number of tokens.")] = False
+    name: Annotated[str | None, dict(help="Name of the task in the report. Default: the data's name.")] = None
+    retain_data: Annotated[str | None, dict(help="Text of another kind, to measure forgetting.")] = None
+    retain_template: Annotated[str | None, dict(callback=unescape, help="How an example of it reads.")] = None
+    retain_samples: Annotated[int, dict(min=1, help="Examples of it.")] = 64
+    dial: Annotated[bool, dict(help="With --retain-data: evaluate each adapter at several strengths.")] = True
+    replay: Annotated[str | None, dict(help="Text to train on, too, one beside the examples of each step.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How an adapter is trained from each start, and which runs there are."""
+
+    title: ClassVar = "Runs"
+    lora_alpha: Annotated[float | None, dict(help="The adapter is scaled by lora_alpha / rank. Default: rank x 2.")] = (
+        None
+    )
+    target_modules: Annotated[str, dict(help="As for lora-init init.")] = "all-linear"
+    steps: Annotated[int | None, dict(min=1, help="Steps of each run. Default: 100, with --time at most that.")] = None
+    batch_size: Annotated[int, dict(min=1, help="Examples in a batch.")] = 8
+    warmup: Annotated[float, dict(help="Share of the steps in which the learning rate rises.")] = 0.1
+    eval_points: Annotated[
+        str | None, dict(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
+    ] = None
+    sweep: Annotated[
+        Literal["halving", "full"] | None,
+        dict(
+            help="halving: all rates on two seeds, each start's best on the others. Default on a CPU.",
+            show_default=False,
+        ),
+    ] = None
+    extend: Annotated[
+        int, dict(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
+    ] = 4
+    full: Annotated[bool, dict(help="Also train all weights, to say how much there is to win.")] = False
+    statistics_batches: Annotated[
+        str, dict(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
+    ] = "32"
+    precision: Annotated[str | None, dict(help="Add seeds until every verdict is this precise, such as 1%.")] = None
+    workers: Annotated[
+        int | None, dict(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
+    ] = None
+    cluster: Annotated[
+        str | None,
+        dict(help="Do the runs on ray, ray://HOST:PORT, dask:tcp://HOST:PORT, slurm or slurm:OPTIONS.yaml."),
+    ] = None
+    gpus_per_run: Annotated[
+        float, dict(help="With --cluster: GPUs, or the share of one, for a run, if there are any.")
+    ] = 1
 
 
 def compare(
@@ -51,9 +118,6 @@ def compare(
             help=f"Names separated by commas. Default: {RANDOM}, {DEFAULT} and {DEFAULT_FOR_CLASSES}. "
             "mine=DIRECTORY is an adapter of your own, eva+32-alpha has a lora_alpha of its own."
         ),
-    ] = None,
-    lora_alpha: Annotated[
-        float | None, _runs(help="The adapter is scaled by lora_alpha / rank. Default: rank x 2.")
     ] = None,
     learning_rates: Annotated[
         str | None,
@@ -70,63 +134,8 @@ def compare(
     dry_run: Annotated[
         bool, Option(help="Say what it would do and how long it takes; a step is measured, nothing kept.")
     ] = False,
-    train_samples: Annotated[int, _data(min=1, help="Training examples at most.")] = 1024,
-    selection_samples: Annotated[
-        int | None,
-        _data(min=1, help="Examples that learning rates are chosen by. Default: 128, at most a sixth of the data."),
-    ] = None,
-    report_samples: Annotated[
-        int | None, _data(min=1, help="Examples that every figure is from. Default: 256, at most a third of the data.")
-    ] = None,
-    max_length: MaxLength = 256,
-    data_seed: Annotated[int, _data(min=0, help="Seed of the split.")] = 0,
-    options: Annotated[
-        str | None, _data(help="Column of the options, or yes,no: scores a multiple choice by log-likelihood.")
-    ] = None,
-    answer: Annotated[str, _data(help="With --options: column that says which is right.")] = "answer",
-    normalize: Annotated[
-        bool, _data(help="With --options: divide the log-likelihood by the number of tokens.")
-    ] = False,
-    name: Annotated[str | None, _data(help="Name of the task in the report. Default: the data's name.")] = None,
-    retain_data: Annotated[str | None, _data(help="Text of another kind, to measure forgetting.")] = None,
-    retain_template: Annotated[str | None, _data(callback=unescape, help="How an example of it reads.")] = None,
-    retain_samples: Annotated[int, _data(min=1, help="Examples of it.")] = 64,
-    dial: Annotated[bool, _data(help="With --retain-data: evaluate each adapter at several strengths.")] = True,
-    replay: Annotated[str | None, _data(help="Text to train on, too, one beside the examples of each step.")] = None,
-    target_modules: Annotated[str, _runs(help="As for lora-init init.")] = "all-linear",
-    steps: Annotated[
-        int | None, _runs(min=1, help="Steps of each run. Default: 100, with --time at most that.")
-    ] = None,
-    batch_size: Annotated[int, _runs(min=1, help="Examples in a batch.")] = 8,
-    warmup: Annotated[float, _runs(help="Share of the steps in which the learning rate rises.")] = 0.1,
-    eval_points: Annotated[
-        str | None, _runs(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
-    ] = None,
-    sweep: Annotated[
-        Literal["halving", "full"] | None,
-        _runs(
-            help="halving: all rates on two seeds, each start's best on the others. Default on a CPU.",
-            show_default=False,
-        ),
-    ] = None,
-    extend: Annotated[
-        int, _runs(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
-    ] = 4,
-    full: Annotated[bool, _runs(help="Also train all weights, to say how much there is to win.")] = False,
-    statistics_batches: Annotated[
-        str, _runs(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
-    ] = "32",
-    precision: Annotated[str | None, _runs(help="Add seeds until every verdict is this precise, such as 1%.")] = None,
-    workers: Annotated[
-        int | None, _runs(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
-    ] = None,
-    cluster: Annotated[
-        str | None,
-        _runs(help="Do the runs on ray, ray://HOST:PORT, dask:tcp://HOST:PORT, slurm or slurm:OPTIONS.yaml."),
-    ] = None,
-    gpus_per_run: Annotated[
-        float, _runs(help="With --cluster: GPUs, or the share of one, for a run, if there are any.")
-    ] = 1,
+    task: TaskOptions,
+    runs: RunOptions,
     weights: FloatWeights = None,
     loading: LoadingQuantized,
     bank: Annotated[
@@ -138,26 +147,26 @@ def compare(
 
     Given again, the same command goes on where it was stopped.
     """
-    given = locals()
-    _check_cluster(data, workers, cluster, time)
+    _check_cluster(data, runs.workers, runs.cluster, time)
+    given = vars(reading) | vars(task) | vars(runs) | vars(loading)
+    cluster, points = given.pop("cluster"), given.pop("eval_points")
     given |= {
         "starts": None if starts is None else [_start(word) for word in read_names(starts)],
         "learning_rates": learning_rates and read_numbers("--learning-rates", learning_rates, float),
-        "evaluation_points": None if eval_points is None else read_numbers("--eval-points", eval_points, int),
-        "target_modules": read_modules(target_modules),
-        "statistics_batches": read_numbers("--statistics-batches", statistics_batches, int),
+        "evaluation_points": None if points is None else read_numbers("--eval-points", points, int),
+        "target_modules": read_modules(runs.target_modules),
+        "statistics_batches": read_numbers("--statistics-batches", runs.statistics_batches, int),
         "time": None if time is None else read_seconds(time),
         "executor": cluster,
-        "precision": None if precision is None else read_share("--precision", precision),
-        **vars(reading),
-        **vars(loading),
+        "precision": None if runs.precision is None else read_share("--precision", runs.precision),
         "progress": False if running.quiet else None,
     }
     with importing(model, data):
         from lora_init.comparison.compare import compare as run_comparison
-    own = ("eval_points", "reading", "loading", "cluster")
-    arguments: dict[str, Any] = {name: value for name, value in given.items() if name not in own}
-    found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
+    found = run_comparison(
+        model, data, output, rank=rank, seeds=seeds, label=label, dry_run=dry_run, weights=weights, bank=bank,
+        command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **given,
+    )  # fmt: skip
     _print_found(found)
 
 

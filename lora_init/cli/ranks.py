@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import typer
 from typer import Argument, Option
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
 
-_limits, _output = (partial(Option, rich_help_panel=panel) for panel in ("Limits", "Output"))
+_output = partial(Option, rich_help_panel="Output")
 Coverage = Literal["every-layer", "total"]
 if TYPE_CHECKING:
     Policy: TypeAlias = str
@@ -164,6 +165,51 @@ def comparison_table(plans: Mapping[str, RankAllocation]) -> Cells:
     return Cells(rows)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a plan is made by: the arguments of `allocate_ranks`, as the command line writes them."""
+
+    title: ClassVar = "Limits"
+    rank: Annotated[
+        int | None, dict(help="Budget: average rank. Default: what the statistics are for.", first=True)
+    ] = None
+    total_rank: Annotated[str | None, dict(help="Budget: sum of all ranks.")] = None
+    parameters: Annotated[str | None, dict(help="Budget: trainable parameters, such as 2.5M.", first=True)] = None
+    fraction: Annotated[float | None, dict(help="Budget: share of the model's parameters, such as 0.01.")] = None
+    megabytes: Annotated[float | None, dict(help="Budget: 10^6 bytes of parameters in --dtype.", first=True)] = None
+    variance: Annotated[float | None, dict(help="Budget: fewest ranks that explain this share.", first=True)] = None
+    dtype: Annotated[
+        WrittenAs | None, dict(help="For --megabytes: type that the adapter is written in. Default: float32.")
+    ] = None
+    coverage: Annotated[Coverage | None, dict(help="For --variance: in which layers. Default: every-layer.")] = None
+    policy: Annotated[Policy, dict(help=f"What ranks compete by. With gradients: {_BY_GRADIENT}.", first=True)] = "eva"
+    rho: Annotated[
+        float | None, dict(help="At most rho x average rank in a layer. Default: 1; 2 with a policy.", first=True)
+    ] = None
+    min_rank: Annotated[int, dict(help="Smallest rank; 0 lets a layer go without.")] = 0
+    max_rank: Annotated[int | None, dict(help="Largest rank.")] = None
+    multiple_of: Annotated[int, dict(help="Ranks are multiples of this.")] = 1
+    allowed_ranks: Annotated[str | None, dict(help="The only ranks there are, such as 8,16,32,64.")] = None
+    tie: Annotated[list[str] | None, dict(help="Layers of one rank in each block, as q_proj,k_proj. Repeatable.")] = (
+        None
+    )
+    uniform_per_kind: Annotated[bool, dict(help="One rank for each kind of layer.")] = False
+    override: Annotated[list[str] | None, dict(help="Limits, as '*.down_proj:max_rank=8'. Repeatable.")] = None
+    exclude: Annotated[list[str] | None, dict(help="Layers that get no rank: name, ending or wildcard.")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Read them as arguments of `allocate_ranks`."""
+        allowed, others = self.allowed_ranks, ("override", "exclude", "tie")
+        return {name: value for name, value in vars(self).items() if name not in others} | {
+            "dtype": self.dtype or "float32",
+            "coverage": self.coverage or "every-layer",
+            "exclude": self.exclude or [],
+            "allowed_ranks": None if allowed is None else read_numbers("--allowed-ranks", allowed, int),
+            "tie": [read_names(names) for names in self.tie or []],
+            "overrides": read_overrides(self.override or []),
+        }
+
+
 EXAMPLE = """\b
 Example:
 $ lora-init ranks stats.safetensors --parameters 1M \\
@@ -173,30 +219,7 @@ $ lora-init ranks stats.safetensors --parameters 1M \\
 
 def ranks(
     statistics: Annotated[Path, Argument(help="Statistics file, from lora-init init.", show_default=False)],
-    rank: Annotated[int | None, Option(help="Budget: average rank. Default: what the statistics are for.")] = None,
-    total_rank: Annotated[str | None, _limits(help="Budget: sum of all ranks.")] = None,
-    parameters: Annotated[str | None, Option(help="Budget: trainable parameters, such as 2.5M.")] = None,
-    fraction: Annotated[float | None, _limits(help="Budget: share of the model's parameters, such as 0.01.")] = None,
-    megabytes: Annotated[float | None, Option(help="Budget: 10^6 bytes of parameters in --dtype.")] = None,
-    variance: Annotated[float | None, Option(help="Budget: fewest ranks that explain this share.")] = None,
-    dtype: Annotated[
-        WrittenAs | None, _limits(help="For --megabytes: type that the adapter is written in. Default: float32.")
-    ] = None,
-    coverage: Annotated[Coverage | None, _limits(help="For --variance: in which layers. Default: every-layer.")] = None,
-    policy: Annotated[Policy, Option(help=f"What ranks compete by. With gradients: {_BY_GRADIENT}.")] = "eva",
-    rho: Annotated[
-        float | None, Option(help="At most rho x average rank in a layer. Default: 1; 2 with a policy.")
-    ] = None,
-    min_rank: Annotated[int, _limits(help="Smallest rank; 0 lets a layer go without.")] = 0,
-    max_rank: Annotated[int | None, _limits(help="Largest rank.")] = None,
-    multiple_of: Annotated[int, _limits(help="Ranks are multiples of this.")] = 1,
-    allowed_ranks: Annotated[str | None, _limits(help="The only ranks there are, such as 8,16,32,64.")] = None,
-    tie: Annotated[
-        list[str] | None, _limits(help="Layers of one rank in each block, as q_proj,k_proj. Repeatable.")
-    ] = None,
-    uniform_per_kind: Annotated[bool, _limits(help="One rank for each kind of layer.")] = False,
-    override: Annotated[list[str] | None, _limits(help="Limits, as '*.down_proj:max_rank=8'. Repeatable.")] = None,
-    exclude: Annotated[list[str] | None, _limits(help="Layers that get no rank: name, ending or wildcard.")] = None,
+    options: PlanOptions,
     compare: Annotated[list[str] | None, Option(help="Also plan: uniform, or parameters=1M,rho=1. Repeatable.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Plan to write, for init --ranks.")] = None,
     tool: Annotated[Tool | None, Option("--format", help="Print what this tool reads instead of tables.")] = None,
@@ -208,12 +231,12 @@ def ranks(
     overwrite: Annotated[bool, _output(help="Replace an older plan or picture.")] = False,
 ) -> None:
     """Plan ranks from the file STATISTICS under a budget. It takes no model, no data, and no time."""
-    arguments = _read_arguments(locals())
+    arguments = options.arguments()
     variants = read_variants(compare or [], arguments)
     _refuse(
         tool and (compare or running.as_json), "--format prints one plan for one tool. Leave --compare and --json out."
     )
-    _check_budgets(dtype, coverage, [arguments, *variants.values()])
+    _check_budgets(options.dtype, options.coverage, [arguments, *variants.values()])
     _refuse(not tool and (lora_alpha is not None or use_rslora), "--lora-alpha and --use-rslora are for --format.")
     _check_outputs(output, plot, overwrite)
     from lora_init.planning.allocate import allocate_ranks
@@ -258,19 +281,6 @@ def _print_for_tool(
     built = build_adapter(stats, plan, lora_alpha=lora_alpha, use_rslora=use_rslora)
     path = str(output or "plan.json")
     typer.echo(snippet(plan, tool, built.lora_alpha, use_rslora, path, built.recommended, built.how_to_train), nl=False)
-
-
-def _read_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the options of a plan as arguments of `allocate_ranks`."""
-    allowed = given["allowed_ranks"]
-    return {name: given[name] for name in (*_VARIED, "uniform_per_kind")} | {
-        "dtype": given["dtype"] or "float32",
-        "coverage": given["coverage"] or "every-layer",
-        "exclude": given["exclude"] or [],
-        "allowed_ranks": None if allowed is None else read_numbers("--allowed-ranks", allowed, int),
-        "tie": [read_names(names) for names in given["tie"] or []],
-        "overrides": read_overrides(given["override"] or []),
-    }
 
 
 def _check_budgets(dtype: str | None, coverage: str | None, plans: Sequence[Mapping[str, Any]]) -> None:
