@@ -27,7 +27,7 @@ from lora_init.loading.batches import as_batches, load_batches
 from lora_init.rates.learning_rate import LearningRate, Response, response, share_of
 from lora_init.rates.training_length import BATCH_SIZE, TrainingLength
 from lora_init.starts.weights import LoraWeights
-from lora_init.statistics.statistics import Sizes
+from lora_init.statistics.spectrum import Sizes
 
 _MAX_BATCHES = 8
 _A, _X = " A", "input of "  # in the keys of sums

@@ -47,8 +47,8 @@ from lora_init.loading.batches import as_batches
 from lora_init.loading.models import task_of
 from lora_init.packages import check_takes
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient
-from lora_init.statistics.spectrum import Spectrum
-from lora_init.statistics.statistics import SPARE, Provenance, Sizes, Statistics, notes_on_experts
+from lora_init.statistics.spectrum import Sizes, Spectrum
+from lora_init.statistics.statistics import SPARE, Provenance, Statistics, notes_on_experts
 
 
 class Interrupted(KeyboardInterrupt):

@@ -26,7 +26,7 @@ from lora_init.layers.grid import layers_in
 from lora_init.rates.training_length import BATCH_SIZE, TrainingLength
 
 if TYPE_CHECKING:
-    from lora_init.statistics.statistics import Sizes
+    from lora_init.statistics.spectrum import Sizes
 
 OPTIMIZER, WARMUP, SCHEDULE = "AdamW", 0.1, "cosine"
 SCHEDULES = (SCHEDULE, "linear")  # that rates were measured with, as transformers calls them

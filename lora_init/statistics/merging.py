@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from graphlib import TopologicalSorter
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +17,10 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.identity import differing_config
 from lora_init.layers.rows import expert_group
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_triplets, product_svd
-from lora_init.statistics.spectrum import Moments, Spectrum, freeze, principal_directions
-from lora_init.statistics.statistics import Provenance, Sizes, Statistics, notes_on_experts
+from lora_init.statistics.spectrum import Moments, Sizes, Spectrum, freeze, principal_directions
+
+if TYPE_CHECKING:
+    from lora_init.statistics.statistics import Provenance, Statistics
 
 # A group whose components leave out less than this share of its variance has kept all that its rows span: two rows of
 # a float32 model were measured to leave out 3e-6.
@@ -30,7 +32,7 @@ _ALIKE = ("center", "token_mask", "task_type")
 
 
 def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Statistics:
-    """Merge all parts at once, see `Statistics.merge`."""
+    """Merge all parts at once, see `Statistics.merge`; the notes say what came from where."""
     weights = _check_weights(parts, weights)
     _check_parts(parts)
     size = _common_size([part.groups.values() for part in parts])
@@ -44,19 +46,20 @@ def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | Non
         groups[name] = mix([parts[i].groups[group] for i, group in source.items()], size, shares)
     targets = {name: target for part in reversed(parts) for name, target in part.targets.items()}
     provenance = _provenance(parts, weights)
-    merged = Statistics(
+    notes = [*_origins(parts, weights, size), *_notes(parts)]
+    return replace(
+        parts[0],
         groups=groups,
         group_of=group_of,
         targets={name: targets[name] for name in group_of},
-        provenance=replace(provenance, n_samples=max(one.n_samples for one in groups.values())),
+        provenance=replace(provenance, n_samples=max(one.n_samples for one in groups.values()), notes=notes),
         # Nobody has tested the components of several parts on rows that they had not seen.
         held_out=dict.fromkeys(groups, math.nan),
         unsupported={name: kind for part in parts for name, kind in part.unsupported.items() if name not in group_of},
         gradients=_merge_gradients(parts, weights, list(group_of)) if provenance.gradients else {},
         sizes=dict(_merge_sizes(parts, weights, group_of)),
+        path=None,
     )
-    notes = [*_origins(parts, weights, size), *_notes(parts), *notes_on_experts(merged)]
-    return replace(merged, provenance=replace(merged.provenance, notes=notes))
 
 
 def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None = None) -> Spectrum:
@@ -121,9 +124,6 @@ def _common_size(spectra: Iterable[Iterable[Spectrum]]) -> int:
 
 def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None) -> list[float] | None:
     """Return the weights as numbers; raise if they are not one share for each part, or there is one part alone."""
-    for part in parts:
-        if not isinstance(part, Statistics):
-            raise LoraInitError(f"merge got a {type(part).__name__}, not Statistics. Read files by Statistics.load.")
     if len(parts) < 2:
         raise LoraInitError("merge: one part alone, expected at least two. Give the statistics to merge it with.")
     if weights is None:

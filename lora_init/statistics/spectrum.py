@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
+
+
+class Sizes(NamedTuple):
+    """How large the input x and the output W x of a layer are, over the tokens that count."""
+
+    input: float  # mean of the sum over j of |x_j|
+    output: float  # root mean square of the entries of W x, without a bias
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,7 +18,8 @@ from lora_init.layers.grid import some, span
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, read_target
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
-from lora_init.statistics.spectrum import Spectrum
+from lora_init.statistics.merging import merge_statistics
+from lora_init.statistics.spectrum import Sizes, Spectrum
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
 
 if TYPE_CHECKING:
@@ -103,13 +104,6 @@ class Provenance:
         """The rho of the pass; None if the file does not say one."""
         rho = self.settings.get("rho")
         return float(rho) if isinstance(rho, (int, float)) and 1.0 <= rho < 1e6 else None
-
-
-class Sizes(NamedTuple):
-    """How large the input x and the output W x of a layer are, over the tokens that count."""
-
-    input: float  # mean of the sum over j of |x_j|
-    output: float  # root mean square of the entries of W x, without a bias
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -274,9 +268,14 @@ class Statistics(Mapping[str, Spectrum]):
             >>> one.merge(other)["0"].n_samples, one.merge(other, weights=[0.7, 0.3]).provenance.n_batches
             (128, 4)
         """
-        from lora_init.statistics.merging import merge_statistics  # which imports this module
-
-        return merge_statistics([self, *others], weights)
+        for other in others:
+            if not isinstance(other, Statistics):
+                raise LoraInitError(
+                    f"merge got a {type(other).__name__}, not Statistics. Read files by Statistics.load."
+                )
+        merged = merge_statistics([self, *others], weights)
+        notes = [*merged.provenance.notes, *notes_on_experts(merged)]
+        return replace(merged, provenance=replace(merged.provenance, notes=notes))
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file; its format is in docs/file-formats.md. A crash leaves no half file.

@@ -35,7 +35,7 @@ from lora_init.rates.learning_rate import (
     schedule_of,
 )
 from lora_init.rates.training_length import TrainingLength
-from lora_init.statistics.statistics import Sizes
+from lora_init.statistics.spectrum import Sizes
 from tests.adapters.made import batches, tiny
 from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
 from tests.layers.made import BOTH, MODELS, mixtral, split
