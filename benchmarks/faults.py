@@ -476,8 +476,10 @@ FAULTS: dict[str, list[Planted]] = {
         ("lost setting", "new_head = self.provenance.task_type in HEADS", "new_head = False"),
         ("lost setting", "            freeze_a(adapted)", "            pass"),
     ],
-    "adapters/init_config.py": [
+    "errors.py": [
         ("missing check", "isinstance(value, Integral) or not whole", "True"),
+    ],
+    "adapters/init_config.py": [
         ("lost setting", "return self.run.gradients or self.start.needs_gradient", "return self.start.needs_gradient"),
     ],
 }

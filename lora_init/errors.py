@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import PurePath
 from typing import Any
 
@@ -156,6 +156,16 @@ def _shortened(text: str) -> str:
 def is_number(value: Any) -> bool:
     """Return whether a value is a real number, as of Python or numpy, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_number(
+    name: str, value: Any, least: float = 0, *, whole: bool = False, above: bool = False, hint: str = ""
+) -> None:
+    """Refuse what is no finite number of at least `least`, or `above` it, or is not `whole` where that is meant."""
+    fits = is_number(value) and (isinstance(value, Integral) or not whole)
+    if not fits or not least <= value < 2**63 or (above and value == least):
+        kind, bound = "whole number" if whole else "number", "above" if above else "of at least"
+        raise LoraInitError(f"{{{name}}}, expected a {kind} {bound} {least:g}.{hint}", **{name: value})
 
 
 def is_out_of_memory(error: BaseException) -> bool:

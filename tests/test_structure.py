@@ -31,7 +31,7 @@ MAY_IMPORT["comparison"] = {*MAY_IMPORT}
 MAY_IMPORT["training"] = {*MAY_IMPORT} - {"bank", "comparison"}
 MAY_IMPORT["plots"] = {"layers", "statistics", "planning"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
-ROOT_FILES = {"__init__", "__main__", "errors", "extras", "files", "packages", "third_party_internals", "progress"}
+ROOT_FILES = {"__init__", "__main__", "errors", "files", "on_demand", "packages", "third_party_internals", "progress"}
 KNOW_PEFT = {"adapters", "building", "serving", "keep", "comparison"}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/**/*.py"))
 
@@ -111,13 +111,13 @@ class _AtImport(_AtRunTime):
         return None
 
 
-# What few use, and which packages import it then. Public names and `extras.py` name the rest of its users.
+# What few use, and which packages import it then. Public names and `on_demand.py` name the rest of its users.
 FEW_USE = {"bank": {"cli", "comparison"}, "plots": {"cli"}, "serving.intruders": {"cli"}, "serving.watch": set()}
 
 
 @pytest.mark.parametrize("rare", FEW_USE)
 def test_what_few_use_is_imported_when_it_is_used(rare):
-    """Deleted with its lines in `extras.py` and among the public names, it leaves every other file importable."""
+    """Deleted with its lines in `on_demand.py` and among the public names, it leaves every other file importable."""
     for file in FILES:
         package, module = file.split("/")[0], file.removesuffix(".py").replace("/", ".")
         if not f"{module}.".startswith(f"{rare}."):

@@ -26,10 +26,10 @@ from lora_init.adapters.peft_model import (
     remove_adapters,
 )
 from lora_init.errors import LoraInitError
-from lora_init.extras import extra
 from lora_init.layers.grid import layers_in
 from lora_init.layers.targets import HEADS, Target, file_prefixes, is_in
 from lora_init.layers.wrappers import unwrapped
+from lora_init.on_demand import on_demand
 from lora_init.planning.lora_config import exact_pattern, listed_or_pattern, lora_config, scaling_of
 from lora_init.rates.learning_rate import TRAINING, LearningRate, Response, share_of, training_in_words
 from lora_init.rates.training_length import TrainingLength
@@ -123,7 +123,7 @@ class AdapterInit(Shape):
 
     def plot(self) -> Figure:
         """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""
-        figure: Figure = extra("heat map")(self.ranks)
+        figure: Figure = on_demand("heat map")(self.ranks)
         return figure
 
     @property

@@ -7,13 +7,11 @@ this file imports no torch.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from inspect import signature
-from numbers import Integral
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -28,7 +26,7 @@ from typing import (
     get_type_hints,
 )
 
-from lora_init.errors import LoraInitError, did_you_mean, is_number
+from lora_init.errors import LoraInitError, check_number, did_you_mean
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import BATCH_SIZE, FORMATS, MAX_LENGTH, SAMPLES
 from lora_init.planning.policies import RHO
@@ -91,10 +89,8 @@ class _Checked:
                 raise LoraInitError(f"{{{one.name}}}, expected True or False.", **{one.name: value})
         for name, (whole, least) in _least(part).items():
             value = getattr(self, name)
-            fits = is_number(value) and least <= value < math.inf and (isinstance(value, Integral) or not whole)
-            if value is not None and not fits:
-                kind = "whole number" if whole else "number"
-                raise LoraInitError(f"{{{name}}}, expected a {kind} of at least {least:g}.", **{name: value})
+            if value is not None:
+                check_number(name, value, least, whole=whole)
 
 
 @dataclass(frozen=True, kw_only=True)

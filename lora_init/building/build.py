@@ -17,7 +17,7 @@ from lora_init.adapters.config import read_config_for
 from lora_init.adapters.directory import check_place
 from lora_init.adapters.init_config import SCALING, Shape
 from lora_init.building.layer_start import BuildContext, layer_start
-from lora_init.errors import LoraInitError, did_you_mean, is_number, warn
+from lora_init.errors import LoraInitError, check_number, did_you_mean, warn
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import alpha_for
@@ -44,10 +44,8 @@ def check_adapter_options(
         )
     _check_rows(start, shape)
     lora_alpha = shape.lora_alpha
-    if lora_alpha is not None and not (is_number(lora_alpha) and 0.0 < lora_alpha < math.inf):
-        raise LoraInitError(
-            "{lora_alpha} must be a positive number. Leave it out to take what is best.", lora_alpha=lora_alpha
-        )
+    if lora_alpha is not None:
+        check_number("lora_alpha", lora_alpha, above=True, hint=" Leave it out to take what is best.")
     if not 0.0 <= shape.lora_dropout < 1.0:
         raise LoraInitError(f"lora_dropout={shape.lora_dropout!r} must be at least 0 and less than 1.")
     if isinstance(shape.modules_to_save, str):

@@ -15,8 +15,8 @@ from lora_init.cli.console import busy, importing, print_result, process_group, 
 from lora_init.cli.options import Length, LoadingQuantized, of_adapter
 from lora_init.cli.summary import show_bank_summary, show_summary, summary_of, summary_of_bank
 from lora_init.errors import LoraInitError, require
-from lora_init.extras import extra
 from lora_init.loading.sources import FILE_TYPES
+from lora_init.on_demand import on_demand
 from lora_init.starts.starts import BANK_WAY, BANK_WAYS, DEFAULT, DEFAULT_FOR_CLASSES, FROM_BANK, STARTS, buildable
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def init(
         method, reading=reading, sample=sample, ranks=ranks, layers=layers, shape=shape, correction=correction, run=run
     )
     there = source.find_statistics(names, config)
-    bank = None if from_bank.bank is None else extra("bank")(from_bank.bank)
+    bank = None if from_bank.bank is None else on_demand("bank")(from_bank.bank)
     if bank is None:
         config = pipeline.choose(config, sample.label is not None or source.are_of_classes(names, there))
     else:

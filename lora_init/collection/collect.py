@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from lora_init.collection.loop import TOLERANCE, Collected, Pass, progress_bar, 
 from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, read_settings
-from lora_init.errors import LoraInitError, LoraInitWarning, explain, warn
+from lora_init.errors import LoraInitError, LoraInitWarning, check_number, explain, warn
 from lora_init.files import check_writable, locked
 from lora_init.layers.grid import one_line_each, some, span
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint, model_config
@@ -455,11 +454,8 @@ def check_batches(batches: Any, taker: str) -> None:
 
 def _check_numbers(**numbers: Any) -> None:
     for name, number in numbers.items():
-        kind: Any
-        kind, of = (Real, "number") if name in ("rho", "tolerance") else (Integral, "whole number")
         least = {"tolerance": 0, "skip_bad_batches": 0, "seed": -(2**63)}.get(name, 1)
-        if not isinstance(number, kind) or isinstance(number, bool) or not least <= number < 2**63:
-            raise LoraInitError(f"{{{name}}}, expected a {of} of at least {least}.", **{name: number})
+        check_number(name, number, least, whole=name not in ("rho", "tolerance"))
 
 
 def check_targets(model: nn.Module, targets: Targets, rank: int) -> None:

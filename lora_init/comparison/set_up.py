@@ -18,11 +18,11 @@ from lora_init.comparison.training import Training
 from lora_init.comparison.variants import Variant
 from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
-from lora_init.extras import extra
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import find_targets
 from lora_init.loading.batches import Batches, load_other
 from lora_init.loading.models import LoadedModel, ModelSource, open_model
+from lora_init.on_demand import on_demand
 
 STRENGTHS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # that a trained adapter is evaluated at
 
@@ -42,7 +42,7 @@ def set_up(
     sources: Sources, folds: tuple[int | None, int | None] = (None, None),
 ) -> Workbench:  # fmt: skip
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`."""
-    bank = None if sources.bank is None else extra("bank")(sources.bank)
+    bank = None if sources.bank is None else on_demand("bank")(sources.bank)
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
     has_float = _check_source(source, model, options, shape, sources.starts)

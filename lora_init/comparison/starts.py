@@ -24,7 +24,7 @@ from lora_init.building.pipeline import build
 from lora_init.building.quantized import QuantizationErrors
 from lora_init.collection.losses import batch_loss, mean_loss
 from lora_init.comparison.variants import Variant
-from lora_init.errors import LoraInitError, did_you_mean, first_line, is_number, is_out_of_memory
+from lora_init.errors import LoraInitError, check_number, did_you_mean, first_line, is_out_of_memory
 from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
@@ -65,8 +65,7 @@ class AdapterShape:
 
     def __post_init__(self) -> None:
         whole_number(self.rank, "rank", 1)
-        if not (is_number(self.lora_alpha) and 0.0 < self.lora_alpha < math.inf):
-            raise LoraInitError("{lora_alpha} must be a positive number.", lora_alpha=self.lora_alpha)
+        check_number("lora_alpha", self.lora_alpha, above=True)
 
 
 def _no_data(*_: object) -> NoReturn:

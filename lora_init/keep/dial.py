@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers, adds_nothing
 from lora_init.collection.losses import token_losses
-from lora_init.errors import LoraInitError, is_number, warn
+from lora_init.errors import LoraInitError, check_number, warn
 from lora_init.keep.dialed import BEST, UNIFORM, Change, Dial, Point, signed
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
@@ -51,14 +51,10 @@ _PLAIN = {"input_ids", "attention_mask", "labels"}
 
 def _check_limit(name: str, value: Any) -> None:
     """Refuse a value of a rule that is out of range."""
-    if not is_number(value):
-        raise LoraInitError(f"{{{name}}}, expected a number.", **{name: value})
-    if name == "strength" and not _WEAKEST <= value < math.inf:
-        raise LoraInitError(f"{{strength}} must be finite and at least {_WEAKEST:g}: 0 is the base.", strength=value)
+    least, hint = (_WEAKEST, " 0 is the base.") if name == "strength" else (0, "")
+    check_number(name, value, least, hint=hint)
     if name == "lose" and value > 1.0:
         raise LoraInitError(f"{{lose}} is {value:.0%} more loss. Write 2 % as 2% or 0.02.", lose=value)
-    if not 0.0 <= value < math.inf:
-        raise LoraInitError(f"{{{name}}} must be a finite number of at least 0.", **{name: value})
 
 
 @dataclass(frozen=True)

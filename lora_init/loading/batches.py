@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_init.errors import LoraInitError, first_line, is_number, warn
+from lora_init.errors import LoraInitError, check_number, first_line, warn
 from lora_init.loading.examples import BATCH_SIZE, MAX_LENGTH, SAMPLES, Wanted
 from lora_init.loading.reader import IGNORED, Encoded, Reader, classes_in_words, open_reader
 from lora_init.loading.sources import Rows, read_rows
@@ -110,8 +110,7 @@ def load_batches(
             is out of range, or a label goes with a completion or is no class.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("seed", seed, 0)):
-        if not is_number(value) or value < least:
-            raise LoraInitError(f"{{{name}}} must be at least {least}, as a number.", **{name: value})
+        check_number(name, value, least)
     _check_templates(template=template, completion=completion)
     if known_classes and label is None:
         raise LoraInitError("known_classes= says in which order {label} counts. Give both.", label=...)

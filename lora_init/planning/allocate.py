@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_init.errors import LoraInitError, warn
+from lora_init.errors import LoraInitError, check_number, warn
 from lora_init.layers.grid import some
 from lora_init.planning.budgets import BoolArray, Budget, FloatArray, IntArray, choose_budget, costs
 from lora_init.planning.limits import Limits, allowed_by_unit, layer_limits, tie_layers
@@ -135,12 +135,11 @@ def _check_statistics(stats: Any) -> None:
         raise LoraInitError(f"Statistics of layers are needed, from collect or Statistics.load(path), not {kind}.")
 
 
-def _read_rho(rho: Any, policy: Any) -> float:
+def _read_rho(rho: float | None, policy: Any) -> float:
     """Return how far a rank may be above the average: by default 1, and 2 with a policy that decides nothing at 1."""
     if rho is None:
         return RHO if policy == "eva" else SPARE
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1.0 <= rho < math.inf:
-        raise LoraInitError("{rho}: a finite number of at least 1 is needed; 1 gives all layers one rank.", rho=rho)
+    check_number("rho", rho, 1, hint=" 1 gives all layers one rank.")
     return rho
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.errors import LoraInitError, check_number, did_you_mean
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import Target
 from lora_init.planning.budgets import BoolArray, IntArray
@@ -70,8 +70,7 @@ class Limits:
 
 def whole_number(value: Any, argument: str, least: int) -> int:
     """Refuse anything but a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise LoraInitError(f"{{{argument}}}: a whole number of at least {least} is needed.", **{argument: value})
+    check_number(argument, value, least, whole=True)
     return int(value)
 
 

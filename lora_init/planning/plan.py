@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.extras import extra
 from lora_init.files import read_fields, read_json, write_whole
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import Target, read_target
+from lora_init.on_demand import on_demand
 from lora_init.planning.budgets import Budget, bytes_per_parameter
 from lora_init.planning.lora_config import listed_or_pattern, lora_config
 from lora_init.statistics.statistics import Provenance, Statistics
@@ -87,7 +87,7 @@ class RankAllocation(Mapping[str, int]):
 
     def plot(self) -> Figure:
         """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""
-        figure: Figure = extra("heat map")(self.ranks)
+        figure: Figure = on_demand("heat map")(self.ranks)
         return figure
 
     def to_pandas(self) -> pd.DataFrame:

@@ -6,13 +6,12 @@ To add a tool, write its function and add it to `TOOLS`. Importing this file imp
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.errors import LoraInitError, check_number, did_you_mean
 
 if TYPE_CHECKING:
     from lora_init.planning.plan import RankAllocation
@@ -49,8 +48,7 @@ def snippet(
 
     if tool not in TOOLS:
         raise LoraInitError(f"{{format}} is unknown. {did_you_mean(str(tool), TOOLS)}", format=tool)
-    if not 0.0 < lora_alpha < math.inf:
-        raise LoraInitError("{lora_alpha} must be a positive number; 16 is the default.", lora_alpha=lora_alpha)
+    check_number("lora_alpha", lora_alpha, above=True)
     if not plan.total_rank:
         raise LoraInitError("the plan gives no layer any rank, so there is nothing to configure.")
     rslora = " --use-rslora" if use_rslora else ""

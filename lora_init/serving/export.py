@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,8 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_init.adapters.directory import CARD_FILE, LORA_A, LORA_B, WEIGHTS_FILE, AdapterDirectory, card_header
-from lora_init.errors import LoraInitError, warn
-from lora_init.extras import extra
+from lora_init.errors import LoraInitError, check_number, warn
 from lora_init.files import (
     as_path,
     check_free,
@@ -29,6 +27,7 @@ from lora_init.files import (
 )
 from lora_init.layers.targets import PREFIX
 from lora_init.loading.models import CLASS_OF_TASK, kind_of
+from lora_init.on_demand import on_demand
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
 from lora_init.serving.base import plan_merge, write_merged
@@ -169,7 +168,7 @@ def export_adapter(
     if reduce_intruders is not None:
         if start is not None:
             raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")
-        trained, intruders = extra("without intruders")(trained, Path(directory).expanduser(), reduce_intruders)
+        trained, intruders = on_demand("without intruders")(trained, Path(directory).expanduser(), reduce_intruders)
     trained = trained.with_one_scaling()
     result = Exported(
         path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders,
@@ -318,9 +317,7 @@ def _check_limits(limits: Mapping[str, int | str | float]) -> None:
     if len(limits) > 1:
         named = " and ".join(f"{{{one}}}" for one in limits)
         raise LoraInitError(f"{named} are both given. One of them says how large it may be.", **limits)
-    megabytes = limits.get("megabytes", 1.0)
-    if not isinstance(megabytes, (int, float)) or not 0 < megabytes < math.inf:
-        raise LoraInitError("{megabytes} must be a number above 0, and finite.", megabytes=megabytes)
+    check_number("megabytes", limits.get("megabytes", 1.0), above=True)
 
 
 def _command(

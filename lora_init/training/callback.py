@@ -21,7 +21,7 @@ from lora_init.adapters.init_config import InitConfig
 from lora_init.adapters.model_handles import InPlaceHandle, PeftModelHandle
 from lora_init.adapters.peft_model import fill_in_place, freeze_a
 from lora_init.building.pipeline import choose, run
-from lora_init.errors import LoraInitError, is_number, warn
+from lora_init.errors import LoraInitError, check_number, is_number, warn
 from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
 from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
@@ -77,8 +77,7 @@ class StartCallback(TrainerCallback):
         self, method: str | None = None, samples: int = 512, learning_rate: str | None = None, replay: float = 0.0,
         dial: bool = False, **options: Any,
     ) -> None:  # fmt: skip
-        if not isinstance(samples, int) or samples < 1:
-            raise LoraInitError(f"samples={samples!r}: a number of examples of at least 1 is needed.")
+        check_number("samples", samples, 1, whole=True)
         if learning_rate not in (None, "measured"):
             raise LoraInitError(f"learning_rate={learning_rate!r}: 'measured' is expected, or none for the tool's own.")
         if not is_number(replay) or not 0 <= replay <= 1:

@@ -403,7 +403,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(home, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(("options", "part"), [
-    (["--lora-alpha", "0"], "--lora-alpha 0 must be a positive number"),
+    (["--lora-alpha", "0"], "--lora-alpha 0, expected a number above 0"),
     (["--whiten", "--method", "random"], "--whiten is for the start eva; --method random has no variances"),
     (["--gamma", "3"], "--gamma 3 with --method eva"),
     (["--method", "lora-one", "--use-dora"], "DoRA's magnitudes"),

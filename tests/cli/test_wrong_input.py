@@ -320,7 +320,8 @@ CALLS = {
         lambda compare: lora_init.export_adapter("trained", None), "output is needed, as a path, and got NoneType",
     ),
     "half a text": (
-        lambda compare: lora_init.replay(tiny_llama(), AutoTokenizer, n=1.5), "n=1.5: a whole number of at least 1",
+        lambda compare: lora_init.replay(tiny_llama(), AutoTokenizer, n=1.5),
+        "n=1.5, expected a whole number of at least 1",
     ),
     "no tokenizer to write with": (
         lambda compare: lora_init.replay(tiny_llama(), None), "tokenizer=None: expected the model's",
@@ -350,8 +351,8 @@ CALLS = {
         lambda compare: compare(executor=ThreadPoolExecutor), "and got the class ThreadPoolExecutor",
     ),
     "a number for starts": (lambda compare: compare(starts=[5]), "starts has 5: expected names, or pairs of a name"),
-    "half a step of a run": (lambda compare: compare(steps=1.5), "steps=1.5: a whole number of at least 1 is needed"),
-    "rates taken away": (lambda compare: compare(extend=-1), "extend=-1: a whole number of at least 0 is needed"),
+    "half a step of a run": (lambda compare: compare(steps=1.5), "steps=1.5, expected a whole number of at least 1"),
+    "rates taken away": (lambda compare: compare(extend=-1), "extend=-1, expected a whole number of at least 0"),
     "a word for a share": (lambda compare: compare(warmup="0.1"), "warmup='0.1': expected a share of the steps"),
     "a word for batches": (
         lambda compare: compare(statistics_batches="8"), "statistics_batches=.'8'.: expected numbers of batches",

@@ -317,7 +317,7 @@ def test_rules_choose_what_they_say():
         (dict(strength=True), "strength=True, expected a number"),
         (dict(strength=0.0), "at least 0.001"),
         (dict(strength=1e-31), "at least 0.001"),
-        (dict(keep_within=float("nan")), "finite"),
+        (dict(keep_within=float("nan")), "expected a number of at least 0"),
         (dict(lose=0.1, strength=1.0), "both given"),
     ):
         refused(words, Rule, **wrong)

@@ -121,7 +121,7 @@ def test_unknown_formats_and_empty_plans():
     plan, _ = allocated(model_and_statistics()[1])
     refused(r"format='toml' is unknown. Choose from peft, trl, axolotl", snippet, plan, "toml")
     for alpha in (0, math.nan, -1):
-        refused("must be a positive number", snippet, plan, "peft", alpha)
+        refused("expected a number above 0", snippet, plan, "peft", alpha)
     nothing = replace(plan, ranks=dict.fromkeys(plan, 0))
     for tool in TOOLS:
         refused("no layer any rank", snippet, nothing, tool)

@@ -130,11 +130,11 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     refused("engine 'vlm' is unknown. Did you mean vllm", trained, output, "vlm")
     refused("engine 'xyz' is unknown. Choose from vllm, ", trained, output, "xyz")
     refused("rank=2 and parameters=9 are both given", trained, output, rank=2, parameters=9)
-    refused("rank=0: a whole number of at least 1", trained, output, rank=0)
-    refused("rank=2.5: a whole number of at least 1", trained, output, rank=2.5)
-    refused("megabytes='1' must be a number above 0", trained, output, megabytes="1")
+    refused("rank=0, expected a whole number of at least 1", trained, output, rank=0)
+    refused("rank=2.5, expected a whole number of at least 1", trained, output, rank=2.5)
+    refused("megabytes='1', expected a number above 0", trained, output, megabytes="1")
     for number in (math.nan, math.inf, -1):
-        refused(f"megabytes={number} must be a number above 0, and finite", trained, output, megabytes=number)
+        refused(f"megabytes={number}, expected a number above 0", trained, output, megabytes=number)
     refused(
         "rank=100000: no layer of this adapter can have more than rank 32. Choose less", trained, output, rank=10**5
     )

@@ -1,4 +1,4 @@
-"""What few use, each behind a line of `EXTRAS`: the packages in the middle import none of it.
+"""What few use, each behind a line of `ON_DEMAND`: the packages in the middle import none of it.
 
 Without its file and its line everything else works. Importing this file imports nothing of them.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-EXTRAS = {
+ON_DEMAND = {
     "bank": "lora_init.bank.store:open_bank",  # adapters of other tasks, of `init --bank` and `compare --bank`
     "heat map": "lora_init.plots.heat_map:heat_map_figure",  # what `plot()` of a plan and of an adapter draws
     "without intruders": "lora_init.serving.intruders:without_intruders",  # what `export --reduce-intruders` does
 }
 
 
-def extra(name: str) -> Any:
+def on_demand(name: str) -> Any:
     """Import what is registered under a name."""
-    module, _, attribute = EXTRAS[name].partition(":")
+    module, _, attribute = ON_DEMAND[name].partition(":")
     return getattr(import_module(module), attribute)
