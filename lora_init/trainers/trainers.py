@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import tee
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from lora_init.adapters.init_config import InitConfig
@@ -26,6 +22,7 @@ from lora_init.rates.learning_rate import check_measured, schedule_of
 from lora_init.rates.training_length import TrainingLength
 from lora_init.starts.starts import DEFAULT
 from lora_init.third_party_internals import forget_loader
+from lora_init.trainers.loaders import examples_of_a_step, is_used_up, length_of, undisturbed, without_trace
 
 # Their loss is what the model computes from labels. Other trainers compute their own.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")
@@ -212,26 +209,12 @@ class TrainerIntegration:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Draw random numbers, of torch, numpy and Python, as collators do, that will be drawn again after the block."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        yield
-
-
-@contextmanager
 def _loader(trainer: Any) -> Iterator[Any]:
     """Open a trainer's own data, and leave no trace: the trainer will draw the same batches in the same order."""
-    with undisturbed(), ExitStack() as stack:  # a collator may have a generator of its own
-        stack.callback(setattr, trainer, "data_collator", trainer.data_collator)
-        with suppress(Exception):  # what cannot be copied is used itself
-            trainer.data_collator = copy.deepcopy(trainer.data_collator)
+    with undisturbed(), ExitStack() as stack:
         loader = trainer.get_train_dataloader()
-        if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
-            stack.callback(loader.end)
         stack.callback(forget_loader, trainer.accelerator, loader)
+        stack.enter_context(without_trace(loader))
         yield loader
 
 
@@ -253,11 +236,6 @@ def leaves_loss(args: Any) -> bool:
     return not smooths and not of_preferences and getattr(args, "loss_type", None) in _OWN_LOSS
 
 
-def is_used_up(rows: Any) -> bool:
-    """Return whether rows may be there only once: a stream, but for those of datasets, which begin anew each time."""
-    return isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
-
-
 class _Twice(IterableDataset[Any]):
     """Rows for the pass, and for training from the same beginning, also where they are there only once."""
 
@@ -276,63 +254,3 @@ class _Twice(IterableDataset[Any]):
     def __getattr__(self, name: str) -> Any:
         """Return what Trainer looks for in data, such as `set_epoch`."""
         return getattr(self.rows, name)
-
-
-def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
-    """Describe a training of so many steps by a trainer's arguments and its loader, which may have batches of its own.
-
-    Examples that no batch of an epoch has, as with `dataloader_drop_last` or a sampler of a part, do not count. Those
-    that are drawn by weights repeat as they do in Kish's effective number of rows, (sum w)^2 / sum w^2.
-    """
-    each, whole = counts_of(args, loader)
-    batch_size = each * args.gradient_accumulation_steps
-    if not whole:
-        return TrainingLength(int(steps), batch_size)
-    sampler, rows = _sampler_of(loader), min(whole, len(loader) * each)
-    # One that draws `num_samples` of them anew in each epoch sees others each time.
-    if isinstance(sampler, RandomSampler) and sampler.num_samples < len(sampler.data_source):
-        rows = len(sampler.data_source)
-    again = 0.0  # how often a draw is one of the same, where what was drawn may come again
-    if isinstance(sampler, WeightedRandomSampler):
-        effective = float(sampler.weights.sum() ** 2 / (sampler.weights**2).sum())
-        rows = whole if sampler.replacement else max(rows, round(effective))
-        again = 1 / effective if sampler.replacement else 0.0
-    batch_size = min(batch_size, rows)
-    return TrainingLength(int(steps), batch_size, rows, seen=steps * batch_size * again)
-
-
-def counts_of(args: Any, loader: Any) -> tuple[int, int]:
-    """Count the examples of a batch, of all processes, and those of the data; 0 where nobody knows.
-
-    A loader may have batches of its own: by its size, or by a sampler that says none. One item of its data may be a
-    batch, or become several examples in the collator.
-    """
-    sampler: Any = getattr(loader, "batch_sampler", None)
-    data: Any = getattr(loader, "dataset", None)
-    items = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
-    n, each = len(data) if has_length(data) else 0, 1
-    with undisturbed(), suppress(Exception):
-        if items is None and sampler is not None:
-            items = len(next(iter(copy.deepcopy(sampler))))
-        if n:
-            each = _rows_of(loader.collate_fn(data[0] if items is None else [data[0]]))
-            items = items or 1
-    items = items if isinstance(items, int) else args.train_batch_size
-    return (getattr(loader, "total_batch_size", None) or items * args.world_size) * each, n * each
-
-
-def _rows_of(batch: Mapping[str, Any]) -> int:
-    """Count the rows of a batch, by its tokens if it has any: lengths of packed sequences may lie beside them."""
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-    return max(map(len, [tensors["input_ids"]] if "input_ids" in tensors else tensors.values()))
-
-
-def _sampler_of(loader: Any) -> Any:
-    """Return what draws the examples: accelerate's loaders hold it in a sampler of batches, or in a part of one."""
-    batches = getattr(loader, "batch_sampler", None)
-    return getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
-
-
-def examples_of_a_step(args: Any) -> int:
-    """Count the examples of a step, of all processes, by a trainer's arguments."""
-    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)

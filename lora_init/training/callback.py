@@ -6,7 +6,6 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -26,14 +25,8 @@ from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
 from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
 from lora_init.starts.starts import DEFAULT
-from lora_init.trainers.trainers import (
-    counts_of,
-    examples_of_a_step,
-    is_used_up,
-    leaves_loss,
-    length_of,
-    undisturbed,
-)
+from lora_init.trainers.loaders import examples_of_a_batch, examples_of_a_step, is_used_up, length_of, without_trace
+from lora_init.trainers.trainers import leaves_loss
 
 _MOST_TEXTS = 512  # that the base writes before training; training goes through them again and again
 _DECIDED = ("max_batches", "data", "task_type", "gradients")  # of initialize()'s options, by the trainer or `samples`
@@ -143,8 +136,9 @@ class StartCallback(TrainerCallback):
                 raise LoraInitError(
                     "nothing was evaluated. Evaluate at least once, or take the command `lora-init dial`."
                 )
-            with _batches(eval_dataloader, model.get_base_model()) as batches:
+            with without_trace(eval_dataloader):
                 say = partial(_say, state)
+                batches = _batches(eval_dataloader, model.get_base_model())
                 found = dial(model, batches, tokenizer=rest.get("processing_class"), seed=args.seed, say=say)
         except LoraInitError as error:
             _say(state, f"not dialed, and the adapter is as trained: {error}")
@@ -169,8 +163,10 @@ class StartCallback(TrainerCallback):
                 "DeepSpeed has its own copy of the weights by now, which would undo a start at the first step. Make "
                 "the adapter by `lora-init init`, and train that."
             )
-        config = self.config.with_options(max_batches=math.ceil(self.samples / counts_of(args, train_dataloader)[0]))
-        with handle.opened(config) as config, undisturbed(), _batches(train_dataloader, handle.model) as batches:
+        each = examples_of_a_batch(args, train_dataloader)
+        config = self.config.with_options(max_batches=math.ceil(self.samples / each))
+        with handle.opened(config) as config, without_trace(train_dataloader):
+            batches = _batches(train_dataloader, handle.model)
             first = next(batches, {})
             is_plain_loss = "labels" in first and leaves_loss(args)  # those of preferences have none
             if config.needs_gradient and not is_plain_loss:
@@ -227,15 +223,10 @@ class FilledHandle(InPlaceHandle):
         return self.given
 
 
-@contextmanager
-def _batches(loader: Any, model: Any) -> Iterator[Iterator[dict[str, Any]]]:
-    """Read what the model takes of a loader's batches; training reads them again from the first on."""
+def _batches(loader: Any, model: Any) -> Iterator[dict[str, Any]]:
+    """Read what the model takes of a loader's batches."""
     taken = inspect.signature(type(model).forward).parameters
-    try:
-        yield ({key: value for key, value in batch.items() if key in taken} for batch in loader)
-    finally:
-        if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
-            loader.end()
+    return ({key: value for key, value in batch.items() if key in taken} for batch in loader)
 
 
 def _check_replay(args: TrainingArguments, tokenizer: Any) -> None:

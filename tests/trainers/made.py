@@ -3,6 +3,9 @@
 import torch
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from tests.conftest import tiny_llama
 
 WORDS = "a the cat dog sat ran on mat road to is big red what where user assistant".split()  # noqa: SIM905
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
@@ -45,3 +48,18 @@ def settings(kind, tmp_path, **more):
     base = dict(output_dir=str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4, logging_steps=1)
     base |= dict(report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2)
     return kind(**base | more)
+
+
+def plain(tmp_path, tokenizer, model=None, **more):
+    ids = [tokenizer(text)["input_ids"] for text in sentences()]
+    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    return Trainer(model or tiny_llama(), settings(TrainingArguments, tmp_path, **more), collator, data)
+
+
+def of_class(kind):
+    def make(*given):
+        trainer = plain(*given)
+        return kind(trainer.model, trainer.args, trainer.data_collator, trainer.train_dataset)
+
+    return make

@@ -9,14 +9,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.trainers.trainers import TrainerIntegration
 from tests.commands import tokenizer_of
 from tests.conftest import refused, tiny_bert, tiny_llama
-from tests.trainers.made import CHAT, WORDS, chats, seen_by, sentences, settings
+from tests.trainers.made import CHAT, WORDS, chats, of_class, plain, seen_by, sentences, settings
 
 # These trainers take the rates that a tiny model learns at.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")
@@ -32,13 +32,6 @@ def tokenizer():
 def pairs():
     both = zip(sentences(), sentences()[::-1], strict=True)
     return Dataset.from_list([{"prompt": f"what {a}", "chosen": f" {a}", "rejected": f" {b}"} for a, b in both])
-
-
-def plain(tmp_path, tokenizer, model=None, **more):
-    ids = [tokenizer(text)["input_ids"] for text in sentences()]
-    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    collator = DataCollatorForSeq2Seq(tokenizer)
-    return Trainer(model or tiny_llama(), settings(TrainingArguments, tmp_path, **more), collator, data)
 
 
 def sft(tmp_path, tokenizer, model=None, peft_config=None, **more):
@@ -310,14 +303,6 @@ class OwnStep(Trainer):
         return super().training_step(*given, **more)
 
 
-def of_class(kind):
-    def make(*given):
-        trainer = plain(*given)
-        return kind(trainer.model, trainer.args, trainer.data_collator, trainer.train_dataset)
-
-    return make
-
-
 UNMEASURED = {
     "an optimizer of one's own": (of_class(OwnOptimizer), "for the optimizer that OwnOptimizer makes itself"),
     "its class": (of_class(OwnClass), "for the optimizer that OwnClass makes itself"),
@@ -373,83 +358,6 @@ def test_a_measured_rate_reaches_an_optimizer_that_was_given_with_its_own(tmp_pa
     trainer.train()
     used = {row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row}
     assert used == {trainer.args.learning_rate} and trainer.args.learning_rate not in (1e-5, 1e-2)
-
-
-def by_weights(weights, n, replacement=True):
-    return lambda data: torch.utils.data.WeightedRandomSampler(weights, n, replacement)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "rows", "epochs"),
-    [
-        (lambda data: torch.utils.data.SubsetRandomSampler(range(8)), 8, 4),
-        (lambda data: torch.utils.data.RandomSampler(data, num_samples=8), 16, 2),  # others in each epoch
-        (by_weights([1.0] * 16, 8), 16, 2),
-        (by_weights([1.0] * 4 + [0.0] * 12, 16), 16, 16),
-        (by_weights([1.0] + [0.0] * 15, 16), 16, 64),  # fewer than a step has
-        (by_weights([3.0] * 4 + [1.0] * 12, 8), 16, 8 / 3),  # 24^2 / 48 rows
-        (by_weights([3.0] * 4 + [1.0] * 12, 16, replacement=False), 16, 4),
-        (by_weights([1.0] * 8 + [0.0] * 8, 8, replacement=False), 8, 4),
-        (lambda data: torch.utils.data.RandomSampler(range(8), num_samples=4), 8, 2),
-        (torch.utils.data.RandomSampler, 16, 4),
-    ],
-)
-def test_the_examples_of_an_epoch_are_those_that_its_sampler_draws(sampler, rows, epochs, tmp_path, tokenizer):
-    trainer = plain(tmp_path, tokenizer, num_train_epochs=4, max_steps=-1, dataloader_drop_last=rows == 16)
-    trainer.train_dataset = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
-    trainer._get_train_sampler = lambda *given: sampler(trainer.train_dataset)
-    length = TrainerIntegration(trainer).length
-    assert length.rows == rows and length.steps == len(trainer.get_train_dataloader()) * 4
-    assert length.epochs == pytest.approx(epochs)
-    assert (f"each drawn {epochs:.1f} times" in str(length)) == bool(length.seen)
-
-
-class OwnLoader(Trainer):
-    def get_train_dataloader(self):
-        rows = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
-        return torch.utils.data.DataLoader(rows, 4, shuffle=True, collate_fn=self.data_collator)
-
-
-def test_the_length_of_a_trainer_with_a_loader_of_its_own_is_that_of_its_loader(tmp_path, tokenizer):
-    trainer = of_class(OwnLoader)(tmp_path, tokenizer)
-    trainer.train_dataset, trainer.args.max_steps = None, 24
-    length = TrainerIntegration(trainer).length
-    assert (length.steps, length.batch_size, length.rows, length.epochs) == (24, 4, 16, 6)
-
-
-class Lists:
-    """A sampler of batches that does not say how large they are."""
-
-    def __iter__(self):
-        return iter([[*range(8)], [*range(8, 16)]])
-
-    def __len__(self):
-        return 2
-
-
-class Steady(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return iter([{"input_ids": [1, 3, 5], "labels": [2, 3, 4]}] * 64)
-
-
-READY = [{"input_ids": torch.arange(24).reshape(8, 3), "labels": torch.arange(24).reshape(8, 3)} for _ in range(2)]
-
-
-@pytest.mark.parametrize(("data", "how", "rows"), [
-    (Steady(), dict(batch_size=8), None),
-    (range(16), dict(batch_sampler=Lists()), 16),
-    (READY, dict(batch_size=None), 16),
-    (READY, dict(batch_size=1, collate_fn=lambda items: items[0]), 16),
-    (READY[:1] * 4, dict(batch_size=2, collate_fn=lambda items: {"input_ids": items[0]["input_ids"][:4 * len(items)]}),
-     16),
-    ([{"input_ids": [1, 3]}] * 16, dict(batch_size=8, collate_fn=DataCollatorWithFlattening()), 16),
-])  # fmt: skip
-def test_the_size_of_a_step_is_that_of_the_loader(data, how, rows, tmp_path, tokenizer):
-    trainer = of_class(Trainer)(tmp_path, tokenizer)
-    trainer.args.max_steps, trainer.args.gradient_accumulation_steps = 24, 2
-    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(data, **how)
-    length = TrainerIntegration(trainer).length
-    assert (length.batch_size, length.rows, length.steps) == (16, rows, 24)
 
 
 def test_a_warm_up_of_more_than_half_of_the_steps_is_told_of(tmp_path, tokenizer):

@@ -1,0 +1,206 @@
+"""The loader of a trainer: how long a training is by what it draws, and reading it without a trace."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorWithFlattening, Trainer
+
+import lora_init
+from lora_init.trainers.trainers import TrainerIntegration
+from tests.commands import tokenizer_of
+from tests.conftest import tiny_llama
+from tests.trainers.made import CHAT, WORDS, of_class, plain
+
+# These trainers take the rates that a tiny model learns at.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_of(WORDS, bos_token="<s>", chat_template=CHAT)
+
+
+def by_weights(weights, n, replacement=True):
+    return lambda data: torch.utils.data.WeightedRandomSampler(weights, n, replacement)
+
+
+class Repeats(torch.utils.data.Sampler):
+    """A sampler of one's own: a quarter of the rows four times in an epoch."""
+
+    def __iter__(self):
+        return iter([*range(4)] * 4)
+
+    def __len__(self):
+        return 16
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rows", "epochs"),
+    [
+        (lambda data: torch.utils.data.SubsetRandomSampler(range(8)), 8, 4),
+        (lambda data: torch.utils.data.RandomSampler(data, num_samples=8), 16, 2.5),  # others in each epoch
+        (by_weights([1.0] * 16, 8), None, 1 + 31 / 16),
+        (by_weights([1.0] * 4 + [0.0] * 12, 16), 4, 1 + 63 / 4),
+        (by_weights([1.0] + [0.0] * 15, 16), 4, 64),  # fewer than a step has
+        (by_weights([3.0] * 4 + [1.0] * 12, 8), None, 1 + 31 * 48 / 24**2),  # as many rows as 12 that are drawn alike
+        (by_weights([3.0] * 4 + [1.0] * 12, 16, replacement=False), 16, 4),
+        (by_weights([1.0] * 8 + [0.0] * 8, 8, replacement=False), 8, 4),
+        (lambda data: torch.utils.data.RandomSampler(range(8), num_samples=4), 8, 2.5),
+        (torch.utils.data.RandomSampler, 16, 4),
+        (lambda data: Repeats(), 4, 16),
+    ],
+)
+def test_an_example_is_seen_as_often_as_its_sampler_draws_it(sampler, rows, epochs, tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer, num_train_epochs=4, max_steps=-1)
+    trainer.train_dataset = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
+    trainer._get_train_sampler = lambda *given: sampler(trainer.train_dataset)
+    length = TrainerIntegration(trainer).length
+    assert rows in (None, length.rows) and length.steps == len(trainer.get_train_dataloader()) * 4
+    assert length.epochs == pytest.approx(epochs, rel=0.4 if epochs % 1 else 1e-6)
+    assert (f"each drawn {length.epochs:.1f} times" in str(length)) == bool(length.seen)
+
+
+def test_what_is_left_out_of_an_epoch_comes_in_another(tmp_path, tokenizer):
+    trainer = plain(
+        tmp_path, tokenizer, num_train_epochs=12, max_steps=-1, per_device_train_batch_size=9,
+        dataloader_drop_last=True,
+    )  # fmt: skip
+    trainer.train_dataset = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
+    length = TrainerIntegration(trainer).length
+    assert (length.steps, length.batch_size, length.rows) == (12, 9, 16) and 6 < length.epochs < 9  # 12 * 9 / 16 = 6.75
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self):
+        rows = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
+        return torch.utils.data.DataLoader(rows, 4, shuffle=True, collate_fn=self.data_collator)
+
+
+def test_the_length_of_a_trainer_with_a_loader_of_its_own_is_that_of_its_loader(tmp_path, tokenizer):
+    trainer = of_class(OwnLoader)(tmp_path, tokenizer)
+    trainer.train_dataset, trainer.args.max_steps = None, 24
+    length = TrainerIntegration(trainer).length
+    assert (length.steps, length.batch_size, length.rows, length.epochs) == (24, 4, 16, 6)
+
+
+class Lists:
+    """A sampler of batches that does not say how large they are."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __iter__(self):
+        numbers = iter(range(sum(self.sizes)))
+        return iter([[next(numbers) for _ in range(size)] for size in self.sizes])
+
+    def __len__(self):
+        return len(self.sizes)
+
+
+class Steady(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([{"input_ids": [1, 3, 5], "labels": [2, 3, 4]}] * 64)
+
+
+READY = [{"input_ids": torch.arange(24).reshape(8, 3), "labels": torch.arange(24).reshape(8, 3)} for _ in range(2)]
+
+
+def first(items):
+    return items[0]
+
+
+def in_parts(items):
+    return {"input_ids": torch.ones(4 * len(items), 3, dtype=torch.int64)}
+
+
+def whole_batches(n):
+    return torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(range(n)), 8, False)
+
+
+class Bulk(list):
+    """Rows that are asked for a whole batch, as those of datasets are."""
+
+    def __getitem__(self, which):
+        return {"input_ids": torch.ones(len(which), 40, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(("data", "how", "size", "rows"), [
+    (Steady(), dict(batch_size=8), 8, None),
+    (range(16), dict(batch_sampler=Lists([8, 8])), 8, 16),
+    (range(64), dict(batch_sampler=Lists([32, *[2] * 16])), 64 / 17, 64),  # by tokens
+    (READY, dict(batch_size=None), 8, 16),
+    (READY, dict(batch_size=1, collate_fn=first), 8, 16),
+    (READY, dict(batch_size=None, sampler=torch.utils.data.RandomSampler(READY, num_samples=2)), 8, 16),
+    ([{key: value[:1] for key, value in READY[0].items()}, *READY[:1] * 3], dict(batch_size=None), 25 / 4, 25),
+    (READY[:1] * 4, dict(batch_size=2, collate_fn=in_parts), 8, 16),
+    ([{"input_ids": [1, 3]}] * 16, dict(batch_size=8, collate_fn=DataCollatorWithFlattening()), 8, 16),
+    (Bulk(range(16)), dict(batch_size=None, sampler=whole_batches(16)), 8, 16),
+])  # fmt: skip
+def test_the_size_of_a_step_is_that_of_the_loader(data, how, size, rows, tmp_path, tokenizer):
+    trainer = of_class(Trainer)(tmp_path, tokenizer)
+    trainer.args.max_steps, trainer.args.gradient_accumulation_steps = 24, 2
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(data, **how)
+    length = TrainerIntegration(trainer).length
+    assert (length.batch_size, length.rows, length.steps) == (round(2 * size), rows, 24)
+
+
+class Masks:
+    """A collator that masks labels by a generator of its own."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __call__(self, items):
+        ids = torch.tensor([item["input_ids"] for item in items])
+        return {"input_ids": ids, "labels": ids.where(torch.rand(ids.shape, generator=self.generator) < 0.5, -100)}
+
+
+def adapted():
+    return get_peft_model(tiny_llama(), LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+
+
+class Numpy(torch.utils.data.Sampler):
+    """A sampler by numpy's numbers."""
+
+    def __init__(self, n):
+        self.n, self.generator = n, np.random.default_rng(3)
+
+    def __iter__(self):
+        return iter(self.generator.permutation(self.n).tolist())
+
+    def __len__(self):
+        return self.n
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "sampler"])
+def test_training_draws_as_it_would_have_from_generators_that_a_trainer_keeps(kind, tmp_path, tokenizer):
+    def batches(starts):
+        trainer = plain(tmp_path, tokenizer, max_steps=2)
+        generator = torch.Generator().manual_seed(3)
+        how = dict(shuffle=True, generator=generator) if kind == "shuffled" else dict(sampler=Numpy(16))
+        rows = [{"input_ids": [1, 3, 5 + i]} for i in range(16)]
+        loader = torch.utils.data.DataLoader(rows, 4, collate_fn=Masks(torch.Generator().manual_seed(4)), **how)
+        trainer.get_train_dataloader = lambda: loader
+        if starts:
+            lora_init.initialize(trainer, rank=2, progress=False)
+        return [value.tolist() for batch in loader for value in batch.values()]
+
+    assert batches(True) == batches(False)
+
+
+def test_a_callback_leaves_the_generator_of_a_collator(tmp_path, tokenizer):
+    def labels(*callbacks):
+        trainer, seen = plain(tmp_path, tokenizer, model=adapted(), max_steps=2), []
+        trainer.data_collator = Masks(torch.Generator().manual_seed(4))
+        trainer.train_dataset = [{"input_ids": [1, 3, 5 + i]} for i in range(16)]
+        trainer.model.register_forward_pre_hook(
+            lambda model, args, given: seen.append(given["labels"].tolist()) if model.training else None,
+            with_kwargs=True,
+        )
+        for one in callbacks:
+            trainer.add_callback(one)
+        trainer.train()
+        return seen
+
+    assert labels(lora_init.StartCallback(samples=8)) == labels()
