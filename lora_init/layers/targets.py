@@ -117,6 +117,8 @@ _WITHOUT_ROWS = {
     nn.Embedding: "an embedding reads token ids, whose principal directions are no more than the most frequent tokens",
     nn.MultiheadAttention: "a MultiheadAttention reads several inputs, and its adapter has one A for each",
 }
+# Libraries whose models are checkpoints as a whole, also those with code of their own on the hub.
+_CHECKPOINTS = ("transformers", "transformers_modules", "diffusers", "sentence_transformers")
 # For these tasks PEFT trains the head whole, under one of these names, and adapts nothing in it.
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -140,13 +142,28 @@ def heads_of(model: nn.Module) -> list[str]:
 
 
 def new_heads(model: nn.Module) -> list[str]:
-    """Name what begins at random where it is trained whole: a head and its parts; all of a model of one's own."""
+    """Name what begins at random where it is trained whole: a head and its parts; all of a model of one's own.
+
+    A class of one's own around a model of a library is no checkpoint, though it may have `from_pretrained`, as
+    transformers' page on custom models has it: what stands beside that model is new.
+    """
     names = plain_names(model)
     whole = {name: one for name, one in names.items() if hasattr(type(one), "from_pretrained")}
-    owners = [name for name in whole if not any(_is_below(name, other) for other in whole if other != name)]
+    known = [name for name, one in whole.items() if type(one).__module__.partition(".")[0] in _CHECKPOINTS]
+    around = {name for name in whole for other in known if name not in known and _is_below(other, name)}
+    owners = [name for name in whole if name not in around]
+    owners = [name for name in owners if not any(_is_below(name, other) for other in owners if other != name)]
     heads = [f"{name}.{head}".removeprefix(".") for name in owners for head in heads_of(whole[name])]
-    own = [name for name in linear_layers(model, names) if not any(_is_below(name, owner) for owner in owners)]
+    own = [name for name in names if not any(_is_below(name, owner) for owner in owners)]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    own = [name for name in own if names[name] is not output and _has_matrix(names[name])]
     return own + [name for name in names if any(_is_below(name, head) for head in heads)]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Return whether a module itself has a matrix, and is no embedding."""
+    matrices = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    return (matrices or is_linear(module)) and not isinstance(module, nn.Embedding)
 
 
 def _is_below(name: str, owner: str) -> bool:
