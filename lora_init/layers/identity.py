@@ -80,8 +80,14 @@ def model_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _tokens_of_modules(model: nn.Module) -> dict[str, int]:
-    """Return the tokens that modules keep: the padding of embeddings of positions, and the end of a text."""
+    """Return the tokens that modules keep: the padding of embeddings of positions, and the end of a text.
+
+    A classifier takes the last token before the padding, or the one at the end, by its configuration.
+    """
     found: dict[str, int] = {}
+    for head, key in (("score", "pad_token_id"), ("classification_head", "eos_token_id")):
+        token = getattr(getattr(model, "config", None), key, None) if hasattr(model, head) else None
+        found |= {f"config.{key} of {head}": token} if isinstance(token, int) else {}
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None) if "position" in name else None
         kept = {"padding": padding, "end": vars(module).get("eos_token_id")}

@@ -236,15 +236,19 @@ def _check_config(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def _with_renamed_patterns(config: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
-    """Write out what patterns say of layers under the names in the file, for their new names."""
+    """Write out what patterns say of layers under the names in the file, or else their new ones, for the new names."""
     old = {key.partition(".lora_A")[0].removeprefix(PREFIX): new for key, new in renames.items() if ".lora_A" in key}
     names = {name: match["name"] for name, key in old.items() if (match := _PART.fullmatch(key))}
     for key in config.get("target_parameters") or ():  # whose names patterns have, and the file has not
         names |= {f"{one.replace('.base_layer', '')}.{end}": f"{new.replace('.base_layer', '')}.{end}"
                   for one, new in names.items() for end in [str(key).rpartition(".")[2]]}  # fmt: skip
-    ranks, alphas = _ranks_and_alphas(config, names)
-    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
-    return {**config, **{key: {re.escape(names[n]): value for n, value in of.items()} for key, of in patterns.items()}}
+    written = {}
+    for key, default in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", config.get("lora_alpha", 8))):
+        in_file = from_patterns(config.get(key), [*names], None)
+        by_new = from_patterns(config.get(key), [*names.values()], default)
+        values = {new: by_new[new] if in_file[name] is None else in_file[name] for name, new in names.items()}
+        written[key] = {re.escape(new): value for new, value in values.items()}
+    return {**config, **written}
 
 
 def _check_pair(name: str, found: Mapping[str, Tensor], path: Path) -> None:

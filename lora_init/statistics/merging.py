@@ -306,13 +306,29 @@ def _data_in_words(made: Sequence[Provenance], weights: Sequence[float] | None) 
 
 
 def _common_settings(made: Sequence[Provenance]) -> dict[str, Any]:
-    """Return the settings that all parts have alike."""
+    """Return the settings that all parts have alike; of different data the rows are all of theirs."""
     every = [one.settings for one in made]
-    return {
+    common = {
         name: value
         for name, value in every[0].items()
         if all(name in settings and settings[name] == value for settings in every)
     }
+    rows = _rows_of_all(made)
+    return {**common, "rows": rows} if rows else {name: common[name] for name in common if name != "rows"}
+
+
+def _rows_of_all(made: Sequence[Provenance]) -> int | None:
+    """Count the rows of all data, those of each source once; None if that is unknown, as which rows in memory are."""
+    of_sources: dict[frozenset[str], Any] = {}
+    for one in made:
+        sources = frozenset(text.partition(": ")[0] for text in one.data.split("; "))
+        rows = one.settings.get("rows")
+        is_other = all(sources.isdisjoint(known) for known in of_sources)
+        is_same = of_sources.get(sources) == rows and not any(name.endswith("in memory") for name in sources)
+        if not isinstance(rows, int) or not (is_other or is_same):
+            return None
+        of_sources[sources] = rows
+    return int(sum(of_sources.values()))
 
 
 def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size: int) -> Iterator[str]:

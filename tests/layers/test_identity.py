@@ -84,3 +84,13 @@ def test_saved_buffers_are_part_of_a_model():
     norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     norm[1].running_mean.add_(1)
     assert differing_config(before, model_config(norm)).startswith("saved buffers ")
+
+
+def test_the_token_that_a_classifier_ends_a_row_by_counts():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = dict(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    made = [LlamaForSequenceClassification(LlamaConfig(**sizes, pad_token_id=token)) for token in (0, 2, None)]
+    first, second, unknown = map(model_config, made)
+    assert differing_config(first, second) == "pad_token_id of score 0 instead of 2"
+    assert differing_config(first, unknown) == ""

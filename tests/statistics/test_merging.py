@@ -1,13 +1,14 @@
 """Statistics of several passes, merged: the reference is one pass over all rows, or the rows written out."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lora_init import ExactPCA, IncrementalSVD, LoraInitError, Statistics, allocate_ranks, build_adapter
+from lora_init import ExactPCA, IncrementalSVD, LoraInitError, Statistics, allocate_ranks, build_adapter, collect
 from lora_init.statistics.merging import mix
 from tests.collection.made import counts_of, exact
 from tests.conftest import batches_for, refused, tiny_llama
@@ -361,3 +362,18 @@ def test_the_same_statistics_twice(shards):
     a, b, _ = shards
     refused("part 3 and part 1 hold the same statistics", a.merge, b, a)
     refused("hold the same statistics", a.merge, passed(batches=batches_for("llama", n_batches=5)), weights=[0.5, 0.5])
+
+
+@pytest.mark.parametrize(("sources", "rows"), [
+    ((("a.jsonl: 64 of 200 examples", 200), ("b.jsonl: 64 of 200 examples", 200)), 400),
+    ((("a.jsonl: 64 of 200 examples", 200), ("a.jsonl: 64 of 200 examples, after the first 64", 200)), 200),
+    ((("a.jsonl: 64 of 200 examples", 200), ("b.jsonl: 64 of 300 examples", 300)), 500),
+    ((("data in memory: 64 of 200 examples", 200), ("data in memory: 64 of 200 examples", 200)), None),
+    ((("a.jsonl: 64 of 200 examples", 200), ("batches", None)), None),
+])  # fmt: skip
+def test_a_merged_training_has_the_rows_of_all_data(sources, rows):
+    made, parts = collect(tiny_llama(), batches_for("llama"), rank=2, progress=False), []
+    for data, n in sources:
+        settings = {**made.provenance.settings, **({"rows": n} if n else {})}
+        parts.append(replace(made, provenance=replace(made.provenance, data=data, settings=settings)))
+    assert parts[0].merge(parts[1]).provenance.settings.get("rows") == rows
