@@ -128,9 +128,12 @@ FAULTS: dict[str, list[Planted]] = {
         ("forgotten hook", "self._stack.close()", "pass"),
     ],
     "collection/collect.py": [
-        ("wrong power", 'math.sqrt(found.sums["outputs", name] / tokens)', 'found.sums["outputs", name] / tokens'),
-        ("dropped factor", 'found.sums["inputs", group] / groups[group].n_samples', 'found.sums["inputs", group]'),
-        ("wrong count", "n_batches = sum(found.n_batches) - len(found.bad)", "n_batches = sum(found.n_batches)"),
+        ("wrong power", 'math.sqrt(collected.sums["outputs", name] / tokens)',
+         'collected.sums["outputs", name] / tokens'),
+        ("dropped factor", 'collected.sums["inputs", group] / groups[group].n_samples',
+         'collected.sums["inputs", group]'),
+        ("wrong count", "n_batches = sum(collected.n_batches) - len(collected.bad)",
+         "n_batches = sum(collected.n_batches)"),
         ("stale count", "max_batches - sum(done.used)", "max_batches"),
         ("lost setting", "n_triplets=max(job.n_components, 2 * made.rank)", "n_triplets=made.rank"),
     ],
@@ -289,7 +292,7 @@ FAULTS: dict[str, list[Planted]] = {
     "serving/trained.py": [
         ("wrong sign", "self.b.float() * (self.scaling / scaling)", "self.b.float() * (scaling / self.scaling)"),
         ("wrong power", "squares += layer.scaling**2 *", "squares += layer.scaling *"),
-        ("missing check", "elif not all(tensor.isfinite().all() for tensor in found.values()):", "elif False:"),
+        ("missing check", "elif not all(tensor.isfinite().all() for tensor in tensors.values()):", "elif False:"),
     ],
     "serving/export.py": [
         ("lost dtype", "int(self.megabytes * 10**6 / (engine.bytes_each or own))", "int(self.megabytes * 10**6 / own)"),
@@ -336,7 +339,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("missing check", "if share >= _SHARED:", "if False:"),
     ],
     "keep/dialed.py": [
-        ("dropped factor", "scaling=layer.scaling * found.strengths[n]", "scaling=layer.scaling"),
+        ("dropped factor", "scaling=layer.scaling * dialed.strengths[n]", "scaling=layer.scaling"),
     ],
     "keep/replay.py": [
         ("ignored mask", "[0] * (longest - len(one)) + [1] * len(one)", "[1] * longest"),
@@ -432,7 +435,7 @@ FAULTS: dict[str, list[Planted]] = {
     ],
     "collection/processes.py": [
         ("dropped term", "whole.merge(from_bytes(received[0]))", "from_bytes(received[0])"),
-        ("shared state", "whole, step = from_bytes(to_bytes(found)), 1", "whole, step = found, 1"),
+        ("shared state", "whole, step = from_bytes(to_bytes(collected)), 1", "whole, step = found, 1"),
         ("missing check", "if theirs.get(setting) != first:", "if False:"),
         ("stale count", "start = used[processes.rank] if used else 0", "start = 0"),
     ],

@@ -51,7 +51,7 @@ class Message(Exception):
         """Write it, with options as `spell` does, in one line; a name that stands in a value stays."""
         options = {f"{{{name}}}": spell(name, value) for name, value in self.options.items()}
         names = "|".join(map(re.escape, options)) or "(?!)"  # which matches nothing
-        return " ".join(re.sub(names, lambda found: options[found[0]], self.text).split())
+        return " ".join(re.sub(names, lambda match: options[match[0]], self.text).split())
 
 
 class LoraInitError(Message, ValueError):
@@ -118,9 +118,9 @@ def _how_to_install(*libraries: str) -> str:
 
 def require_version(library: str, release: str, what: str) -> None:
     """Check, before the work, that a library is as new as one feature needs, such as `"0.19"`."""
-    found = version(library)
-    if [int(part) for part in found.split(".")[:2]] < [int(part) for part in release.split(".")]:
-        raise LoraInitError(f"{what} needs {library} {release} or newer, and {found} is installed.")
+    installed = version(library)
+    if [int(part) for part in installed.split(".")[:2]] < [int(part) for part in release.split(".")]:
+        raise LoraInitError(f"{what} needs {library} {release} or newer, and {installed} is installed.")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -115,8 +115,8 @@ def _sweep(path: Path, ending: str) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})-{_machine()}-[0-9a-f]{{8}}\.{ending}")
     with suppress(OSError):  # no directory, or one that may not be listed
         for entry in os.scandir(path.parent):  # a comparison may have thousands
-            found = pattern.fullmatch(entry.name)
-            if found is None or _runs(int(found[1])):
+            match = pattern.fullmatch(entry.name)
+            if match is None or _runs(int(match[1])):
                 continue
             left = Path(entry)
             if left.is_dir():

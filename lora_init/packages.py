@@ -26,10 +26,10 @@ class Group:
     @cached_property
     def entries(self) -> dict[str, list[EntryPoint]]:
         """What is installed, by name."""
-        found: dict[str, list[EntryPoint]] = {}
+        entries: dict[str, list[EntryPoint]] = {}
         for entry in entry_points(group=self.name):
-            found.setdefault(entry.name, []).append(entry)
-        return found
+            entries.setdefault(entry.name, []).append(entry)
+        return entries
 
     @contextmanager
     def loading(self, name: str) -> Iterator[tuple[EntryPoint, str]]:

@@ -55,10 +55,10 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
     if not isinstance(rank, int) or rank < 1:
         raise LoraInitError(f"{file} is damaged: r is {rank!r}, and a rank of at least 1 is expected.")
     for name in ("rank_pattern", "alpha_pattern", "auto_mapping"):
-        found = config.get(name) or {}
-        numbers = found.values() if isinstance(found, dict) and name != "auto_mapping" else ()
-        if not isinstance(found, dict) or not all(map(is_number, numbers)):
-            raise LoraInitError(f"{file} is damaged: {name} is {found!r}, and a mapping is expected, to numbers.")
+        mapping = config.get(name) or {}
+        numbers = mapping.values() if isinstance(mapping, dict) and name != "auto_mapping" else ()
+        if not isinstance(mapping, dict) or not all(map(is_number, numbers)):
+            raise LoraInitError(f"{file} is damaged: {name} is {mapping!r}, and a mapping is expected, to numbers.")
 
 
 class AdapterDirectory:

@@ -83,11 +83,11 @@ def learning_rate(
     check_fresh(layers, adapter_name, f"the adapter {adapter_name!r}", "The rule is for adapters before training.")
     if tokenizer is None:
         check_batches(batches, "learning_rate()")
-    found = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
-    found = as_batches(found, without_adapter(unwrapped(model)), 0)
-    rows = getattr(found, "settings", {}).get("rows")
+    data = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
+    data = as_batches(data, without_adapter(unwrapped(model)), 0)
+    rows = getattr(data, "settings", {}).get("rows")
     length = TrainingLength.plan(rows, steps, epochs, train_batch_size)
-    return measure_rate(model, found, length, adapter_name, freeze_a)
+    return measure_rate(model, data, length, adapter_name, freeze_a)
 
 
 def measure_rate(
@@ -98,7 +98,7 @@ def measure_rate(
     model = unwrapped(model)
     base, layers = without_adapter(model), layers_of(model, adapter_name)
     configs = (getattr(module, "peft_config", {}) for module in model.modules())  # a PeftModel may be held by another
-    config = next((found[adapter_name] for found in configs if adapter_name in found), None)
+    config = next((adapters[adapter_name] for adapters in configs if adapter_name in adapters), None)
     freeze_a = freeze_a or bool(config and carried(config.to_dict()).get("freeze_a"))
     responses, unread = measure_responses(base, layers, batches, adapter_name, freeze_a)
     left_out = [name for name in layers if name not in responses] + unread

@@ -145,21 +145,21 @@ def _collect(
     run = Pass(hooks, functions.run, n_components, n_components, tolerance=1.0 - tau**2)
     shard = own_batches(processes, batches, used=[], in_step=is_sharded(model))
     with hooks, progress_bar(batches, MAX_BATCHES, progress and processes.rank == 0) as bar:
-        found = run_pass(run, shard, MAX_BATCHES, processes, bar)
+        collected = run_pass(run, shard, MAX_BATCHES, processes, bar)
     if run.failure is not None:
         raise run.failure
-    if not sum(found.n_batches):
+    if not sum(collected.n_batches):
         raise ValueError("dataloader is empty")
-    spectra = {name: record.whole().spectrum() for name, record in found.groups.items() if record.n_samples}
+    spectra = {name: record.whole().spectrum() for name, record in collected.groups.items() if record.n_samples}
     if not spectra:
         raise LoraInitError(
             "no layer received rows: the masks keep no token, or no targeted layer ran. Check attention_mask and "
             "labels, or set use_label_mask=False."
         )
-    if found.stop_reason == "max_batches":
+    if collected.stop_reason == "max_batches":
         warn(
             f"tau={tau} was not reached in {MAX_BATCHES} batches: of what the directions capture they would keep "
-            f"{found.keeps:.0%} on other data. They are used as they are."
+            f"{collected.keeps:.0%} on other data. They are used as they are."
         )
     return {name: spectra[name] for name in modules if name in spectra}
 

@@ -118,9 +118,9 @@ def _check_layers(model: nn.Module, targets: Mapping[str, Target], there: Mappin
     """Refuse a model with a layer of another kind or width than the statistics from `origin` have."""
     fused = [name for name, target in targets.items() if target.experts]
     plain = exact_pattern(name for name in targets if name not in fused) if len(targets) > len(fused) else []
-    found = find_targets(model, plain, target_parameters=fused).layers
+    layers = find_targets(model, plain, target_parameters=fused).layers
     for name, expected in targets.items():
-        got = found.get(name)
+        got = layers.get(name)
         if got is None or _shape(got) != _shape(expected):
             shown = type(there[name]).__name__ if got is None else _described(got)
             raise LoraInitError(
@@ -134,14 +134,14 @@ def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
     wiring = [(module, dict(vars(module))) for module in model.modules()]
     # Their dicts stay the same objects, since whoever added a hook holds on to one.
     # Configurations of other classes are objects, and diffusers' allow no change.
-    values = (value for _, found in wiring for value in found.values() if type(value) in (dict, OrderedDict))
+    values = (value for _, own in wiring for value in own.values() if type(value) in (dict, OrderedDict))
     dicts = [(value, dict(value)) for value in values]
     trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     kept = [*model.buffers(), *(model.parameters() if weights else ())]
     contents = [(tensor, tensor.data, tensor.detach().clone()) for tensor in kept]
 
     def restore() -> None:
-        for attributes, content in [*((vars(module), found) for module, found in wiring), *dicts]:
+        for attributes, content in [*((vars(module), own) for module, own in wiring), *dicts]:
             attributes.clear()
             attributes.update(content)
         for parameter, requires_grad, grad in trainable:

@@ -72,7 +72,7 @@ def start_from_bank(
     )
     build = partial(mixed_adapter, model, about, by)
     weigh = None if loss_of is None else partial(find_weights, model, build=build, loss_of=loss_of)
-    update = WAYS[by](bank, [found.name for found in order], embeddings, weigh)
+    update = WAYS[by](bank, [neighbour.name for neighbour in order], embeddings, weigh)
     cut = {name: balanced(layer, rank) for name, layer in update.layers.items()}
     gamma, build = shape.gamma, partial(build, cut, rank, shape.lora_alpha or SCALING * rank)
     try:
@@ -139,8 +139,8 @@ def mixed_adapter(
     gamma: float | None = None,
 ) -> AdapterInit:
     """Put an update of scaling 1 into an adapter, perhaps over gamma, half of its scaling in A and half in B."""
-    found = find_targets(model, list(update), task_type=about.task_type).layers
-    targets = {name: target for name, target in found.items() if name in update}
+    layers = find_targets(model, list(update), task_type=about.task_type).layers
+    targets = {name: target for name, target in layers.items() if name in update}
     for name, layer in update.items():
         d_in, d_out = layer.widths
         if name not in targets or (d_in, d_out) != (targets[name].in_features, targets[name].out_features):

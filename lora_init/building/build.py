@@ -244,9 +244,9 @@ def _responses(context: BuildContext, weights: Weights) -> Iterator[tuple[str, R
             seen = zip(parts, context.stats.of_experts(name) or [context.stats[name]], counts, strict=True)
             sums = [n * float((energies(one, a) * (2.0 / math.pi)).sqrt().sum()) for a, one, n in seen]
             ax = sum(sums) / max(sum(counts), 1)
-            found = response(context.stats.sizes[name], ax, len(parts[0]), context.scaling, context.shape.freeze_a)
-            if found:
-                yield name, found
+            moved = response(context.stats.sizes[name], ax, len(parts[0]), context.scaling, context.shape.freeze_a)
+            if moved:
+                yield name, moved
 
 
 def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:

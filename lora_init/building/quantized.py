@@ -139,8 +139,8 @@ class QuantizationErrors(Mapping[str, Tensor]):
         if any(part.device.type == "meta" for part in parts):
             raise LoraInitError(f"{where}: its weights are not in memory (meta, or offloaded). Load the whole model.")
         shape = (target.out_features, target.in_features)
-        found = find_parameter(tensors, model, f"{target.name}.weight", shape)
-        if not found:
+        weight = find_parameter(tensors, model, f"{target.name}.weight", shape)
+        if not weight:
             there = [list(one.shape) for key, one in tensors.items() if f".{key}".endswith(f".{target.name}.weight")]
             got = f"is {there[0]} in" if there else "is not in"
             raise LoraInitError(
@@ -148,7 +148,7 @@ class QuantizationErrors(Mapping[str, Tensor]):
                 "was made of by {weights}.",
                 weights=...,
             )
-        return found
+        return weight
 
 
 @torch.no_grad()

@@ -127,11 +127,11 @@ def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[
             _warn_of_few(len(new), total)
             return _once(spare, new), batches
     stream = ((batch, _examples(batch)) for batch in chain(batches, (batch for batch, _ in spare)))
-    head, found = _read_enough(stream)
+    head, different = _read_enough(stream)
     if not head:
         return [], []
-    chosen = set(islice(found, n_aside(len(found), len(head[0][1]))))
-    _warn_of_few(len(chosen), len(found))
+    chosen = set(islice(different, n_aside(len(different), len(head[0][1]))))
+    _warn_of_few(len(chosen), len(different))
     rest = list(_without(head, chosen)) or [batch for batch, _ in head]
     return _once(head, chosen), chain(rest, _without(stream, chosen))
 
@@ -139,13 +139,13 @@ def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[
 def _read_enough(stream: Iterator[tuple[Any, list[Any]]]) -> tuple[list[tuple[Any, list[Any]]], dict[Any, None]]:
     """Read batches until a quarter of their examples is plenty; return them, and their examples in order, each once."""
     head: list[tuple[Any, list[Any]]] = []
-    found: dict[Any, None] = {}
+    different: dict[Any, None] = {}
     for batch, examples in stream:
         head.append((batch, examples))
-        found |= dict.fromkeys(examples)
-        if len(found) >= 4 * most_aside(len(head[0][1])):
+        different |= dict.fromkeys(examples)
+        if len(different) >= 4 * most_aside(len(head[0][1])):
             break
-    return head, found
+    return head, different
 
 
 def _warn_of_few(n: int, total: int) -> None:

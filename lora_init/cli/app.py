@@ -131,7 +131,7 @@ def env() -> None:
     about = {
         "python": platform.python_version(),
         "system": platform.platform(),
-        **{found.name: found.version for found in distributions() if found.name in _PACKAGES},
+        **{package.name: package.version for package in distributions() if package.name in _PACKAGES},
         "torch": torch.__version__,  # says for which CUDA it was built, as its distribution need not
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} of them for torch",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 10**9:.0f} GB",

@@ -99,39 +99,39 @@ def add(
     called = f"{type(loaded.model).__name__} {Path(source).name}"
     new = Bank(bank.expanduser(), fingerprint(loaded.model), called, encoder)
     data = batches.description
-    found = add_entry(new, name, trained, embeddings, task=task or name, data=data, statistics=statistics)
-    summary = {"bank": str(found.path), "entry": name, **asdict(found.entries[name]), "tasks": len(found.tasks)}
-    entry = found.entries[name]
+    grown = add_entry(new, name, trained, embeddings, task=task or name, data=data, statistics=statistics)
+    summary = {"bank": str(grown.path), "entry": name, **asdict(grown.entries[name]), "tasks": len(grown.tasks)}
+    entry = grown.entries[name]
     line = (
-        f"{found.path}: {name}, task {entry.task}, rank {entry.rank}, {entry.n_prompts} prompts. "
-        f"In all {len(found.entries)}, tasks: {len(found.tasks)}."
+        f"{grown.path}: {name}, task {entry.task}, rank {entry.rank}, {entry.n_prompts} prompts. "
+        f"In all {len(grown.entries)}, tasks: {len(grown.tasks)}."
     )
-    print_result(summary, partial(_show, line, found), written=True)
+    print_result(summary, partial(_show, line, grown), written=True)
 
 
 def list_(bank: BankPath) -> None:
     """List the adapters in BANK."""
     with importing():
         from lora_init.bank.store import GENERATOR, open_bank
-    found = open_bank(bank)
-    entries = {name: asdict(entry) for name, entry in found.entries.items()}
+    opened = open_bank(bank)
+    entries = {name: asdict(entry) for name, entry in opened.entries.items()}
     head = {
-        "bank": f"{found.path}: {len(found.entries)} adapters of {len(found.tasks)} tasks",
-        "base": found.model,
-        "prompts": f"embedded by {found.encoder or 'the middle layer of the base'}",
-        "generator": "trained" if (found.path / GENERATOR).is_file() else f"none: lora-init bank train {found.path}",
+        "bank": f"{opened.path}: {len(opened.entries)} adapters of {len(opened.tasks)} tasks",
+        "base": opened.model,
+        "prompts": f"embedded by {opened.encoder or 'the middle layer of the base'}",
+        "generator": "trained" if (opened.path / GENERATOR).is_file() else f"none: lora-init bank train {opened.path}",
     }
 
     def show(console: Console, _: Any) -> None:
         rows = [
             {"entry": name, "task": entry.task, "rank": str(entry.rank), "prompts": str(entry.n_prompts)}
             | {"statistics": "yes" if entry.statistics_sha256 else "-", "data": entry.data.partition(":")[0]}
-            for name, entry in found.entries.items()
+            for name, entry in opened.entries.items()
         ]
         console.print(facts(head), "", Cells(rows), markup=False)
-        _show_next(console, found)
+        _show_next(console, opened)
 
-    about = {"bank": str(found.path), "model": found.model, "encoder": found.encoder, "entries": entries}
+    about = {"bank": str(opened.path), "model": opened.model, "encoder": opened.encoder, "entries": entries}
     print_result(about, show)
 
 
@@ -152,16 +152,16 @@ def train(
         if step % every == 0:
             say(f"step {step} of {steps}: error {loss:.3f} of the variance of the weights")
 
-    found = open_bank(bank)
-    generator = train_generator(found, rank, steps, seed, report)
-    path = generator.save(found)
+    opened = open_bank(bank)
+    generator = train_generator(opened, rank, steps, seed, report)
+    path = generator.save(opened)
     parameters = sum(p.numel() for p in generator.decoder.parameters())
     summary = {"generator": str(path), "parameters": parameters, "explained": finite(generator.explained)}
     line = (
-        f"{path}: {parameters:,} parameters. From prompts of its {len(found.tasks)} tasks that it did not see it "
+        f"{path}: {parameters:,} parameters. From prompts of its {len(opened.tasks)} tasks that it did not see it "
         f"reproduces {max(0.0, generator.explained):.0%} of what distinguishes their adapters."
     )
-    print_result(summary, partial(_show, line, found), written=True)
+    print_result(summary, partial(_show, line, opened), written=True)
 
 
 def _show(line: str, bank: Bank, console: Console, _: Any) -> None:

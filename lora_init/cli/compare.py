@@ -163,11 +163,11 @@ def compare(
     }
     with importing(model, data):
         from lora_init.comparison.compare import compare as run_comparison
-    found = run_comparison(
+    comparison = run_comparison(
         model, data, output, rank=rank, seeds=seeds, label=label, dry_run=dry_run, weights=weights, bank=bank,
         command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **given,
     )  # fmt: skip
-    _print_found(found)
+    _print_found(comparison)
 
 
 def _check_cluster(data: str, workers: int | None, cluster: str | None, time: str | None) -> None:
@@ -180,21 +180,22 @@ def _check_cluster(data: str, workers: int | None, cluster: str | None, time: st
         say("--time counts from now on, waiting in the queue included; runs that have not ended by then are canceled.")
 
 
-def _print_found(found: Comparison) -> None:
+def _print_found(comparison: Comparison) -> None:
     """Print a comparison or its outlook; exit with an error if runs failed."""
-    if found.outlook is not None:
-        plan = {"runs": [asdict(run) | {"start": str(run.start)} for run in found.planned], **found.outlook.to_dict()}
-        print_result(plan | {"data": found.settings["data"]}, show_outlook)
+    if comparison.outlook is not None:
+        runs = [asdict(run) | {"start": str(run.start)} for run in comparison.planned]
+        plan = {"runs": runs, **comparison.outlook.to_dict()}
+        print_result(plan | {"data": comparison.settings["data"]}, show_outlook)
         return
-    about = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
-    about["verdicts"] = [asdict(verdict) for verdict in found.summary.verdicts]
-    about["notes"] = found.summary.notes
-    print_result(about, lambda console, _: show_comparison(console, found.summary), written=True)
+    about = {"directory": str(comparison.directory), "settings": comparison.settings, "runs": comparison.records}
+    about["verdicts"] = [asdict(verdict) for verdict in comparison.summary.verdicts]
+    about["notes"] = comparison.summary.notes
+    print_result(about, lambda console, _: show_comparison(console, comparison.summary), written=True)
     if not running.as_json:
-        say(f"{found.directory / 'report.html'}: written")
-        if (found.directory / "best").exists():
-            say(f"{found.directory / 'best'}: the trained adapter of the best start")
-    if any(record["status"] == "failed" for record in found.records):
+        say(f"{comparison.directory / 'report.html'}: written")
+        if (comparison.directory / "best").exists():
+            say(f"{comparison.directory / 'best'}: the trained adapter of the best start")
+    if any(record["status"] == "failed" for record in comparison.records):
         raise SystemExit(FAILED)
 
 

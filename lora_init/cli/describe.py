@@ -61,15 +61,15 @@ def describe_intruders(
     with busy(f"loading {source}"):
         loaded = load_model(source, task_type=task_type, device="cpu", trust_remote_code=trust_remote_code)
     with busy("decomposing the weights"):
-        found = intruder_dimensions(loaded.model, path)
+        intruders = intruder_dimensions(loaded.model, path)
     return {
         "model": source,
         "k": K,
         "threshold": THRESHOLD,
-        "count": found.count,
-        "of": found.of,
-        "energy_share": finite(found.energy_share),
-        "skipped": dict(found.skipped),
+        "count": intruders.count,
+        "of": intruders.of,
+        "energy_share": finite(intruders.energy_share),
+        "skipped": dict(intruders.skipped),
         "layers": {
             name: {
                 "count": layer.count,
@@ -77,7 +77,7 @@ def describe_intruders(
                 "energy_share": finite(layer.energy_share),
                 "least_similarity": finite(min(layer.similarities)),
             }
-            for name, layer in found.layers.items()
+            for name, layer in intruders.layers.items()
         },
     }
 
@@ -109,8 +109,8 @@ def describe_merge(
             loaded = load_model(plain.source, dtype="float32")
         batches = load_batches(data, loaded.tokenizer, **vars(reading), samples=_MERGED_SAMPLES)
         with busy("measuring"):
-            found = divergence(loaded.model, AdapterDirectory(path), batches, dtype)
-        measured, lost = asdict(found) | {"computed_in": "float32"}, found.lost
+            diverged = divergence(loaded.model, AdapterDirectory(path), batches, dtype)
+        measured, lost = asdict(diverged) | {"computed_in": "float32"}, diverged.lost
     return {
         "base": plain.source, "type": dtype, "statistics": stats is not None, "divergence": measured,
         "arrives": finite(total.arrives), "noise": finite(total.ratio), "advice": total.advice(lost),

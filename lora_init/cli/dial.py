@@ -88,7 +88,7 @@ def dial(
     if trained.adds_nothing:
         raise LoraInitError(f"{adapter}: B A is zero in every layer, so it was never trained. Train it first.")
     if data is None and strength is not None:
-        found = Dial.unmeasured(str(rule), dict.fromkeys(trained.layers, strength))
+        dialed = Dial.unmeasured(str(rule), dict.fromkeys(trained.layers, strength))
     else:
         source = open_model(base or trained.base, trust_remote_code=loading.trust_remote_code)
         source.check_quantized(loading.quantize)
@@ -105,9 +105,9 @@ def dial(
             check_enough(kept.n, f"--keep {keep}")
         loaded = loading.load(source)
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
-            found = turn(model, rule, batches, kept, source.tokenizer, seed, say)
-    path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
-    shown = {"written": str(path)} | found.summary()
+            dialed = turn(model, rule, batches, kept, source.tokenizer, seed, say)
+    path = write_dialed(output, trained, plain, dialed, overwrite, alpha_pattern)
+    shown = {"written": str(path)} | dialed.summary()
     written = AdapterDirectory(output)
     options = export_options(written.config, written.shapes) or ""
     serve = f"lora-init export {shlex.quote(str(output))} {options} -o {shlex.quote(f'{output}-served')}"
@@ -116,7 +116,7 @@ def dial(
         console.print(facts(shown))
         print_next(console, serve)
 
-    print_result({"path": str(path)} | found.to_dict(), show, written=True)
+    print_result({"path": str(path)} | dialed.to_dict(), show, written=True)
 
 
 def _check_options(data: str | None, keep: str | None, strength: float | None) -> None:

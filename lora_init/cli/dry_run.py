@@ -44,20 +44,20 @@ def estimate(read: Opened, loading: LoadingQuantized, config: InitConfig, rho: f
     with torch.device("meta"):  # no weights
         loader = getattr(transformers, opened.auto_class)
         model = loader.from_config(opened.config, trust_remote_code=loading.trust_remote_code)
-    found = find_targets(model, **vars(config.layers))
-    found.check_layers()
+    targets = find_targets(model, **vars(config.layers))
+    targets.check_layers()
     place = find_device(loading.device)
     dtype = _dtype(model, opened.config, loading, place)
-    shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
+    shared = {(name.rpartition(".")[0], target.in_features) for name, target in targets.layers.items()}
     used = (batches or [])[: config.run.max_batches]
     tokens = sum(batch["input_ids"].numel() for batch in used)
     operations = 2 * _n_multiplied(model) * tokens * (_BACKWARD if config.needs_gradient else 1.0)
     weights_bytes = _weights_bytes(model, dtype, loading.quantize)
     per_second = _speed(dtype, place)
     return {
-        "layers": len(found.layers),
-        "unsupported": dict(found.unsupported),
-        "parameters": sum(one.parameters(rank, shape.freeze_a, shape.use_dora) for one in found.layers.values()),
+        "layers": len(targets.layers),
+        "unsupported": dict(targets.unsupported),
+        "parameters": sum(one.parameters(rank, shape.freeze_a, shape.use_dora) for one in targets.layers.values()),
         "rank": rank,
         "data": batches.description if batches is not None else None,
         "batches": len(used),
@@ -109,22 +109,22 @@ def _speed(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * 1024**3 * n_products / (time.perf_counter() - start)
 
 
-def show_estimate(console: Console, found: Mapping[str, Any]) -> None:
+def show_estimate(console: Console, about: Mapping[str, Any]) -> None:
     """Print what `estimate` returned."""
-    kept = f", {len(found['unsupported'])} keep PEFT's own start" if found["unsupported"] else ""
+    kept = f", {len(about['unsupported'])} keep PEFT's own start" if about["unsupported"] else ""
     weights, statistics, read = (
-        found[key] / 10**9 for key in ("weights_bytes", "statistics_bytes", "offloaded_bytes_read")
+        about[key] / 10**9 for key in ("weights_bytes", "statistics_bytes", "offloaded_bytes_read")
     )
-    speed = found["operations_per_second"] / 10**9
+    speed = about["operations_per_second"] / 10**9
     rows = {
-        "layers": f"{found['layers']} take an adapter{kept}",
-        "parameters": f"{found['parameters']:,} at rank {found['rank']} everywhere",
-        "data": found["data"] or "none: the statistics file is used as it is",
-        "pass": f"{found['batches']} batches at most, {found['tokens']:,} tokens",
+        "layers": f"{about['layers']} take an adapter{kept}",
+        "parameters": f"{about['parameters']:,} at rank {about['rank']} everywhere",
+        "data": about["data"] or "none: the statistics file is used as it is",
+        "pass": f"{about['batches']} batches at most, {about['tokens']:,} tokens",
         "memory": f"weights {weights:.2f} GB, statistics {statistics:.2f} GB, and the activations of one batch",
         "offloaded": f"{read:,.2f} GB to read, the weights once a batch, if device_map leaves them on disk",
-        "work": f"{found['operations'] / 10**12:,.2f} TFLOP in matrix products",
-        "time": f"{found['seconds'] / _MARGIN:,.0f} to {found['seconds'] * _MARGIN:,.0f} s on an idle machine at "
+        "work": f"{about['operations'] / 10**12:,.2f} TFLOP in matrix products",
+        "time": f"{about['seconds'] / _MARGIN:,.0f} to {about['seconds'] * _MARGIN:,.0f} s on an idle machine at "
         f"{speed:,.0f} GFLOP/s, several times that beside other work",
     }
     console.print(facts(rows))

@@ -129,11 +129,11 @@ def init(
     loaded, config = source.load_named(names, opened, config, loading, there, plan)
     directory = output.expanduser()  # as it was typed, for the next command
     if bank is not None:
-        found = start_from(bank, from_bank.similarity, loaded, opened.examples, config, there)
+        bank_start = start_from(bank, from_bank.similarity, loaded, opened.examples, config, there)
         if not process_rank():
-            built = replace(found.init, length=opened.length)
+            built = replace(bank_start.init, length=opened.length)
             built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
-            print_result(summary_of_bank(found, directory), show_bank_summary, written=True)
+            print_result(summary_of_bank(bank_start, directory), show_bank_summary, written=True)
         return
     stats, config = source.collect_named(names, loaded.model, opened.examples, config, there, rho)
     planned = plan or allocate_ranks(stats, config.ranks.rank, config.ranks.rho)

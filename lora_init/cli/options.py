@@ -79,10 +79,10 @@ class Length:
 
 def one_base(bases: Iterable[str]) -> str:
     """Return the base that all adapters have."""
-    found = sorted({*bases})
-    if len(found) > 1:
-        raise LoraInitError(f"the adapters are of {', '.join(found)}. Take those of one base, or name --base.")
-    return found[0]
+    named = sorted({*bases})
+    if len(named) > 1:
+        raise LoraInitError(f"the adapters are of {', '.join(named)}. Take those of one base, or name --base.")
+    return named[0]
 
 
 def read_share(option: str, text: str) -> float:

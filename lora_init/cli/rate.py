@@ -55,17 +55,17 @@ def rate(
     planned = length.plan(batches.settings.get("rows"))  # refuses what contradicts, before the weights are read
     loaded = loading.load(source)
     with busy("measuring"), with_adapter(loaded.model, directory) as model:
-        found = learning_rate(
+        rule = learning_rate(
             model, batches, steps=length.steps, epochs=length.epochs, train_batch_size=planned.batch_size,
             freeze_a=bool(directory.origin.get("freeze_a")),
         )  # fmt: skip
-    first, last = found.layers[0], found.layers[-1]
-    left_out = f"\n{len(found.left_out)} layers say nothing, such as {found.left_out[0]}." if found.left_out else ""
+    first, last = rule.layers[0], rule.layers[-1]
+    left_out = f"\n{len(rule.left_out)} layers say nothing, such as {rule.left_out[0]}." if rule.left_out else ""
     result = {
-        "learning_rate": found.rate, "range": found.range, "steps": found.steps, "epochs": found.length.epochs,
-        "moves_most": first, "moves_least": last, "left_out": [*found.left_out],
+        "learning_rate": rule.rate, "range": rule.range, "steps": rule.steps, "epochs": rule.length.epochs,
+        "moves_most": first, "moves_least": last, "left_out": [*rule.left_out],
     }  # fmt: skip
-    text = f"{found}\nMoves most: {first}; least: {last}.{left_out}"
+    text = f"{rule}\nMoves most: {first}; least: {last}.{left_out}"
 
     def show(console: Console, _: Any) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

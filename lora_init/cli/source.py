@@ -187,8 +187,8 @@ def _check_made_for(stats: Statistics, model: nn.Module, config: InitConfig) -> 
         raise LoraInitError(f"{stats.path} was made from this model with {odd}. Make it anew: name DATA.")
     if given(("dtype",)) and made.settings.get("dtype", dtype_of(model)) != dtype_of(model):
         raise LoraInitError(f"{stats.path} was made in {made.settings['dtype']}. Leave --dtype out, or name DATA.")
-    found = find_targets(model, **vars(config.layers))
-    wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
+    targets = find_targets(model, **vars(config.layers))
+    wanted, there = {*targets.layers, *targets.unsupported}, {*stats, *stats.unsupported}
     if wanted != there:
         raise LoraInitError(
             f"{stats.path} is not about the layers that --target-modules and --target-parameters select: "
@@ -206,11 +206,11 @@ def _saying_what_is_kept(file: Path | None) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Exception) as stop:
-        found: Statistics | None = getattr(stop, "statistics", None)
-        if file is not None and found is not None:
-            n_batches = found.provenance.n_batches
+        kept: Statistics | None = getattr(stop, "statistics", None)
+        if file is not None and kept is not None:
+            n_batches = kept.provenance.n_batches
             say(f"{file}: kept the statistics of {n_batches} batches. The same command goes on after them.")
-        elif found is not None or isinstance(stop, KeyboardInterrupt):
+        elif kept is not None or isinstance(stop, KeyboardInterrupt):
             say("nothing was kept. --statistics FILE keeps what a pass has found, and goes on from there.")
         raise
 

@@ -102,15 +102,15 @@ def summary_of(
     }
 
 
-def summary_of_bank(found: BankStart, directory: Path) -> dict[str, Any]:
+def summary_of_bank(started: BankStart, directory: Path) -> dict[str, Any]:
     """Put what a start from a bank is into plain values."""
-    init = found.init
+    init = started.init
     before, after = init.losses or (None, None)
     return {
         "adapter": str(directory),
         "method": init.method, "ranks": init.ranks, "parameters": init.n_parameters(),
-        "neighbours": [asdict(one) | {"said": one.in_words()} for one in found.neighbours],
-        "weights": dict(found.weights), "passes": found.passes, "gamma": init.gamma,
+        "neighbours": [asdict(one) | {"said": one.in_words()} for one in started.neighbours],
+        "weights": dict(started.weights), "passes": started.passes, "gamma": init.gamma,
         "loss_before": finite(before), "loss_at_start": finite(after), "next": _next(directory),
     }  # fmt: skip
 

@@ -144,6 +144,6 @@ def correction_facts(correction: Mapping[str, Any]) -> dict[str, str]:
 
 def quantization_name(settings: Mapping[str, Any]) -> str:
     """Return the name of a quantization:  its library, and its kind or bits."""
-    found = next((settings[key] for key in ("bnb_4bit_quant_type", "bits", "nbits") if settings.get(key)), None)
+    kind = next((settings[key] for key in ("bnb_4bit_quant_type", "bits", "nbits") if settings.get(key)), None)
     bits = next((f"{n} bits" for n in (4, 8) if settings.get(f"load_in_{n}bit")), "")
-    return f"{settings.get('quant_method', '')} {found or bits}".strip()
+    return f"{settings.get('quant_method', '')} {kind or bits}".strip()

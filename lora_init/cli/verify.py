@@ -108,7 +108,7 @@ def verify(
     for one in sources:
         with failures.noting(one), busy(f"computing and asking {n} of {len(prompts)} prompts"):
             results[one] = _verify_one(one, loaded, prompts, server, served[one], n)
-    verdicts = {found.verdict for found in results.values()} - {AS_TRAINED, AS_EXPORTED}
+    verdicts = {verification.verdict for verification in results.values()} - {AS_TRAINED, AS_EXPORTED}
     wrong = [one for one in names if one in failures.texts or results[one].verdict in verdicts]
     look = f"lora-init inspect {shlex.quote(str(wrong[0]))} --base {shlex.quote(source)}" if wrong else ""
     _show(names, results, failures.texts, look or _request(server.url, any_name, as_chat))

@@ -220,7 +220,7 @@ def _fit_view(about: Mapping[str, Any]) -> list[Any]:
 
 def _merge_view(about: Mapping[str, Any]) -> list[Any]:
     """Show what `describe_merge` returned: the whole, and the layers that lose most."""
-    layers, found = about["layers"], about["divergence"]
+    layers, divergence = about["layers"], about["divergence"]
     worst = sorted(layers, key=lambda name: -layers[name]["noise"])[:3]
     counted = "where the data are" if about["statistics"] else "over all weights"
     head = {
@@ -228,10 +228,11 @@ def _merge_view(about: Mapping[str, Any]) -> list[Any]:
         "arrives": f"{about['arrives']:.1%} of the change, under {about['noise']:.2g} times as much noise, {counted}",
         "noisiest": ", ".join(f"{name} {layers[name]['noise']:.2g}" for name in worst),
     }
-    if found:
+    if divergence:
         head["measured"] = (
-            f"{found['merged']:.2g} nats a token from the adapter on its base, on {found['tokens']} tokens; the base "
-            f"without it is {found['base']:.2g} away; computed in {found['computed_in']}, whatever is served"
+            f"{divergence['merged']:.2g} nats a token from the adapter on its base, on {divergence['tokens']} tokens; "
+            f"the base without it is {divergence['base']:.2g} away; computed in {divergence['computed_in']}, whatever "
+            "is served"
         )
     return ["", facts(head | {"advice": about["advice"]})]
 

@@ -63,7 +63,7 @@ class ActivationHooks:
         self.masks = masks
         self.group_of: dict[str, str] = {}
         self._rows = rows
-        self._experts = {name: found for name in modules if (found := experts_of(name, modules[name]))}
+        self._experts = {name: experts for name in modules if (experts := experts_of(name, modules[name]))}
         self._patches = {name: patches_of(name, module) for name, module in modules.items()}
         head = getattr(model, "get_output_embeddings", lambda: None)()
         to_the_end |= any(head is module for module in modules.values())

@@ -312,12 +312,12 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
             run.hooks,
             run.backward or nullcontext(),
         ):
-            found = run_pass(run, shard, left, processes, bar, save, may_fail)
+            collected = run_pass(run, shard, left, processes, bar, save, may_fail)
         if run.failure is None:
-            _check_any_batch(found, earlier)
-        result = frozen(found)
+            _check_any_batch(collected, earlier)
+        result = frozen(collected)
         if run.failure is None:
-            _check_rows(result, found)
+            _check_rows(result, collected)
         result = replace(result, gradients=_with_importance(job, result))
         if file is not None and processes.rank == 0 and result.provenance.n_batches:
             _write(file, result)
@@ -339,9 +339,9 @@ def _check_same_data(earlier: Statistics | None, start: Position, file: Path | N
         raise OtherSettingsError(f"{file} was made from other data: the batches are other ones.")
 
 
-def _with_earlier(job: _Job, start: Position, earlier: Statistics | None, found: Collected) -> Statistics:
+def _with_earlier(job: _Job, start: Position, earlier: Statistics | None, collected: Collected) -> Statistics:
     """Freeze what this pass has found, after what an earlier one left in the file."""
-    later = _frozen(job, found, start)
+    later = _frozen(job, collected, start)
     return later if earlier is None else _continued(earlier, later)
 
 
@@ -352,19 +352,19 @@ def _save_so_far(file: Path, run: Pass, processes: Processes, frozen: Callable[[
         _write(file, frozen(so_far))
 
 
-def _check_any_batch(found: Collected, earlier: Statistics | None) -> None:
-    if not sum(found.n_batches) and earlier is None:
+def _check_any_batch(collected: Collected, earlier: Statistics | None) -> None:
+    if not sum(collected.n_batches) and earlier is None:
         raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
 
 
-def _check_rows(result: Statistics, found: Collected) -> None:
+def _check_rows(result: Statistics, collected: Collected) -> None:
     """Refuse statistics of no layer, with the first reason that a batch gave."""
     if not result:
         no_rows = (
             f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches "
             "are empty. Check target_modules and the batches."
         )
-        raise LoraInitError(next(iter(found.empty + found.bad), no_rows))
+        raise LoraInitError(next(iter(collected.empty + collected.bad), no_rows))
 
 
 def _set_up(job: _Job) -> Pass:
@@ -504,70 +504,74 @@ def _write(file: Path, statistics: Statistics) -> None:
         warn(f"{error} The statistics are not kept in that file.")
 
 
-def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
-    for kind in found.kinds:
+def _frozen(job: _Job, collected: Collected, start: Position) -> Statistics:
+    for kind in collected.kinds:
         for halves in kind.values():
             halves.compare(job.provenance.rank)
-    layers, groups, gradients = job.targets.layers, _spectra(found), _gradients(found, job.targets.layers)
-    ran = [name for name in (gradients if job.provenance.gradients else layers) if found.group_of.get(name) in groups]
+    layers, groups, gradients = job.targets.layers, _spectra(collected), _gradients(collected, job.targets.layers)
+    ran = [
+        name for name in (gradients if job.provenance.gradients else layers) if collected.group_of.get(name) in groups
+    ]
     never_ran = [name for name in layers if name not in ran]
-    provenance = _completed(job.provenance, found, start, groups)
+    provenance = _completed(job.provenance, collected, start, groups)
     result = Statistics(
         groups=groups,
-        group_of={name: found.group_of[name] for name in ran},
+        group_of={name: collected.group_of[name] for name in ran},
         targets={name: layers[name] for name in ran},
         provenance=provenance,
-        held_out={name: found.groups[name].held_out() for name in groups},
+        held_out={name: collected.groups[name].held_out() for name in groups},
         unsupported={**job.targets.unsupported, **{name: layers[name].kind for name in never_ran}},
         gradients=gradients,
-        sizes=dict(_sizes(found, ran, groups)),
+        sizes=dict(_sizes(collected, ran, groups)),
     )
-    notes = [*_notes(job, found, groups, never_ran), *notes_on_experts(result)]
+    notes = [*_notes(job, collected, groups, never_ran), *notes_on_experts(result)]
     return replace(result, provenance=replace(provenance, notes=notes))
 
 
-def _completed(made: Provenance, found: Collected, start: Position, groups: Mapping[str, Spectrum]) -> Provenance:
+def _completed(made: Provenance, collected: Collected, start: Position, groups: Mapping[str, Spectrum]) -> Provenance:
     """Complete the record of a pass by what it has read and how it ended."""
-    used = [sum(found.n_batches)] if start.common_loader else found.n_batches
-    position = replace(start, used=used, bad_batches=len(found.bad))
-    n_batches = sum(found.n_batches) - len(found.bad)
+    used = [sum(collected.n_batches)] if start.common_loader else collected.n_batches
+    position = replace(start, used=used, bad_batches=len(collected.bad))
+    n_batches = sum(collected.n_batches) - len(collected.bad)
     return replace(
         made,
         n_batches=n_batches,
         n_samples=max((spectrum.n_samples for spectrum in groups.values()), default=0),
-        stop_reason=found.stop_reason,
-        seconds={part: round(value, 3) for part, value in found.seconds.items()},
-        n_labels=found.n_labels,
-        keeps=found.keeps if n_batches > 1 else None,  # of one batch no half is known
-        complete=found.stop_reason not in ("interrupted", "failed"),
+        stop_reason=collected.stop_reason,
+        seconds={part: round(value, 3) for part, value in collected.seconds.items()},
+        n_labels=collected.n_labels,
+        keeps=collected.keeps if n_batches > 1 else None,  # of one batch no half is known
+        complete=collected.stop_reason not in ("interrupted", "failed"),
         settings={**made.settings, **asdict(position)},
     )
 
 
-def _spectra(found: Collected) -> dict[str, Spectrum]:
+def _spectra(collected: Collected) -> dict[str, Spectrum]:
     """Freeze the spectra of inputs that had rows, by the name of their group."""
     return {
         name: record.whole().spectrum()
-        for name, record in found.groups.items()
+        for name, record in collected.groups.items()
         # A process whose first batch did not reach all layers took its input for one of its own.
-        if record.n_samples and found.group_of.get(name, name) == name
+        if record.n_samples and collected.group_of.get(name, name) == name
     }
 
 
-def _gradients(found: Collected, layers: Iterable[str]) -> dict[str, GradientSpectrum]:
+def _gradients(collected: Collected, layers: Iterable[str]) -> dict[str, GradientSpectrum]:
     """Freeze the gradients of layers that had any, in model order."""
     return {
-        name: freeze_gradient(found.gradients[name].whole(), found.weighted[name].whole().spectrum(), found.n_labels)
+        name: freeze_gradient(
+            collected.gradients[name].whole(), collected.weighted[name].whole().spectrum(), collected.n_labels
+        )
         for name in layers
-        if name in found.gradients and found.gradients[name].n_samples
+        if name in collected.gradients and collected.gradients[name].n_samples
     }
 
 
-def _sizes(found: Collected, ran: list[str], groups: Mapping[str, Spectrum]) -> Iterator[tuple[str, Sizes]]:
+def _sizes(collected: Collected, ran: list[str], groups: Mapping[str, Spectrum]) -> Iterator[tuple[str, Sizes]]:
     for name in ran:
-        group, tokens = found.group_of[name], found.sums["tokens", name]
-        output = math.sqrt(found.sums["outputs", name] / tokens) if tokens else math.nan
-        sizes = Sizes(found.sums["inputs", group] / groups[group].n_samples, output)
+        group, tokens = collected.group_of[name], collected.sums["tokens", name]
+        output = math.sqrt(collected.sums["outputs", name] / tokens) if tokens else math.nan
+        sizes = Sizes(collected.sums["inputs", group] / groups[group].n_samples, output)
         if all(map(math.isfinite, sizes)):
             yield name, sizes
 
@@ -609,12 +613,12 @@ def _hash_of(targets: Targets) -> str:
     return hashlib.sha256(f"{named}{others}".encode()).hexdigest()[:8]
 
 
-def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
+def _notes(job: _Job, collected: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
     own = {**job.targets.reasons, **dict.fromkeys(never_ran, "never ran")}
     notes = one_line_each({name: f"{reason}; PEFT's own initialization." for name, reason in own.items()})
     notes += [str(job.left_out)] * bool(job.left_out)
     few: dict[str, dict[str, int]] = {}  # components by layer, of those that should have been
-    for name in dict.fromkeys(found.group_of.values()):
+    for name in dict.fromkeys(collected.group_of.values()):
         if name in groups:
             kept, width = groups[name].components.shape
             expected = min(job.n_components, width)
@@ -623,13 +627,17 @@ def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ra
     for of_all, spans in few.items():
         n_rows = span([groups[name].n_samples for name in spans])
         notes.append(f"{some([*spans])}: {n_rows} rows span only {span(spans.values())} {of_all}.")
-    if found.empty:
-        notes.append(f"{len(found.empty)} of {sum(found.n_batches)} batches were passed over. {found.empty[0]}")
-    if found.bad:
-        notes.append(f"{len(found.bad)} of {sum(found.n_batches)} batches failed and were left out. {found.bad[0]}")
+    if collected.empty:
+        notes.append(
+            f"{len(collected.empty)} of {sum(collected.n_batches)} batches were passed over. {collected.empty[0]}"
+        )
+    if collected.bad:
+        notes.append(
+            f"{len(collected.bad)} of {sum(collected.n_batches)} batches failed and were left out. {collected.bad[0]}"
+        )
     silent = [
         name
-        for name, mean in found.gradients.items()
+        for name, mean in collected.gradients.items()
         if mean.n_samples and not any(half.squares.any() for half in mean.halves if half.n_samples)
     ]
     if silent:

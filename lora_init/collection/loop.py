@@ -237,16 +237,16 @@ class Pass(Sink):
 
         False if no token of the batch counts; the model has not been run then.
         """
-        found, seconds = self.found, self.found.seconds
+        collected, seconds = self.found, self.found.seconds
         start, before = time.perf_counter(), seconds["decomposition"]
         try:
             self._n_labels = self._run(batch, self)
-            for layer, mean in found.gradients.items():
+            for layer, mean in collected.gradients.items():
                 with self._computing(layer):
                     mean.current.check_batch()
             return True
         except NothingCountsError as error:
-            found.empty.append(f"{name}: {error}")
+            collected.empty.append(f"{name}: {error}")
             return False
         except IndexError as error:
             raise LoraInitError(f"{name}: {error}. Has it a token that is not in the model's vocabulary?") from error
@@ -380,7 +380,7 @@ def run_pass(
     those that may fail; `run.failure` is then what ended the pass. `save` is called about once a minute, in all
     processes at the same time.
     """
-    found, total, n_bad, saved = run.found, 0, 0, time.monotonic()
+    collected, total, n_bad, saved = run.found, 0, 0, time.monotonic()
     while True:
         position, batch = _next_batch(run, shard, total, max_batches, processes)
         due = processes.rank == 0 and time.monotonic() - saved > SAVE_EVERY
@@ -402,18 +402,18 @@ def run_pass(
             break
         if failure is not None:
             run.forget()
-            found.bad.append(_line(failure, name))
+            collected.bad.append(_line(failure, name))
         if batch is not None:
             run.update(name)
         total += reading
-        if found.keeps:
-            progress.set_postfix_str(f"the start would keep {found.keeps:.0%}", refresh=False)
+        if collected.keeps:
+            progress.set_postfix_str(f"the start would keep {collected.keeps:.0%}", refresh=False)
         progress.update(reading)
     run.forget()
     processes.interrupted |= interrupts > 0
     everyone, at_limit = converged == processes.size, total >= max_batches
-    run.failure, found.stop_reason = _outcome(run, processes, interrupts > 0, failed > 0, everyone, at_limit)
-    return processes.merge(found)
+    run.failure, collected.stop_reason = _outcome(run, processes, interrupts > 0, failed > 0, everyone, at_limit)
+    return processes.merge(collected)
 
 
 def _outcome(

@@ -73,10 +73,10 @@ def mean_loss(
             with suppress(NothingCountsError):  # such a batch has no loss
                 count_labels(model, moved)
                 output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
-                found = loss(output, moved) if loss else own_loss(output)
-                if found is None:
+                lost = loss(output, moved) if loss else own_loss(output)
+                if lost is None:
                     raise LoraInitError("a batch has no labels, so its loss is unknown. Give it labels, or pass loss=.")
-                losses.append(float(found))
+                losses.append(float(lost))
     if not losses:
         raise LoraInitError("there is no batch with a label to measure the loss on. Pass at least one.")
     return statistics.fmean(losses)

@@ -114,14 +114,14 @@ class Processes:
                         "Give all processes the same model and arguments."
                     )
 
-    def merge(self, found: Collected) -> Collected:
+    def merge(self, collected: Collected) -> Collected:
         """Return what all processes have found: two neighbors merged, then two such pairs, and so on.
 
         What this process has found is not changed.
         """
         if self.size == 1:
-            return found
-        whole, step = from_bytes(to_bytes(found)), 1
+            return collected
+        whole, step = from_bytes(to_bytes(collected)), 1
         with self._named_errors():
             while step < self.size and self.rank % step == 0:
                 if self.rank % (2 * step):
@@ -144,10 +144,10 @@ class Processes:
         return values[0]
 
 
-def to_bytes(found: Any) -> bytes:
+def to_bytes(content: Any) -> bytes:
     """Write what a pass has found as bytes, for `from_bytes`."""
     buffer = io.BytesIO()
-    torch.save(found, buffer)
+    torch.save(content, buffer)
     return buffer.getvalue()
 
 

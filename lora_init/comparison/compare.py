@@ -83,8 +83,8 @@ class Comparison:
         return f"Comparison({done}: {self.summary.headline})"
 
     def _repr_html_(self) -> str:
-        found = run_tables(self.summary).get("differences")
-        table = "" if found is None else found.to_html(index=False, border=0)
+        differences = run_tables(self.summary).get("differences")
+        table = "" if differences is None else differences.to_html(index=False, border=0)
         return f"<p>{escape(repr(self))}</p>{table}"
 
     def to_pandas(self) -> pd.DataFrame:
@@ -400,13 +400,15 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
         if name not in known:
             every = [*known, *inspect.signature(compare).parameters]
             raise LoraInitError(f"compare() has no argument {name}=. {did_you_mean(name, every)}")
-    found = Loading(**{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}})
+    loading = Loading(
+        **{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}}
+    )
     for needed, names in _BESIDE.items():
-        idle = [name for name in names if getattr(found, name) != getattr(Loading(), name)]
-        if idle and getattr(found, needed) is None:
+        idle = [name for name in names if getattr(loading, name) != getattr(Loading(), name)]
+        if idle and getattr(loading, needed) is None:
             said = f"{{{idle[0]}}} goes with {{{needed}}}. Give both, or leave it out."
-            raise LoraInitError(said, **{needed: ..., idle[0]: getattr(found, idle[0])})
-    return found
+            raise LoraInitError(said, **{needed: ..., idle[0]: getattr(loading, idle[0])})
+    return loading
 
 
 def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str | None:

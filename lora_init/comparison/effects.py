@@ -57,14 +57,14 @@ def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
         return {}
     distances = [losses.loc[start] - losses.drop(index=start).median() for start in losses.index]
     spreads, counts = np.array([own.var() for own in distances]), losses.count(axis=1).to_numpy()
-    found = {}
+    unlike = {}
     for i in np.flatnonzero(counts > 1):
         n, rest = int(counts[i]), np.delete(spreads, i)
         usual = np.nanmedian(rest) / (chi2.median(n - 1) / (n - 1))  # by the median of the variance of n numbers
         limit = f.ppf(0.99, n - 1, int((~np.isnan(rest)).sum()) * (n - 1))
         if usual > 0.0 and spreads[i] / usual > limit:
-            found[str(losses.index[i])] = math.sqrt(spreads[i] / usual)
-    return found
+            unlike[str(losses.index[i])] = math.sqrt(spreads[i] / usual)
+    return unlike
 
 
 def effects(losses: pd.DataFrame, reference: str, confidence: float = CONFIDENCE) -> dict[str, Effect]:
@@ -90,16 +90,16 @@ def effects(losses: pd.DataFrame, reference: str, confidence: float = CONFIDENCE
     unlike = unlike_spreads(losses)
     alone = [start for start in compared if start in unlike or reference in unlike]
     pooled = [start for start in compared if start not in alone]
-    found = {}
+    by_start = {}
     for start in alone:
         own = pairs[start]
         half = float(t.ppf(1 - (1 - confidence) / (2 * len(compared)), len(own) - 1) * sem(own))
-        found[start] = Effect(float(own.mean()), float(own.mean()) - half, float(own.mean()) + half)
+        by_start[start] = Effect(float(own.mean()), float(own.mean()) - half, float(own.mean()) + half)
     if pooled:
         share = len(pooled) / len(compared)  # of the errors allowed
         pooled.sort(key=lambda start: len(pairs[start]))  # so that critical values are found again
-        found |= _dunnett(losses.loc[[reference, *pooled]], 1 - (1 - confidence) * share)
-    return {start: found[start] for start in compared}
+        by_start |= _dunnett(losses.loc[[reference, *pooled]], 1 - (1 - confidence) * share)
+    return {start: by_start[start] for start in compared}
 
 
 def detectable(n_starts: int, n_seeds: int) -> float | None:

@@ -55,9 +55,11 @@ def _judged(rows: pd.DataFrame) -> pd.DataFrame:
 def verdicts(table: pd.DataFrame) -> list[Verdict]:
     """Judge each start, at its own best rate, by its final loss against random's, all in one layout, see `effects`."""
     losses, left = judged_losses(table), _left(table)
-    found, unlike = effects(losses, RANDOM), unlike_spreads(losses)
+    differences, unlike = effects(losses, RANDOM), unlike_spreads(losses)
     starts = [start for start in table["start"].unique() if is_judged(start)]
-    return [_judge(table, start, losses, left, found.get(start), _caveats(table, start, unlike)) for start in starts]
+    return [
+        _judge(table, start, losses, left, differences.get(start), _caveats(table, start, unlike)) for start in starts
+    ]
 
 
 def _judge(
@@ -67,13 +69,13 @@ def _judge(
     lacking = [one for one in (RANDOM, start) if one not in best]
     pairs = pd.Series() if lacking else (losses.loc[start] - losses.loc[RANDOM]).dropna()
     reference = float(losses.loc[RANDOM].mean()) if RANDOM in best else None
-    found = Verdict(start, "no statement", reference=reference, caveats=caveats)
+    verdict = Verdict(start, "no statement", reference=reference, caveats=caveats)
     if len(pairs):
         differences = {int(seed): float(value) for seed, value in pairs.items()}
-        found = replace(found, differences=differences, mean=float(pairs.iloc[0]))
+        verdict = replace(verdict, differences=differences, mean=float(pairs.iloc[0]))
     if effect:
-        found = replace(
-            found,
+        verdict = replace(
+            verdict,
             outcome=effect.outcome,
             mean=effect.mean,
             low=effect.low,
@@ -81,8 +83,8 @@ def _judge(
             detectable=effect.detectable,
             closed=-effect.mean / left if left > effect.detectable else None,
         )
-    sentence = say("verdict", it=found, rates=best, lacking=lacking[-1] if lacking else None, left=left)
-    return replace(found, sentence=sentence)
+    sentence = say("verdict", it=verdict, rates=best, lacking=lacking[-1] if lacking else None, left=left)
+    return replace(verdict, sentence=sentence)
 
 
 def _left(table: pd.DataFrame) -> float:
@@ -294,11 +296,11 @@ def as_recommended(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str
     rates = {start: rate for start, rate in known if start in best and start != RANDOM}
     untuned = table[table["counts"] & table["learning_rate"].eq(table["start"].map(rates))]
     rows, losses = untuned.pivot(index="start", columns="seed", values="loss"), judged_losses(table)
-    found = effects(pd.concat([losses.drop(index=rows.index), rows]), RANDOM)
+    differences = effects(pd.concat([losses.drop(index=rows.index), rows]), RANDOM)
     for start in rows.index:
         known = {"start": start, "rate": rates[start], "is_best": best[start] == rates[start]}
-        reference = float(losses.loc[RANDOM].mean()) if start in found else math.nan
-        said.append(say("as_recommended", **known, effect=found.get(start), reference=reference))
+        reference = float(losses.loc[RANDOM].mean()) if start in differences else math.nan
+        said.append(say("as_recommended", **known, effect=differences.get(start), reference=reference))
     return said
 
 
@@ -380,12 +382,12 @@ def forgotten(table: pd.DataFrame) -> dict[str, Forgotten]:
     least = equal_loss(table)
     if RANDOM not in least.index:
         return {}
-    found = effects(_judged(least), RANDOM)
+    differences = effects(_judged(least), RANDOM)
     judged = {}
     for start in table[table["counts"] & table["rise"].notna()]["start"].unique():
         if start == RANDOM or is_judged(start):
             means = least.reindex(list(dict.fromkeys([start, RANDOM]))).dropna(axis=1).mean(axis=1)
-            judged[start] = Forgotten(means[start], means[RANDOM], found.get(start))
+            judged[start] = Forgotten(means[start], means[RANDOM], differences.get(start))
     return judged
 
 
@@ -401,8 +403,8 @@ def equal_loss(table: pd.DataFrame, above: float = _EQUAL_LOSS) -> pd.DataFrame:
         return pd.DataFrame()
     limits = (1 + above) * runs["seed"].map(target.loc[RANDOM])
     least = [_least_rise(run, limit) for (_, run), limit in zip(runs.iterrows(), limits, strict=True)]
-    found = runs.assign(least=least).dropna(subset="least")
-    return found.groupby(["start", "seed"], sort=False)["least"].min().unstack()
+    lowest = runs.assign(least=least).dropna(subset="least")
+    return lowest.groupby(["start", "seed"], sort=False)["least"].min().unstack()
 
 
 def _least_rise(run: pd.Series, limit: float) -> float:

@@ -54,11 +54,11 @@ def looks(starts: Iterable[str]) -> dict[str, Look]:
     bases = [base for base in dict.fromkeys(base_of.values()) if base not in (RANDOM, FULL)]
     own = {base: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, base in enumerate(bases)}
     own |= {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}
-    found: dict[str, Look] = {}
+    by_name: dict[str, Look] = {}
     for name, base in base_of.items():
-        n_before = sum(base_of[other] == base for other in found)
-        found[name] = Look(*own[base], *_WAYS[n_before % len(_WAYS)])
-    return found
+        n_before = sum(base_of[other] == base for other in by_name)
+        by_name[name] = Look(*own[base], *_WAYS[n_before % len(_WAYS)])
+    return by_name
 
 
 def pictures(summary: Summary) -> dict[str, dict[str, bytes]]:

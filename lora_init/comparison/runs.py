@@ -144,7 +144,7 @@ class RunPlan:
         """Whether rates may be added."""
         return self.extend > 0 and len(self.learning_rates) != 1
 
-    def asked(self, start: Variant) -> list[float]:
+    def given_rates(self, start: Variant) -> list[float]:
         """List the rates that are tried with a start in any case."""
         if self.learning_rates:
             return sorted(float(f"{rate / 10:.4g}") if start.base == FULL else rate for rate in self.learning_rates)
@@ -160,25 +160,25 @@ class RunPlan:
 
     def _grid(self, start: Variant, records: Mapping[Run, Record]) -> list[float]:
         """List the rates to try with a start, as far as the runs that ended tell."""
-        grid = asked = self.asked(start)
-        for _ in range(2 * self.extend if self.extends and len(asked) > 1 else 0):
+        grid = given = self.given_rates(start)
+        for _ in range(2 * self.extend if self.extends and len(given) > 1 else 0):
             runs = [Run(start, seed, rate) for seed in self.swept for rate in grid]
             if not all(run in records for run in runs):
                 break
-            more = self._next_rates(grid, asked, self._best(start, grid, records), [records[run] for run in runs])
+            more = self._next_rates(grid, given, self._best(start, grid, records), [records[run] for run in runs])
             if more == grid:
                 break
             grid = more
         return grid
 
     def _next_rates(
-        self, grid: list[float], asked: list[float], best: float | None, records: Iterable[Record]
+        self, grid: list[float], given: list[float], best: float | None, records: Iterable[Record]
     ) -> list[float]:
         """Add half a decade on the side where the best rate is at the edge; below, too, where rates are unstable."""
         too_high = best is None and any(record["status"] == "unstable" for record in records)
-        if (best == grid[0] or too_high) and sum(rate < asked[0] for rate in grid) < self.extend:
+        if (best == grid[0] or too_high) and sum(rate < given[0] for rate in grid) < self.extend:
             return [half_decade(grid[0], up=False), *grid]
-        if best == grid[-1] and sum(rate > asked[-1] for rate in grid) < self.extend:
+        if best == grid[-1] and sum(rate > given[-1] for rate in grid) < self.extend:
             return [*grid, half_decade(grid[-1], up=True)]
         return grid
 
@@ -397,14 +397,14 @@ def read_runs(path: Path) -> list[Record]:
     lines = packed.read_bytes().splitlines() if packed.exists() else []
     texts = [(f"{packed}, line {number}", "line", line) for number, line in enumerate(lines, 1)]
     texts += [(str(file), "file", file.read_bytes()) for file in sorted((path / RUNS).glob("*.json"))]
-    found: dict[Run, Record] = {}
+    records: dict[Run, Record] = {}
     for where, kind, text in texts:
         try:
             record = parse_json(text)
-            found[Run.of(record)] = record
+            records[Run.of(record)] = record
         except (ValueError, KeyError, TypeError) as error:
             raise LoraInitError(f"{where}: not a run ({error!r}). Remove the {kind}; the run is repeated.") from error
-    return list(found.values())
+    return list(records.values())
 
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -120,8 +120,8 @@ def _metrics(summary: Summary) -> pd.DataFrame:
     for metric, name in METRICS.items():
         values = by_seed(summary.table, metric)
         columns[name] = _written(values.mean(axis=1), ".3f")
-        found = effects(values, RANDOM)
-        said = {start: f"{x.low:+.3f} to {x.high:+.3f}".replace("-", "−") for start, x in found.items()}
+        differences = effects(values, RANDOM)
+        said = {start: f"{x.low:+.3f} to {x.high:+.3f}".replace("-", "−") for start, x in differences.items()}
         columns[f"{name}, start − random"] = pd.Series(said, values.index, dtype=object)
     return pd.DataFrame(columns)
 
@@ -158,11 +158,11 @@ def _forgetting(summary: Summary) -> pd.DataFrame:
 
 def _frontiers(summary: Summary) -> pd.DataFrame:
     rows = {}
-    for start, found in forgotten(summary.table).items():
-        rows[start] = {"rise on other text": number(found.rise, "+")}
-        if found.effect:
-            ends = (found.effect.low, found.effect.high)
-            rows[start] |= {"start − random": number(found.effect.mean, "+")}
+    for start, lost in forgotten(summary.table).items():
+        rows[start] = {"rise on other text": number(lost.rise, "+")}
+        if lost.effect:
+            ends = (lost.effect.low, lost.effect.high)
+            rows[start] |= {"start − random": number(lost.effect.mean, "+")}
             rows[start] |= {"interval": " to ".join(number(end, "+") for end in ends)}
     dialled = any(isinstance(dial, list) for dial in summary.table["dial"])
     columns = ["rise on other text", "start − random", "interval"]

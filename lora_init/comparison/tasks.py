@@ -28,9 +28,9 @@ def read_choices(row: Mapping[str, Any], options: str, answer: str) -> tuple[lis
         >>> read_choices({"right": "no"}, "yes, no", "right")
         (['yes', 'no'], 1)
     """
-    found = split_options(row[options] if options in row else options.split(","))
-    right = find_answer(row[answer], found)
-    return None if right is None or len(found) < 2 else (found, right)
+    choices = split_options(row[options] if options in row else options.split(","))
+    right = find_answer(row[answer], choices)
+    return None if right is None or len(choices) < 2 else (choices, right)
 
 
 def split_options(value: Any) -> list[str]:
@@ -272,8 +272,8 @@ def _until(rows: Iterator[tuple[str, Item]], n_prompts: int) -> list[tuple[str, 
 
 
 def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
-    found = read_choices(row, options, answer)
-    return found is None or str(row[answer]).strip() == found[0][found[1]]
+    choices = read_choices(row, options, answer)
+    return choices is None or str(row[answer]).strip() == choices[0][choices[1]]
 
 
 def _read(row: Mapping[str, Any], reader: Reader, loading: Loading) -> tuple[str, Item] | str:
@@ -284,10 +284,10 @@ def _read(row: Mapping[str, Any], reader: Reader, loading: Loading) -> tuple[str
         return str(tokens)
     if loading.options is None:
         return example.prompt, Item(tokens, answer=None if loading.label is None else tokens[1][0])
-    found = read_choices(row, loading.options, loading.answer)
-    if found is None:
+    read = read_choices(row, loading.options, loading.answer)
+    if read is None:
         return "whose answer is none of the options"
-    options, right = found
+    options, right = read
     choices = [reader({**row, loading.answer: option}) for option in options]
     # A shortened option would be likelier than it is.
     whole = tuple(choice for choice in choices if not isinstance(choice, str) and len(choice[0]) < reader.limit)

@@ -39,8 +39,8 @@ def peak_bytes() -> int:
     """Read the peak since `reset_peak`: allocated on the GPU if there is one, else resident memory; 0 if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text()) if _STATUS.exists() else None
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text()) if _STATUS.exists() else None
+    return int(match[1]) * 1024 if match else 0
 
 
 @dataclass(frozen=True)

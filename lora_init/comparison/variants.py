@@ -39,14 +39,14 @@ class Variant:
             LoraInitError: A setting is given twice.
         """
         base, ways = name, dict[str, int]()
-        while found := _WAY.search(base):
-            number, kind = found.groups()
+        while match := _WAY.search(base):
+            number, kind = match.groups()
             if (kind or "equal_parameters") in ways:
                 raise LoraInitError(
                     f"start {name!r}: what follows a plus can be said once, such as eva+32-alpha+16-batches."
                 )
             ways[kind or "equal_parameters"] = int(number) if number else True
-            base = base[: found.start()]
+            base = base[: match.start()]
         return cls(base, **ways)  # type: ignore[arg-type]
 
     def __str__(self) -> str:

@@ -283,13 +283,13 @@ class Workbench:
 
     def _dial(self, peft_model: Any, retain: Batches, loss: float, retained: float) -> list[list[float]]:
         """Measure the loss on the task and on other text at each strength of an adapter; known are those at 1."""
-        found = {1.0: (loss, retained)}
+        evaluated = {1.0: (loss, retained)}
         for strength in self.strengths:
-            if strength not in found:
+            if strength not in evaluated:
                 with strengths(peft_model, strength):
                     task = evaluate(peft_model, self.task, self.task.report).loss
-                    found[strength] = task, text_loss(peft_model, retain)
-        return [[strength, *found[strength]] for strength in self.strengths]
+                    evaluated[strength] = task, text_loss(peft_model, retain)
+        return [[strength, *evaluated[strength]] for strength in self.strengths]
 
     def _prepare(self, variant: Variant, seed: int) -> Prepared:
         """Put a start on the model that it trains. Its seconds count with the seconds of its statistics."""
@@ -321,24 +321,24 @@ class Workbench:
         With `blank`, in which no statistics are collected, those that read data are given the rate of `random`, whose
         size they have.
         """
-        found: dict[str, LearningRate] = {}
+        rates: dict[str, LearningRate] = {}
         length = TrainingLength(self.training.steps, self.training.batch_size, len(self.task.train))
         self._renew_head(self.loaded, 0)  # as for the runs of that seed
         for start in starts:
             read = REFERENCE if blank and (start.recipe is None or start.recipe.reads_data) else start
             frozen = start.recipe is not None and start.recipe.freeze_a
-            if start.base == FULL or (str(read) in found and not frozen):
-                found |= {str(start): found[str(read)]} if str(read) in found else {}
+            if start.base == FULL or (str(read) in rates and not frozen):
+                rates |= {str(start): rates[str(read)]} if str(read) in rates else {}
                 continue
             with suppress(LoraInitError):  # its runs say why
                 prepared = self._prepare(read, 0)
                 try:
-                    found[str(start)] = measure_rate(
+                    rates[str(start)] = measure_rate(
                         prepared.peft_model, self._batches(0, 0, 4), length, freeze_a=frozen
                     )
                 finally:
                     prepared.release()
-        return found
+        return rates
 
     def _measure_before(self) -> tuple[Score, float | None, float | None]:
         """Score the plain model, on other text too, and its weights from before quantization."""

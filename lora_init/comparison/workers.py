@@ -132,9 +132,11 @@ def _set_up(job: Job) -> Workbench:
     """Make the workbench, and check that its runs can be compared with those of other processes."""
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bench = job.make()
-    found, expected = describe(bench, job.expected["model"]), job.expected
+    described, expected = describe(bench, job.expected["model"]), job.expected
     if differing := [
-        f"{name} is {found[name]!r}, not {expected[name]!r}" for name in found if found[name] != expected[name]
+        f"{name} is {described[name]!r}, not {expected[name]!r}"
+        for name in described
+        if described[name] != expected[name]
     ]:
         raise LoraInitError(
             f"{'; '.join(differing)}. All nodes need the same versions, model, data and kind of device."
@@ -151,14 +153,14 @@ def describe(bench: Workbench, model: str) -> dict[str, Any]:
 def come_back(future: Future[Any]) -> Record | str:
     """Return the record of a run, or why there is none: the process that did it is gone, and it may be done again."""
     try:
-        found: Record | tuple[Exception, str] = future.result()
+        outcome: Record | tuple[Exception, str] = future.result()
     except LoraInitError:
         raise
     except Exception as error:
         return f"{in_one_line(error).partition('. ')[0].rstrip('.')}."
-    if isinstance(found, tuple):
-        raise found[0] from RuntimeError(found[1])
-    return found
+    if isinstance(outcome, tuple):
+        raise outcome[0] from RuntimeError(outcome[1])
+    return outcome
 
 
 Begun = tuple[Callable[[], Any], Callable[[], Any]]
@@ -181,11 +183,11 @@ class Remote(Executor):
 
         def settle() -> None:
             try:
-                found, error = result(), None
+                outcome, error = result(), None
             except Exception as raised:
-                found, error = None, raised
+                outcome, error = None, raised
             if future.set_running_or_notify_cancel():
-                future.set_exception(error) if error else future.set_result(found)
+                future.set_exception(error) if error else future.set_result(outcome)
 
         def ended(future: Future[Any]) -> None:
             if future.cancelled():

@@ -114,12 +114,12 @@ class Rule:
         lost = 0.0 if self.lose is None else task["chosen"].loss / task[BEST].loss - 1.0
         rise = keep["chosen"].change
         if self.lose is not None and lost > self.lose:
-            found = f"{100 * lost:.2g} % above the task's loss at the best strength, and {100 * self.lose:g} %"
+            measured = f"{100 * lost:.2g} % above the task's loss at the best strength, and {100 * self.lose:g} %"
         elif self.keep_within is not None and rise > self.keep_within:
-            found = f"text to keep {rise:.3f} above the base's loss, and {self.keep_within:g}"
+            measured = f"text to keep {rise:.3f} above the base's loss, and {self.keep_within:g}"
         else:
             return []
-        return [f"measured is {found} was the limit. Dial on more examples, or set a lower limit"]
+        return [f"measured is {measured} was the limit. Dial on more examples, or set a lower limit"]
 
 
 def check_dialable(config: Mapping[str, Any], whole: Iterable[str], where: str) -> None:
@@ -208,12 +208,12 @@ def dial(
         if keep is not None or tokenizer is not None:
             said = "{strength} without batches measures nothing: leave {keep} and {tokenizer} out."
             raise LoraInitError(said, strength=strength, keep=..., tokenizer=...)
-        found = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
+        dialed = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
     else:
-        found = turn(model, rule, batches, keep, tokenizer, seed, say)
+        dialed = turn(model, rule, batches, keep, tokenizer, seed, say)
     for at, b in _outputs(model).items():
-        b.data *= found.strengths[at]
-    return found
+        b.data *= dialed.strengths[at]
+    return dialed
 
 
 def _check_scalable(layers: Mapping[str, Any], where: str) -> None:
@@ -245,7 +245,7 @@ def turn(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, 
         share = len(texts & _sequences(task)) / len(texts)
         if share >= _SHARED:
             raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task. Pass text of another kind.")
-    parts, others = (_thirds(found, rule, seed, shifted) for found in (task, kept))
+    parts, others = (_thirds(source, rule, seed, shifted) for source in (task, kept))
     return replace(_search(model, parts, others, rule, say), read=(n, count_examples(kept)))
 
 
@@ -256,15 +256,15 @@ def _read(batches: Iterable[Any], what: str, shifted: bool) -> list[Any]:
     """Read the batches that have labels: all of a list, of a loader the first."""
     if batches is None:
         raise LoraInitError("dial() needs batches of the task, unless {strength} says what to do.", strength=...)
-    found = []
+    labelled = []
     for batch in batches if isinstance(batches, Sequence) else islice(batches, _MOST_BATCHES):
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise LoraInitError(f"{what}: a batch has no labels [batch, length], as a language model takes them.")
         if _has_label(batch, shifted):
-            found.append(batch)
-    check_enough(sum(len(_examples(batch, shifted)) for batch in found), what)
-    return found
+            labelled.append(batch)
+    check_enough(sum(len(_examples(batch, shifted)) for batch in labelled), what)
+    return labelled
 
 
 def check_enough(n: int, what: str) -> None:
@@ -329,13 +329,13 @@ def _batched(examples: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
 
 def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
     """Collect the tokens of all examples, without padding, and their labels."""
-    found = set()
+    sequences = set()
     for batch in batches:
         ids = batch.get("input_ids", batch["labels"])
         used = batch.get("attention_mask", torch.ones_like(ids)).expand_as(ids) != 0
         rows = zip(ids, used, batch["labels"], strict=True)
-        found |= {(*row[at].tolist(), *labels[labels != IGNORED].tolist()) for row, at, labels in rows}
-    return found
+        sequences |= {(*row[at].tolist(), *labels[labels != IGNORED].tolist()) for row, at, labels in rows}
+    return sequences
 
 
 def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, say: Say) -> Dial:
@@ -469,9 +469,9 @@ def fit_strengths(
             for batches, share in ((task, 1.0), (keep, weight)):
                 losses, labelled = label_losses(model, batches[step % len(batches)])
                 loss = share * losses.sum() / labelled.sum()
-                found = torch.autograd.grad(loss, outputs, materialize_grads=True)
+                gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
                 # B is value * trained, so the derivative by the value is <dL/dB, trained>, also at 0.
-                slopes = [float((g.float() * b).sum()) for g, b in zip(found, trained, strict=True)]
+                slopes = [float((g.float() * b).sum()) for g, b in zip(gradients, trained, strict=True)]
                 gradient += torch.tensor(slopes)  # layers may be on several devices
             values.grad = gradient
             adam.step()
@@ -487,11 +487,11 @@ def _active(model: PeftModel) -> tuple[str, dict[str, Any]]:
 
 def _outputs(model: PeftModel) -> dict[str, nn.Parameter]:
     name, layers = _active(model)
-    found = {}
+    weights = {}
     for at, layer in layers.items():
         embedding = getattr(layer, "lora_embedding_B", {})
-        found[at] = embedding[name] if name in embedding else layer.lora_B[name].weight
-    return found
+        weights[at] = embedding[name] if name in embedding else layer.lora_B[name].weight
+    return weights
 
 
 def label_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

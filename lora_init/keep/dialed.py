@@ -163,17 +163,17 @@ def summary_of(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write_dialed(
-    path: str | Path, trained: Trained, base: Base, found: Dial, overwrite: bool = False, alpha_pattern: bool = False
+    path: str | Path, trained: Trained, base: Base, dialed: Dial, overwrite: bool = False, alpha_pattern: bool = False
 ) -> Path:
     """Write an adapter at its strengths as a PEFT directory, with a card, the numbers and a picture.
 
     One strength for all layers scales `lora_alpha`; others are multiplied into B, or B stays as trained and
     `alpha_pattern` has them. Layers of strength 0 are left out.
     """
-    one = replace(trained, layers={name: layer for name, layer in trained.layers.items() if found.strengths[name]})
+    one = replace(trained, layers={name: layer for name, layer in trained.layers.items() if dialed.strengths[name]})
     one = one if alpha_pattern else one.with_one_scaling()
-    own = {n: replace(layer, scaling=layer.scaling * found.strengths[n]) for n, layer in one.layers.items()}
-    if found.chosen.weight is not None and not alpha_pattern:
+    own = {n: replace(layer, scaling=layer.scaling * dialed.strengths[n]) for n, layer in one.layers.items()}
+    if dialed.chosen.weight is not None and not alpha_pattern:
         own = {name: layer.rescaled(one.scaling) for name, layer in own.items()}
     with new_directory(path, overwrite, **OURS) as fresh:
         write_peft(fresh, replace(one, layers=own), base)
@@ -181,16 +181,16 @@ def write_dialed(
             config = read_json(fresh / CONFIG_FILE)
             alphas = {name: alpha_for(layer.scaling, layer.rank) for name, layer in own.items()}
             write_json(fresh / CONFIG_FILE, config | {"alpha_pattern": to_patterns(alphas, config["lora_alpha"])})
-        if found.curve:
-            found.plot().savefig(fresh / PICTURE_FILE)
-        write_json(fresh / DIAL_FILE, {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | found.to_dict())
-        (fresh / CARD_FILE).write_text(_card(trained, found), encoding="utf-8")
+        if dialed.curve:
+            dialed.plot().savefig(fresh / PICTURE_FILE)
+        write_json(fresh / DIAL_FILE, {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | dialed.to_dict())
+        (fresh / CARD_FILE).write_text(_card(trained, dialed), encoding="utf-8")
     return Path(path).expanduser().resolve()
 
 
-def _card(trained: Trained, found: Dial) -> str:
-    lines = "\n".join(f"- {about}: {text}" for about, text in found.summary().items())
-    picture = f"\n\n![losses over strength]({PICTURE_FILE})" if found.curve else ""
+def _card(trained: Trained, dialed: Dial) -> str:
+    lines = "\n".join(f"- {about}: {text}" for about, text in dialed.summary().items())
+    picture = f"\n\n![losses over strength]({PICTURE_FILE})" if dialed.curve else ""
     return (
         f"{card_header(trained.base, trained.config.get('task_type'))}\n"
         f"# A trained LoRA adapter, at the strength that keeps what the model knew\n\n{lines}\n\n"

@@ -124,8 +124,8 @@ def check_texts(config: Any, tokenizer: Any, length: int, chat: bool) -> None:
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    found = [getattr(model.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    return sorted({token for one in found for token in (one if isinstance(one, list) else [one]) if token is not None})
+    ends = [getattr(model.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    return sorted({token for one in ends for token in (one if isinstance(one, list) else [one]) if token is not None})
 
 
 def sample_texts(

@@ -33,7 +33,7 @@ def one_line_each(said: Mapping[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, text in said.items():
         names.setdefault(text, []).append(name)
-    return [f"{some(found)}: {text}" for text, found in names.items()]
+    return [f"{some(layers)}: {text}" for text, layers in names.items()]
 
 
 def span(numbers: Collection[int]) -> str:
@@ -127,17 +127,17 @@ def by_purpose(modules: Mapping[str, nn.Module], linear: Collection[str]) -> dic
     """
     attention = {name: _is_cross(name, module) for name, module in modules.items() if _is_attention(name, module)}
     rows = _rows_around(attention)
-    found: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
+    layers: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
     for name in linear:
         inside = [attention[owner] for owner in _owners(name) if owner in attention]
         block = _block_in(rows, name)
         if inside:
-            found[ATTENTION].append(name)
+            layers[ATTENTION].append(name)
         elif block is not None and _MLP.search(name.removeprefix(f"{block}.")) and not _ROUTER.search(name):
-            found[MLP].append(name)
+            layers[MLP].append(name)
         if any(inside):
-            found[CROSS_ATTENTION].append(name)
-    return found
+            layers[CROSS_ATTENTION].append(name)
+    return layers
 
 
 def _rows_around(names: Iterable[str]) -> set[str]:

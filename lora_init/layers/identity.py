@@ -84,17 +84,17 @@ def _tokens_of_modules(model: nn.Module) -> dict[str, int]:
 
     A classifier takes the last token before the padding, or the one at the end, by its configuration.
     """
-    found: dict[str, int] = {}
+    tokens: dict[str, int] = {}
     for head, key in (("score", "pad_token_id"), ("classification_head", "eos_token_id")):
         token = getattr(getattr(model, "config", None), key, None) if hasattr(model, head) else None
-        found |= {f"config.{key} of {head}": token} if isinstance(token, int) else {}
+        tokens |= {f"config.{key} of {head}": token} if isinstance(token, int) else {}
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None) if "position" in name else None
         kept = {"padding": padding, "end": vars(module).get("eos_token_id")}
-        found |= {
+        tokens |= {
             f"config.{what} of {plain_name(name)}": token for what, token in kept.items() if isinstance(token, int)
         }
-    return found
+    return tokens
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

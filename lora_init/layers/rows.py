@@ -219,13 +219,13 @@ def _check_weight(name: str, module: nn.Module, parameter: Tensor) -> None:
 
 def experts_left_out(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> LoraInitWarning | None:
     """Describe the fused experts of a model that have no adapter, and the option that gives them one."""
-    found = {name: size for name, size in _fused_sizes(modules).items() if name not in adapted}
-    if not found:
+    left_out = {name: size for name, size in _fused_sizes(modules).items() if name not in adapted}
+    if not left_out:
         return None
     total = sum(p.numel() for module in modules.values() for p in module.parameters(recurse=False))
-    share = sum(found.values()) / total
+    share = sum(left_out.values()) / total
     said = f"fused experts hold {share:.0%} of the weights and get no adapter: {{target_parameters}} adds it."
-    return LoraInitWarning(said, target_parameters=_ends(found))
+    return LoraInitWarning(said, target_parameters=_ends(left_out))
 
 
 def _fused_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -246,8 +246,8 @@ def experts_there(modules: Mapping[str, nn.Module]) -> tuple[str, dict[str, Any]
     """Describe which experts a model has, with options, for one who names modules of experts that it has not."""
     if fused := _fused_sizes(modules):
         return " Its experts are fused, which {target_parameters} names.", dict(target_parameters=_ends(fused))
-    found = (re.search(r"\bexperts\.(\d+)\b", name) for name in modules)
-    last = max((int(match[1]) for match in found if match), default=None)
+    numbers = (re.search(r"\bexperts\.(\d+)\b", name) for name in modules)
+    last = max((int(match[1]) for match in numbers if match), default=None)
     return ("" if last is None else f" It has the experts 0 to {last}."), {}
 
 

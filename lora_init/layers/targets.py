@@ -55,8 +55,8 @@ def count_linear(model: nn.Module, names: Collection[str], task_type: str | None
 
 def _fused_experts(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> list[str]:
     """List parameters of fused experts, and others that have an adapter; others, as of positions, are none."""
-    found = {f"{o}.{end}": m for o, m in modules.items() for end, _ in m.named_parameters(recurse=False)}
-    return [name for name, m in found.items() if experts_of(name, m) or name.replace(".base_layer", "") in adapted]
+    fused = {f"{o}.{end}": m for o, m in modules.items() for end, _ in m.named_parameters(recurse=False)}
+    return [name for name, m in fused.items() if experts_of(name, m) or name.replace(".base_layer", "") in adapted]
 
 
 def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -344,11 +344,11 @@ def _described(
     unsupported: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for name in names:
-        found = _target(name, modules[name]) if name in modules else _fused_target(name, parameters[name])
-        if isinstance(found, Target):
-            layers[name] = found
+        target = _target(name, modules[name]) if name in modules else _fused_target(name, parameters[name])
+        if isinstance(target, Target):
+            layers[name] = target
         else:
-            unsupported[name], reasons[name] = found
+            unsupported[name], reasons[name] = target
     return Targets(layers, unsupported, reasons)
 
 
@@ -391,9 +391,9 @@ def _without(names: Iterable[str], heads: Collection[str], exclude_modules: str 
 
 
 def _of_purpose(purpose: str, modules: Mapping[str, nn.Module], linear: list[str], model_class: str) -> list[str]:
-    found = by_purpose(modules, linear)
-    if not found[purpose]:
-        there = {kind: Counter(name.rpartition(".")[2] for name in names) for kind, names in found.items() if names}
+    layers = by_purpose(modules, linear)
+    if not layers[purpose]:
+        there = {kind: Counter(name.rpartition(".")[2] for name in names) for kind, names in layers.items() if names}
         shown = [f"{kind} ({', '.join(endings)}: {endings.total()} layers)" for kind, endings in there.items()]
         raise LoraInitError(
             f"{{target_modules}}: {model_class} has no such layers. It has {' and '.join(shown) or 'neither'}. "
@@ -401,7 +401,7 @@ def _of_purpose(purpose: str, modules: Mapping[str, nn.Module], linear: list[str
             target_modules=purpose,
             target_parameters=...,
         )
-    return found[purpose]
+    return layers[purpose]
 
 
 def _fused_target(name: str, experts: Experts | None) -> Target | tuple[str, str]:

@@ -54,13 +54,13 @@ def model_id(model: nn.Module) -> str:
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
     """Return how transformers quantized a model, as `quantization_config` of `from_pretrained`; else None."""
-    found = getattr(getattr(model, "config", None), "quantization_config", None)
-    if found is None:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
         return None
-    if isinstance(found, dict):
-        return dict(found)
-    method = getattr(found.quant_method, "value", found.quant_method)
-    settings = json.loads(found.to_json_string())
+    if isinstance(config, dict):
+        return dict(config)
+    method = getattr(config.quant_method, "value", config.quant_method)
+    settings = json.loads(config.to_json_string())
     return {"quant_method": str(method), **{key: settings[key] for key in settings if not key.startswith("_")}}
 
 
@@ -87,7 +87,7 @@ def _fsdp_module() -> Any:
 def _offloaded_weights(module: nn.Module) -> Any:
     hook = hook_of(module)
     hooks = getattr(hook, "hooks", [hook])
-    return next((found for one in hooks if (found := getattr(one, "weights_map", None)) is not None), None)
+    return next((weights for one in hooks if (weights := getattr(one, "weights_map", None)) is not None), None)
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +95,9 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     In a sharded model all processes have to do this at once. It gathers one parameter at a time.
     """
-    kept = {id(module): found for module in model.modules() if (found := _offloaded_weights(module)) is not None}
+    kept = {
+        id(module): offloaded for module in model.modules() if (offloaded := _offloaded_weights(module)) is not None
+    }
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, _, ending = name.rpartition(".")

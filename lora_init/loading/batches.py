@@ -252,9 +252,9 @@ def load_other(source: Any, tokenizer: Any, template_option: str = "", **how: An
     except LoraInitError as error:
         if "template" not in error.options:
             raise
-        said, found, _ = error.text.replace("{template}", f"{{{template_option}}}").partition("; name others")
+        said, names, _ = error.text.replace("{template}", f"{{{template_option}}}").partition("; name others")
         remedy = f". Name one by {{{template_option}}}." if template_option else ". Rename one of them."
-        raise LoraInitError(said + remedy * bool(found), **{template_option: how.get("template") or ...}) from error
+        raise LoraInitError(said + remedy * bool(names), **{template_option: how.get("template") or ...}) from error
 
 
 def count_examples(batches: Iterable[Mapping[str, Any]]) -> int:
@@ -275,8 +275,8 @@ def group_by_length(items: Sequence[_T], batch_size: int, seed: int, length: Cal
 
 def padding_token(tokenizer: Any) -> int:
     """Choose the token to pad with: the tokenizer's, or the one that ends a sequence, or 0."""
-    found = (tokenizer.pad_token_id, getattr(tokenizer, "eos_token_id", None))
-    return next((token for token in found if token is not None), 0)
+    tokens = (tokenizer.pad_token_id, getattr(tokenizer, "eos_token_id", None))
+    return next((token for token in tokens if token is not None), 0)
 
 
 def check_tokenizer(tokenizer: Any) -> None:

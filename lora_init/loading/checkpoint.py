@@ -64,8 +64,8 @@ def read_header(path: Path) -> dict[str, tuple[list[int], str]]:
     except SafetensorError as error:
         with path.open("rb") as opened:
             pointer = opened.read(12) == b"version http"
-        found = "a pointer of Git LFS and not the file: run git lfs pull" if pointer else f"damaged: {error}"
-        raise LoraInitError(f"{path} is {found}.") from error
+        reason = "a pointer of Git LFS and not the file: run git lfs pull" if pointer else f"damaged: {error}"
+        raise LoraInitError(f"{path} is {reason}.") from error
 
 
 def find_parameter(
@@ -79,9 +79,9 @@ def find_parameter(
     # As the model, with or without its prefix, or as what it is tied to.
     prefix, tied = f"{getattr(model, 'base_model_prefix', '')}.", getattr(model, "all_tied_weights_keys", {})
     names = (name, prefix + name, name.removeprefix(prefix), tied.get(name, name))
-    found = next((tensors[key] for key in names if key in tensors), None)
-    if found is not None and found.shape in (shape, shape[::-1]):
-        return {found: None}
+    stored = next((tensors[key] for key in names if key in tensors), None)
+    if stored is not None and stored.shape in (shape, shape[::-1]):
+        return {stored: None}
     try:  # the places go the way of the weights: split, permuted, under other names
         pieces = as_saved(model, name, torch.arange(shape[0] * shape[1]).reshape(shape))
     except (AttributeError, KeyError, ValueError, RuntimeError, NotImplementedError):

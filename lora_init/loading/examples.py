@@ -63,13 +63,13 @@ def recipe(names: list[str], place: str, tokenizer: Any, wanted: Wanted, texts: 
     if wanted.completion is not None:
         raise LoraInitError("{completion} needs a template for the prompt, too.", completion=wanted.completion)
     possible = FORMATS if wanted.format is None else {wanted.format: FORMATS[wanted.format]}
-    name, found = next((item for item in possible.items() if set(item[1].columns) <= set(names)), ("", None))
-    if found is None:
+    name, form = next((item for item in possible.items() if set(item[1].columns) <= set(names)), ("", None))
+    if form is None:
         raise _unknown_columns(names, place, possible, texts)
-    if found.is_chat:
-        _check_chat_template(tokenizer, f"{place} has a column {found.columns[0]!r}")
-    columns = [*found.columns, *(column for column in found.optional if column in names)]
-    return ExampleRecipe(name.replace("-", " and "), columns, lambda row: found.read(row, tokenizer))
+    if form.is_chat:
+        _check_chat_template(tokenizer, f"{place} has a column {form.columns[0]!r}")
+    columns = [*form.columns, *(column for column in form.optional if column in names)]
+    return ExampleRecipe(name.replace("-", " and "), columns, lambda row: form.read(row, tokenizer))
 
 
 def _check_format(wanted: Wanted) -> None:

@@ -65,10 +65,10 @@ def open_reader(
     label = wanted.label
     if label is not None and wanted.completion is not None:
         raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
-    found = recipe(list(rows.table.column_names), rows.label, tokenizer, wanted, rows.texts(but=label))
+    matching = recipe(list(rows.table.column_names), rows.label, tokenizer, wanted, rows.texts(but=label))
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
-    rows_of = {} if label is None else count_classes(rows, label, found.columns, known_classes)
-    return Reader(found, tokenizer, limit, seq2seq, needs_labels, label, rows_of)
+    rows_of = {} if label is None else count_classes(rows, label, matching.columns, known_classes)
+    return Reader(matching, tokenizer, limit, seq2seq, needs_labels, label, rows_of)
 
 
 def check_columns(source: str, wanted: Wanted) -> None:
@@ -102,54 +102,54 @@ def count_classes(rows: Rows, column: str, used: Collection[str], known: Sequenc
     _check_label(column, rows.table.column_names, rows.label)
     if any(isinstance(value, (list, dict)) for value in rows.table[column]):
         raise LoraInitError(f"{rows.label}: column {column!r} holds lists, and a row has one class. Name another.")
-    found = Counter(name for value in rows.table[column] if (name := _class_of(value)) is not None)
-    numbers = {name: number for name in found if (number := _number(name)) is not None}
-    are_numbers = len(numbers) == len(found)
-    _check_classes(found, numbers.values() if are_numbers else (), f"{rows.label}: column {column!r}")
+    counts = Counter(name for value in rows.table[column] if (name := _class_of(value)) is not None)
+    numbers = {name: number for name in counts if (number := _number(name)) is not None}
+    are_numbers = len(numbers) == len(counts)
+    _check_classes(counts, numbers.values() if are_numbers else (), f"{rows.label}: column {column!r}")
     if column in used:
         raise LoraInitError("{label} is a part of the text, which gives the class away. Take it out.", label=column)
-    _warn_of_classes(found, f"{rows.label}, column {column!r}")
+    _warn_of_classes(counts, f"{rows.label}, column {column!r}")
     order = (
-        known if found.keys() <= {*known} else sorted(sorted(found), key=numbers.__getitem__ if are_numbers else None)
+        known if counts.keys() <= {*known} else sorted(sorted(counts), key=numbers.__getitem__ if are_numbers else None)
     )
-    return {name: found[name] for name in order}
+    return {name: counts[name] for name in order}
 
 
-def _check_classes(found: Counter[str], numbers: Collection[float], place: str) -> None:
+def _check_classes(counts: Counter[str], numbers: Collection[float], place: str) -> None:
     """Refuse a column whose values are something else than classes; `numbers` are the values if all are numbers."""
     fractions = {number % 1 for number in numbers}
-    if fractions - {0.0} and (len(found) > _MOST_FRACTIONS or fractions - {0.0, 0.5}):
+    if fractions - {0.0} and (len(counts) > _MOST_FRACTIONS or fractions - {0.0, 0.5}):
         raise LoraInitError(
-            f"{place} has {len(found)} different numbers with fractions, from "
+            f"{place} has {len(counts)} different numbers with fractions, from "
             f"{min(numbers):g} to {max(numbers):g}. They are measured values, not classes. Round "
             "them to a few, or put words such as 'low' and 'high' in their place."
         )
-    if found and all(map(_DATE.match, found)):
-        raise LoraInitError(f"{place} holds dates, such as {min(found)}. Name the class.")
-    if len(found) == found.total() > _MOST_FRACTIONS:
+    if counts and all(map(_DATE.match, counts)):
+        raise LoraInitError(f"{place} holds dates, such as {min(counts)}. Name the class.")
+    if len(counts) == counts.total() > _MOST_FRACTIONS:
         raise LoraInitError(
-            f"{place} has another value in each of its {len(found)} rows, as numbers of rows "
+            f"{place} has another value in each of its {len(counts)} rows, as numbers of rows "
             "have. Name the column of the class."
         )
-    if not 2 <= len(found) <= _MOST_CLASSES:
+    if not 2 <= len(counts) <= _MOST_CLASSES:
         raise LoraInitError(
-            f"{place} has {len(found)} different values, and a classification needs 2 to "
+            f"{place} has {len(counts)} different values, and a classification needs 2 to "
             f"{_MOST_CLASSES} classes. Name the column of the class."
         )
 
 
-def _warn_of_classes(found: Mapping[str, int], place: str) -> None:
+def _warn_of_classes(counts: Mapping[str, int], place: str) -> None:
     """Warn of classes that have one row, that are one class in two spellings, or that are missing values in words."""
     spellings = defaultdict(list)
-    for name in found:
+    for name in counts:
         spellings[" ".join(name.split()).casefold()].append(name)
     odd = {
-        "one row: too few to learn from. Leave it out, or join classes": [name for name, n in found.items() if n == 1],
+        "one row: too few to learn from. Leave it out, or join classes": [name for name, n in counts.items() if n == 1],
         "the same but for spaces or case, and counts as another class. Write both alike": [
             name for names in spellings.values() if len(names) > 1 for name in names
         ],
         "what a missing value is written as, and counts as a class. Leave such cells empty": [
-            name for name in found if name.strip().casefold() in _MISSING
+            name for name in counts if name.strip().casefold() in _MISSING
         ],
     }
     for what, names in odd.items():

@@ -124,10 +124,10 @@ def _read_table(source: Any, files: list[Path] | None, subset: str | None, split
 
 def check_data(source: str) -> None:
     """Refuse a name that is neither here nor can be had, before `datasets` is imported."""
-    found = _find_files(source)
-    if found and (is_model := [one for one in found if (one / "config.json").is_file()]):
+    files = _find_files(source)
+    if files and (is_model := [one for one in files if (one / "config.json").is_file()]):
         raise LoraInitError(f"data {is_model[0]}: this is the directory of a model. Name a file, or a folder of data.")
-    if found is None and not check_hub(source, "dataset"):
+    if files is None and not check_hub(source, "dataset"):
         stay_offline()
 
 
@@ -152,9 +152,9 @@ def _find_files(source: Any) -> list[Path] | None:
     if not isinstance(source, (str, Path)) or str(source) == "-":
         return []
     path = Path(source).expanduser()
-    found = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    if found:
-        return found
+    paths = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    if paths:
+        return paths
     if _suffix(path) in FILE_TYPES or str(source).startswith((".", "~", "/")) or str(source).count("/") > 1:
         raise LoraInitError(f"data {str(source)!r}: no such file or folder.")
     return None
@@ -243,8 +243,8 @@ def _check_text(label: str, file: Path, kind: str) -> None:
     if FILE_TYPES[kind] == "json" and _NO_OBJECT.match(text):
         raise LoraInitError(f"{label}: its rows are numbers, texts or lists. Expected objects: {{'text': ...}}.")
     header = text.partition("\n")[0]
-    if kind == ".csv" and "," not in header and (found := re.search("[;\t]", header)):
-        separator, remedy = ("a semicolon", "") if found[0] == ";" else ("a tab", ", or name it .tsv")
+    if kind == ".csv" and "," not in header and (match := re.search("[;\t]", header)):
+        separator, remedy = ("a semicolon", "") if match[0] == ";" else ("a tab", ", or name it .tsv")
         raise LoraInitError(
             f"{label}: its columns are separated by {separator}, expected a comma. Save it with commas{remedy}."
         )

@@ -95,10 +95,10 @@ def _patterns(value: Any, argument: str) -> list[str]:
 
 def select(pattern: str, names: Sequence[str], argument: str) -> list[str]:
     """List the layers that a pattern means, at least one: a name or an ending of it after a dot, with wildcards."""
-    found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
-    found = found or [name for name in names if name == pattern]  # a name with a bracket in it is no wildcard
-    if found:
-        return found
+    selected = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+    selected = selected or [name for name in names if name == pattern]  # a name with a bracket in it is no wildcard
+    if selected:
+        return selected
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     close = difflib.get_close_matches(pattern.rsplit(".", 1)[-1].strip("*"), endings, n=3, cutoff=0.4)
     hint = f"Closest: {', '.join(close)}." if close else f"Names end in {', '.join(endings[:7])}."

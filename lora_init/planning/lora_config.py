@@ -55,8 +55,8 @@ def from_patterns(patterns: Mapping[str, Any] | None, names: Iterable[str], defa
         keys = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
     except re.error as error:
         raise LoraInitError(f"a key of the pattern {dict(patterns)} is no regular expression: {error}.") from error
-    found = {name: next((key for key, one in keys.items() if one.match(name)), name) for name in names}
-    return {name: patterns.get(key, default) for name, key in found.items()}
+    patterns_of = {name: next((key for key, one in keys.items() if one.match(name)), name) for name in names}
+    return {name: patterns.get(key, default) for name, key in patterns_of.items()}
 
 
 def listed_or_pattern(names: Collection[str], others: Iterable[str]) -> list[str] | str:

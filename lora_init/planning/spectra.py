@@ -91,17 +91,17 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
             for name in spectra.names
         ]
         return _stacked(rows, spectra.most_collected), np.ones(len(widths))
-    found = find_policy(policy)
+    known = find_policy(policy)
     numbers = spectra.ratios
-    if found.reads is not None:
-        numbers = _stacked([found.reads(stats, name) for name in spectra.names], spectra.most_collected)
+    if known.reads is not None:
+        numbers = _stacked([known.reads(stats, name) for name in spectra.names], spectra.most_collected)
         if not numbers.any():
             raise LoraInitError(
-                f"{{policy}}: all layers are worth nothing, since {found.if_zero}. Choose another policy.",
+                f"{{policy}}: all layers are worth nothing, since {known.if_zero}. Choose another policy.",
                 policy=policy,
             )
-    scores = _scores(f"policy {policy!r}", numbers.shape, found.function, numbers, widths)
-    return scores, widths if found.per_parameter else np.ones(len(widths))
+    scores = _scores(f"policy {policy!r}", numbers.shape, known.function, numbers, widths)
+    return scores, widths if known.per_parameter else np.ones(len(widths))
 
 
 def _scores(where: str, shape: tuple[int, ...], function: Callable[..., Any], *arguments: Any) -> FloatArray:

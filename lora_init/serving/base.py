@@ -130,7 +130,7 @@ def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target
 
     A weight of two dimensions counts as one expert; a linear layer's is adapted as the layer is.
     """
-    wanted, found, linear = config.get("target_parameters") or (), [], {}
+    wanted, fused, linear = config.get("target_parameters") or (), [], {}
     for owner, module in model.named_modules():
         for ending, parameter in module.named_parameters(recurse=False):
             name = f"{owner}.{ending}"
@@ -142,9 +142,9 @@ def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target
             experts, d_out, d_in = (1, *parameter.shape)[-3:]
             if parameter.dim() == 3 and getattr(module, "is_transposed", False):
                 d_out, d_in = d_in, d_out
-            found.append(Target(name, type(module).__name__, d_in, d_out, experts=experts))
-    named = {target.name: target for target in found}
-    prefixes = {name: prefix.removeprefix(PREFIX) for name, prefix in file_prefixes(found).items()}
+            fused.append(Target(name, type(module).__name__, d_in, d_out, experts=experts))
+    named = {target.name: target for target in fused}
+    prefixes = {name: prefix.removeprefix(PREFIX) for name, prefix in file_prefixes(fused).items()}
     return linear | {prefixes[name]: target for name, target in named.items()}
 
 
@@ -169,8 +169,8 @@ def _first_misfit(trained: Trained, base: Base) -> str | None:
     fused = {name: (target.in_features, target.out_features) for name, target in base.parameters.items()}
     there = {**base.widths, **fused}
     layers = {name: layer.widths for name, layer in trained.layers.items()}
-    for name, found in trained.unnamed.items():
-        a, b = (found[end] for end in ends_of(found))
+    for name, tensors in trained.unnamed.items():
+        a, b = (tensors[end] for end in ends_of(tensors))
         layers[name] = (a.shape[-1], b.shape[0]) if a.dim() == b.dim() == 2 else (0, 0)
     return next((name for name, widths in layers.items() if there.get(name) != widths), None)
 
@@ -185,9 +185,9 @@ def with_changed_copies(trained: Trained, base: Base) -> Trained:
         return trained
     for key, copied in trained.copies.items():
         name = f"{key.removeprefix(PREFIX).removesuffix('.base_layer.weight')}.weight"
-        found = [one for one in (name, *(f"{other}.weight" for other in base.embeddings * base.tied)) if one in sources]
-        if found:
-            own = sources[found[0]].read()
+        keys = [one for one in (name, *(f"{other}.weight" for other in base.embeddings * base.tied)) if one in sources]
+        if keys:
+            own = sources[keys[0]].read()
             if own.shape != copied.shape or not torch.equal(own.to(copied.dtype), copied):
                 changed[key] = copied
     return replace(trained, others={**trained.others, **changed})
@@ -287,7 +287,7 @@ def _pieces(base: Base, name: str, sources: Mapping[str, MergeSource]) -> dict[s
         shapes = (parameter.shape, parameter.mT.shape if parameter.dim() == 3 else parameter.shape)
         stored = sources.get(name)
         return {name: replace(stored, parameter=name)} if stored and stored.shape in shapes else {}
-    found: dict[str, MergeSource] = {}
+    pieces: dict[str, MergeSource] = {}
     for piece, tensor in one.items():
         places = _places(piece, parameter, whole[piece].shape, tensor.shape)
         if places is None:
@@ -295,8 +295,8 @@ def _pieces(base: Base, name: str, sources: Mapping[str, MergeSource]) -> dict[s
         for place, expert in places.items():
             if place not in whole or sources[place].shape != whole[place].shape:
                 return {}
-            found[place] = replace(sources[place], parameter=name, expert=expert, piece=piece)
-    return found
+            pieces[place] = replace(sources[place], parameter=name, expert=expert, piece=piece)
+    return pieces
 
 
 def _places(

@@ -128,8 +128,8 @@ def truncate(layer: Layer, factors: Factors, rank: int) -> Layer:
 
 def errors(factors: Mapping[str, Factors], ranks: Mapping[str, int]) -> tuple[dict[str, float], float]:
     """Compute the relative error that ranks leave in Frobenius norm, of each layer's update and of all at once."""
-    whole = {name: math.fsum(found.energies) for name, found in factors.items()}
-    lost = {name: math.fsum(found.energies[ranks[name] :]) for name, found in factors.items()}
+    whole = {name: math.fsum(spectrum.energies) for name, spectrum in factors.items()}
+    lost = {name: math.fsum(spectrum.energies[ranks[name] :]) for name, spectrum in factors.items()}
     relative = {name: math.sqrt(lost[name] / whole[name]) if whole[name] else 0.0 for name in factors}
     total = math.fsum(whole.values())
     return relative, math.sqrt(math.fsum(lost.values()) / total) if total else 0.0
@@ -151,8 +151,8 @@ def best_ranks(
     ranks, spent = dict.fromkeys(factors, 0), 0
     gains = [
         (math.inf if name in kept and i == 0 else energy / costs[name], name)
-        for name, found in factors.items()
-        for i, energy in enumerate(found.energies)
+        for name, spectrum in factors.items()
+        for i, energy in enumerate(spectrum.energies)
     ]
     for _, name in sorted(gains, key=lambda pair: -pair[0]):
         if spent + costs[name] <= budget:

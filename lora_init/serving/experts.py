@@ -160,7 +160,7 @@ def misreadings(n_experts: int, is_concatenated: bool) -> dict[tuple[str, str], 
         return lambda one: LoraWeights(one.a, one.b * keep.to(one.b)[:, None, None])
 
     missing, other = "a part is missing", "another adapter"
-    found: dict[tuple[str, str], tuple[str, Change]] = {
+    readings: dict[tuple[str, str], tuple[str, Change]] = {
         (missing, "gate_proj of experts"): ("gate_up_proj", without(True)),
         (missing, "up_proj of experts"): ("gate_up_proj", without(False)),
         (other, "experts with other experts' columns of B"): ("", by_blocks),
@@ -171,8 +171,8 @@ def misreadings(n_experts: int, is_concatenated: bool) -> dict[tuple[str, str], 
     }
     for by, words in ((1, "one before it"), (-1, "one after it")):
         order = torch.arange(n_experts).roll(by)
-        found[other, f"each expert with what is of the {words}"] = "", moved(order)
-        found[other, f"each expert with B of the {words}"] = "", moved(order, with_a=False)
+        readings[other, f"each expert with what is of the {words}"] = "", moved(order)
+        readings[other, f"each expert with B of the {words}"] = "", moved(order, with_a=False)
     for expert in range(n_experts if n_experts <= _MOST_NAMED else 0):
-        found[missing, f"expert {expert}"] = ("", alone(expert))
-    return found
+        readings[missing, f"expert {expert}"] = ("", alone(expert))
+    return readings

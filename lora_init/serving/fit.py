@@ -228,40 +228,40 @@ class _Fit:
 
     def report(self, source: str, converts: bool) -> FitReport:
         """Compare each tensor of the file with what is expected under its name."""
-        found, strangers = self._compared()
+        misfits, strangers = self._compared()
         notes = []
         misnamed = {key: new for key, (misfit, new) in strangers.items() if misfit.kind == "name"}
         new_names = self._new_names(misnamed)
         there = {*self.adapter.header, *misnamed.values()}
         missing = [] if new_names is None else [key for key in self.expected if key not in there]
-        only_names = not missing and all(one.kind == "config" for one in found)
+        only_names = not missing and all(one.kind == "config" for one in misfits)
         renames = new_names if new_names and only_names else {}
         if misnamed and converts and self._converts():
             notes.append(_converted_by_peft(misnamed))
         else:
-            found += [misfit for misfit, _ in strangers.values()]
+            misfits += [misfit for misfit, _ in strangers.values()]
             lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
-            found += [Misfit("missing", key, lost) for key in missing]
-        return FitReport(source, self.name, len(self.adapter.header), tuple(found), renames, tuple(notes))
+            misfits += [Misfit("missing", key, lost) for key in missing]
+        return FitReport(source, self.name, len(self.adapter.header), tuple(misfits), renames, tuple(notes))
 
     def _compared(self) -> tuple[list[Misfit], dict[str, tuple[Misfit, str | None]]]:
         """List what is wrong with tensors whose names have a place, and describe those whose names have none."""
-        found: list[Misfit] = []
+        misfits: list[Misfit] = []
         if self.refused:
-            found.append(Misfit("config", CONFIG_FILE, f"does not go with {self.name}: {self.refused}"))
+            misfits.append(Misfit("config", CONFIG_FILE, f"does not go with {self.name}: {self.refused}"))
         strangers: dict[str, tuple[Misfit, str | None]] = {}
         for key, (shape, dtype) in self.adapter.header.items():
             if _TENSOR.fullmatch(key) and dtype not in _FLOATS:
-                found.append(Misfit("type", key, f"is {dtype}, and A and B are float32, float16 or bfloat16."))
+                misfits.append(Misfit("type", key, f"is {dtype}, and A and B are float32, float16 or bfloat16."))
             wanted = self.expected.get(key, self.whole.get(key))
             if wanted is None:
                 _, new = strangers[key] = self._stranger(key, shape)
                 if new in self.expected:  # patterns go by either name
                     by_name = [[*self._of_shape(name, shape, self.expected[new])] for name in (key, new)]
-                    found += by_name[0] if all(by_name) else []
+                    misfits += by_name[0] if all(by_name) else []
             else:
-                found += self._of_shape(key, shape, wanted)
-        return found, strangers
+                misfits += self._of_shape(key, shape, wanted)
+        return misfits, strangers
 
     def _new_names(self, misnamed: Mapping[str, str | None]) -> dict[str, str] | None:
         """Return the names under which tensors fit, if each has one of its own that is free; else None."""
@@ -306,7 +306,7 @@ class _Fit:
 
     def _other_shape(self, key: str) -> Sequence[int]:
         """Return the shape of B for the name of A, and the other way round."""
-        other = re.sub(r"lora_([AB])", lambda found: "lora_B" if found[1] == "A" else "lora_A", key)
+        other = re.sub(r"lora_([AB])", lambda match: "lora_B" if match[1] == "A" else "lora_A", key)
         return self.adapter.header.get(other, ((), ""))[0]
 
     def _shape_wanted(
@@ -328,8 +328,8 @@ class _Fit:
         module, config = layer.replace(".base_layer", ""), self.adapter.config
         wanted = config.get("target_parameters") or () if layer not in self.base.widths else ()
         names = sorted(f"{module}.{key.rpartition('.')[2]}" for key in wanted) or [layer]  # the second matrix first
-        found = from_patterns(config.get("rank_pattern"), names, self.rank)
-        counts = [int(experts * found[name]) for name in names]
+        ranks = from_patterns(config.get("rank_pattern"), names, self.rank)
+        counts = [int(experts * ranks[name]) for name in names]
         return there if there in counts else counts[layer.count(".base_layer") % len(counts)]
 
     def _converts(self) -> bool:
@@ -380,11 +380,11 @@ class _Fit:
     @cached_property
     def _by_core(self) -> dict[str, list[str]]:
         """The names of all layers, by what is left of them without wrappers."""
-        matches, found = map(_TENSOR.fullmatch, self.expected), defaultdict(list)
+        matches, names = map(_TENSOR.fullmatch, self.expected), defaultdict(list)
         selected = (match["layer"].removeprefix(PREFIX) for match in matches if match)
         for name in dict.fromkeys([*self.base.widths, *selected]):
-            found[_core(name)].append(name)
-        return found
+            names[_core(name)].append(name)
+        return names
 
     def _takes(self, layer: str, end: str, shape: Sequence[int]) -> bool:
         """Return whether a layer has the widths of a tensor, whatever its rank."""
@@ -455,10 +455,10 @@ def _of_recorded_base(
     whole = adapter.config.get("modules_to_save") or adapter.config.get("task_type") in _CLASSIFIES
     if known and known != here and not whole:
         return [Misfit("base", CONFIG_FILE, f"says that the base has {known} parameters, and this one has {here}.")]
-    found = _fingerprint(model, tensors) if known == here else ""
-    if not found:
+    fingerprint_here = _fingerprint(model, tensors) if known == here else ""
+    if not fingerprint_here:
         return None
-    if made.get("fingerprint") not in (None, found):
+    if made.get("fingerprint") not in (None, fingerprint_here):
         return [Misfit("base", str(adapter.path), f"is for a base of the same form {_OTHER_WEIGHTS}.")]
     return []
 

@@ -35,8 +35,8 @@ def _nf4(weight: Tensor) -> Tensor:
     require("bitsandbytes")
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    found: Tensor = dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type="nf4"))
-    return found
+    rounded: Tensor = dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type="nf4"))
+    return rounded
 
 
 # What a float32 weight [d_out, d_in] is in a type, as float32.
@@ -97,7 +97,7 @@ def kept_by_merge(
     With statistics squares are of outputs, E |M x|^2 over the rows x that a layer reads. It costs as much as the
     merge, a tensor at a time.
     """
-    found: dict[str, Kept] = {}
+    kept: dict[str, Kept] = {}
     for source in sources.values():
         if not source.parameter or PREFIX + source.parameter in trained.others:
             continue
@@ -113,8 +113,8 @@ def kept_by_merge(
         if stats is not None:
             change, arrived, noise = _of_outputs(stats, name, change, arrived, noise)
         squares = (change.square(), arrived * change, noise.square())
-        found[name] = found.get(name, Kept()) + Kept(*(float(one.sum(dtype=torch.float64)) for one in squares))
-    return found
+        kept[name] = kept.get(name, Kept()) + Kept(*(float(one.sum(dtype=torch.float64)) for one in squares))
+    return kept
 
 
 def _of_outputs(stats: Statistics, name: str, *changes: Tensor) -> Iterator[Tensor]:

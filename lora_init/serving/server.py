@@ -63,8 +63,8 @@ class Server:
         if wrong is not None or len(chosen) != 1:
             what = f"no model {wrong!r}" if wrong is not None else "several models" if parents else "no models"
             raise LoraInitError(f"{self.url} has {what}. Name one by {{model}}: {', '.join(parents)}.", model=...)
-        found = chosen[0]
-        return found, base or parents[found] or _only_model_beside(found, parents)
+        choice = chosen[0]
+        return choice, base or parents[choice] or _only_model_beside(choice, parents)
 
     def ask(self, model: str, prompt: Any) -> dict[int | str, float]:
         """Request log-probabilities of the token after a text, or of the first one of the answer to messages.
@@ -147,9 +147,9 @@ def _only_model_beside(name: str, parents: Mapping[str, Any]) -> str | None:
     return others[0] if len(others) == 1 else None
 
 
-def _read(found: Mapping[str, Any]) -> dict[int | str, float]:
+def _read(answer: Mapping[str, Any]) -> dict[int | str, float]:
     """Read the log-probabilities of the first token, in the form of completions or of chats."""
-    first: Any = next(iter(found.get("content") or found.get("top_logprobs") or ()), None) or {}
+    first: Any = next(iter(answer.get("content") or answer.get("top_logprobs") or ()), None) or {}
     if "top_logprobs" in first:
         first = {one.get("id", one["token"]): one["logprob"] for one in first["top_logprobs"] or [first]}
     # "token_id:7" is how vLLM writes a number, and -9999 how it writes minus infinity.

@@ -105,8 +105,8 @@ def _exports(engine: Engine, beyond: str) -> bool:
 
 def _most_beyond(config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
     """Return what fewest engines take of what `_beyond_layers` describes; None if there is nothing."""
-    found = [*_beyond_layers(config, tensors)]
-    return next((one for one in found if one != _OF_EXPERTS), found[0] if found else None)
+    beyond = [*_beyond_layers(config, tensors)]
+    return next((one for one in beyond if one != _OF_EXPERTS), beyond[0] if beyond else None)
 
 
 def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:

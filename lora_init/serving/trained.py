@@ -212,8 +212,8 @@ def read_trained(
     # With the adapter of an embedding PEFT stores the base's own weight, which training has not changed.
     copies = {key: others.pop(key) for name in parts if (key := f"{PREFIX}{name}.base_layer.weight") in others}
     trained = Trained(config, {}, others, copies, parts)
-    for name, found in parts.items():
-        _check_pair(name, found, path)
+    for name, tensors in parts.items():
+        _check_pair(name, tensors, path)
     if not config.get("target_parameters"):
         trained = with_parameters(trained, {})
     _check_conversion(trained, adapter.origin, directory)
@@ -251,32 +251,32 @@ def _with_renamed_patterns(config: Mapping[str, Any], renames: Mapping[str, str]
     return {**config, **written}
 
 
-def _check_pair(name: str, found: Mapping[str, Tensor], path: Path) -> None:
+def _check_pair(name: str, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuse what is no A and B of a linear layer or embedding, or of parameters."""
-    ends = ends_of(found)
+    ends = ends_of(tensors)
     problem = None
-    missing = next((end for end in ends if end not in found), None)
-    unknown = next((end for end in found if end not in (*ends, MAGNITUDE)), None)
+    missing = next((end for end in ends if end not in tensors), None)
+    unknown = next((end for end in tensors if end not in (*ends, MAGNITUDE)), None)
     if missing is not None:
         problem = f"has no {missing}. The adapter is incomplete; save it again."
     elif unknown is not None:
         problem = f"has {unknown}, which no plain LoRA has. Only lora_A and lora_B are read."
-    elif found[ends[0]].dim() > 2:
+    elif tensors[ends[0]].dim() > 2:
         problem = (
             "is a convolution, which the engines read no adapter of. Call PEFT's merge_and_unload() and serve the "
             "model that it returns."
         )
-    elif wrong := {tensor.dtype for tensor in found.values()} - _TYPES:
+    elif wrong := {tensor.dtype for tensor in tensors.values()} - _TYPES:
         problem = f"is {wrong.pop()}, and A and B are float32, float16 or bfloat16. Save it again in one of these."
-    elif not all(tensor.isfinite().all() for tensor in found.values()):
+    elif not all(tensor.isfinite().all() for tensor in tensors.values()):
         problem = "holds NaN or infinite numbers: its training went wrong. Save a checkpoint from before."
     if problem is not None:
         raise LoraInitError(f"{path}: layer {name!r} {problem}")
 
 
-def ends_of(found: Mapping[str, Tensor]) -> tuple[str, str]:
+def ends_of(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     """Return how the names of A and B end among the tensors of one layer."""
-    return EMBEDDING if any(end in found for end in EMBEDDING) else LINEAR
+    return EMBEDDING if any(end in tensors for end in EMBEDDING) else LINEAR
 
 
 def with_parameters(trained: Trained, parameters: Mapping[str, Target]) -> Trained:
@@ -312,9 +312,9 @@ def _ranks_and_alphas(config: Mapping[str, Any], names: Collection[str]) -> tupl
     )  # type: ignore[return-value]
 
 
-def _layer(target: Target, found: Mapping[str, Tensor], rank: int, alpha: float, config: Mapping[str, Any]) -> Layer:
-    ends, experts = ends_of(found), target.experts
-    a, b = found[ends[0]], found[ends[1]]
+def _layer(target: Target, tensors: Mapping[str, Tensor], rank: int, alpha: float, config: Mapping[str, Any]) -> Layer:
+    ends, experts = ends_of(tensors), target.experts
+    a, b = tensors[ends[0]], tensors[ends[1]]
     if not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] == rank * max(experts, 1):
         each = f" for each of {experts} experts" if experts else ""
         raise LoraInitError(
@@ -328,7 +328,7 @@ def _layer(target: Target, found: Mapping[str, Tensor], rank: int, alpha: float,
         raise LoraInitError(
             f"layer {target.name!r}: lora_alpha is {alpha}, expected between 1e-30 and 1e30 times rank."
         )
-    return Layer(a, b, scaling, ends, found.get(MAGNITUDE))
+    return Layer(a, b, scaling, ends, tensors.get(MAGNITUDE))
 
 
 def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
@@ -426,5 +426,5 @@ def strength_of(dial: Mapping[str, Any]) -> str:
 
 def note_of(directory: Path) -> tuple[str, ...]:
     """Return a note on the strength that the dial gave an adapter; empty unless the dial wrote it."""
-    found = read_json(directory / DIAL_FILE) if is_as_written(directory, DIAL_FILE) else None
-    return () if found is None else (f"its strength is the dial's: {strength_of(found)}",)
+    record = read_json(directory / DIAL_FILE) if is_as_written(directory, DIAL_FILE) else None
+    return () if record is None else (f"its strength is the dial's: {strength_of(record)}",)

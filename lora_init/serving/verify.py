@@ -137,13 +137,13 @@ def verify(
         effect = float(effects[chosen].mean().sqrt())
         observed, at_base = (local.observe(ask if effect else None, asked) for ask in (served, base))
         run = partial(local.run, asked)
-        found = diagnose(observed, at_base, plain, trained, effect, faults, run, local.routed)
-    found = replace(found, text="; ".join((found.text, *note_of(adapter.path))))
+        diagnosis = diagnose(observed, at_base, plain, trained, effect, faults, run, local.routed)
+    diagnosis = replace(diagnosis, text="; ".join((diagnosis.text, *note_of(adapter.path))))
     lost = read_json(adapter.path / RECORD_FILE).get("error") if is_as_written(adapter.path, RECORD_FILE) else None
-    if not lost or not isinstance(lost, float) or found.verdict != AS_TRAINED:
-        return found
-    text = found.text.replace(AS_TRAINED, f"{AS_EXPORTED}, which lost {lost:.2%} of the update", 1)
-    return replace(found, verdict=AS_EXPORTED, text=text)
+    if not lost or not isinstance(lost, float) or diagnosis.verdict != AS_TRAINED:
+        return diagnosis
+    text = diagnosis.text.replace(AS_TRAINED, f"{AS_EXPORTED}, which lost {lost:.2%} of the update", 1)
+    return replace(diagnosis, verdict=AS_EXPORTED, text=text)
 
 
 def diagnose(
@@ -179,9 +179,9 @@ def diagnose(
     if residual > (allowed / 2 if measured else allowed):  # small faults leave less than what is allowed
         of_effect = _LEFT_BY_FAULT * max(effect, from_base)
         by_list = allowed if measured else of_effect
-        found = _fault_that_fits(observed, faults, run, 0.7 * residual, by_list, max(by_list, of_effect))
-        if found is not None:
-            fault, distance = found
+        fitting = _fault_that_fits(observed, faults, run, 0.7 * residual, by_list, max(by_list, of_effect))
+        if fitting is not None:
+            fault, distance = fitting
             return verdict(
                 fault.verdict,
                 f"{fault.reason}; {distance:.2g} off from it, {residual:.2g} off from the adapter as trained",
@@ -234,11 +234,11 @@ def _fault_that_fits(
             return fault, distance
         closest = min(closest, distance)
 
-    found = _factor_that_fits(observed, "", [*faults[0].factors], run)
-    if found[0] is None or found[1] > min(by_search, most, closest):
+    fitting = _factor_that_fits(observed, "", [*faults[0].factors], run)
+    if fitting[0] is None or fitting[1] > min(by_search, most, closest):
         experts = next((one.factors for one in faults if one.reason == EXPERTS), {})
-        found = _factor_that_fits(observed, f"{EXPERTS} ", [name for name, by in experts.items() if not by], run)
-    factor, distance = found
+        fitting = _factor_that_fits(observed, f"{EXPERTS} ", [name for name, by in experts.items() if not by], run)
+    factor, distance = fitting
     return (factor, distance) if factor is not None and distance <= min(by_search, most, closest) else None
 
 
@@ -358,11 +358,11 @@ class Local:
     @cached_property
     def _numbers(self) -> dict[str, int | None]:
         """Numbers of tokens by their text, as tokenizers and engines write it; None where several have it."""
-        found: dict[str, int | None] = {}
+        numbers: dict[str, int | None] = {}
         for number, name in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))):
             for text in {str(name), str(name).replace("▁", " "), self.tokenizer.decode([number])}:
-                found[text] = None if text in found else number
-        return found
+                numbers[text] = None if text in numbers else number
+        return numbers
 
     def faults(self) -> list[Fault]:
         """List what engines are known to do to an adapter; first, to leave it out."""

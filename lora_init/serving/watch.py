@@ -95,19 +95,21 @@ class ServingWatch:
             effect = float((now - plain).gather(1, likeliest).square().mean().sqrt())
             observed = local.observe(self._ask, self._prompts)
             run = partial(local.run, self._prompts)
-            found = diagnose(observed, at_base, plain, now, effect, faults, run, local.routed)
+            diagnosis = diagnose(observed, at_base, plain, now, effect, faults, run, local.routed)
         earlier = {other: kept for other, kept in self._kept.items() if other != step}
-        stale = None if found.verdict == "ignored" else _stale(observed, now, earlier, found.noise)
+        stale = None if diagnosis.verdict == "ignored" else _stale(observed, now, earlier, diagnosis.noise)
         if stale is None:
-            return found
+            return diagnosis
         other, prompts, is_sure = stale
         if not is_sure:
-            if found.verdict == AS_TRAINED:
-                return found
-            return replace(found, text=f"{found.text}; step {other} fits as well, and base= would tell them apart")
-        many = f"{prompts} of {found.prompts} prompts are" if prompts < found.prompts else "it is"
+            if diagnosis.verdict == AS_TRAINED:
+                return diagnosis
+            return replace(
+                diagnosis, text=f"{diagnosis.text}; step {other} fits as well, and base= would tell them apart"
+            )
+        many = f"{prompts} of {diagnosis.prompts} prompts are" if prompts < diagnosis.prompts else "it is"
         text = f"{STALE}: {many} answered as by step {other}, and step {step} was expected"
-        return replace(found, verdict=STALE, text=f"{text} ({found.text})")
+        return replace(diagnosis, verdict=STALE, text=f"{text} ({diagnosis.text})")
 
     def _local(self, model: Any) -> Local:
         if not isinstance(model, PeftModel):
@@ -138,8 +140,8 @@ def _stale(
             there = exact & (along > _ON_THE_WAY * length) & (left < _LEFT_OVER**2 * length + 4 * of_noise)
             n = len(told) if several and there.any() else int(there.sum())
             is_sure = noise is not None or bool((left < _LEFT_OVER**2 * length)[there].all())
-            found = (float((left - at_now)[there].sum()), step, n, is_sure)
-            best = found if n and (best is None or found < best) else best
+            noted = (float((left - at_now)[there].sum()), step, n, is_sure)
+            best = noted if n and (best is None or noted < best) else best
         if best is not None:
             return best[1:]
     return None
@@ -182,14 +184,14 @@ class ServingCallback(TrainerCallback):
         if not state.is_world_process_zero or state.global_step % self.every:
             return
         try:
-            self.found[step] = found = self.watch.check(model, step)
+            self.found[step] = diagnosis = self.watch.check(model, step)
         except Exception as error:  # of an engine that is asked by a function: whatever that raises
             text = explain(error)
             kind, fault = text.partition(": ")[0], f"what the engine serves could not be checked: {text}"
         else:
-            if found.verdict in (AS_TRAINED, CANNOT_TELL):
+            if diagnosis.verdict in (AS_TRAINED, CANNOT_TELL):
                 return
-            kind, fault = found.verdict, f"the engine does not serve what is trained: {found.text}"
+            kind, fault = diagnosis.verdict, f"the engine does not serve what is trained: {diagnosis.text}"
         if kind not in self._warned:
             warn(f"step {step}: {fault}")
         self._warned.add(kind)

@@ -127,13 +127,13 @@ def whitening_scale(spectrum: Spectrum, rank: int) -> Tensor:
 
 def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
     """Refuse a rank below which the decomposition was cut off although the data holds more."""
-    found, width = spectrum.components.shape
+    there, width = spectrum.components.shape
     # n centered rows span at most n - 1 directions, and directions beyond the last variance do not exist either.
     all_there = float(spectrum.explained_variance.sum()) >= (1.0 - 1e-6) * spectrum.total_variance
-    if found < rank and found < min(width, spectrum.n_samples - 1) and not all_there:
+    if there < rank and there < min(width, spectrum.n_samples - 1) and not all_there:
         raise LoraInitError(
-            f"{where}rank {rank} needs {rank} components and the statistics hold {found}. "
-            f"Collect again with rank * rho >= {rank}, or ask for rank {found} at most."
+            f"{where}rank {rank} needs {rank} components and the statistics hold {there}. "
+            f"Collect again with rank * rho >= {rank}, or ask for rank {there} at most."
         )
 
 

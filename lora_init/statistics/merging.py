@@ -232,15 +232,15 @@ def _merge_gradients(
 
     A part in which a layer did not run adds no gradient to it.
     """
-    found = [part.gradients for part in parts]
-    size = _common_size([one.weighted for one in of.values()] for of in found)
+    gradients = [part.gradients for part in parts]
+    size = _common_size([one.weighted for one in of.values()] for of in gradients)
     n_triplets = _n_triplets(parts)
     n_labels = sum(part.provenance.n_labels for part in parts)
     shares = [part.provenance.n_labels / n_labels for part in parts] if weights is None else weights
     merged = {}
     for name in names:
-        spectra = [of[name] for of in found if name in of]
-        shares_there = [share for share, of in zip(shares, found, strict=True) if name in of]
+        spectra = [of[name] for of in gradients if name in of]
+        shares_there = [share for share, of in zip(shares, gradients, strict=True) if name in of]
         of_rows = None if weights is None else [share / sum(shares_there) for share in shares_there]
         merged[name] = _merge_gradient(spectra, shares_there, of_rows, n_triplets, size)
     return merged
@@ -355,7 +355,7 @@ def _notes(parts: Sequence[Statistics]) -> Iterator[str]:
     experts = {name for part in parts for name, target in part.targets.items() if target.experts}
     about = re.compile(r"(.*?)( and \d+ other layers?)?: ")
     said = [
-        [note for note in part.provenance.notes if not ((found := about.match(note)) and found[1] in experts)]
+        [note for note in part.provenance.notes if not ((match := about.match(note)) and match[1] in experts)]
         for part in parts
     ]
     everywhere = [note for note in said[0] if all(note in notes for notes in said)]

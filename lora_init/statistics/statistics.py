@@ -359,10 +359,10 @@ class Statistics(Mapping[str, Spectrum]):
 
 def notes_on_experts(stats: Statistics) -> list[str]:
     """Name the experts that start from the rows of all experts."""
-    few = {name: found for name in stats.targets if (found := stats.experts_with_few_rows(name))}
+    few = {name: numbers for name in stats.targets if (numbers := stats.experts_with_few_rows(name))}
     if not few:
         return []
-    counts, needed = span([len(found) for found in few.values()]), [2 * len(stats.explained_variance(n)) for n in few]
+    counts, needed = span([len(few[n]) for n in few]), [2 * len(stats.explained_variance(n)) for n in few]
     of_all, (first, *_) = span([stats.targets[name].experts or 0 for name in few]), few.values()
     shown = ", ".join(map(str, first[:8])) + (", ..." if len(first) > 8 else "") + " in the first" * (len(few) > 1)
     said = f"{counts} of {of_all} experts read fewer than {span(needed)} rows and start from the rows of all experts"

@@ -47,9 +47,9 @@ class TensorFile:
             metadata = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise LoraInitError(f"{self.path} is not a whole safetensors file ({error}). Make it again.") from error
-        found, its = metadata.get("format"), metadata.get("version")
-        if found != kind:
-            raise LoraInitError(f"{self.path} is of format {found!r}, expected {kind!r}. Give another file.")
+        form, its = metadata.get("format"), metadata.get("version")
+        if form != kind:
+            raise LoraInitError(f"{self.path} is of format {form!r}, expected {kind!r}. Give another file.")
         if its != str(version):
             raise LoraInitError(
                 f"{self.path} has version {its!r} of its format, this lora_init reads {version}. Update lora_init, or "

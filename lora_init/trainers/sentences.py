@@ -92,9 +92,9 @@ class SentenceIntegration(TrainerIntegration):
     @contextmanager
     def opened(self, config: InitConfig) -> Iterator[tuple[InitConfig, Iterator[Any]]]:
         """Open it as another trainer; the losses of the pass do not count as losses of training."""
-        with restoring("accum_loss_components", [self.trainer]), super().opened(config) as found:
+        with restoring("accum_loss_components", [self.trainer]), super().opened(config) as options_and_batches:
             self.trainer.accum_loss_components = copy.deepcopy(self.trainer.accum_loss_components)
-            yield found
+            yield options_and_batches
 
     def forward(self, with_labels: bool) -> Any:
         """Return how a batch is run: by the trainer's loss, which runs the model on each column."""

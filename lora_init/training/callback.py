@@ -139,12 +139,12 @@ class StartCallback(TrainerCallback):
             with without_trace(eval_dataloader):
                 say = partial(_say, state)
                 batches = _batches(eval_dataloader, model.get_base_model())
-                found = dial(model, batches, tokenizer=rest.get("processing_class"), seed=args.seed, say=say)
+                dialed = dial(model, batches, tokenizer=rest.get("processing_class"), seed=args.seed, say=say)
         except LoraInitError as error:
             _say(state, f"not dialed, and the adapter is as trained: {error}")
             return
         model.save_pretrained(args.output_dir)  # ms-swift saves nothing but checkpoints
-        for about, text in found.summary().items():
+        for about, text in dialed.summary().items():
             _say(state, f"dial, {about}: {text}")
 
     def _texts_until(self, args: TrainingArguments, step: int) -> float:

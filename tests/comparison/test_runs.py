@@ -63,13 +63,16 @@ def test_halving_sweeps_two_seeds_and_takes_the_best_rate_to_the_others():
 def test_without_a_list_each_start_has_three_rates_around_its_own():
     own = {"random": 1e-3, "eva": 3e-3}
     plan, records = RunPlan([*map(Variant, (*own, "full"))], [], (0, 1, 2, 3), "halving", 0, recommended=own), {}
-    assert [plan.asked(start) for start in plan.starts] == [
+    assert [plan.given_rates(start) for start in plan.starts] == [
         [3.3e-4, 1e-3, 3e-3],
         [1e-3, 3e-3, 9e-3],
         [3.3e-5, 1e-4, 3e-4],
     ]
     random, eva, _ = plan.starts
-    assert replace(plan, tuned=False).asked(eva) == [3e-3] and len(replace(plan, tuned=False).asked(random)) == 3
+    assert (
+        replace(plan, tuned=False).given_rates(eva) == [3e-3]
+        and len(replace(plan, tuned=False).given_rates(random)) == 3
+    )
     waiting = plan.runs(plan.starts, records)
     assert waiting.count(Run(eva, 3, None)) == waiting.count(Run(eva, 3, 3e-3)) == 1
     for run in waiting:

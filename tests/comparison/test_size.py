@@ -42,7 +42,7 @@ def test_a_shorter_limit_makes_a_smaller_comparison(lay_out):
     bench, plan = lay_out(SIZES[-1])
     rate = LearningRate({"layer": Response(1.0, 0.0)}, TrainingLength(24)).rate  # of so short a run
     assert (plan.starts, plan.learning_rates, plan.recommended["eva"]) == (STARTS[:2], [], rate)
-    assert plan.requested(STARTS[1]) == [rate] and len(plan.requested(STARTS[0])) == 3
+    assert plan.given_rates(STARTS[1]) == [rate] and len(plan.given_rates(STARTS[0])) == 3
     assert (bench.training.steps, list(bench.training.evaluation_points)) == (24, [0, 24])
 
 
@@ -52,7 +52,7 @@ def test_what_was_asked_for_stays(home, tmp_path):
     requested = RequestedSize(Loading(report_samples=12), 6, 4, 0.1, [3])
     small, same = requested.lay_out(bench, plan, SIZES[-1])
     assert (small.training.steps, list(small.training.evaluation_points)) == (6, [0, 3, 6])
-    assert (same.starts, same.requested(STARTS[1])) == (STARTS[:2], [1e-4, 1e-3])
+    assert (same.starts, same.given_rates(STARTS[1])) == (STARTS[:2], [1e-4, 1e-3])
     assert requested.folds(SIZES[-1]) == (None, 32)
 
 
