@@ -69,10 +69,8 @@ def test_without_a_list_each_start_has_three_rates_around_its_own():
         [3.3e-5, 1e-4, 3e-4],
     ]
     random, eva, _ = plan.starts
-    assert (
-        replace(plan, tuned=False).given_rates(eva) == [3e-3]
-        and len(replace(plan, tuned=False).given_rates(random)) == 3
-    )
+    untuned = replace(plan, tuned=False)
+    assert untuned.given_rates(eva) == [3e-3] and len(untuned.given_rates(random)) == 3
     waiting = plan.runs(plan.starts, records)
     assert waiting.count(Run(eva, 3, None)) == waiting.count(Run(eva, 3, 3e-3)) == 1
     for run in waiting:
