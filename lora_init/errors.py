@@ -67,8 +67,8 @@ class LoraInitWarning(Message, UserWarning):
     """Describes a likely mistake, and what to do about it, in one line."""
 
 
-def warn(text: str, **options: Any) -> None:
-    """Warn of a likely mistake, with options as a `Message` has them, at the line that called this package.
+def warn(text: str, **options: Any) -> str:
+    """Warn of a likely mistake, with options as a `Message` has them, at the line that called this package; return it.
 
     That is what `skip_file_prefixes` of Python 3.12 is for.
     """
@@ -77,7 +77,9 @@ def warn(text: str, **options: Any) -> None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] == "lora_init":
             outermost = level
         frame, level = frame.f_back, level + 1
-    warnings.warn(LoraInitWarning(text, **options), stacklevel=outermost + 1)
+    message = LoraInitWarning(text, **options)
+    warnings.warn(message, stacklevel=outermost + 1)
+    return str(message)
 
 
 def explain(error: BaseException, spell: Spell = in_python) -> str:

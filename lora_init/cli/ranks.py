@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from lora_init.planning.policies import POLICIES, policy_names
 from lora_init.planning.snippets import TOOLS
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
 
     from lora_init.planning.plan import RankAllocation
@@ -98,10 +100,46 @@ def _number(text: str) -> int | float | str:
         return text
 
 
+def kind_totals(plan: RankAllocation) -> pd.DataFrame:
+    """Sum a plan up by kind of layer, in model order: layers, least, most, total_rank, parameters, explained."""
+    from lora_init.layers.grid import layer_grid
+
+    table, kinds = plan.to_pandas(), layer_grid(plan).by_kind
+    kind_of = {name: kind for kind, layers in kinds.items() for name in layers.values()}
+    totals = table.groupby([kind_of[name] for name in table.index]).agg(
+        layers=("rank", "size"),
+        least=("rank", "min"),
+        most=("rank", "max"),
+        total_rank=("rank", "sum"),
+        parameters=("parameters", "sum"),
+        explained=("explained_variance", "mean"),
+    )
+    return totals.loc[list(kinds)]
+
+
+def totals_against_uniform(plan: RankAllocation, stats: Statistics) -> list[tuple[str, ...]]:
+    """Set what a plan costs and explains beside uniform ranks of the same sum: rows of name, plan, uniform ranks."""
+    from lora_init.planning.allocate import allocate_ranks
+
+    with warnings.catch_warnings():  # where the data has too few directions was said when the plan was made
+        warnings.simplefilter("ignore")
+        both = plan, allocate_ranks(stats, total_rank=plan.total_rank, policy="uniform", exclude=plan.excluded)
+    used = [[rank for rank in one.values() if rank] for one in both]
+    rows = {
+        "layers with an adapter": [f"{len(ranks)} of {len(plan)}" for ranks in used],
+        "rank": [f"{min(ranks)} to {max(ranks)}" for ranks in used],
+        "total rank": [f"{one.total_rank:,}" for one in both],
+        "parameters": [f"{one.parameters:,}" for one in both],
+        "MB in float32": [f"{one.megabytes():.2f}" for one in both],
+        "MB in bfloat16": [f"{one.megabytes('bfloat16'):.2f}" for one in both],
+        "variance explained, mean": [f"{one.explained_variance:.1%}" for one in both],
+    }
+    return [(name, *cells) for name, cells in rows.items()]
+
+
 def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
     """Print a plan, what it costs and explains against uniform ranks of the same sum, and which engines serve it."""
     from lora_init.planning.plan import plan_config, plan_text, source_text
-    from lora_init.planning.totals import kind_totals, totals_against_uniform
     from lora_init.serving.support import serving_note
 
     heads = ("", "this plan", "uniform ranks, same sum")
@@ -199,8 +237,8 @@ class PlanOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Read them as arguments of `allocate_ranks`."""
-        allowed, others = self.allowed_ranks, ("override", "exclude", "tie")
-        return {name: value for name, value in vars(self).items() if name not in others} | {
+        allowed = self.allowed_ranks
+        return {name: value for name, value in vars(self).items() if name != "override"} | {
             "dtype": self.dtype or "float32",
             "coverage": self.coverage or "every-layer",
             "exclude": self.exclude or [],

@@ -60,7 +60,7 @@ def check_named(
 ) -> tuple[InitConfig, RankAllocation | None, float]:
     """Refuse what can be refused before anything is read.
 
-    Returns the options with the rank of the plan, the plan if one is named, and how many times the rank a pass keeps.
+    Returns the options with the rank of the plan, the plan if it is known, and how many times the rank a pass keeps.
     """
     start = config.start
     if names.data is None and start.takes_step:
@@ -71,9 +71,9 @@ def check_named(
     find_device(device)
     ranks, of_file = config.ranks, (there.provenance.rho if there else None) or SPARE
     if names.ranks_from is None:
-        if there is not None and names.data is None:
-            allocate_ranks(there, ranks.rank, ranks.rho)  # refuses more than was collected
-        return config, None, max(ranks.rho, of_file)
+        # Without data the file has all that ranks are made from; it may have less than is asked for.
+        plan = allocate_ranks(there, ranks.rank, ranks.rho) if there is not None and names.data is None else None
+        return config, plan, max(ranks.rho, of_file)
     if given(("rank", "rho")):
         raise LoraInitError("--ranks names a plan, which has all ranks. Leave --rank and --rho out.")
     plan = load_plan(names.ranks_from)
@@ -129,7 +129,7 @@ def load_named(
         classes, seed = there.provenance.settings.get("classes", ()), there.provenance.seed
     loaded = loading.load(opened.model, seed=seed, n_labels=len(classes) or None)
     model: nn.Module = loaded.model
-    if plan is not None:
+    if plan is not None and names.ranks_from is not None:
         plan.check_model(fingerprint(model), f"{type(model).__name__} {names.model}")
     return loaded, fit_to(model, config, opened.examples.classes, loaded.drawn)
 

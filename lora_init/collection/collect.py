@@ -23,12 +23,12 @@ from lora_init.collection.loop import TOLERANCE, Collected, Pass, progress_bar, 
 from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, read_settings
-from lora_init.errors import LoraInitError, LoraInitWarning, check_number, explain, warn
+from lora_init.errors import LoraInitError, check_number, explain, warn
 from lora_init.files import check_writable, locked
 from lora_init.layers.grid import one_line_each, some, span
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint, model_config
 from lora_init.layers.masks import TokenMasks
-from lora_init.layers.rows import experts_left_out
+from lora_init.layers.rows import warn_of_experts_left_out
 from lora_init.layers.running import Forward, call_model
 from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets, linear_layers, new_heads
 from lora_init.layers.wrappers import (
@@ -85,7 +85,7 @@ class _Job:
     overwrite: bool
     progress: bool | None
     skip_bad_batches: int
-    left_out: LoraInitWarning | None  # experts that a selection of all linear layers has not
+    left_out: str  # a warning of experts that a selection of all linear layers has not; empty for none
 
     @property
     def n_components(self) -> int:
@@ -215,8 +215,7 @@ def collect(
     check_targets(model, targets, rank)
     modules = plain_names(model)
     takes_all = target_modules == ALL_LINEAR or {*linear_layers(model, modules)} <= {*targets.layers}
-    if left_out := experts_left_out(modules, targets.layers) if takes_all else None:
-        warn(left_out.text, **left_out.options)
+    left_out = warn_of_experts_left_out(modules, targets.layers) if takes_all else ""
     # The file knows no scalars of numpy.
     settings = {
         **getattr(batches, "settings", {}),
@@ -509,9 +508,8 @@ def _frozen(job: _Job, collected: Collected, start: Position) -> Statistics:
         for halves in kind.values():
             halves.compare(job.provenance.rank)
     layers, groups, gradients = job.targets.layers, _spectra(collected), _gradients(collected, job.targets.layers)
-    ran = [
-        name for name in (gradients if job.provenance.gradients else layers) if collected.group_of.get(name) in groups
-    ]
+    wanted = gradients if job.provenance.gradients else layers
+    ran = [name for name in wanted if collected.group_of.get(name) in groups]
     never_ran = [name for name in layers if name not in ran]
     provenance = _completed(job.provenance, collected, start, groups)
     result = Statistics(
@@ -614,9 +612,9 @@ def _hash_of(targets: Targets) -> str:
 
 
 def _notes(job: _Job, collected: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
-    own = {**job.targets.reasons, **dict.fromkeys(never_ran, "never ran")}
+    own, n_batches = {**job.targets.reasons, **dict.fromkeys(never_ran, "never ran")}, sum(collected.n_batches)
     notes = one_line_each({name: f"{reason}; PEFT's own initialization." for name, reason in own.items()})
-    notes += [str(job.left_out)] * bool(job.left_out)
+    notes += [job.left_out] * bool(job.left_out)
     few: dict[str, dict[str, int]] = {}  # components by layer, of those that should have been
     for name in dict.fromkeys(collected.group_of.values()):
         if name in groups:
@@ -628,13 +626,9 @@ def _notes(job: _Job, collected: Collected, groups: Mapping[str, Spectrum], neve
         n_rows = span([groups[name].n_samples for name in spans])
         notes.append(f"{some([*spans])}: {n_rows} rows span only {span(spans.values())} {of_all}.")
     if collected.empty:
-        notes.append(
-            f"{len(collected.empty)} of {sum(collected.n_batches)} batches were passed over. {collected.empty[0]}"
-        )
+        notes.append(f"{len(collected.empty)} of {n_batches} batches were passed over. {collected.empty[0]}")
     if collected.bad:
-        notes.append(
-            f"{len(collected.bad)} of {sum(collected.n_batches)} batches failed and were left out. {collected.bad[0]}"
-        )
+        notes.append(f"{len(collected.bad)} of {n_batches} batches failed and were left out. {collected.bad[0]}")
     silent = [
         name
         for name, mean in collected.gradients.items()

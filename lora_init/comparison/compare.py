@@ -400,9 +400,8 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
         if name not in known:
             every = [*known, *inspect.signature(compare).parameters]
             raise LoraInitError(f"compare() has no argument {name}=. {did_you_mean(name, every)}")
-    loading = Loading(
-        **{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}}
-    )
+    places = {name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}
+    loading = Loading(**{**given, **places})
     for needed, names in _BESIDE.items():
         idle = [name for name in names if getattr(loading, name) != getattr(Loading(), name)]
         if idle and getattr(loading, needed) is None:

@@ -57,9 +57,8 @@ def verdicts(table: pd.DataFrame) -> list[Verdict]:
     losses, left = judged_losses(table), _left(table)
     differences, unlike = effects(losses, RANDOM), unlike_spreads(losses)
     starts = [start for start in table["start"].unique() if is_judged(start)]
-    return [
-        _judge(table, start, losses, left, differences.get(start), _caveats(table, start, unlike)) for start in starts
-    ]
+    caveats = {start: _caveats(table, start, unlike) for start in starts}
+    return [_judge(table, start, losses, left, differences.get(start), caveats[start]) for start in starts]
 
 
 def _judge(

@@ -132,12 +132,8 @@ def _set_up(job: Job) -> Workbench:
     """Make the workbench, and check that its runs can be compared with those of other processes."""
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bench = job.make()
-    described, expected = describe(bench, job.expected["model"]), job.expected
-    if differing := [
-        f"{name} is {described[name]!r}, not {expected[name]!r}"
-        for name in described
-        if described[name] != expected[name]
-    ]:
+    here, expected = describe(bench, job.expected["model"]), job.expected
+    if differing := [f"{n} is {here[n]!r}, not {expected[n]!r}" for n in here if here[n] != expected[n]]:
         raise LoraInitError(
             f"{'; '.join(differing)}. All nodes need the same versions, model, data and kind of device."
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_init.errors import LoraInitError, LoraInitWarning
+from lora_init.errors import LoraInitError, warn
 from lora_init.third_party_internals import apply_gate, is_gated
 
 # Patches that one call of a layer gives at most. Neighbours overlap: more of them cost memory and say little.
@@ -217,15 +217,14 @@ def _check_weight(name: str, module: nn.Module, parameter: Tensor) -> None:
         )
 
 
-def experts_left_out(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> LoraInitWarning | None:
-    """Describe the fused experts of a model that have no adapter, and the option that gives them one."""
+def warn_of_experts_left_out(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> str:
+    """Warn of fused experts of a model that have no adapter; return what was said, empty if nothing was."""
     left_out = {name: size for name, size in _fused_sizes(modules).items() if name not in adapted}
     if not left_out:
-        return None
+        return ""
     total = sum(p.numel() for module in modules.values() for p in module.parameters(recurse=False))
-    share = sum(left_out.values()) / total
-    said = f"fused experts hold {share:.0%} of the weights and get no adapter: {{target_parameters}} adds it."
-    return LoraInitWarning(said, target_parameters=_ends(left_out))
+    said = f"fused experts hold {sum(left_out.values()) / total:.0%} of the weights and get no adapter: "
+    return warn(said + "{target_parameters} adds it.", target_parameters=_ends(left_out))
 
 
 def _fused_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:

@@ -95,9 +95,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     In a sharded model all processes have to do this at once. It gathers one parameter at a time.
     """
-    kept = {
-        id(module): offloaded for module in model.modules() if (offloaded := _offloaded_weights(module)) is not None
-    }
+    kept = {id(module): on_disk for module in model.modules() if (on_disk := _offloaded_weights(module)) is not None}
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, _, ending = name.rpartition(".")

@@ -109,15 +109,15 @@ def load_batches(
         LoraInitError: The source is missing, unreadable or empty, a column is missing, no row is usable, an argument
             is out of range, or a label goes with a completion or is no class.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("seed", seed, 0)):
-        check_number(name, value, least)
+    check_number("batch_size", batch_size, 1)
+    check_number("max_length", max_length, 2)
+    check_number("seed", seed)
+    check_number("offset", offset)
+    if samples is not None:
+        check_number("samples", samples, 1, hint=" None is for all.")
     _check_templates(template=template, completion=completion)
     if known_classes and label is None:
         raise LoraInitError("known_classes= says in which order {label} counts. Give both.", label=...)
-    if offset < 0 or (samples is not None and samples < 1):
-        raise LoraInitError(
-            f"{{samples}} must be at least 1 or None for all, and offset={offset} at least 0.", samples=samples
-        )
     batch_size, max_length, seed, offset = int(batch_size), int(max_length), int(seed), int(offset)
     samples = None if samples is None else int(samples)  # settings go into files, which know no scalars of numpy
     rows = read_rows(source, subset, split, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lora_init.errors import LoraInitError, is_number
+from lora_init.errors import LoraInitError, check_number, is_number
 
 BATCH_SIZE = 8  # examples in a step, where nothing is said
 _ASSUMED = 100  # steps, where nothing is known
@@ -34,13 +34,8 @@ class TrainingLength:
     seen: float = 0.0
 
     def __post_init__(self) -> None:
-        if not is_number(self.steps) or self.steps < 1 or self.steps % 1:
-            raise LoraInitError("{steps}, expected a whole number of training steps of at least 1.", steps=self.steps)
-        if not is_number(self.batch_size) or self.batch_size < 1 or self.batch_size % 1:
-            raise LoraInitError(
-                "{train_batch_size}, expected a whole number of examples of at least 1.",
-                train_batch_size=self.batch_size,
-            )
+        check_number("steps", self.steps, 1, whole=True)
+        check_number("train_batch_size", self.batch_size, 1, whole=True)
         if self.rows is not None and self.batch_size > max(self.rows, BATCH_SIZE):
             raise LoraInitError(
                 f"{{train_batch_size}}, and there are {self.rows} examples. Take fewer, or more data.",

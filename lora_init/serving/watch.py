@@ -104,9 +104,8 @@ class ServingWatch:
         if not is_sure:
             if diagnosis.verdict == AS_TRAINED:
                 return diagnosis
-            return replace(
-                diagnosis, text=f"{diagnosis.text}; step {other} fits as well, and base= would tell them apart"
-            )
+            text = f"{diagnosis.text}; step {other} fits as well, and base= would tell them apart"
+            return replace(diagnosis, text=text)
         many = f"{prompts} of {diagnosis.prompts} prompts are" if prompts < diagnosis.prompts else "it is"
         text = f"{STALE}: {many} answered as by step {other}, and step {step} was expected"
         return replace(diagnosis, verdict=STALE, text=f"{text} ({diagnosis.text})")

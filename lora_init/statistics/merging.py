@@ -124,6 +124,9 @@ def _common_size(spectra: Iterable[Iterable[Spectrum]]) -> int:
 
 def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None) -> list[float] | None:
     """Return the weights as numbers; raise if they are not one share for each part, or there is one part alone."""
+    for part in parts:
+        if not isinstance(part, type(parts[0])):
+            raise LoraInitError(f"merge got a {type(part).__name__}, not Statistics. Read files by Statistics.load.")
     if len(parts) < 2:
         raise LoraInitError("merge: one part alone, expected at least two. Give the statistics to merge it with.")
     if weights is None:

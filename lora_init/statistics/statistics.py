@@ -268,11 +268,6 @@ class Statistics(Mapping[str, Spectrum]):
             >>> one.merge(other)["0"].n_samples, one.merge(other, weights=[0.7, 0.3]).provenance.n_batches
             (128, 4)
         """
-        for other in others:
-            if not isinstance(other, Statistics):
-                raise LoraInitError(
-                    f"merge got a {type(other).__name__}, not Statistics. Read files by Statistics.load."
-                )
         merged = merge_statistics([self, *others], weights)
         notes = [*merged.provenance.notes, *notes_on_experts(merged)]
         return replace(merged, provenance=replace(merged.provenance, notes=notes))

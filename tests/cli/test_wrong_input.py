@@ -299,10 +299,10 @@ CALLS = {
         lambda compare: compare(starts="random,eva"),
         r"starts='random,eva' is one text\. Pass a list: starts=\['random', 'eva'\]",
     ),
-    "half a step": (lambda compare: rate(steps=10.5), "steps=10.5, expected a whole number of training steps"),
+    "half a step": (lambda compare: rate(steps=10.5), "steps=10.5, expected a whole number of at least 1"),
     "half an example": (
         lambda compare: rate(steps=9, train_batch_size=1.5),
-        "train_batch_size=1.5, expected a whole number of examples",
+        "train_batch_size=1.5, expected a whole number of at least 1",
     ),
     "a table for batches": (
         lambda compare: lora_init.collect(tiny_llama(), pandas.DataFrame(ROWS)),

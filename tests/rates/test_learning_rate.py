@@ -118,9 +118,9 @@ def test_a_length_is_completed_from_what_is_said(rows, said, expected):
     (100, {"batch_size": 128}, "train_batch_size=128, and there are 100 examples. Take fewer, or more data."),
     (500, {"epochs": 0}, "epochs=0, expected a number above 0, 10,000 at most."),
     (500, {"epochs": math.nan}, "epochs=nan, expected a number above 0, 10,000 at most."),
-    (500, {"steps": 0}, "steps=0, expected a whole number of training steps of at least 1."),
-    (500, {"steps": "9"}, "steps='9', expected a whole number of training steps of at least 1."),
-    (500, {"batch_size": 0}, "train_batch_size=0, expected a whole number of examples of at least 1."),
+    (500, {"steps": 0}, "steps=0, expected a whole number of at least 1."),
+    (500, {"steps": "9"}, "steps='9', expected a whole number of at least 1."),
+    (500, {"batch_size": 0}, "train_batch_size=0, expected a whole number of at least 1."),
 ])  # fmt: skip
 def test_a_length_that_contradicts_itself_is_refused(rows, said, words):
     assert refused("", lambda: TrainingLength.plan(rows, **said)).startswith(words)
@@ -193,7 +193,7 @@ def test_wrong_input_is_one_line(adapted):
         "has no LoRA adapter 'default'": lambda: learning_rate(tiny(), batches()),
         "has no LoRA adapter 'other'": lambda: learning_rate(adapted, batches(), adapter_name="other"),
         "B is not zero. The rule is for adapters before training.": lambda: learning_rate(trained, batches()),
-        "steps=0, expected a whole number of training steps": lambda: learning_rate(adapted, batches(), steps=0),
+        "steps=0, expected a whole number of at least 1": lambda: learning_rate(adapted, batches(), steps=0),
         "no batch has a token that counts, so no rate": lambda: learning_rate(adapted, []),
         "batch 0: layer '0': what it reads or computes contains NaN or inf": lambda: learning_rate(adapted, [nan]),
         "learning_rate() got a str for the batches": lambda: learning_rate(adapted, "rows.jsonl"),
