@@ -1,7 +1,4 @@
-"""What few use, each behind a line of `ON_DEMAND`: the packages in the middle import none of it.
-
-Without its file and its line everything else works. Importing this file imports nothing of them.
-"""
+"""What few use, each behind a line here: no package in the middle imports it, and without it all else works."""
 
 from __future__ import annotations
 

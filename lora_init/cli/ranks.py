@@ -19,6 +19,7 @@ from lora_init.cli.options import WrittenAs, read_numbers
 from lora_init.cli.tables import Cells, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean, require
 from lora_init.files import check_writable
+from lora_init.layers.grid import layer_grid
 from lora_init.planning.policies import POLICIES, policy_names
 from lora_init.planning.snippets import TOOLS
 
@@ -102,8 +103,6 @@ def _number(text: str) -> int | float | str:
 
 def kind_totals(plan: RankAllocation) -> pd.DataFrame:
     """Sum a plan up by kind of layer, in model order: layers, least, most, total_rank, parameters, explained."""
-    from lora_init.layers.grid import layer_grid
-
     table, kinds = plan.to_pandas(), layer_grid(plan).by_kind
     kind_of = {name: kind for kind, layers in kinds.items() for name in layers.values()}
     totals = table.groupby([kind_of[name] for name in table.index]).agg(

@@ -41,12 +41,11 @@ from lora_init.comparison.tasks import Loading
 from lora_init.comparison.variants import Variant, by_batches
 from lora_init.comparison.workbench import Workbench, circumstances
 from lora_init.comparison.workers import Job, Worker, describe, elsewhere, here, processes, run_all
-from lora_init.errors import LoraInitError, did_you_mean, is_number, require
+from lora_init.errors import LoraInitError, check_number, did_you_mean, is_number, require
 from lora_init.files import as_path
 from lora_init.layers.targets import Target, find_targets
 from lora_init.loading.models import find_device
 from lora_init.loading.reader import classes_in_words
-from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import alpha_for
 from lora_init.starts.starts import DEFAULT, DEFAULT_FOR_CLASSES, FULL, RANDOM
 
@@ -292,7 +291,7 @@ def _check_model(model: Any, rank: Any) -> None:
     require("matplotlib", "scipy", "sklearn")  # for the report, at the end
     if not isinstance(model, (str, Path)):
         raise LoraInitError(f"compare() takes a directory or hub id in this place and got a {type(model).__name__}.")
-    whole_number(rank, "rank", 1)
+    check_number("rank", rank, 1, whole=True)
 
 
 def _find_executor(workers: int | None, given: Any, gpus: float, directory: Path) -> Any:
@@ -352,9 +351,9 @@ def _listed(numbers: Any) -> list[Any]:
 
 def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | None:
     """Return the steps to measure after, once the numbers that they are counted in are known to be whole."""
-    whole_number(extend, "extend", 0)
+    check_number("extend", extend, 0, whole=True)
     if steps is not None:
-        whole_number(steps, "steps", 1)
+        check_number("steps", steps, 1, whole=True)
     return None if points is None else _listed(points)
 
 

@@ -28,7 +28,6 @@ from lora_init.errors import LoraInitError, check_number, did_you_mean, first_li
 from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
-from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import exact_pattern
 from lora_init.starts.starts import (
     CORRECTION,
@@ -64,7 +63,7 @@ class AdapterShape:
     task_type: str | None = None  # PEFT's task type
 
     def __post_init__(self) -> None:
-        whole_number(self.rank, "rank", 1)
+        check_number("rank", self.rank, 1, whole=True)
         check_number("lora_alpha", self.lora_alpha, above=True)
 
 

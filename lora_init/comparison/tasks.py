@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_init.errors import LoraInitError, warn
+from lora_init.errors import LoraInitError, check_number, warn
 from lora_init.loading.batches import group_by_length, pad_batch, padding_token
 from lora_init.loading.examples import Wanted
 from lora_init.loading.reader import Encoded, Reader, open_reader
@@ -234,8 +234,8 @@ def load_task(
 
 def _check_sizes(**folds: int | None) -> None:
     for option, value in folds.items():
-        if value is not None and value < 1:
-            raise LoraInitError(f"{{{option}}}: expected at least 1; {FEW} or more say something.", **{option: value})
+        if value is not None:
+            check_number(option, value, 1, whole=True, hint=f" {FEW} or more say something.")
 
 
 def _columns(reader: Reader, loading: Loading, names: Sequence[str]) -> list[str]:

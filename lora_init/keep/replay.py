@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, check_number
 from lora_init.layers.running import disabled, evaluating, restoring
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import check_tokenizer, pad_batch, padding_token
-from lora_init.planning.limits import whole_number
 from lora_init.progress import Progress, Say
 
 _ASKED = (
@@ -89,8 +88,8 @@ def _write(
     model: Any, tokenizer: Any, n: int, length: int, seed: int, chat: bool, say: Say
 ) -> Generator[tuple[str, list[int]], None, None]:
     """Yield what a model writes, and for a chat the question before it."""
-    whole_number(n, "n", 1)
-    whole_number(length, "length", 1)
+    check_number("n", n, 1, whole=True)
+    check_number("length", length, 1, whole=True)
     check_tokenizer(tokenizer)
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise LoraInitError(f"{type(model).__name__} continues no text. Pass text to keep instead.")

@@ -29,7 +29,6 @@ from lora_init.layers.targets import PREFIX
 from lora_init.loading.models import CLASS_OF_TASK, kind_of
 from lora_init.on_demand import on_demand
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
-from lora_init.planning.limits import whole_number
 from lora_init.serving.base import plan_merge, write_merged
 from lora_init.serving.compress import check_most_rank, error_at, fit
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
@@ -310,7 +309,8 @@ def _check_options(name: str | None, engine: Engine, size: _Size, merge_into: st
     if size.parameters is not None:
         parse_count(size.parameters, "parameters")
     if size.rank is not None:
-        check_rank(name, whole_number(size.rank, "rank", 1))
+        check_number("rank", size.rank, 1, whole=True)
+        check_rank(name, size.rank)
 
 
 def _check_limits(limits: Mapping[str, int | str | float]) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_init.errors import LoraInitError, explain, warn
+from lora_init.errors import LoraInitError, check_number, explain, warn
 from lora_init.layers.running import evaluating
 from lora_init.serving.server import Server
 from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, check_prompts, diagnose
@@ -162,8 +162,7 @@ class ServingCallback(TrainerCallback):
     def __init__(self, watch: ServingWatch, every: int = 10, stop: bool = False) -> None:
         if not isinstance(watch, ServingWatch):
             raise LoraInitError(f"watch={watch!r}: a ServingWatch is needed.")
-        if every < 1:
-            raise LoraInitError(f"every={every}: a number of steps of at least 1 is needed.")
+        check_number("every", every, 1, whole=True)
         self.watch, self.every, self.stop = watch, every, stop
         self.found: dict[int, Verification] = {}  # by step
         self._warned: set[str] = set()  # kinds of faults

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, check_number
 from lora_init.statistics.spectrum import (
     NEGLIGIBLE,
     NO_ROWS,
@@ -174,8 +174,7 @@ class IncrementalSVD:
     """
 
     def __init__(self, n_components: int, center: bool = True, seed: int = 0) -> None:
-        if n_components < 1:
-            raise LoraInitError(f"n_components={n_components}, expected at least 1.")
+        check_number("n_components", n_components, 1, whole=True)
         self.n_components = n_components
         self.center = center
         self.seed = seed

@@ -273,7 +273,7 @@ def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_pat
     (dict(model="bert", label="first", dtype="bfloat16"), "the head of a classifier is trained whole"),
     (dict(label="kind"), "label='kind' is not a column"),
     (dict(report_samples=111), "1 examples to train on, 8 to select by and 111 to report"),
-    (dict(report_samples=0), "report_samples=0: expected at least 1"),
+    (dict(report_samples=0), "report_samples=0, expected a whole number of at least 1"),
     (dict(report_sample=12), "compare() has no argument report_sample=. Did you mean report_samples?"),
     (dict(learning_rate=1e-3), "compare() has no argument learning_rate=. Did you mean learning_rates?"),
 ])  # fmt: skip

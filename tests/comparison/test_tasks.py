@@ -127,7 +127,7 @@ def test_choices(home, tokenizer, changes):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(report_samples=0), "report_samples=0: expected at least 1"),
+    (dict(report_samples=0), "report_samples=0, expected a whole number of at least 1"),
     (dict(report_samples=112),
      "2 examples to train on, 6 to select by and 112 to report; expected 4 or more, 6 and 112"),
     (dict(report_samples=500), "0 examples to train on, 0 to select by and 120 to report"),
