@@ -59,7 +59,7 @@ def test_a_in_directions_without_variance_stays_of_a_bounded_length():
     (dict(method="gaussian", unit_rows=True), "unit_rows=True with method='gaussian': its rows have a size"),
     (dict(method="eva", errors={}), "errors= with method='eva': it corrects no base"),
     (dict(lora_alpha=0), "lora_alpha=0, expected a number above 0"),
-    (dict(lora_alpha=float("nan")), "lora_alpha=nan must be"),
+    (dict(lora_alpha=float("nan")), "lora_alpha=nan, expected a number above 0"),
     (dict(lora_dropout=1.0), "lora_dropout=1.0 must be"),
     (dict(ranks=-1), "ranks=-1, expected a whole number"),
     (dict(ranks=2.5), "ranks=2.5, expected a whole number"),
