@@ -307,7 +307,7 @@ def test_what_cannot_be_started_is_one_line_and_stays_as_it_was(tmp_path, case):
     ({"sample": 8}, "has no argument sample=. Did you mean samples?"),
     ({"method": "evva"}, "Did you mean eva?"),
     ({"learning_rate": 1e-3}, "learning_rate=0.001: 'measured' is expected"),
-    ({"samples": 0}, "samples=0: a number of examples"),
+    ({"samples": 0}, "samples=0, expected a whole number of at least 1"),
     ({"max_batches": 1}, "has no argument max_batches=: the trainer decides that, or samples="),
     ({"data": "mine"}, "has no argument data=: the trainer decides"),
     ({"replay": 8}, "replay=8: a share from 0 to 1 is expected"),
