@@ -493,9 +493,16 @@ def long_above(model: str, task: str = "boolq", steps: int = 480, at: float | No
     return round(100 * long_runs.above_best(losses, at or rule), 1) + 0.0
 
 
+def long_prodigy(model: str, task: str = "boolq") -> float:
+    """Return how far above the best run of a long sweep of 480 steps Prodigy ends, in %."""
+    (found,) = long_runs.losses_of(long_runs.Sweep(model, task, 480, optimizer="prodigy")).values()
+    return round(100 * (found / min(_long(model, task, 480)[0].values()) - 1), 1)
+
+
 def _long_sweeps() -> list[tuple[float, float]]:
-    """List the rule's rate over the best, and its loss above the best run, of all whole sweeps of batches of 8."""
-    sweeps = [one for one in long_runs.SWEEPS if one.batch == 8]
+    """List the rule's rate over the best, and its loss above the best run, of whole sweeps of rank 8 that end at zero."""
+    usual = dict(batch=8, rank=8, layers="all-linear", start="random")
+    sweeps = [one for one in long_runs.SWEEPS if usual.items() <= asdict(one).items() and one.schedule != "constant"]
     known = [asdict(one) for one in sweeps if long_runs.best_rate(long_runs.losses_of(one))]
     return [(long_over(**sweep), long_above(**sweep)) for sweep in known]
 
