@@ -101,8 +101,7 @@ def initialize(
             whose adapter is not a fresh LoRA adapter. The trainer is unchanged then.
     """
     _check_learning_rate(learning_rate, model)
-    of_ranks = {name: value for name, value in (("rank", rank), ("rho", rho)) if value is not None}
-    init_config = InitConfig.from_arguments("initialize()", method, **options, **of_ranks)
+    init_config = InitConfig.from_arguments("initialize()", method, **options, **_without_none(rank=rank, rho=rho))
     classifies = init_config.sample.label is not None or bool(getattr(batches, "classes", ()))
     if not is_trainer(model):
         _check_plain_model(model, batches)
@@ -131,6 +130,10 @@ def initialize(
     if init_config.run.progress is not False and integration.trainer.is_world_process_zero():
         _print_made(init, integration.trainer.args.per_device_train_batch_size, time.perf_counter() - began)
     return adapted
+
+
+def _without_none(**arguments: Any) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _check_learning_rate(learning_rate: Any, model: Any) -> None:
