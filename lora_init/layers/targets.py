@@ -148,16 +148,21 @@ def new_heads(model: nn.Module) -> list[str]:
     transformers' page on custom models has it: what stands beside that model is new.
     """
     names = plain_names(model)
-    whole = {name: one for name, one in names.items() if hasattr(type(one), "from_pretrained")}
-    known = [name for name, one in whole.items() if type(one).__module__.partition(".")[0] in _CHECKPOINTS]
-    around = {name for name in whole for other in known if name not in known and _is_below(other, name)}
-    owners = [name for name in whole if name not in around]
-    owners = [name for name in owners if not any(_is_below(name, other) for other in owners if other != name)]
-    heads = [f"{name}.{head}".removeprefix(".") for name in owners for head in heads_of(whole[name])]
+    owners = _checkpoints(names)
+    heads = [f"{name}.{head}".removeprefix(".") for name in owners for head in heads_of(names[name])]
     own = [name for name in names if not any(_is_below(name, owner) for owner in owners)]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     own = [name for name in own if names[name] is not output and _has_matrix(names[name])]
     return own + [name for name in names if any(_is_below(name, head) for head in heads)]
+
+
+def _checkpoints(names: Mapping[str, nn.Module]) -> list[str]:
+    """Name the outermost modules that are loaded from checkpoints, but for classes of one's own around them."""
+    whole = {name: one for name, one in names.items() if hasattr(type(one), "from_pretrained")}
+    known = [name for name, one in whole.items() if type(one).__module__.partition(".")[0] in _CHECKPOINTS]
+    around = {name for name in whole for other in known if name not in known and _is_below(other, name)}
+    owners = [name for name in whole if name not in around]
+    return [name for name in owners if not any(_is_below(name, other) for other in owners if other != name)]
 
 
 def _has_matrix(module: nn.Module) -> bool:
