@@ -500,7 +500,7 @@ def long_prodigy(model: str, task: str = "boolq") -> float:
 
 
 def _long_sweeps() -> list[tuple[float, float]]:
-    """List the rule's rate over the best, and its loss above the best run, of whole sweeps of rank 8 that end at zero."""
+    """List the rule's rate over the best, and its loss above the best run, of sweeps of rank 8 that end at zero."""
     usual = dict(batch=8, rank=8, layers="all-linear", start="random")
     sweeps = [one for one in long_runs.SWEEPS if usual.items() <= asdict(one).items() and one.schedule != "constant"]
     known = [asdict(one) for one in sweeps if long_runs.best_rate(long_runs.losses_of(one))]
