@@ -12,6 +12,9 @@ def older(library, release):
 
 OLD_TRANSFORMERS = older("transformers", "5.0")
 OLD_PEFT = older("peft", "0.19")
+# transformers fuses experts since 5.0, and PEFT has A and B on their sides of all of them since 0.19.1.
+NO_FUSED_EXPERTS = OLD_TRANSFORMERS or older("peft", "0.19.1")
+needs_experts_by_peft = pytest.mark.skipif(NO_FUSED_EXPERTS, reason="fused experts: transformers 5.0 and PEFT 0.19.1")
 OLD_DATASETS = older("datasets", "4.1")  # reads no NaN in a JSON column of texts
 # It takes a model without a config, but none whose config is None.
 NO_CONFIG = {} if OLD_PEFT else None

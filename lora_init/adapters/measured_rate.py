@@ -19,7 +19,7 @@ from lora_init.collection.loop import row_norms
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.grid import layers_in
 from lora_init.layers.masks import NothingCountsError, TokenMasks
-from lora_init.layers.rows import expert_group, experts_of
+from lora_init.layers.rows import check_peft, expert_group, experts_of
 from lora_init.layers.running import call_model, restoring
 from lora_init.layers.targets import HEADS, count_linear, is_in, new_heads
 from lora_init.layers.wrappers import unwrapped, without_adapter
@@ -129,6 +129,8 @@ def measure_responses(
     seen = {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
     fused = {name: layer for name, layer in seen.items() if hasattr(layer, "parameter_name")}
     known = {name for name, layer in fused.items() if experts_of(name, layer.get_base_layer())}
+    for name in (name for name in fused if name in known):
+        check_peft(name, fused[name].get_base_layer())
     seen = {name: layer for name, layer in seen.items() if name in known or name not in fused}
     if not seen:
         raise LoraInitError("the adapter is of embeddings or parameters whose A no hook sees: no rate is measured.")

@@ -99,6 +99,7 @@ class Running:
     quiet: bool = False
     verbose: bool = False
     as_json: bool = False
+    warned: set[str] = field(default_factory=set)  # warnings that were printed, in Python's words, as notes have them
 
 
 running = Running()
@@ -134,11 +135,13 @@ def _quiet_libraries() -> Iterator[None]:
         yield
         return
     said: set[str] = set()
+    running.warned.clear()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         text = message.spelled(in_words) if isinstance(message, Message) else " ".join(str(message).split())
         if text not in said and not process_rank():
             print(f"warning: {text}", file=sys.stderr, flush=True)
+            running.warned.add(str(message))
         said.add(text)
 
     with warnings.catch_warnings():

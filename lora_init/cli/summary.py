@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from lora_init.cli.console import print_next
+from lora_init.cli.console import print_next, running
 from lora_init.cli.tables import correction_facts, facts, finite, quantization_name
 from lora_init.errors import LoraInitError
 
@@ -167,7 +167,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         *(f"{name}: {text}" for name, text in corrected.items()),
         f"{size:.1f} MB. {summary['serving']}" + export * (min(given) < max(given)),
         f"Load it: {summary['load']}",
-        *(f"note: {note}" for note in summary["notes"]),
+        *(f"note: {note}" for note in summary["notes"] if note not in running.warned),
         f"Ranks, data and what they capture: lora-init inspect {directory}",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -179,7 +180,22 @@ def find_parameters(
             found[name] = experts_of(name, module)
             if found[name] is None:
                 _check_weight(name, module, parameter)
+            else:
+                check_peft(name, module)
     return {name: found[name] for name in parameters if name in found}  # in model order
+
+
+def check_peft(name: str, module: nn.Module, release: str = "") -> None:
+    """Refuse experts for which a release of PEFT exchanges the widths of A and B. Default: the installed release.
+
+    Before 0.19 it takes all parameters for [experts, in, out], and 0.19.0 takes these, and no others, for the reverse.
+    """
+    release = release or version("peft")
+    parts = tuple(int(part) for part in re.findall(r"\d+", release)[:3])
+    if parts < (0, 19, 1) and not (parts < (0, 19) and getattr(module, "is_transposed", False)):
+        raise LoraInitError(
+            f"{name!r}: PEFT {release} exchanges the widths of A and B of these experts. Train by 0.19.1 or newer."
+        )
 
 
 def _check_adaptable(name: str, parameter: Tensor, adapted: Collection[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
+from lora_init.layers.rows import check_peft
 from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, as_saved, find_tensors
 from lora_init.loading.models import CLASS_OF_TASK, kind_of, on_meta
@@ -83,7 +84,7 @@ def read_config(source: str) -> Any:
 def read_base(source: str, trained: Trained, for_engine: bool = False) -> Base:
     """Build the base model on the meta device, in the class that the adapter's names are of, see `build_base`."""
     made = build_base(trained.config, source, read_config(source), for_engine)
-    base = Base(source, made, widths_of(made), _parameters(made, trained.config))
+    base = Base(source, made, widths_of(made), parameters_of(made, trained.config))
     layer = _first_misfit(trained, base)
     if layer is None:
         return base
@@ -125,10 +126,11 @@ def is_for(name: str, config: Any) -> bool | None:
     return None if kind is None else isinstance(config, kind) or isinstance(config.get_text_config(), kind)
 
 
-def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target]:
+def parameters_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target]:
     """Find what `target_parameters` selects as PEFT does, by the names in the adapter's file, in model order.
 
-    A weight of two dimensions counts as one expert; a linear layer's is adapted as the layer is.
+    A weight of two dimensions counts as one expert; a linear layer's is adapted as the layer is. Refuses experts whose
+    A and B the PEFT that is installed, or the one that made the adapter, exchanges.
     """
     wanted, fused, linear = config.get("target_parameters") or (), [], {}
     for owner, module in model.named_modules():
@@ -140,6 +142,9 @@ def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target
                 linear[owner] = Target(name, "Linear", module.in_features, module.out_features)
                 continue
             experts, d_out, d_in = (1, *parameter.shape)[-3:]
+            if parameter.dim() == 3:
+                check_peft(name, module)
+                check_peft(name, module, str(config.get("peft_version") or ""))
             if parameter.dim() == 3 and getattr(module, "is_transposed", False):
                 d_out, d_in = d_in, d_out
             fused.append(Target(name, type(module).__name__, d_in, d_out, experts=experts))

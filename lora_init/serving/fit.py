@@ -25,7 +25,7 @@ from lora_init.layers.wrappers import plain_name
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, find_tensors
 from lora_init.loading.models import on_meta
 from lora_init.planning.lora_config import from_patterns
-from lora_init.serving.base import Base, build_base, is_for, read_config, widths_of
+from lora_init.serving.base import Base, build_base, is_for, parameters_of, read_config, widths_of
 from lora_init.serving.engines import find_engine
 from lora_init.serving.support import beyond_engine, why_no_export
 
@@ -206,6 +206,7 @@ class _Fit:
         self.whole: dict[str, list[int]] = {}
         self.refused = ""
         try:
+            parameters_of(model, adapter.config)  # which refuses experts that this PEFT misreads
             peft_model = self._adapted(rank_pattern={}, alpha_pattern={})  # which PEFT takes long for; see `_rank_of`
             state, weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False), peft_model.state_dict()
         except _REFUSED as error:
@@ -283,10 +284,8 @@ class _Fit:
         if len(shape) == len(wanted) and axis is not None and other == [axis]:
             yield Misfit("rank", key, self._other_rank(shape[axis], wanted[axis], experts))
         elif experts and wanted == [*self._other_shape(key)[::-1]]:
-            said = (
-                "A and B have each other's widths, as PEFT before 0.19 made them for experts. Train it by a newer one."
-            )
-            yield Misfit("shape", key, said)
+            said = "A and B have each other's widths, as PEFT before 0.19.1 made them for experts."
+            yield Misfit("shape", key, f"{said} Train it by a newer one.")
         elif len(shape) == len(wanted) and [wanted[i] for i in other] == [tokens]:
             said = f"is for {shape[other[0]]} tokens, and the vocabulary of the base has {tokens}. Call"
             yield Misfit("vocabulary", key, f"{said} resize_token_embeddings() on the base, and save it.")

@@ -48,6 +48,8 @@ _ARCHITECTURES = {
 }
 
 
+# What llama.cpp multiplies without an adapter, and without a word: of DeepSeek, b11549 served these as the base.
+_NO_ADAPTER_IN_GGUF = {"deepseek2": ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
 _GGUF_EXPERTS = {"gate_proj": "FFN_GATE_EXP", "up_proj": "FFN_UP_EXP", "down_proj": "FFN_DOWN_EXP"}
 
 
@@ -73,6 +75,12 @@ def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
     names: dict[str, str] = {}
     for layer in trained.layers:
         owner, _, end = layer.rpartition(".")
+        if end in _NO_ADAPTER_IN_GGUF.get(architecture, ()):
+            raise LoraInitError(
+                f"layer {layer!r} of {base.architecture}: llama.cpp applies no adapter to it. Leave it out of "
+                "training, or use {merge_into}.",
+                merge_into=...,
+            )
         tensor, block = _GGUF_EXPERTS.get(end) if trained.layers[layer].experts else None, place_of(owner)[1]
         name = known.get_name(f"{layer}.weight", try_suffixes=(".weight",))
         if tensor is not None:

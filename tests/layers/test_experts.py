@@ -18,7 +18,9 @@ from lora_init.layers.masks import TokenMasks
 from tests.collection.made import run
 from tests.conftest import batches_for, refused, tiny_gpt2, tiny_llama
 from tests.layers.made import BOTH, MODELS, gpt_oss, mixtral
+from tests.versions import needs_experts_by_peft
 
+pytestmark = needs_experts_by_peft
 every_model = pytest.mark.parametrize("name", MODELS)
 
 

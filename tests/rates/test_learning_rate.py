@@ -39,7 +39,7 @@ from lora_init.statistics.spectrum import Sizes
 from tests.adapters.made import batches, tiny
 from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
 from tests.layers.made import BOTH, MODELS, mixtral, split
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import needs_experts_by_peft
 
 ONE = {"layer": Response(2.0, 0.0)}
 
@@ -223,7 +223,7 @@ def test_an_adapter_that_no_pass_goes_through_is_named(adapted, change):
     assert "adapter 'default' is not active, disabled or merged" in refused("", learning_rate, adapted, batches())
 
 
-fused = pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0")
+fused = needs_experts_by_peft
 
 
 @fused

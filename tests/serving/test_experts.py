@@ -18,9 +18,9 @@ from lora_init.serving.trained import read_trained
 from tests.commands import assert_one_line_error, run
 from tests.layers.made import BOTH, COMMON, MODELS
 from tests.serving.made import IDS, config_of, refused
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import needs_experts_by_peft
 
-pytestmark = pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0")
+pytestmark = needs_experts_by_peft
 
 
 def llama4():
@@ -394,3 +394,23 @@ def test_a_loss_of_experts_in_another_form_is_refused_before_the_base_is_loaded(
     done = run("export", tmp_path / "adapter", "-o", tmp_path / "out", "--engine", "vllm", "--data",
                tmp_path / "rows.jsonl")  # fmt: skip
     assert_one_line_error(done, "--data: PEFT measures the loss, and vllm gets experts in another form.")
+
+
+@pytest.mark.parametrize("queries", [None, 12])
+def test_what_llama_cpp_applies_no_adapter_to_is_refused_for_it(queries, tmp_path):
+    """b11549 served an adapter of these as the base, and one of experts and `o_proj` as it was trained."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    pytest.importorskip("gguf")
+    latent = dict(q_lora_rank=queries, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    latent |= dict(moe_intermediate_size=20, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1)
+    settings = COMMON | latent | dict(num_key_value_heads=4, topk_method="greedy")
+    base = tmp_path / "base"
+    DeepseekV2ForCausalLM(DeepseekV2Config(**settings)).save_pretrained(base)
+    for kind in ("kv_a_proj_with_mqa", "kv_b_proj", *(("q_proj",) if queries is None else ("q_a_proj", "q_b_proj"))):
+        trained = train(base, tmp_path / kind, target_modules=[kind, "o_proj"])
+        for engine in ("llama.cpp", "ollama"):
+            message = rf"layer 'model.layers.0.self_attn.{kind}' of DeepseekV2ForCausalLM: llama.cpp applies no adapter"
+            refused(message, trained, tmp_path / "served", engine)
+        export_adapter(trained, tmp_path / f"{kind}-vllm", "vllm")
+    export_adapter(train(base, tmp_path / "o", target_modules=["o_proj"]), tmp_path / "served.gguf", "llama.cpp")

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from tests.commands import run
 from tests.layers.made import BOTH, MODELS
 from tests.serving.engine import Engine, changed, word_tokenizer
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import needs_experts_by_peft
 
 pytestmark = [
-    pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0"),
+    needs_experts_by_peft,
     pytest.mark.filterwarnings("ignore"),
 ]
 RANK, EXPERTS = 4, 4

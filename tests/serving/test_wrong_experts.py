@@ -13,10 +13,10 @@ from lora_init import LoraInitError, collect, export_adapter, find_targets, init
 from tests.commands import assert_one_line_error, run
 from tests.layers.made import BOTH, MODELS
 from tests.serving.engine import Engine, word_tokenizer
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import needs_experts_by_peft
 
 pytestmark = [
-    pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0"),
+    needs_experts_by_peft,
     pytest.mark.filterwarnings("ignore"),
 ]
 PATTERNS = dict(rank_pattern={"gate_up_proj": 3, "down_proj": 6})  # so that rows of rank alone do not tell
@@ -58,7 +58,7 @@ MISFITS = {
     "fewer experts, ranks by patterns": ("four by patterns", "six", "is of 4 experts, and MixtralForCausalLM has 6."),
     "an expert out of range": ("six one by one", "four", "the base has its experts fused: 4, and the adapter has 6."),
     "an expert that is missing": ("four one by one", "six", "has its experts fused: 6, and the adapter has 4."),
-    "transposed": ("transposed", "gpt_oss", "A and B have each other's widths, as PEFT before 0.19 made them for"),
+    "transposed": ("transposed", "gpt_oss", "A and B have each other's widths, as PEFT before 0.19.1 made them for"),
 }
 
 
@@ -100,6 +100,16 @@ def test_adapters_of_single_experts_are_for_engines_that_take_experts(home):
         "PEFT, vLLM (--max-lora-rank 8) and SGLang take this adapter as it is. llama.cpp, Ollama and MLX need "
         "`lora-init export`. TGI and LoRAX take no adapter of experts: `lora-init export --merge-into MODEL`." in said
     )
+
+
+def test_what_all_linear_leaves_out_is_said_once(home, tmp_path):
+    made = ("init", home / "four", home / "rows.jsonl", "--rank", 2, "--statistics", tmp_path / "stats.safetensors")
+    done = run(*made, "-o", tmp_path / "out")
+    assert done.exit_code == 0 and (done.stdout + done.stderr).count("fused experts hold") == 1, done.output
+    assert "warning: fused experts hold" in done.stderr
+    again = run("init", home / "four", *made[3:], "-o", tmp_path / "again")  # from the file, without a pass
+    assert again.exit_code == 0 and again.stdout.count("note: fused experts hold") == 1, again.output
+    assert "fused experts" not in again.stderr
 
 
 def never():

@@ -17,10 +17,10 @@ from tests.commands import tokenizer_of
 from tests.conftest import refused
 from tests.layers.made import BOTH, MODELS
 from tests.trainers.made import CHAT, WORDS, chats, sentences, settings
-from tests.versions import OLD_TRANSFORMERS
+from tests.versions import needs_experts_by_peft
 
 pytestmark = [
-    pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0"),
+    needs_experts_by_peft,
     pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is "),
 ]
 trl = pytest.importorskip("trl")
