@@ -73,7 +73,7 @@ def _put_back(generator: Any, stack: ExitStack) -> None:
 
 
 def is_used_up(rows: Any) -> bool:
-    """Return whether rows may be there only once: a stream, but for those of datasets, which begin anew each time."""
+    """Return whether rows may be there only once: a stream, but not of datasets, which begin anew each time."""
     return isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
 
 
