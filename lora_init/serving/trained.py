@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -195,7 +195,7 @@ def read_trained(
     adapter = AdapterDirectory(directory)
     config, directory = adapter.config, adapter.path
     if renames:
-        config = _with_renamed_patterns(config, renames)
+        config = _with_renamed_patterns(config, adapter.shapes, renames)
     _check_config(config, directory)
     parts: dict[str, dict[str, Tensor]] = {}
     others = {}
@@ -235,10 +235,12 @@ def _check_config(config: Mapping[str, Any], directory: Path) -> None:
         raise LoraInitError(f"{directory / CONFIG_FILE} is damaged: target_parameters is no list of names.")
 
 
-def _with_renamed_patterns(config: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
+def _with_renamed_patterns(
+    config: Mapping[str, Any], keys: Iterable[str], renames: Mapping[str, str]
+) -> dict[str, Any]:
     """Write out what patterns say of layers under the names in the file, or else their new ones, for the new names."""
-    old = {key.partition(".lora_A")[0].removeprefix(PREFIX): new for key, new in renames.items() if ".lora_A" in key}
-    names = {name: match["name"] for name, key in old.items() if (match := _PART.fullmatch(key))}
+    pairs = [(_layer_of(key), _layer_of(renames.get(key, key))) for key in keys]
+    names = {old: new for old, new in pairs if old and new}
     for key in config.get("target_parameters") or ():  # whose names patterns have, and the file has not
         names |= {f"{one.replace('.base_layer', '')}.{end}": f"{new.replace('.base_layer', '')}.{end}"
                   for one, new in names.items() for end in [str(key).rpartition(".")[2]]}  # fmt: skip
@@ -247,8 +249,14 @@ def _with_renamed_patterns(config: Mapping[str, Any], renames: Mapping[str, str]
         in_file = from_patterns(config.get(key), [*names], None)
         by_new = from_patterns(config.get(key), [*names.values()], default)
         values = {new: by_new[new] if in_file[name] is None else in_file[name] for name, new in names.items()}
-        written[key] = {re.escape(new): value for new, value in values.items()}
+        written[key] = {f"^{re.escape(new)}": value for new, value in values.items()}
     return {**config, **written}
+
+
+def _layer_of(key: str) -> str | None:
+    """Return the name of the layer that an A is of."""
+    ends = [end for end in (".lora_A", ".lora_embedding_A") if end in key]
+    return key.partition(ends[0])[0].removeprefix(PREFIX) if ends else None
 
 
 def _check_pair(name: str, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, is_number
 from lora_init.layers.identity import differing_config
 from lora_init.layers.rows import expert_group
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_triplets, product_svd
@@ -308,6 +308,9 @@ def _data_in_words(made: Sequence[Provenance], weights: Sequence[float] | None) 
     return "; ".join(dict.fromkeys(text for text in data if text))
 
 
+_WEIGHT = re.compile(r"^(\(?[\d.e+-]+ x \(?)+")  # that a part had in a merge
+
+
 def _common_settings(made: Sequence[Provenance]) -> dict[str, Any]:
     """Return the settings that all parts have alike; of different data the rows are all of theirs."""
     every = [one.settings for one in made]
@@ -321,17 +324,20 @@ def _common_settings(made: Sequence[Provenance]) -> dict[str, Any]:
 
 
 def _rows_of_all(made: Sequence[Provenance]) -> int | None:
-    """Count the rows of all data, those of each source once; None if that is unknown, as which rows in memory are."""
-    of_sources: dict[frozenset[str], Any] = {}
+    """Count the rows of all data, those of each source once; None if that is unknown.
+
+    Two parts of one source were read from different places of it. Else they are two sources of one name.
+    """
+    of_sources: dict[frozenset[str], tuple[Any, set[tuple[Any, Any]]]] = {}
     for one in made:
-        sources = frozenset(text.partition(": ")[0] for text in one.data.split("; "))
-        rows = one.settings.get("rows")
-        is_other = all(sources.isdisjoint(known) for known in of_sources)
-        is_same = of_sources.get(sources) == rows and not any(name.endswith("in memory") for name in sources)
-        if not isinstance(rows, int) or not (is_other or is_same):
+        sources = frozenset(_WEIGHT.sub("", text).partition(": ")[0] for text in one.data.split("; "))
+        rows, place = one.settings.get("rows"), (one.settings.get("offset"), one.settings.get("seed of the sample"))
+        known, places = of_sources.setdefault(sources, (rows, set()))
+        overlaps = any(sources != other and not sources.isdisjoint(other) for other in of_sources)
+        if not is_number(rows) or rows != known or place in places or overlaps:
             return None
-        of_sources[sources] = rows
-    return int(sum(of_sources.values()))
+        places.add(place)
+    return int(sum(rows for rows, _ in of_sources.values()))
 
 
 def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size: int) -> Iterator[str]:

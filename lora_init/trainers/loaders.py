@@ -12,19 +12,22 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
 from statistics import fmean
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 from transformers.trainer_utils import has_length
 
 from lora_init.rates.training_length import TrainingLength
 
 _MOST_DRAWN = 1_000_000  # examples, to count them; of longer epochs each is taken to come once
+_EVEN = 0.1  # of how often an example is seen: so far from epochs it may be, and is said in epochs
 _ASKED = 8  # examples that are put into batches, to see how many rows each becomes
 
 
@@ -42,34 +45,50 @@ def undisturbed() -> Iterator[None]:
 def without_trace(loader: Any) -> Iterator[None]:
     """Read a loader's batches: whoever reads them after the block gets the same ones in the same order."""
     with undisturbed(), ExitStack() as stack:
-        batches = getattr(loader, "batch_sampler", None)
-        for held in (loader, getattr(loader, "sampler", None), batches, _of_all_processes(batches)):
-            for generator in getattr(held, "__dict__", {}).values():
-                _put_back(generator, stack)
         reads = getattr(loader, "base_dataloader", loader)  # accelerate's holds the one that reads
+        samplers = [getattr(one, "sampler", None) for one in (loader, reads, _source_of(loader))]
+        for held in (loader, reads, *samplers, getattr(loader, "batch_sampler", None), _source_of(loader)):
+            _put_back(held, stack, held not in (loader, reads))
         if hasattr(reads, "collate_fn"):  # which may have a generator of its own
             stack.callback(setattr, reads, "collate_fn", reads.collate_fn)
+            _put_back(getattr(reads.collate_fn, "__self__", None), stack)
             reads.collate_fn = _copied(reads.collate_fn)
         if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
             stack.callback(loader.end)
         yield
 
 
+def _put_back(holder: Any, stack: ExitStack, counters: bool = False) -> None:
+    """Let the stack put back the generators of random numbers that something holds, and its counters."""
+    for name, value in [*getattr(holder, "__dict__", {}).items()]:
+        if isinstance(value, torch.Generator):
+            stack.callback(value.set_state, value.get_state())
+        elif isinstance(value, np.random.Generator):
+            stack.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
+        elif isinstance(value, np.random.RandomState):
+            stack.callback(value.set_state, value.get_state())
+        elif isinstance(value, random.Random):
+            stack.callback(value.setstate, value.getstate())
+        elif counters and isinstance(value, (int, float)):
+            stack.callback(setattr, holder, name, value)
+
+
 def _copied(used: Any, *shared: Any) -> Any:
-    """Copy something with all that it holds but what is shared; itself where that is not possible."""
+    """Copy something with all that it holds but models and what is shared; itself where that is not possible."""
+    if isinstance(used, MethodType):  # of a trainer, perhaps
+        return used
     with suppress(Exception):
-        return copy.deepcopy(used, {id(one): one for one in shared})
+        return copy.deepcopy(used, {id(one): one for one in (*shared, *_models_in(used))})
     return used
 
 
-def _put_back(generator: Any, stack: ExitStack) -> None:
-    """Let the stack put back the state of something, if that is a generator of random numbers."""
-    if isinstance(generator, torch.Generator):
-        stack.callback(generator.set_state, generator.get_state())
-    elif isinstance(generator, np.random.Generator):
-        stack.callback(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    elif isinstance(generator, random.Random):
-        stack.callback(generator.setstate, generator.getstate())
+def _models_in(holder: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """Find the models that something holds, as a collator may, which another may hold."""
+    for value in getattr(holder, "__dict__", {}).values() if depth else ():
+        if isinstance(value, nn.Module):
+            yield value
+        else:
+            yield from _models_in(value, depth - 1)
 
 
 def is_used_up(rows: Any) -> bool:
@@ -84,79 +103,108 @@ def examples_of_a_step(args: Any) -> int:
 
 def examples_of_a_batch(args: Any, loader: Any) -> float:
     """Count the examples of a batch, of all processes: in the mean, where their number differs."""
-    return _examples_of_a_batch(args, loader, _draw(loader, 1)[0])
+    return _examples_of_a_batch(args, loader, _draw(loader, 1))
 
 
 def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     """Describe a training of so many steps by a trainer's arguments and its loader."""
     steps, accumulated, data = int(steps), args.gradient_accumulation_steps, getattr(loader, "dataset", None)
-    if not has_length(data):
+    if not has_length(data) or not has_length(loader):
         return TrainingLength(steps, max(1, round(examples_of_a_batch(args, loader) * accumulated)))
     epochs = steps / math.ceil(len(loader) / accumulated)
-    drawn, played = _draw(loader, epochs)
-    each, rows_an_item = _examples_of_a_batch(args, loader, drawn), _rows_of_an_item(loader, drawn)
-    counts = Counter(chain.from_iterable(drawn))
-    an_epoch = counts.total() * rows_an_item / played if drawn else min(len(data), len(loader) * each)
+    drawn = _draw(loader, max(1.0, epochs))
+    each = _examples_of_a_batch(args, loader, drawn)
+    if not drawn.batches:
+        an_epoch = min(len(data), len(loader) * each)
+        return TrainingLength(steps, max(1, round(min(each * accumulated, an_epoch))), max(1, round(an_epoch)))
+    counts, sampler = Counter(chain.from_iterable(drawn.batches)), getattr(_source_of(loader), "sampler", None)
+    parts = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1  # the others draw others
+    # One that draws `num_samples` of them may not have come to all.
+    different = len(sampler.data_source) if isinstance(sampler, RandomSampler) else len(counts) * parts
+    an_epoch = counts.total() * drawn.rows_an_item * parts / drawn.epochs
     batch_size = max(1, round(min(each * accumulated, an_epoch)))
-    rows = round(len(counts) * rows_an_item if drawn else an_epoch)
-    if not drawn or (rows >= batch_size and max(counts.values()) - min(counts.values()) <= 1):
-        return TrainingLength(steps, batch_size, max(1, rows))
-    again = sum(count * count for count in counts.values()) / counts.total()  # of the same as a draw, itself counted
-    return TrainingLength(steps, batch_size, max(rows, batch_size), seen=again * epochs / played)
+    length = TrainingLength(steps, batch_size, max(batch_size, round(different * drawn.rows_an_item)))
+    again = sum(count * count for count in counts.values()) / counts.total() - 1.0  # how often a draw comes once more
+    seen = 1.0 + again * epochs / drawn.epochs
+    return length if abs(seen / length.epochs - 1.0) < _EVEN else replace(length, seen=seen)
 
 
-def _examples_of_a_batch(args: Any, loader: Any, drawn: list[list[Any]]) -> float:
-    batches = getattr(loader, "batch_sampler", None)
-    items = getattr(loader, "batch_size", None) or getattr(_of_all_processes(batches), "batch_size", None)
-    if not isinstance(items, int):
-        items = fmean(map(len, drawn)) if drawn else args.train_batch_size
+@dataclass(frozen=True)
+class _Drawn:
+    """What a loader draws: the batches of all processes, of how many epochs, and what an item of the data becomes."""
+
+    batches: list[list[Any]] = field(default_factory=list)
+    epochs: float = 0.0
+    rows_an_item: float = 1.0
+
+
+def _examples_of_a_batch(args: Any, loader: Any, drawn: _Drawn) -> float:
+    source, items = _source_of(loader), getattr(loader, "batch_size", None)
+    if type(source) is BatchSampler:
+        items = source.batch_size
+    elif drawn.batches:  # what another says of itself may be meant in tokens
+        items = fmean(map(len, drawn.batches))
     # accelerate's samplers and dispatchers may hand each process a part of a batch instead of one
-    is_split = getattr(batches, "split_batches", False) or getattr(loader, "split_batches", False)
-    return float(items * (1 if is_split else args.world_size) * _rows_of_an_item(loader, drawn))
+    is_split = getattr(getattr(loader, "batch_sampler", loader), "split_batches", getattr(loader, "split_batches", 0))
+    return float((items or args.train_batch_size) * (1 if is_split else args.world_size) * drawn.rows_an_item)
 
 
-def _of_all_processes(batches: Any) -> Any:
-    """Return the sampler of the batches of all processes, of which accelerate's gives each process its share."""
-    return getattr(batches, "batch_sampler", batches)
+def _source_of(loader: Any) -> Any:
+    """Return what draws a loader's batches, of all processes: accelerate's gives each process its share."""
+    batches = getattr(loader, "batch_sampler", None)
+    if type(batches).__module__.startswith("accelerate."):
+        batches = getattr(batches, "batch_sampler", batches)
+    return getattr(loader, "sampler", None) if batches is None else batches
 
 
-def _draw(loader: Any, epochs: float) -> tuple[list[list[Any]], float]:
-    """Draw the batches of some epochs, as the numbers of their examples; none of streams and of very long epochs.
-
-    Returns them, and of how many epochs they are.
-    """
-    data, source = getattr(loader, "dataset", None), _of_all_processes(getattr(loader, "batch_sampler", None))
-    source = getattr(loader, "sampler", None) if source is None else source
-    drawn: list[list[Any]] = []
-    played = 0.0
-    if isinstance(data, IterableDataset) or not has_length(data) or len(data) > _MOST_DRAWN:
-        return drawn, played
+def _draw(loader: Any, epochs: float) -> _Drawn:
+    """Draw the batches of some epochs on a copy; none of streams and of very long epochs."""
+    data: Any = getattr(loader, "dataset", None)
+    source: Any = _source_of(loader)
+    if not has_length(data) or not has_length(source) or isinstance(data, IterableDataset) or len(data) > _MOST_DRAWN:
+        return _Drawn()
+    n_batches = len(source)  # of an epoch
+    batches: list[list[Any]] = []
+    played, n_drawn = 0.0, 0
     with undisturbed(), suppress(Exception):
         # Whoever draws may hold the data, which stay where they are.
-        holders = (source, getattr(source, "sampler", None))
-        source = _copied(source, data, *(getattr(one, "data_source", None) for one in holders))
-        while played < epochs and sum(map(len, drawn)) < _MOST_DRAWN:
-            batches = [[*one] if isinstance(one, (list, tuple)) else [one] for one in source]
+        inner = getattr(source, "sampler", None)
+        source = _copied(source, data, *(getattr(one, "data_source", None) for one in (source, inner)))
+        for epoch in count():
+            if played >= epochs or n_drawn >= _MOST_DRAWN:
+                break
+            for one in (source, getattr(source, "sampler", None)):
+                getattr(one, "set_epoch", id)(epoch)
             part = min(1.0, epochs - played)
-            drawn += batches[: math.ceil(part * len(batches))]
+            for one in islice(source, math.ceil(part * n_batches)):  # which may not end by itself
+                batches.append(_numbers(one))
+                n_drawn += len(batches[-1])
             played += part
-    return drawn, played
+    return _Drawn(batches, played, _rows_of_an_item(loader, batches)) if played else _Drawn()
 
 
-def _rows_of_an_item(loader: Any, drawn: list[list[Any]]) -> float:
+def _numbers(drawn: Any) -> list[Any]:
+    """Return the numbers of what a sampler draws: one, or those of a batch; tensors are equal by what they hold."""
+    if isinstance(drawn, (Tensor, np.ndarray)):
+        drawn = drawn.tolist()
+    some = [*drawn] if isinstance(drawn, (list, tuple, range)) else [drawn]
+    return [one.item() if isinstance(one, Tensor) else one for one in some]
+
+
+def _rows_of_an_item(loader: Any, batches: list[list[Any]]) -> float:
     """Count the rows that an item of the data becomes: it may be a batch, or a long text that the collator parts."""
-    numbers = [*dict.fromkeys(chain.from_iterable(drawn))]
+    numbers = [*dict.fromkeys(chain.from_iterable(batches))]
     some = [[number] for number in numbers[:: max(1, len(numbers) // _ASKED)][:_ASKED]]
     rows = []
     with undisturbed(), suppress(Exception):
         data, collate = loader.dataset, _copied(loader.collate_fn)
         if loader.batch_sampler is not None:
             rows = [_rows_of(collate([data[i] for i in items])) for items in some]
-        elif isinstance(next(iter(loader.sampler)), (list, tuple)):  # the data are asked for whole batches
+        elif any(len(batch) > 1 for batch in batches):  # the data are asked for whole batches
             rows = [_rows_of(collate(data[items])) for items in some]
         else:
             rows = [_rows_of(collate(data[i])) for (i,) in some]
-    return fmean(rows or [1])  # none of a stream
+    return fmean(rows or [1])
 
 
 def _rows_of(batch: Mapping[str, Any]) -> int:

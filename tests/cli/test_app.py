@@ -23,7 +23,7 @@ from lora_init import cli as package
 from lora_init.adapters.init_config import Reading
 from lora_init.cli import app as cli
 from lora_init.cli.init import init
-from lora_init.cli.ranks import ranks
+from lora_init.cli.ranks import PlanOptions, ranks
 from lora_init.comparison.runs import RunPlan
 from lora_init.comparison.variants import REFERENCE
 from lora_init.errors import LoraInitError
@@ -85,7 +85,7 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(("command", "argument", "registry"), [
     (init, "method", [*buildable(), FROM_BANK]),
     (Reading, "format", FORMATS),
-    (ranks, "policy", policy_names()),
+    (PlanOptions, "policy", policy_names()),
     (ranks, "tool", TOOLS),
 ])  # fmt: skip
 def test_choices_of_the_command_line_are_what_the_registry_has(command, argument, registry):

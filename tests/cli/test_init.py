@@ -231,7 +231,9 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkey
         said = json.loads(run(*command, "--dry-run", "--json").stdout)
         shown = run(*command, "--dry-run", "--statistics", tmp_path / "stats", "--method", "eva-grad").stdout
         assert_one_line_error(run(*command, "--dry-run", "--target-modules", "qproj"), "matches no layer")
-        assert_one_line_error(run(*command, "--dry-run", "--lora-alpha", "0"), "--lora-alpha 0, expected a number above 0")
+        assert_one_line_error(
+            run(*command, "--dry-run", "--lora-alpha", "0"), "--lora-alpha 0, expected a number above 0"
+        )
     assert {entry.name for entry in tmp_path.iterdir()} == {"out"}
     assert said["layers"] == len(done["ranks"]) and said["parameters"] == done["uniform_parameters"]
     assert said["data"] == done["data"] and said["batches"] == done["n_batches"] and said["tokens"] >= done["n_samples"]

@@ -16,6 +16,7 @@ from lora_init import LoraInitError, check_fit, export_adapter
 from lora_init.adapters import directory as directory_room
 from lora_init.loading import checkpoint, models
 from lora_init.serving import server
+from lora_init.serving.trained import read_trained
 from tests.commands import assert_one_line_error, run
 from tests.conftest import batches_for, refused, tiny_bert, tiny_gpt2, tiny_llama
 from tests.layers.made import mixtral, qwen3_moe
@@ -311,6 +312,20 @@ def test_a_renamed_adapter_does_what_it_did_before(bases, tmp_path, case, patter
     assert (expected - plain).abs().max() > 1e-3
     torch.testing.assert_close(logits(model(), tmp_path / "b"), expected, atol=1e-9, rtol=0)
     assert not check_fit(tmp_path / "b").misfits
+
+
+def test_layers_that_keep_their_names_keep_what_patterns_say(bases, tmp_path):
+    patterns = dict(alpha_pattern={"v_proj": 32, "model.layers.0.self_attn.q_proj": 2}, rank_pattern={"v_proj": 2})
+    directory = adapter(bases, "llama", tmp_path / "a", **QV | patterns)
+    before = {name: layer.scaling for name, layer in read_trained(directory).layers.items()}
+    change(directory, named("q_proj", "q_prj"))
+    renames = {
+        key: key.replace("q_prj", "q_proj")
+        for key in directory_room.AdapterDirectory(directory).shapes
+        if "q_prj" in key
+    }
+    assert {name: one.scaling for name, one in read_trained(directory, None, renames).layers.items()} == before
+    assert len(set(before.values())) == 3
 
 
 def whole(directory):

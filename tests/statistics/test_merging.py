@@ -364,17 +364,22 @@ def test_the_same_statistics_twice(shards):
     refused("hold the same statistics", a.merge, passed(batches=batches_for("llama", n_batches=5)), weights=[0.5, 0.5])
 
 
+A, B = "en/a.jsonl: 64 of 200 examples", "en/b.jsonl: 64 of 300 examples"
+
+
 @pytest.mark.parametrize(("sources", "rows"), [
-    ((("a.jsonl: 64 of 200 examples", 200), ("b.jsonl: 64 of 200 examples", 200)), 400),
-    ((("a.jsonl: 64 of 200 examples", 200), ("a.jsonl: 64 of 200 examples, after the first 64", 200)), 200),
-    ((("a.jsonl: 64 of 200 examples", 200), ("b.jsonl: 64 of 300 examples", 300)), 500),
-    ((("data in memory: 64 of 200 examples", 200), ("data in memory: 64 of 200 examples", 200)), None),
-    ((("a.jsonl: 64 of 200 examples", 200), ("batches", None)), None),
+    (((A, 200, 0), ("en/b.jsonl: 64 of 200 examples", 200, 0)), 400),
+    (((A, 200, 0), (f"{A}, after the first 64", 200, 64)), 200),
+    (((A, 200, 0), (B, 300, 0)), 500),
+    (((f"0.5 x {A}; 0.5 x {B}", 500, None), (A, 200, 64)), None),
+    (((f"0.5 x {A}; 0.5 x {B}", 500, None), ("c.jsonl: 64 of 100 examples", 100, 0)), 600),
+    (((A, 200, 0), (A, 200, 0)), None),  # two files of one name
+    (((A, 200, 0), ("batches", None, None)), None),
 ])  # fmt: skip
 def test_a_merged_training_has_the_rows_of_all_data(sources, rows):
     model, batches, parts = tiny_llama(), batches_for("llama"), []
-    for (data, n), some in zip(sources, (batches[:2], batches[2:]), strict=True):
+    for (data, n, offset), some in zip(sources, (batches[:2], batches[2:]), strict=True):
         made = collect(model, some, rank=2, progress=False)
-        settings = {**made.provenance.settings, **({"rows": n} if n else {})}
+        settings = {**made.provenance.settings, **({"rows": n, "offset": offset} if n else {})}
         parts.append(replace(made, provenance=replace(made.provenance, data=data, settings=settings)))
     assert parts[0].merge(parts[1]).provenance.settings.get("rows") == rows

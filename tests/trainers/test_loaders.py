@@ -98,6 +98,42 @@ class Lists:
         return len(self.sizes)
 
 
+class InTokens(torch.utils.data.BatchSampler):
+    """Batches of eight that say how many tokens a batch may have."""
+
+    def __init__(self, n):
+        super().__init__(range(n), 8, False)
+        self.batch_size, self.n = 512, n
+
+    def __iter__(self):
+        return iter(torch.arange(self.n).split(8))
+
+    def __len__(self):
+        return self.n // 8
+
+
+class Endless(torch.utils.data.Sampler):
+    """Other rows in each epoch, without an end."""
+
+    def __init__(self, n):
+        self.n, self.epoch = n, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        while True:
+            yield from range(8 * self.epoch, 8 * self.epoch + 8)
+
+    def __len__(self):
+        return 8
+
+
+class Unsized:
+    def __iter__(self):
+        return iter([[*range(8)], [*range(8, 16)]])
+
+
 class Steady(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter([{"input_ids": [1, 3, 5], "labels": [2, 3, 4]}] * 64)
@@ -128,6 +164,9 @@ class Bulk(list):
 @pytest.mark.parametrize(("data", "how", "size", "rows"), [
     (Steady(), dict(batch_size=8), 8, None),
     (range(16), dict(batch_sampler=Lists([8, 8])), 8, 16),
+    (range(64), dict(batch_sampler=InTokens(64)), 8, 64),
+    (range(400), dict(batch_size=4, sampler=Endless(400)), 4, 192),
+    (range(16), dict(batch_sampler=Unsized()), 4, None),  # what the arguments say
     (range(64), dict(batch_sampler=Lists([32, *[2] * 16])), 64 / 17, 64),  # by tokens
     (READY, dict(batch_size=None), 8, 16),
     (READY, dict(batch_size=1, collate_fn=first), 8, 16),
@@ -173,14 +212,18 @@ class Numpy(torch.utils.data.Sampler):
         return self.n
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "sampler"])
+@pytest.mark.parametrize("kind", ["shuffled", "sampler", "batch sampler"])
 def test_training_draws_as_it_would_have_from_generators_that_a_trainer_keeps(kind, tmp_path, tokenizer):
     def batches(starts):
         trainer = plain(tmp_path, tokenizer, max_steps=2)
         generator = torch.Generator().manual_seed(3)
-        how = dict(shuffle=True, generator=generator) if kind == "shuffled" else dict(sampler=Numpy(16))
+        how = {
+            "shuffled": dict(batch_size=4, shuffle=True, generator=generator),
+            "sampler": dict(batch_size=4, sampler=Numpy(16)),
+            "batch sampler": dict(batch_sampler=torch.utils.data.BatchSampler(Numpy(16), 4, False)),
+        }[kind]
         rows = [{"input_ids": [1, 3, 5 + i]} for i in range(16)]
-        loader = torch.utils.data.DataLoader(rows, 4, collate_fn=Masks(torch.Generator().manual_seed(4)), **how)
+        loader = torch.utils.data.DataLoader(rows, collate_fn=Masks(torch.Generator().manual_seed(4)), **how)
         trainer.get_train_dataloader = lambda: loader
         if starts:
             lora_init.initialize(trainer, rank=2, progress=False)
