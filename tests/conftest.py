@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,12 @@ import torch
 from lora_init.errors import LoraInitError
 
 N_MODULES = pytest.StashKey[int]()
+
+
+def pytest_configure():
+    """Let Ctrl-C interrupt tests as it does in a terminal: a shell lets what it runs in the background ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
