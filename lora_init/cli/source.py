@@ -211,7 +211,8 @@ def _saying_what_is_kept(file: Path | None) -> Iterator[None]:
             n_batches = kept.provenance.n_batches
             say(f"{file}: kept the statistics of {n_batches} batches. The same command goes on after them.")
         elif kept is not None or isinstance(stop, KeyboardInterrupt):
-            say("nothing was kept. --statistics FILE keeps what a pass has found, and goes on from there.")
+            keeps = "the pass had found nothing yet" if file else "--statistics FILE keeps what a pass has found"
+            say(f"nothing was kept: {keeps}. The same command begins anew.")
         raise
 
 

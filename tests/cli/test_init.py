@@ -456,3 +456,17 @@ def test_the_rate_follows_alpha_and_a_frozen_a_and_not_dora(command, tmp_path):
     assert 0.4 < rates["--lora-alpha 8"] / rates[""] < 0.8
     assert rates["--freeze-a"] > rates[""] == rates["--use-dora"]
     assert rates["--unit-rows"] != rates[""]
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ([], "nothing was kept: --statistics FILE keeps what a pass has found."),
+    (["--statistics", "kept.safetensors"], "nothing was kept: the pass had found nothing yet."),
+])  # fmt: skip
+def test_an_interruption_before_the_first_batch_says_what_is_kept(command, tmp_path, monkeypatch, more, said):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lora_init.cli.source.collect_for", stopped)
+    done = run(*command, *more)
+    assert done.exit_code == 130 and said in done.stderr
