@@ -34,6 +34,10 @@ class TrainingLength:
     seen: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, float) and value.is_integer():  # as 1e3 is in a file of settings
+                object.__setattr__(self, name, int(value))
         check_number("steps", self.steps, 1, whole=True)
         check_number("train_batch_size", self.batch_size, 1, whole=True)
         if self.rows is not None and self.batch_size > max(self.rows, BATCH_SIZE):

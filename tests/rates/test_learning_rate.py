@@ -548,3 +548,8 @@ def test_an_adapter_of_another_method_is_no_lora_adapter(tokens):
 def test_how_often_an_example_is_drawn_goes_with_the_length():
     drawn = LearningRate(ONE, TrainingLength(100, 8, 40, seen=20.0))
     assert LearningRate.read(drawn.stored(), steps=400).length.epochs == 80.0 == drawn.of_steps(400).length.epochs
+
+
+def test_a_whole_number_of_a_settings_file_is_a_number_of_steps():
+    assert TrainingLength(1e3, 8.0) == TrainingLength(1000, 8) and str(TrainingLength(1e3, 8.0)) == "1000 steps of 8"
+    refused("steps=100.5, expected a whole number", TrainingLength, 100.5)
