@@ -226,6 +226,19 @@ def test_overrides_and_exclude_select_by_name_ending_and_wildcard():
     assert allocate_ranks(statistics(rows), rank=2, exclude="down").total_rank == 2 * 3  # of those that take part
 
 
+def test_what_is_excluded_does_not_count_in_what_a_plan_explains():
+    rows = {"up": [0.3, 0.2], "down": [0.6, 0.1], "gate": [0.5, 0.4]}
+    plan = allocate_ranks(statistics(rows), rank=1, exclude="gate")
+    assert plan.explained_variance == pytest.approx((0.3 + 0.6) / 2)
+
+
+def test_ties_that_have_a_layer_in_common_are_one_tie():
+    rows = {"q": [0.5, 0.2, 0.1], "k": [0.1, 0.05, 0.01], "v": [0.01, 0.005, 0.001], "up": [0.4, 0.3, 0.2]}
+    for ties in ([("k", "v"), ("q", "k")], [("q", "k"), ("k", "v")]):
+        plan = allocate_ranks(statistics(rows), total_rank=7, rho=3, max_rank=3, tie=ties)
+        assert plan["q"] == plan["k"] == plan["v"]
+
+
 @laws
 @given(distinct, distinct, st.sampled_from(PLAIN), st.integers(2, 24), st.sampled_from([1, 2]), st.booleans())
 def test_layers_of_a_unit_have_one_rank_and_there_is_no_better_plan(one, other, policy, total, multiple_of, per_kind):

@@ -36,3 +36,8 @@ def test_keys_that_say_nothing_are_left_out():
     assert config["r"] == 2 and config["lora_alpha"] == 3 and config["target_modules"] == "up"
     assert config["rank_pattern"] == config["alpha_pattern"] == {} and config["bias"] == "all"
     assert not {"use_dora", "use_rslora", "target_parameters"} & {*config}
+
+
+def test_a_key_with_an_alternative_is_one_key_as_in_peft():
+    names = ["h.0.q_proj", "h.0.v_proj", "h.0.k_proj", "h.0.q_projection"]
+    assert list(from_patterns({"q_proj|v_proj": 4}, names, 8).values()) == [4, 4, 8, 8]
