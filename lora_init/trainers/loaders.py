@@ -101,16 +101,11 @@ def examples_of_a_step(args: Any) -> int:
     return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
-def examples_of_a_batch(args: Any, loader: Any) -> float:
-    """Count the examples of a batch, of all processes: in the mean, where their number differs."""
-    return _examples_of_a_batch(args, loader, _draw(loader, 1))
-
-
 def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     """Describe a training of so many steps by a trainer's arguments and its loader."""
     steps, accumulated, data = int(steps), args.gradient_accumulation_steps, getattr(loader, "dataset", None)
     if not has_length(data) or not has_length(loader):
-        return TrainingLength(steps, max(1, round(examples_of_a_batch(args, loader) * accumulated)))
+        return TrainingLength(steps, max(1, round(_examples_of_a_batch(args, loader, _draw(loader, 1)) * accumulated)))
     epochs = steps / math.ceil(len(loader) / accumulated)
     drawn = _draw(loader, max(1.0, epochs))
     each = _examples_of_a_batch(args, loader, drawn)
@@ -139,6 +134,7 @@ class _Drawn:
 
 
 def _examples_of_a_batch(args: Any, loader: Any, drawn: _Drawn) -> float:
+    """Count the examples of a batch, of all processes: in the mean, where their number differs."""
     source, items = _source_of(loader), getattr(loader, "batch_size", None)
     if type(source) is BatchSampler:
         items = source.batch_size

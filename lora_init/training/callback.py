@@ -25,7 +25,7 @@ from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
 from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
 from lora_init.starts.starts import DEFAULT
-from lora_init.trainers.loaders import examples_of_a_batch, examples_of_a_step, is_used_up, length_of, without_trace
+from lora_init.trainers.loaders import examples_of_a_step, is_used_up, length_of, without_trace
 from lora_init.trainers.trainers import leaves_loss
 
 _MOST_TEXTS = 512  # that the base writes before training; training goes through them again and again
@@ -163,7 +163,8 @@ class StartCallback(TrainerCallback):
                 "DeepSpeed has its own copy of the weights by now, which would undo a start at the first step. Make "
                 "the adapter by `lora-init init`, and train that."
             )
-        each = examples_of_a_batch(args, train_dataloader)
+        length = length_of(args, state.max_steps, train_dataloader)
+        each = length.batch_size / args.gradient_accumulation_steps
         config = self.config.with_options(max_batches=math.ceil(self.samples / each))
         with handle.opened(config) as config, without_trace(train_dataloader):
             batches = _batches(train_dataloader, handle.model)
@@ -184,7 +185,7 @@ class StartCallback(TrainerCallback):
                 _check_schedule(rest.get("lr_scheduler"))
             init = run(handle, chain([first], batches), config.with_options(data="training batches"))
             handle.put(init, "")
-        rate = replace(init, length=length_of(args, state.max_steps, train_dataloader)).rate
+        rate = replace(init, length=length).rate
         if self.measured and rate and _rate_of(optimizer):
             _set_rate(rate.rate, rest["optimizer"], rest["lr_scheduler"], args.lr_scheduler_kwargs)
             args.learning_rate = rate.rate
