@@ -45,17 +45,22 @@ class Effect:
 def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
     """Find starts whose losses scatter more over the seeds than the others': how many times the usual deviation.
 
-    A start's spread is the variance over the seeds of its distance to the median of the others with the same seed, so
-    that what a seed does to all starts does not count, nor what one of the others did. It is unlike if its ratio to the
-    median spread of the others is above the F quantile of 99 %. Seeds with fewer than four starts have no part: of so
-    few, nobody can tell which one scattered.
+    The layout of `effects` is fitted, so that neither what a start does with all seeds counts, nor what a seed does to
+    all starts. A start's spread is the variance over the seeds of what the fit leaves, less the median of the others
+    with the same seed, so that what one of the others did does not count. It is unlike if its ratio to the median
+    spread of the others is above the F quantile of 99 %. Seeds with fewer than four starts have no part: of so few,
+    nobody can tell which one scattered.
     """
     from scipy.stats import chi2, f
 
     losses = losses.loc[:, losses.count() >= _ENOUGH]
     if losses.empty:
         return {}
-    distances = [losses.loc[start] - losses.drop(index=start).median() for start in losses.index]
+    values, design = _layout(losses)
+    residuals = losses.to_numpy(copy=True)
+    residuals[~np.isnan(residuals)] -= design @ np.linalg.pinv(design) @ values
+    left = pd.DataFrame(residuals, losses.index, losses.columns)
+    distances = [left.loc[start] - left.drop(index=start).median() for start in left.index]
     spreads, counts = np.array([own.var() for own in distances]), losses.count(axis=1).to_numpy()
     unlike = {}
     for i in np.flatnonzero(counts > 1):
@@ -118,22 +123,30 @@ def detectable(n_starts: int, n_seeds: int) -> float | None:
     return factor * math.sqrt(2 / n_seeds)
 
 
-def _dunnett(losses: pd.DataFrame, confidence: float) -> dict[str, Effect]:
-    """Compare all rows with the first."""
+def _layout(losses: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return the losses of all runs, row by row, and the model's design: a row for each run.
+
+    Its columns are one for each seed, then one for each start but the first.
+    """
     values = losses.to_numpy()
     rows, columns = np.nonzero(~np.isnan(values))
-    k, n = values.shape
-    # Columns: one for each seed, then one for each start but the reference.
-    design = np.hstack([np.eye(n)[columns], np.eye(k)[rows][:, 1:]])
+    starts, seeds = (np.eye(length) for length in values.shape)
+    return values[rows, columns], np.hstack([seeds[columns], starts[rows][:, 1:]])
+
+
+def _dunnett(losses: pd.DataFrame, confidence: float) -> dict[str, Effect]:
+    """Compare all rows with the first."""
+    values, design = _layout(losses)
     inverse = np.linalg.pinv(design.T @ design)
-    fitted = inverse @ design.T @ values[rows, columns]
+    fitted = inverse @ design.T @ values
     freedom = len(design) - int(np.linalg.matrix_rank(design))
-    noise = float(np.square(values[rows, columns] - design @ fitted).sum()) / freedom
+    noise = float(np.square(values - design @ fitted).sum()) / freedom
+    n = losses.shape[1]
     covariance = inverse[n:, n:]
     errors = np.sqrt(np.diag(covariance))
     correlation = (covariance / np.outer(errors, errors)).round(6)
     halves = _critical(correlation.tobytes(), freedom, round(confidence, 6)) * math.sqrt(noise) * errors
-    halves = np.maximum(halves, 1e-9 * np.nanmax(np.abs(values)))  # what the fit rounds
+    halves = np.maximum(halves, 1e-9 * np.abs(values).max())  # what the fit rounds
     return {
         str(start): Effect(float(mean), float(mean - half), float(mean + half))
         for start, mean, half in zip(losses.index[1:], fitted[n:], halves, strict=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -107,10 +107,15 @@ def test_false_winners_are_rare_over_all_starts_together():
 holes = st.sets(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=7)
 
 
-def with_holes(missing, seed):
+def with_any_holes(missing, seed):
     losses = layout(np.random.default_rng(seed), 6).iloc[:4]
     for start, column in missing:
         losses.iloc[start, column] = np.nan
+    return losses
+
+
+def with_holes(missing, seed):
+    losses = with_any_holes(missing, seed)
     pairs = losses.notna() & losses.loc["random"].notna()
     assume(pairs.sum(axis=1).min() >= 2 and losses.notna().any().all() and not unlike_spreads(losses))
     return losses
@@ -156,3 +161,17 @@ def test_effects_follow_what_is_done_to_all_losses(missing, seed, order, factor)
         assert [found[start].mean, found[start].low, found[start].high] == pytest.approx(
             expected, abs=5e-3 * abs(factor) * (effect.high - effect.low) + 1e-9
         )
+
+
+# The third had one start called unlike as soon as it was shifted, by what the shift did to medians of three starts.
+@example({(0, 1), (0, 3)}, 3, 1.0)
+@example({(1, 0)}, 2, 30.0)
+@example({(0, 0), (0, 1), (0, 3), (0, 5)}, 70, 0.01)
+@settings(max_examples=20, deadline=None)
+@given(holes, st.integers(0, 100), st.sampled_from([0.01, -1.0, 30.0]))
+def test_whose_losses_scatter_does_not_depend_on_what_a_start_or_a_seed_does_to_all(missing, seed, factor):
+    losses = with_any_holes(missing, seed)
+    losses.loc["b"] *= 40.0
+    shifts = np.arange(6)[None, :] * 100.0 + np.arange(4)[:, None] * 7.0
+    found = unlike_spreads(losses.iloc[::-1] * factor + shifts)
+    assert found == pytest.approx(unlike_spreads(losses), rel=1e-6)
