@@ -1,6 +1,7 @@
 """A model that is changed for a moment is as it was, whatever raises: each call that is made meanwhile raises once."""
 
 import copy
+import signal
 import sys
 import warnings
 from contextlib import suppress
@@ -20,6 +21,7 @@ from lora_init.layers.targets import find_targets
 from tests.collection.made import labelled
 from tests.conftest import batches_for, tiny_llama
 from tests.serving.engine import word_tokenizer
+from tests.trainers.made import add_adapter
 
 PROMPTS = [" ".join(f"w{(5 * i + j * j) % 58}" for j in range(3 + i)) for i in range(4)]
 ADAPTER = dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
@@ -163,8 +165,8 @@ def base(tmp_path):
 
 
 def state_of(model):
-    """Describe all that a model is: its modules, their attributes and hooks, its weights, what is trained of it."""
-    state = {}
+    """Describe a model: its modules, their attributes and hooks, its weights, what is trained; and what Ctrl-C does."""
+    state = {"Ctrl-C": signal.getsignal(signal.SIGINT)}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, dict):
@@ -211,6 +213,10 @@ MOST = 10  # functions that raise in each case: all of them take ten minutes
 PUTS_BACK = {"restore", "__exit__", "stop", "forget_loader", "end"}
 
 
+def fill(model, tmp_path):
+    lora_init.initialize(model, batches_for("llama"))
+
+
 def rated(model, tmp_path):
     lora_init.learning_rate(model, batches_for("llama"))
 
@@ -223,6 +229,8 @@ ALL = {
     "learning_rate": (partial(adapted, fill=0.0), rated, True),
     "learning_rate, DoRA": (partial(adapted, dora=True, fill=0.0), rated, True),
     **{name: (plain, act, False) for name, act in CHANGES.items()},
+    "initialize an adapter that is there": (lambda: add_adapter(plain()), fill, False),
+    "initialize a trainer's adapter": (partial(adapted, fill=0.0), CHANGES["initialize a trainer"], False),
 }
 
 

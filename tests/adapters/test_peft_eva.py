@@ -178,6 +178,15 @@ def test_the_masks_choose_the_tokens(eva, keep):
         assert principal_angles(state[Q], exact_components(embedding_rows(model, batches, other), 4)).max() > 0.1
 
 
+def test_a_layer_that_never_runs_leaves_its_rank_to_nobody():
+    model = structured_llama()
+    model.model.layers[0].spare_proj = nn.Linear(32, 32)
+    state = quietly(
+        ours.get_eva_state_dict, model, batches_for("llama"), config(target_modules=["q_proj", "spare_proj"])
+    )
+    assert sum(map(len, state.values())) == 2 * 4 and not any("spare" in name for name in state)
+
+
 def test_functions_of_the_callers_decide_about_rows():
     model, batches, names = structured_llama(), batches_for("llama", 6, batch_size=8), []
 

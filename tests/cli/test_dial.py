@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lora_init.errors import LoraInitError
 from lora_init.keep.dial import strengths
 from tests.commands import WORDS, assert_one_line_error, run, save_model, write_data
 from tests.conftest import tiny_bert, tiny_llama
@@ -76,6 +77,20 @@ def test_what_is_written_does_what_was_chosen(more, place, tmp_path):
         assert config["lora_alpha"] == pytest.approx(0.6 * 8) and set(layers.values()) == {0.6}
         old, new = (load_file(at / "adapter_model.safetensors") for at in (place / "trained", tmp_path / "kept"))
         assert all(torch.equal(old[name], tensor) for name, tensor in new.items())
+
+
+def test_the_seed_draws_the_task_and_the_text_to_keep(place, tmp_path, monkeypatch):
+    seen = []
+
+    def read(model, rule, task, kept, *_):
+        seen.append([sorted(row.tolist() for batch in some for row in batch["input_ids"]) for some in (task, kept)])
+        raise LoraInitError("enough")
+
+    monkeypatch.setattr("lora_init.keep.dial.turn", read)
+    words = ["dial", place / "trained", place / "task.txt", "--keep", place / "text.txt", "--samples", 37]
+    for seed in (0, 0, 1):
+        assert_one_line_error(run(*words, "-o", tmp_path / "kept", "--seed", seed), "enough")
+    assert seen[0] == seen[1] and seen[0][0] != seen[2][0] and seen[0][1] != seen[2][1]
 
 
 def test_what_cannot_be_dialed_is_one_line(place, tmp_path):

@@ -242,6 +242,9 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkey
     assert said["offloaded_bytes_read"] == said["batches"] * said["weights_bytes"]
     in_layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
     assert said["operations"] == 2 * in_layers * said["tokens"]
+    for more in (["--gradients"], ["--method", "grad-a"]):  # which run backward, too
+        by_gradient = json.loads(run(*command, "--dry-run", "--json", "--template", "{text}", *more).stdout)
+        assert by_gradient["operations"] == 3 * said["operations"]
     assert said["seconds"] > 0
     for part in ("layers ", "parameters ", "at rank 4 everywhere", "memory ", "offloaded ", "TFLOP", "GFLOP/s"):
         assert part in shown

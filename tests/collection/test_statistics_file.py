@@ -228,6 +228,18 @@ def test_an_error_keeps_what_was_complete(way, kind, text, tmp_path):
         assert stats.total_variance(name) == pytest.approx(clean.total_variance(name), rel=1e-5)
 
 
+def test_what_may_fail_counts_over_all_passes_of_a_file(tmp_path):
+    batches, file = batches_for("llama", n_batches=8), tmp_path / "stats"
+    for i in (2, 5):
+        batches[i]["input_ids"][0, 0] = 1  # nowhere else
+    options = SETTINGS | dict(gradients=True, loss=infinite, statistics=file)
+    said = "batch 5: the loss is inf.*skip_bad_batches=2"
+    for _ in range(3):
+        refused(said, collect, model(), batches, skip_bad_batches=1, **options)
+        assert Statistics.load(file).provenance.n_batches == 4
+    assert collect(model(), batches, skip_bad_batches=2, **options).provenance.n_batches == 6
+
+
 def test_a_second_pass_with_the_same_file_is_refused(tmp_path):
     file, here = tmp_path / "stats", []
 

@@ -162,3 +162,9 @@ def test_a_row_of_a_table_is_named_by_the_line_where_it_begins(tmp_path, separat
     rows = read_rows(file)
     assert [rows.place(i).rpartition(", ")[2] for i in range(2)] == ["line 2", "line 5"]
     assert read_rows([{"text": "one"}]).place(0) == "data in memory, row 1"
+
+
+def test_a_seed_draws_the_same_rows_of_a_stream_each_time(tokenizer):
+    stream = Dataset.from_list([{"text": "x" * i} for i in range(1, 60)]).to_iterable_dataset()
+    drawn = [texts(load_batches(stream, tokenizer, samples=8, seed=seed), tokenizer) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]

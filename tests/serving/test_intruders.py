@@ -63,6 +63,17 @@ def test_against_brute_force(make):
     assert found.energy_share == pytest.approx(energy / total, rel=1e-4)
 
 
+def test_of_a_base_in_16_bits_the_merge_is_not_rounded():
+    """An update smaller than half a step of bfloat16 would be lost, and rounding be counted."""
+    model = with_adapter(tiny_llama(initializer_range=1.0), size=1e-3).to(torch.bfloat16)
+    found = intruder_dimensions(model)
+    for name, layer in adapter_layers(model).items():
+        a, b = (getattr(layer, part)["default"].weight.detach().double() for part in ("lora_A", "lora_B"))
+        delta = layer.scaling["default"] * b @ a
+        similarities, *_ = brute_force(layer.base_layer.weight.detach(), delta)
+        assert found.layers[name].similarities == pytest.approx(similarities, abs=1e-4)
+
+
 @needs_intruders
 def test_against_peft():
     """PEFT says how many it would reduce in each layer."""
