@@ -6,10 +6,7 @@ A record that holds nothing but the option itself does not count: an adapter tha
 
 import inspect
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, fields
-from types import MappingProxyType
-from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -25,7 +22,6 @@ from lora_init.adapters.init_config import Options
 from lora_init.building import initialize as initializing
 from lora_init.building.build import build_adapter
 from lora_init.cli.app import app
-from lora_init.collection.processes import digest_of
 from lora_init.comparison.tasks import Loading
 from lora_init.errors import LoraInitError
 from lora_init.loading.models import load_model
@@ -33,22 +29,9 @@ from lora_init.starts.starts import buildable
 from tests.commands import run, save_model, write_data
 from tests.comparisons import SMALL, make_home
 from tests.conftest import batches_for, tiny_llama
+from tests.options import CODE, INPUT, PLACE, SHOWN, THERE, Free, Try, check, without
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Try(NamedTuple):
-    """A value to try an option with, what has to be given beside it, and whether a record of it alone is enough."""
-
-    value: Any
-    beside: Mapping[str, Any] = MappingProxyType({})
-    recorded: bool = False
-
-
-class Free(NamedTuple):
-    """An option that changes nothing of the result, and why it need not."""
-
-    why: str
 
 
 def reversed_tokens(model, batch):
@@ -59,10 +42,7 @@ def first_logits(output, batch):
     return output.logits[:, :4].square().mean()
 
 
-SHOWN, INPUT, PLACE = Free("what is shown"), Free("what it works on, not a wish"), Free("where it runs")
 NO_LABELS = Free("of rows without a label: tests/loading/test_batches.py")
-THERE = Free("of what is there: tests/collection/test_statistics_file.py")
-CODE = Free("allows code that these models do not have")
 # By name, for all entries; those of one entry below go first.
 OPTIONS = {
     "model": INPUT, "batches": INPUT, "tokenizer": INPUT, "stats": INPUT, "data": Try("some words", recorded=True),
@@ -85,46 +65,6 @@ OPTIONS = {
     "statistics": Try("kept.safetensors"), "overwrite": THERE,
     "config": Try(LoraConfig(r=2, target_modules=["q_proj"])), "learning_rate": Try("measured"),
 }  # fmt: skip
-
-
-def tried(entry, options, probes):
-    """Pair options with how they are tried; fail with what to add where one has no value."""
-    probes = OPTIONS | probes
-    missing = [name for name in options if name not in probes]
-    if missing:
-        pytest.fail(
-            f"{entry} has the new option {', '.join(missing)}: add to OPTIONS in tests/test_options.py a Try with a "
-            "value that changes what comes out, or a Free that says why it need not.",
-            pytrace=False,
-        )
-    return {name: probes[name] for name in options if isinstance(probes[name], Try)}
-
-
-def without(value, name):
-    """Leave out of a record what it says of an option itself."""
-    if isinstance(value, dict):
-        return {key: without(one, name) for key, one in value.items() if key not in (name, "seconds", "versions")}
-    return [without(one, name) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def check(entry, call, options, probes=None, base=None):
-    """Call an entry, which returns a result and its record, with each option; find those that do nothing."""
-    idle, plain = [], {}
-    for name, probe in tried(entry, options, probes or {}).items():
-        given = (base or {}) | dict(probe.beside)
-        if str(probe.beside) not in plain:
-            plain[str(probe.beside)] = call(**given)
-        try:
-            changed = call(**given | {name: probe.value})
-        except LoraInitError as error:
-            assert "\n" not in str(error)
-            continue
-        (result, record), (other_result, other_record) = plain[str(probe.beside)], changed
-        left_out = None if probe.recorded else name
-        records = without(record, left_out), without(other_record, left_out)
-        if digest_of(result) == digest_of(other_result) and digest_of(records[0]) == digest_of(records[1]):
-            idle.append(name)
-    assert not idle, f"{entry} takes {', '.join(idle)} and does nothing with it"
 
 
 def parameters(function):
@@ -173,7 +113,7 @@ def test_collect():
         "task_type": Try("CAUSAL_LM", recorded=True), "token_mask": Try("labels"),
         "loss": Try(first_logits, {"gradients": True}),
     }  # fmt: skip
-    check("collect()", call, parameters(lora_init.collect), probes)
+    check("collect()", call, parameters(lora_init.collect), OPTIONS | probes)
 
 
 def test_allocate_ranks():
@@ -192,7 +132,7 @@ def test_allocate_ranks():
     def call(**given):
         return dict(lora_init.allocate_ranks(stats, **given)), {}
 
-    check("allocate_ranks()", call, parameters(lora_init.allocate_ranks), probes)
+    check("allocate_ranks()", call, parameters(lora_init.allocate_ranks), OPTIONS | probes)
 
 
 @pytest.mark.parametrize("method", buildable())
@@ -211,7 +151,7 @@ def test_build_adapter(method):
     options = set(parameters(build_adapter)) - {"method"}
     if method not in ("random", "gaussian", "orthogonal", "random-scaled", "qera"):
         options -= {"seed"}  # nothing is drawn
-    check(f"build_adapter(method={method!r})", call, sorted(options), probes, base)
+    check(f"build_adapter(method={method!r})", call, sorted(options), OPTIONS | probes, base)
 
 
 def test_initialize(home, tmp_path, monkeypatch):
@@ -229,7 +169,7 @@ def test_initialize(home, tmp_path, monkeypatch):
         adapted.unload()
         return found, origin_of(inits[-1])
 
-    check("initialize()", call, parameters(lora_init.initialize))
+    check("initialize()", call, parameters(lora_init.initialize), OPTIONS)
 
 
 def test_the_trainer_callback(tmp_path):
@@ -258,7 +198,7 @@ def test_the_trainer_callback(tmp_path):
         "loss": Try(first_logits, {"method": "grad-a"}),
     }  # fmt: skip
     names = [*parameters(lora_init.StartCallback), *(one.name for one in fields(Options))]
-    check("StartCallback()", call, dict.fromkeys(names), probes)
+    check("StartCallback()", call, dict.fromkeys(names), OPTIONS | probes)
 
 
 def test_learning_rate(home):
@@ -271,7 +211,7 @@ def test_learning_rate(home):
         return [str(found), found.stored()["responses"]], {}
 
     of_length = {"steps": Try(300), "epochs": Try(3, {"steps": 300}), "train_batch_size": Try(16)}
-    check("learning_rate()", call, parameters(lora_init.learning_rate), of_length)
+    check("learning_rate()", call, parameters(lora_init.learning_rate), OPTIONS | of_length)
 
 
 def test_dial(home):
@@ -292,7 +232,7 @@ def test_dial(home):
         "keep": INPUT, "lose": Try(0.0), "keep_within": Try(1e-6), "strength": Try(0.5), "uniform": Try(True),
         "seed": Try(3, {"keep": None, "tokenizer": tokenizer}),
     }  # fmt: skip
-    check("dial()", call, parameters(lora_init.dial), probes)
+    check("dial()", call, parameters(lora_init.dial), OPTIONS | probes)
 
 
 COMMON = ("quiet", "verbose", "as_json", "help_all", "help", "context")
@@ -342,7 +282,7 @@ def test_the_command_init(home, tmp_path, beside):
     }  # fmt: skip
     if beside != "nothing":
         probes |= {"gradients": Try(True), "token_mask": Try("labels"), "needs_labels": Try(True)}
-    check(f"lora-init init, beside {beside},", call, dict.fromkeys(options), probes)
+    check(f"lora-init init, beside {beside},", call, dict.fromkeys(options), OPTIONS | probes)
 
 
 @pytest.mark.slow
@@ -379,4 +319,4 @@ def test_compare(tmp_path_factory):
     }  # fmt: skip
     (home / "text.txt").write_text("the cat sat on a mat\nand saw one dog run\n")
     names = [*parameters(lora_init.compare), *(one.name for one in fields(Loading))]
-    check("compare()", call, dict.fromkeys(names), probes)
+    check("compare()", call, dict.fromkeys(names), OPTIONS | probes)

@@ -12,7 +12,7 @@ import lora_init
 from lora_init import QuantizationErrors, find_targets
 from lora_init.bank.embeddings import embed
 from lora_init.building.quantized import loss_or_distance
-from tests.building.test_quantized import rounded
+from tests.collection.made import rounded
 from tests.conftest import batches_for, tiny_bert, tiny_llama
 
 

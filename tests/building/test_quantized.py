@@ -38,16 +38,6 @@ def load(directory, name="nf4"):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **settings)
 
 
-def rounded(model, bits=3):
-    """Round weights in place, in groups of 64."""
-    for name in find_targets(model).layers:
-        weight = model.get_submodule(name).weight.data
-        groups = weight.view(-1, 64)
-        step = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / (2**bits - 1)
-        groups.copy_((groups / step).round() * step)
-    return model
-
-
 def labelled_batches(n=24):
     """Batches whose labels are what the plain model predicts, so that rounding its weights raises the loss."""
     model, batches = plain(), batches_for("llama", n)

@@ -20,8 +20,8 @@ from lora_init.cli.app import app
 from lora_init.errors import LoraInitError
 from tests.commands import WORDS, run, save_model, tokenizer_of, write_data
 from tests.conftest import tiny_llama
+from tests.options import CODE, INPUT, PLACE, THERE, Free, Try, check
 from tests.serving.engine import Engine
-from tests.test_options import CODE, INPUT, PLACE, THERE, Free, Try, check
 
 COMMON = ("quiet", "verbose", "as_json", "help_all", "help", "context", "overwrite")
 # Values that a command reads of the folder `home`; of options of all commands.

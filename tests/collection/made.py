@@ -150,3 +150,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         return x @ (self.qweight.to(x.dtype) / 1000).T
+
+
+def rounded(model, bits=3):
+    """Round weights in place, in groups of 64."""
+    for name in find_targets(model).layers:
+        weight = model.get_submodule(name).weight.data
+        groups = weight.view(-1, 64)
+        step = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / (2**bits - 1)
+        groups.copy_((groups / step).round() * step)
+    return model
