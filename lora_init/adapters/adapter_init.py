@@ -27,7 +27,7 @@ from lora_init.adapters.peft_model import (
 )
 from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layers_in
-from lora_init.layers.targets import HEADS, Target, file_prefixes, is_in
+from lora_init.layers.targets import HEADS, Target, file_prefixes, trains_new_head
 from lora_init.layers.wrappers import unwrapped
 from lora_init.on_demand import on_demand
 from lora_init.planning.lora_config import exact_pattern, listed_or_pattern, lora_config, scaling_of
@@ -158,7 +158,7 @@ class AdapterInit(Shape):
             return None
         left_out = [name for name in (*self.weights, *self.unsupported) if name not in self.responses]
         heads, task_type = self.provenance.settings.get("heads", ()), self.provenance.task_type
-        new_head = task_type in HEADS or any(is_in(name, self.modules_to_save) for name in heads)
+        new_head = trains_new_head(heads, task_type, self.modules_to_save)
         share = share_of(sum(map(layers_in, (*self.weights, *self.unsupported))), self.provenance.n_linear)
         length = self.length or TrainingLength.plan(self.provenance.settings.get("rows"))
         return LearningRate(self.responses, length, new_head, left_out, share)

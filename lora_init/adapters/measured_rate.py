@@ -21,7 +21,7 @@ from lora_init.layers.grid import layers_in
 from lora_init.layers.masks import NothingCountsError, TokenMasks
 from lora_init.layers.rows import check_peft, expert_group, experts_of
 from lora_init.layers.running import call_model, restoring
-from lora_init.layers.targets import HEADS, count_linear, is_in, new_heads
+from lora_init.layers.targets import count_linear, new_heads, trains_new_head
 from lora_init.layers.wrappers import unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
 from lora_init.rates.learning_rate import LearningRate, Response, response, share_of
@@ -68,6 +68,8 @@ def learning_rate(
     Raises:
         LoraInitError: There is no such adapter, or its B is not zero; no batch has a token; NaN or inf in a layer.
     """
+    if not isinstance(freeze_a, bool):
+        raise LoraInitError(f"freeze_a={freeze_a!r}: true or false is expected.")
     layers = layers_of(model, adapter_name)
     if not layers:
         raise LoraInitError(
@@ -104,7 +106,7 @@ def measure_rate(
     left_out = [name for name in layers if name not in responses] + unread
     # PEFT trains the head of such a task whole, which often begins at random, and what else it is told to.
     task_type, whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
-    new_head = task_type in HEADS or any(is_in(name, whole) for name in new_heads(base))
+    new_head = trains_new_head(new_heads(base), task_type, whole)
     linear = [name for name, layer in layers.items() if adapter_name in layer.lora_A]  # and no embedding
     share = share_of(sum(map(layers_in, linear)), count_linear(base, layers, task_type))
     return LearningRate(responses, length, new_head, left_out, share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -67,10 +68,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     the padding in RoBERTa, and what CLIP says of a text stands at its end.
     """
     plain = unwrapped(model)
-    # The outermost that has one: a module of one's own may hold a model. Configurations of diffusers are mappings.
-    configs = (getattr(module, "config", None) for module in plain.modules())
-    config: Any = next((one for one in configs if isinstance(one, Mapping) or hasattr(one, "to_dict")), {})
-    entries = dict(_flat("config", config if isinstance(config, Mapping) else config.to_dict()))
+    entries = {key: value for name, config in _outermost_configs(plain).items() for key, value in _flat(name, config)}
     entries |= _tokens_of_modules(plain)
     saved = plain.state_dict(keep_vars=True)
     buffers = [(plain_name(name), one) for name, one in plain.named_buffers() if name in saved]
@@ -79,22 +77,46 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     return entries | ({"config.saved buffers": _digest_of(floating)} if is_known else {})
 
 
+def _outermost_configs(model: nn.Module) -> dict[str, Mapping[str, Any]]:
+    """Find the configurations that no other holds: a module of one's own may hold several models.
+
+    The first is called `config`. Those of diffusers are mappings; a mapping of one's own says nothing of models inside.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    whole: list[str] = []
+    for name, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        is_mapping = isinstance(config, Mapping)
+        inside = any(not owner or name.startswith(f"{owner}.") for owner in whole)
+        if inside or not (is_mapping or hasattr(config, "to_dict")):
+            continue
+        found["config" if not found else f"config.{plain_name(name)}"] = config if is_mapping else config.to_dict()
+        if not is_mapping or type(config).__module__.startswith("diffusers."):
+            whole.append(name)
+    return found
+
+
 def _tokens_of_modules(model: nn.Module) -> dict[str, int]:
-    """Return the tokens that modules keep: the padding of embeddings of positions, and the end of a text.
+    """Return the tokens that modules keep: the padding of embeddings of positions or of a text, its parts and its end.
 
     A classifier takes the last token before the padding, or the one at the end, by its configuration.
     """
-    tokens: dict[str, int] = {}
-    for head, key in (("score", "pad_token_id"), ("classification_head", "eos_token_id")):
-        token = getattr(getattr(model, "config", None), key, None) if hasattr(model, head) else None
-        tokens |= {f"config.{key} of {head}": token} if isinstance(token, int) else {}
+    tokens: dict[str, Any] = {}
+    config: Any = getattr(model, "config", None)
+    texts = config
+    with suppress(AttributeError, ValueError):  # of several texts, or none
+        texts = config.get_text_config()
+    heads = {"score": "pad_token_id", "classification_head": "eos_token_id"}
+    if getattr(config, "model_type", None) == "ctrl":
+        heads["classifier"] = "pad_token_id"
+    for head, key in heads.items():
+        tokens[f"config.{key} of {head}"] = getattr(texts, key, None) if hasattr(model, head) else None
     for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None) if "position" in name else None
-        kept = {"padding": padding, "end": vars(module).get("eos_token_id")}
-        tokens |= {
-            f"config.{what} of {plain_name(name)}": token for what, token in kept.items() if isinstance(token, int)
-        }
-    return tokens
+        own, place = vars(module), plain_name(name) or "the model"
+        tokens[f"config.padding of {place}"] = getattr(module, "padding_idx", None) if "position" in name else None
+        for what, key in (("end", "eos_token_id"), ("padding of texts", "pad_index"), ("parting", "sep_token_id")):
+            tokens[f"config.{what} of {place}"] = own.get(key)
+    return {name: token for name, token in tokens.items() if isinstance(token, int)}
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from itertools import accumulate, takewhile
 from typing import Any
 
 import regex
+import torch
 from torch import nn
 
 from lora_init.errors import LoraInitError, warn
@@ -135,7 +136,7 @@ def heads_of(model: nn.Module) -> list[str]:
     model = unwrapped(model)
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return []
-    there = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    there = {name: child for name, child in model.named_children() if _has_weights(child)}
     body = getattr(model, "base_model_prefix", "")
     known = {name for names in HEADS.values() for name in names}
     return [name for name in there if (name != body if body in there else hasattr(model, "config") and name in known)]
@@ -150,10 +151,34 @@ def new_heads(model: nn.Module) -> list[str]:
     names = plain_names(model)
     owners = _checkpoints(names)
     heads = [f"{name}.{head}".removeprefix(".") for name in owners for head in heads_of(names[name])]
+    heads += [f"{name}.{head}".removeprefix(".") for name in owners for head in _added_by_subclass(names[name])]
     own = [name for name in names if not any(_is_below(name, owner) for owner in owners)]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     own = [name for name in own if names[name] is not output and _has_matrix(names[name])]
     return own + [name for name in names if any(_is_below(name, head) for head in heads)]
+
+
+def trains_new_head(heads: Collection[str], task_type: str | None, modules_to_save: Iterable[str]) -> bool:
+    """Check whether PEFT trains one of the `new_heads` of a model whole; a body alone gets the head of its task."""
+    whole = [*HEADS.get(task_type or "", ()), *modules_to_save]
+    return any(is_in(name, whole) for name in heads) or (task_type in HEADS and not heads)
+
+
+def _added_by_subclass(model: Any) -> list[str]:
+    """Name what a class of one's own has added to the class of a library that it derives from."""
+    kind = next((one for one in type(model).__mro__ if one.__module__.partition(".")[0] in _CHECKPOINTS), None)
+    if kind is None or kind is type(model):
+        return []
+    try:
+        with torch.device("meta"):
+            there = {name for name, _ in kind(model.config).named_children()}
+    except Exception:  # of one that is made in another way
+        return []
+    return [name for name, child in model.named_children() if there and name not in there and _has_weights(child)]
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _checkpoints(names: Mapping[str, nn.Module]) -> list[str]:

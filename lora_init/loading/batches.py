@@ -135,6 +135,8 @@ def load_batches(
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
         "batch_size": batch_size, "seed of the sample": seed,
         "rows": round(len(rows.table) * (1.0 - drawn.left_out.total() / drawn.n_read)),  # that can be trained on
+        # A stream comes in another order with each seed.
+        "digest of the rows": None if type(source).__name__ == "IterableDataset" else rows.digest,
         **({"classes": [*reader.rows_of]} if label else {}),
     }  # fmt: skip
     batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)

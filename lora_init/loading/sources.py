@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -50,6 +51,13 @@ class Rows:
     table: Any  # a `datasets.Dataset`
     label: str  # what to call the data, without the path to it: it goes into files that users share
     file: Path | None = None  # if it is one
+
+    @property
+    def digest(self) -> str:
+        """Tell data sets apart: a hash of how many rows there are and of 16 of them."""
+        n = len(self.table)
+        some = [self.table[n * i // 16] for i in range(16)] if n else []
+        return hashlib.sha256(repr((n, some)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def place(self, index: int) -> str:
         """Return the name of a row: the line where it begins if its file has lines, else its number, from 1."""

@@ -107,11 +107,11 @@ def share_of(n_layers: int, n_linear: int) -> float:
 
 
 def response(size: Sizes, ax: float, rank: int, scaling: float, freeze_a: bool = False) -> Response | None:
-    """Compute the response of a layer from the mean of sum |(A x)_i|; None if input or output is always zero."""
-    if not (size.output > 0.0 and ax > 0.0):
+    """Compute the response of a layer from the mean of sum |(A x)_i|; None if input, output or scaling is zero."""
+    if not (size.output > 0.0 and ax > 0.0 and scaling):
         return None
     growth = 0.0 if freeze_a else GROWTH * rank * size.input / 2
-    scaling *= (RANK / rank) ** OVERLAP
+    scaling = abs(scaling) * (RANK / rank) ** OVERLAP
     return Response(scaling * ax / size.output, scaling * growth / size.output)
 
 

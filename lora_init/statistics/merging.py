@@ -125,7 +125,7 @@ def _common_size(spectra: Iterable[Iterable[Spectrum]]) -> int:
 def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None) -> list[float] | None:
     """Return the weights as numbers; raise if they are not one share for each part, or there is one part alone."""
     for part in parts:
-        if not isinstance(part, type(parts[0])):
+        if not hasattr(part, "provenance"):
             raise LoraInitError(f"merge got a {type(part).__name__}, not Statistics. Read files by Statistics.load.")
     if len(parts) < 2:
         raise LoraInitError("merge: one part alone, expected at least two. Give the statistics to merge it with.")
@@ -328,13 +328,17 @@ def _rows_of_all(made: Sequence[Provenance]) -> int | None:
 
     Two parts of one source were read from different places of it. Else they are two sources of one name.
     """
-    of_sources: dict[frozenset[str], tuple[Any, set[tuple[Any, Any]]]] = {}
+    of_sources: dict[tuple[frozenset[str], Any], tuple[Any, set[tuple[Any, Any]]]] = {}
     for one in made:
-        sources = frozenset(_WEIGHT.sub("", text).partition(": ")[0] for text in one.data.split("; "))
+        words = frozenset(_WEIGHT.sub("", text).partition(": ")[0] for text in one.data.split("; "))
+        # Two files of one name have other rows; earlier versions did not note which.
+        source = words, one.settings.get("digest of the rows")
         rows, place = one.settings.get("rows"), (one.settings.get("offset"), one.settings.get("seed of the sample"))
-        known, places = of_sources.setdefault(sources, (rows, set()))
-        overlaps = any(sources != other and not sources.isdisjoint(other) for other in of_sources)
-        if not is_number(rows) or rows != known or place in places or overlaps:
+        known, places = of_sources.setdefault(source, (rows, set()))
+        others = [other for other in of_sources if other != source and not words.isdisjoint(other[0])]
+        overlaps = any(None in (source[1], other[1]) for other in others)
+        is_unnamed = source[1] is None and not words.isdisjoint(("", "data in memory"))
+        if not is_number(rows) or rows != known or place in places or overlaps or is_unnamed:
             return None
         places.add(place)
     return int(sum(rows for rows, _ in of_sources.values()))

@@ -9,25 +9,30 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, count, islice
 from statistics import fmean
-from types import MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from lora_init.rates.training_length import TrainingLength
 
 _MOST_DRAWN = 1_000_000  # examples, to count them; of longer epochs each is taken to come once
 _EVEN = 0.1  # of how often an example is seen: so far from epochs it may be, and is said in epochs
+_FEW = 64  # values of a container: what keeps a state has no more, and data have
+_VALUES = (bool, int, float, str, tuple, list, deque, set, dict, Tensor, np.ndarray)
+_SYNCHRONIZED = "synchronized_generator"  # as accelerate calls it
 _ASKED = 8  # examples that are put into batches, to see how many rows each becomes
 
 
@@ -46,31 +51,86 @@ def without_trace(loader: Any) -> Iterator[None]:
     """Read a loader's batches: whoever reads them after the block gets the same ones in the same order."""
     with undisturbed(), ExitStack() as stack:
         reads = getattr(loader, "base_dataloader", loader)  # accelerate's holds the one that reads
+        collate = getattr(reads, "collate_fn", None)
         samplers = [getattr(one, "sampler", None) for one in (loader, reads, _source_of(loader))]
-        for held in (loader, reads, *samplers, getattr(loader, "batch_sampler", None), _source_of(loader)):
-            _put_back(held, stack, held not in (loader, reads))
-        if hasattr(reads, "collate_fn"):  # which may have a generator of its own
-            stack.callback(setattr, reads, "collate_fn", reads.collate_fn)
-            _put_back(getattr(reads.collate_fn, "__self__", None), stack)
-            reads.collate_fn = _copied(reads.collate_fn)
+        batches, data = getattr(loader, "batch_sampler", None), getattr(reads, "dataset", None)
+        data = None if isinstance(data, IterableDataset) else data  # a stream goes on
+        # Loaders count batches for themselves.
+        of_loaders = [getattr(one, name, None) for one in (loader, reads) for name in ("generator", _SYNCHRONIZED)]
+        seen: set[int] = set()
+        for one in (*of_loaders, *samplers, batches, _source_of(loader), data, collate):
+            _put_back(one, stack, seen)
+        _put_back_attributes(getattr(collate, "__self__", None), stack, seen, 0)  # of a trainer, perhaps: no further
+        if collate is not None:  # which may hold what cannot be put back
+            stack.callback(setattr, reads, "collate_fn", collate)
+            reads.collate_fn = _copied(collate)
         if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
             stack.callback(loader.end)
         yield
 
 
-def _put_back(holder: Any, stack: ExitStack, counters: bool = False) -> None:
-    """Let the stack put back the generators of random numbers that something holds, and its counters."""
-    for name, value in [*getattr(holder, "__dict__", {}).items()]:
-        if isinstance(value, torch.Generator):
-            stack.callback(value.set_state, value.get_state())
-        elif isinstance(value, np.random.Generator):
-            stack.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
-        elif isinstance(value, np.random.RandomState):
-            stack.callback(value.set_state, value.get_state())
-        elif isinstance(value, random.Random):
-            stack.callback(value.setstate, value.getstate())
-        elif counters and isinstance(value, (int, float)):
-            stack.callback(setattr, holder, name, value)
+def _put_back(held: Any, stack: ExitStack, seen: set[int], depth: int = 4) -> None:
+    """Let the stack put back what drawing changes: generators of random numbers, counters, lists in their order.
+
+    Objects are looked into so deep, and containers of few values; models and modules of Python are not.
+    """
+    if id(held) in seen:
+        return
+    seen.add(id(held))
+    inside: Iterable[Any] = ()
+    if isinstance(held, (torch.Generator, np.random.RandomState)):
+        put: Any = held.set_state
+        stack.callback(put, held.get_state())
+    elif isinstance(held, np.random.Generator):
+        stack.callback(setattr, held.bit_generator, "state", held.bit_generator.state)
+    elif isinstance(held, random.Random):
+        stack.callback(held.setstate, held.getstate())
+    elif isinstance(held, (Tensor, np.ndarray)):
+        if _can_be_set(held):
+            stack.callback(_set, held, copy.deepcopy(held))
+    elif isinstance(held, (list, deque, set, dict)):
+        stack.callback(_refill, held, copy.copy(held))
+        inside = (held.values() if isinstance(held, dict) else held) if len(held) <= _FEW else ()
+    elif isinstance(held, tuple):
+        inside = held if len(held) <= _FEW else ()
+    elif isinstance(held, CellType):
+        with suppress(ValueError):  # an empty one
+            stack.callback(setattr, held, "cell_contents", held.cell_contents)
+            inside = (held.cell_contents,)
+    elif isinstance(held, FunctionType):
+        inside = held.__closure__ or ()
+    elif isinstance(held, partial):
+        inside = (held.func, held.args, held.keywords)
+    elif depth and not isinstance(held, (nn.Module, type, ModuleType, Trainer, TrainingArguments)):
+        _put_back_attributes(held, stack, seen, depth - 1)
+    for one in [*inside]:
+        _put_back(one, stack, seen, depth)
+
+
+def _put_back_attributes(holder: Any, stack: ExitStack, seen: set[int], depth: int) -> None:
+    """Let the stack put back the attributes of an object; which other objects it holds is left to whoever set them."""
+    own = getattr(holder, "__dict__", {})
+    for name, value in [*own.items()]:
+        if value is None or isinstance(value, _VALUES):
+            stack.callback(own.__setitem__, name, value)
+        _put_back(value, stack, seen, depth)
+
+
+def _can_be_set(numbers: Any) -> bool:
+    """Check whether numbers are few enough to be a state, and not of a file."""
+    if isinstance(numbers, np.ndarray):
+        return bool(numbers.flags.writeable) and numbers.size <= _MOST_DRAWN
+    whole = numbers.layout is torch.strided and numbers.is_contiguous() and not numbers.requires_grad
+    return whole and numbers.numel() <= _MOST_DRAWN
+
+
+def _set(numbers: Any, held: Any) -> None:
+    numbers[...] = held
+
+
+def _refill(container: Any, held: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(held)
 
 
 def _copied(used: Any, *shared: Any) -> Any:
@@ -184,7 +244,8 @@ def _numbers(drawn: Any) -> list[Any]:
     if isinstance(drawn, (Tensor, np.ndarray)):
         drawn = drawn.tolist()
     some = [*drawn] if isinstance(drawn, (list, tuple, range)) else [drawn]
-    return [one.item() if isinstance(one, Tensor) else one for one in some]
+    some = [one.item() if isinstance(one, Tensor) else one for one in some]
+    return [repr(one) if isinstance(one, (list, dict, set)) else one for one in some]  # what can be counted
 
 
 def _rows_of_an_item(loader: Any, batches: list[list[Any]]) -> float:

@@ -61,8 +61,7 @@ class TrainerIntegration:
     def changes_loss(self) -> bool:
         """Whether a function or smoothing of labels stands between the model's loss and the one that is trained by."""
         own = {"compute_loss", "training_step"} & {*vars(self.trainer)} or self.trainer.compute_loss_func
-        of_model = getattr(self.handle.model, "loss_function", None)
-        return bool(own) or not leaves_loss(self.trainer.args) or not (of_model is None or _is_known(of_model))
+        return bool(own) or not leaves_loss(self.trainer.args) or has_own_loss(self.handle.model)
 
     @property
     def gives_loss(self) -> bool:
@@ -228,6 +227,12 @@ def _keep_for_training(trainer: Any) -> None:
 def _is_known(made: Any) -> bool:
     """Return whether a class or function is of a library whose trainers are known here."""
     return getattr(made, "__module__", "").partition(".")[0] in _KNOWN
+
+
+def has_own_loss(model: nn.Module) -> bool:
+    """Return whether a model computes its loss by a function of somebody's own."""
+    function = getattr(model, "loss_function", None)
+    return function is not None and not _is_known(function)
 
 
 def leaves_loss(args: Any) -> bool:

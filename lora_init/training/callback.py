@@ -26,7 +26,7 @@ from lora_init.keep.replay import replayed
 from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
 from lora_init.starts.starts import DEFAULT
 from lora_init.trainers.loaders import examples_of_a_step, is_used_up, length_of, without_trace
-from lora_init.trainers.trainers import leaves_loss
+from lora_init.trainers.trainers import has_own_loss, leaves_loss
 
 _MOST_TEXTS = 512  # that the base writes before training; training goes through them again and again
 _DECIDED = ("max_batches", "data", "task_type", "gradients")  # of initialize()'s options, by the trainer or `samples`
@@ -163,13 +163,15 @@ class StartCallback(TrainerCallback):
                 "DeepSpeed has its own copy of the weights by now, which would undo a start at the first step. Make "
                 "the adapter by `lora-init init`, and train that."
             )
-        length = length_of(args, state.max_steps, train_dataloader)
+        with without_trace(train_dataloader):
+            length = length_of(args, state.max_steps, train_dataloader)
         each = length.batch_size / args.gradient_accumulation_steps
         config = self.config.with_options(max_batches=math.ceil(self.samples / each))
         with handle.opened(config) as config, without_trace(train_dataloader):
             batches = _batches(train_dataloader, handle.model)
             first = next(batches, {})
-            is_plain_loss = "labels" in first and leaves_loss(args)  # those of preferences have none
+            has_labels = "labels" in first  # those of preferences have none
+            is_plain_loss = has_labels and leaves_loss(args) and not has_own_loss(handle.model)
             if config.needs_gradient and not is_plain_loss:
                 raise LoraInitError(
                     f"method={config.start.name!r}: a start from gradients needs the gradient of the training loss, "

@@ -73,6 +73,37 @@ def test_tokens_count_where_they_decide_what_a_module_computes():
     assert differing_config(before, model_config(llama)) == "mask_token_id 4 instead of 5"
 
 
+def test_padding_and_parting_count_where_a_module_keeps_them():
+    from transformers import (
+        BigBirdConfig,
+        BigBirdForQuestionAnswering,
+        CTRLConfig,
+        CTRLForSequenceClassification,
+        XLMConfig,
+        XLMModel,
+    )
+
+    xlm = dict(vocab_size=32, emb_dim=8, n_layers=1, n_heads=2)
+    ctrl = dict(vocab_size=32, n_embd=8, dff=8, n_layer=1, n_head=2)
+    bird = dict(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    for make, key in (
+        (lambda token: XLMModel(XLMConfig(**xlm, pad_token_id=token)), "padding of texts of the model"),
+        (lambda token: CTRLForSequenceClassification(CTRLConfig(**ctrl, pad_token_id=token)), "pad_token_id"),
+        (lambda token: BigBirdForQuestionAnswering(BigBirdConfig(**bird, sep_token_id=token)), "parting of the model"),
+    ):
+        one, other = (json.loads(json.dumps(model_config(make(token)))) for token in (3, 4))
+        said = differing_config(one, other)
+        assert said.startswith(key) and said.endswith("3 instead of 4")
+
+
+def test_all_models_that_a_module_of_ones_own_holds_count():
+    other = tiny_llama(rms_norm_eps=0.5)
+    pair, changed = (nn.ModuleDict({"a": tiny_llama(), "b": b}) for b in (tiny_llama(), other))
+    assert differing_config(model_config(pair), model_config(changed)) == "b.rms_norm_eps 1e-06 instead of 0.5"
+    pair.config = changed.config = {"width": 3}  # somebody's own says nothing of what is inside
+    assert differing_config(model_config(pair), model_config(changed)).endswith("rms_norm_eps 1e-06 instead of 0.5")
+
+
 def test_saved_buffers_are_part_of_a_model():
     norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     norm.register_buffer("not_saved", torch.ones(2), persistent=False)

@@ -10,6 +10,9 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    LlamaModel,
     RobertaConfig,
     RobertaForSequenceClassification,
     TrainingArguments,
@@ -420,6 +423,17 @@ class Loaded(Held):
         return cls(tiny_bert(None), nn.Linear(32, 3))
 
 
+class Derived(LlamaModel):
+    """One that derives from a model of a library, and adds a head."""
+
+    def __init__(self):
+        super().__init__(tiny_llama().config)
+        self.head, self.empty = nn.Linear(32, 3), nn.Dropout()
+
+    def forward(self, **batch):
+        return self.head(super().forward(**batch).last_hidden_state)
+
+
 class Times(nn.Module):
     """A head with a parameter of its own."""
 
@@ -440,6 +454,8 @@ class Recurrent(nn.GRU):
     (lambda: Held(tiny_bert(None), nn.Linear(32, 3)), ["head"], True),
     (lambda: Loaded(tiny_bert(None), nn.Linear(32, 3)), ["head"], True),
     (lambda: Held(tiny_bert(None), Times()), ["head"], True),
+    (Derived, ["head"], True),
+    (Derived, ["norm"], False),
     (lambda: Held(tiny_bert(None), Recurrent(32, 3, batch_first=True)), ["head"], True),
     (lambda: Held(tiny_bert(None), nn.LayerNorm(32)), ["head"], False),
     (lambda: Held(tiny_bert(None), nn.Linear(32, 3)), ["inner.pooler"], False),
@@ -447,9 +463,36 @@ class Recurrent(nn.GRU):
 ])  # fmt: skip
 def test_a_new_head_is_known_in_a_model_of_ones_own_with_a_configuration(make, whole, is_new):
     model = make()
-    layers = [name for name in find_targets(model).layers if name.startswith("inner")][:2]
+    layers = [name for name in find_targets(model).layers if name.startswith(("inner", "layers"))][:2]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=layers, modules_to_save=whole))
     assert learning_rate(adapted, [TOKENS], steps=48).new_head == is_new
+
+
+def test_a_head_that_peft_does_not_train_is_not_new():
+    """PEFT knows the heads of a task by two names, and Bart's has a third: it stays as it began."""
+    sizes = dict(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                 decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, eos_token_id=2)  # fmt: skip
+    batch = {"input_ids": torch.tensor([[3, 4, 2], [5, 6, 2]])}
+    for whole, is_new in ((None, False), (["classification_head"], True)):
+        model = BartForSequenceClassification(BartConfig(**sizes)).eval()
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=whole)
+        assert learning_rate(get_peft_model(model, config), [batch], steps=48).new_head == is_new
+        plain = BartForSequenceClassification(BartConfig(**sizes)).eval()
+        stats = collect(plain, [batch], ["q_proj"], rank=2, task_type="SEQ_CLS")
+        assert build_adapter(stats, 2, modules_to_save=whole).rate.new_head == is_new
+
+
+def test_a_scaling_below_zero_counts_by_its_size_and_zero_says_nothing():
+    rates = []
+    for alpha in (8, -8):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj"]))
+        rates.append(learning_rate(model, [TOKENS], steps=48).rate)
+    assert rates[0] == pytest.approx(rates[1])
+    for layer in adapter_layers(model).values():
+        layer.scaling["default"] = 0.0
+    refused("no layer", learning_rate, model, [TOKENS], steps=48)
+    refused("freeze_a='no': true or false is expected", learning_rate, model, [TOKENS], freeze_a="no")
 
 
 def test_an_adapter_that_another_module_holds_has_its_own_configuration():

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+import lora_init
 from lora_init import ExactPCA, IncrementalSVD, LoraInitError, Statistics, allocate_ranks, build_adapter, collect
 from lora_init.statistics.merging import mix
 from tests.collection.made import counts_of, exact
+from tests.commands import tokenizer_of
 from tests.conftest import batches_for, refused, tiny_llama
 from tests.layers.made import BOTH, mixtral
 from tests.reference import captured
@@ -358,6 +360,23 @@ def test_parts_that_do_not_fit(shards, tmp_path):
     refused(r"b was made with center=False, \S*a with center=True", files[0].merge, files[1])
 
 
+def test_what_is_no_statistics_is_named(shards):
+    a, b, _ = shards
+    refused("merge got a list, not Statistics", Statistics.merge, [a], [b])
+    refused("merge got a list, not Statistics", Statistics.merge, [a], [b], weights=[0.5, 0.5])
+
+
+def test_data_of_one_name_are_told_apart_by_their_rows():
+    model, tokenizer, stats = tiny_llama(), tokenizer_of(["cat", "dog", *map(str, range(20))]), []
+    for word in ("cat", "dog"):
+        rows = [{"text": f"{word} {i}"} for i in range(20)]
+        for seed in (0, 1):
+            batches = lora_init.load_batches(rows, tokenizer, samples=8, seed=seed)
+            stats.append(collect(model, batches, rank=2, progress=False, data=batches.description))
+    same, other = stats[0].merge(stats[1]), stats[0].merge(stats[3])
+    assert same.provenance.settings["rows"] == 20 and other.provenance.settings["rows"] == 40
+
+
 def test_the_same_statistics_twice(shards):
     a, b, _ = shards
     refused("part 3 and part 1 hold the same statistics", a.merge, b, a)
@@ -375,11 +394,19 @@ A, B = "en/a.jsonl: 64 of 200 examples", "en/b.jsonl: 64 of 300 examples"
     (((f"0.5 x {A}; 0.5 x {B}", 500, None), ("c.jsonl: 64 of 100 examples", 100, 0)), 600),
     (((A, 200, 0), (A, 200, 0)), None),  # two files of one name
     (((A, 200, 0), ("batches", None, None)), None),
+    (((A, 200, 0, "file 1"), (A, 200, 64, "file 2")), 400),  # two files of one name
+    (((A, 200, 0, "file 1"), (A, 200, 64, "file 1")), 200),
+    (((A, 200, 0, "file 1"), (A, 200, 0, "file 1")), None),
+    ((("", 200, 0, "file 1"), ("", 200, 64, "file 2")), 400),
+    ((("", 200, 0), ("", 200, 64)), None),  # nobody knows
+    ((("data in memory: 9 of 200 examples", 200, 0), ("data in memory: 9 of 200 examples", 200, 64)), None),
+    (((f"0.5 x {A}; 0.5 x {B}", 500, None), (A, 200, 64, "file 1")), None),
 ])  # fmt: skip
 def test_a_merged_training_has_the_rows_of_all_data(sources, rows):
     model, batches, parts = tiny_llama(), batches_for("llama"), []
-    for (data, n, offset), some in zip(sources, (batches[:2], batches[2:]), strict=True):
+    for (data, n, offset, *file), some in zip(sources, (batches[:2], batches[2:]), strict=True):
         made = collect(model, some, rank=2, progress=False)
         settings = {**made.provenance.settings, **({"rows": n, "offset": offset} if n else {})}
+        settings |= {"digest of the rows": file[0]} if file else {}
         parts.append(replace(made, provenance=replace(made.provenance, data=data, settings=settings)))
     assert parts[0].merge(parts[1]).provenance.settings.get("rows") == rows

@@ -1,5 +1,10 @@
 """The loader of a trainer: how long a training is by what it draws, and reading it without a trace."""
 
+import random
+import threading
+import types
+from collections import deque
+
 import numpy as np
 import pytest
 import torch
@@ -247,3 +252,148 @@ def test_a_callback_leaves_the_generator_of_a_collator(tmp_path, tokenizer):
         return seen
 
     assert labels(lora_init.StartCallback(samples=8)) == labels()
+
+
+class Own(torch.utils.data.Sampler):
+    """A sampler of one's own, whose order changes with what it keeps; it cannot be copied."""
+
+    def __init__(self, order):
+        self.order, self.lock = order, threading.Lock()
+
+    def __iter__(self):
+        return iter([int(one) for one in self.order(16)])
+
+    def __len__(self):
+        return 16
+
+
+class InPlace:
+    """Shuffle what is kept, in place, as samplers by buckets do."""
+
+    def __init__(self, kind):
+        self.kept = kind(range(16))
+
+    def __call__(self, n):
+        random.shuffle(self.kept) if isinstance(self.kept, (list, deque)) else np.random.shuffle(self.kept)
+        return self.kept
+
+
+class Counts:
+    """Begin where the last epoch has ended."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __call__(self, n):
+        self.kept["n"] += 1
+        return [(i + int(self.kept["n"])) % n for i in range(n)]
+
+
+class Draws:
+    def __init__(self):
+        self.inner = types.SimpleNamespace(generator=random.Random(0))
+
+    def __call__(self, n):
+        return self.inner.generator.sample(range(n), n)
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Rows that are drawn anew each time."""
+
+    def __init__(self):
+        self.generator, self.seen = np.random.default_rng(0), []
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        self.seen.append(i)
+        return {"input_ids": [1, 3, 5 + i, int(self.generator.integers(3, 20)), 3 + len(self.seen) % 16]}
+
+
+class Collators:
+    """A collator that is a method, and counts; one that is a closure over a generator."""
+
+    def __init__(self):
+        self.n = 0
+
+    def method(self, items):
+        self.n += 1
+        return stacked(items, self.n)
+
+
+def closure():
+    generator = random.Random(0)
+    return lambda items: stacked(items, generator.randrange(9))
+
+
+def stacked(items, added=0):
+    ids = torch.tensor([[*item["input_ids"], 3 + added % 16] for item in items])
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+KEEP = {
+    "a list in place": lambda: dict(sampler=Own(InPlace(list))),
+    "a deque in place": lambda: dict(sampler=Own(InPlace(deque))),
+    "an array in place": lambda: dict(sampler=Own(InPlace(np.array))),
+    "a counter in a dict": lambda: dict(sampler=Own(Counts({"n": 0}))),
+    "a counter in a tensor": lambda: dict(sampler=Own(Counts({"n": torch.tensor(0)}))),
+    "a generator further inside": lambda: dict(sampler=Own(Draws())),
+    "batches of such a sampler": lambda: dict(
+        batch_sampler=torch.utils.data.BatchSampler(Own(InPlace(list)), 4, False)
+    ),
+    "a method that counts": lambda: dict(collate_fn=Collators().method),
+    "a closure": lambda: dict(collate_fn=closure()),
+    "a data set with a generator": lambda: {"rows": Augmented()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["initialize", "StartCallback"])
+@pytest.mark.parametrize("kind", KEEP)
+def test_training_gets_the_batches_that_it_would_have_got(kind, how, tmp_path, tokenizer):
+    def batches(how):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        trainer, seen = plain(tmp_path, tokenizer, max_steps=4), []
+        if how != "initialize":
+            trainer = plain(tmp_path, tokenizer, model=adapted(), max_steps=4)
+        given = {"collate_fn": stacked, "rows": [{"input_ids": [1, 3, 5 + i]} for i in range(16)]} | KEEP[kind]()
+        rows = trainer.train_dataset = given.pop("rows")
+        size = {} if "batch_sampler" in given else {"batch_size": 4}
+        loader = torch.utils.data.DataLoader(rows, **size, **given)
+        trainer.get_train_dataloader = lambda: loader
+        if how == "StartCallback":
+            trainer.add_callback(lora_init.StartCallback(samples=8))
+        if how == "initialize":
+            lora_init.initialize(trainer, rank=2, progress=False)
+        trainer.model.register_forward_pre_hook(
+            lambda model, args, given: seen.append(given["input_ids"].tolist()) if model.training else None,
+            with_kwargs=True,
+        )
+        random.seed(1), np.random.seed(1)
+        trainer.train()
+        return seen
+
+    assert batches(how) == batches("nothing") != []
+
+
+class Keys(torch.utils.data.Sampler):
+    def __iter__(self):
+        return iter([[i // 4, i % 4] for i in range(16)])
+
+    def __len__(self):
+        return 16
+
+
+def test_keys_that_are_lists_are_counted(tmp_path, tokenizer):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, key):
+            return {"input_ids": [1, 3, 5 + 4 * key[0] + key[1]]}
+
+    trainer = plain(tmp_path, tokenizer, num_train_epochs=3, max_steps=-1)
+    loader = torch.utils.data.DataLoader(Rows(), 4, sampler=Keys(), collate_fn=stacked)
+    trainer.get_train_dataloader = lambda: loader
+    length = TrainerIntegration(trainer).length
+    assert (length.rows, length.epochs, length.batch_size) == (16, 3.0, 4)

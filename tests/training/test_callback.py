@@ -1,6 +1,7 @@
 """StartCallback: the adapter of a trainer that another tool makes is started, trained beside texts, and dialed."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -77,16 +78,19 @@ def test_the_adapter_starts_as_initialize_would_have_it(tmp_path, method, capsys
 
 @pytest.mark.parametrize(("batch", "n_processes", "read_batches"), [(4, 1, 4), (4, 2, 2), (8, 1, 2)])
 def test_the_examples_to_learn_from_are_those_of_all_processes(batch, n_processes, read_batches, tmp_path, monkeypatch):
-    read, adapted = [], model()
+    class Read:  # a list that the collator itself held would be put back
+        sizes: ClassVar = []
+
+    adapted = model()
     made = trainer(tmp_path, adapted)
     made.state.max_steps = 3
-    loader = DataLoader(rows(), batch, collate_fn=lambda part: read.append(part) or made.data_collator(part))
+    loader = DataLoader(rows(), batch, collate_fn=lambda part: Read.sizes.append(len(part)) or made.data_collator(part))
     monkeypatch.setattr(TrainingArguments, "world_size", n_processes)
     start = lora_init.StartCallback(samples=16, tolerance=0.0)
     start.on_train_begin(
         made.args, made.state, made.control, model=adapted, train_dataloader=loader, optimizer=made.create_optimizer()
     )
-    assert [*map(len, read)].count(batch) == read_batches
+    assert Read.sizes.count(batch) == read_batches
 
 
 def test_training_is_otherwise_as_it_would_have_been(tmp_path):
@@ -208,6 +212,13 @@ def test_the_callback_sets_no_rate_where_none_was_measured(what, said, tmp_path)
     made = trainer(tmp_path, model(), lora_init.StartCallback(samples=8, learning_rate="measured"), **what)
     refused(f"no rate was measured {said}", made.train)
     assert made.args.learning_rate == 1e-2
+
+
+def test_the_callback_sets_no_rate_for_a_loss_of_ones_own_in_the_model(tmp_path):
+    adapted = model()
+    adapted.get_base_model().loss_function = lambda logits, labels, **more: logits.square().mean()
+    made = trainer(tmp_path, adapted, lora_init.StartCallback(samples=8, learning_rate="measured"))
+    refused("no rate was measured for the loss of a trainer with TrainingArguments", made.train)
 
 
 def test_the_callback_sets_no_rate_where_the_optimizer_has_several(tmp_path):
