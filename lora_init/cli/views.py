@@ -84,6 +84,8 @@ def _after_misfit(about: Mapping[str, Any], kinds: Collection[str]) -> str:
         more = f"--start DIRECTORY --engine {fit['engine']}" if about["base_change"] else more
         served = shlex.quote(f"{about['path']}-served")
         return f"lora-init export {path} {more} -o {served}" if more else "do as the misfit says, or serve it with PEFT"
+    if "0.19.1" in "".join(fit["lines"]):  # before which PEFT exchanges A and B of experts
+        return "pip install 'peft>=0.19.1', and train it again"
     if named and named != fit["base"]:
         return f"lora-init inspect {path} --base {shlex.quote(named)}"
     return "name the base that it was trained on by --base, or save it again from the model that it was trained on"

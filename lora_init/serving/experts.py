@@ -115,6 +115,7 @@ def _with_both(trained: Trained, base: Base) -> Trained:
 
 
 Change = Callable[[LoraWeights], LoraWeights]  # of A [experts, r, d_in] and B [experts, d_out, r] of a parameter
+_MISSING, _OTHER = "a part is missing", "another adapter"
 _MOST_NAMED = 32  # experts that are left out one by one to see whether an engine does
 
 
@@ -123,56 +124,70 @@ def misreadings(n_experts: int, is_concatenated: bool) -> dict[tuple[str, str], 
 
     An empty end is for all parameters.
     """
+    halves = {key: ("gate_up_proj", change) for key, change in _of_halves(is_concatenated).items()}
+    return halves | {key: ("", change) for key, change in _of_experts(n_experts).items()}
 
-    def rows(b: Tensor, gate: bool) -> Tensor:  # a view of the rows of one projection
-        half = b.shape[1] // 2
-        first = slice(half) if is_concatenated else slice(0, None, 2)
-        return b[:, first if gate else slice(half, None) if is_concatenated else slice(1, None, 2)]
 
-    def without(gate: bool) -> Change:
-        def change(one: LoraWeights) -> LoraWeights:
-            b = one.b.clone()
-            rows(b, gate).zero_()
-            return LoraWeights(one.a, b)
+def _of_b(change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda one: LoraWeights(one.a, change(one.b))
 
-        return change
 
-    def exchanged(one: LoraWeights) -> LoraWeights:
-        b = one.b.clone()
-        rows(b, True).copy_(rows(one.b, False))
-        rows(b, False).copy_(rows(one.b, True))
-        return LoraWeights(one.a, b)
+def _of_halves(is_concatenated: bool) -> dict[tuple[str, str], Change]:
+    """List what is done to the rows of gate and up projection."""
+    dim = 1 if is_concatenated else 2  # of what `pairs` returns: of the two projections
 
-    def other_rows(one: LoraWeights) -> LoraWeights:
-        (experts, n_rows, rank), half = one.b.shape, one.b.shape[1] // 2
-        paired = one.b.reshape(experts, *((2, half) if is_concatenated else (half, 2)), rank).transpose(1, 2)
-        return LoraWeights(one.a, paired.reshape(experts, n_rows, rank))
+    def pairs(b: Tensor) -> Tensor:  # [experts, 2, rows, r] or [experts, rows, 2, r]
+        return b.reshape(len(b), *((2, -1) if is_concatenated else (-1, 2)), b.shape[2])
 
-    def by_blocks(one: LoraWeights) -> LoraWeights:  # B of one expert after another, which PEFT's is not
-        flat = one.fused().b
-        return LoraWeights(one.a, flat.reshape(len(flat), n_experts, -1).permute(1, 0, 2))
+    def without(projection: int) -> Change:
+        keep = (torch.arange(2) != projection).reshape(2, *[1] * (3 - dim))
+        return _of_b(lambda b: (pairs(b) * keep.to(b)).reshape(b.shape))
 
-    def moved(order: Tensor, with_a: bool = True) -> Change:
-        return lambda one: LoraWeights(one.a[order] if with_a else one.a, one.b[order])
-
-    def alone(expert: int) -> Change:
-        keep = torch.arange(n_experts) != expert
-        return lambda one: LoraWeights(one.a, one.b * keep.to(one.b)[:, None, None])
-
-    missing, other = "a part is missing", "another adapter"
-    readings: dict[tuple[str, str], tuple[str, Change]] = {
-        (missing, "gate_proj of experts"): ("gate_up_proj", without(True)),
-        (missing, "up_proj of experts"): ("gate_up_proj", without(False)),
-        (other, "experts with other experts' columns of B"): ("", by_blocks),
-        (other, "gate and up projection of experts exchanged"): ("gate_up_proj", exchanged),
-        (other, "rows of gate and up projection of experts in another order"): ("gate_up_proj", other_rows),
-        (other, "all experts with what is the first one's"): ("", moved(torch.zeros(n_experts, dtype=torch.long))),
-        (other, "experts in reverse order"): ("", moved(torch.arange(n_experts).flip(0))),
+    return {
+        (_MISSING, "gate_proj of experts"): without(0),
+        (_MISSING, "up_proj of experts"): without(1),
+        (_OTHER, "gate and up projection of experts exchanged"): _of_b(lambda b: pairs(b).flip(dim).reshape(b.shape)),
+        (_OTHER, "rows of gate and up projection of experts in another order"): _of_b(
+            lambda b: pairs(b).transpose(1, 2).reshape(b.shape)
+        ),
     }
-    for by, words in ((1, "one before it"), (-1, "one after it")):
-        order = torch.arange(n_experts).roll(by)
-        readings[other, f"each expert with what is of the {words}"] = "", moved(order)
-        readings[other, f"each expert with B of the {words}"] = "", moved(order, with_a=False)
-    for expert in range(n_experts if n_experts <= _MOST_NAMED else 0):
-        readings[missing, f"expert {expert}"] = ("", alone(expert))
-    return readings
+
+
+def _of_experts(n_experts: int) -> dict[tuple[str, str], Change]:
+    """List what is done to all experts, to some, and to the order of them."""
+
+    def flat(b: Tensor) -> Tensor:  # as PEFT has it: a column of each expert for one rank after another
+        return b.permute(1, 2, 0).flatten(1)
+
+    def moved(order: Tensor, a: bool = True, b: bool = True) -> Change:
+        return lambda one: LoraWeights(one.a[order] if a else one.a, one.b[order] if b else one.b)
+
+    def without(lost: Tensor) -> Change:
+        return _of_b(lambda b: b * (~lost).to(b)[:, None, None])
+
+    number, half = torch.arange(n_experts), n_experts // 2
+    readings: dict[tuple[str, str], Change] = {
+        (_OTHER, "experts with other experts' columns of B"): _of_b(
+            lambda b: flat(b).reshape(b.shape[1], n_experts, -1).transpose(0, 1)
+        ),
+        (_OTHER, "experts with other experts' rows and columns of B"): _of_b(lambda b: flat(b).reshape(b.shape)),
+        (_OTHER, "experts with other experts' rows of A"): lambda one: LoraWeights(
+            one.a.reshape(-1, n_experts, one.a.shape[2]).transpose(0, 1), one.b
+        ),
+        (_OTHER, "experts in reverse order"): moved(number.flip(0)),
+        (_MISSING, "half of the ranks of experts"): _of_b(
+            lambda b: b * (torch.arange(b.shape[2]).to(b) < b.shape[2] / 2)
+        ),
+        ("scaled", "experts by -1"): _of_b(torch.neg),
+    }
+    orders = {"the first one": torch.zeros_like(number)}
+    for by, words in ((1, "one"), (2, "one 2")):
+        orders |= {f"the {words} before it": number.roll(by), f"the {words} after it": number.roll(-by)}
+    for whose, order in orders.items():
+        for what, a, b in (("what is", True, True), ("A", True, False), ("B", False, True)):
+            readings[_OTHER, f"each expert with {what} of {whose}"] = moved(order, a, b)
+    lost = {f"expert {i}": number == i for i in range(n_experts if n_experts <= _MOST_NAMED else 0)}
+    lost |= {f"experts 0 to {half - 1}": number < half, f"experts {half} to {n_experts - 1}": number >= half}
+    lost |= {"experts of even number": number % 2 == 0, "experts of odd number": number % 2 == 1}
+    lost |= {"all experts but the first one": number > 0}
+    return readings | {(_MISSING, which): without(those) for which, those in lost.items()}

@@ -99,8 +99,8 @@ def verify(
     First the `n` prompts are chosen that the adapter changes most. The engine's log-probabilities of the token after
     them are compared with what PEFT computes for the adapter; if they differ, also for the base, for other scalings,
     and for the adapter without one kind of layer. The distance of the served base from the local one is
-    the noise; a fault with a smaller effect is not seen. Cost: two forward passes for each prompt, and about 40 for
-    each of the `n` if something is wrong.
+    the noise; a fault with a smaller effect is not seen. Cost: two forward passes for each prompt, and for each of the
+    `n` about 40 if something is wrong, or 150 if there are experts.
 
     Args:
         directory: The adapter, as PEFT loads it.
@@ -186,26 +186,26 @@ def diagnose(
                 fault.verdict,
                 f"{fault.reason}; {distance:.2g} off from it, {residual:.2g} off from the adapter as trained",
             )
-    if residual <= allowed:
-        return verdict(AS_TRAINED, f"{residual:.2g} off")
+    if how_far := _as_trained(observed, trained, allowed, all((measured, routed))):
+        return verdict(AS_TRAINED, how_far)
     fits = max(0.0, 1 - (residual / from_base) ** 2)
     what = _in_words(fits, measured) + (_other_part(observed, plain, faults, run) if fits > _PART_FITS else "")
     return verdict("another adapter", f"{what}; {fits:.0%} fits, {residual:.2g} off")
 
 
 def _in_words(fits: float, measured: bool) -> str:
-    is_near = "this one compressed, or with layers changed or in other places"
-    return (is_near if fits > 0.5 else "that of another task, say") + (
-        "" if measured else ", or another base or template"
-    )
+    near, more = "this one compressed, or with layers changed or in other places", ", or another base or template"
+    return (near if fits > 0.5 else "that of another task, say") + ("" if measured else more)
 
 
-def _with_other_routing(observed: Tensor, trained: Tensor, allowed: float) -> str:
-    """Describe how far most prompts are off where all but a few fit; empty if too few do."""
-    each = (observed - trained).square().nanmean(1).sqrt()
+def _as_trained(observed: Tensor, trained: Tensor, allowed: float, routed: bool) -> str:
+    """Describe how far off what fits is; of a router all but a few prompts have to fit. Empty if it does not."""
+    each, residual = (observed - trained).square().nanmean(1).sqrt(), _distance(observed, trained)
     most, several = float(each.nanquantile(_PROMPTS)), int((each > allowed).sum())
     others = f"{several} of {int((~each.isnan()).sum())} prompts, whose tokens a router may have sent elsewhere"
-    return f"{most:.2g} off, but for {others}" if most <= allowed else ""
+    if residual <= allowed:
+        return f"{residual:.2g} off"
+    return f"{most:.2g} off, but for {others}" if routed and most <= allowed else ""
 
 
 def _distance(observed: Tensor, local: Tensor) -> float:
@@ -238,6 +238,7 @@ def _fault_that_fits(
     if fitting[0] is None or fitting[1] > min(by_search, most, closest):
         experts = next((one.factors for one in faults if one.reason == EXPERTS), {})
         fitting = _factor_that_fits(observed, f"{EXPERTS} ", [name for name, by in experts.items() if not by], run)
+        by_search = max(by_list, _LEFT_BY_FAULT * most)  # nine tenths of what is off, since experts do less than all
     factor, distance = fitting
     return (factor, distance) if factor is not None and distance <= min(by_search, most, closest) else None
 
@@ -371,20 +372,26 @@ class Local:
         for factors, same in self._other_scalings().items():
             by = f"by {factors[0]:.3g}, " if len({*factors}) == 1 else ""
             faults.append(Fault("scaled", by + " or ".join(same), dict(zip(names, factors, strict=True))))
-        parts = {kind: {*layers.values()} for kind, layers in layer_grid(names).by_kind.items()}
-        for name in names:
-            parts.setdefault(name.split(".")[-2:][0], set()).add(name)
-        for part, members in parts.items():
-            if len(members) < len(names):
-                faults.append(Fault("a part is missing", part, {name: float(name not in members) for name in names}))
+        for factor in (0.0, 2.0, 0.5) if self._fused else (0.0,):
+            for part, members in self._parts().items():
+                what = ("scaled", f"{part} by {factor:g}") if factor else ("a part is missing", part)
+                faults.append(Fault(*what, {name: factor if name in members else 1.0 for name in names}))
         if any(layer.lora_variant for layer in self.layers.values()):
             faults.append(Fault("a part is missing", "the magnitudes of DoRA", dict.fromkeys(names, 1.0), False))
-        first = next(iter(self._fused.values()), None)
-        if first is not None:
+        for first in [*self._fused.values()][:1]:
             halves = bool(getattr(first.get_base_layer(), "is_concatenated", True))
             for (verdict, reason), experts in misreadings(first.num_experts, halves).items():
                 faults.append(Fault(verdict, reason, {}, experts=experts))
         return faults
+
+    def _parts(self) -> dict[str, set[str]]:
+        """Collect layers by kind and by module, and experts by block, where these are not all layers."""
+        parts = {kind: {*layers.values()} for kind, layers in layer_grid(self.layers).by_kind.items()}
+        for name in self.layers:
+            parts.setdefault(name.split(".")[-2:][0], set()).add(name)
+        for name in self._fused:
+            parts.setdefault(name.rpartition(".")[0], set()).add(name)
+        return {part: members for part, members in parts.items() if len(members) < len(self.layers)}
 
     def _other_scalings(self) -> dict[tuple[float, ...], list[str]]:
         """Compute the factors by which layers are off where an engine reads scalings wrongly, each with its reasons."""

@@ -14,6 +14,7 @@ from torch import nn
 from lora_init import LoraInitError, build_adapter, collect, export_adapter, learning_rate
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.layers.rows import check_peft
+from tests.commands import run
 from tests.layers.made import BOTH, MODELS
 from tests.versions import older
 
@@ -124,3 +125,5 @@ def test_an_adapter_says_which_release_made_it(name, release, tmp_path):
     else:
         for options in (dict(), dict(engine="vllm"), dict(merge_into=str(tmp_path / "base"))):
             refused(release, export_adapter, tmp_path / "trained", tmp_path / "served", **options)
+        found = run("inspect", tmp_path / "trained", "--base", tmp_path / "base")
+        assert found.exit_code == 1 and found.stdout.endswith("Next: pip install 'peft>=0.19.1', and train it again\n")
