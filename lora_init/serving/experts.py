@@ -72,6 +72,11 @@ def for_vllm(trained: Trained, base: Base) -> Trained:
     return _with_both(trained, base) if base.architecture in _FUSED_IN_VLLM else by_expert(trained, base)
 
 
+def for_gguf(trained: Trained, base: Base) -> Trained:
+    """Cut gate from up projection, except where llama.cpp's converter keeps both in one tensor."""
+    return _with_both(trained, base) if base.architecture == "Gemma4ForCausalLM" else by_projection(trained, base)
+
+
 def for_mlx(trained: Trained, base: Base) -> Trained:
     """Name projections of all experts as mlx-lm does where it has one module for them."""
     layers = {}

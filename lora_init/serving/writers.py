@@ -33,6 +33,8 @@ _ARCHITECTURES = {
     "MixtralForCausalLM": ("llama", True),
     "Qwen2MoeForCausalLM": ("qwen2moe", False),
     "Qwen3MoeForCausalLM": ("qwen3moe", False),
+    "Qwen3NextForCausalLM": ("qwen3next", False),
+    "Gemma4ForCausalLM": ("gemma4", False),
     "OlmoeForCausalLM": ("olmoe", False),
     "GptOssForCausalLM": ("gpt-oss", False),
     "GraniteMoeForCausalLM": ("granitemoe", True),
@@ -49,16 +51,20 @@ _ARCHITECTURES = {
 
 
 # What llama.cpp multiplies without an adapter, and without a word: of DeepSeek, b11549 served these as the base.
-_NO_ADAPTER_IN_GGUF = {"deepseek2": ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
+_NO_ADAPTER_IN_GGUF = {"deepseek2": ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]}
+_NO_ADAPTER_IN_GGUF |= {"qwen3next": ["in_proj_qkvz"]}  # cut in two there, so the server does not start
 _GGUF_EXPERTS = {"gate_proj": "FFN_GATE_EXP", "up_proj": "FFN_UP_EXP", "down_proj": "FFN_DOWN_EXP"}
+_GGUF_EXPERTS |= {"gate_up_proj": "FFN_GATE_UP_EXP"}
+_NOT_IN_MLX = ("Gemma4ForCausalLM", "Qwen3NextForCausalLM")
 
 
-def _names_in_gguf(base: Base) -> tuple[str, bool]:
+def _names_in_gguf(base: Base, but: Collection[str] = ()) -> tuple[str, bool]:
     """Look up what GGUF calls the architecture, and whether q and k are sorted there."""
-    if base.architecture not in _ARCHITECTURES:
+    known = [one for one in _ARCHITECTURES if one not in but]
+    if base.architecture not in known:
         raise LoraInitError(
             f"{base.source!r} is a {base.architecture}, whose names in GGUF and MLX are not known here. Known are "
-            f"{', '.join(_ARCHITECTURES)}. For others use {{merge_into}}, and the engine's own converter.",
+            f"{', '.join(known)}. For others use {{merge_into}}, and the engine's own converter.",
             merge_into=...,
         )
     return _ARCHITECTURES[base.architecture]
@@ -101,7 +107,7 @@ def _pairs_together(rows: Tensor, heads: int) -> Tensor:
 
 def check_mlx(trained: Trained, base: Base) -> None:
     """Refuse a base whose names in MLX are not known."""
-    _names_in_gguf(base)
+    _names_in_gguf(base, but=_NOT_IN_MLX)
 
 
 def write_peft(path: Path, trained: Trained, base: Base) -> None:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -356,6 +357,36 @@ def test_a_gguf_file_multiplies_each_expert_by_what_peft_adds_to_it(keep_ranks, 
         assert a.shape[1] == (exported.rank if not keep_ranks else 2 if projection == "down_proj" else 4)
         torch.testing.assert_close(alpha / a.shape[1] * b @ a, delta, atol=1e-6, rtol=1e-5)
     assert 2 * len(truth) == sum("_exps" in name for name in tensors)
+
+
+@pytest.mark.parametrize("family", ["Gemma4", "Qwen3Next"])
+def test_a_gguf_file_has_gate_and_up_projection_in_as_many_tensors_as_the_base(family, tmp_path):
+    """llama.cpp's converter keeps them in one tensor of Gemma 4, and cuts them of Qwen3-Next; b11549 served both."""
+    from benchmarks.experts import build
+
+    gguf = pytest.importorskip("gguf")
+    if not any(hasattr(transformers, family + end) for end in ("TextConfig", "Config")):
+        pytest.skip(f"no {family} in this release")
+    base = tmp_path / "base"
+    build(family).save_pretrained(base)
+    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
+    file = gguf.GGUFReader(export_adapter(trained, tmp_path / "served.gguf", "llama.cpp").path)
+    alpha = float(file.fields["adapter.lora.alpha"].parts[-1][0])
+    tensors = {tensor.name: torch.tensor(tensor.data).double() for tensor in file.tensors}
+    truth = {f"blk.{i}.ffn_{end[:-5]}_exps": delta for (i, end), delta in expected_projections(base, trained).items()}
+    if family == "Gemma4":
+        for i in range(2):
+            halves = truth.pop(f"blk.{i}.ffn_gate_exps"), truth.pop(f"blk.{i}.ffn_up_exps")
+            truth[f"blk.{i}.ffn_gate_up_exps"] = torch.cat(halves, 1)
+    for key, delta in truth.items():
+        a, b = (tensors[f"{key}.weight.lora_{part}"] for part in "ab")
+        torch.testing.assert_close(alpha / a.shape[1] * b @ a, delta, atol=1e-6, rtol=1e-5)
+    assert len(truth) == 4 + 2 * (family != "Gemma4") and 2 * len(truth) == sum("_exps" in name for name in tensors)
+    refused(f"is a {family}ForCausalLM, whose names in GGUF and MLX are not known", trained, tmp_path / "mlx", "mlx")
+    if family == "Qwen3Next":
+        trained = train(base, tmp_path / "linear", target_modules=["in_proj_qkvz"])
+        message = "'model.layers.0.linear_attn.in_proj_qkvz' of Qwen3NextForCausalLM: llama.cpp applies no adapter"
+        refused(message, trained, tmp_path / "no.gguf", "llama.cpp")
 
 
 @only("mixtral")
