@@ -10,7 +10,7 @@ import copy
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,34 +77,53 @@ def _put_back(held: Any, stack: ExitStack, seen: set[int], depth: int = 4) -> No
     if id(held) in seen:
         return
     seen.add(id(held))
-    inside: Iterable[Any] = ()
-    if isinstance(held, (torch.Generator, np.random.RandomState)):
-        put: Any = held.set_state
-        stack.callback(put, held.get_state())
-    elif isinstance(held, np.random.Generator):
-        stack.callback(setattr, held.bit_generator, "state", held.bit_generator.state)
-    elif isinstance(held, random.Random):
-        stack.callback(held.setstate, held.getstate())
-    elif isinstance(held, (Tensor, np.ndarray)):
-        if _can_be_set(held):
-            stack.callback(_set, held, copy.deepcopy(held))
-    elif isinstance(held, (list, deque, set, dict)):
-        stack.callback(_refill, held, copy.copy(held))
-        inside = (held.values() if isinstance(held, dict) else held) if len(held) <= _FEW else ()
-    elif isinstance(held, tuple):
-        inside = held if len(held) <= _FEW else ()
-    elif isinstance(held, CellType):
-        with suppress(ValueError):  # an empty one
-            stack.callback(setattr, held, "cell_contents", held.cell_contents)
-            inside = (held.cell_contents,)
-    elif isinstance(held, FunctionType):
-        inside = held.__closure__ or ()
-    elif isinstance(held, partial):
-        inside = (held.func, held.args, held.keywords)
-    elif depth and not isinstance(held, (nn.Module, type, ModuleType, Trainer, TrainingArguments)):
+    if putting := _state_of(held):
+        stack.callback(*putting)
+    is_object = not isinstance(held, (*_VALUES, nn.Module, type, ModuleType, Trainer, TrainingArguments))
+    if depth and is_object:
         _put_back_attributes(held, stack, seen, depth - 1)
-    for one in [*inside]:
-        _put_back(one, stack, seen, depth)
+    for one in _inside(held):
+        _put_back(one, stack, seen, max(0, depth - is_object))
+
+
+def _state_of(held: Any) -> tuple[Any, ...]:
+    """Return a function, with its arguments, that makes a value what it is now; nothing for what does not change."""
+    if isinstance(held, (torch.Generator, np.random.RandomState)):
+        return held.set_state, held.get_state()
+    if isinstance(held, np.random.Generator):
+        return setattr, held.bit_generator, "state", held.bit_generator.state
+    if isinstance(held, random.Random):
+        return held.setstate, held.getstate()
+    if isinstance(held, (list, deque, set, dict)):
+        return _refill, held, copy.copy(held)
+    if isinstance(held, (Tensor, np.ndarray)) and _can_be_set(held):
+        return _set, held, copy.deepcopy(held)
+    if isinstance(held, FunctionType):
+        return _fill, [(cell, value) for cell, value in _cells(held) if value is None or isinstance(value, _VALUES)]
+    return ()
+
+
+def _inside(held: Any) -> list[Any]:
+    """Return the values of a container that has few, and what a function holds."""
+    if isinstance(held, (list, deque, set, dict, tuple)):
+        return [*(held.values() if isinstance(held, dict) else held)] if len(held) <= _FEW else []
+    if isinstance(held, partial):
+        return [held.func, held.args, held.keywords]
+    return [value for _, value in _cells(held)] if isinstance(held, FunctionType) else []
+
+
+def _cells(function: FunctionType) -> list[tuple[CellType, Any]]:
+    """Return the variables that a function has from outside, with their values."""
+    found = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            found.append((cell, cell.cell_contents))
+    return found
+
+
+def _fill(cells: list[tuple[CellType, Any]]) -> None:
+    for cell, value in cells:
+        cell.cell_contents = value
 
 
 def _put_back_attributes(holder: Any, stack: ExitStack, seen: set[int], depth: int) -> None:

@@ -332,6 +332,17 @@ def stacked(items, added=0):
     return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def counting():
+    n = 0
+
+    def collate(items):
+        nonlocal n
+        n += 1
+        return stacked(items, n)
+
+    return collate
+
+
 KEEP = {
     "a list in place": lambda: dict(sampler=Own(InPlace(list))),
     "a deque in place": lambda: dict(sampler=Own(InPlace(deque))),
@@ -344,6 +355,7 @@ KEEP = {
     ),
     "a method that counts": lambda: dict(collate_fn=Collators().method),
     "a closure": lambda: dict(collate_fn=closure()),
+    "a closure that counts": lambda: dict(collate_fn=counting()),
     "a data set with a generator": lambda: {"rows": Augmented()},
 }  # fmt: skip
 
