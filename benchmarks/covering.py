@@ -60,9 +60,11 @@ class _Noting:
     def pytest_runtest_protocol(self, item: Any) -> Any:
         began = sum(os.times()[:4])  # of a processor, also of processes that have ended: others may be busy
         self._measured.switch_context(item.nodeid)
+        tracer = sys.gettrace()
         try:
             return (yield)
         finally:
+            sys.settrace(tracer)  # a test may have had its own; without this one nothing is measured from there on
             self._measured.switch_context("")
             row = {"test": item.nodeid, "seconds": round(sum(os.times()[:4]) - began, 3)}
             row["fixtures"] = [*getattr(item, "fixturenames", ())]

@@ -190,10 +190,11 @@ class Raising:
         self.at, self.calls = at, {}
 
     def __enter__(self):
+        self.before = sys.gettrace()
         sys.settrace(self.trace)
 
     def __exit__(self, *error):
-        sys.settrace(None)
+        sys.settrace(self.before)
 
     def trace(self, frame, event, argument):
         file, function = frame.f_code.co_filename, frame.f_code.co_name

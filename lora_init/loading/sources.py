@@ -56,7 +56,9 @@ class Rows:
     def digest(self) -> str:
         """Tell data sets apart: a hash of how many rows there are and of 16 of them."""
         n = len(self.table)
-        some = [self.table[n * i // 16] for i in range(16)] if n else []
+        names = sorted(name for name, kind in self.table.features.items() if type(kind).__name__ == "Value")
+        texts = self.table.select_columns(names)  # images are objects that are made anew each time
+        some = [[texts[n * i // 16][name] for name in names] for i in range(16)] if n else []
         return hashlib.sha256(repr((n, some)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def place(self, index: int) -> str:

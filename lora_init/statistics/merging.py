@@ -330,7 +330,7 @@ def _rows_of_all(made: Sequence[Provenance]) -> int | None:
     """
     of_sources: dict[tuple[frozenset[str], Any], tuple[Any, set[tuple[Any, Any]]]] = {}
     for one in made:
-        words = frozenset(_WEIGHT.sub("", text).partition(": ")[0] for text in one.data.split("; "))
+        words = frozenset(_source_in_words(text) for text in one.data.split("; "))
         # Two files of one name have other rows; earlier versions did not note which.
         source = words, one.settings.get("digest of the rows")
         rows, place = one.settings.get("rows"), (one.settings.get("offset"), one.settings.get("seed of the sample"))
@@ -342,6 +342,11 @@ def _rows_of_all(made: Sequence[Provenance]) -> int | None:
             return None
         places.add(place)
     return int(sum(rows for rows, _ in of_sources.values()))
+
+
+def _source_in_words(text: str) -> str:
+    """Return what a description says of the source alone; empty if it was not described."""
+    return _WEIGHT.sub("", text).partition(": ")[0].replace("not described", "")
 
 
 def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size: int) -> Iterator[str]:

@@ -167,26 +167,23 @@ class StartCallback(TrainerCallback):
             length = length_of(args, state.max_steps, train_dataloader)
         each = length.batch_size / args.gradient_accumulation_steps
         config = self.config.with_options(max_batches=math.ceil(self.samples / each))
-        with handle.opened(config) as config, without_trace(train_dataloader):
-            batches = _batches(train_dataloader, handle.model)
-            first = next(batches, {})
-            has_labels = "labels" in first  # those of preferences have none
-            is_plain_loss = has_labels and leaves_loss(args) and not has_own_loss(handle.model)
-            if config.needs_gradient and not is_plain_loss:
-                raise LoraInitError(
-                    f"method={config.start.name!r}: a start from gradients needs the gradient of the training loss, "
-                    f"and this one is not what the model computes from labels. Take method={DEFAULT!r}."
-                )
-            if self.measured:
-                check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
-                if len(set(map(_rate_of_group, optimizer.param_groups))) > 1:
+        with handle.opened(config) as config:
+            with without_trace(train_dataloader):
+                batches = _batches(train_dataloader, handle.model)
+                first = next(batches, {})
+                has_labels = "labels" in first  # those of preferences have none
+                is_plain_loss = has_labels and leaves_loss(args) and not has_own_loss(handle.model)
+                if config.needs_gradient and not is_plain_loss:
                     raise LoraInitError(
-                        "learning_rate='measured': the optimizer has several rates, as LoRA+ has, and nothing was "
-                        "measured for that. Leave it out, and tune them."
+                        f"method={config.start.name!r}: a start from gradients needs the gradient of the training "
+                        f"loss, and this one is not what the model computes from labels. Take method={DEFAULT!r}."
                     )
-                _check_schedule(rest.get("lr_scheduler"))
-            init = run(handle, chain([first], batches), config.with_options(data="training batches"))
-            handle.put(init, "")
+                if self.measured:
+                    check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
+                    _check_one_rate(optimizer)
+                    _check_schedule(rest.get("lr_scheduler"))
+                init = run(handle, chain([first], batches), config.with_options(data="training batches"))
+            handle.put(init, "")  # now: the data may hold parameters, which are put back as they were, too
         rate = replace(init, length=length).rate
         if self.measured and rate and _rate_of(optimizer):
             _set_rate(rate.rate, rest["optimizer"], rest["lr_scheduler"], args.lr_scheduler_kwargs)
@@ -260,6 +257,15 @@ def _rate_of(optimizer: Any) -> float:
 
 def _rate_of_group(group: Mapping[str, Any]) -> float:
     return float(group.get("initial_lr", group["lr"]))
+
+
+def _check_one_rate(optimizer: Any) -> None:
+    """Refuse an optimizer whose groups have rates of their own."""
+    if len(set(map(_rate_of_group, optimizer.param_groups))) > 1:
+        raise LoraInitError(
+            "learning_rate='measured': the optimizer has several rates, as LoRA+ has, and nothing was measured for "
+            "that. Leave it out, and tune them."
+        )
 
 
 def _check_schedule(scheduler: Any) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Image
 from torch import nn
 
 import lora_init
@@ -373,6 +374,12 @@ def test_data_of_one_name_are_told_apart_by_their_rows():
         for seed in (0, 1):
             batches = lora_init.load_batches(rows, tokenizer, samples=8, seed=seed)
             stats.append(collect(model, batches, rank=2, progress=False, data=batches.description))
+    for seed in (2, 3):  # the same with a picture in each row, and columns in another order
+        images = Dataset.from_list([{"image": np.zeros((2, 2, 3), np.uint8), "text": f"cat {i}"} for i in range(20)])
+        images = images.cast_column("image", Image())
+        batches = lora_init.load_batches(images, tokenizer, samples=8, seed=seed, template="{text}")
+        stats.append(collect(model, batches, rank=2, progress=False, data=batches.description))
+    assert stats[4].merge(stats[5]).provenance.settings["rows"] == 20
     same, other = stats[0].merge(stats[1]), stats[0].merge(stats[3])
     assert same.provenance.settings["rows"] == 20 and other.provenance.settings["rows"] == 40
 
@@ -401,6 +408,7 @@ A, B = "en/a.jsonl: 64 of 200 examples", "en/b.jsonl: 64 of 300 examples"
     ((("", 200, 0), ("", 200, 64)), None),  # nobody knows
     ((("data in memory: 9 of 200 examples", 200, 0), ("data in memory: 9 of 200 examples", 200, 64)), None),
     (((f"0.5 x {A}; 0.5 x {B}", 500, None), (A, 200, 64, "file 1")), None),
+    ((("0.5 x not described; 0.5 x not described", 500, None), ("", 200, 64, "file 1")), None),
 ])  # fmt: skip
 def test_a_merged_training_has_the_rows_of_all_data(sources, rows):
     model, batches, parts = tiny_llama(), batches_for("llama"), []

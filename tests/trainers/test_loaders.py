@@ -332,6 +332,72 @@ def stacked(items, added=0):
     return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
+class Frozen(dict):
+    """A mapping of one's own, as diffusers' configurations are: it refuses to be changed."""
+
+    def update(self, *given):
+        raise TypeError("frozen")
+
+    clear = update
+
+
+class Changes:
+    """A transform: its generator is made when it is needed, replaced each time, and it counts on its class."""
+
+    n = 0
+    config = Frozen(width=3)
+
+    def __init__(self):
+        self.own, self.features = Frozen(width=3), inferred()
+
+    def __call__(self, n):
+        if not hasattr(self, "generator"):
+            self.generator = random.Random(5)
+        self.n += 1
+        number = self.generator.randrange(n) + self.n
+        self.generator = random.Random(number)
+        return number % n
+
+
+@torch.inference_mode()
+def inferred():
+    return torch.zeros(3)
+
+
+class Slots:
+    __slots__ = ("generator",)
+
+    def __init__(self):
+        self.generator = np.random.RandomState(0)
+
+    def draw(self, n):
+        return int(self.generator.randint(n))
+
+
+class Transformed(torch.utils.data.Dataset):
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return {"input_ids": [1, 3, 5 + i, 3 + self.transform(16)]}
+
+
+GENERATOR = random.Random(1)
+
+
+def by_a_global_generator(n):
+    return GENERATOR.randrange(n)
+
+
+def parted(data):
+    for _ in range(3):
+        data = torch.utils.data.Subset(data, range(len(data)))
+    return torch.utils.data.ConcatDataset([data])
+
+
 def counting():
     n = 0
 
@@ -357,6 +423,10 @@ KEEP = {
     "a closure": lambda: dict(collate_fn=closure()),
     "a closure that counts": lambda: dict(collate_fn=counting()),
     "a data set with a generator": lambda: {"rows": Augmented()},
+    "what a transform makes, replaces and counts": lambda: {"rows": Transformed(Changes())},
+    "a transform far inside": lambda: {"rows": parted(Transformed(Changes()))},
+    "a method of another object with slots": lambda: {"rows": Transformed(Slots().draw)},
+    "a generator of the module": lambda: {"rows": Transformed(by_a_global_generator)},
 }  # fmt: skip
 
 
@@ -364,7 +434,7 @@ KEEP = {
 @pytest.mark.parametrize("kind", KEEP)
 def test_training_gets_the_batches_that_it_would_have_got(kind, how, tmp_path, tokenizer):
     def batches(how):
-        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        random.seed(0), np.random.seed(0), torch.manual_seed(0), GENERATOR.seed(1)
         trainer, seen = plain(tmp_path, tokenizer, max_steps=4), []
         if how != "initialize":
             trainer = plain(tmp_path, tokenizer, model=adapted(), max_steps=4)
@@ -394,6 +464,21 @@ class Keys(torch.utils.data.Sampler):
 
     def __len__(self):
         return 16
+
+
+def test_an_adapter_that_the_data_hold_is_started_all_the_same(tmp_path, tokenizer):
+    trainer, begun = plain(tmp_path, tokenizer, model=adapted(), max_steps=1), []
+    trainer.train_dataset = Transformed(Changes())
+    trainer.train_dataset.held = {name: one for name, one in trainer.model.state_dict().items() if "lora_A" in name}
+    before = {name: one.clone() for name, one in trainer.train_dataset.held.items()}
+    trainer.data_collator = stacked
+    trainer.add_callback(lora_init.StartCallback(samples=8))
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, given: begun.append({name: one.clone() for name, one in model.state_dict().items()})
+        if model.training else None, with_kwargs=True,
+    )  # fmt: skip
+    trainer.train()
+    assert not any(torch.equal(begun[0][name], one) for name, one in before.items())
 
 
 def test_keys_that_are_lists_are_counted(tmp_path, tokenizer):
