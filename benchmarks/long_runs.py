@@ -109,6 +109,7 @@ def _sweeps() -> Iterator[Sweep]:
     yield Sweep("smollm2", "medmcqa", 160, batch=32)
     yield Sweep("gemma", "boolq", 160, batch=32)
     yield Sweep("smollm2", "boolq", 480, rank=16, alpha=16)
+    yield Sweep("smollm2", "boolq", 480, rank=128, alpha=256)
     yield Sweep("gemma", "boolq", 480, rank=64, alpha=128)
     yield Sweep("smollm2", "medmcqa", 125, rows=1000)
     yield Sweep("smollm2", "medmcqa", 1250, rows=1000)
