@@ -171,7 +171,7 @@ class StartCallback(TrainerCallback):
             with without_trace(train_dataloader):
                 batches = _batches(train_dataloader, handle.model)
                 first = next(batches, {})
-                has_labels = "labels" in first  # those of preferences have none
+                has_labels = "labels" in first  # preferences have none
                 is_plain_loss = has_labels and leaves_loss(args) and not has_own_loss(handle.model)
                 if config.needs_gradient and not is_plain_loss:
                     raise LoraInitError(
