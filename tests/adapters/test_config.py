@@ -64,6 +64,12 @@ def test_build_adapter_takes_a_config_for_the_keywords(selection, stats):
     assert vars(config) == before
 
 
+def test_rank_0_may_be_given_to_layers_that_a_config_does_not_select(stats):
+    ranks = {"model.layers.0.self_attn.q_proj": 3, "model.layers.0.mlp.up_proj": 0}
+    found = build_adapter(stats, ranks, config=LoraConfig(r=2, lora_alpha=9, target_modules=["q_proj"]))
+    assert [*found.weights] == ["model.layers.0.self_attn.q_proj"]
+
+
 def test_a_config_that_names_no_layers_selects_those_of_the_statistics(stats):
     config = LoraConfig(r=3, lora_alpha=16)
     assert build_adapter(stats, config=config).ranks == build_adapter(stats, 3).ranks

@@ -252,6 +252,10 @@ def test_fewer_parameters_are_a_part_of_the_verdict():
     assert verdict(summarise(runs, settings())).caveats == []
 
 
+def test_before_any_run_has_ended_that_is_all_that_is_said():
+    assert summarise([], settings()).notes == ["No run has ended yet, so there is nothing to compare."]
+
+
 def test_where_runs_were_done_is_said_if_processors_differ():
     places = [("A", None), ("A", "gpu-1"), ("B", "gpu-2"), ("B", "gpu-2")]
     runs = [

@@ -241,6 +241,7 @@ def test_bad_arguments_say_what_to_do(write, tokenizer, arguments, message):
     ([{"a": 1}, {"a": 2}] * 12, "column 'kind' holds lists"),
     (["2024-01-03", "2024-02-01", "2024-01-02"] * 8, "column 'kind' holds dates, such as 2024-01-02. Name the class."),
     ([0.25, 0.75] * 12, "column 'kind' has 2 different numbers with fractions, from 0.25 to 0.75."),
+    ([i / 2 for i in range(24)] * 2, "column 'kind' has 24 different numbers with fractions, from 0 to 11.5."),
     (list(range(24)), "column 'kind' has another value in each of its 24 rows"),
     (["yes", None] * 12, "column 'kind' has 1 different values"),
 ])  # fmt: skip
