@@ -6,6 +6,8 @@ Each function has one use. If a new release breaks one, its test names it.
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
+from types import CellType, FunctionType
 from typing import Any
 
 # torch.compile, activation checkpointing and FSDP's first version put a module with one of these names around another.
@@ -51,6 +53,19 @@ def forget_loader(accelerator: Any, loader: Any) -> None:
     """
     loaders = getattr(accelerator, "_dataloaders", [])
     loaders[:] = [other for other in loaders if other is not loader]
+
+
+def cells_of(function: FunctionType) -> list[tuple[CellType, Any]]:
+    """Return the cells of the variables that a function has from outside, with their values; empty ones are left out.
+
+    Of Python's data model; since 3.8 values of cells can be set. Without it a collator that counts in such a variable
+    counts what a pass has read.
+    """
+    found = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            found.append((cell, cell.cell_contents))
+    return found
 
 
 def has_added_adapter(model: Any) -> bool:

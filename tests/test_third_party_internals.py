@@ -116,6 +116,23 @@ def test_accelerate_forgets_one_loader():
     assert accelerator._dataloaders == [kept]
 
 
+def test_variables_from_outside_can_be_set_back():
+    n = 1
+
+    def function():
+        nonlocal n
+        n += 1
+        return later
+
+    ((cell, value),) = third_party_internals.cells_of(function)  # and not the one that is not set yet
+    function_before = value
+    n = 5
+    cell.cell_contents = function_before
+    assert (n, value) == (1, 1)
+    later = None
+    assert len(third_party_internals.cells_of(function)) == 2 and later is None
+
+
 def test_transformers_experts_have_a_gate():
     needs_fused_experts()
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

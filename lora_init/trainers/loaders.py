@@ -7,6 +7,7 @@ on a copy, for as many epochs as the training has, and each example is counted.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import random
@@ -28,6 +29,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from lora_init.rates.training_length import TrainingLength
+from lora_init.third_party_internals import cells_of
 
 _MOST_DRAWN = 1_000_000  # examples, to count them; of longer epochs each is taken to come once
 _EVEN = 0.1  # of how often an example is seen: so far from epochs it may be, and is said in epochs
@@ -122,7 +124,7 @@ def _state_of(held: Any) -> tuple[Any, ...]:
     if isinstance(held, (Tensor, np.ndarray)) and _can_be_set(held):
         return _set, held, held.detach().clone() if isinstance(held, Tensor) else held.copy()
     if isinstance(held, FunctionType):
-        return _fill, [(cell, value) for cell, value in _cells(held) if value is None or isinstance(value, _VALUES)]
+        return _fill, [(cell, value) for cell, value in cells_of(held) if value is None or isinstance(value, _VALUES)]
     return ()
 
 
@@ -136,17 +138,10 @@ def _inside(held: Any) -> list[Any]:
         return [held.__self__, held.__func__]
     if not isinstance(held, FunctionType):
         return []
-    named = [held.__globals__.get(name) for name in held.__code__.co_names]
-    return [value for _, value in _cells(held)] + [one for one in named if isinstance(one, _GENERATORS)]
-
-
-def _cells(function: FunctionType) -> list[tuple[CellType, Any]]:
-    """Return the variables that a function has from outside, with their values."""
-    found = []
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # an empty one
-            found.append((cell, cell.cell_contents))
-    return found
+    named: list[Any] = []
+    with suppress(ValueError):  # of a variable that is not set yet
+        named = [*inspect.getclosurevars(held).globals.values()]
+    return [value for _, value in cells_of(held)] + [one for one in named if isinstance(one, _GENERATORS)]
 
 
 def _fill(cells: list[tuple[CellType, Any]]) -> None:
