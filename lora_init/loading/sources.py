@@ -56,9 +56,9 @@ class Rows:
     def digest(self) -> str:
         """Tell data sets apart: a hash of how many rows there are and of 16 of them."""
         n = len(self.table)
-        names = sorted(name for name, kind in self.table.features.items() if type(kind).__name__ == "Value")
-        texts = self.table.select_columns(names)  # images are objects that are made anew each time
-        some = [[texts[n * i // 16][name] for name in names] for i in range(16)] if n else []
+        # As they are stored, for an image is read into an object that is made anew each time.
+        stored = self.table.select_columns(sorted(self.table.column_names)).with_format("arrow")
+        some = stored[[n * i // 16 for i in range(16)]].to_pylist()
         return hashlib.sha256(repr((n, some)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def place(self, index: int) -> str:

@@ -164,6 +164,19 @@ def test_a_row_of_a_table_is_named_by_the_line_where_it_begins(tmp_path, separat
     assert read_rows([{"text": "one"}]).place(0) == "data in memory, row 1"
 
 
+@pytest.mark.parametrize("form", ["text", "chat", "list of words"])
+def test_rows_are_told_apart_in_every_form(form):
+    def rows(word):
+        texts = [f"{word} {i}" for i in range(9)]
+        forms = {"text": texts, "chat": [[{"role": "user", "content": text}] for text in texts],
+                 "list of words": [text.split() for text in texts]}  # fmt: skip
+        return [{"text": one, "number": i} for i, one in enumerate(forms[form])]
+
+    cat, other_order = rows("cat"), [dict(reversed(row.items())) for row in rows("cat")]
+    assert read_rows(cat).digest == read_rows(other_order).digest != read_rows(rows("dog")).digest
+    assert read_rows(cat).digest != read_rows(cat[:8]).digest
+
+
 def test_a_seed_draws_the_same_rows_of_a_stream_each_time(tokenizer):
     stream = Dataset.from_list([{"text": "x" * i} for i in range(1, 60)]).to_iterable_dataset()
     drawn = [texts(load_batches(stream, tokenizer, samples=8, seed=seed), tokenizer) for seed in (0, 0, 1)]
