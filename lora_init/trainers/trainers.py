@@ -22,7 +22,8 @@ from lora_init.rates.learning_rate import check_measured, schedule_of
 from lora_init.rates.training_length import TrainingLength
 from lora_init.starts.starts import DEFAULT
 from lora_init.third_party_internals import forget_loader
-from lora_init.trainers.loaders import examples_of_a_step, is_used_up, length_of, undisturbed, without_trace
+from lora_init.trainers.loaders import examples_of_a_step, is_used_up, length_of, without_trace
+from lora_init.trainers.put_back import undisturbed
 
 # Their loss is what the model computes from labels. Other trainers compute their own.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")

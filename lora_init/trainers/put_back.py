@@ -1,0 +1,130 @@
+"""Python objects put back as they were: what a pass over somebody's data draws, counts and shuffles is undone."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from lora_init.third_party_internals import cells_of
+
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_FEW = 1000  # values of a container: what keeps a state has no more, and data have
+_MOST_NUMBERS = 1_000_000  # of a tensor or array, for the same reason
+_VALUES = (bool, int, float, str, tuple, list, deque, set, dict, Tensor, np.ndarray)
+_CONTAINERS = (list, deque, set, dict, OrderedDict, defaultdict, Counter)  # one's own may refuse to be changed
+_FUNCTIONS = (FunctionType, MethodType, partial)
+_LEFT_ALONE = (nn.Module, type, ModuleType, logging.Logger, Trainer, TrainingArguments, *GENERATORS, *_FUNCTIONS)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Draw random numbers, of torch, numpy and Python, as collators do, that will be drawn again after the block."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        yield
+
+
+def put_back(held: Any, stack: ExitStack, seen: set[int], depth: int = 8) -> None:
+    """Let the stack put back what drawing changes: generators of random numbers, counters, lists in their order.
+
+    Objects are looked into so deep, and containers of few values; models, trainers and modules of Python are not.
+    """
+    if id(held) in seen:
+        return
+    seen.add(id(held))
+    if putting := _state_of(held):
+        stack.callback(*putting)
+    is_object = not isinstance(held, (*_VALUES, *_LEFT_ALONE))
+    if depth and is_object:
+        stack.callback(_refill, getattr(held, "__dict__", {}), dict(getattr(held, "__dict__", {})))
+        put_back_attributes(held, stack, seen, depth - 1)
+    for one in _inside(held):
+        put_back(one, stack, seen, max(0, depth - is_object))
+
+
+def put_back_attributes(holder: Any, stack: ExitStack, seen: set[int], depth: int) -> None:
+    """Let the stack put back the values that an object has, and what these hold."""
+    slots = [name for kind in type(holder).__mro__ for name in getattr(kind, "__slots__", ())]
+    own = {name: getattr(holder, name) for name in slots if hasattr(holder, name)} | getattr(holder, "__dict__", {})
+    for name, value in own.items():
+        if value is None or isinstance(value, _VALUES):
+            stack.callback(_set_attribute, holder, name, value)
+        put_back(value, stack, seen, depth)
+
+
+def _set_attribute(holder: Any, name: str, value: Any) -> None:
+    if name in getattr(holder, "__dict__", {}):
+        holder.__dict__[name] = value
+    else:
+        with suppress(AttributeError, TypeError):  # one that was frozen has not changed
+            setattr(holder, name, value)
+
+
+def _state_of(held: Any) -> tuple[Any, ...]:
+    """Return a function, with its arguments, that makes a value what it is now; nothing for what does not change."""
+    if isinstance(held, (torch.Generator, np.random.RandomState)):
+        return held.set_state, held.get_state()
+    if isinstance(held, np.random.Generator):
+        return setattr, held.bit_generator, "state", held.bit_generator.state
+    if isinstance(held, random.Random):
+        return held.setstate, held.getstate()
+    if type(held) in _CONTAINERS:
+        return _refill, held, copy.copy(held)
+    if isinstance(held, (Tensor, np.ndarray)) and _can_be_set(held):
+        return _set, held, held.detach().clone() if isinstance(held, Tensor) else held.copy()
+    if isinstance(held, FunctionType):
+        return _fill, [(cell, value) for cell, value in cells_of(held) if value is None or isinstance(value, _VALUES)]
+    return ()
+
+
+def _inside(held: Any) -> list[Any]:
+    """Return the values of a container that has few, and what a function holds or draws by."""
+    if isinstance(held, (list, deque, set, dict, tuple)):
+        return [*(held.values() if isinstance(held, dict) else held)] if len(held) <= _FEW else []
+    if isinstance(held, partial):
+        return [held.func, held.args, held.keywords]
+    if isinstance(held, MethodType):
+        return [held.__self__, held.__func__]
+    if not isinstance(held, FunctionType):
+        return []
+    named: list[Any] = []
+    with suppress(ValueError):  # of a variable that is not set yet
+        named = [*inspect.getclosurevars(held).globals.values()]
+    return [value for _, value in cells_of(held)] + [one for one in named if isinstance(one, GENERATORS)]
+
+
+def _fill(cells: list[tuple[CellType, Any]]) -> None:
+    for cell, value in cells:
+        cell.cell_contents = value
+
+
+def _can_be_set(numbers: Any) -> bool:
+    """Check whether numbers are few enough to be a state, and can be written to."""
+    if isinstance(numbers, np.ndarray):
+        return bool(numbers.flags.writeable) and numbers.size <= _MOST_NUMBERS
+    whole = numbers.layout is torch.strided and numbers.is_contiguous() and not numbers.is_meta
+    return whole and not (numbers.requires_grad or numbers.is_inference()) and numbers.numel() <= _MOST_NUMBERS
+
+
+def _set(numbers: Any, held: Any) -> None:
+    numbers[...] = held
+
+
+def _refill(container: Any, held: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(held)
