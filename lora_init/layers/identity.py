@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.layers.wrappers import plain_name, unwrapped, weights
+from lora_init.layers.wrappers import is_below, plain_name, unwrapped, weights
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -87,7 +87,7 @@ def _outermost_configs(model: nn.Module) -> dict[str, Mapping[str, Any]]:
     for name, module in model.named_modules():
         config: Any = getattr(module, "config", None)
         is_mapping = isinstance(config, Mapping)
-        inside = any(not owner or name.startswith(f"{owner}.") for owner in whole)
+        inside = any(is_below(name, owner) for owner in whole)
         if inside or not (is_mapping or hasattr(config, "to_dict")):
             continue
         found["config" if not found else f"config.{plain_name(name)}"] = config if is_mapping else config.to_dict()

@@ -18,7 +18,7 @@ from torch import nn
 from lora_init.errors import LoraInitError, warn
 from lora_init.layers.grid import PURPOSES, by_purpose, layers_in
 from lora_init.layers.rows import CONVOLUTIONS, Experts, experts_of, experts_there, find_parameters, patches_of
-from lora_init.layers.wrappers import class_name, plain_names, unwrapped
+from lora_init.layers.wrappers import class_name, is_below, plain_names, unwrapped
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -150,12 +150,12 @@ def new_heads(model: nn.Module) -> list[str]:
     """
     names = plain_names(model)
     owners = _checkpoints(names)
-    heads = [f"{name}.{head}".removeprefix(".") for name in owners for head in heads_of(names[name])]
-    heads += [f"{name}.{head}".removeprefix(".") for name in owners for head in _added_by_subclass(names[name])]
-    own = [name for name in names if not any(_is_below(name, owner) for owner in owners)]
+    found = {name: [*heads_of(names[name]), *_added_by_subclass(names[name])] for name in owners}
+    heads = [f"{name}.{head}".removeprefix(".") for name, own in found.items() for head in own]
+    own = [name for name in names if not any(is_below(name, owner) for owner in owners)]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     own = [name for name in own if names[name] is not output and _has_matrix(names[name])]
-    return own + [name for name in names if any(_is_below(name, head) for head in heads)]
+    return own + [name for name in names if any(is_below(name, head) for head in heads)]
 
 
 def trains_new_head(heads: Collection[str], task_type: str | None, modules_to_save: Iterable[str]) -> bool:
@@ -185,19 +185,15 @@ def _checkpoints(names: Mapping[str, nn.Module]) -> list[str]:
     """Name the outermost modules that are loaded from checkpoints, but for classes of one's own around them."""
     whole = {name: one for name, one in names.items() if hasattr(type(one), "from_pretrained")}
     known = [name for name, one in whole.items() if type(one).__module__.partition(".")[0] in _CHECKPOINTS]
-    around = {name for name in whole for other in known if name not in known and _is_below(other, name)}
+    around = {name for name in whole for other in known if name not in known and is_below(other, name)}
     owners = [name for name in whole if name not in around]
-    return [name for name in owners if not any(_is_below(name, other) for other in owners if other != name)]
+    return [name for name in owners if not any(is_below(name, other) for other in owners if other != name)]
 
 
 def _has_matrix(module: nn.Module) -> bool:
     """Return whether a module itself has a matrix, and is no embedding."""
     matrices = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
     return (matrices or is_linear(module)) and not isinstance(module, nn.Embedding)
-
-
-def _is_below(name: str, owner: str) -> bool:
-    return not owner or name == owner or name.startswith(f"{owner}.")
 
 
 # What a file may say of a layer; more is damage, and would take minutes and gigabytes before anybody notices.

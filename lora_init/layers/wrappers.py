@@ -22,6 +22,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if inner is None else unwrapped(inner)
 
 
+def is_below(name: str, owner: str) -> bool:
+    """Return whether a module is another one or inside it, by their names; all are inside the model, called ""."""
+    return not owner or name == owner or name.startswith(f"{owner}.")
+
+
 def without_adapter(model: nn.Module) -> nn.Module:
     """Return the model inside a PeftModel, with the adapter's layers in place; a plain model as it is."""
     inner: Any = model

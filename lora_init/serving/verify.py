@@ -186,7 +186,7 @@ def diagnose(
                 fault.verdict,
                 f"{fault.reason}; {distance:.2g} off from it, {residual:.2g} off from the adapter as trained",
             )
-    if how_far := _as_trained(observed, trained, allowed, all((measured, routed))):
+    if how_far := _as_trained(observed, trained, allowed, measured and routed):
         return verdict(AS_TRAINED, how_far)
     fits = max(0.0, 1 - (residual / from_base) ** 2)
     what = _in_words(fits, measured) + (_other_part(observed, plain, faults, run) if fits > _PART_FITS else "")
@@ -370,15 +370,18 @@ class Local:
         names = [*self.layers]
         faults = [Fault("ignored", "what answers is the base", dict.fromkeys(names, 0.0))]
         for factors, same in self._other_scalings().items():
-            by = f"by {factors[0]:.3g}, " if len({*factors}) == 1 else ""
-            faults.append(Fault("scaled", by + " or ".join(same), dict(zip(names, factors, strict=True))))
+            alike = f"by {factors[0]:.3g}, " if len({*factors}) == 1 else ""
+            faults.append(Fault("scaled", alike + " or ".join(same), dict(zip(names, factors, strict=True))))
+        parts = self._parts()
         for factor in (0.0, 2.0, 0.5) if self._fused else (0.0,):
-            for part, members in self._parts().items():
-                what = ("scaled", f"{part} by {factor:g}") if factor else ("a part is missing", part)
-                faults.append(Fault(*what, {name: factor if name in members else 1.0 for name in names}))
+            for part, members in parts.items():
+                by = {name: factor if name in members else 1.0 for name in names}
+                missing = Fault("a part is missing", part, by)
+                faults.append(Fault("scaled", f"{part} by {factor:g}", by) if factor else missing)
         if any(layer.lora_variant for layer in self.layers.values()):
             faults.append(Fault("a part is missing", "the magnitudes of DoRA", dict.fromkeys(names, 1.0), False))
-        for first in [*self._fused.values()][:1]:
+        if self._fused:
+            first = next(iter(self._fused.values()))
             halves = bool(getattr(first.get_base_layer(), "is_concatenated", True))
             for (verdict, reason), experts in misreadings(first.num_experts, halves).items():
                 faults.append(Fault(verdict, reason, {}, experts=experts))

@@ -51,10 +51,14 @@ _ARCHITECTURES = {
 
 
 # What llama.cpp multiplies without an adapter, and without a word: of DeepSeek, b11549 served these as the base.
-_NO_ADAPTER_IN_GGUF = {"deepseek2": ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]}
-_NO_ADAPTER_IN_GGUF |= {"qwen3next": ["in_proj_qkvz"]}  # cut in two there, so the server does not start
-_GGUF_EXPERTS = {"gate_proj": "FFN_GATE_EXP", "up_proj": "FFN_UP_EXP", "down_proj": "FFN_DOWN_EXP"}
-_GGUF_EXPERTS |= {"gate_up_proj": "FFN_GATE_UP_EXP"}
+_NO_ADAPTER_IN_GGUF = {
+    "deepseek2": ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    "qwen3next": ("in_proj_qkvz",),  # cut in two there, so the server does not start
+}
+_GGUF_EXPERTS = {
+    "gate_proj": "FFN_GATE_EXP", "up_proj": "FFN_UP_EXP", "gate_up_proj": "FFN_GATE_UP_EXP",
+    "down_proj": "FFN_DOWN_EXP",
+}  # fmt: skip
 _NOT_IN_MLX = ("Gemma4ForCausalLM", "Qwen3NextForCausalLM")
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, 
 from transformers.trainer_utils import has_length
 
 from lora_init.rates.training_length import TrainingLength
-from lora_init.trainers.put_back import GENERATORS, put_back, put_back_attributes, undisturbed
+from lora_init.trainers.put_back import GENERATORS, put_back, put_back_values, undisturbed
 
 _MOST_DRAWN = 1_000_000  # examples, to count them; of longer epochs each is taken to come once
 _EVEN = 0.1  # of how often an example is seen: so far from epochs it may be, and is said in epochs
@@ -44,7 +44,7 @@ def without_trace(loader: Any) -> Iterator[None]:
         seen: set[int] = set()
         for one in (*of_loaders, *samplers, batches, _source_of(loader), data, collate):
             put_back(one, stack, seen)
-        put_back_attributes(getattr(collate, "__self__", None), stack, seen, 0)  # of a trainer, perhaps: no further
+        put_back_values(getattr(collate, "__self__", None), stack, seen)  # of a trainer, perhaps
         if collate is not None:  # which may hold what cannot be put back
             stack.callback(setattr, reads, "collate_fn", collate)
             reads.collate_fn = _copied(collate)

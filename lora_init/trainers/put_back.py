@@ -49,30 +49,28 @@ def put_back(held: Any, stack: ExitStack, seen: set[int], depth: int = 8) -> Non
     seen.add(id(held))
     if putting := _state_of(held):
         stack.callback(*putting)
-    is_object = not isinstance(held, (*_VALUES, *_LEFT_ALONE))
-    if depth and is_object:
-        stack.callback(_refill, getattr(held, "__dict__", {}), dict(getattr(held, "__dict__", {})))
-        put_back_attributes(held, stack, seen, depth - 1)
     for one in _inside(held):
-        put_back(one, stack, seen, max(0, depth - is_object))
+        put_back(one, stack, seen, depth)
+    if depth and not isinstance(held, (*_VALUES, *_LEFT_ALONE)):
+        own, slots = getattr(held, "__dict__", {}), _slots(held)
+        stack.callback(_refill, own, dict(own))
+        for name, value in slots.items():
+            stack.callback(object.__setattr__, held, name, value)  # also of an object that is frozen
+        for value in (*slots.values(), *own.values()):
+            put_back(value, stack, seen, depth - 1)
 
 
-def put_back_attributes(holder: Any, stack: ExitStack, seen: set[int], depth: int) -> None:
-    """Let the stack put back the values that an object has, and what these hold."""
-    slots = [name for kind in type(holder).__mro__ for name in getattr(kind, "__slots__", ())]
-    own = {name: getattr(holder, name) for name in slots if hasattr(holder, name)} | getattr(holder, "__dict__", {})
-    for name, value in own.items():
-        if value is None or isinstance(value, _VALUES):
-            stack.callback(_set_attribute, holder, name, value)
-        put_back(value, stack, seen, depth)
+def put_back_values(holder: Any, stack: ExitStack, seen: set[int]) -> None:
+    """Let the stack put back plain values of an object, as of a trainer, which gets its model meanwhile."""
+    own = {} if isinstance(holder, nn.Module) else getattr(holder, "__dict__", {})
+    stack.callback(own.update, {name: one for name, one in own.items() if one is None or isinstance(one, _VALUES)})
+    for value in own.values():
+        put_back(value, stack, seen, 0)
 
 
-def _set_attribute(holder: Any, name: str, value: Any) -> None:
-    if name in getattr(holder, "__dict__", {}):
-        holder.__dict__[name] = value
-    else:
-        with suppress(AttributeError, TypeError):  # one that was frozen has not changed
-            setattr(holder, name, value)
+def _slots(held: Any) -> dict[str, Any]:
+    names = [name for kind in type(held).__mro__ for name in getattr(kind, "__slots__", ())]
+    return {name: getattr(held, name) for name in names if not name.startswith("__") and hasattr(held, name)}
 
 
 def _state_of(held: Any) -> tuple[Any, ...]:

@@ -77,7 +77,7 @@ def contents(place):
     return re.sub(r'"(seconds|created|date|versions)": ("[^"]*"|\{[^}]*\}|[\d.]+)', "", text)
 
 
-def check_command(name, words, home, tmp_path, probes, read):
+def check_command(name, words, home, tmp_path, probes, read, ending=""):
     """Run a command with each of its options; `read` takes what matters of what is printed and what was written."""
     command = typer.main.get_command(app).commands[name]
     options = {one.name: one for one in command.params if one.name not in COMMON}
@@ -87,8 +87,7 @@ def check_command(name, words, home, tmp_path, probes, read):
         return str(value).replace("{home}", str(home))
 
     def call(**given):
-        place = tmp_path / f"out{next(places)}"
-        place = place.with_suffix(read.ending) if hasattr(read, "ending") else place
+        place = tmp_path / f"out{next(places)}{ending}"
         more = [] if "output" not in options else ["-o", place]
         for option, value in given.items():
             on = options[option].opts[0]
@@ -108,11 +107,9 @@ def everything(printed, written):
     return [re.sub(r"[\d.]+ (s|min)\b", "", printed), written]
 
 
-def beside(given, names=OPTIONS):
+def beside(given):
     """Try options beside others."""
-    return {
-        name: Try(probe.value, given) for name, probe in OPTIONS.items() if name in names and isinstance(probe, Try)
-    }
+    return {name: Try(probe.value, given) for name, probe in OPTIONS.items() if isinstance(probe, Try)}
 
 
 def test_rate(home, tmp_path, monkeypatch):
@@ -172,12 +169,16 @@ def test_dial(home, tmp_path):
 
 
 def test_replay(home, tmp_path):
-    def read(_, written):
-        return written
-
-    read.ending = ".jsonl"
     probes = {"n": Try(3), "length": Try(5), "chat": Try(True)}
-    check_command("replay", ["{home}/base", "--n", 16, "--length", 24], home, tmp_path, probes, read)
+    check_command(
+        "replay",
+        ["{home}/base", "--n", 16, "--length", 24],
+        home,
+        tmp_path,
+        probes,
+        lambda _, written: written,
+        ".jsonl",
+    )
 
 
 def test_export(home, tmp_path):
