@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models of every architecture the package promises to work on. Nothing is downloaded."""
 
+import functools
 import gc
 import os
 import signal
@@ -8,11 +9,14 @@ import sys
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jinja2
 import pytest
 import torch
 
 from lora_init.errors import LoraInitError
 
+# PEFT compiles the text of its README.md at each save, for 12 ms. It is the same one.
+jinja2.Template.__new__ = functools.cache(jinja2.Template.__new__)
 N_MODULES = pytest.StashKey[int]()
 
 
