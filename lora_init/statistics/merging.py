@@ -326,22 +326,26 @@ def _common_settings(made: Sequence[Provenance]) -> dict[str, Any]:
 def _rows_of_all(made: Sequence[Provenance]) -> int | None:
     """Count the rows of all data, those of each source once; None if that is unknown.
 
-    Two parts of one source were read from different places of it. Else they are two sources of one name.
+    The hash of its rows tells a source from others, whatever it is called. Without it, two parts of one source were read
+    from different places of it; else they are two sources of one name.
     """
-    of_sources: dict[tuple[frozenset[str], Any], tuple[Any, set[tuple[Any, Any]]]] = {}
+    counts: dict[Any, int] = {}  # of each source
+    names: dict[Any, frozenset[str]] = {}
+    places: set[Any] = set()
     for one in made:
         words = frozenset(_source_in_words(text) for text in one.data.split("; "))
-        # Two files of one name have other rows; earlier versions did not note which.
-        source = words, one.settings.get("digest of the rows")
-        rows, place = one.settings.get("rows"), (one.settings.get("offset"), one.settings.get("seed of the sample"))
-        known, places = of_sources.setdefault(source, (rows, set()))
-        others = [other for other in of_sources if other != source and not words.isdisjoint(other[0])]
-        overlaps = any(None in (source[1], other[1]) for other in others)
-        is_unnamed = source[1] is None and not words.isdisjoint(("", "data in memory"))
-        if not is_number(rows) or rows != known or place in places or overlaps or is_unnamed:
+        rows: Any = one.settings.get("rows")
+        digest = one.settings.get("digest of the rows")
+        source, place = digest or words, (words, one.settings.get("offset"), one.settings.get("seed of the sample"))
+        others = [names[other] for other in names if other != source and not (digest and isinstance(other, str))]
+        is_unnamed = not words.isdisjoint(("", "data in memory"))
+        unknown = digest is None and (rows != counts.get(source, rows) or place in places or is_unnamed)
+        if not is_number(rows) or unknown or any(not words.isdisjoint(other) for other in others):
             return None
+        counts[source] = max(int(rows), counts.get(source, 0))  # an estimate, if some rows make no example
+        names[source] = words | names.get(source, frozenset())
         places.add(place)
-    return int(sum(rows for rows, _ in of_sources.values()))
+    return sum(counts.values())
 
 
 def _source_in_words(text: str) -> str:
