@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "starts": {"planning", "statistics"},
     "rates": {"layers", "statistics"},
     "adapters": {"layers", "loading", "statistics", "collection", "planning", "starts", "rates"},
-    "trainers": {"layers", "loading", "starts", "rates", "adapters"},
+    "trainers": {"layers", "loading", "collection", "starts", "rates", "adapters"},
 }
 MAY_IMPORT["building"] = {*MAY_IMPORT}
 MAY_IMPORT["serving"] = {"layers", "loading", "statistics", "collection", "planning", "starts", "adapters"}

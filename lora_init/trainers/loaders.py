@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 from transformers.trainer_utils import has_length
 
+from lora_init.collection.processes import digest_of
+from lora_init.errors import warn
 from lora_init.rates.training_length import TrainingLength
 from lora_init.trainers.put_back import GENERATORS, put_back, put_back_values, undisturbed
 
@@ -38,7 +40,7 @@ def without_trace(loader: Any) -> Iterator[None]:
         collate = getattr(reads, "collate_fn", None)
         samplers = [getattr(one, "sampler", None) for one in (loader, reads, _source_of(loader))]
         batches, data = getattr(loader, "batch_sampler", None), getattr(reads, "dataset", None)
-        data = None if isinstance(data, IterableDataset) else data  # a stream goes on
+        data = None if is_used_up(data) else data  # a stream goes on
         # Loaders count batches for themselves.
         of_loaders = [one for held in (loader, reads) for one in vars(held).values() if isinstance(one, GENERATORS)]
         seen: set[int] = set()
@@ -48,9 +50,29 @@ def without_trace(loader: Any) -> Iterator[None]:
         if collate is not None:  # which may hold what cannot be put back
             stack.callback(setattr, reads, "collate_fn", collate)
             reads.collate_fn = _copied(collate)
+        if getattr(reads, "persistent_workers", False):  # which would go on drawing where this pass ended
+            stack.callback(vars(reads).update, persistent_workers=True)
+            vars(reads).update(persistent_workers=False)
         if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
             stack.callback(loader.end)
         yield
+
+
+def check_repeats(loader: Any) -> None:
+    """Warn of a loader whose first batch is another one each time: it goes by what `put_back` does not know."""
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return  # it may be there only once, and to begin anew may take long
+    digests = set()
+    with suppress(Exception):  # the pass says what is wrong
+        for _ in range(2):
+            with without_trace(loader):
+                digests.add(digest_of(next(iter(loader), None)))
+    if len(digests) > 1:
+        warn(
+            "the loader's first batch is another one each time that it is read, by a counter, an iterator or random "
+            "numbers that cannot be put back. So training sees other batches than it would have seen without this "
+            "pass. Keep numbers and generators as attributes of the data, or make the adapter by `lora-init init`."
+        )
 
 
 def _copied(used: Any, *shared: Any) -> Any:

@@ -103,7 +103,8 @@ def _inside(held: Any) -> list[Any]:
     named: list[Any] = []
     with suppress(ValueError):  # of a variable that is not set yet
         named = [*inspect.getclosurevars(held).globals.values()]
-    return [value for _, value in cells_of(held)] + [one for one in named if isinstance(one, GENERATORS)]
+    own = [held.__defaults__, held.__kwdefaults__, vars(held), *(value for _, value in cells_of(held))]
+    return own + [one for one in named if isinstance(one, GENERATORS)]
 
 
 def _fill(cells: list[tuple[CellType, Any]]) -> None:

@@ -22,7 +22,7 @@ from lora_init.rates.learning_rate import check_measured, schedule_of
 from lora_init.rates.training_length import TrainingLength
 from lora_init.starts.starts import DEFAULT
 from lora_init.third_party_internals import forget_loader
-from lora_init.trainers.loaders import examples_of_a_step, is_used_up, length_of, without_trace
+from lora_init.trainers.loaders import check_repeats, examples_of_a_step, is_used_up, length_of, without_trace
 from lora_init.trainers.put_back import undisturbed
 
 # Their loss is what the model computes from labels. Other trainers compute their own.
@@ -150,6 +150,7 @@ class TrainerIntegration:
             data = run.data or f"training batches of {self.name}"
             _keep_for_training(trainer)
             with _loader(trainer) as loader:
+                check_repeats(loader)
                 yield config.with_options(data=data, forward=forward), self.batches(loader)
 
     def check(self, config: InitConfig) -> None:

@@ -25,7 +25,7 @@ from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
 from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
 from lora_init.starts.starts import DEFAULT
-from lora_init.trainers.loaders import examples_of_a_step, is_used_up, length_of, without_trace
+from lora_init.trainers.loaders import check_repeats, examples_of_a_step, is_used_up, length_of, without_trace
 from lora_init.trainers.trainers import has_own_loss, leaves_loss
 
 _MOST_TEXTS = 512  # that the base writes before training; training goes through them again and again
@@ -163,6 +163,7 @@ class StartCallback(TrainerCallback):
                 "DeepSpeed has its own copy of the weights by now, which would undo a start at the first step. Make "
                 "the adapter by `lora-init init`, and train that."
             )
+        check_repeats(train_dataloader)
         with without_trace(train_dataloader):
             length = length_of(args, state.max_steps, train_dataloader)
         each = length.batch_size / args.gradient_accumulation_steps

@@ -1,13 +1,15 @@
 """The loader of a trainer: how long a training is by what it draws, and reading it without a trace."""
 
+import itertools
 import random
 import threading
 import types
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer
 
@@ -409,6 +411,27 @@ def counting():
     return collate
 
 
+def by_default():
+    def collate(items, generator=random.Random(0), *, counts=Counter()):  # noqa: B006, B008
+        counts["n"] += 1
+        collate.n += 1
+        return stacked(items, generator.randrange(9) + counts["n"] + collate.n)
+
+    collate.n = 0
+    return collate
+
+
+def streamed():
+    generator = random.Random(0)
+    rows = Dataset.from_list([{"input_ids": [1, 3, 5 + i]} for i in range(16)]).to_iterable_dataset()
+    return rows.map(lambda row: {"input_ids": [*row["input_ids"], generator.randrange(3, 20)]}).with_format("torch")
+
+
+class AtRandom(Transformed):
+    def __init__(self):
+        super().__init__(random.randrange)
+
+
 KEEP = {
     "a list in place": lambda: dict(sampler=Own(InPlace(list))),
     "a deque in place": lambda: dict(sampler=Own(InPlace(deque))),
@@ -422,6 +445,9 @@ KEEP = {
     "a method that counts": lambda: dict(collate_fn=Collators().method),
     "a closure": lambda: dict(collate_fn=closure()),
     "a closure that counts": lambda: dict(collate_fn=counting()),
+    "defaults and an attribute of a function": lambda: dict(collate_fn=by_default()),
+    "a stream with a generator": lambda: {"rows": streamed()},
+    "workers that go on": lambda: {"rows": AtRandom(), "num_workers": 1, "persistent_workers": True},
     "a data set with a generator": lambda: {"rows": Augmented()},
     "what a transform makes, replaces and counts": lambda: {"rows": Transformed(Changes())},
     "a transform far inside": lambda: {"rows": parted(Transformed(Changes()))},
@@ -456,6 +482,13 @@ def test_training_gets_the_batches_that_it_would_have_got(kind, how, tmp_path, t
         return seen
 
     assert batches(how) == batches("nothing") != []
+
+
+def test_what_cannot_be_put_back_is_told(tmp_path, tokenizer):
+    trainer, numbers = plain(tmp_path, tokenizer), itertools.count()
+    trainer.train_dataset, trainer.data_collator = Transformed(lambda n: next(numbers) % n), stacked
+    with pytest.warns(UserWarning, match="the loader's first batch is another one each time that it is read"):
+        lora_init.initialize(trainer, rank=2, progress=False)
 
 
 class Keys(torch.utils.data.Sampler):
