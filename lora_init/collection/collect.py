@@ -334,7 +334,10 @@ def _file_in_words(file: Path | None) -> list[Any]:
 
 def _check_same_data(earlier: Statistics | None, start: Position, file: Path | None) -> None:
     """Refuse to resume a pass from a file that other data made."""
-    if earlier is not None and start.is_in_other_data(Position.of(earlier.provenance)):
+    made = None if earlier is None else Position.of(earlier.provenance)
+    if made is not None and made.first_batch is None:
+        raise OtherSettingsError(f"{file} does not say which batches it was made from, as one that was merged.")
+    if made is not None and start.is_in_other_data(made):
         raise OtherSettingsError(f"{file} was made from other data: the batches are other ones.")
 
 

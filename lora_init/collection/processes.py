@@ -237,11 +237,11 @@ def _spare(processes: Processes, first: list[Any], digests: list[list[str]]) -> 
 
 
 def digest_of(batch: Any) -> str:
-    """Hash what a batch holds: tensors, arrays, numbers and strings, in mappings and sequences.
+    """Hash what a batch holds: tensors, arrays, numbers and strings, in mappings, sequences, sets and plain objects.
 
-    Objects of other types count by the name of their type only.
+    What has no attributes counts by the name of its type only, and so does what can be called.
     """
-    digest = hashlib.sha256()
+    digest, met = hashlib.sha256(), set()
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
@@ -257,9 +257,15 @@ def digest_of(batch: Any) -> str:
                 add(item)
         elif hasattr(value, "tolist"):  # numpy's arrays and numbers
             add(value.tolist())
+        elif value is None or isinstance(value, (str, bytes, bool, int, float)):
+            digest.update(repr(value).encode() + b";")
+        elif isinstance(value, (set, frozenset)):
+            add(sorted(map(repr, value)))
         else:
-            plain = value is None or isinstance(value, (str, bytes, bool, int, float))
-            digest.update((repr(value) if plain else type(value).__name__).encode() + b";")
+            digest.update(type(value).__name__.encode() + b";")
+            if hasattr(value, "__dict__") and not callable(value) and id(value) not in met:  # it may hold itself
+                met.add(id(value))
+                add(vars(value))
 
     add(batch)
     return digest.hexdigest()[:16]

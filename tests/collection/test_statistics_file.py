@@ -133,6 +133,25 @@ def test_other_settings_data_and_models_are_refused(complete, changes, expected,
     assert file.read_bytes() == content and counting.n == 0
 
 
+class Held:
+    """A batch of one's own, which holds what the model takes."""
+
+    def __init__(self, batch):
+        self.batch, self.whole = batch, self
+
+
+def test_batches_of_ones_own_class_and_merged_files_are_held_against_other_data(tmp_path):
+    one, other = ([Held(batch) for batch in batches_for("llama", n_batches=2, seed=seed)] for seed in (0, 1))
+    own = dict(forward=lambda model, held: model(**held.batch), **SETTINGS)
+    collect(model(), one, statistics=tmp_path / "own", **own)
+    assert collect(model(), one, statistics=tmp_path / "own", **own).provenance.n_batches == 2
+    with pytest.raises(OtherSettingsError, match="from other data: the batches are other ones"):
+        collect(model(), other, statistics=tmp_path / "own", **own)
+    collect(model(), one, **own).merge(collect(model(), other, **own)).save(tmp_path / "merged")
+    with pytest.raises(OtherSettingsError, match="does not say which batches it was made from"):
+        collect(model(), one, statistics=tmp_path / "merged", **own | {"data": "some data"})
+
+
 def test_the_same_weights_that_compute_otherwise_are_another_model(tmp_path):
     """A context extended in config.json leaves the weights as they were, and changes what each layer reads."""
     file, other = tmp_path / "stats", model()
