@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_init.errors import LoraInitError, check_number, first_line, warn
 from lora_init.loading.examples import BATCH_SIZE, MAX_LENGTH, SAMPLES, Wanted
 from lora_init.loading.reader import IGNORED, Encoded, Reader, classes_in_words, open_reader
-from lora_init.loading.sources import Rows, read_rows
+from lora_init.loading.sources import MOST_STREAMED, Rows, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,12 +131,13 @@ def load_batches(
     _warn_of(drawn, reader, rows.label, max_length)
     pad = padding_token(tokenizer)
     groups = group_by_length(drawn.examples, batch_size, seed, lambda e: len(e[0]))
+    n_usable = round(len(rows.table) * (1.0 - drawn.left_out.total() / drawn.n_read))  # that can be trained on
+    is_stream = type(source).__name__ == "IterableDataset"
     settings = {
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
         "batch_size": batch_size, "seed of the sample": seed,
-        "rows": round(len(rows.table) * (1.0 - drawn.left_out.total() / drawn.n_read)),  # that can be trained on
-        # A stream comes in another order with each seed.
-        "digest of the rows": None if type(source).__name__ == "IterableDataset" else rows.digest,
+        "rows": None if is_stream and len(rows.table) == MOST_STREAMED else n_usable,  # it may go on
+        "digest of the rows": None if is_stream else rows.digest,  # it comes in another order with each seed
         **({"classes": [*reader.rows_of]} if label else {}),
     }  # fmt: skip
     batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)

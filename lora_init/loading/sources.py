@@ -29,7 +29,7 @@ from lora_init.loading.hub import check_hub, stay_offline
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 _OF_TEXT = ("json", "csv", "text")  # the readers of files in UTF-8, which are looked at before
 # Rows of a stream among which the examples are drawn: a stream can be read from its beginning only.
-_MOST_STREAMED = 10_000
+MOST_STREAMED = 10_000
 # pandas would make 7.0 of 007, and nothing of None. It knows columns by number; more than there are do no harm.
 _CELLS_AS_TEXT = {"keep_default_na": False, "na_values": [""], "converters": dict.fromkeys(range(1000), str)}
 _EMPTY = "the data is empty. Expected at least one example."
@@ -297,8 +297,8 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
     if isinstance(source, datasets.Dataset):
         return source
     if isinstance(source, datasets.IterableDataset):
-        stream = source.shuffle(seed=seed, buffer_size=_MOST_STREAMED)
-        return _from_memory(list(islice(stream, _MOST_STREAMED)), split, seed)
+        stream = source.shuffle(seed=seed, buffer_size=MOST_STREAMED)
+        return _from_memory(list(islice(stream, MOST_STREAMED)), split, seed)
     try:
         if type(source).__name__ == "DataFrame":
             return datasets.Dataset.from_pandas(source, preserve_index=False)

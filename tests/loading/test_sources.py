@@ -181,3 +181,10 @@ def test_a_seed_draws_the_same_rows_of_a_stream_each_time(tokenizer):
     stream = Dataset.from_list([{"text": "x" * i} for i in range(1, 60)]).to_iterable_dataset()
     drawn = [texts(load_batches(stream, tokenizer, samples=8, seed=seed), tokenizer) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(("n", "rows"), [(300, 300), (10_001, None)])
+def test_how_many_rows_a_long_stream_has_is_unknown(n, rows, tokenizer):
+    stream = Dataset.from_dict({"text": ["xx"] * n}).to_iterable_dataset()
+    with pytest.warns(UserWarning, match="duplicates"):
+        assert load_batches(stream, tokenizer, samples=8).settings["rows"] == rows
