@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _NOTHING = 1e-5
 # Weights are typed with a few digits.
 _SUM_TOLERANCE = 1e-6
+# Settings of batches that decide which rows they begin with, and how these are read.
+_PLACE = ("digest of the rows", "offset", "seed of the sample", "template", "completion")
 # Settings of a pass that decide what its rows are.
 _ALIKE = ("center", "token_mask", "task_type")
 
@@ -153,13 +155,15 @@ def _check_parts(parts: Sequence[Statistics]) -> None:
         for other_name, other in zip(names[:i], parts, strict=False):
             if _have_same_rows(part, other):
                 raise LoraInitError(
-                    f"{name} and {other_name} hold the same statistics, so the same rows would count twice. "
-                    "Leave one out."
+                    f"{name} and {other_name} hold the same rows, which would count twice. Leave one out."
                 )
 
 
 def _have_same_rows(part: Statistics, other: Statistics) -> bool:
-    """Compare numbers of rows, total variances and, where these agree, the means: single rows have no variance."""
+    """Compare where the rows begin, if both say so; else their numbers, variances and means: a row has no variance."""
+    places = [[one.provenance.settings.get(name) for name in _PLACE] for one in (part, other)]
+    if None not in places[0][:3] and places[0] == places[1]:
+        return True
     counts = [[(group, s.total_variance, s.n_samples) for group, s in one.groups.items()] for one in (part, other)]
     return counts[0] == counts[1] and all(
         torch.equal(part.groups[group].mean, other.groups[group].mean) for group in part.groups
@@ -326,8 +330,8 @@ def _common_settings(made: Sequence[Provenance]) -> dict[str, Any]:
 def _rows_of_all(made: Sequence[Provenance]) -> int | None:
     """Count the rows of all data, those of each source once; None if that is unknown.
 
-    The hash of its rows tells a source from others, whatever it is called. Without it, two parts of one source were read
-    from different places of it; else they are two sources of one name.
+    The hash of its rows tells a source, whatever it is called. Without it, two parts of one source were read from
+    different places of it; else they are two sources of one name.
     """
     counts: dict[Any, int] = {}  # of each source
     names: dict[Any, frozenset[str]] = {}

@@ -77,7 +77,7 @@ def test_what_is_there_stays_unless_told(run, home, tmp_path):
     (["a", "b", "--weights", "0.7;0.3"], "expected numbers separated by commas"),
     (["a", "b", "--weights", ""], "expected numbers separated by commas"),
     (["a", "uncentred"], "uncentred was made with center=False"),
-    (["a", "b", "a"], "hold the same statistics"),
+    (["a", "b", "a"], "hold the same rows"),
     (["a", "nothing"], "is not a file"),
 ])  # fmt: skip
 def test_what_is_refused_is_not_written(run, tmp_path, arguments, words):

@@ -386,8 +386,22 @@ def test_data_of_one_name_are_told_apart_by_their_rows():
 
 def test_the_same_statistics_twice(shards):
     a, b, _ = shards
-    refused("part 3 and part 1 hold the same statistics", a.merge, b, a)
-    refused("hold the same statistics", a.merge, passed(batches=batches_for("llama", n_batches=5)), weights=[0.5, 0.5])
+    refused("part 3 and part 1 hold the same rows", a.merge, b, a)
+    refused("hold the same rows", a.merge, passed(batches=batches_for("llama", n_batches=5)), weights=[0.5, 0.5])
+
+
+def test_rows_that_begin_at_one_place_are_the_same_whatever_the_batches():
+    rows, tokenizer = [{"text": f"cat {i}"} for i in range(20)], tokenizer_of(["cat", *map(str, range(20))])
+
+    def made(**options):
+        batches = lora_init.load_batches(rows, tokenizer, **{"samples": 8, **options})
+        return collect(tiny_llama(), batches, rank=2, progress=False, data=batches.description)
+
+    first = made()
+    for same in ({"batch_size": 3}, {"samples": 12}):
+        refused("part 2 and part 1 hold the same rows, which would count twice", first.merge, made(**same))
+    for other in ({"offset": 8}, {"seed": 1}, {"template": "{text} {text}"}):
+        first.merge(made(**other))
 
 
 A, B = "en/a.jsonl: 64 of 200 examples", "en/b.jsonl: 64 of 300 examples"
