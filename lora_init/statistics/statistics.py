@@ -248,16 +248,16 @@ class Statistics(Mapping[str, Spectrum]):
         unknown, NaN, so that the policy `gora` is refused. `held_out` is unknown, NaN: nobody has measured how
         much of new rows the common components capture.
 
-        Rows that two parts share count twice. Merge several parts in one call: each call leaves something out. Fields
-        of `provenance` that cannot be added or listed, such as the seed, come from the first part; the notes describe
-        every part.
+        Rows that two parts share count twice; parts that begin with the same ones are refused. Merge several parts in
+        one call: each call leaves something out. Fields of `provenance` that cannot be added or listed, such as the
+        seed, come from the first part; the notes describe every part.
 
         Args:
             others: Statistics.
             weights: Share of each, these first; positive, their sum 1.
 
         Raises:
-            LoraInitError: Another model, other layers or settings; nothing to merge with; the same statistics twice;
+            LoraInitError: Another model, other layers or settings; nothing to merge with; the same rows twice;
                 weights that are not one share for each.
 
         Example:

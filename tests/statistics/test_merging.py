@@ -392,10 +392,11 @@ def test_the_same_statistics_twice(shards):
 
 def test_rows_that_begin_at_one_place_are_the_same_whatever_the_batches():
     rows, tokenizer = [{"text": f"cat {i}"} for i in range(20)], tokenizer_of(["cat", *map(str, range(20))])
+    model = tiny_llama()
 
     def made(**options):
         batches = lora_init.load_batches(rows, tokenizer, **{"samples": 8, **options})
-        return collect(tiny_llama(), batches, rank=2, progress=False, data=batches.description)
+        return collect(model, batches, rank=2, progress=False, data=batches.description)
 
     first = made()
     for same in ({"batch_size": 3}, {"samples": 12}):
