@@ -27,16 +27,18 @@ from lora_init.loading.models import on_meta
 from lora_init.planning.lora_config import from_patterns
 from lora_init.serving.base import Base, build_base, is_for, parameters_of, read_config, widths_of
 from lora_init.serving.engines import find_engine
-from lora_init.serving.support import beyond_engine, why_no_export
+from lora_init.serving.support import why_no_export, why_not_as_it_is
 
 # Layer and part in the name of a tensor, also where the adapter's own name stands in it, as it does on the model.
 _PARTS = r"lora_(?:embedding_)?[AB]|lora_magnitude_vector"
 _TENSOR = re.compile(rf"(?P<layer>.+?)\.(?P<part>{_PARTS})(?:\.[^.]+)??(\.weight)?")
-# The part of a model that a tensor is of; the first that its name has.
+# The part of a model that a tensor is of; the first pattern that its name has counts.
 _PARTS_BY_NAME = {
     "experts": r"\.experts\.", "attention": r"(?i)\.\w*(attn|attention)", "head": r"lm_head|\.(score|classifier)\.",
-    "embeddings": r"embed|\.wte\.", "router": r"\.(gate|router)\.", "MLP": "",
+    "embeddings": r"embed|\.wte\.", "router": r"\.(gate|router)\.",
 }  # fmt: skip
+# The axis of A and of B along which the rank counts.
+_RANK_AXIS = {"A": 0, "B": 1}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What stands in front of the same layer in one class of a model and not in another.
@@ -83,25 +85,33 @@ class FitReport:
     @property
     def lines(self) -> list[str]:
         """One line for each kind of misfit: the first, and how many there are."""
-        counts = Counter(one.kind for one in self.misfits)
-        first = {one.kind: one for one in reversed(self.misfits)}
-        more = {kind: f" {count - 1} more are alike." if count > 1 else "" for kind, count in counts.items()}
-        lines = [f"{first[kind].where}: {first[kind].problem}{more[kind]}" for kind in counts]
-        return [*lines, "`lora-init export --rename` writes names that fit."] if lines and self.can_rename else lines
+        by_kind: dict[str, list[Misfit]] = {}
+        for misfit in self.misfits:
+            by_kind.setdefault(misfit.kind, []).append(misfit)
+        lines = []
+        for alike in by_kind.values():
+            line = f"{alike[0].where}: {alike[0].problem}"
+            if len(alike) > 1:
+                line += f" {len(alike) - 1} more are alike."
+            lines.append(line)
+        if lines and self.can_rename:
+            lines.append("`lora-init export --rename` writes names that fit.")
+        return lines
 
     @property
     def can_rename(self) -> bool:
         """Whether names are all that is wrong, so that `export` can write others."""
-        return bool(self.renames) and {one.kind for one in self.misfits} <= {"name", "config", "engine"}
+        return bool(self.renames) and {misfit.kind for misfit in self.misfits} <= {"name", "config", "engine"}
 
     @property
     def stops(self) -> bool:
-        """Whether anything would not be applied. All is where the base has other weights than the adapter's own."""
-        return any(one.kind not in ("base", "revision") for one in self.misfits)
+        """Whether anything would not be applied. A base with other weights than the adapter's own stops nothing."""
+        return any(misfit.kind not in ("base", "revision") for misfit in self.misfits)
 
     def to_rename(self, where: str) -> Mapping[str, str]:
         """Return `renames`; refuse an adapter in which more is wrong than names, or no name is."""
-        replace(self, misfits=tuple(one for one in self.misfits if one.kind not in ("name", "config"))).check()
+        others = tuple(misfit for misfit in self.misfits if misfit.kind not in ("name", "config"))
+        replace(self, misfits=others).check()
         if not self.renames:
             self.check()
             raise LoraInitError(f"rename: {where} has the names of {self.model_class}. Leave rename out.")
@@ -110,9 +120,12 @@ class FitReport:
     def check(self) -> None:
         """Refuse an adapter that would not be applied, for what comes first; warn of one that is for other weights."""
         if self.stops:
-            raise LoraInitError(" ".join([self.lines[0], *(self.lines[-1:] if self.can_rename else [])]))
-        for one in self.misfits:
-            warn(f"{one.where} {one.problem} Is it the same base?")
+            text = self.lines[0]
+            if self.can_rename:
+                text += f" {self.lines[-1]}"  # which says how to rename
+            raise LoraInitError(text)
+        for misfit in self.misfits:
+            warn(f"{misfit.where} {misfit.problem} Is it the same base?")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `json.dumps` takes."""
@@ -140,27 +153,44 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
         ()
     """
     report = compare(directory, base, engine)
+    # Names that `export --rename` mends are no reason to leave the engine out.
     if engine is None or (report.stops and not report.renames):
         return report
-    adapter, wanted = AdapterDirectory(directory), find_engine(engine)
-    kind, problem = "export", why_no_export(engine, adapter.path, report.base, report.renames)
-    if not problem and (beyond := beyond_engine(wanted, adapter.ranks, adapter.config)):
-        kind, problem = "engine", f"{wanted.title} {beyond}. `lora-init export --engine {engine}` writes what it takes."
-    more = (Misfit(kind, str(adapter.path), problem),) if problem else ()
-    parts = Counter(
-        next(part for part, named in _PARTS_BY_NAME.items() if re.search(named, key)) for key in adapter.header
-    )
+    return _with_engine(report, AdapterDirectory(directory), engine)
+
+
+def _with_engine(report: FitReport, adapter: AdapterDirectory, name: str) -> FitReport:
+    """Add to a report whether an engine takes the adapter, as it is or by `export`, and how many tensors that is."""
+    engine, misfits = find_engine(name), list(report.misfits)
+    if problem := why_no_export(name, adapter.path, report.base, report.renames):
+        misfits.append(Misfit("export", str(adapter.path), problem))
+        outcome = "gets none"
+    elif reason := why_not_as_it_is(engine, adapter.ranks, adapter.config):
+        problem = f"{engine.title} {reason}. `lora-init export --engine {name}` writes what it takes."
+        misfits.append(Misfit("engine", str(adapter.path), problem))
+        outcome = "gets all by export"
+    else:
+        outcome = "takes them as they are"
+    parts = Counter(map(_part_of, adapter.header))
     counts = ", ".join(f"{count} of {part}" for part, count in parts.items())
-    written = "takes them as they are" if not problem else "gets all by export" if kind == "engine" else "gets none"
-    return replace(
-        report, misfits=(*report.misfits, *more), notes=(*report.notes, f"Tensors: {counts}. {wanted.title} {written}.")
-    )
+    note = f"Tensors: {counts}. {engine.title} {outcome}."
+    return replace(report, misfits=tuple(misfits), notes=(*report.notes, note))
 
 
-def compare(directory: str | Path, base: str | None, engine: str | None) -> FitReport:
+def _part_of(key: str) -> str:
+    """Return the part of a model that a tensor is of, by its name."""
+    for part, pattern in _PARTS_BY_NAME.items():
+        if re.search(pattern, key):
+            return part
+    return "MLP"
+
+
+def compare(directory: str | Path, base: str | Path | None, engine: str | None) -> FitReport:
     """Compare names and shapes as `check_fit` does, with those of the class that an engine loads if one is named."""
     adapter = AdapterDirectory(directory)
-    source = str(as_path(base, "base")) if base and not isinstance(base, str) else base or adapter.base
+    source = base or adapter.base
+    if not isinstance(source, str):
+        source = str(as_path(source, "base"))
     if form := form_of(adapter.header):
         raise LoraInitError(f"{adapter.path / WEIGHTS_FILE} {form}. PEFT's save_pretrained() writes what is read here.")
     config = read_config(source)
@@ -168,29 +198,51 @@ def compare(directory: str | Path, base: str | None, engine: str | None) -> FitR
     report = fit.report(source, converts=engine is None)
     if report.misfits:
         return report
-    said = [*_of_own_class(fit, source, config, engine), *_of_another_base(fit, source, config)]
-    misfits = tuple(one for one in said if isinstance(one, Misfit))
-    return replace(report, misfits=misfits, notes=(*report.notes, *(one for one in said if isinstance(one, str))))
+    misfits: list[Misfit] = []
+    notes = [*report.notes, *_of_own_class(fit, source, config, engine)]
+    for remark in _of_another_base(fit, source, config):
+        if isinstance(remark, Misfit):
+            misfits.append(remark)
+        else:
+            notes.append(remark)
+    return replace(report, misfits=tuple(misfits), notes=tuple(notes))
 
 
 def _checkpoint_of(source: str, revision: Any) -> tuple[Path | None, dict[str, Stored]]:
     """Find the directory of a base, also in the hub's cache, and its tensors; none if quantized or not safetensors."""
-    from huggingface_hub import try_to_load_from_cache
-
-    folder: Any = Path(source).expanduser()
-    if not folder.is_dir():
-        with suppress(ValueError):  # no name that the hub could have
-            folder = try_to_load_from_cache(source, "config.json", revision=str(revision) if revision else None)
-        folder = Path(folder).parent if isinstance(folder, str) else None
-    weights = [folder / name for name in (INDEX_FILE, "model.safetensors")] if folder is not None else []
+    folder = _directory_of(source, revision)
+    if folder is None:
+        return None, {}
+    weights = folder / INDEX_FILE, folder / "model.safetensors"
+    # A link that leads nowhere counts as a file here, so that reading it says what is wrong.
     if not any(path.is_file() or path.is_symlink() for path in weights):
         return folder, {}
-    quantized = '"quantization_config"' in (folder / "config.json").read_text(encoding="utf-8")
-    return folder, {} if quantized else find_tensors(str(folder))
+    if '"quantization_config"' in (folder / "config.json").read_text(encoding="utf-8"):
+        return folder, {}
+    return folder, find_tensors(str(folder))
+
+
+def _directory_of(source: str, revision: Any) -> Path | None:
+    """Find the directory of a base, also in the hub's cache; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    cached: Any = None
+    with suppress(ValueError):  # no name that the hub could have
+        cached = try_to_load_from_cache(source, "config.json", revision=str(revision) if revision else None)
+    if not isinstance(cached, str):  # not cached, or known not to exist, for which the hub has an object
+        return None
+    return Path(cached).parent
 
 
 class _Fit:
-    """An adapter on one class of its base model, without weights."""
+    """An adapter on one class of its base model, without weights.
+
+    PEFT itself decides which tensors the adapter's configuration gives the model, under which names and in which
+    shapes: it wraps the model on the meta device, and what it would save is compared with the header of the file.
+    """
 
     def __init__(self, adapter: AdapterDirectory, make: Any) -> None:
         from peft import get_peft_model_state_dict
@@ -199,8 +251,10 @@ class _Fit:
         self.adapter, self.make, self.name = adapter, make, type(model).__name__
         self.base = Base("", model, widths_of(model), {})
         # The modules of fused experts, which no layer is named after, and how many they have.
-        fused = ((name, one) for name, one in model.named_parameters() if one.dim() > 2)
-        self.owners = {_core(name.rpartition(".")[0]): len(one) for name, one in fused}
+        self.n_experts: dict[str, int] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 2:
+                self.n_experts[_core(name.rpartition(".")[0])] = len(parameter)
         # Names and shapes of what the configuration selects, and of all other weights of the model.
         self.expected: dict[str, list[int]] = {}
         self.whole: dict[str, list[int]] = {}
@@ -219,12 +273,14 @@ class _Fit:
     def _adapted(self, **changes: Any) -> Any:
         from peft import LoraConfig, get_peft_model
 
-        said = {key: value for key, value in self.adapter.config.items() if key in LoraConfig.__dataclass_fields__}
-        if said.get("task_type") in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):  # which add nothing but generate()
-            del said["task_type"]
+        # Other releases and trainers write fields that this PEFT does not have.
+        fields = LoraConfig.__dataclass_fields__
+        settings = {key: value for key, value in self.adapter.config.items() if key in fields}
+        if settings.get("task_type") in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):  # which add nothing but generate()
+            del settings["task_type"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = LoraConfig(**said | {"init_lora_weights": True, "inference_mode": True} | changes)
+            config = LoraConfig(**settings | {"init_lora_weights": True, "inference_mode": True} | changes)
             return get_peft_model(self.make(), config, low_cpu_mem_usage=True)
 
     def report(self, source: str, converts: bool) -> FitReport:
@@ -233,10 +289,13 @@ class _Fit:
         notes = []
         misnamed = {key: new for key, (misfit, new) in strangers.items() if misfit.kind == "name"}
         new_names = self._new_names(misnamed)
-        there = {*self.adapter.header, *misnamed.values()}
-        missing = [] if new_names is None else [key for key in self.expected if key not in there]
-        only_names = not missing and all(one.kind == "config" for one in misfits)
-        renames = new_names if new_names and only_names else {}
+        missing = []
+        if new_names is not None:  # otherwise tensors may be there, under names that nobody can tell
+            there = {*self.adapter.header, *misnamed.values()}
+            missing = [key for key in self.expected if key not in there]
+        renames = {}
+        if new_names and not missing and all(misfit.kind == "config" for misfit in misfits):
+            renames = new_names
         if misnamed and converts and self._converts():
             notes.append(_converted_by_peft(misnamed))
         else:
@@ -246,7 +305,10 @@ class _Fit:
         return FitReport(source, self.name, len(self.adapter.header), tuple(misfits), renames, tuple(notes))
 
     def _compared(self) -> tuple[list[Misfit], dict[str, tuple[Misfit, str | None]]]:
-        """List what is wrong with tensors whose names have a place, and describe those whose names have none."""
+        """List what is wrong with tensors whose names have a place, and describe those whose names have none.
+
+        A description comes with the name under which the tensor would fit, None if there is no such name.
+        """
         misfits: list[Misfit] = []
         if self.refused:
             misfits.append(Misfit("config", CONFIG_FILE, f"does not go with {self.name}: {self.refused}"))
@@ -254,58 +316,74 @@ class _Fit:
         for key, (shape, dtype) in self.adapter.header.items():
             if _TENSOR.fullmatch(key) and dtype not in _FLOATS:
                 misfits.append(Misfit("type", key, f"is {dtype}, and A and B are float32, float16 or bfloat16."))
-            wanted = self.expected.get(key, self.whole.get(key))
-            if wanted is None:
-                _, new = strangers[key] = self._stranger(key, shape)
-                if new in self.expected:  # patterns go by either name
-                    by_name = [[*self._of_shape(name, shape, self.expected[new])] for name in (key, new)]
-                    misfits += by_name[0] if all(by_name) else []
+            expected = self.expected.get(key, self.whole.get(key))
+            if expected is not None:
+                wrong = self._of_shape(key, shape, expected)
             else:
-                misfits += self._of_shape(key, shape, wanted)
+                stranger, new = self._stranger(key, shape)
+                strangers[key] = stranger, new
+                wrong = self._of_either_name(key, new, shape)
+            if wrong is not None:
+                misfits.append(wrong)
         return misfits, strangers
 
     def _new_names(self, misnamed: Mapping[str, str | None]) -> dict[str, str] | None:
         """Return the names under which tensors fit, if each has one of its own that is free; else None."""
         new_names = {key: new for key, new in misnamed.items() if new is not None}
         free = {*new_names.values()} - {*self.adapter.header}
+        # Fewer: a tensor without a name, two with the same, or a name that is taken.
         return new_names if len(free) == len(misnamed) else None
 
-    def _of_shape(self, key: str, shape: Sequence[int], expected: Sequence[int]) -> Iterator[Misfit]:
+    def _of_either_name(self, key: str, new: str | None, shape: Sequence[int]) -> Misfit | None:
+        """Compare the shape of a misnamed tensor with the one expected; it fits if it does under one of its names.
+
+        Patterns of ranks go by names, and may have been written for the old one or for the new one.
+        """
+        if new is None or new not in self.expected:
+            return None
+        under_old, under_new = (self._of_shape(name, shape, self.expected[new]) for name in (key, new))
+        return under_old if under_new is not None else None
+
+    def _of_shape(self, key: str, shape: Sequence[int], expected: Sequence[int]) -> Misfit | None:
         """Compare the shape of a tensor with the one expected under its name."""
-        match = _TENSOR.fullmatch(key)
-        layer = (match["layer"] if match else key.rpartition(".")[0]).removeprefix(PREFIX)
-        axis = None if match is None else {"A": 0, "B": 1}.get(match["part"][-1])  # along which the rank counts
+        match, experts = _TENSOR.fullmatch(key), 0
+        if match is None:  # a weight that was trained whole
+            layer, axis = key.rpartition(".")[0].removeprefix(PREFIX), None
+        else:
+            layer, axis = match["layer"].removeprefix(PREFIX), _RANK_AXIS.get(match["part"][-1])
+            experts = self.n_experts.get(_core(layer.replace(".base_layer", "")), 0)
         wanted = self._shape_wanted(layer, axis, shape, expected, is_whole=match is None)
         if [*shape] == wanted:
-            return
-        other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
+            return None
+        sizes = zip(shape, wanted, strict=False)  # with another number of axes, what both have is compared
+        differing = [i for i, (there, size) in enumerate(sizes) if there != size]
         tokens = self._tokens_of(layer)
-        experts = self.owners.get(_core(layer.replace(".base_layer", "")), 0) if match else 0
-        if len(shape) == len(wanted) and axis is not None and other == [axis]:
-            yield Misfit("rank", key, self._other_rank(shape[axis], wanted[axis], experts))
-        elif experts and wanted == [*self._other_shape(key)[::-1]]:
-            said = "A and B have each other's widths, as PEFT before 0.19.1 made them for experts."
-            yield Misfit("shape", key, f"{said} Train it by a newer one.")
-        elif len(shape) == len(wanted) and [wanted[i] for i in other] == [tokens]:
-            said = f"is for {shape[other[0]]} tokens, and the vocabulary of the base has {tokens}. Call"
-            yield Misfit("vocabulary", key, f"{said} resize_token_embeddings() on the base, and save it.")
-        else:
-            yield Misfit("shape", key, f"is {[*shape]}, and {wanted} fits {self.name}: a base of another size.")
+        if len(shape) == len(wanted) and axis is not None and differing == [axis]:
+            return Misfit("rank", key, self._other_rank(shape[axis], wanted[axis], experts))
+        if experts and wanted == [*self._other_shape(key)[::-1]]:
+            exchanged = "A and B have each other's widths, as PEFT before 0.19.1 made them for experts."
+            return Misfit("shape", key, f"{exchanged} Train it by a newer one.")
+        if len(shape) == len(wanted) and [wanted[i] for i in differing] == [tokens]:
+            sizes_differ = f"is for {shape[differing[0]]} tokens, and the vocabulary of the base has {tokens}. Call"
+            return Misfit("vocabulary", key, f"{sizes_differ} resize_token_embeddings() on the base, and save it.")
+        return Misfit("shape", key, f"is {[*shape]}, and {wanted} fits {self.name}: a base of another size.")
 
     def _other_rank(self, there: int, wanted: int, experts: int) -> str:
         """Describe a tensor of another rank than the configuration says, or of other experts than the base has."""
+        # PEFT puts the ranks of all experts behind each other: `wanted` is experts times the rank of one.
         if experts and not there * experts % wanted:
             return f"is of {there * experts // wanted} experts, and {self.name} has {experts}."
         return f"has {there} rows of rank, and {CONFIG_FILE} says {wanted}."
 
     def _tokens_of(self, layer: str) -> int | None:
         """Return the size of the vocabulary if the layer is an embedding; vision models have none."""
-        is_embedding = layer.removesuffix(".base_layer") in self.base.embeddings
-        return getattr(self.base.config, "vocab_size", None) if is_embedding else None
+        if layer.removesuffix(".base_layer") not in self.base.embeddings:
+            return None
+        return getattr(self.base.config, "vocab_size", None)
 
     def _other_shape(self, key: str) -> Sequence[int]:
         """Return the shape of B for the name of A, and the other way round."""
-        other = re.sub(r"lora_([AB])", lambda match: "lora_B" if match[1] == "A" else "lora_A", key)
+        other = key.replace("lora_A", "lora_B") if "lora_A" in key else key.replace("lora_B", "lora_A")
         return self.adapter.header.get(other, ((), ""))[0]
 
     def _shape_wanted(
@@ -324,9 +402,10 @@ class _Fit:
 
         Patterns name the parameters of experts, which the file does not: those there if one of them has so many.
         """
-        module, config = layer.replace(".base_layer", ""), self.adapter.config
-        wanted = config.get("target_parameters") or () if layer not in self.base.widths else ()
-        names = sorted(f"{module}.{key.rpartition('.')[2]}" for key in wanted) or [layer]  # the second matrix first
+        module, config, names = layer.replace(".base_layer", ""), self.adapter.config, [layer]
+        if layer not in self.base.widths and config.get("target_parameters"):
+            # Sorted, `down_proj` stands before `gate_up_proj`, which PEFT nests one `.base_layer` deeper.
+            names = sorted(f"{module}.{key.rpartition('.')[2]}" for key in config["target_parameters"])
         ranks = from_patterns(config.get("rank_pattern"), names, self.rank)
         counts = [int(experts * ranks[name]) for name in names]
         return there if there in counts else counts[layer.count(".base_layer") % len(counts)]
@@ -340,32 +419,41 @@ class _Fit:
             result: Any = set_peft_model_state_dict(self._adapted(), tensors, low_cpu_mem_usage=True)
         except _REFUSED:
             return False
-        return not [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
+        missing = [key for key in result.missing_keys if ".lora_" in key]  # weights of the base are not in the file
+        return not result.unexpected_keys and not missing
 
     def _stranger(self, key: str, shape: Sequence[int]) -> tuple[Misfit, str | None]:
         """Describe a tensor whose name has no place, and find the name under which it fits."""
         match = _TENSOR.fullmatch(key)
         if match is None:
             return self._stranger_beside_lora(key, shape)
-        core, part = _core(match["layer"]), match["part"]
-        end = part + ".weight" * (part in ("lora_A", "lora_B"))
+        core, end = _core(match["layer"]), match["part"]
+        if end in ("lora_A", "lora_B"):  # of an embedding they are parameters themselves
+            end += ".weight"
         fitting = [name for name in self._by_core.get(core, ()) if self._takes(name, end, shape)]
         new = f"{PREFIX}{fitting[0]}.{end}" if len(fitting) == 1 else None
-        if new == key or (new is None and core.replace(".base_layer", "") in self.owners):
-            said = f"its layer is there, and {CONFIG_FILE} does not select it (target_modules and the like)."
-            return Misfit("config", key, said), None
+        if new == key or (new is None and core.replace(".base_layer", "") in self.n_experts):
+            problem = f"its layer is there, and {CONFIG_FILE} does not select it (target_modules and the like)."
+            return Misfit("config", key, problem), None
         if _expert_in(key) >= 0:
-            there, here = 1 + max(map(_expert_in, self.adapter.header)), max(self.owners.values(), default=0)
-            last = f": {here}, and the adapter has {there}." if here else "."
-            last = ". Load it with PEFT and save it again." if here == there else last
-            return Misfit("name", key, f"is of one expert, and the base has its experts fused{last}"), new
+            problem = f"is of one expert, and the base has its experts fused{self._other_experts()}"
+            return Misfit("name", key, problem), new
         nearest = new or self._nearest_layer(core)
         return Misfit("name", key, f"{self.name} has no layer of this name. Nearest: {nearest}."), new
 
+    def _other_experts(self) -> str:
+        """End the sentence on an adapter whose experts are single: what to do, or how many it has and the base has."""
+        # The experts that the file names are counted from 0.
+        there, here = 1 + max(map(_expert_in, self.adapter.header)), max(self.n_experts.values(), default=0)
+        if here == there:
+            return ". Load it with PEFT and save it again."
+        if here:
+            return f": {here}, and the adapter has {there}."
+        return "."
+
     def _stranger_beside_lora(self, key: str, shape: Sequence[int]) -> tuple[Misfit, str | None]:
         """Describe a tensor that is no part of A or B, as of a module that was trained whole."""
-        sized = (name for name, own in self.whole.items() if own == [*shape])
-        same = [name for name in sized if _core(name) == _core(key)]
+        same = [name for name, expected in self.whole.items() if expected == [*shape] and _core(name) == _core(key)]
         new = same[0] if len(same) == 1 else None
         return Misfit("name", key, f"{self.name} with this adapter has no tensor of this name."), new
 
@@ -373,23 +461,31 @@ class _Fit:
         """Name the layer whose name is most like one without wrappers; "-" if there is none."""
         names = [*chain.from_iterable(self._by_core.values())]
         alike = [name for name in names if name.endswith(core[core.rfind(".") :])] or names
-        near = difflib.get_close_matches(core, alike[:2000], 1, 0.0)
+        near = difflib.get_close_matches(core, alike[:2000], 1, 0.0)  # with the cutoff 0.0 any name is near
         return near[0] if near else "-"
 
     @cached_property
     def _by_core(self) -> dict[str, list[str]]:
         """The names of all layers, by what is left of them without wrappers."""
-        matches, names = map(_TENSOR.fullmatch, self.expected), defaultdict(list)
-        selected = (match["layer"].removeprefix(PREFIX) for match in matches if match)
-        for name in dict.fromkeys([*self.base.widths, *selected]):
-            names[_core(name)].append(name)
-        return names
+        names = dict.fromkeys(self.base.widths)  # a set that keeps its order
+        for key in self.expected:
+            if match := _TENSOR.fullmatch(key):
+                names[match["layer"].removeprefix(PREFIX)] = None
+        by_core = defaultdict(list)
+        for name in names:
+            by_core[_core(name)].append(name)
+        return by_core
 
     def _takes(self, layer: str, end: str, shape: Sequence[int]) -> bool:
         """Return whether a layer has the widths of a tensor, whatever its rank."""
-        wanted = self.expected.get(f"{PREFIX}{layer}.{end}")
-        d_in, d_out = self.base.widths.get(layer, (0, 0)) if wanted is None else (wanted[-1], wanted[0])
-        return shape[-1] == d_in if "_A" in end else shape[0] == d_out
+        expected = self.expected.get(f"{PREFIX}{layer}.{end}")
+        if expected is None:
+            d_in, d_out = self.base.widths.get(layer, (0, 0))
+        else:
+            d_in, d_out = expected[-1], expected[0]
+        if "_A" in end:  # [r, d_in]; B is [d_out, r], and a magnitude [d_out]
+            return shape[-1] == d_in
+        return shape[0] == d_out
 
 
 def _converted_by_peft(misnamed: Mapping[str, str | None]) -> str:
@@ -408,7 +504,10 @@ def _expert_in(key: str) -> int:
 
 
 def _core(layer: str) -> str:
-    """Take off the beginning of a layer's name, which does not distinguish layers."""
+    """Take off the beginning of a layer's name, which does not distinguish layers.
+
+    One rule for a prefix of PEFT, a wrapper more or less, and a compiled model.
+    """
     return ".".join(dropwhile(_WRAPPERS.__contains__, plain_name(layer).split(".")))
 
 
@@ -426,18 +525,20 @@ def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | s
 
     adapter, revision = fit.adapter, str(fit.adapter.config.get("revision"))
     folder, tensors = _checkpoint_of(source, revision)
-    other = "" if folder is None else folder.absolute().name
-    if _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(other) and other != revision:
-        yield Misfit("revision", CONFIG_FILE, f"names revision {revision}, and this is {other}.")
-    made, mapping = adapter.origin.get("provenance") or {}, adapter.config.get("auto_mapping") or {}
-    recorded = str(made.get("model_class") or mapping.get("base_model_class"))
-    if is_for(recorded, config) is False:
+    here = "" if folder is None else folder.absolute().name  # the hub's cache names a snapshot by its commit
+    if _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(here) and here != revision:
+        yield Misfit("revision", CONFIG_FILE, f"names revision {revision}, and this is {here}.")
+    record, mapping = adapter.origin.get("provenance") or {}, adapter.config.get("auto_mapping") or {}
+    recorded = str(record.get("model_class") or mapping.get("base_model_class"))
+    if is_for(recorded, config) is False:  # None is a class that transformers does not have: nothing is known
         yield Misfit("base", CONFIG_FILE, f"says that it is for a {recorded}, and this is a {_architecture(config)}.")
         return
     model = on_meta(getattr(transformers, recorded, None), config)
-    if model is not None and made and not made.get("quantisation"):
-        misfits = _of_recorded_base(adapter, made, model, tensors)
-        if not misfits and (odd := differing_config(made.get("settings"), model_config(model))):
+    # Loaded quantized, the base of the record had other weights than its files.
+    if model is not None and record and not record.get("quantisation"):
+        misfits = _of_recorded_base(adapter, record, model, tensors)
+        # The same weights with another rope_theta or rms_norm_eps give other inputs to every layer.
+        if not misfits and (odd := differing_config(record.get("settings"), model_config(model))):
             yield _OTHERWISE.format(odd)
         if misfits is not None:
             yield from misfits
@@ -446,18 +547,20 @@ def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | s
 
 
 def _of_recorded_base(
-    adapter: AdapterDirectory, made: Mapping[str, Any], model: Any, tensors: Mapping[str, Stored]
+    adapter: AdapterDirectory, record: Mapping[str, Any], model: Any, tensors: Mapping[str, Stored]
 ) -> list[Misfit] | None:
     """Compare size and fingerprint of the base with the record; None where that cannot decide."""
-    known, here = made.get("n_parameters"), count_parameters(model)
+    known, here = record.get("n_parameters"), count_parameters(model)
     # What is trained whole, as a head of other classes is, has its own size.
     whole = adapter.config.get("modules_to_save") or adapter.config.get("task_type") in _CLASSIFIES
     if known and known != here and not whole:
         return [Misfit("base", CONFIG_FILE, f"says that the base has {known} parameters, and this one has {here}.")]
-    fingerprint_here = _fingerprint(model, tensors) if known == here else ""
+    if known != here:
+        return None
+    fingerprint_here = _fingerprint(model, tensors)
     if not fingerprint_here:
         return None
-    if made.get("fingerprint") not in (None, fingerprint_here):
+    if record.get("fingerprint") not in (None, fingerprint_here):
         return [Misfit("base", str(adapter.path), f"is for a base of the same form {_OTHER_WEIGHTS}.")]
     return []
 
@@ -483,15 +586,16 @@ def _of_named_base(
     if not theirs or not tensors:
         yield f"The adapter names {named!r} as its base, with which {source!r} could not be compared."
         return
+    # The heads of classifiers are the adapter's own: the models below them are compared.
     body = {"task_type": "FEATURE_EXTRACTION"} if adapter.config.get("task_type") in _CLASSIFIES else {}
-    made, now = build_base(body, source, other), build_base(body, source, config)
-    odd = differing_config(model_config(made), model_config(now))
-    first, second = _fingerprint(made, theirs), _fingerprint(now, tensors)
-    if first != second:
+    named_model, model = build_base(body, source, other), build_base(body, source, config)
+    odd = differing_config(model_config(named_model), model_config(model))
+    named_fingerprint, fingerprint_here = _fingerprint(named_model, theirs), _fingerprint(model, tensors)
+    if named_fingerprint != fingerprint_here:
         yield Misfit("base", CONFIG_FILE, f"names {named!r}, which is a base of the same form {_OTHER_WEIGHTS}.")
     elif odd:
         yield _OTHERWISE.format(odd)
-    elif not first:  # the files name their tensors otherwise than the model, as those of each expert alone
+    elif not fingerprint_here:  # the files name their tensors otherwise than the model, as those of each expert alone
         yield f"The weights of {source!r} were not compared with {named!r}: only names and shapes were."
 
 
@@ -503,8 +607,8 @@ def _fingerprint(model: Any, tensors: Mapping[str, Stored]) -> str:
     """Compute the fingerprint of a checkpoint, in which 16 numbers of a tensor are read; empty in another form."""
     prefix, state = f"{getattr(model, 'base_model_prefix', '')}.", {}
     for name, parameter in model.named_parameters():
-        names = (name, prefix + name, name.removeprefix(prefix))
-        stored = next((tensors[key] for key in names if key in tensors), None)
+        # A checkpoint may be of the class with a head or of the one without, whose names lack the prefix.
+        stored = tensors.get(name) or tensors.get(prefix + name) or tensors.get(name.removeprefix(prefix))
         if stored is None or stored.shape != tuple(parameter.shape):
             return ""
         state[name] = stored.read()  # which maps the file into memory

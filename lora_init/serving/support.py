@@ -75,7 +75,7 @@ def serving_note(
 
 def _which_take(ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     """Write which engines take plain LoRA of these ranks as it is, and which need an export."""
-    why_not = {engine: beyond_engine(engine, ranks, config) for engine in ENGINES.values()}
+    why_not = {engine: why_not_as_it_is(engine, ranks, config) for engine in ENGINES.values()}
     room = max(*ranks.values(), int(config.get("r") or 0))
     ready = [PEFT.title, *(engine.name_with(room) for engine, reason in why_not.items() if not reason)]
     never = [engine.title for engine, reason in why_not.items() if reason == _NO_EXPERTS]
@@ -109,7 +109,7 @@ def _most_beyond(config: Mapping[str, Any], tensors: Iterable[str]) -> str | Non
     return next((one for one in beyond if one != _OF_EXPERTS), beyond[0] if beyond else None)
 
 
-def beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
+def why_not_as_it_is(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     """Describe what in ranks and scalings an engine does not take as it is; empty if it takes all."""
     most = max(ranks.values(), default=0)
     named = int(config.get("r") or most)
