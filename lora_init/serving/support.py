@@ -59,15 +59,15 @@ def serving_note(
         )
     if kind := WRITE_NO_TEXT.get(str(config.get("task_type"))):
         return f"PEFT takes this adapter as it is. It is of {kind}, and the engines of `lora-init export` write text."
-    alone = next((key for key in _PEFT_ALONE if config.get(key)), None)
-    if alone is not None:
-        return f"PEFT takes this adapter as it is. It was trained with {alone}, which no other does."
-    beyond = _most_beyond(config, tensors)
-    if beyond is not None:
-        some = [engine.title for engine in ENGINES.values() if _exports(engine, beyond)]
-        export = f" {_listed(some)} need{'s' * (len(some) == 1)} `lora-init export`." if some else ""
-        merge = f"Others take no {beyond}: `lora-init export --merge-into MODEL`."
-        return f"PEFT takes this adapter as it is.{export} {merge}"
+    for key in _PEFT_ALONE:
+        if config.get(key):
+            return f"PEFT takes this adapter as it is. It was trained with {key}, which no other does."
+    extra = _rarest_extra(config, tensors)
+    if extra is not None:
+        note = "PEFT takes this adapter as it is."
+        if some := [engine.title for engine in ENGINES.values() if _exports(engine, extra)]:
+            note += f" {_with_verb(some, 'need')} `lora-init export`."
+        return f"{note} Others take no {extra}: `lora-init export --merge-into MODEL`."
     if not any(ranks.values()):
         return "No layer has an adapter, so there is nothing to serve."
     return _which_take(ranks, config)
@@ -75,50 +75,62 @@ def serving_note(
 
 def _which_take(ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     """Write which engines take plain LoRA of these ranks as it is, and which need an export."""
-    why_not = {engine: why_not_as_it_is(engine, ranks, config) for engine in ENGINES.values()}
-    room = max(*ranks.values(), int(config.get("r") or 0))
-    ready = [PEFT.title, *(engine.name_with(room) for engine, reason in why_not.items() if not reason)]
-    never = [engine.title for engine, reason in why_not.items() if reason == _NO_EXPERTS]
-    others = [engine.title for engine, reason in why_not.items() if reason and engine.title not in never]
-    merge = f" {_listed(never)} take no {_OF_EXPERTS}: `lora-init export --merge-into MODEL`." if never else ""
-    return (
-        f"{_listed(ready)} take{'s' * (len(ready) == 1)} this adapter as it is. "
-        f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`.{merge}"
-    )
+    room = max(*ranks.values(), int(config.get("r") or 0))  # engines read `r`, whatever patterns say
+    ready, never, others = [PEFT.title], [], []
+    for engine in ENGINES.values():
+        reason = why_not_as_it_is(engine, ranks, config)
+        if not reason:
+            ready.append(engine.name_with(room))
+        elif reason == _NO_EXPERTS:
+            never.append(engine.title)
+        else:
+            others.append(engine.title)
+    note = f"{_with_verb(ready, 'take')} this adapter as it is. {_with_verb(others, 'need')} `lora-init export`."
+    if never:
+        note += f" {_listed(never)} take no {_OF_EXPERTS}: `lora-init export --merge-into MODEL`."
+    return note
 
 
 def export_options(config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
     """Return the options with which `export` writes an adapter, for an engine where one takes it; None if it cannot."""
     if any(config.get(key) for key in _PEFT_ALONE):
         return None
-    if str(config.get("task_type")) in WRITE_NO_TEXT:
+    if str(config.get("task_type")) in WRITE_NO_TEXT:  # PEFT's own directory
         return ""
-    beyond = _most_beyond(config, tensors)
-    engines = [name for name, engine in ENGINES.items() if beyond is None or _exports(engine, beyond)]
-    return f"--engine {'vllm' if 'vllm' in engines else engines[0]}" if engines else "--merge-into MODEL"
+    extra = _rarest_extra(config, tensors)
+    engines = [name for name, engine in ENGINES.items() if extra is None or _exports(engine, extra)]
+    if not engines:
+        return "--merge-into MODEL"
+    return f"--engine {'vllm' if 'vllm' in engines else engines[0]}"
 
 
-def _exports(engine: Engine, beyond: str) -> bool:
+def _exports(engine: Engine, extra: str) -> bool:
     """Return whether `export` has a form for an engine of what an adapter has besides A and B of linear layers."""
-    return engine.dora if beyond == "DoRA" else engine.experts is not None and beyond == _OF_EXPERTS
+    if extra == "DoRA":
+        return engine.dora
+    return engine.experts is not None and extra == _OF_EXPERTS
 
 
-def _most_beyond(config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
-    """Return what fewest engines take of what `_beyond_layers` describes; None if there is nothing."""
-    beyond = [*_beyond_layers(config, tensors)]
-    return next((one for one in beyond if one != _OF_EXPERTS), beyond[0] if beyond else None)
+def _rarest_extra(config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
+    """Return what fewest engines take of what `_extras` describes; None if there is nothing."""
+    extras = [*_extras(config, tensors)]
+    for extra in extras:
+        if extra != _OF_EXPERTS:  # for which most engines have a form
+            return extra
+    return extras[0] if extras else None
 
 
 def why_not_as_it_is(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     """Describe what in ranks and scalings an engine does not take as it is; empty if it takes all."""
     most = max(ranks.values(), default=0)
-    named = int(config.get("r") or most)
+    named = int(config.get("r") or most)  # patterns may give every layer another rank
+    # Before the first return: a damaged pattern is refused, whatever the engine.
     scales_alike = "lora_alpha" not in config or _scales_alike(config, ranks, named)
     whole = not config.get("layers_to_transform") and named == most  # blocks of which no name is known lack theirs
     is_uniform = whole and _one_rank_a_kind(ranks, most)
     if not engine.reads:
         return "reads no directory of PEFT"
-    if of_experts := _beyond_experts(engine, ranks, config):
+    if of_experts := _why_not_experts(engine, ranks, config):
         return of_experts
     if not engine.allows(max(most, named)):
         return f"takes {engine.allowed}, and this is {max(most, named)}"
@@ -126,22 +138,27 @@ def why_not_as_it_is(engine: Engine, ranks: Mapping[str, int], config: Mapping[s
         return "does not read use_rslora"
     if not scales_alike:
         return "reads one scaling, and here layers have their own"
-    return "" if is_uniform or "rank_pattern" in engine.reads else "takes one rank for every layer of a kind"
+    if not is_uniform and "rank_pattern" not in engine.reads:
+        return "takes one rank for every layer of a kind"
+    return ""
 
 
-def _beyond_experts(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
+def _why_not_experts(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     """Describe why an engine does not take adapters of experts as they are; empty if it does, or there are none."""
     if config.get("target_parameters"):
         return "has a form of its own for experts, and drops or refuses PEFT's"
-    if any(map(is_single, ranks)) and not (engine.experts and engine.writes_peft):
-        return "has a form of its own for experts" if engine.experts else _NO_EXPERTS
-    return ""
+    if not any(map(is_single, ranks)) or (engine.experts and engine.writes_peft):
+        return ""
+    return "has a form of its own for experts" if engine.experts else _NO_EXPERTS
 
 
 def _one_rank_a_kind(ranks: Mapping[str, int], rank: int) -> bool:
     """Return whether of each kind of layers all have this rank, or none has an adapter."""
-    kinds = ({ranks[name] for name in layers.values()} for layers in layer_grid(ranks).by_kind.values())
-    return all(kind in ({0}, {rank}) for kind in kinds)
+    # TGI and LoRAX stack all layers of a kind: one that differs fails, or drops the whole kind.
+    for layers in layer_grid(ranks).by_kind.values():
+        if {ranks[name] for name in layers.values()} not in ({0}, {rank}):
+            return False
+    return True
 
 
 def _scales_alike(config: Mapping[str, Any], ranks: Mapping[str, int], rank: int) -> bool:
@@ -153,14 +170,15 @@ def _scales_alike(config: Mapping[str, Any], ranks: Mapping[str, int], rank: int
     return all(math.isclose(other, scale, rel_tol=1e-6) for other in scales)  # no alpha makes some exactly the same
 
 
-def _beyond_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[str]:
+def _extras(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[str]:
     """Describe what an adapter directory has besides A and B of linear layers."""
     if config.get("target_parameters"):
         yield _OF_EXPERTS
-    known = (LORA_A, LORA_B, f".{MAGNITUDE}")
     # With an adapter of an embedding or head PEFT stores a copy of the base's own weight.
-    others = (name for name in tensors if not name.endswith((*known, ".base_layer.weight")))
-    yield from (f"tensor {name.removeprefix(PREFIX)!r}" for name in others)
+    known = (LORA_A, LORA_B, f".{MAGNITUDE}", ".base_layer.weight")
+    for name in tensors:
+        if not name.endswith(known):
+            yield f"tensor {name.removeprefix(PREFIX)!r}"
     if config.get("bias") not in (None, "none"):
         yield f"bias={config['bias']!r}"
     if config.get("use_dora"):
@@ -171,11 +189,17 @@ def _listed(words: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
+def _with_verb(words: list[str], verb: str) -> str:
+    if len(words) == 1:
+        verb += "s"
+    return f"{_listed(words)} {verb}"
+
+
 def why_no_export(engine: str, directory: Path, source: str, renames: Mapping[str, str]) -> str:
     """Return why `export` refuses to write an adapter for an engine; empty if it writes it."""
     try:
         trained, _ = on_base(engine, read_trained(directory, None, renames), source)
-        check_rank(engine, vllm_rank(trained.rank))
+        check_rank(engine, vllm_rank(trained.rank))  # which `export` chooses if none is given
     except LoraInitError as error:
         return error.spelled(lambda name, _: f"`lora-init export --{name.replace('_', '-')}`")
     return ""
@@ -191,10 +215,11 @@ def on_base(
     """
     model = read_base(source, trained, for_engine=engine is not None)
     mapping = trained.config.get("auto_mapping") or {}
-    if engine and mapping.get("base_model_class") not in (None, type(model.model).__name__):  # names are not of that
+    # The names are those of the checkpoint's class by now, so PEFT must not load another one for them.
+    if engine and mapping.get("base_model_class") not in (None, type(model.model).__name__):
         trained = replace(trained, config={**trained.config, "auto_mapping": None})
     trained = with_changed_copies(with_parameters(trained, model.parameters), model)
-    if start is not None:
+    if start is not None:  # named as its own start, so that it is not asked for one
         before = with_parameters(read_trained(start, start), model.parameters)
         trained = subtract(trained, before, origin, str(start))
     check_engine(engine or PEFT.title, find_engine(engine), trained, model)
@@ -203,13 +228,15 @@ def on_base(
 
 def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> None:
     """Refuse what an engine would refuse, or would read as something else."""
-    if engine is PEFT:
+    if engine is PEFT:  # which trained it
         return
-    beyond = "DoRA" if trained.dora and not engine.dora else next(_beyond_lora(engine, trained, base), None)
-    if beyond is not None:
-        merged = "Write a whole model instead by {merge_into}, without an engine."
-        remedy = "Serve it with PEFT." if trained.config.get("alora_invocation_tokens") else merged
-        raise LoraInitError(f"{name} does not take {beyond}. {remedy}", merge_into=...)
+    extra = next(_not_taken(engine, trained, base), None)
+    if extra is not None:
+        remedy = "Write a whole model instead by {merge_into}, without an engine."
+        if trained.config.get("alora_invocation_tokens"):  # merged, it would act on every token
+            remedy = "Serve it with PEFT."
+        raise LoraInitError(f"{name} does not take {extra}. {remedy}", merge_into=...)
+    # mlx-lm has one kind for all layers, "lora" or "dora".
     if trained.dora and any(layer.magnitude is None for layer in trained.layers.values()):
         raise LoraInitError(
             f"{name} takes DoRA in every layer or in none. Use {{merge_into}}, without an engine.", merge_into=...
@@ -217,8 +244,10 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
     engine.check_names(trained, base)
 
 
-def _beyond_lora(engine: Engine, trained: Trained, base: Base) -> Iterator[str]:
-    """Describe what an adapter has besides A, B and magnitudes of linear layers."""
+def _not_taken(engine: Engine, trained: Trained, base: Base) -> Iterator[str]:
+    """Describe what an adapter has that an engine does not take, besides A and B of linear layers."""
+    if trained.dora and not engine.dora:
+        yield "DoRA"
     tied = base.embeddings[1] if base.tied else None
     for name, layer in trained.layers.items():
         if layer.ends == EMBEDDING:
@@ -231,4 +260,6 @@ def _beyond_lora(engine: Engine, trained: Trained, base: Base) -> Iterator[str]:
             yield f"an adapter of {name!r}, whose weight is also the input embedding's"
     for key in trained.others:
         yield f"a tensor that is no adapter ({key.removeprefix(PREFIX)!r}, of modules_to_save or the like)"
-    yield from (key for key in ("alora_invocation_tokens", "trainable_token_indices") if trained.config.get(key))
+    for key in ("alora_invocation_tokens", "trainable_token_indices"):
+        if trained.config.get(key):
+            yield key
