@@ -39,8 +39,8 @@ _PARTS_BY_NAME = {
 }  # fmt: skip
 # The axis of A and of B along which the rank counts.
 _RANK_AXIS = {"A": 0, "B": 1}
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as headers of safetensors call them
+_COMMIT = re.compile(r"[0-9a-f]{40}")  # what the hub calls the directory of a snapshot
 # What stands in front of the same layer in one class of a model and not in another.
 _WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model", "module"}
 _CLASSIFIES = ("SEQ_CLS", "TOKEN_CLS")
@@ -195,8 +195,8 @@ def compare(directory: str | Path, base: str | Path | None, engine: str | None) 
         raise LoraInitError(f"{adapter.path / WEIGHTS_FILE} {form}. PEFT's save_pretrained() writes what is read here.")
     config = read_config(source)
     fit = _Fit(adapter, partial(build_base, adapter.config, source, config, engine is not None))
-    report = fit.report(source, converts=engine is None)
-    if report.misfits:
+    report = fit.report(source, converts=engine is None)  # PEFT converts older names when it loads; engines do not
+    if report.misfits:  # which base it is, is asked only of an adapter that fits its form
         return report
     misfits: list[Misfit] = []
     notes = [*report.notes, *_of_own_class(fit, source, config, engine)]
@@ -247,7 +247,7 @@ class _Fit:
     def __init__(self, adapter: AdapterDirectory, make: Any) -> None:
         from peft import get_peft_model_state_dict
 
-        model = make()
+        model = make()  # for each adapter a new one, since PEFT changes the model that it wraps
         self.adapter, self.make, self.name = adapter, make, type(model).__name__
         self.base = Base("", model, widths_of(model), {})
         # The modules of fused experts, which no layer is named after, and how many they have.
@@ -267,8 +267,11 @@ class _Fit:
             self.refused = in_one_line(error)
             return
         self.rank = peft_model.active_peft_config.r
-        self.expected = {key: [*tensor.shape] for key, tensor in state.items()}
-        self.whole = {key: [*tensor.shape] for key, tensor in (weights | state).items() if ".lora_" not in key}
+        for key, tensor in state.items():
+            self.expected[key] = [*tensor.shape]
+        for key, tensor in (weights | state).items():
+            if ".lora_" not in key:
+                self.whole[key] = [*tensor.shape]
 
     def _adapted(self, **changes: Any) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -292,7 +295,10 @@ class _Fit:
         missing = []
         if new_names is not None:  # otherwise tensors may be there, under names that nobody can tell
             there = {*self.adapter.header, *misnamed.values()}
-            missing = [key for key in self.expected if key not in there]
+            lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
+            for key in self.expected:
+                if key not in there:
+                    missing.append(Misfit("missing", key, lost))
         renames = {}
         if new_names and not missing and all(misfit.kind == "config" for misfit in misfits):
             renames = new_names
@@ -300,8 +306,7 @@ class _Fit:
             notes.append(_converted_by_peft(misnamed))
         else:
             misfits += [misfit for misfit, _ in strangers.values()]
-            lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
-            misfits += [Misfit("missing", key, lost) for key in missing]
+            misfits += missing
         return FitReport(source, self.name, len(self.adapter.header), tuple(misfits), renames, tuple(notes))
 
     def _compared(self) -> tuple[list[Misfit], dict[str, tuple[Misfit, str | None]]]:
@@ -341,7 +346,8 @@ class _Fit:
         """
         if new is None or new not in self.expected:
             return None
-        under_old, under_new = (self._of_shape(name, shape, self.expected[new]) for name in (key, new))
+        under_old = self._of_shape(key, shape, self.expected[new])
+        under_new = self._of_shape(new, shape, self.expected[new])
         return under_old if under_new is not None else None
 
     def _of_shape(self, key: str, shape: Sequence[int], expected: Sequence[int]) -> Misfit | None:
@@ -363,7 +369,7 @@ class _Fit:
         if experts and wanted == [*self._other_shape(key)[::-1]]:
             exchanged = "A and B have each other's widths, as PEFT before 0.19.1 made them for experts."
             return Misfit("shape", key, f"{exchanged} Train it by a newer one.")
-        if len(shape) == len(wanted) and [wanted[i] for i in differing] == [tokens]:
+        if len(shape) == len(wanted) and len(differing) == 1 and wanted[differing[0]] == tokens:
             sizes_differ = f"is for {shape[differing[0]]} tokens, and the vocabulary of the base has {tokens}. Call"
             return Misfit("vocabulary", key, f"{sizes_differ} resize_token_embeddings() on the base, and save it.")
         return Misfit("shape", key, f"is {[*shape]}, and {wanted} fits {self.name}: a base of another size.")
@@ -432,6 +438,7 @@ class _Fit:
             end += ".weight"
         fitting = [name for name in self._by_core.get(core, ()) if self._takes(name, end, shape)]
         new = f"{PREFIX}{fitting[0]}.{end}" if len(fitting) == 1 else None
+        # Of experts PEFT's names are no layer's, so that only their module tells that they are there.
         if new == key or (new is None and core.replace(".base_layer", "") in self.n_experts):
             problem = f"its layer is there, and {CONFIG_FILE} does not select it (target_modules and the like)."
             return Misfit("config", key, problem), None
@@ -453,7 +460,10 @@ class _Fit:
 
     def _stranger_beside_lora(self, key: str, shape: Sequence[int]) -> tuple[Misfit, str | None]:
         """Describe a tensor that is no part of A or B, as of a module that was trained whole."""
-        same = [name for name, expected in self.whole.items() if expected == [*shape] and _core(name) == _core(key)]
+        same = []
+        for name, expected in self.whole.items():
+            if expected == [*shape] and _core(name) == _core(key):
+                same.append(name)
         new = same[0] if len(same) == 1 else None
         return Misfit("name", key, f"{self.name} with this adapter has no tensor of this name."), new
 
@@ -576,7 +586,7 @@ def _of_named_base(
     if Path(named).expanduser().resolve() == Path(source).expanduser().resolve():
         return
     theirs: Mapping[str, Stored] = {}
-    with suppress(LoraInitError):
+    with suppress(LoraInitError):  # that base is damaged or not here: below, it cannot be compared
         folder, theirs = _checkpoint_of(named, adapter.config.get("revision"))
         other = config if folder is None else read_config(str(folder))
         if type(other) is not type(config):
@@ -612,6 +622,7 @@ def _fingerprint(model: Any, tensors: Mapping[str, Stored]) -> str:
         if stored is None or stored.shape != tuple(parameter.shape):
             return ""
         state[name] = stored.read()  # which maps the file into memory
+    # `assign`, since nothing can be copied to the meta device; not strict, since buffers stay there.
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     return fingerprint(model)
