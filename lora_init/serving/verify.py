@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -85,7 +85,7 @@ def check_prompts(prompts: Any) -> None:
     """Refuse one text in place of a list, and what is neither a text nor a chat."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise LoraInitError(f"prompts={prompts!r}: expected a list of texts or chats.")
-    wrong = next((one for one in prompts if not isinstance(one, (str, list))), None)
+    wrong = next((prompt for prompt in prompts if not isinstance(prompt, (str, list))), None)
     if wrong is not None:
         raise LoraInitError(f"prompts has {wrong!r}: expected texts, or chats as lists of messages.")
 
@@ -121,33 +121,43 @@ def verify(
     if not prompts or n < 1:
         raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which {{n}} are asked.", n=n)
     check_plain(model, "verify()")
-    for ask, name in ((served, "served="), (base, "base=")):
-        if ask is not None or name == "served=":
-            check_takes(ask, name, "prompt")
+    check_takes(served, "served=", "prompt")
+    if base is not None:
+        check_takes(base, "base=", "prompt")
     with with_adapter(model, adapter) as peft_model:
         local = Local(peft_model.eval(), tokenizer)
         faults = local.faults()
-        plain, trained = local.run(prompts, faults[0]), local.run(prompts)
-        likeliest = trained.topk(min(_TOP, trained.shape[1])).indices
-        effects = (trained - plain).gather(1, likeliest).square().mean(1)
-        # Where the text ends next, some engines tell nothing.
-        ends = [torch.isin(rows.argmax(1), torch.tensor(tokenizer.all_special_ids)) for rows in (plain, trained)]
-        chosen = effects.where(~(ends[0] | ends[1]), -1 / (1 + effects)).argsort(descending=True, stable=True)[:n]
+        plain, trained = local.run(prompts, faults[0]), local.run(prompts)  # [prompts, vocabulary]
+        likeliest = trained.topk(min(_TOP, trained.shape[1])).indices  # prompts x vocabulary -> prompts x _TOP
+        effects = (trained - plain).gather(1, likeliest).square().mean(1)  # prompts x _TOP -> prompts
+        chosen = _most_telling(effects, plain, trained, torch.tensor(tokenizer.all_special_ids))[:n]
         plain, trained, asked = plain[chosen], trained[chosen], [prompts[i] for i in chosen.tolist()]
         effect = float(effects[chosen].mean().sqrt())
-        observed, at_base = (local.observe(ask if effect else None, asked) for ask in (served, base))
+        # If the adapter has no effect, no answer could tell whether it is served: the engine is not asked.
+        ask_adapter, ask_base = (served, base) if effect else (None, None)
+        observed, at_base = local.observe(ask_adapter, asked), local.observe(ask_base, asked)
         run = partial(local.run, asked)
         diagnosis = diagnose(observed, at_base, plain, trained, effect, faults, run, local.routed)
     diagnosis = replace(diagnosis, text="; ".join((diagnosis.text, *note_of(adapter.path))))
-    lost = read_json(adapter.path / RECORD_FILE).get("error") if is_as_written(adapter.path, RECORD_FILE) else None
-    if not lost or not isinstance(lost, float) or diagnosis.verdict != AS_TRAINED:
+    if not is_as_written(adapter.path, RECORD_FILE) or diagnosis.verdict != AS_TRAINED:
+        return diagnosis
+    lost = read_json(adapter.path / RECORD_FILE).get("error")  # the record may be anybody's
+    if not lost or not isinstance(lost, float):
         return diagnosis
     text = diagnosis.text.replace(AS_TRAINED, f"{AS_EXPORTED}, which lost {lost:.2%} of the update", 1)
     return replace(diagnosis, verdict=AS_EXPORTED, text=text)
 
 
+def _most_telling(effects: Tensor, plain: Tensor, trained: Tensor, special_ids: Tensor) -> Tensor:
+    """Order prompts by the effect of the adapter, falling; those come last whose text ends next."""
+    # Where the text ends next, some engines return no log-probabilities.
+    ends = torch.isin(plain.argmax(1), special_ids) | torch.isin(trained.argmax(1), special_ids)
+    # Effects are not negative; -1 / (1 + effect) is, and rises with the effect.
+    return effects.where(~ends, -1 / (1 + effects)).argsort(descending=True, stable=True)
+
+
 def diagnose(
-    observed: Tensor,  # log-probabilities of what is served as the adapter, [prompts, vocabulary]; NaN: not told
+    observed: Tensor,  # log-probabilities of what is served as the adapter, [prompts, vocabulary]; NaN: not returned
     at_base: Tensor,  # the same of the served base
     plain: Tensor,  # of the local base
     trained: Tensor,  # of the local base with the adapter
@@ -156,13 +166,29 @@ def diagnose(
     run: Callable[[Fault], Tensor],  # computes log-probabilities under a fault, if the adapter does not fit
     routed: bool = False,  # whether a router may send tokens elsewhere in another precision
 ) -> Verification:
-    """Return the first verdict that holds of what an engine told, compared with what PEFT computes."""
-    told = ~observed.isnan()
-    answered, values, measured = int(told.any(1).sum()), int(told.sum()), not bool(at_base.isnan().all())
+    """Return the first verdict that holds of what an engine returned, compared with what PEFT computes.
+
+    The distance of the served base from the local one is the unit of everything else: the precision and the kernels of
+    the engine, which would be there without any fault. A fault is named if what is served is closer to the adapter
+    under that fault than to the adapter as trained. If the base was not asked, only a large part of the effect counts.
+    """
+    returned = ~observed.isnan()
+    answered, values, measured = int(returned.any(1).sum()), int(returned.sum()), not bool(at_base.isnan().all())
+    # Each is NaN where nothing was returned, and no comparison below holds of it.
     noise, residual, from_base = _distance(at_base, plain), _distance(observed, trained), _distance(observed, plain)
+    # What may be left: `allowed` of an adapter that is served as trained, `by_list` of a fault of the list, and
+    # `of_effect` of a factor that is searched. A distance above `suspicious` is worth looking for faults.
+    of_effect = _LEFT_BY_FAULT * max(effect, from_base)
+    if measured:
+        allowed = by_list = _NOISES * noise + _LEFT * effect
+        suspicious = allowed / 2  # small faults leave less than what is allowed
+        known = f"noise {noise:.2g}"
+    else:
+        allowed = suspicious = _LEFT_WITHOUT_NOISE * effect
+        by_list = of_effect
+        known = "noise not known: the base was not asked"
 
     def verdict(name: str, reason: str) -> Verification:
-        known = f"noise {noise:.2g}" if measured else "noise not known: the base was not asked"
         text = f"{name}: {reason} ({answered} prompts, {values} values; effect of the adapter {effect:.2g}, {known})"
         off = residual if values else None
         return Verification(name, text, effect, noise if measured else None, off, answered, values)
@@ -175,10 +201,8 @@ def diagnose(
         return verdict("another base or template", f"the served base is {noise:.2g} off")
     if effect < 2 * noise:
         return verdict(CANNOT_TELL, f"the effect would have to be {2 * noise:.2g} at least")
-    allowed = _NOISES * noise + _LEFT * effect if measured else _LEFT_WITHOUT_NOISE * effect
-    if residual > (allowed / 2 if measured else allowed):  # small faults leave less than what is allowed
-        of_effect = _LEFT_BY_FAULT * max(effect, from_base)
-        by_list = allowed if measured else of_effect
+    # Before "as trained": a fault so small that it leaves less than what is allowed still has a name if it fits better.
+    if residual > suspicious:
         fitting = _fault_that_fits(observed, faults, run, 0.7 * residual, by_list, max(by_list, of_effect))
         if fitting is not None:
             fault, distance = fitting
@@ -188,33 +212,40 @@ def diagnose(
             )
     if how_far := _as_trained(observed, trained, allowed, measured and routed):
         return verdict(AS_TRAINED, how_far)
-    fits = max(0.0, 1 - (residual / from_base) ** 2)
-    what = _in_words(fits, measured) + (_other_part(observed, plain, faults, run) if fits > _PART_FITS else "")
+    fits = max(0.0, 1 - (residual / from_base) ** 2)  # the share of the served effect that this adapter explains
+    what = _other_adapter(fits, measured)
+    if fits > _PART_FITS:
+        what += _other_part(observed, plain, faults, run)
     return verdict("another adapter", f"{what}; {fits:.0%} fits, {residual:.2g} off")
 
 
-def _in_words(fits: float, measured: bool) -> str:
-    near, more = "this one compressed, or with layers changed or in other places", ", or another base or template"
-    return (near if fits > 0.5 else "that of another task, say") + ("" if measured else more)
+def _other_adapter(fits: float, measured: bool) -> str:
+    """Describe which adapter may be served instead, by how much of this one is in what is served."""
+    near = "this one compressed, or with layers changed or in other places"
+    what = near if fits > 0.5 else "that of another task, say"
+    return what if measured else f"{what}, or another base or template"
 
 
 def _as_trained(observed: Tensor, trained: Tensor, allowed: float, routed: bool) -> str:
     """Describe how far off what fits is; of a router all but a few prompts have to fit. Empty if it does not."""
-    each, residual = (observed - trained).square().nanmean(1).sqrt(), _distance(observed, trained)
-    most, several = float(each.nanquantile(_PROMPTS)), int((each > allowed).sum())
-    others = f"{several} of {int((~each.isnan()).sum())} prompts, whose tokens a router may have sent elsewhere"
+    residual = _distance(observed, trained)
     if residual <= allowed:
         return f"{residual:.2g} off"
-    return f"{most:.2g} off, but for {others}" if routed and most <= allowed else ""
+    per_prompt = (observed - trained).square().nanmean(1).sqrt()  # prompts x vocabulary -> prompts
+    most = float(per_prompt.nanquantile(_PROMPTS))
+    if not routed or not most <= allowed:  # a quantile that is NaN is not allowed
+        return ""
+    several, answered = int((per_prompt > allowed).sum()), int((~per_prompt.isnan()).sum())
+    return f"{most:.2g} off, but for {several} of {answered} prompts, whose tokens a router may have sent elsewhere"
 
 
 def _distance(observed: Tensor, local: Tensor) -> float:
     return float((observed - local).square().nanmean().sqrt())
 
 
-def _variance_within_prompts(values: Tensor, told: Tensor) -> float:
+def _variance_within_prompts(values: Tensor, returned: Tensor) -> float:
     """Compute the variance around each prompt's mean, of prompts with two values or more; NaN if there is none."""
-    rows = values.where(told, torch.nan)[told.sum(1) > 1]
+    rows = values.where(returned, torch.nan)[returned.sum(1) > 1]
     return float((rows - rows.nanmean(1, keepdim=True)).square().nanmean())
 
 
@@ -226,7 +257,11 @@ def _fault_that_fits(
     by_list: float,  # distance up to which a fault of the list explains what is served
     by_search: float,  # the same for a factor that is searched
 ) -> tuple[Fault, float] | None:
-    """Return the first fault that explains what is served, or else the closest factor on all scalings if it does."""
+    """Return the first fault that explains what is served, or else the closest factor on all scalings if it does.
+
+    A factor that is searched explains something of almost any answer, so faults of the list come first, and a factor
+    also has to be closer than each of them.
+    """
     closest = math.inf
     for fault in faults:
         distance = _distance(observed, run(fault))
@@ -234,33 +269,45 @@ def _fault_that_fits(
             return fault, distance
         closest = min(closest, distance)
 
-    fitting = _factor_that_fits(observed, "", [*faults[0].factors], run)
-    if fitting[0] is None or fitting[1] > min(by_search, most, closest):
-        experts = next((one.factors for one in faults if one.reason == EXPERTS), {})
-        fitting = _factor_that_fits(observed, f"{EXPERTS} ", [name for name, by in experts.items() if not by], run)
+    factor, distance = _factor_that_fits(observed, "", [*faults[0].factors], run)
+    if factor is None or distance > min(by_search, most, closest):
+        factor, distance = _factor_that_fits(observed, f"{EXPERTS} ", _expert_layers(faults), run)
         by_search = max(by_list, _LEFT_BY_FAULT * most)  # nine tenths of what is off, since experts do less than all
-    factor, distance = fitting
     return (factor, distance) if factor is not None and distance <= min(by_search, most, closest) else None
+
+
+def _expert_layers(faults: Sequence[Fault]) -> list[str]:
+    """List the layers of experts: those that the fault without the part of that name has at zero."""
+    for fault in faults:
+        if fault.reason == EXPERTS:
+            return [name for name, factor in fault.factors.items() if not factor]
+    return []
 
 
 def _factor_that_fits(
     observed: Tensor, what: str, names: Sequence[str], run: Callable[[Fault], Tensor]
 ) -> tuple[Fault | None, float]:
-    """Find the closest factor on the scalings of layers, and how far what is served is from it; None for about 1."""
+    """Find the closest factor on the scalings of layers, and how far what is served is from it; None for about 1.
+
+    Factors are searched as powers of two: on a grid of half powers, and from its best point by parabolas. One parabola
+    is not enough where the adapter acts strongly: with llama.cpp's server it called a factor of 3 "by 2.54".
+    """
     if not names:
         return None, math.inf
 
     def scaled(power: float) -> Fault:
         return Fault("scaled", f"{what}by {2**power:.3g}", dict.fromkeys(names, 2**power))
 
-    @cache
+    @cache  # a point costs forward passes over all prompts, and the rounds below share points
     def square(power: float) -> float:
         return _distance(observed, run(scaled(power))) ** 2
 
     lowest = min((power / 2 for power in range(-9, 10)), key=square)
     for step in (0.5, 0.25, 0.125):  # to the lowest point of the parabola through three, and again nearer to it
-        before, at, after = (square(lowest + way * step) for way in (-1, 0, 1))
-        lowest += step * max(-1.0, min(1.0, 0.5 * (before - after) / max(before - 2 * at + after, 1e-12)))
+        before, at, after = square(lowest - step), square(lowest), square(lowest + step)
+        curvature = max(before - 2 * at + after, 1e-12)  # three points on a line have none to divide by
+        # At most one step: where the curvature is small, the parabola's lowest point is far outside of the three.
+        lowest += step * max(-1.0, min(1.0, 0.5 * (before - after) / curvature))
     is_factor = 0.2 < abs(lowest) < 6  # less than 15 % is noise, as a rule
     return scaled(lowest) if is_factor else None, math.sqrt(square(lowest))
 
@@ -269,17 +316,21 @@ def _other_part(observed: Tensor, plain: Tensor, faults: Sequence[Fault], run: C
     """Name the one part of the blocks that is not as trained where all others are; empty if that is not so.
 
     What is served is taken for a sum of what each part does alone, and those as trained have a weight of about one.
+    Least squares give the weights.
     """
     names = [*faults[0].factors]
     parts: dict[str, list[str]] = {}
     for name in names:
-        parts.setdefault(name.split(".")[-2:][0], []).append(name)
+        parts.setdefault(name.split(".")[-2:][0], []).append(name)  # the module that the layer is in, if any
     if len(parts) < 2:
         return ""
-    told = ~observed.isnan()
-    effects = [(run(Fault("", "", {n: float(n in part) for n in names})) - plain)[told] for part in parts.values()]
-    weights = torch.linalg.lstsq(torch.stack(effects, 1).double(), (observed - plain)[told].double()[:, None]).solution
-    wrong = [part for part, weight in zip(parts, weights[:, 0].tolist(), strict=True) if abs(weight - 1.0) > _PART_OFF]
+    returned, effects = ~observed.isnan(), []
+    for members in parts.values():
+        alone = Fault("", "", dict.fromkeys(names, 0.0) | dict.fromkeys(members, 1.0))
+        effects.append((run(alone) - plain)[returned])  # prompts x vocabulary -> values
+    a, b = torch.stack(effects, 1).double(), (observed - plain)[returned].double()[:, None]  # values x parts, x 1
+    weights = torch.linalg.lstsq(a, b).solution[:, 0].tolist()
+    wrong = [part for part, weight in zip(parts, weights, strict=True) if abs(weight - 1.0) > _PART_OFF]
     return f"; {wrong[0]} alone not as trained" if len(wrong) == 1 else ""
 
 
@@ -293,18 +344,23 @@ class Local:
     @torch.no_grad()
     def run(self, prompts: Sequence[Any], fault: Fault = _AS_TRAINED) -> Tensor:
         """Compute log-probabilities of the next token, float32 [prompts, vocabulary]."""
-        rows, texts, template = [], [], self.tokenizer.apply_chat_template
+        rows, texts = [], []
         for prompt in prompts:
-            chat = not isinstance(prompt, str)
-            text = template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
-            texts.append(self.tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"][0])
-        step = max(1, _TOKENS // max(map(len, texts)))
+            is_text = isinstance(prompt, str)
+            text = prompt
+            if not is_text:
+                text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            # A template writes the special tokens itself.
+            texts.append(self.tokenizer(text, add_special_tokens=is_text, return_tensors="pt")["input_ids"][0])
+        step = max(1, _TOKENS // max(map(len, texts)))  # texts of a batch
         with self._under(fault):
-            for batch in (texts[i : i + step] for i in range(0, len(texts), step)):
-                # Padding on the right is after everything that a token attends to.
-                logits = self.model(input_ids=pad_sequence(batch, batch_first=True).to(self.model.device)).logits
-                ends = (logits[i, len(text) - 1] for i, text in enumerate(batch))
-                rows += [end.float().log_softmax(-1).cpu() for end in ends]
+            for first in range(0, len(texts), step):
+                batch = texts[first : first + step]
+                # Padding on the right is after everything that a token attends to, so it needs no mask.
+                ids = pad_sequence(batch, batch_first=True).to(self.model.device)  # [texts, longest]
+                logits = self.model(input_ids=ids).logits  # [texts, longest, vocabulary]
+                for tokens, of_text in zip(batch, logits, strict=True):
+                    rows.append(of_text[len(tokens) - 1].float().log_softmax(-1).cpu())
         self.size = len(rows[0])
         return torch.stack(rows)
 
@@ -321,31 +377,39 @@ class Local:
     @contextmanager
     def _under(self, fault: Fault) -> Iterator[None]:
         """Put a fault on PEFT's layers while the block runs."""
-        layers, off = self.layers.values(), fault.verdict == "ignored"
+        layers = self.layers.values()
         with restoring("scaling", layers), restoring("lora_variant", layers), ExitStack() as stack:
-            if off:
+            if fault.verdict == "ignored":
                 stack.enter_context(disabled(self.model))
             for name, factor in fault.factors.items():
                 layer = self.layers[name]
                 layer.scaling = layer.scaling | {self.name: layer.scaling[self.name] * factor}
-                if not (factor and fault.magnitudes):
+                if not (factor and fault.magnitudes):  # DoRA rescales a layer's output even if B A is zero
                     layer.lora_variant = {}
-            end, change = fault.experts or ("", None)
-            fused = {name: layer for name, layer in self._fused.items() if change and name.endswith(end)}
-            for layer in fused.values():
-                parts = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
-                kept = LoraWeights(*(part.data for part in parts))
-                new = change(kept.of_experts(layer.num_experts)).fused()  # type: ignore[misc]
-                for part, old, changed in zip(parts, kept, new, strict=True):
-                    stack.callback(setattr, part, "data", old)
-                    part.data = changed
+            if fault.experts is not None:
+                ending, change = fault.experts
+                for name, layer in self._fused.items():
+                    if name.endswith(ending):
+                        self._change_experts(layer, change, stack)
             yield
+
+    def _change_experts(self, layer: Any, change: Change, stack: ExitStack) -> None:
+        """Change A and B of fused experts until the stack is closed."""
+        a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
+        kept = LoraWeights(a.data, b.data)
+        # PEFT's fused matrices -> [experts, r, d_in] and [experts, d_out, r], which are changed, and back.
+        changed = change(kept.of_experts(layer.num_experts)).fused()
+        for parameter, old, new in zip((a, b), kept, changed, strict=True):
+            stack.callback(setattr, parameter, "data", old)
+            parameter.data = new
 
     def observe(self, ask: Ask | None, prompts: Sequence[Any]) -> Tensor:
         """Read answers of an engine, [prompts, vocabulary]; NaN where there is none, or a text of several tokens."""
-        told = torch.full((len(prompts), self.size), torch.nan)
-        for row, prompt in zip(told, prompts, strict=True):
-            answer = ask(prompt) if ask else {}
+        answers = torch.full((len(prompts), self.size), torch.nan)
+        if not ask:
+            return answers
+        for row, prompt in zip(answers, prompts, strict=True):
+            answer = ask(prompt)
             if not isinstance(answer, Mapping):
                 raise LoraInitError(
                     f"served= and {{base}} return {type(answer).__name__}, expected token: log-probability.", base=...
@@ -353,14 +417,15 @@ class Local:
             for token, value in answer.items():
                 number = token if isinstance(token, int) else self._numbers.get(token)
                 if number is not None and 0 <= number < self.size:
-                    row[number] = value
-        return told
+                    row[number] = value  # a row is a view of `answers`
+        return answers
 
     @cached_property
     def _numbers(self) -> dict[str, int | None]:
         """Numbers of tokens by their text, as tokenizers and engines write it; None where several have it."""
         numbers: dict[str, int | None] = {}
         for number, name in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))):
+            # As the vocabulary has it, the same with SentencePiece's sign for a space, and as text.
             for text in {str(name), str(name).replace("▁", " "), self.tokenizer.decode([number])}:
                 numbers[text] = None if text in numbers else number
         return numbers
@@ -369,15 +434,18 @@ class Local:
         """List what engines are known to do to an adapter; first, to leave it out."""
         names = [*self.layers]
         faults = [Fault("ignored", "what answers is the base", dict.fromkeys(names, 0.0))]
-        for factors, same in self._other_scalings().items():
-            alike = f"by {factors[0]:.3g}, " if len({*factors}) == 1 else ""
-            faults.append(Fault("scaled", alike + " or ".join(same), dict(zip(names, factors, strict=True))))
+        for factors, reasons in self._other_scalings().items():
+            reason = " or ".join(reasons)
+            if len({*factors}) == 1:
+                reason = f"by {factors[0]:.3g}, {reason}"
+            faults.append(Fault("scaled", reason, dict(zip(names, factors, strict=True))))
+        part_factors = [0.0]
+        if self._fused:  # some engines scale the experts alone
+            part_factors += [2.0, 0.5]
         parts = self._parts()
-        for factor in (0.0, 2.0, 0.5) if self._fused else (0.0,):
+        for factor in part_factors:
             for part, members in parts.items():
-                by = {name: factor if name in members else 1.0 for name in names}
-                missing = Fault("a part is missing", part, by)
-                faults.append(Fault("scaled", f"{part} by {factor:g}", by) if factor else missing)
+                faults.append(self._of_part(part, members, factor))
         if any(layer.lora_variant for layer in self.layers.values()):
             faults.append(Fault("a part is missing", "the magnitudes of DoRA", dict.fromkeys(names, 1.0), False))
         if self._fused:
@@ -386,6 +454,13 @@ class Local:
             for (verdict, reason), experts in misreadings(first.num_experts, halves).items():
                 faults.append(Fault(verdict, reason, {}, experts=experts))
         return faults
+
+    def _of_part(self, part: str, members: Collection[str], factor: float) -> Fault:
+        """Describe one part by a factor, all others as trained."""
+        factors = dict.fromkeys(self.layers, 1.0) | dict.fromkeys(members, factor)
+        if not factor:
+            return Fault("a part is missing", part, factors)
+        return Fault("scaled", f"{part} by {factor:g}", factors)
 
     def _parts(self) -> dict[str, set[str]]:
         """Collect layers by kind and by module, and experts by block, where these are not all layers."""
@@ -398,22 +473,24 @@ class Local:
 
     def _other_scalings(self) -> dict[tuple[float, ...], list[str]]:
         """Compute the factors by which layers are off where an engine reads scalings wrongly, each with its reasons."""
-        config, names = self.model.active_peft_config, [*self.layers]
-        rank, alpha, scaling = (
-            {name: getattr(layer, what)[self.name] for name, layer in self.layers.items()}
-            for what in ("r", "lora_alpha", "scaling")
-        )
-        served = {
-            "alpha doubled": {name: 2 * scaling[name] for name in names},
-            "rsLoRA not read": {name: alpha[name] / rank[name] for name in names},
-            "lora_alpha over each layer's own rank": {name: config.lora_alpha / rank[name] for name in names},
-            "lora_alpha / r everywhere, patterns not read": dict.fromkeys(names, config.lora_alpha / config.r),
-        }
-        for most in {max(rank.values()), *VLLM_RANKS}:
-            padded = {name: scaling[name] * min(1, rank[name] / most) for name in names}
-            served[f"ranks padded to {most} without their scaling"] = padded
+        config = self.model.active_peft_config
+        rooms = {max(layer.r[self.name] for layer in self.layers.values()), *VLLM_RANKS}
+        factors: dict[str, list[float]] = {}  # by reason, of each layer
+        for layer in self.layers.values():
+            rank, alpha, scaling = layer.r[self.name], layer.lora_alpha[self.name], layer.scaling[self.name]
+            served = {
+                "alpha doubled": 2 * scaling,
+                "rsLoRA not read": alpha / rank,
+                "lora_alpha over each layer's own rank": config.lora_alpha / rank,
+                "lora_alpha / r everywhere, patterns not read": config.lora_alpha / config.r,
+            }
+            for room in rooms:
+                served[f"ranks padded to {room} without their scaling"] = scaling * min(1, rank / room)
+            for reason, other in served.items():
+                # Rounded, so that reasons with the same result are one fault.
+                factors.setdefault(reason, []).append(round(other / scaling, 4))
         reasons: dict[tuple[float, ...], list[str]] = {}
-        for reason, of in served.items():
-            reasons.setdefault(tuple(round(of[name] / scaling[name], 4) for name in names), []).append(reason)
-        reasons.pop((1.0,) * len(names), None)  # which is as trained
+        for reason, of_layers in factors.items():
+            reasons.setdefault(tuple(of_layers), []).append(reason)
+        reasons.pop((1.0,) * len(self.layers), None)  # which is as trained
         return reasons
