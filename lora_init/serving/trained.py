@@ -44,7 +44,7 @@ _KEPT_KEYS = (
     "alora_invocation_tokens", "auto_mapping", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_bias",
     "lora_dropout", "modules_to_save", "revision", "task_type", "trainable_token_indices", "use_dora",
 )  # fmt: skip
-_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # what A and B may have
 # What numbers and patterns of a damaged config end in.
 _DAMAGE = (TypeError, AttributeError, ValueError, OverflowError, re.error)
 
@@ -82,11 +82,12 @@ class Layer:
     def padded(self, rank: int) -> Layer:
         """Append zero rows to A and zero columns to B, which changes nothing."""
         more = rank - self.rank
+        # `pad` counts from the last axis, two numbers each: A [r, d_in] grows in its first, B [d_out, r] in its last.
         return replace(self, a=F.pad(self.a, (0, 0, 0, more)), b=F.pad(self.b, (0, more)))
 
     def rescaled(self, scaling: float) -> Layer:
         """Multiply B so that the layer does the same under another scaling; it is float32 until it is written."""
-        if scaling == self.scaling:
+        if scaling == self.scaling:  # B stays in its type, bit for bit
             return self
         return replace(self, b=self.b.float() * (self.scaling / scaling), scaling=scaling)
 
@@ -114,9 +115,15 @@ class Trained:
     def quantized(self) -> str:
         """How the base was quantized as it was loaded for lora_init, such as "nf4"; empty if it was not."""
         provenance = carried(self.config).get("provenance")
-        made = provenance.get("quantisation") if isinstance(provenance, dict) else None
-        made = made if isinstance(made, dict) else {}
-        return next((name for name, how in QUANTIZATIONS.items() if how.items() <= made.items()), "")
+        if not isinstance(provenance, dict):  # as of an adapter that lora_init did not make, or of an edited file
+            return ""
+        settings = provenance.get("quantisation")
+        if not isinstance(settings, dict):
+            return ""
+        for name, how in QUANTIZATIONS.items():
+            if how.items() <= settings.items():
+                return name
+        return ""
 
     @property
     def adds_nothing(self) -> bool:
@@ -136,11 +143,12 @@ class Trained:
     @property
     def update_size(self) -> float:
         """Frobenius norm of scaling * B A, of all layers at once."""
+        # |B A|^2 is the trace of (B^T B)(A A^T): two r x r matrices, and never one of d_out x d_in. Experts add up.
         squares = 0.0
         for layer in self.layers.values():
             a, b = layer.a.double(), layer.b.double()
             squares += layer.scaling**2 * float(((b.mT @ b) * (a @ a.mT)).sum())
-        return math.sqrt(max(squares, 0.0))
+        return math.sqrt(max(squares, 0.0))  # rounding may leave a sum of zeros just below zero
 
     @property
     def n_parameters(self) -> int:
@@ -162,12 +170,13 @@ class Trained:
         targets = [Target(name, "", *layer.widths, experts=layer.experts) for name, layer in self.layers.items()]
         for name, prefix in file_prefixes(targets).items():
             layer = self.layers[name]
-            weights = LoraWeights(layer.a, layer.b.to(layer.a.dtype))
-            a, b = weights.fused() if layer.experts else weights
-            for end, tensor in zip((*layer.ends, MAGNITUDE), (a, b, layer.magnitude), strict=True):
+            weights = LoraWeights(layer.a, layer.b.to(layer.a.dtype))  # B may be float32, see `Layer.rescaled`
+            if layer.experts:
+                weights = weights.fused()
+            for end, tensor in zip((*layer.ends, MAGNITUDE), (*weights, layer.magnitude), strict=True):
                 if tensor is None:
                     continue
-                if not bool(tensor.isfinite().all()):
+                if not bool(tensor.isfinite().all()):  # B was rescaled beyond the largest number of its type
                     raise LoraInitError(
                         f"layer {name!r}: {tensor.dtype} cannot hold it under one scaling for all layers."
                     )
@@ -180,7 +189,10 @@ class Trained:
         return any(layer.magnitude is not None for layer in self.layers.values())
 
     def with_one_scaling(self) -> Trained:
-        """Bring every layer to the scaling that most have; what differs is multiplied into B."""
+        """Bring every layer to the scaling that most have; what differs is multiplied into B.
+
+        Engines read one scaling for all layers, whatever patterns say.
+        """
         scaling = Counter(layer.scaling for layer in self.layers.values()).most_common(1)[0][0]
         return replace(self, layers={name: layer.rescaled(scaling) for name, layer in self.layers.items()})
 
@@ -197,12 +209,13 @@ def read_trained(
     if renames:
         config = _with_renamed_patterns(config, adapter.shapes, renames)
     _check_config(config, directory)
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}  # by layer, and by the end of the name in the file
     others = {}
     for key, tensor in adapter.tensors().items():
-        match = _PART.fullmatch(renames.get(key, key))
+        new = renames.get(key, key)
+        match = _PART.fullmatch(new)
         if match is None:
-            others[renames.get(key, key)] = tensor
+            others[new] = tensor
         else:
             parts.setdefault(match["name"], {})[match["part"]] = tensor
     path = directory / WEIGHTS_FILE
@@ -210,11 +223,15 @@ def read_trained(
         hint = "`lora-init inspect ADAPTER --base MODEL` looks for the names that fit."
         raise LoraInitError(f"{path} holds no lora_A, so there is no adapter to export. {hint}")
     # With the adapter of an embedding PEFT stores the base's own weight, which training has not changed.
-    copies = {key: others.pop(key) for name in parts if (key := f"{PREFIX}{name}.base_layer.weight") in others}
+    copies = {}
+    for name in parts:
+        key = f"{PREFIX}{name}.base_layer.weight"
+        if key in others:
+            copies[key] = others.pop(key)
     trained = Trained(config, {}, others, copies, parts)
     for name, tensors in parts.items():
         _check_pair(name, tensors, path)
-    if not config.get("target_parameters"):
+    if not config.get("target_parameters"):  # else only the model tells which parameters the tensors are for
         trained = with_parameters(trained, {})
     _check_conversion(trained, adapter.origin, directory)
     if start is None:
@@ -224,12 +241,12 @@ def read_trained(
 
 def _check_config(config: Mapping[str, Any], directory: Path) -> None:
     """Refuse an adapter of another kind than is exported, and names of parameters that are no list."""
-    other = next((key for key in OTHER_UPDATES if config.get(key)), None)
-    if other is not None:
-        raise LoraInitError(
-            f"{directory} was trained with {other}; only plain LoRA, rsLoRA and DoRA are exported. Call PEFT's "
-            "merge_and_unload() and serve the model that it returns."
-        )
+    for key in OTHER_UPDATES:
+        if config.get(key):
+            raise LoraInitError(
+                f"{directory} was trained with {key}; only plain LoRA, rsLoRA and DoRA are exported. Call PEFT's "
+                "merge_and_unload() and serve the model that it returns."
+            )
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         raise LoraInitError(f"{directory / CONFIG_FILE} is damaged: target_parameters is no list of names.")
@@ -238,68 +255,86 @@ def _check_config(config: Mapping[str, Any], directory: Path) -> None:
 def _with_renamed_patterns(
     config: Mapping[str, Any], keys: Iterable[str], renames: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Write out what patterns say of layers under the names in the file, or else their new ones, for the new names."""
-    pairs = [(_layer_of(key), _layer_of(renames.get(key, key))) for key in keys]
-    names = {old: new for old, new in pairs if old and new}
-    for key in config.get("target_parameters") or ():  # whose names patterns have, and the file has not
-        names |= {f"{one.replace('.base_layer', '')}.{end}": f"{new.replace('.base_layer', '')}.{end}"
-                  for one, new in names.items() for end in [str(key).rpartition(".")[2]]}  # fmt: skip
-    written = {}
-    for key, default in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", config.get("lora_alpha", 8))):
-        in_file = from_patterns(config.get(key), [*names], None)
-        by_new = from_patterns(config.get(key), [*names.values()], default)
-        values = {new: by_new[new] if in_file[name] is None else in_file[name] for name, new in names.items()}
-        written[key] = {f"^{re.escape(new)}": value for new, value in values.items()}
+    """Write patterns for the new names of layers: with the values that old patterns give the old name, else the new.
+
+    A pattern of a renamed layer would match nothing, and one that was written for the new names fits already.
+    """
+    names: dict[str, str] = {}  # of layers, old to new
+    for key in keys:
+        old, new = _layer_of(key), _layer_of(renames.get(key, key))
+        if old and new:
+            names[old] = new
+    # Patterns name the parameters of experts. The file names their module, once for each `.base_layer`.
+    for parameter in config.get("target_parameters") or ():
+        end = str(parameter).rpartition(".")[2]
+        for old, new in [*names.items()]:
+            names[f"{old.replace('.base_layer', '')}.{end}"] = f"{new.replace('.base_layer', '')}.{end}"
+    written: dict[str, dict[str, Any]] = {}
+    for pattern, default in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", config.get("lora_alpha", 8))):
+        by_old = from_patterns(config.get(pattern), [*names], None)
+        by_new = from_patterns(config.get(pattern), [*names.values()], default)
+        written[pattern] = {}
+        for old, new in names.items():
+            value = by_new[new] if by_old[old] is None else by_old[old]
+            written[pattern][f"^{re.escape(new)}"] = value
     return {**config, **written}
 
 
 def _layer_of(key: str) -> str | None:
     """Return the name of the layer that an A is of."""
-    ends = [end for end in (".lora_A", ".lora_embedding_A") if end in key]
-    return key.partition(ends[0])[0].removeprefix(PREFIX) if ends else None
+    for end in (".lora_A", ".lora_embedding_A"):
+        if end in key:
+            return key.partition(end)[0].removeprefix(PREFIX)
+    return None
 
 
 def _check_pair(name: str, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuse what is no A and B of a linear layer or embedding, or of parameters."""
+    problem = _problem_of(tensors)
+    if problem:
+        raise LoraInitError(f"{path}: layer {name!r} {problem}")
+
+
+def _problem_of(tensors: Mapping[str, Tensor]) -> str:
+    """Describe why the tensors of a layer are no A and B; empty if they are."""
     ends = ends_of(tensors)
-    problem = None
-    missing = next((end for end in ends if end not in tensors), None)
-    unknown = next((end for end in tensors if end not in (*ends, MAGNITUDE)), None)
-    if missing is not None:
-        problem = f"has no {missing}. The adapter is incomplete; save it again."
-    elif unknown is not None:
-        problem = f"has {unknown}, which no plain LoRA has. Only lora_A and lora_B are read."
-    elif tensors[ends[0]].dim() > 2:
-        problem = (
+    for end in ends:
+        if end not in tensors:
+            return f"has no {end}. The adapter is incomplete; save it again."
+    for end in tensors:
+        if end not in (*ends, MAGNITUDE):
+            return f"has {end}, which no plain LoRA has. Only lora_A and lora_B are read."
+    if tensors[ends[0]].dim() > 2:
+        return (
             "is a convolution, which the engines read no adapter of. Call PEFT's merge_and_unload() and serve the "
             "model that it returns."
         )
-    elif wrong := {tensor.dtype for tensor in tensors.values()} - _TYPES:
-        problem = f"is {wrong.pop()}, and A and B are float32, float16 or bfloat16. Save it again in one of these."
-    elif not all(tensor.isfinite().all() for tensor in tensors.values()):
-        problem = "holds NaN or infinite numbers: its training went wrong. Save a checkpoint from before."
-    if problem is not None:
-        raise LoraInitError(f"{path}: layer {name!r} {problem}")
+    for tensor in tensors.values():
+        if tensor.dtype not in _TYPES:
+            return f"is {tensor.dtype}, and A and B are float32, float16 or bfloat16. Save it again in one of these."
+    for tensor in tensors.values():
+        if not tensor.isfinite().all():
+            return "holds NaN or infinite numbers: its training went wrong. Save a checkpoint from before."
+    return ""
 
 
 def ends_of(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     """Return how the names of A and B end among the tensors of one layer."""
-    return EMBEDDING if any(end in tensors for end in EMBEDDING) else LINEAR
+    return LINEAR if tensors.keys().isdisjoint(EMBEDDING) else EMBEDDING
 
 
 def with_parameters(trained: Trained, parameters: Mapping[str, Target]) -> Trained:
     """Name the layers by what `target_parameters` selects, and shape their tensors to one A and B for each expert."""
     if not trained.unnamed:
         return trained
-    missing = next((target.name for name, target in parameters.items() if name not in trained.unnamed), None)
-    if missing is not None:
-        raise LoraInitError(
-            f"target_parameters selects {missing!r}, and {WEIGHTS_FILE} holds nothing for it. The adapter is "
-            "incomplete; save it again."
-        )
+    for name, target in parameters.items():
+        if name not in trained.unnamed:
+            raise LoraInitError(
+                f"target_parameters selects {target.name!r}, and {WEIGHTS_FILE} holds nothing for it. The adapter is "
+                "incomplete; save it again."
+            )
     layers = {}
-    plain = {name: Target(name, "", 0, 0) for name in trained.unnamed if name not in parameters}
-    targets = plain | dict(parameters)
+    targets = {name: Target(name, "", 0, 0) for name in trained.unnamed if name not in parameters} | dict(parameters)
     try:
         ranks, alphas = _ranks_and_alphas(trained.config, [target.name for target in targets.values()])
         for name, target in targets.items():
@@ -314,15 +349,15 @@ def with_parameters(trained: Trained, parameters: Mapping[str, Target]) -> Train
 
 
 def _ranks_and_alphas(config: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return tuple(
-        from_patterns(config.get(patterns), names, config.get(key, 8))
-        for patterns, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )  # type: ignore[return-value]
+    ranks = from_patterns(config.get("rank_pattern"), names, config.get("r", 8))  # 8 is PEFT's default of both
+    alphas = from_patterns(config.get("alpha_pattern"), names, config.get("lora_alpha", 8))
+    return ranks, alphas
 
 
 def _layer(target: Target, tensors: Mapping[str, Tensor], rank: int, alpha: float, config: Mapping[str, Any]) -> Layer:
     ends, experts = ends_of(tensors), target.experts
     a, b = tensors[ends[0]], tensors[ends[1]]
+    # PEFT's layout of fused experts is two-dimensional, too: A [experts * r, d_in] and B [d_out, r * experts].
     if not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] == rank * max(experts, 1):
         each = f" for each of {experts} experts" if experts else ""
         raise LoraInitError(
@@ -355,12 +390,17 @@ def _check_conversion(trained: Trained, origin: Mapping[str, Any], directory: Pa
     place, and what is saved adds nothing.
     """
     own = origin.get("start")
+    # A conversion doubles the rank: an adapter with the rank of its start was not converted.
     if own is None or trained.config.get("r") == origin.get("rank"):
         return
-    halves = {name: (layer.a.chunk(2), layer.b.chunk(2, dim=1)) for name, layer in trained.layers.items()}
-    if start_digest({name: LoraWeights(a[-1], -b[-1]) for name, (a, b) in halves.items()}) != own:
+    first, second = {}, {}
+    for name, layer in trained.layers.items():
+        # A [2r, d_in] is the trained A above the start's, B [d_out, 2r] the trained B beside the start's negative.
+        a, b = layer.a.chunk(2), layer.b.chunk(2, dim=1)
+        first[name], second[name] = LoraWeights(a[0], b[0]), LoraWeights(a[-1], -b[-1])
+    if start_digest(second) != own:
         raise LoraInitError(f"{directory} was converted from another start than its own. Export what was trained anew.")
-    if start_digest({name: LoraWeights(a[0], b[0]) for name, (a, b) in halves.items()}) == own:
+    if start_digest(first) == own:
         raise LoraInitError(
             f"{directory} adds nothing: it was never trained, or converted from a directory with the adapter's own "
             "name, from which PEFT put the start in its place. Save it without a conversion, and name the start by "
@@ -370,10 +410,14 @@ def _check_conversion(trained: Trained, origin: Mapping[str, Any], directory: Pa
 
 
 def subtract(trained: Trained, start: Trained, origin: Mapping[str, Any], where: str) -> Trained:
-    """Append the adapter as it was before training with the opposite sign, which doubles the rank."""
+    """Append the adapter as it was before training with the opposite sign, which doubles the rank.
+
+    On the plain base, which lacks nothing, only the difference of both is what was learned: s (B A - B0 A0).
+    """
     if trained.dora:
         raise LoraInitError("{start}: an adapter with DoRA cannot give up what it began with.", start=where)
-    if origin.get("start", "") not in ("", start_digest({n: one.weights for n, one in start.layers.items()})):
+    digest = start_digest({name: layer.weights for name, layer in start.layers.items()})
+    if origin.get("start", "") not in ("", digest):  # older directories may lack the hash
         raise LoraInitError(
             "{start} holds other numbers than those that this adapter began with. Name what was saved right "
             "before its training.",
@@ -385,6 +429,7 @@ def subtract(trained: Trained, start: Trained, origin: Mapping[str, Any], where:
         if before is None or (before.widths, before.experts) != (layer.widths, layer.experts):
             raise LoraInitError(f"{{start}} has no layer {name!r} of these widths. It is another's start.", start=where)
         opposite = -before.rescaled(layer.scaling).b
+        # A [r, d_in] -> [2r, d_in], B [d_out, r] -> [d_out, 2r], of each expert
         layers[name] = replace(layer, a=torch.cat([layer.a, before.a], -2), b=torch.cat([layer.b, opposite], -1))
     return replace(trained, layers=layers)
 
@@ -412,27 +457,30 @@ def config_of(trained: Trained, target_modules: Collection[str]) -> dict[str, An
 
 def zero_layers(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:
     """Make adapters that add nothing for layers without one, of those kinds that have one in another block."""
+    # TGI and LoRAX drop a kind of layers everywhere if one of them has no adapter.
     kinds = {place_of(name)[0] for name, layer in trained.layers.items() if layer.ends == LINEAR}
     zeros = next(iter(trained.layers.values())).a.new_zeros
-    return {
-        name: Layer(zeros(1, d_in), zeros(d_out, 1), trained.scaling)
-        for name, (d_in, d_out) in widths.items()
-        if place_of(name)[0] in kinds
-        and name not in trained.layers
+    layers = {}
+    for name, (d_in, d_out) in widths.items():
+        if place_of(name)[0] not in kinds or name in trained.layers:
+            continue
         # A bias that was trained is read under its name only in a layer without an adapter.
-        and f"{PREFIX}{name}.bias" not in trained.others
-    }
+        if f"{PREFIX}{name}.bias" not in trained.others:
+            layers[name] = Layer(zeros(1, d_in), zeros(d_out, 1), trained.scaling)
+    return layers
 
 
 def strength_of(dial: Mapping[str, Any]) -> str:
     """Put the strengths that a `Dial` chose, as plain values, into words."""
-    chosen, of = dial["chosen"], dial["chosen"]["layers"].values()
+    chosen, by_layer = dial["chosen"], dial["chosen"]["layers"].values()
     if chosen["weight"] is None:
         return f"{chosen['strength']:g} in all layers"
-    return f"one for each of {len(of)} layers, {min(of):.2f} to {max(of):.2f}, mean {chosen['strength']:.2f}"
+    least, most = min(by_layer), max(by_layer)
+    return f"one for each of {len(by_layer)} layers, {least:.2f} to {most:.2f}, mean {chosen['strength']:.2f}"
 
 
 def note_of(directory: Path) -> tuple[str, ...]:
     """Return a note on the strength that the dial gave an adapter; empty unless the dial wrote it."""
-    record = read_json(directory / DIAL_FILE) if is_as_written(directory, DIAL_FILE) else None
-    return () if record is None else (f"its strength is the dial's: {strength_of(record)}",)
+    if not is_as_written(directory, DIAL_FILE):
+        return ()
+    return (f"its strength is the dial's: {strength_of(read_json(directory / DIAL_FILE))}",)
