@@ -24,6 +24,7 @@ from lora_init.serving.trained import LINEAR, Layer, Trained, ends_of
 
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
 SHARD_BYTES = 2 * 10**9
+# Weights in all forms, and what describes the plain model or an adapter.
 _NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json", "README.md",
     "adapter_config.json",
@@ -60,6 +61,12 @@ class Base:
         except NotImplementedError:  # models of two towers, such as CLIP
             return "", ""
         return names.get(id(first), ""), names.get(id(last), "")
+
+    @property
+    def embedding_weights(self) -> tuple[str, str]:
+        """Names of the weights of both, as parameters have them."""
+        first, last = self.embeddings
+        return f"{first}.weight", f"{last}.weight"
 
     @property
     def tied(self) -> bool:
@@ -104,18 +111,28 @@ def build_base(adapter: Mapping[str, Any], source: str, config: Any, for_engine:
     """
     import transformers
 
-    task, mapping = adapter.get("task_type"), adapter.get("auto_mapping") or {}
     saved = str((config.architectures or [""])[0])
-    kind = kind_of(saved, bool(getattr(config, "is_encoder_decoder", False)))
-    of_task = saved if kind and kind[0] == task else CLASS_OF_TASK.get(str(task), "")
-    first = "" if for_engine else of_task if task else str(mapping.get("base_model_class"))
-    for name in dict.fromkeys((first, saved, "AutoModel")):
-        made = on_meta(getattr(transformers, name, None), config) if is_for(name, config) is not False else None
-        if made is not None:
-            return made
+    first = "" if for_engine else _class_for(adapter, saved, config)
+    for name in dict.fromkeys((first, saved, "AutoModel")):  # each once, in this order
+        if is_for(name, config) is False:
+            continue
+        model = on_meta(getattr(transformers, name, None), config)
+        if model is not None:
+            return model
     raise LoraInitError(
         f"{source!r} is of a class that transformers does not know. Name the base by {{base}}.", base=...
     )
+
+
+def _class_for(adapter: Mapping[str, Any], saved: str, config: Any) -> str:
+    """Return the class of the adapter's task, or the one that it names; `saved` is the checkpoint's."""
+    task, mapping = adapter.get("task_type"), adapter.get("auto_mapping") or {}
+    if not task:
+        return str(mapping.get("base_model_class"))
+    kind = kind_of(saved, bool(getattr(config, "is_encoder_decoder", False)))
+    if kind and kind[0] == task:  # more exact than the task's class, which is an AutoModel
+        return saved
+    return CLASS_OF_TASK.get(str(task), "")
 
 
 def is_for(name: str, config: Any) -> bool | None:
@@ -123,7 +140,10 @@ def is_for(name: str, config: Any) -> bool | None:
     import transformers
 
     kind = getattr(getattr(transformers, name, None), "config_class", None)
-    return None if kind is None else isinstance(config, kind) or isinstance(config.get_text_config(), kind)
+    if kind is None:
+        return None
+    # A class for text takes the text part of a multimodal model's configuration.
+    return isinstance(config, kind) or isinstance(config.get_text_config(), kind)
 
 
 def parameters_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target]:
@@ -143,14 +163,16 @@ def parameters_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Targ
                 continue
             experts, d_out, d_in = (1, *parameter.shape)[-3:]
             if parameter.dim() == 3:
+                # The PEFT that is installed, and the one that made the adapter.
                 check_peft(name, module)
                 check_peft(name, module, str(config.get("peft_version") or ""))
-            if parameter.dim() == 3 and getattr(module, "is_transposed", False):
-                d_out, d_in = d_in, d_out
+                if getattr(module, "is_transposed", False):  # [experts, d_in, d_out], as GPT-OSS has them
+                    d_out, d_in = d_in, d_out
             fused.append(Target(name, type(module).__name__, d_in, d_out, experts=experts))
-    named = {target.name: target for target in fused}
-    prefixes = {name: prefix.removeprefix(PREFIX) for name, prefix in file_prefixes(fused).items()}
-    return linear | {prefixes[name]: target for name, target in named.items()}
+    prefixes, by_file_name = file_prefixes(fused), {}
+    for target in fused:
+        by_file_name[prefixes[target.name].removeprefix(PREFIX)] = target
+    return linear | by_file_name
 
 
 def widths_of(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -159,8 +181,10 @@ def widths_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     module: Any
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.Linear)) or is_conv1d(module):
-            first, second = module.weight.shape
-            widths[name] = (first, second) if is_transposed(module) else (second, first)
+            d_out, d_in = module.weight.shape
+            if is_transposed(module):
+                d_in, d_out = d_out, d_in
+            widths[name] = d_in, d_out
     return widths
 
 
@@ -171,13 +195,18 @@ def is_transposed(module: nn.Module) -> bool:
 
 def _first_misfit(trained: Trained, base: Base) -> str | None:
     """Return the first layer of the adapter that is not in the model, or of other widths there."""
-    fused = {name: (target.in_features, target.out_features) for name, target in base.parameters.items()}
-    there = {**base.widths, **fused}
+    there = dict(base.widths)
+    for name, target in base.parameters.items():
+        there[name] = target.in_features, target.out_features
     layers = {name: layer.widths for name, layer in trained.layers.items()}
     for name, tensors in trained.unnamed.items():
-        a, b = (tensors[end] for end in ends_of(tensors))
-        layers[name] = (a.shape[-1], b.shape[0]) if a.dim() == b.dim() == 2 else (0, 0)
-    return next((name for name, widths in layers.items() if there.get(name) != widths), None)
+        end_of_a, end_of_b = ends_of(tensors)
+        a, b = tensors[end_of_a], tensors[end_of_b]
+        layers[name] = (a.shape[-1], b.shape[0]) if a.dim() == b.dim() == 2 else (0, 0)  # which no layer has
+    for name, widths in layers.items():
+        if there.get(name) != widths:
+            return name
+    return None
 
 
 def with_changed_copies(trained: Trained, base: Base) -> Trained:
@@ -185,16 +214,20 @@ def with_changed_copies(trained: Trained, base: Base) -> Trained:
     if not trained.copies or not Path(base.source).expanduser().is_dir():
         return trained
     try:
-        sources, changed = find_tensors(base.source), {}
+        sources = find_tensors(base.source)
     except LoraInitError:  # quantized, or in files of another kind: there is nothing to compare with
         return trained
+    # A checkpoint has tied embeddings once, under either name.
+    tied = base.embedding_weights if base.tied else ()
+    changed = {}
     for key, copied in trained.copies.items():
         name = f"{key.removeprefix(PREFIX).removesuffix('.base_layer.weight')}.weight"
-        keys = [one for one in (name, *(f"{other}.weight" for other in base.embeddings * base.tied)) if one in sources]
-        if keys:
-            own = sources[keys[0]].read()
-            if own.shape != copied.shape or not torch.equal(own.to(copied.dtype), copied):
-                changed[key] = copied
+        stored = next((sources[other] for other in (name, *tied) if other in sources), None)
+        if stored is None:
+            continue
+        own = stored.read()
+        if own.shape != copied.shape or not torch.equal(own.to(copied.dtype), copied):
+            changed[key] = copied
     return replace(trained, others={**trained.others, **changed})
 
 
@@ -217,11 +250,14 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, MergeSource]:
     if trained.config.get("alora_invocation_tokens"):
         raise LoraInitError("aLoRA leaves tokens before its invocation as they are, and merged it would not. Use PEFT.")
     sources = {name: MergeSource(**vars(stored)) for name, stored in find_tensors(base.source).items()}
-    layers = {name if layer.experts else f"{name}.weight": layer for name, layer in trained.layers.items()}
+    layers = {}
+    for name, layer in trained.layers.items():
+        layers[name if layer.experts else f"{name}.weight"] = layer  # experts are named by their parameter
     wanted = [*layers, *(key.removeprefix(PREFIX) for key in trained.others)]
     problem = _untie(base, trained, wanted, sources)
     for name in wanted:
         pieces = _pieces(base, name, sources)
+        # The first problem is reported, unless a shape is wrong: that one comes with what to do about it.
         problem = problem or _why_not_merged(base, name, layers.get(name), pieces)
         if pieces and name not in layers:
             _check_shape(base, name, trained.others[PREFIX + name])
@@ -239,6 +275,7 @@ def _why_not_merged(base: Base, name: str, layer: Layer | None, pieces: Mapping[
     """Return why a parameter cannot be merged into the tensors of the checkpoint that it is in; None if it can."""
     if not pieces:
         return f"{base.source!r} has no tensor {name!r} in its checkpoint, or in another form"
+    # DoRA's lengths are of the rows that the model has, not of a piece in another form.
     if layer is not None and layer.magnitude is not None and next(iter(pieces.values())).piece:
         return f"DoRA: {base.source!r} has {name!r} in another form in its checkpoint"
     return None
@@ -246,8 +283,8 @@ def _why_not_merged(base: Base, name: str, layer: Layer | None, pieces: Mapping[
 
 def _untie(base: Base, trained: Trained, wanted: Collection[str], sources: dict[str, MergeSource]) -> str | None:
     """Find a source for each of two tied embeddings if the adapter changes one; return what prevents that."""
-    first, last = pair = [f"{name}.weight" for name in base.embeddings]
-    names: dict[int, set[str]] = {}
+    first, last = pair = base.embedding_weights
+    names: dict[int, set[str]] = {}  # all names of each parameter
     for name, parameter in base.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
     for same in names.values():
@@ -264,7 +301,9 @@ def _untie(base: Base, trained: Trained, wanted: Collection[str], sources: dict[
             sources.setdefault(name, sources[other])
     if not {first, last} <= sources.keys():
         return f"{base.source!r} has its tied embeddings under other names in its checkpoint"
-    return "ensure_weight_tying keeps two adapters equal" if trained.config.get("ensure_weight_tying") else None
+    if trained.config.get("ensure_weight_tying"):
+        return "ensure_weight_tying keeps two adapters equal"
+    return None
 
 
 def _check_shape(base: Base, name: str, tensor: Tensor) -> None:
@@ -283,17 +322,22 @@ def _pieces(base: Base, name: str, sources: Mapping[str, MergeSource]) -> dict[s
     """Find the tensors of the checkpoint that a parameter of the model is in; none if that is not known."""
     try:
         parameter = base.model.get_parameter(name)
-        whole = as_saved(base.model, name, parameter)
-        one = whole if parameter.dim() < 3 else as_saved(base.model, name, parameter[:1])
+        whole = of_one = as_saved(base.model, name, parameter)
+        if parameter.dim() > 2:  # what becomes of one expert tells whether experts are stored one by one
+            of_one = as_saved(base.model, name, parameter[:1])
     except (AttributeError, KeyError, ValueError, RuntimeError, NotImplementedError):
         return {}  # no such parameter, or a conversion that needs more than it to be undone
     if whole.get(name) is parameter or not all(piece in sources for piece in whole):
         # Saved as the model has it. The model may also read experts transposed, where shapes tell.
-        shapes = (parameter.shape, parameter.mT.shape if parameter.dim() == 3 else parameter.shape)
+        shapes = [parameter.shape]
+        if parameter.dim() == 3:
+            shapes.append(parameter.mT.shape)
         stored = sources.get(name)
-        return {name: replace(stored, parameter=name)} if stored and stored.shape in shapes else {}
+        if not stored or stored.shape not in shapes:
+            return {}
+        return {name: replace(stored, parameter=name)}
     pieces: dict[str, MergeSource] = {}
-    for piece, tensor in one.items():
+    for piece, tensor in of_one.items():
         places = _places(piece, parameter, whole[piece].shape, tensor.shape)
         if places is None:
             return {}
@@ -317,29 +361,35 @@ def _places(
     if of_all == of_one:  # one tensor for each expert; this is expert 0
         head, _, tail = piece.rpartition(".0.")
         return {f"{head}.{expert}.{tail}": expert for expert in range(len(parameter))}
-    return {piece: None} if of_all == (len(parameter), *of_one[1:]) else None
+    if of_all != (len(parameter), *of_one[1:]):
+        return None
+    return {piece: None}
 
 
 def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping[str, MergeSource]) -> None:
     """Write the merged model with its tokenizer: tensor by tensor, each in the type that it had."""
-    folder = next(source.file.parent for source in sources.values())
+    folder = next(iter(sources.values())).file.parent
     for path in folder.iterdir():
         if path.is_file() and not path.name.endswith(_NOT_COPIED):
             shutil.copyfile(path, directory / path.name)
     if (folder / _TEMPLATES).is_dir():
         shutil.copytree(folder / _TEMPLATES, directory / _TEMPLATES)
     changed = {source.parameter for source in sources.values()}
-    untied = base.tied and not changed.isdisjoint(f"{name}.weight" for name in base.embeddings)
     config = read_json(folder / "config.json")
-    write_json(directory / "config.json", config | ({"tie_word_embeddings": False} if untied else {}))
+    # An adapter of one of two tied embeddings makes them differ.
+    if base.tied and not changed.isdisjoint(base.embedding_weights):
+        config["tie_word_embeddings"] = False
+    write_json(directory / "config.json", config)
     shard: dict[str, Tensor] = {}
     index: dict[str, str] = {}
+    # Tensors stand file by file, so that a file is opened once; an embedding that was untied comes last.
     for path, group in groupby(sources.items(), key=lambda item: item[1].file):
         with safe_open(path, framework="pt") as file:
             for name, source in group:
                 shard[name] = merged(file.get_tensor(source.name), source, trained, base)
                 is_last = len(shard) + len(index) == len(sources)
                 if is_last or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+                    # The number of the shards is known only at the end; the index names each file.
                     part = f"model-{len(set(index.values())) + 1:05}.safetensors"
                     save_file(shard, directory / part, metadata={"format": "pt"})
                     index |= dict.fromkeys(shard, part)
@@ -357,30 +407,42 @@ def merged(weight: Tensor, source: MergeSource, trained: Trained, base: Base) ->
         for expert, part in enumerate(weight):  # in place: no second copy of all experts
             part.copy_(merged(part, replace(source, expert=expert), trained, base))
         return weight
-    new = trained.others.get(PREFIX + name)
-    if new is None:
-        change = _change(weight, source, trained, base)
-        tensor = change[None] if fused else change
+    trained_whole = trained.others.get(PREFIX + name)
+    if trained_whole is not None:
+        tensor = trained_whole
+        if source.expert is not None:
+            tensor = tensor[source.expert : source.expert + 1]  # [experts, ...] -> [1, ...]
     else:
-        tensor = new[source.expert : source.expert + 1] if source.expert is not None else new
+        tensor = _change(weight, source, trained, base)
+        if fused:
+            tensor = tensor[None]  # [d_out, d_in] -> [1, d_out, d_in]
+    # What follows is linear in the tensor, so a change goes the same way as a weight.
     if source.piece:
         tensor = as_saved(base.model, name, tensor)[source.piece]
-    tensor = tensor[0] if tensor.dim() > weight.dim() else tensor
-    tensor = tensor.mT if fused and tensor.shape != weight.shape else tensor
-    return (tensor if new is not None else weight.float() + tensor).to(weight.dtype).contiguous()
+    if tensor.dim() > weight.dim():  # the weight is of this expert alone
+        tensor = tensor[0]
+    if fused and tensor.shape != weight.shape:  # the checkpoint has experts transposed
+        tensor = tensor.mT
+    if trained_whole is None:
+        tensor = weight.float() + tensor
+    return tensor.to(weight.dtype).contiguous()
 
 
 def _change(weight: Tensor, source: MergeSource, trained: Trained, base: Base) -> Tensor:
     """Compute what the adapter adds to a weight of the model or of one expert, in float32 and in its form."""
     name, owner = source.parameter, source.parameter.rpartition(".")[0]
     layer, module = trained.layers.get(name) or trained.layers[owner], base.model.get_submodule(owner)
-    a, b = (factor[source.expert or 0] if layer.experts else factor for factor in (layer.a, layer.b))
-    change = layer.scaling * (b.float() @ a.float())
+    a, b = layer.a, layer.b
+    if layer.experts:
+        a, b = a[source.expert or 0], b[source.expert or 0]
+    change = layer.scaling * (b.float() @ a.float())  # [d_out, d_in]
     transposed = is_transposed(module) and not layer.experts
     if base.model.get_parameter(name).dim() == 3:
         transposed = getattr(module, "is_transposed", False)
-    if layer.magnitude is not None:  # each row of the sum gets its length
-        plain = weight.float().T if transposed else weight.float()
+    if layer.magnitude is not None:  # DoRA: each row of the sum gets its length
+        plain = weight.float()
+        if transposed:
+            plain = plain.T
         summed = plain + change
         change = summed * (layer.magnitude.float()[:, None] / torch.linalg.norm(summed, dim=1, keepdim=True)) - plain
     return change.T if transposed else change
