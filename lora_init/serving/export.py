@@ -38,7 +38,7 @@ from lora_init.serving.kept import Kept, kept_by_merge
 from lora_init.serving.support import WRITE_NO_TEXT, on_base
 from lora_init.serving.trained import Trained, note_of, read_trained
 
-RECORD_FILE = "export.json"
+RECORD_FILE = "export.json"  # for which engine, what it lost, and hashes of what was written
 _UNTRAINED = "B A is zero in every layer: the adapter was never trained, and changes nothing."
 
 
@@ -143,13 +143,16 @@ def export_adapter(
         >>> exported.command  # doctest: +SKIP
         'vllm serve base --enable-lora --max-lora-rank 32 --lora-modules served=/home/user/served'
     """
+    # What needs neither the adapter nor its base is refused first, and nothing is written before all else is done.
     wanted, size = find_engine(engine), _Size(rank, parameters, megabytes, keep_ranks, dtype)
     _check_options(engine, wanted, size, merge_into)
     path = check_output(output, engine, overwrite)
     _check_other(start, directory)
     began = AdapterDirectory(directory)
     source = merge_into or base or began.base
-    renames = compare(directory, source, engine).to_rename(str(began.path)) if rename else {}
+    renames: Mapping[str, str] = {}
+    if rename:  # names come first: what is read next has the new ones
+        renames = compare(directory, source, engine).to_rename(str(began.path))
     trained = read_trained(directory, start, renames)
     _check_start(began, start, merge_into)
     if not rename:
@@ -168,18 +171,20 @@ def export_adapter(
         if start is not None:
             raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")
         trained, intruders = on_demand("without intruders")(trained, Path(directory).expanduser(), reduce_intruders)
-    trained = trained.with_one_scaling()
+    trained = trained.with_one_scaling()  # not earlier: what PEFT has reduced is for the scalings as they were read
     result = Exported(
         path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders,
         error_share=share, notes=_notes(trained, began),
     )  # fmt: skip
     if sources is not None:
-        server = ENGINES["vllm"].server.replace("{name}", "{path}")
+        server = ENGINES["vllm"].server.replace("{name}", "{path}")  # which serves a whole model under its path
         result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))
+        # One form for all engines.
         return _write(result, lambda place: write_merged(place, trained, model, sources), overwrite, trained)
     final, errors, error = fit(trained, rank, size.most(wanted, trained), keep_ranks, model.widths)
-    final = final if dtype is None else _in_type(final, getattr(torch, dtype))
-    check_rank(engine, final.rank)
+    if dtype is not None:
+        final = _in_type(final, getattr(torch, dtype))
+    check_rank(engine, final.rank)  # also where it was not given
     # PEFT reads experts one by one of some families only, and drops others without a word.
     is_peft = wanted.writes_peft and not any(map(is_single, wanted.with_experts(final, model).layers))
     result = replace(
@@ -218,8 +223,11 @@ class _Size:
             return parse_count(self.parameters, "parameters")
         if self.megabytes is None:
             return None
-        own = next(iter(trained.layers.values())).a.itemsize if self.dtype is None else bytes_per_parameter(self.dtype)
-        return int(self.megabytes * 10**6 / (engine.bytes_each or own))
+        if self.dtype is not None:
+            own = bytes_per_parameter(self.dtype)
+        else:
+            own = next(iter(trained.layers.values())).a.itemsize
+        return int(self.megabytes * 10**6 / (engine.bytes_each or own))  # an engine's form may have a type of its own
 
 
 def _as_in_model(trained: Trained) -> Trained:
@@ -230,7 +238,8 @@ def _as_in_model(trained: Trained) -> Trained:
 
 def _in_type(trained: Trained, dtype: torch.dtype) -> Trained:
     """Bring each A to a type; B is written in the type of A."""
-    return replace(trained, layers={name: replace(one, a=one.a.to(dtype)) for name, one in trained.layers.items()})
+    layers = {name: replace(layer, a=layer.a.to(dtype)) for name, layer in trained.layers.items()}
+    return replace(trained, layers=layers)
 
 
 def _notes(trained: Trained, began: AdapterDirectory) -> tuple[str, ...]:
@@ -245,7 +254,9 @@ def _notes(trained: Trained, began: AdapterDirectory) -> tuple[str, ...]:
 def _next_smaller(trained: Trained, rank: int) -> tuple[int, float] | None:
     """Return the next rank below that vLLM makes room for, and the error there, if `rank` is above the adapter's."""
     below = [allowed for allowed in VLLM_RANKS if allowed < rank]
-    return (below[-1], error_at(trained, below[-1])) if below and rank > trained.rank else None
+    if not below or rank <= trained.rank:
+        return None
+    return below[-1], error_at(trained, below[-1])
 
 
 def _check_other(start: str | Path | None, directory: str | Path) -> None:
@@ -285,17 +296,21 @@ def check_before_loading(adapter: AdapterDirectory, base: str | None, rank: int 
     compare(adapter.path, base, None).check()
     if kind := WRITE_NO_TEXT.get(str(adapter.config.get("task_type"))):
         raise LoraInitError(f"{adapter.path} is of {kind}, and the loss is that of text. Leave --data out.")
-    of_a, of_b = ([adapter.shapes[f"{PREFIX}{name}{end}"] for name in adapter.layers] for end in (LORA_A, LORA_B))
-    check_most_rank(rank, max(min(a[-1], b[0]) for a, b in zip(of_a, of_b, strict=True)))
+    shapes, most = adapter.shapes, []
+    for name in adapter.layers:  # A is [r, d_in] and B [d_out, r]
+        d_in, d_out = shapes[f"{PREFIX}{name}{LORA_A}"][-1], shapes[f"{PREFIX}{name}{LORA_B}"][0]
+        most.append(min(d_in, d_out))
+    check_most_rank(rank, max(most))
 
 
 def _check_options(name: str | None, engine: Engine, size: _Size, merge_into: str | None) -> None:
     """Refuse sizes and types that contradict each other, or that the engine or a merged model does not have."""
     if size.dtype is not None:
-        bytes_per_parameter(size.dtype)
-        form = "a merged model has its own type" if merge_into is not None else f"{engine.title} reads float32 alone"
-        if merge_into is not None or engine.bytes_each:
-            raise LoraInitError(f"{{dtype}}: {form}. Leave dtype away.", dtype=size.dtype)
+        bytes_per_parameter(size.dtype)  # refuses a type that has no name here
+        if merge_into is not None:
+            raise LoraInitError("{dtype}: a merged model has its own type. Leave dtype away.", dtype=size.dtype)
+        if engine.bytes_each:
+            raise LoraInitError(f"{{dtype}}: {engine.title} reads float32 alone. Leave dtype away.", dtype=size.dtype)
     _check_limits(size.limits)
     if merge_into is not None and (name is not None or size.is_given):
         raise LoraInitError(
@@ -303,6 +318,7 @@ def _check_options(name: str | None, engine: Engine, size: _Size, merge_into: st
             "{keep_ranks} and budgets away.",
             merge_into=..., engine=..., rank=..., keep_ranks=True,
         )  # fmt: skip
+    # llama.cpp and Ollama read each pair's own rank, vLLM patterns; others read one rank for all.
     if size.keep_ranks and not engine.ranks:
         takers = ", ".join(key for key, other in ENGINES.items() if other.ranks)
         raise LoraInitError(f"{name} takes one rank for all layers. Ranks of their own are for PEFT, {takers}.")
@@ -315,7 +331,7 @@ def _check_options(name: str | None, engine: Engine, size: _Size, merge_into: st
 
 def _check_limits(limits: Mapping[str, int | str | float]) -> None:
     if len(limits) > 1:
-        named = " and ".join(f"{{{one}}}" for one in limits)
+        named = " and ".join(f"{{{name}}}" for name in limits)  # which the error writes as `rank=8` or `--rank 8`
         raise LoraInitError(f"{named} are both given. One of them says how large it may be.", **limits)
     check_number("megabytes", limits.get("megabytes", 1.0), above=True)
 
@@ -323,14 +339,16 @@ def _check_limits(limits: Mapping[str, int | str | float]) -> None:
 def _command(
     engine: Engine, path: Path, base: str, rank: int, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> str:
-    quote = repr if engine is PEFT else shlex.quote
+    quote = repr if engine is PEFT else shlex.quote  # PEFT's is a line of Python, and the others are for a shell
     filled = {"base": quote(base), "path": quote(str(path)), "name": _name(path), "rank": vllm_rank(rank)}
     command, task = engine.command.format_map(filled), config.get("task_type")
     if engine is not PEFT:
         return command
     if task in ("SEQ_CLS", "TOKEN_CLS"):
-        heads = [shape[0] for key, shape in shapes.items() if key.endswith(("classifier.weight", "score.weight"))]
-        command = command.replace("), ", f", num_labels={heads[0]}), ", 1) if heads else command
+        for key, shape in shapes.items():
+            if key.endswith(("classifier.weight", "score.weight")):  # [labels, width]
+                command = command.replace("), ", f", num_labels={shape[0]}), ", 1)  # into the model's parentheses
+                break
     named = kind_of(str((config.get("auto_mapping") or {}).get("base_model_class")), False)
     auto_class = CLASS_OF_TASK.get(task or "", named[1] if named else "AutoModelForCausalLM")
     return command.replace("AutoModelForCausalLM", auto_class)
@@ -338,9 +356,13 @@ def _command(
 
 def command_for_all(exports: Sequence[Exported]) -> str:
     """Write the command that serves exports for one engine and of one base; empty if it takes one at a time."""
-    several, largest = find_engine(exports[0].engine).several, max(exports, key=lambda one: one.rank)
-    words = [f"{_name(one.path)}={shlex.quote(str(one.path))}" for one in [largest, *exports]]
-    return largest.command.removesuffix(words[0]) + several.join(words[1:]) if several else ""
+    several = find_engine(exports[0].engine).several
+    if not several:
+        return ""
+    # The command of the largest makes room for all, and ends with its own name and path: all stand there instead.
+    largest = max(exports, key=lambda exported: exported.rank)
+    words = [_name_and_path(exported.path) for exported in exports]
+    return largest.command.removesuffix(_name_and_path(largest.path)) + several.join(words)
 
 
 def exported_as(path: Path, base: str | None = None) -> dict[str, str] | None:
@@ -349,30 +371,42 @@ def exported_as(path: Path, base: str | None = None) -> dict[str, str] | None:
     `base` takes the place of the one that the adapter names. The record says for which engine. A command that stands in
     it is not passed on: the directory may be anybody's.
     """
-    name = read_json(path / RECORD_FILE).get("engine") if is_as_written(path, RECORD_FILE) else ""
+    if not is_as_written(path, RECORD_FILE):
+        return None
+    name = read_json(path / RECORD_FILE).get("engine")
     if name not in [None, *ENGINES]:
         return None
     engine, path, adapter = find_engine(name), path.resolve(), AdapterDirectory(path)
     rank, named = max(adapter.ranks.values(), default=0), adapter.base
-    source = base or (named if not named.startswith("-") else "BASE")  # which a shell would read as an option
-    return {
-        "command": _command(engine, path, source, rank, adapter.config, adapter.shapes),
-        "verify": ""
-        if any(map(is_single, adapter.layers))
-        else _verify(engine.server, path, path, is_peft=True, fits=True, base=None if source == named else source),
-    }
+    source = base or named
+    if not base and named.startswith("-"):  # which a shell would read as an option
+        source = "BASE"
+    command, verify = _command(engine, path, source, rank, adapter.config, adapter.shapes), ""
+    if not any(map(is_single, adapter.layers)):  # of some families PEFT drops single experts
+        other = None if source == named else source
+        verify = _verify(engine.server, path, path, is_peft=True, fits=True, base=other)
+    return {"command": command, "verify": verify}
 
 
 def verify_for_all(exports: Sequence[Exported], base: str | None = None) -> str:
     """Write the command that asks one server about all of them, by the names under which it serves them."""
-    server, paths = find_engine(exports[0].engine).server, " ".join(shlex.quote(str(one.path)) for one in exports)
-    of = f" --base {shlex.quote(base)}" if base else ""
-    return f"lora-init verify {paths} {server.partition(' --model')[0]}{of}"
+    server = find_engine(exports[0].engine).server
+    paths = " ".join(shlex.quote(str(exported.path)) for exported in exports)
+    # Without a name for all: each is asked for by its own.
+    return _with_base(f"lora-init verify {paths} {server.partition(' --model')[0]}", base)
 
 
 def _name(path: Path) -> str:
     """Write the name under which an engine serves what was exported."""
     return shlex.quote(path.stem if path.suffix == ".gguf" else path.name)
+
+
+def _with_base(command: str, base: str | None) -> str:
+    return f"{command} --base {shlex.quote(base)}" if base else command
+
+
+def _name_and_path(path: Path) -> str:
+    return f"{_name(path)}={shlex.quote(str(path))}"
 
 
 def _verify(server: str, path: Path, trained: Path, is_peft: bool, fits: bool, base: str | None) -> str:
@@ -381,14 +415,14 @@ def _verify(server: str, path: Path, trained: Path, is_peft: bool, fits: bool, b
         return ""
     adapter = path if is_peft else trained.expanduser().resolve()
     options = server.format(name=_name(path), path=shlex.quote(str(path)))
-    return f"lora-init verify {shlex.quote(str(adapter))} {options}" + (f" --base {shlex.quote(base)}" if base else "")
+    return _with_base(f"lora-init verify {shlex.quote(str(adapter))} {options}", base)
 
 
 def _replaceable(path: Path) -> list[str]:
     """List the files that an earlier export wrote into a directory."""
     try:
         return [RECORD_FILE, *read_json(path / RECORD_FILE)["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # no record or a damaged one: then nothing is known to be ours
         return []
 
 
@@ -406,10 +440,13 @@ def _write(result: Exported, write: Callable[[Path], None], overwrite: bool, tra
             raise OSError(str(error)) from error
         if not (fresh / CARD_FILE).exists():
             (fresh / CARD_FILE).write_text(_card(result, trained), encoding="utf-8")
-        files = [file for file in fresh.rglob("*") if file.is_file()]
-        for file in files:  # safetensors lets only the owner read its files, and an engine may be another user
-            file.chmod((fresh / CARD_FILE).stat().st_mode)
-        result = replace(result, n_bytes=sum(file.stat().st_size for file in files))
+        n_bytes, mode = 0, (fresh / CARD_FILE).stat().st_mode
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)  # safetensors lets only the owner read its files, and an engine may be another user
+                n_bytes += file.stat().st_size
+        result = replace(result, n_bytes=n_bytes)
+        # The record comes last: it has the hashes of what was written, and by it a later export replaces the files.
         record = {"files": sorted(entry.name for entry in fresh.iterdir()), "sha256": digests_of(fresh, [WEIGHTS_FILE])}
         write_json(fresh / RECORD_FILE, record | result.to_dict())
     return result
@@ -417,9 +454,10 @@ def _write(result: Exported, write: Callable[[Path], None], overwrite: bool, tra
 
 def _card(result: Exported, trained: Trained) -> str:
     header = card_header(trained.base, trained.config.get("task_type"), is_adapter=bool(result.rank))
-    what = f"rank {result.rank} at most" if result.rank else "merged into its base model"
-    lost = f" Compressed, at a relative error of {result.error:.2%}." if result.error else ""
+    what = f"rank {result.rank} at most." if result.rank else "merged into its base model."
+    if result.error:
+        what += f" Compressed, at a relative error of {result.error:.2%}."
     return (
         f"{header}\n# A trained LoRA adapter, ready to serve\n\n"
-        f"Exported by lora_init: {what}.{lost}\n\n```\n{result.command}\n```\n"
+        f"Exported by lora_init: {what}\n\n```\n{result.command}\n```\n"
     )
