@@ -122,6 +122,7 @@ ENGINES = {
         server=f"{_LOCAL}:8000/v1 --model {{name}}",
         experts=f"{_EXPERTS}:for_vllm",
         ranks=True,
+        # Tried with 0.32: patterns are read rightly where the largest rank has room.
         reads=("lora", "use_rslora", "rank_pattern"),
         allows=lambda rank: rank <= VLLM_RANKS[-1],
         allowed=f"at most rank {VLLM_RANKS[-1]}",
@@ -134,7 +135,7 @@ ENGINES = {
         "--lora-paths {name}={path}",
         server=f"{_LOCAL}:30000/v1 --model {{name}}",
         experts=f"{_EXPERTS}:by_expert",
-        reads=("lora",),
+        reads=("lora",),  # 0.5.23 computes lora_alpha / r and reads no pattern
         several=" ",
     ),
     "llama.cpp": Engine(

@@ -64,7 +64,7 @@ _NOT_IN_MLX = ("Gemma4ForCausalLM", "Qwen3NextForCausalLM")
 
 def _names_in_gguf(base: Base, but: Collection[str] = ()) -> tuple[str, bool]:
     """Look up what GGUF calls the architecture, and whether q and k are sorted there."""
-    known = [one for one in _ARCHITECTURES if one not in but]
+    known = [architecture for architecture in _ARCHITECTURES if architecture not in but]
     if base.architecture not in known:
         raise LoraInitError(
             f"{base.source!r} is a {base.architecture}, whose names in GGUF and MLX are not known here. Known are "
@@ -83,7 +83,7 @@ def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(number, base.config.num_hidden_layers)
     names: dict[str, str] = {}
-    for layer in trained.layers:
+    for layer, adapter in trained.layers.items():
         owner, _, end = layer.rpartition(".")
         if end in _NO_ADAPTER_IN_GGUF.get(architecture, ()):
             raise LoraInitError(
@@ -91,10 +91,10 @@ def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
                 "training, or use {merge_into}.",
                 merge_into=...,
             )
-        tensor, block = _GGUF_EXPERTS.get(end) if trained.layers[layer].experts else None, place_of(owner)[1]
         name = known.get_name(f"{layer}.weight", try_suffixes=(".weight",))
-        if tensor is not None:
-            name = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR[tensor]].format(bid=block)}.weight"
+        if adapter.experts and end in _GGUF_EXPERTS:
+            tensor = gguf.MODEL_TENSOR[_GGUF_EXPERTS[end]]
+            name = f"{gguf.TENSOR_NAMES[tensor].format(bid=place_of(owner)[1])}.weight"
         if name is None:
             raise LoraInitError(
                 f"layer {layer!r} of {base.architecture} has no name in GGUF. Use {{merge_into}}.", merge_into=...
@@ -103,8 +103,12 @@ def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
     return names
 
 
-def _pairs_together(rows: Tensor, heads: int) -> Tensor:
-    """Sort the rows of each head from first half and second half to pairs of one of each."""
+def _in_pairs(rows: Tensor, heads: int) -> Tensor:
+    """Sort the rows of each head from first half and second half to pairs of one of each.
+
+    Rotary positions turn pairs of rows. transformers pairs a row with one half a head away, and llama.cpp, for these
+    architectures, with the next one; its converter sorts the rows of the weights accordingly.
+    """
     halves = rows.reshape(heads, 2, len(rows) // heads // 2, -1)  # [head, half, place, rank]
     return halves.transpose(1, 2).reshape(rows.shape)
 
@@ -124,22 +128,27 @@ def _target_modules(base: Base, layers: Collection[str]) -> list[str]:
     """Name layers by the ends of their names where these select no others of the base, else in full."""
     endings = sorted({name.rpartition(".")[2] for name in layers})
     modules = {name for name, _ in base.model.named_modules()}
+    if any(name not in modules for name in layers):  # single experts, as the base has them no longer
+        return endings
     selected = {name for name in modules if name.rpartition(".")[2] in endings}
-    is_single = any(name not in modules for name in layers)  # experts as the base has them no longer
-    return endings if is_single or selected == set(layers) else list(layers)
+    return endings if selected == set(layers) else list(layers)
 
 
 def write_mlx(path: Path, trained: Trained, base: Base) -> None:
     """Write what mlx-lm loads: A and B transposed, DoRA's magnitude as m, and the names of the layers in full."""
     tensors = {}
     for name, layer in trained.layers.items():
-        a, b = (layer.a, layer.b) if layer.experts else (layer.a.T, layer.b.T)
+        a, b = layer.a, layer.b
+        if not layer.experts:  # -> [d_in, r] and [r, d_out]; mlx-lm has experts as they are here
+            a, b = a.T, b.T
         tensors[f"{name}.lora_a"] = a.contiguous()
         tensors[f"{name}.lora_b"] = b.to(layer.a.dtype).contiguous()
-        tensors |= {} if layer.magnitude is None else {f"{name}.m": layer.magnitude}
+        if layer.magnitude is not None:
+            tensors[f"{name}.m"] = layer.magnitude
     save_file(tensors, path / "adapters.safetensors")
     parameters = {"rank": trained.rank, "scale": trained.scaling, "dropout": 0.0, "keys": list(trained.layers)}
     kind = "dora" if trained.dora else "lora"
+    # -1 is for all blocks: the layers are those of "keys".
     config = {"model": base.source, "fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
     write_json(path / CONFIG_FILE, config)
 
@@ -148,7 +157,7 @@ def write_ollama(path: Path, trained: Trained, base: Base) -> None:
     """Write a GGUF adapter and a Modelfile beside it."""
     write_gguf(path / "adapter.gguf", trained, base)
     directory = Path(base.source).expanduser()  # what is relative in a Modelfile is so to the Modelfile
-    source = directory.resolve() if directory.is_dir() else base.source
+    source = directory.resolve() if directory.is_dir() else base.source  # or the name of a model
     (path / "Modelfile").write_text(f"FROM {source}\nADAPTER ./adapter.gguf\n", encoding="utf-8")
 
 
@@ -162,7 +171,9 @@ def write_gguf(path: Path, trained: Trained, base: Base) -> None:
 
     alpha = alpha_for(trained.scaling, trained.rank)
     architecture, sorts = _names_in_gguf(base)
-    heads = {"q_proj": base.config.num_attention_heads, "k_proj": base.config.num_key_value_heads} if sorts else {}
+    heads = {}  # how many there are in layers whose rows are sorted
+    if sorts:
+        heads = {"q_proj": base.config.num_attention_heads, "k_proj": base.config.num_key_value_heads}
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -170,7 +181,9 @@ def write_gguf(path: Path, trained: Trained, base: Base) -> None:
     for name, new in gguf_names(trained, base).items():
         layer, ending = trained.layers[name], name.rpartition(".")[2]
         b = layer.b.float() * (layer.scaling * layer.rank / alpha)
-        b = _pairs_together(b, heads[ending]) if ending in heads else b
+        if ending in heads:  # the outputs of q and k are the rows of B
+            b = _in_pairs(b, heads[ending])
+        # [r, d_in] and [d_out, r], as PyTorch has them: GGUF counts axes from the last.
         writer.add_tensor(f"{new}.lora_a", layer.a.float().contiguous().numpy())
         writer.add_tensor(f"{new}.lora_b", b.contiguous().numpy())
     writer.write_header_to_file()
