@@ -20,7 +20,7 @@ from lora_init.serving.trained import Trained
 
 # From here on the first k singular vectors come from Lanczos steps, which take an eighth of the time of all of them.
 _SMALL = 128
-K, THRESHOLD = 10, 0.5
+K, THRESHOLD = 10, 0.5  # as PEFT has them
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class LayerIntruders:
     def energy_share(self) -> float:
         """Energy of the intruders over the energy of all vectors looked at, in [0, 1]."""
         pairs = zip(self.similarities, self.energies, strict=True)
-        return sum(energy for similarity, energy in pairs if similarity < self.threshold) / (sum(self.energies) or 1.0)
+        of_intruders = [energy for similarity, energy in pairs if similarity < self.threshold]
+        return sum(of_intruders) / (sum(self.energies) or 1.0)  # weights of zeros have no energy, and no intruders
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +74,11 @@ class Intruders:
     @property
     def energy_share(self) -> float:
         """Energy of the intruders of all layers over the energy of all vectors, in [0, 1]."""
-        totals = {name: sum(layer.energies) for name, layer in self.layers.items()}
-        of_intruders = sum(layer.energy_share * totals[name] for name, layer in self.layers.items())
-        return of_intruders / (sum(totals.values()) or 1.0)
+        totals, of_intruders = [], []
+        for layer in self.layers.values():
+            totals.append(sum(layer.energies))
+            of_intruders.append(layer.energy_share * sum(layer.energies))
+        return sum(of_intruders) / (sum(totals) or 1.0)
 
 
 def intruder_dimensions(
@@ -124,11 +127,13 @@ def intruder_dimensions(
         return _examine(model, base, k, threshold)
     check_plain(model, "intruder_dimensions()")
     directory = AdapterDirectory(adapter)
-    # Loading an adapter that began as PiSSA or the like takes the plain weights apart again.
+    # Loading an adapter that began as PiSSA or the like takes the plain weights apart again: PEFT repeats the start
+    # that the configuration names.
     own_weights = isinstance(directory.config.get("init_lora_weights"), str)
     if not own_weights:
         directory.check_fits_plain_base()
     if own_weights and base is None:
+        # Before the adapter is loaded, while the weights are still the plain ones.
         modules = dict(model.named_modules())
         linear = [name for name in directory.layers if name in modules and is_linear(modules[name])]
         base = left_singular_vectors(model, linear)
@@ -138,7 +143,10 @@ def intruder_dimensions(
 
 def left_singular_vectors(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
     """Compute left singular vectors of plain weights, columns, float32 [d_out, min(d_out, d_in)], on the CPU."""
-    return {name: torch.linalg.svd(_weight(model.get_submodule(name), name), full_matrices=False).U for name in layers}
+    vectors = {}
+    for name in layers:
+        vectors[name] = torch.linalg.svd(_weight(model.get_submodule(name), name), full_matrices=False).U
+    return vectors
 
 
 def _examine(model: nn.Module, base: Mapping[str, Tensor] | None, k: int, threshold: float) -> Intruders:
@@ -160,7 +168,8 @@ def _examine(model: nn.Module, base: Mapping[str, Tensor] | None, k: int, thresh
             )
         before = torch.linalg.svd(_weight(plain, name), full_matrices=False).U if base is None else base[name]
         vectors, values = _leading(_trained_weight(layer, name), k)
-        cosines = (vectors.T @ before).abs().amax(dim=1)  # [k]
+        # Absolute, since a singular vector has no sign. [d_out, k] and [d_out, min(d_out, d_in)] -> [k]
+        cosines = (vectors.T @ before).abs().amax(dim=1)
         layers[name] = LayerIntruders(tuple(cosines.tolist()), tuple(values.double().square().tolist()), threshold)
     return Intruders(layers, skipped)
 
@@ -183,22 +192,23 @@ def _weight(layer: nn.Module, name: str) -> Tensor:
 
 def _trained_weight(layer: Any, name: str) -> Tensor:
     """Merge the active adapter into a copy of the layer: whatever PEFT does there, DoRA included, is in the result."""
-    _weight(layer.get_base_layer(), name)
+    _weight(layer.get_base_layer(), name)  # refuses a quantized weight, before it is copied
     if layer.merged:
         raise LoraInitError(f"layer {name!r}: the adapter is merged already. Call unmerge_adapter() first.")
-    merged = copy.deepcopy(layer).float()
+    merged = copy.deepcopy(layer).float()  # in bfloat16 a merge would round small changes away
     merged.merge()
     return _weight(merged.get_base_layer(), name)
 
 
 def _leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Compute the first k left singular vectors, columns [d_out, k], and singular values, falling, [k]."""
-    if min(weight.shape) < max(_SMALL, 2 * k) or not weight.any():
+    if min(weight.shape) < max(_SMALL, 2 * k) or not weight.any():  # zeros have no direction for them to find
         u, s, _ = torch.linalg.svd(weight, full_matrices=False)
         return u[:, :k], s[:k]
     from scipy.sparse.linalg import svds
 
-    u, s, _ = svds(weight.numpy(), k=k, rng=0, return_singular_vectors="u")
+    # Lanczos begins with a random vector, and with `rng=0` with the same one each time.
+    u, s, _ = svds(weight.numpy(), k=k, rng=0, return_singular_vectors="u")  # rising, so both are turned round
     return torch.from_numpy(u[:, ::-1].copy()), torch.from_numpy(s[::-1].copy())
 
 
@@ -216,18 +226,19 @@ def without_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
     if trained.others or trained.dora or any(layer.experts for layer in trained.layers.values()):
         raise LoraInitError("intruders are reduced in plain LoRA only, without DoRA, modules_to_save and experts.")
     modules = dict(model.named_modules())
-    other = next((name for name in trained.layers if name in modules and is_transposed(modules[name])), None)
-    if other is not None:  # PEFT takes its weight for a linear layer's
-        raise LoraInitError(f"layer {other!r} is a {type(modules[other]).__name__}: PEFT reduces linear layers alone.")
+    for name in trained.layers:
+        if name in modules and is_transposed(modules[name]):  # PEFT takes its weight for a linear layer's
+            kind = type(modules[name]).__name__
+            raise LoraInitError(f"layer {name!r} is a {kind}: PEFT reduces linear layers alone.")
 
     with as_it_was(model):
         peft_model = PeftModel.from_pretrained(model, str(directory))
         before = intruder_dimensions(peft_model).count
         reduce_intruder_dimension(peft_model, "default", "reduced", logging_sink=None)  # type: ignore[no-untyped-call]
-        counts = before, intruder_dimensions(peft_model).count
+        counts = before, intruder_dimensions(peft_model).count  # of "reduced", which PEFT has made the active one
         state = get_peft_model_state_dict(peft_model, adapter_name="reduced", save_embedding_layers=False)
     layers = {}
     for name, layer in trained.layers.items():
-        a, b = (state[f"{PREFIX}{name}.{end}"].cpu().to(layer.a.dtype) for end in layer.ends)
+        a, b = (state[f"{PREFIX}{name}.{end}"].cpu().to(layer.a.dtype) for end in layer.ends)  # PEFT loads float32
         layers[name] = replace(layer, a=a, b=b)
     return replace(trained, layers=layers), counts

@@ -26,7 +26,7 @@ _LITTLE, _MUCH = 0.02, 0.1  # of the effect lost: up to the first a merge is adv
 
 def _int8(weight: Tensor) -> Tensor:
     """Round each row of a weight [d_out, d_in] to 255 steps, as LLM.int8 does."""
-    step = weight.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    step = weight.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127  # a row of zeros stays one
     return (weight / step).round() * step
 
 
@@ -78,10 +78,17 @@ class Kept:
         """Write what to do: by the share of the adapter's effect that was measured to be lost, where it is known."""
         keep = "Keep the adapter, or merge in a wider type"
         if lost is not None:
-            what = keep if lost > _MUCH else "Merge in a wider type where you can" if lost > _LITTLE else "Merge"
+            what = "Merge"
+            if lost > _MUCH:
+                what = keep
+            elif lost > _LITTLE:
+                what = "Merge in a wider type where you can"
             return f"{what}: answers move by {lost:.1%} of what the adapter moves them."
-        what = "Measure on data before you merge" if self.is_doubtful else "Merge"
-        what = keep if self.arrives < 0.5 else what
+        what = "Merge"
+        if self.arrives < 0.5:
+            what = keep
+        elif self.is_doubtful:
+            what = "Measure on data before you merge"
         return f"{what}: {self.arrives:.1%} of the change arrives, under {self.ratio:.2g} times as much noise."
 
 
@@ -96,25 +103,40 @@ def kept_by_merge(
 
     With statistics squares are of outputs, E |M x|^2 over the rows x that a layer reads. It costs as much as the
     merge, a tensor at a time.
+
+    With R for rounding, R(W + C) - R(W) is what the merged model has of a change C. Its part along C is what arrives.
+    What rounding adds to W + C is noise: a type with steps as large as C may give back W, or jump by a whole step.
     """
     kept: dict[str, Kept] = {}
     for source in sources.values():
+        # A tensor that was trained whole replaces the base's, and has no change B A.
         if not source.parameter or PREFIX + source.parameter in trained.others:
             continue
         stored = source.read()
         if dtype is None and stored.dtype == torch.float32:
             continue
         name, weight = source.parameter.removesuffix(".weight"), stored.float()
-        summed = merged(weight.clone(), source, trained, base)
-        across = source.piece == "" and weight.dim() == 2 and is_transposed(base.model.get_submodule(name))
-        parts = [part.mT if across else part for part in (weight, summed)]
-        before, after = (ROUNDINGS[dtype](part) if dtype else part.to(stored.dtype).float() for part in parts)
-        change, arrived, noise = parts[1] - parts[0], after - before, after - parts[1]
+        summed = merged(weight.clone(), source, trained, base)  # which changes fused experts in place
+        if source.piece == "" and weight.dim() == 2 and is_transposed(base.model.get_submodule(name)):
+            weight, summed = weight.mT, summed.mT  # [d_in, d_out] -> [d_out, d_in]: types round along the rows
+        before, after = _rounded(weight, dtype, stored.dtype), _rounded(summed, dtype, stored.dtype)
+        change, arrived, noise = summed - weight, after - before, after - summed
         if stats is not None:
             change, arrived, noise = _of_outputs(stats, name, change, arrived, noise)
-        squares = (change.square(), arrived * change, noise.square())
-        kept[name] = kept.get(name, Kept()) + Kept(*(float(one.sum(dtype=torch.float64)) for one in squares))
+        of_tensor = Kept(_sum(change.square()), _sum(arrived * change), _sum(noise.square()))
+        kept[name] = kept.get(name, Kept()) + of_tensor  # experts stored one by one add up to their parameter
     return kept
+
+
+def _sum(squares: Tensor) -> float:
+    return float(squares.sum(dtype=torch.float64))  # there are as many as a weight has numbers
+
+
+def _rounded(weight: Tensor, dtype: str | None, stored: torch.dtype) -> Tensor:
+    """Round a weight to a type of `ROUNDINGS`, or else to the one that it is stored in, and return it as float32."""
+    if dtype:
+        return ROUNDINGS[dtype](weight)
+    return weight.to(stored).float()
 
 
 def _of_outputs(stats: Statistics, name: str, *changes: Tensor) -> Iterator[Tensor]:
@@ -150,9 +172,9 @@ def divergence(
             rows, n = [], 0
             for batch in batches:
                 moved = on_device_of(model, batch)
-                labelled = moved["labels"][:, 1:] != -100
+                labeled = moved["labels"][:, 1:] != -100  # [examples, tokens - 1]: a token is predicted one before it
                 inputs = {key: value for key, value in moved.items() if key != "labels"}
-                logits = peft_model(**inputs).logits[:, :-1][labelled][: _MOST_TOKENS - n]
+                logits = peft_model(**inputs).logits[:, :-1][labeled][: _MOST_TOKENS - n]  # [labeled, vocabulary]
                 rows.append(logits.float().log_softmax(-1).cpu())
                 n += len(logits)
                 if n >= _MOST_TOKENS:
@@ -166,15 +188,15 @@ def divergence(
         for layer in adapter_layers(peft_model).values():
             own = layer.get_base_layer()
             weight = own.weight.data.float()
-            across = is_conv1d(own)
-            rounded = ROUNDINGS[dtype](weight.mT if across else weight)
-            own.weight.data = (rounded.mT if across else rounded).to(own.weight)
+            # A Conv1D has [d_in, d_out], and types round along the rows of [d_out, d_in].
+            rounded = ROUNDINGS[dtype](weight.mT).mT if is_conv1d(own) else ROUNDINGS[dtype](weight)
+            own.weight.data = rounded.to(own.weight)
         rounded_answers = answers()
     n = sum(map(len, adapted))
     if not n:
         raise LoraInitError("no example has a token with a label to compare. Use other data.")
 
-    def far(others: list[Tensor]) -> float:
+    def far(others: list[Tensor]) -> float:  # mean over tokens of sum p (log p - log q), with p the adapter's
         return sum(float((p.exp() * (p - q)).sum()) for p, q in zip(adapted, others, strict=True)) / n
 
     return Divergence(far(rounded_answers), far(plain), n)
