@@ -48,8 +48,14 @@ class Server:
             return None
         if status != 200:
             raise self._error(status, answer, _ENDS)
-        entries = answer.get("data") if isinstance(answer, dict) else None
-        return {str(one.get("id")): one.get("parent") for one in entries or () if isinstance(one, dict)}
+        entries: Any = ()
+        if isinstance(answer, dict):
+            entries = answer.get("data") or ()
+        models = {}
+        for entry in entries:
+            if isinstance(entry, dict):
+                models[str(entry.get("id"))] = entry.get("parent")  # of an adapter in vLLM
+        return models
 
     def find(self, name: str, model: str | None = None, base: str | None = None) -> tuple[str, str | None]:
         """Find what an adapter of this name and its base are called there; None if the base is not served beside it."""
@@ -58,13 +64,18 @@ class Server:
             if model is None:
                 raise LoraInitError(f"{self.url}/models is not there. Name the adapter by {{model}}.{_ENDS}", model=...)
             return model, base
-        wrong = next((one for one in (model, base) if one is not None and one not in parents), None)
+        for given in (model, base):
+            if given is not None and given not in parents:
+                raise self._which_model(f"no model {given!r}", parents)
         chosen = [model] if model else _candidates(name, parents)
-        if wrong is not None or len(chosen) != 1:
-            what = f"no model {wrong!r}" if wrong is not None else "several models" if parents else "no models"
-            raise LoraInitError(f"{self.url} has {what}. Name one by {{model}}: {', '.join(parents)}.", model=...)
+        if len(chosen) != 1:
+            raise self._which_model("several models" if parents else "no models", parents)
         choice = chosen[0]
+        # The base: the one that is named, else the adapter's by the server's list, else the only other model.
         return choice, base or parents[choice] or _only_model_beside(choice, parents)
+
+    def _which_model(self, what: str, parents: Mapping[str, Any]) -> LoraInitError:
+        return LoraInitError(f"{self.url} has {what}. Name one by {{model}}: {', '.join(parents)}.", model=...)
 
     def ask(self, model: str, prompt: Any) -> dict[int | str, float]:
         """Request log-probabilities of the token after a text, or of the first one of the answer to messages.
@@ -74,6 +85,7 @@ class Server:
         chat = not isinstance(prompt, str)
         path, key = ("chat/completions", "messages") if chat else ("completions", "prompt")
         request = {"model": model, key: prompt, "max_tokens": 1, "temperature": 0}
+        # Numbers of tokens are exact, and several tokens may have one text.
         status, answer = self._send(path, request | _ASKED[chat] | {"return_tokens_as_token_ids": True})
         if status in _REFUSED:
             status, answer = self._send(path, request | _LESS[chat])
@@ -90,9 +102,10 @@ class Server:
         """Return the status and the JSON of an answer, or its text; a busy server is asked again."""
         import httpx2
 
-        for wait in (*_WAITS, None):
+        for wait in (*_WAITS, None):  # the last answer counts, busy or not
             content = b""
             try:
+                # In parts, so that an answer without an end is refused at the limit.
                 with self._client.stream("GET" if body is None else "POST", path, json=body) as answer:
                     for part in answer.iter_bytes(2**16):
                         content += part
@@ -109,36 +122,40 @@ class Server:
             status = answer.status_code
             if status not in _BUSY or wait is None:
                 break
-            asked = answer.headers.get("Retry-After", "")
-            time.sleep(min(int(asked), _WAITS[-1]) if asked.isdecimal() else wait)
+            retry_after = answer.headers.get("Retry-After", "")
+            # It may also be a date.
+            time.sleep(min(int(retry_after), _WAITS[-1]) if retry_after.isdecimal() else wait)
         if status in (401, 403):
             raise LoraInitError(f"{self.url} refuses the key ({status}). Give another one by {{api_key}}.", api_key=...)
         try:
-            said = parse_json(content)
+            reply: Any = parse_json(content)
         except ValueError as error:
             if status == 200:
                 raise LoraInitError(f"{self.url} answers with no JSON.{_ENDS}") from error
-            said = content.decode(errors="replace")
+            reply = content.decode(errors="replace")
         if answer.has_redirect_location:
             raise self._error(status, f"it is at {answer.headers['Location']}", " Give that by {url}.")
         if status not in (200, *_REFUSED, *_NOT_THERE):
-            raise self._error(status, said)
-        return status, said
+            raise self._error(status, reply)
+        return status, reply
 
-    def _error(self, status: int, said: Any, remedy: str = "") -> LoraInitError:
+    def _error(self, status: int, reply: Any, remedy: str = "") -> LoraInitError:
         """Make the error of a status and of what came with it, without secrets."""
-        said = said.get("error", said) if isinstance(said, dict) else said
-        said = in_one_line(ValueError(said.get("message", said) if isinstance(said, dict) else said))
+        # OpenAI's form is {"error": {"message": ...}}; other servers leave out a level or both.
+        for key in ("error", "message"):
+            if isinstance(reply, dict):
+                reply = reply.get(key, reply)
+        text = in_one_line(ValueError(reply))
         for secret in self._secrets:
-            said = said.replace(secret, "...")
-        return LoraInitError(f"{self.url} answers {status}: {said}{remedy}", url=...)
+            text = text.replace(secret, "...")
+        return LoraInitError(f"{self.url} answers {status}: {text}{remedy}", url=...)
 
 
 def _candidates(name: str, parents: Mapping[str, Any]) -> list[str]:
     """List the models that an adapter may be: the one of its name, else all adapters, else all models."""
     if name in parents:
         return [name]
-    return [one for one, parent in parents.items() if parent] or [*parents]
+    return [model for model, parent in parents.items() if parent] or [*parents]
 
 
 def _only_model_beside(name: str, parents: Mapping[str, Any]) -> str | None:
@@ -150,12 +167,19 @@ def _only_model_beside(name: str, parents: Mapping[str, Any]) -> str | None:
 def _read(answer: Mapping[str, Any]) -> dict[int | str, float]:
     """Read the log-probabilities of the first token, in the form of completions or of chats."""
     first: Any = next(iter(answer.get("content") or answer.get("top_logprobs") or ()), None) or {}
-    if "top_logprobs" in first:
-        first = {one.get("id", one["token"]): one["logprob"] for one in first["top_logprobs"] or [first]}
-    # "token_id:7" is how vLLM writes a number, and -9999 how it writes minus infinity.
-    numbers = {token: str(token).removeprefix("token_id:") for token in first}
-    return {
-        token if isinstance(token, int) or number == token else int(number): float(first[token])
-        for token, number in numbers.items()
-        if first[token] is not None and -1e3 < float(first[token]) < 0.01
-    }
+    values = first  # of completions: token to log-probability
+    if "top_logprobs" in first:  # of chats: an entry for each token, or the chosen one alone
+        values = {}
+        for entry in first["top_logprobs"] or [first]:
+            values[entry.get("id", entry["token"])] = entry["logprob"]  # some servers have numbers, too
+    log_probabilities: dict[int | str, float] = {}
+    for token, value in values.items():
+        # -9999 is how vLLM writes minus infinity. Rounding may leave a certain token a little above zero.
+        if value is None or not -1e3 < float(value) < 0.01:
+            continue
+        number = str(token).removeprefix("token_id:")  # "token_id:7" is how vLLM writes a number
+        if isinstance(token, int) or number == token:
+            log_probabilities[token] = float(value)
+        else:
+            log_probabilities[int(number)] = float(value)
+    return log_probabilities

@@ -54,8 +54,10 @@ class ServingWatch:
             raise LoraInitError(f"a watch needs a prompt and a step to keep, and got {len(prompts)} and keep={keep}.")
         if isinstance(served, str):
             server = Server(served)
-            adapter, beside = server.find(name or "", name)
-            served, base = partial(server.ask, adapter), partial(server.ask, beside) if beside else base
+            adapter, base_name = server.find(name or "", name)
+            served = partial(server.ask, adapter)
+            if base_name:
+                base = partial(server.ask, base_name)
         self._tokenizer, self._prompts, self._ask, self._base, self._keep = tokenizer, [*prompts], served, base, keep
         self._kept: dict[int, Tensor] = {}  # of noted steps, [prompts, vocabulary]
         self._plain: tuple[Tensor, Tensor] | None = None  # of the base here and there, which nothing changes
@@ -72,7 +74,7 @@ class ServingWatch:
         """
         with evaluating(model):
             now = self._local(model).run(self._prompts)
-        self._kept.pop(step, None)
+        self._kept.pop(step, None)  # so that a step that is noted again is the last to be dropped
         self._kept[step] = now
         while len(self._kept) > self._keep:
             del self._kept[next(iter(self._kept))]
@@ -88,16 +90,19 @@ class ServingWatch:
         with evaluating(model):
             local = self._local(model)
             now, faults = self._kept[step], local.faults()
-            if self._plain is None:
+            if self._plain is None:  # once: training changes no base
                 self._plain = local.run(self._prompts, faults[0]), local.observe(self._base, self._prompts)
-            (plain, at_base), local.size = self._plain, now.shape[1]
+            (plain, at_base), local.size = self._plain, now.shape[1]  # a `Local` that has not run knows no size
             likeliest = now.topk(min(20, now.shape[1])).indices
             effect = float((now - plain).gather(1, likeliest).square().mean().sqrt())
             observed = local.observe(self._ask, self._prompts)
             run = partial(local.run, self._prompts)
             diagnosis = diagnose(observed, at_base, plain, now, effect, faults, run, local.routed)
-        earlier = {other: kept for other, kept in self._kept.items() if other != step}
-        stale = None if diagnosis.verdict == "ignored" else _stale(observed, now, earlier, diagnosis.noise)
+        if diagnosis.verdict == "ignored":  # an earlier step at which B was zero would fit as well
+            return diagnosis
+        earlier = dict(self._kept)
+        del earlier[step]
+        stale = _stale(observed, now, earlier, diagnosis.noise)
         if stale is None:
             return diagnosis
         other, prompts, is_sure = stale
@@ -124,23 +129,35 @@ def _stale(
     Last, whether nothing else fits as well: without the engine's noise, what is off the way has to be little.
 
     What is observed is projected on the way from the answer of this step (0) to that of the other (1): with noise of
-    its own it is at 0, with a standard deviation of the noise over the length of the way.
+    its own it is at 0, with a standard deviation of the noise over the length of the way. An engine that caches answers
+    may give those of an earlier step to some prompts alone.
     """
-    told, off = ~observed.isnan(), (observed - now).nan_to_num()
-    for several in (True, False):  # the prompts of a group are judged together
+    returned, off = ~observed.isnan(), (observed - now).nan_to_num()  # prompts x vocabulary
+    for as_one in (True, False):  # first all prompts are judged as one, then each for itself
         best: tuple[float, int, int, bool] | None = None
         for step, kept in earlier.items():
-            way = (kept - now).where(told, 0.0)
-            per_prompt = (way.square(), off * way, (off - way).square(), off.square(), told)
-            sums = torch.stack([part.float().sum(1) for part in per_prompt])
-            length, along, left, at_now, values = sums.sum(1, keepdim=True) if several else sums
-            of_noise = (left / values if noise is None else torch.tensor(noise**2)) * values
+            way = (kept - now).where(returned, 0.0)
+            # The squared length of the way; what is observed along it; what is left from its end, and from its start.
+            per_prompt = (way.square(), off * way, (off - way).square(), off.square(), returned)
+            sums = torch.stack([part.float().sum(1) for part in per_prompt])  # -> 5 x prompts
+            if as_one:
+                sums = sums.sum(1, keepdim=True)  # -> 5 x 1
+            length, along, left, at_now, values = sums
+            # Without a base to measure it by, noise is taken to be all that is left.
+            variance = left / values if noise is None else torch.tensor(noise**2)
+            of_noise = variance * values
             exact = of_noise / values < _EXACTLY**2 * length
             there = exact & (along > _ON_THE_WAY * length) & (left < _LEFT_OVER**2 * length + 4 * of_noise)
-            n = len(told) if several and there.any() else int(there.sum())
+            n = int(there.sum())
+            if not n:
+                continue
+            if as_one:
+                n = len(returned)
             is_sure = noise is not None or bool((left < _LEFT_OVER**2 * length)[there].all())
-            noted = (float((left - at_now)[there].sum()), step, n, is_sure)
-            best = noted if n and (best is None or noted < best) else best
+            # The least of these is the step that explains most of what is off.
+            candidate = (float((left - at_now)[there].sum()), step, n, is_sure)
+            if best is None or candidate < best:
+                best = candidate
         if best is not None:
             return best[1:]
     return None
@@ -178,13 +195,14 @@ class ServingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
     ) -> None:
         """Check what the engine serves."""
-        step = state.global_step - 1
+        step = state.global_step - 1  # as it was noted: the trainer counts the step before it ends
         if not state.is_world_process_zero or state.global_step % self.every:
             return
         try:
             self.found[step] = diagnosis = self.watch.check(model, step)
         except Exception as error:  # of an engine that is asked by a function: whatever that raises
             text = explain(error)
+            # The kind is what stands before the first colon.
             kind, fault = text.partition(": ")[0], f"what the engine serves could not be checked: {text}"
         else:
             if diagnosis.verdict in (AS_TRAINED, CANNOT_TELL):
