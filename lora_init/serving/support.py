@@ -215,7 +215,7 @@ def on_base(
     """
     model = read_base(source, trained, for_engine=engine is not None)
     mapping = trained.config.get("auto_mapping") or {}
-    # The names are those of the checkpoint's class by now, so PEFT must not load another one for them.
+    # The checkpoint's class has these names by now, so PEFT must not load another one for them.
     if engine and mapping.get("base_model_class") not in (None, type(model.model).__name__):
         trained = replace(trained, config={**trained.config, "auto_mapping": None})
     trained = with_changed_copies(with_parameters(trained, model.parameters), model)

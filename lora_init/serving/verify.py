@@ -98,9 +98,9 @@ def verify(
 
     First the `n` prompts are chosen that the adapter changes most. The engine's log-probabilities of the token after
     them are compared with what PEFT computes for the adapter; if they differ, also for the base, for other scalings,
-    and for the adapter without one kind of layer. The distance of the served base from the local one is
-    the noise; a fault with a smaller effect is not seen. Cost: two forward passes for each prompt, and for each of the
-    `n` about 40 if something is wrong, or 150 if there are experts.
+    and for the adapter without one kind of layer. The distance of the served base from the local one is the noise; a
+    fault with a smaller effect is not seen. Cost: two forward passes for each prompt, and for each of the `n` about 40
+    if something is wrong, or 150 if there are experts.
 
     Args:
         directory: The adapter, as PEFT loads it.

@@ -130,7 +130,7 @@ def _stale(
 
     What is observed is projected on the way from the answer of this step (0) to that of the other (1): with noise of
     its own it is at 0, with a standard deviation of the noise over the length of the way. An engine that caches answers
-    may give those of an earlier step to some prompts alone.
+    may give an earlier step's to some prompts alone.
     """
     returned, off = ~observed.isnan(), (observed - now).nan_to_num()  # prompts x vocabulary
     for as_one in (True, False):  # first all prompts are judged as one, then each for itself

@@ -148,7 +148,7 @@ def write_mlx(path: Path, trained: Trained, base: Base) -> None:
     save_file(tensors, path / "adapters.safetensors")
     parameters = {"rank": trained.rank, "scale": trained.scaling, "dropout": 0.0, "keys": list(trained.layers)}
     kind = "dora" if trained.dora else "lora"
-    # -1 is for all blocks: the layers are those of "keys".
+    # -1 is for all blocks: "keys" names the layers.
     config = {"model": base.source, "fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
     write_json(path / CONFIG_FILE, config)
 
