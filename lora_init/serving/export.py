@@ -300,7 +300,8 @@ def check_before_loading(adapter: AdapterDirectory, base: str | None, rank: int 
     for name in adapter.layers:  # A is [r, d_in] and B [d_out, r]
         d_in, d_out = shapes[f"{PREFIX}{name}{LORA_A}"][-1], shapes[f"{PREFIX}{name}{LORA_B}"][0]
         most.append(min(d_in, d_out))
-    check_most_rank(rank, max(most))
+    if most:  # an adapter of an embedding alone has none
+        check_most_rank(rank, max(most))
 
 
 def _check_options(name: str | None, engine: Engine, size: _Size, merge_into: str | None) -> None:

@@ -85,9 +85,9 @@ def check_prompts(prompts: Any) -> None:
     """Refuse one text in place of a list, and what is neither a text nor a chat."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise LoraInitError(f"prompts={prompts!r}: expected a list of texts or chats.")
-    wrong = next((prompt for prompt in prompts if not isinstance(prompt, (str, list))), None)
-    if wrong is not None:
-        raise LoraInitError(f"prompts has {wrong!r}: expected texts, or chats as lists of messages.")
+    for prompt in prompts:
+        if not isinstance(prompt, (str, list)):
+            raise LoraInitError(f"prompts has {prompt!r}: expected texts, or chats as lists of messages.")
 
 
 def verify(
@@ -487,8 +487,9 @@ class Local:
             for room in rooms:
                 served[f"ranks padded to {room} without their scaling"] = scaling * min(1, rank / room)
             for reason, other in served.items():
+                factor = other / scaling if scaling else 1.0  # no factor makes anything of a layer that adds nothing
                 # Rounded, so that reasons with the same result are one fault.
-                factors.setdefault(reason, []).append(round(other / scaling, 4))
+                factors.setdefault(reason, []).append(round(factor, 4))
         reasons: dict[tuple[float, ...], list[str]] = {}
         for reason, of_layers in factors.items():
             reasons.setdefault(tuple(of_layers), []).append(reason)

@@ -333,6 +333,10 @@ CALLS = {
     "a number to watch": (
         lambda compare: lora_init.ServingWatch(None, [5], ask), "prompts has 5: expected texts, or chats as lists of",
     ),
+    "None to watch": (
+        lambda compare: lora_init.ServingWatch(None, ["the cat", None], ask),
+        "prompts has None: expected texts, or chats",
+    ),
     "nothing to watch": (lambda compare: lora_init.ServingCallback(5), "watch=5: a ServingWatch is needed"),
     "the loss of a name": (
         lambda compare: lora_init.mean_loss("llama", []), "mean_loss.. takes a model in this place and got str",

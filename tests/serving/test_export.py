@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_init import LoraInitError, export_adapter
+from lora_init.adapters.directory import AdapterDirectory
+from lora_init.serving.export import check_before_loading
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise, refused, train
 
@@ -84,6 +86,11 @@ def test_embeddings_that_were_tied_are_no_longer_whatever_the_checkpoint_holds(k
     export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
     assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is False
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_an_embedding_alone_is_looked_at_before_its_base_is_loaded(base, tmp_path):
+    trained = train(base, tmp_path / "trained", target_modules=["embed_tokens"])
+    check_before_loading(AdapterDirectory(trained), str(base), None)
 
 
 def test_scalings_that_differ_are_not_rounded_before_the_merge(base, tmp_path):

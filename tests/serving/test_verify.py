@@ -126,6 +126,17 @@ def test_another_task_another_base_and_a_zero_adapter(dtype, home, tmp_path):
     assert len(engine.asked) == 1  # which tells the form of its answers
 
 
+@pytest.mark.parametrize("config", [{"lora_alpha": 0}, {"alpha_pattern": {"q_proj": 0}}], ids=str)
+def test_an_adapter_whose_scaling_is_zero_is_judged_too(config, home, tmp_path):
+    """Somewhere, or everywhere."""
+    scaled = changed(home / "plain", tmp_path / "scaled", config=config)
+    done = ask(home, scaled, served(home, scaled))
+    if "lora_alpha" in config:
+        assert done.exit_code == 2 and "changes nothing in PEFT either" in done.stdout, done.output
+    else:
+        assert done.exit_code == 0 and done.stdout.startswith("served as trained"), done.output
+
+
 def test_chats_are_asked_as_such(home):
     engine = served(home, home / "plain", dtype="bfloat16")
     assert ask(home, "plain", engine, data="chats.jsonl").exit_code == 0
