@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from graphlib import TopologicalSorter
 from itertools import pairwise
@@ -20,6 +20,7 @@ from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_trip
 from lora_init.statistics.spectrum import Moments, Sizes, Spectrum, freeze, principal_directions
 
 if TYPE_CHECKING:
+    from lora_init.layers.targets import Target
     from lora_init.statistics.statistics import Provenance, Statistics
 
 # A group whose components leave out less than this share of its variance has kept all that its rows span: two rows of
@@ -33,95 +34,162 @@ _PLACE = ("digest of the rows", "offset", "seed of the sample", "template", "com
 _ALIKE = ("center", "token_mask", "task_type")
 
 
+# How the merge works. A file holds spectra, not rows, so each group of layers is merged from the moments and leading
+# directions of its parts (`mix`). What a part truncated is lost, and is modeled as isotropic noise. All parts are
+# merged in one call, since merging two at a time would truncate once for each call.
 def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Statistics:
-    """Merge all parts at once, see `Statistics.merge`; the notes say what came from where."""
+    """Merge all parts at once, see `Statistics.merge`; the notes list where each part comes from."""
     weights = _check_weights(parts, weights)
     _check_parts(parts)
     size = _common_size([part.groups.values() for part in parts])
     group_of, sources = _grouping(parts)
     groups: dict[str, Spectrum] = {}
     for name, source in sources.items():
-        shares = None
-        if weights is not None:
-            counts = [weights[i] * _routed(parts[i], group) for i, group in source.items()]
-            shares = [count / sum(counts) for count in counts]
-        groups[name] = mix([parts[i].groups[group] for i, group in source.items()], size, shares)
-    targets = {name: target for part in reversed(parts) for name, target in part.targets.items()}
+        spectra = [parts[i].groups[group] for i, group in source.items()]
+        groups[name] = mix(spectra, size, _shares_of_group(parts, weights, source))
     provenance = _provenance(parts, weights)
     notes = [*_origins(parts, weights, size), *_notes(parts)]
+    most_rows = max(spectrum.n_samples for spectrum in groups.values())
+    gradients: dict[str, GradientSpectrum] = {}
+    if provenance.gradients:
+        gradients = _merge_gradients(parts, weights, list(group_of))
     return replace(
         parts[0],
         groups=groups,
         group_of=group_of,
-        targets={name: targets[name] for name in group_of},
-        provenance=replace(provenance, n_samples=max(one.n_samples for one in groups.values()), notes=notes),
+        targets=_merge_targets(parts, group_of),
+        provenance=replace(provenance, n_samples=most_rows, notes=notes),
         # Nobody has tested the components of several parts on rows that they had not seen.
         held_out=dict.fromkeys(groups, math.nan),
-        unsupported={name: kind for part in parts for name, kind in part.unsupported.items() if name not in group_of},
-        gradients=_merge_gradients(parts, weights, list(group_of)) if provenance.gradients else {},
+        unsupported=_merge_unsupported(parts, group_of),
+        gradients=gradients,
         sizes=dict(_merge_sizes(parts, weights, group_of)),
         path=None,
     )
+
+
+def _shares_of_group(
+    parts: Sequence[Statistics], weights: Sequence[float] | None, source: dict[int, str]
+) -> list[float] | None:
+    """Return the share of each part that has a group; None without weights, where every row counts once.
+
+    `source` has the name of the group in each part, by the number of the part.
+    """
+    if weights is None:
+        return None
+    # An expert reads a part of the tokens: the weight of a data set is split as the router split its tokens.
+    counts = [weights[i] * _routed(parts[i], group) for i, group in source.items()]
+    # A layer that ran in some of the parts only shares out their weights, so the shares still add up to 1.
+    total = sum(counts)
+    return [count / total for count in counts]
+
+
+def _merge_targets(parts: Sequence[Statistics], names: Iterable[str]) -> dict[str, Target]:
+    targets: dict[str, Target] = {}
+    # The first part comes last and wins; parts agree on common layers, as `_check_alike` has found.
+    for part in reversed(parts):
+        targets.update(part.targets)
+    return {name: targets[name] for name in names}
+
+
+def _merge_unsupported(parts: Sequence[Statistics], supported: dict[str, str]) -> dict[str, str]:
+    """Collect the layers that have a spectrum in no part: a layer that ran in one of them has one now."""
+    unsupported: dict[str, str] = {}
+    for part in parts:
+        for name, kind in part.unsupported.items():
+            if name not in supported:
+                unsupported[name] = kind
+    return unsupported
 
 
 def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None = None) -> Spectrum:
     """Decompose the rows of several sets together, of which only the spectra are known.
 
     Without shares every row counts once. With shares w_i the second moment is sum w_i E_i, whatever the numbers of rows
-    are: a row of set i counts w_i n / n_i times, n the rows of all. The distance of the means counts as variance.
+    are: a row of set i counts w_i n / n_i times, where n is the number of rows of all sets. The distance of the means
+    counts as variance.
 
-    Mean and total variance are exact, up to the float32 of the means. Of what a set has beyond its own components only
-    the sum is known. It is taken to be the same along all directions, as in probabilistic PCA (Tipping and Bishop
-    1999): the components mix with what they have above it, and its mean over the sets is added to each of the result.
-    Sets that kept all their directions lose nothing. Of made-up rows whose variances fall as j^-0.5 to j^-1.2, the 32
-    components of 2 or 8 sets captured at least 0.97 of what any 32 could, and were said to capture 0.90 to 1.0005 of
-    what they did.
+    Mean and total variance are exact, up to the float32 of the means. What a set has outside of its own components is
+    known as a sum only. It is taken to be the same along all directions, as in probabilistic PCA (Tipping and Bishop
+    1999): the components are mixed with their variance above this noise, and the mean noise of all sets is added to
+    each component of the result. Sets that kept all their directions lose nothing. Of made-up rows whose variances fall
+    as j^-0.5 to j^-1.2, the 32 components of 2 or 8 sets captured at least 0.97 of what any 32 could, and their stated
+    variance was 0.90 to 1.0005 of what they captured.
     """
     if len(spectra) == 1:
-        one = spectra[0]
-        return replace(one, components=one.components[:size], explained_variance=one.explained_variance[:size])
-    n_samples = sum(one.n_samples for one in spectra)
+        # Shares do not matter here, and decomposing anew would only round.
+        only = spectra[0]
+        return replace(only, components=only.components[:size], explained_variance=only.explained_variance[:size])
+    n_samples = sum(spectrum.n_samples for spectrum in spectra)
     # How many rows each set counts for.
-    counts = [one.n_samples if shares is None else shares[i] * n_samples for i, one in enumerate(spectra)]
-    means = torch.stack([one.mean.double() for one in spectra])  # [m, d]
-    mean = torch.tensor(counts, dtype=torch.float64) / n_samples @ means
-    rows, scatter, noise = [], 0.0, 0.0
-    for one, own_mean, count in zip(spectra, means, counts, strict=True):
-        degrees = count * max(one.n_samples - 1, 1) / one.n_samples
-        above = (one.explained_variance - one.noise_variance).clamp_min(0.0) * degrees
+    if shares is None:
+        counts: list[float] = [spectrum.n_samples for spectrum in spectra]
+    else:
+        counts = [share * n_samples for share in shares]
+    means = torch.stack([spectrum.mean.double() for spectrum in spectra])  # sets x inputs
+    mean = torch.tensor(counts, dtype=torch.float64) / n_samples @ means  # sets, sets x inputs -> inputs
+    # Instead of a covariance, inputs x inputs, stack rows whose scatter is the sum of all: a row for each component,
+    # as long as the root of its scatter, and a row for the distance of each mean from the common one.
+    rows: list[torch.Tensor] = []
+    scatter, noise = 0.0, 0.0
+    for spectrum, own_mean, count in zip(spectra, means, counts, strict=True):
+        # From variance, divided by n - 1, to scatter; one row alone has neither, and must not divide by 0.
+        degrees = count * max(spectrum.n_samples - 1, 1) / spectrum.n_samples
+        # A running decomposition may understate a weak component, even below the noise.
+        above = (spectrum.explained_variance - spectrum.noise_variance).clamp_min(0.0) * degrees
         gap = count**0.5 * (own_mean - mean)
-        rows += [above.sqrt()[:, None] * one.components.double(), gap[None]]
-        scatter += one.total_variance * degrees + float(gap @ gap)
-        noise += one.noise_variance * degrees
-    weights, directions = principal_directions(torch.cat(rows), size)
+        rows += [above.sqrt()[:, None] * spectrum.components.double(), gap[None]]
+        scatter += spectrum.total_variance * degrees + float(gap @ gap)
+        noise += spectrum.noise_variance * degrees
+    weights, directions = principal_directions(torch.cat(rows), size)  # -> size, size x inputs
     return freeze(Moments(n_samples, mean, scatter), directions, weights + noise)
 
 
 def _merge_sizes(
     parts: Sequence[Statistics], weights: Sequence[float] | None, names: Iterable[str]
 ) -> Iterator[tuple[str, Sizes]]:
-    """Average the sizes of each layer over the parts it ran in, if all of them have them."""
+    """Average the sizes of each layer over the parts it ran in, if all of them have them.
+
+    Older files have none, and an average over the others alone would not describe the merged data.
+    """
     for name in names:
-        there = [i for i, part in enumerate(parts) if name in part.group_of]
-        if all(name in parts[i].sizes for i in there):
-            counts = [weights[i] if weights else parts[i].groups[parts[i].group_of[name]].n_samples for i in there]
-            shares = [(count / sum(counts), parts[i].sizes[name]) for i, count in zip(there, counts, strict=True)]
-            mean_square = sum(share * size.output**2 for share, size in shares)
-            yield name, Sizes(sum(share * size.input for share, size in shares), math.sqrt(mean_square))
+        having = [i for i, part in enumerate(parts) if name in part.group_of]
+        if not all(name in parts[i].sizes for i in having):
+            continue
+        if weights:
+            counts: list[float] = [weights[i] for i in having]
+        else:
+            counts = [parts[i].groups[parts[i].group_of[name]].n_samples for i in having]
+        total = sum(counts)
+        inputs: list[float] = []
+        squares: list[float] = []
+        for i, count in zip(having, counts, strict=True):
+            size = parts[i].sizes[name]
+            inputs.append(count / total * size.input)
+            # The output is a root mean square: its square is what averages over rows.
+            squares.append(count / total * size.output**2)
+        yield name, Sizes(sum(inputs), math.sqrt(sum(squares)))
 
 
-def _common_size(spectra: Iterable[Iterable[Spectrum]]) -> int:
+def _common_size(spectra_of_parts: Iterable[Iterable[Spectrum]]) -> int:
     """Compute how many components to keep, given the groups of each part: as many as every part has that left any out.
 
     A part that saw few rows has few components and lacks nothing. One that was asked for fewer than another lacks the
     rest, and the other part alone would then describe the whole.
     """
-    least, whole = math.inf, 0
-    for part in map(list, spectra):
-        cut = [s.n_components for s in part if float(s.explained_variance.sum()) < (1.0 - _NOTHING) * s.total_variance]
-        least = min(least, max(cut, default=math.inf))
-        whole += max(one.n_components + 1 for one in part)
-    return int(min(least, whole))
+    smallest: float = math.inf
+    rows_of_mixture = 0
+    for part in spectra_of_parts:
+        spectra = list(part)
+        truncated = []
+        for spectrum in spectra:
+            kept = float(spectrum.explained_variance.sum())
+            if kept < (1.0 - _NOTHING) * spectrum.total_variance:
+                truncated.append(spectrum.n_components)
+        smallest = min(smallest, max(truncated, default=math.inf))
+        # A set enters `mix` as its components and the distance of its mean.
+        rows_of_mixture += max(spectrum.n_components + 1 for spectrum in spectra)
+    return int(min(smallest, rows_of_mixture))
 
 
 def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None) -> list[float] | None:
@@ -138,6 +206,7 @@ def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None)
     except (TypeError, ValueError):
         raise LoraInitError(f"weights={weights!r}, expected a list with a number for each part.") from None
     off = abs(sum(weights) - 1.0)
+    # Negated as a whole, so that NaN, which compares as False, is refused.
     if len(weights) != len(parts) or not (all(weight > 0 for weight in weights) and off <= _SUM_TOLERANCE):
         raise LoraInitError(
             f"{{weights}}: {len(weights)} for {len(parts)} parts, and "
@@ -148,11 +217,11 @@ def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None)
 
 
 def _check_parts(parts: Sequence[Statistics]) -> None:
-    """Refuse parts that are not about the same layers of one model, read the same way, or that are the same part."""
+    """Refuse parts of other layers or another model, parts that were read in another way, and the same part twice."""
     names = [str(part.path or f"part {i}") for i, part in enumerate(parts, start=1)]
     for i, (name, part) in enumerate(zip(names, parts, strict=True)):
         _check_alike(parts[0], part, names[0], name)
-        for other_name, other in zip(names[:i], parts, strict=False):
+        for other_name, other in zip(names[:i], parts, strict=False):  # with all parts before it
             if _have_same_rows(part, other):
                 raise LoraInitError(
                     f"{name} and {other_name} hold the same rows, which would count twice. Leave one out."
@@ -161,35 +230,56 @@ def _check_parts(parts: Sequence[Statistics]) -> None:
 
 def _have_same_rows(part: Statistics, other: Statistics) -> bool:
     """Compare where the rows begin, if both say so; else their numbers, variances and means: a row has no variance."""
-    places = [[one.provenance.settings.get(name) for name in _PLACE] for one in (part, other)]
-    if None not in places[0][:3] and places[0] == places[1]:
+    place, other_place = _place_of(part), _place_of(other)
+    # Older statistics lack a hash, an offset or a seed. Batches without a template or a completion have None there.
+    if None not in place[:3] and place == other_place:
         return True
-    counts = [[(group, s.total_variance, s.n_samples) for group, s in one.groups.items()] for one in (part, other)]
-    return counts[0] == counts[1] and all(
-        torch.equal(part.groups[group].mean, other.groups[group].mean) for group in part.groups
-    )
+    if _moments_of(part) != _moments_of(other):
+        return False
+    return all(torch.equal(part.groups[group].mean, other.groups[group].mean) for group in part.groups)
+
+
+def _place_of(part: Statistics) -> list[Any]:
+    return [part.provenance.settings.get(name) for name in _PLACE]
+
+
+def _moments_of(part: Statistics) -> list[tuple[str, float, int]]:
+    # Exact, and so different for any other rows, as a path or a description is not.
+    return [(group, spectrum.total_variance, spectrum.n_samples) for group, spectrum in part.groups.items()]
 
 
 def _check_alike(first: Statistics, other: Statistics, first_name: str, other_name: str) -> None:
-    one, two = first.provenance, other.provenance
-    if one.fingerprint != two.fingerprint:
+    expected, got = first.provenance, other.provenance
+    if expected.fingerprint != got.fingerprint:
         raise LoraInitError(
-            f"{other_name} was made from another model ({two.model}) than {first_name} ({one.model}). "
+            f"{other_name} was made from another model ({got.model}) than {first_name} ({expected.model}). "
             "Merge statistics of one model."
         )
-    config = {name: value for name, value in one.settings.items() if name.startswith("config.")}
-    if entry := differing_config(two.settings, config):
+    # The same weights with another `rope_theta`, say, are another model, and have the same fingerprint.
+    config = {name: value for name, value in expected.settings.items() if name.startswith("config.")}
+    if entry := differing_config(got.settings, config):
         raise LoraInitError(f"{other_name} was made with {entry} of {first_name}. Collect both alike.")
-    # With gradients, labels count at other rows.
-    for setting in (*_ALIKE, "gradients") if one.token_mask == "labels" else _ALIKE:
-        if getattr(one, setting) != getattr(two, setting):
+    compared = _ALIKE
+    if expected.token_mask == "labels":
+        compared = (*_ALIKE, "gradients")  # with gradients, labels count at other rows, see `TokenMasks`
+    for setting in compared:
+        value, other_value = getattr(expected, setting), getattr(got, setting)
+        if value != other_value:
             raise LoraInitError(
-                f"{other_name} was made with {setting}={getattr(two, setting)!r}, "
-                f"{first_name} with {setting}={getattr(one, setting)!r}. Collect both the same way."
+                f"{other_name} was made with {setting}={other_value!r}, "
+                f"{first_name} with {setting}={value!r}. Collect both the same way."
             )
-    ours, theirs = ({*part.group_of, *part.unsupported} for part in (first, other))
-    common = [name for name in first.targets if name in other.targets]
-    differing = [name for name in common if first.targets[name] != other.targets[name]]
+    _check_layers(first, other, first_name, other_name)
+
+
+def _check_layers(first: Statistics, other: Statistics, first_name: str, other_name: str) -> None:
+    """Refuse parts that were collected for other layers; which of these ran may differ."""
+    ours = {*first.group_of, *first.unsupported}
+    theirs = {*other.group_of, *other.unsupported}
+    differing = []
+    for name, target in first.targets.items():
+        if name in other.targets and target != other.targets[name]:
+            differing.append(name)
     odd = [*sorted(ours - theirs), *sorted(theirs - ours), *differing]
     if odd:
         raise LoraInitError(
@@ -199,13 +289,19 @@ def _check_alike(first: Statistics, other: Statistics, first_name: str, other_na
         )
 
 
+# A group stands for layers that read the same tensor. Two layers may share their input in one part and not in another,
+# as where one of them did not run. So the merged groups are the coarsest ones that every part agrees on: layers go
+# together only if they are in one group in each part, and in the same parts.
 def _grouping(parts: Sequence[Statistics]) -> tuple[dict[str, str], dict[str, dict[int, str]]]:
-    """Group the layers that share a group in every part: the group of each layer, and its name in each part by number.
+    """Return the group of each layer, and the name that each group has in each part, by the number of the part.
 
     Layers are in model order. Groups of experts follow the group of their parameter.
     """
-    order: TopologicalSorter[str] = TopologicalSorter({name: () for part in parts for name in part.group_of})
+    # No part need have all layers: the model order is one that agrees with the order of each part.
+    order: TopologicalSorter[str] = TopologicalSorter()
     for part in parts:
+        for name in part.group_of:
+            order.add(name)
         for before, name in pairwise(part.group_of):
             order.add(name, before)
     leaders: dict[tuple[tuple[int, str], ...], str] = {}
@@ -213,18 +309,19 @@ def _grouping(parts: Sequence[Statistics]) -> tuple[dict[str, str], dict[str, di
     sources: dict[str, dict[int, str]] = {}
     for name in order.static_order():
         source = {i: part.group_of[name] for i, part in enumerate(parts) if name in part.group_of}
+        # The first layer with these groups names the merged one.
         group_of[name] = leaders.setdefault(tuple(source.items()), name)
         sources.setdefault(group_of[name], source)
         for expert in range(parts[min(source)].targets[name].experts):
             group = expert_group(name, expert)
             having = {i: group for i, part in enumerate(parts) if group in part.groups}
-            if having:
+            if having:  # the router sent it a row in some part
                 sources[group] = having
     return group_of, sources
 
 
 def _routed(part: Statistics, group: str) -> float:
-    """Share of the router's choices that fell on an expert; 1 for what is no expert."""
+    """Return the share of the router's choices that fell on an expert; 1 for a group that is not an expert's."""
     if group in part.targets:
         return 1.0
     name, _, expert = group.rpartition(".")
@@ -240,16 +337,29 @@ def _merge_gradients(
     A part in which a layer did not run adds no gradient to it.
     """
     gradients = [part.gradients for part in parts]
-    size = _common_size([one.weighted for one in of.values()] for of in gradients)
+    size = _common_size([[gradient.weighted for gradient in of_part.values()] for of_part in gradients])
     n_triplets = _n_triplets(parts)
-    n_labels = sum(part.provenance.n_labels for part in parts)
-    shares = [part.provenance.n_labels / n_labels for part in parts] if weights is None else weights
+    if weights is None:
+        # Each gradient is the mean over a part's labels: weighed by their number, the sum is the mean over all labels.
+        n_labels = sum(part.provenance.n_labels for part in parts)
+        shares = [part.provenance.n_labels / n_labels for part in parts]
+    else:
+        shares = list(weights)
     merged = {}
     for name in names:
-        spectra = [of[name] for of in gradients if name in of]
-        shares_there = [share for share, of in zip(shares, gradients, strict=True) if name in of]
-        of_rows = None if weights is None else [share / sum(shares_there) for share in shares_there]
-        merged[name] = _merge_gradient(spectra, shares_there, of_rows, n_triplets, size)
+        spectra: list[GradientSpectrum] = []
+        own_shares: list[float] = []
+        for share, of_part in zip(shares, gradients, strict=True):
+            if name in of_part:
+                spectra.append(of_part[name])
+                own_shares.append(share)
+        # The mean loss counts all parts, also those in which the layer did not run, so these shares stay as they are.
+        # Moments of rows are of the rows that there are, so their shares are made to add up to 1.
+        row_shares = None
+        if weights is not None:
+            total = sum(own_shares)
+            row_shares = [share / total for share in own_shares]
+        merged[name] = _merge_gradient(spectra, own_shares, row_shares, n_triplets, size)
     return merged
 
 
@@ -259,44 +369,59 @@ def _n_triplets(parts: Sequence[Statistics]) -> int:
     A pass keeps two triplets for each rank at least. A part with fewer saw few labels, or narrow layers, and lacks
     nothing.
     """
-    counts = [max(len(one.singular_values) for one in part.gradients.values()) for part in parts]
-    full = [count for count, part in zip(counts, parts, strict=True) if count >= 2 * part.provenance.rank]
+    counts = []
+    full = []
+    for part in parts:
+        count = max(len(gradient.singular_values) for gradient in part.gradients.values())
+        counts.append(count)
+        if count >= 2 * part.provenance.rank:
+            full.append(count)
     return min(full, default=sum(counts))
 
 
 def _merge_gradient(
-    spectra: Sequence[GradientSpectrum], shares: Sequence[float], of_rows: Sequence[float] | None, n_triplets: int,
+    spectra: Sequence[GradientSpectrum], shares: Sequence[float], row_shares: Sequence[float] | None, n_triplets: int,
     size: int,
 ) -> GradientSpectrum:  # fmt: skip
-    """Merge the gradients of one layer; `shares` weigh the means, `of_rows` the moments, by default rows do."""
-    n_samples = sum(one.n_samples for one in spectra)
+    """Merge the gradients of one layer; `shares` weigh the means, `row_shares` the moments, by default rows do."""
+    n_samples = sum(gradient.n_samples for gradient in spectra)
     # The sum of U_i s_i V_i^T is [U_1, U_2, ...] [s_1 V_1, s_2 V_2, ...]^T: left [d_out, k], right [k, d_in].
-    left = torch.cat([one.left.T for one in spectra], 1)
-    scaled = [share * one.singular_values[:, None] for share, one in zip(shares, spectra, strict=True)]
-    right = torch.cat([values * one.right for values, one in zip(scaled, spectra, strict=True)])
-    u, s, v = freeze_triplets(*product_svd(left, right, n_triplets), n_triplets)
-    by_rows = of_rows or [one.n_samples / n_samples for one in spectra]
-    moments = [share * one.output_moment for share, one in zip(by_rows, spectra, strict=True)]
-    weighted = mix([one.weighted for one in spectra], size, of_rows)
+    # No d_out x d_in matrix is made for it.
+    left = torch.cat([gradient.left.T for gradient in spectra], 1)
+    right_parts = []
+    for share, gradient in zip(shares, spectra, strict=True):
+        values = share * gradient.singular_values[:, None]
+        right_parts.append(values * gradient.right)
+    u, s, v = freeze_triplets(*product_svd(left, torch.cat(right_parts), n_triplets), n_triplets)
+    by_rows = row_shares or [gradient.n_samples / n_samples for gradient in spectra]
+    moments = [share * gradient.output_moment for share, gradient in zip(by_rows, spectra, strict=True)]
+    weighted = mix([gradient.weighted for gradient in spectra], size, row_shares)
+    # The importance needs the weights of the model, which a merge does not have.
     return GradientSpectrum(weighted, u, s, v, torch.stack(moments).sum(0), math.nan, n_samples)
 
 
 def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Provenance:
+    """Add up or list what the provenance of all parts says; what cannot be, as a seed, is that of the first part."""
     made = [part.provenance for part in parts]
     seconds: Counter[str] = Counter()
+    stop_reasons: dict[str, None] = {}  # each once, in order
     for one in made:
         seconds.update(one.seconds)
+        stop_reasons.update(dict.fromkeys(one.stop_reason.split(", ")))  # of a merge, several
     gradients = all(one.gradients for one in made)  # the gradients of some are not the gradients of the whole
+    n_labels = 0
+    if gradients:
+        n_labels = sum(one.n_labels for one in made)
     return replace(
         made[0],
         data=_data_in_words(made, weights),
         rank=min(one.rank for one in made),
         gradients=gradients,
-        n_labels=sum(one.n_labels for one in made) if gradients else 0,
+        n_labels=n_labels,
         n_batches=sum(one.n_batches for one in made),
-        stop_reason=", ".join(dict.fromkeys(reason for one in made for reason in one.stop_reason.split(", "))),
+        stop_reason=", ".join(stop_reasons),
         complete=all(one.complete for one in made),
-        keeps=None,
+        keeps=None,  # was estimated from halves of one pass
         seconds={name: round(value, 3) for name, value in seconds.items()},
         settings=_common_settings(made),
         notes=[],
@@ -305,86 +430,129 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
 
 def _data_in_words(made: Sequence[Provenance], weights: Sequence[float] | None) -> str:
     """Describe the data of all parts, each once; with weights each with its own."""
-    data = [one.data for one in made]
-    if weights is not None:
-        shown = [f"({text})" if "; " in text else text or "not described" for text in data]
-        data = [f"{weight:g} x {text}" for weight, text in zip(weights, shown, strict=True)]
-    return "; ".join(dict.fromkeys(text for text in data if text))
+    if weights is None:
+        texts = [one.data for one in made]
+    else:
+        texts = []
+        for weight, one in zip(weights, made, strict=True):
+            text = one.data or "not described"
+            if "; " in text:  # merged before: the weight is of all of it
+                text = f"({text})"
+            texts.append(f"{weight:g} x {text}")
+    return "; ".join(dict.fromkeys(text for text in texts if text))
 
 
 _WEIGHT = re.compile(r"^(\(?[\d.e+-]+ x \(?)+")  # that a part had in a merge
 
 
 def _common_settings(made: Sequence[Provenance]) -> dict[str, Any]:
-    """Return the settings that all parts have alike; of different data the rows are all of theirs."""
-    every = [one.settings for one in made]
-    common = {
-        name: value
-        for name, value in every[0].items()
-        if all(name in settings and settings[name] == value for settings in every)
-    }
+    """Return the settings that are the same in all parts; `rows` is the number of rows of all their data.
+
+    A setting that differs describes none of the merged rows, and is left out.
+    """
+    common: dict[str, Any] = {}
+    for name, value in made[0].settings.items():
+        # None is a value here: a setting that a part lacks is unknown, and agrees with nothing.
+        if all(name in one.settings and one.settings[name] == value for one in made):
+            common[name] = value
     rows = _rows_of_all(made)
-    return {**common, "rows": rows} if rows else {name: common[name] for name in common if name != "rows"}
+    if rows:
+        common["rows"] = rows
+    else:
+        common.pop("rows", None)
+    return common
 
 
-def _rows_of_all(made: Sequence[Provenance]) -> int | None:
-    """Count the rows of all data, those of each source once; None if that is unknown.
+# The length of a training is planned from this number, so it is None where descriptions leave it open.
+def _rows_of_all(provenances: Sequence[Provenance]) -> int | None:
+    """Count the rows of all data, the rows of each source once; None if that is unknown.
 
     The hash of its rows tells a source, whatever it is called. Without it, two parts of one source were read from
     different places of it; else they are two sources of one name.
     """
-    counts: dict[Any, int] = {}  # of each source
-    names: dict[Any, frozenset[str]] = {}
+    counts: dict[Any, int] = {}  # of each source, by its hash or else its names
+    names_of: dict[Any, frozenset[str]] = {}  # a merged part has several
     places: set[Any] = set()
-    for one in made:
-        words = frozenset(_source_in_words(text) for text in one.data.split("; "))
-        rows: Any = one.settings.get("rows")
-        digest = one.settings.get("digest of the rows")
-        source, place = digest or words, (words, one.settings.get("offset"), one.settings.get("seed of the sample"))
-        others = [names[other] for other in names if other != source and not (digest and isinstance(other, str))]
-        is_unnamed = not words.isdisjoint(("", "data in memory"))
-        unknown = digest is None and (rows != counts.get(source, rows) or place in places or is_unnamed)
-        if not is_number(rows) or unknown or any(not words.isdisjoint(other) for other in others):
+    for provenance in provenances:
+        settings = provenance.settings
+        names = frozenset(_source_in_words(text) for text in provenance.data.split("; "))
+        rows: Any = settings.get("rows")
+        digest = settings.get("digest of the rows")
+        source = digest or names
+        place = names, settings.get("offset"), settings.get("seed of the sample")
+        # These two names are of any data at all.
+        is_unnamed = not names.isdisjoint(("", "data in memory"))
+        if digest is None and (rows != counts.get(source, rows) or place in places or is_unnamed):
+            return None
+        if not is_number(rows) or _may_share_rows(digest, source, names, names_of):
             return None
         counts[source] = max(int(rows), counts.get(source, 0))  # an estimate, if some rows make no example
-        names[source] = words | names.get(source, frozenset())
+        names_of[source] = names | names_of.get(source, frozenset())
         places.add(place)
     return sum(counts.values())
 
 
+def _may_share_rows(digest: Any, source: Any, names: frozenset[str], names_of: Mapping[Any, frozenset[str]]) -> bool:
+    """Check whether another source has a name of this one, and hashes do not tell the two apart."""
+    for other, other_names in names_of.items():
+        told_apart = digest and isinstance(other, str)  # both are known by their hashes
+        if other != source and not told_apart and not names.isdisjoint(other_names):
+            return True
+    return False
+
+
 def _source_in_words(text: str) -> str:
     """Return what a description says of the source alone; empty if it was not described."""
+    # Such as "0.5 x (en/a.jsonl: 64 of 200 examples".
     return _WEIGHT.sub("", text).partition(": ")[0].replace("not described", "")
 
 
 def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size: int) -> Iterator[str]:
+    """Describe each part, and what the merge has left out of them."""
     for i, part in enumerate(parts):
         made = part.provenance
-        weight = "" if weights is None else f" with weight {weights[i]:g}"
+        weight = ""
+        if weights is not None:
+            weight = f" with weight {weights[i]:g}"
         yield (
             f"part {i + 1} of {len(parts)}{weight}: {made.n_samples:,} rows in {made.n_batches} batches, stopped: "
             f"{made.stop_reason}, seed {made.seed}, {made.data or 'data not described'}."
         )
-    most = [max(one.n_components for one in part.groups.values()) for part in parts]
+    most = []
+    without_gradients = []
+    for i, part in enumerate(parts, start=1):
+        most.append(max(spectrum.n_components for spectrum in part.groups.values()))
+        if not part.provenance.gradients:
+            without_gradients.append(str(i))
     if max(most) > size:
         yield f"the parts have up to {' and '.join(map(str, most))} components of a layer; {size} are kept."
-    without = [str(i + 1) for i, part in enumerate(parts) if not part.provenance.gradients]
-    if 0 < len(without) < len(parts):
-        yield f"part {', '.join(without)} of {len(parts)} has no gradients, so the others' are left out."
+    if 0 < len(without_gradients) < len(parts):
+        yield f"part {', '.join(without_gradients)} of {len(parts)} has no gradients, so the others' are left out."
 
 
 def _notes(parts: Sequence[Statistics]) -> Iterator[str]:
     """Keep the notes about single layers: unchanged if all parts have them, else with the number of the part.
 
-    Notes about the experts of a parameter are written anew.
+    Notes about the experts of a parameter are written anew: how many read too few rows is another number now.
     """
-    experts = {name for part in parts for name, target in part.targets.items() if target.experts}
-    about = re.compile(r"(.*?)( and \d+ other layers?)?: ")
-    said = [
-        [note for note in part.provenance.notes if not ((match := about.match(note)) and match[1] in experts)]
-        for part in parts
-    ]
-    everywhere = [note for note in said[0] if all(note in notes for notes in said)]
-    yield from everywhere
-    for i, notes in enumerate(said, start=1):
-        yield from (f"part {i}, {note}" for note in notes if note not in everywhere)
+    of_experts: set[str] = set()
+    for part in parts:
+        of_experts.update(name for name, target in part.targets.items() if target.experts)
+    notes_of = []
+    for part in parts:
+        notes_of.append([note for note in part.provenance.notes if _subject_of(note) not in of_experts])
+    common = [note for note in notes_of[0] if all(note in notes for notes in notes_of)]
+    yield from common
+    for i, notes in enumerate(notes_of, start=1):
+        for note in notes:
+            if note not in common:
+                yield f"part {i}, {note}"
+
+
+# A note begins with the layer, or the first of several: see `grid.one_line_each`.
+_SUBJECT = re.compile(r"(.*?)( and \d+ other layers?)?: ")
+
+
+def _subject_of(note: str) -> str | None:
+    match = _SUBJECT.match(note)
+    return None if match is None else match[1]
