@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import Any
 
 import regex
@@ -35,33 +35,57 @@ def is_linear(module: nn.Module) -> bool:
 def count_linear(model: nn.Module, names: Collection[str], task_type: str | None = None) -> int:
     """Count the layers that `"all-linear"` means and fused experts, also where some have an adapter.
 
-    They are those of the part of the model that holds the blocks of the named ones: a language model without the vision
-    before it. Layers outside blocks, as a pooler, are of the whole model.
+    Only the part of the model counts that holds the blocks of the named layers, such as a language model without the
+    vision tower before it. If a layer outside of blocks is named, as a pooler, the whole model counts.
     """
     model, heads = unwrapped(model), HEADS.get(task_type or "", ())
     modules = plain_names(model)
-    steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    common = [step[0] for step in takewhile(lambda step: len({*step}) == 1, steps)]
+    part = _common_part(modules, names)
+    count = 0
+    for name in linear_layers(model, modules) + _fused_experts(modules, names):
+        if any(infix in name for infix in _ADDED_BY_PEFT) or is_in(name, heads):
+            continue
+        plain = name.replace(".base_layer", "")  # PEFT's wrapper holds the layer itself under this name
+        if plain.split(".")[: len(part)] == part:
+            count += layers_in(plain)
+    return count
+
+
+# In the names of what an adapter adds: its matrices, and modules trained whole beside their originals.
+_ADDED_BY_PEFT = (".lora_", ".modules_to_save.", ".original_module")
+
+
+def _common_part(modules: Mapping[str, nn.Module], names: Collection[str]) -> list[str]:
+    """Return the path, step by step, to the part of a model that owns the blocks of all these layers."""
+    common = []
+    paths = [name.split(".")[:-1] for name in names]
+    for steps in zip(*paths, strict=False):
+        if len(set(steps)) > 1:
+            break
+        common.append(steps[0])
     # The part owns the list of blocks, so one block or one kind of layer, as XLM's attentions, is of the same part.
-    owners = [modules.get(owner) for owner in accumulate(common, "{}.{}".format)]
-    lists = (n for n, owner in enumerate(owners) if isinstance(owner, (nn.ModuleList, nn.Sequential)))
-    part = common[: next(lists, len(common) if len(names) > 1 else 0)]
-    others = (".lora_", ".modules_to_save.", ".original_module")
-    linear = linear_layers(model, modules)
-    linear += _fused_experts(modules, names)
-    counted = (name for name in linear if not any(other in name for other in others) and not is_in(name, heads))
-    plain = (name.replace(".base_layer", "") for name in counted)
-    return sum(layers_in(name) for name in plain if name.split(".")[: len(part)] == part)
+    for length, owner in enumerate(accumulate(common, "{}.{}".format)):
+        if isinstance(modules.get(owner), (nn.ModuleList, nn.Sequential)):
+            return common[:length]
+    if len(names) > 1:
+        return common
+    return []  # what is around a single layer outside of blocks says nothing
 
 
 def _fused_experts(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> list[str]:
-    """List parameters of fused experts, and others that have an adapter; others, as of positions, are none."""
-    fused = {f"{o}.{end}": m for o, m in modules.items() for end, _ in m.named_parameters(recurse=False)}
-    return [name for name, m in fused.items() if experts_of(name, m) or name.replace(".base_layer", "") in adapted]
+    """List the parameters of fused experts and those that have an adapter; not others, as parameters of positions."""
+    names = []
+    for owner, module in modules.items():
+        for ending, _ in module.named_parameters(recurse=False):
+            name = f"{owner}.{ending}"
+            if experts_of(name, module) or name.replace(".base_layer", "") in adapted:
+                names.append(name)
+    return names
 
 
 def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Name the layers that `"all-linear"` means."""
+    # PEFT leaves the head of a language model out. Models of other libraries have no such method.
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return [name for name, module in modules.items() if is_linear(module) and module is not output]
 
@@ -79,6 +103,7 @@ def matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
     """Check whether a regular expression, or one of several names or endings, selects a layer, as in PEFT."""
     if isinstance(patterns, str):
         try:
+            # `regex` and not `re`, which has no time limit: some expressions take exponential time.
             return regex.fullmatch(patterns, name, timeout=_PATIENCE) is not None
         except regex.error as error:
             problem = f"is not a regular expression: {error}."
@@ -93,18 +118,32 @@ def matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
 
 def _closest_names(modules: Mapping[str, nn.Module], patterns: Collection[str]) -> str:
     """Describe which names of a model are closest to some that match nothing; else how linear layers are named."""
-    endings = Counter(name.rsplit(".", 1)[-1] for name in modules)
-    words = [re.split(r"[^\w]+", pattern.rstrip("$)"))[-1] for pattern in patterns]
-    close = [match for word in words for match in difflib.get_close_matches(word, list(endings), n=3)]
-    linear = Counter(name.rsplit(".", 1)[-1] for name, module in modules.items() if is_linear(module))
+    endings: Counter[str] = Counter()
+    linear: Counter[str] = Counter()
+    for name, module in modules.items():
+        ending = name.rsplit(".", 1)[-1]
+        endings[ending] += 1
+        if is_linear(module):
+            linear[ending] += 1
+    close: list[str] = []
+    for pattern in patterns:
+        # The last word of a pattern such as `.*(q|v)_proj$`.
+        word = re.split(r"[^\w]+", pattern.rstrip("$)"))[-1]
+        close += difflib.get_close_matches(word, list(endings), n=3)
     names = dict.fromkeys(close or [name for name, _ in linear.most_common(7)])
     shown = ", ".join(f"{name!r} ({endings[name]} layer{'s' * (endings[name] > 1)})" for name in names)
-    return f"Closest names: {shown}." if close else f"Its linear layers are named: {shown or 'none'}."
+    if close:
+        return f"Closest names: {shown}."
+    return f"Its linear layers are named: {shown or 'none'}."
 
 
 def _unmatched(modules: Mapping[str, nn.Module], names: Collection[str]) -> list[str]:
     """Find the names that match nothing: they were meant to do something."""
-    return [one for one in names if not any(matches([one], name, "") for name in modules)]
+    unmatched = []
+    for pattern in names:
+        if not any(matches([pattern], name, "") for name in modules):
+            unmatched.append(pattern)
+    return unmatched
 
 
 # Seconds for one name and a regular expression; a sane one takes microseconds.
@@ -136,26 +175,43 @@ def heads_of(model: nn.Module) -> list[str]:
     model = unwrapped(model)
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return []
-    there = {name: child for name, child in model.named_children() if _has_weights(child)}
+    parts = [name for name, child in model.named_children() if _has_weights(child)]
     body = getattr(model, "base_model_prefix", "")
-    known = {name for names in HEADS.values() for name in names}
-    return [name for name in there if (name != body if body in there else hasattr(model, "config") and name in known)]
+    if body in parts:
+        return [name for name in parts if name != body]
+    if not hasattr(model, "config"):  # is no model of transformers, and its names mean nothing here
+        return []
+    known: set[str] = set()
+    for names in HEADS.values():
+        known.update(names)
+    return [name for name in parts if name in known]
 
 
+# A head that is trained from a random start needs another learning rate than an adapter of a pretrained layer. What is
+# new in a model is, first, what a library adds beside the body of a checkpoint (`heads_of`); second, what a user's
+# subclass adds to a library's class; third, the matrices of a user's own module around or beside such models.
 def new_heads(model: nn.Module) -> list[str]:
-    """Name what begins at random where it is trained whole: a head and its parts; all of a model of one's own.
+    """Name the modules that begin at random if they are trained whole: heads with their parts, a user's own layers.
 
-    A class of one's own around a model of a library is no checkpoint, though it may have `from_pretrained`, as
-    transformers' page on custom models has it: what stands beside that model is new.
+    A user's class around a library's model is no checkpoint, though it may have `from_pretrained`, as on transformers'
+    page about custom models: what stands beside that model is new.
     """
-    names = plain_names(model)
-    owners = _checkpoints(names)
-    found = {name: [*heads_of(names[name]), *_added_by_subclass(names[name])] for name in owners}
-    heads = [f"{name}.{head}".removeprefix(".") for name, own in found.items() for head in own]
-    own = [name for name in names if not any(is_below(name, owner) for owner in owners)]
+    modules = plain_names(model)
+    owners = _checkpoints(modules)
+    heads = []
+    for owner in owners:
+        for head in (*heads_of(modules[owner]), *_added_by_subclass(modules[owner])):
+            heads.append(f"{owner}.{head}".removeprefix("."))  # the model itself is called ""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    own = [name for name in own if names[name] is not output and _has_matrix(names[name])]
-    return own + [name for name in names if any(is_below(name, head) for head in heads)]
+    new = []
+    for name, module in modules.items():
+        in_checkpoint = any(is_below(name, owner) for owner in owners)
+        if not in_checkpoint and module is not output and _has_matrix(module):
+            new.append(name)
+    for name in modules:
+        if any(is_below(name, head) for head in heads):
+            new.append(name)
+    return new
 
 
 def trains_new_head(heads: Collection[str], task_type: str | None, modules_to_save: Iterable[str]) -> bool:
@@ -165,28 +221,39 @@ def trains_new_head(heads: Collection[str], task_type: str | None, modules_to_sa
 
 
 def _added_by_subclass(model: Any) -> list[str]:
-    """Name what a class of one's own has added to the class of a library that it derives from."""
-    kind = next((one for one in type(model).__mro__ if one.__module__.partition(".")[0] in _CHECKPOINTS), None)
+    """Name the modules that a user's class has added to the class of a library that it derives from."""
+    kind = next((parent for parent in type(model).__mro__ if _is_of_library(parent)), None)
     if kind is None or kind is type(model):
         return []
     try:
+        # Which modules the library's class makes, without memory for their weights.
         with torch.device("meta"):
-            there = {name for name, _ in kind(model.config).named_children()}
-    except Exception:  # of one that is made in another way
+            original = {name for name, _ in kind(model.config).named_children()}
+    except Exception:  # a class that is not made from a configuration alone
         return []
-    return [name for name, child in model.named_children() if there and name not in there and _has_weights(child)]
+    if not original:  # an abstract class, as PreTrainedModel: nothing to compare with
+        return []
+    return [name for name, child in model.named_children() if name not in original and _has_weights(child)]
+
+
+def _is_of_library(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _CHECKPOINTS
 
 
 def _has_weights(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
-def _checkpoints(names: Mapping[str, nn.Module]) -> list[str]:
-    """Name the outermost modules that are loaded from checkpoints, but for classes of one's own around them."""
-    whole = {name: one for name, one in names.items() if hasattr(type(one), "from_pretrained")}
-    known = [name for name, one in whole.items() if type(one).__module__.partition(".")[0] in _CHECKPOINTS]
-    around = {name for name in whole for other in known if name not in known and is_below(other, name)}
-    owners = [name for name in whole if name not in around]
+def _checkpoints(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Name the outermost modules that are loaded from checkpoints, but for a user's classes around them."""
+    loadable = [name for name, module in modules.items() if hasattr(type(module), "from_pretrained")]
+    known = [name for name in loadable if _is_of_library(type(modules[name]))]
+    owners = []
+    for name in loadable:
+        # A user's class that has a library's model inside is a wrapper with new parts, not a checkpoint as a whole.
+        is_wrapper = name not in known and any(is_below(other, name) for other in known)
+        if not is_wrapper:
+            owners.append(name)
     return [name for name in owners if not any(is_below(name, other) for other in owners if other != name)]
 
 
@@ -227,24 +294,39 @@ class Target:
     @property
     def module(self) -> str:
         """Full name of the module: of the layer, or of the module that a fused parameter is in."""
-        return self.name.rpartition(".")[0] if self.experts else self.name
+        if self.experts:
+            return self.name.rpartition(".")[0]
+        return self.name
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B of this rank in PEFT. Experts are stacked, A expert by expert."""
         if self.experts:
             return (self.experts * rank, self.in_features), (self.out_features, rank * self.experts)
+        # A is a convolution with the layer's kernel over all of its input channels; B has a kernel of size 1 and the
+        # groups of the layer. The product over an empty kernel, of a linear layer, is 1.
         channels = self.in_features // math.prod(self.kernel)
-        return (rank, channels, *self.kernel), (self.out_features, rank // self.groups, *(1 for _ in self.kernel))
+        ones = (1,) * len(self.kernel)
+        return (rank, channels, *self.kernel), (self.out_features, rank // self.groups, *ones)
 
     def parameters(self, rank: int, freeze_a: bool = False, use_dora: bool = False) -> int:
         """Count the trainable parameters of a LoRA pair of this rank, or of its B alone, with DoRA's magnitudes."""
-        magnitudes = self.out_features if use_dora and rank else 0
-        return magnitudes + (math.prod(self.shapes(rank)[1]) if freeze_a else rank * self.cost)
+        if freeze_a:
+            _, shape_of_b = self.shapes(rank)
+            count = math.prod(shape_of_b)
+        else:
+            count = rank * self.cost
+        if use_dora and rank:
+            count += self.out_features  # one magnitude for each row of the weight
+        return count
 
     def extras(self) -> dict[str, Any]:
         """Return the fields that most layers leave at their defaults, as JSON has them; `read_target` reads them."""
-        convolution = {"kernel": list(self.kernel), "groups": self.groups} if self.kernel else {}
-        return convolution | ({"experts": self.experts} if self.experts else {})
+        extras: dict[str, Any] = {}
+        if self.kernel:
+            extras |= {"kernel": list(self.kernel), "groups": self.groups}
+        if self.experts:
+            extras["experts"] = self.experts
+        return extras
 
     @property
     def cost(self) -> int:
@@ -253,10 +335,11 @@ class Target:
 
 
 def read_target(name: str, kind: str, in_features: int, out_features: int, extras: Mapping[str, Any]) -> Target:
-    """Make a target again from its plain values, with a TypeError or ValueError if they are none."""
+    """Make a target again from its plain values; raise TypeError or ValueError if no layer can have these."""
     kernel = tuple(int(size) for size in extras.get("kernel", ()))
     groups, experts = int(extras.get("groups", 1)), int(extras.get("experts", 0))
     possible = all(0 < size <= _WIDEST for size in (in_features, out_features, *kernel, groups))
+    # Checked from left to right: `prod(kernel)` is not 0 once all sizes are possible.
     if not possible or not 0 <= experts <= _MOST_EXPERTS or in_features % math.prod(kernel):
         raise ValueError(f"widths of layer {name!r}")
     return Target(name, str(kind), int(in_features), int(out_features), kernel, groups, experts)
@@ -330,13 +413,13 @@ def find_targets(
     _check_names(target_modules=target_modules, exclude_modules=exclude_modules or ())
     model = unwrapped(model)
     named = plain_names(model)
-    modules = {name: module for name, module in named.items() if name}
+    modules = {name: module for name, module in named.items() if name}  # without the model itself, called ""
     selected = _selected(model, modules, target_modules, optional=bool(target_parameters))
     selected = _without(selected, HEADS.get(task_type or "", ()), exclude_modules)
     if exclude_modules and not isinstance(exclude_modules, str):
         for name in _unmatched(modules, exclude_modules):
-            said = f"{{exclude_modules}} matches nothing in {type(model).__name__}. {_closest_names(modules, [name])}"
-            warn(said, exclude_modules=name)
+            closest = _closest_names(modules, [name])
+            warn(f"{{exclude_modules}} matches nothing in {type(model).__name__}. {closest}", exclude_modules=name)
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
         raise LoraInitError(
@@ -350,22 +433,29 @@ def find_targets(
 
 def _check_names(**arguments: Any) -> None:
     for argument, given in arguments.items():
-        if not isinstance(given, Collection) or not all(isinstance(one, str) for one in given):
+        # A string is a collection of strings, too.
+        if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
             raise LoraInitError(
                 f"{{{argument}}}: expected a regular expression, or a list of names.", **{argument: given}
             )
 
 
 def _in_model_order(names: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Sort layers and parameters as the modules are that they are, or that they are in."""
+    """Sort layers, and parameters by the modules that they are in, in the order of the modules."""
     order = {name: i for i, name in enumerate(modules)}
-    return sorted(names, key=lambda name: order[name if name in order else name.rpartition(".")[0]])
+
+    def place(name: str) -> int:
+        if name in order:
+            return order[name]
+        return order[name.rpartition(".")[0]]  # a parameter, by its module
+
+    return sorted(names, key=place)
 
 
 def _described(
     names: Iterable[str], modules: Mapping[str, nn.Module], parameters: Mapping[str, Experts | None]
 ) -> Targets:
-    """Describe layers and fused parameters, those whose A can start from their inputs apart from the others."""
+    """Describe layers and fused parameters; keep those whose A cannot start from their inputs apart."""
     layers: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
     reasons: dict[str, str] = {}
@@ -381,31 +471,39 @@ def _described(
 def _selected(
     model: nn.Module, modules: Mapping[str, nn.Module], target_modules: str | Collection[str], optional: bool
 ) -> list[str]:
-    """Name the modules that `target_modules` means."""
-    keyword = target_modules.lower().replace("_", "-") if isinstance(target_modules, str) else ""
-    if keyword in (ALL_LINEAR, *PURPOSES):
-        linear = linear_layers(model, modules)
-        return linear if keyword == ALL_LINEAR else _of_purpose(keyword, modules, linear, type(model).__name__)
-    names = [target_modules] if isinstance(target_modules, str) else target_modules
+    """Name the modules that `target_modules` selects; it may select none if it is `optional` and an empty list."""
+    model_class = type(model).__name__
+    if isinstance(target_modules, str):
+        keyword = target_modules.lower().replace("_", "-")
+        if keyword == ALL_LINEAR:
+            return linear_layers(model, modules)
+        if keyword in PURPOSES:
+            return _of_purpose(keyword, modules, linear_layers(model, modules), model_class)
     selected = [name for name in modules if matches(target_modules, name, "target_modules")]
+    if isinstance(target_modules, str):
+        if not selected:
+            raise _no_layer(model_class, modules, target_modules, [target_modules])
+        return selected
     # Of names in a list each has to match: one that is misspelt was meant, too.
-    wrong = _unmatched(modules, names) if names is target_modules else [] if selected else names
+    wrong = _unmatched(modules, target_modules)
     if wrong or not (selected or optional):
-        given = target_modules if wrong is names else wrong
-        raise _no_layer(type(model).__name__, modules, given, wrong, wrong or names)
+        raise _no_layer(model_class, modules, wrong, wrong)
     return selected
 
 
 def _no_layer(
-    model_class: str, modules: Mapping[str, nn.Module], given: str | Collection[str], wrong: Collection[str],
-    names: Collection[str],
-) -> LoraInitError:  # fmt: skip
+    model_class: str, modules: Mapping[str, nn.Module], given: str | Collection[str], wrong: Collection[str]
+) -> LoraInitError:
     """Make the error about names that select no layer, with the experts that there are if one is of experts."""
-    of_experts, options = experts_there(modules) if any("experts" in one for one in names) else ("", {})
+    hint = ""
+    options: dict[str, Any] = {}
+    if any("experts" in name for name in wrong):
+        hint, options = experts_there(modules)
+    if not hint:
+        hint = f" {_closest_names(modules, wrong)}"
     return LoraInitError(
-        f"{{target_modules}} matches no layer of {model_class}.{of_experts or f' {_closest_names(modules, wrong)}'}",
-        target_modules=given, **options,
-    )  # fmt: skip
+        f"{{target_modules}} matches no layer of {model_class}.{hint}", target_modules=given, **options
+    )
 
 
 def _without(names: Iterable[str], heads: Collection[str], exclude_modules: str | Collection[str] | None) -> list[str]:
@@ -419,8 +517,11 @@ def _without(names: Iterable[str], heads: Collection[str], exclude_modules: str 
 def _of_purpose(purpose: str, modules: Mapping[str, nn.Module], linear: list[str], model_class: str) -> list[str]:
     layers = by_purpose(modules, linear)
     if not layers[purpose]:
-        there = {kind: Counter(name.rpartition(".")[2] for name in names) for kind, names in layers.items() if names}
-        shown = [f"{kind} ({', '.join(endings)}: {endings.total()} layers)" for kind, endings in there.items()]
+        shown = []
+        for kind, names in layers.items():
+            if names:
+                endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
+                shown.append(f"{kind} ({', '.join(endings)}: {len(names)} layers)")
         raise LoraInitError(
             f"{{target_modules}}: {model_class} has no such layers. It has {' and '.join(shown) or 'neither'}. "
             "Name layers instead; {target_parameters} names fused experts.",
@@ -441,11 +542,11 @@ def _fused_target(name: str, experts: Experts | None) -> Target | tuple[str, str
 def _target(name: str, module: nn.Module) -> Target | tuple[str, str]:
     """Describe a layer, or return its kind and the reason why it cannot start from data."""
     kind = class_name(module)
-    reason = next((why for without, why in _WITHOUT_ROWS.items() if isinstance(module, without)), None)
-    if reason is not None:
-        return kind, reason
+    for without_rows, reason in _WITHOUT_ROWS.items():
+        if isinstance(module, without_rows):
+            return kind, reason
     if is_conv1d(module):
-        d_in, d_out = module.weight.shape  # type: ignore[misc]
+        d_in, d_out = module.weight.shape  # type: ignore[misc]  # the transpose of nn.Linear's
         return Target(name, kind, int(d_in), int(d_out))
     if isinstance(module, CONVOLUTIONS):
         patches_of(name, module)  # refuses those that PEFT cannot adapt
