@@ -28,10 +28,10 @@ _MLP = re.compile(r"mlp|ffn|\bff|\bfc|feed_?forward|dense|expert|^linear[12]$", 
 _ROUTER = re.compile(r"(gate|router)(\.|$)")
 
 
-def one_line_each(said: Mapping[str, str]) -> list[str]:
+def one_line_each(texts: Mapping[str, str]) -> list[str]:
     """Write texts about layers, by name, in one line for all layers that have the same text."""
     names: dict[str, list[str]] = {}
-    for name, text in said.items():
+    for name, text in texts.items():
         names.setdefault(text, []).append(name)
     return [f"{some(layers)}: {text}" for text, layers in names.items()]
 
@@ -44,7 +44,9 @@ def span(numbers: Collection[int]) -> str:
 def some(names: Sequence[str]) -> str:
     """Name the first of several layers, and how many others there are."""
     others = len(names) - 1
-    return names[0] + (f" and {others} other layer{'s' * (others > 1)}" if others else "")
+    if not others:
+        return names[0]
+    return f"{names[0]} and {others} other layer{'s' * (others > 1)}"
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class LayerGrid:
     @property
     def by_kind(self) -> dict[str, dict[int, str]]:
         """The layers of each kind by block."""
-        return {
-            kind: {block: self.cells[kind, block] for block in self.blocks if (kind, block) in self.cells}
-            for kind in self.kinds
-        }
+        rows: dict[str, dict[int, str]] = {}
+        for kind in self.kinds:  # every kind has a row, in model order
+            rows[kind] = {block: self.cells[kind, block] for block in self.blocks if (kind, block) in self.cells}
+        return rows
 
 
 def layer_grid(names: Iterable[str]) -> LayerGrid:
@@ -76,11 +78,13 @@ def layer_grid(names: Iterable[str]) -> LayerGrid:
     in_block: dict[int, list[tuple[str, str]]] = {}
     for kind, block in places.values():
         in_block.setdefault(block, []).append(kind)
-    # A block with all kinds tells their order; the first one may lack some.
-    fullest_first = sorted(in_block.values(), key=len, reverse=True)
-    labels = _labels(list(dict.fromkeys(kind for kinds in fullest_first for kind in kinds)))
+    # A block with all kinds tells their order; the first one may lack some, as DeepSeek's has no experts.
+    ordered: dict[tuple[str, str], None] = {}
+    for kinds in sorted(in_block.values(), key=len, reverse=True):
+        ordered.update(dict.fromkeys(kinds))
+    labels = _labels(list(ordered))
     cells = {(labels[kind], block): name for name, (kind, block) in places.items()}
-    return LayerGrid(list(labels.values()), sorted({block for _, block in places.values()}), cells)
+    return LayerGrid(list(labels.values()), sorted(in_block), cells)
 
 
 def layers_in(name: str) -> int:
@@ -97,21 +101,32 @@ def place_of(name: str) -> tuple[tuple[str, str], int]:
 
 
 def _labels(kinds: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Find each kind's shortest ending that no other has; if stacks share an ending, after the name of the stack."""
-    labels = {kind: _ending(kind[1], [rest for _, rest in kinds]) for kind in kinds}
+    """Find each kind's shortest ending that no other has; if stacks share an ending, after the name of the stack.
+
+    A stack is what stands before the number of the block, such as model.layers.
+    """
+    names_within = [name for _, name in kinds]
+    labels = {(stack, name): _ending(name, names_within) for stack, name in kinds}
     if len(set(labels.values())) == len(kinds):
         return labels
-    stacks = dict.fromkeys(_backwards(stack) for stack, _ in kinds)  # encoder and decoder blocks both have a q
-    for stack, rest in kinds:
+    # Encoder and decoder blocks both have a q. Stacks differ where they begin, so their shortest beginning is taken.
+    stacks = dict.fromkeys(_backwards(stack) for stack, _ in kinds)
+    for stack, name in kinds:
         start = _backwards(_ending(_backwards(stack), stacks))
-        labels[stack, rest] = f"{start} {_ending(rest, [r for s, r in kinds if s == stack])}".strip()
+        ending = _ending(name, [other for other_stack, other in kinds if other_stack == stack])
+        labels[stack, name] = f"{start} {ending}".strip()
     return labels
 
 
-def _ending(text: str, others: Iterable[str]) -> str:
+def _ending(text: str, others: Collection[str]) -> str:
+    """Return the shortest ending, at a dot, that only one of the others has: `text` itself is one of them."""
     parts = text.split(".")
-    endings = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-    return next((end for end in endings if sum(f".{other}".endswith(f".{end}") for other in others) == 1), text)
+    for length in range(1, len(parts) + 1):
+        ending = ".".join(parts[-length:])
+        # Dots in front: up_proj is no ending of gate_up_proj.
+        if sum(f".{other}".endswith(f".{ending}") for other in others) == 1:
+            return ending
+    return text
 
 
 def _backwards(text: str) -> str:
@@ -125,29 +140,39 @@ def by_purpose(modules: Mapping[str, nn.Module], linear: Collection[str]) -> dic
     MLP if its name says so within a block, one of a numbered row of which some have an attention. Embeddings, heads,
     poolers, projections between the towers of a model, routers, and layers that modulate norms are neither.
     """
-    attention = {name: _is_cross(name, module) for name, module in modules.items() if _is_attention(name, module)}
-    rows = _rows_around(attention)
+    is_cross = {name: _is_cross(name, module) for name, module in modules.items() if _is_attention(name, module)}
+    stacks = _stacks_around(is_cross)
     layers: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
     for name in linear:
-        inside = [attention[owner] for owner in _owners(name) if owner in attention]
-        block = _block_in(rows, name)
-        if inside:
+        # Attentions nest: EncDecAttention stands in a layer that is an attention by its class.
+        attentions = [is_cross[owner] for owner in _owners(name) if owner in is_cross]
+        block = _block_in(stacks, name)
+        if attentions:
             layers[ATTENTION].append(name)
+        # By the name within the block: names above it describe more than this layer.
         elif block is not None and _MLP.search(name.removeprefix(f"{block}.")) and not _ROUTER.search(name):
             layers[MLP].append(name)
-        if any(inside):
+        if any(attentions):
             layers[CROSS_ATTENTION].append(name)
     return layers
 
 
-def _rows_around(names: Iterable[str]) -> set[str]:
+def _stacks_around(names: Iterable[str]) -> set[str]:
     """Name the numbered rows of modules, such as model.layers, that some modules are in."""
-    return {owner.rpartition(".")[0] for name in names for owner in _owners(name) if _is_numbered(owner)}
+    stacks = set()
+    for name in names:
+        for owner in _owners(name):
+            if _is_numbered(owner):
+                stacks.add(owner.rpartition(".")[0])
+    return stacks
 
 
-def _block_in(rows: Collection[str], name: str) -> str | None:
+def _block_in(stacks: Collection[str], name: str) -> str | None:
     """Name the innermost member of a numbered row that a module is in, such as model.layers.3."""
-    return next((o for o in _owners(name) if _is_numbered(o) and o.rpartition(".")[0] in rows), None)
+    for owner in _owners(name):
+        if _is_numbered(owner) and owner.rpartition(".")[0] in stacks:
+            return owner
+    return None
 
 
 def cross_inputs(modules: Mapping[str, nn.Module]) -> set[str]:
@@ -169,10 +194,12 @@ def _is_numbered(name: str) -> bool:
 def _is_attention(name: str, module: nn.Module) -> bool:
     kind = type(module).__name__
     by_attribute = _ATTRIBUTE.search(name.rpartition(".")[2]) and not _BLOCK.search(kind)
-    return any(True for _ in module.children()) and bool(_CLASS.search(kind) or by_attribute)
+    has_parts = any(True for _ in module.children())
+    return has_parts and bool(_CLASS.search(kind) or by_attribute)
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
-    said = getattr(module, "is_cross_attention", None)  # diffusers, BERT, GPT-2
-    named = _CROSS.search(name.rpartition(".")[2]) or _CROSS.search(type(module).__name__)
-    return said if isinstance(said, bool) else bool(named)
+    flag = getattr(module, "is_cross_attention", None)  # diffusers, BERT, GPT-2
+    if isinstance(flag, bool):
+        return flag
+    return bool(_CROSS.search(name.rpartition(".")[2]) or _CROSS.search(type(module).__name__))

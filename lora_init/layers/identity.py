@@ -16,19 +16,28 @@ from lora_init.layers.wrappers import is_below, plain_name, unwrapped, weights
 
 def count_parameters(model: nn.Module) -> int:
     """Count a model's parameters, each shared one once, 4-bit weights by their unpacked size."""
-    states = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
-    return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
+    count = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)  # of bitsandbytes, which packs two 4-bit weights into a byte
+        if state is None:
+            count += parameter.numel()
+        else:
+            count += state.shape.numel()
+    return count
 
 
 def dtype_of(model: nn.Module) -> str:
     """Return the type of a model's first weight that is no integer, such as `"bfloat16"`; empty if there is none."""
-    return next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), "")
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # quantized weights are integers
+            return str(parameter.dtype).removeprefix("torch.")
+    return ""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Compute what tells models apart: a hash of the names and shapes of the weights and of 16 values of each.
+    """Compute a hash that tells models apart, of the names and shapes of the weights and of 16 values of each.
 
-    They are 32 hexadecimal digits. Values are rounded to bfloat16, so that one checkpoint gives one fingerprint in
+    It has 32 hexadecimal digits. Values are rounded to bfloat16, so that one checkpoint gives one fingerprint in
     float32 and in bfloat16.
     """
     return _digest_of(weights(unwrapped(model)))
@@ -38,19 +47,21 @@ def _digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, weight in tensors:
         digest.update(f"{name}:{tuple(weight.shape)};".encode())
+        # A weight on meta has no values.
         if weight.device.type != "meta" and weight.numel():
             try:
                 flat = weight.reshape(-1)
             except NotImplementedError:  # a quantized weight in a tensor class of its own, such as torchao's
                 flat = weight.dequantize().reshape(-1)
+            # float64 is exact up to 2^53 entries; float32 would not be beyond 2^24.
             places = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64).long()
             values = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
             digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-# Names in a configuration that change nothing of what a layer reads: whence it comes, how it is stored or answers, what
-# only training uses, and labels.
+# Entries of a configuration that change nothing of what a layer reads: where the model comes from, how it is stored,
+# the form of its output, what only training uses, and labels.
 _IDLE = re.compile(
     r"_|(name_or_path|architectures|transformers_version|(torch_)?dtype|use_cache|return_dict|(id2label|label2id)|"
     r"problem_type|quantization_config|initializer_\w+|output_(hidden_states|attentions|router_logits)|((forced_)?[be]os|pad|sep|cls|unk)_token_id|"
@@ -62,44 +73,59 @@ _IDLE = re.compile(
 def model_config(model: nn.Module) -> dict[str, Any]:
     """Return what decides, beside the weights, how a model computes, such as `{"config.rms_norm_eps": 1e-05}`.
 
-    A fingerprint knows the weights alone; the same weights with another `rope_theta` give other inputs to each layer.
+    A fingerprint covers the weights alone; the same weights with another `rope_theta` give other inputs to each layer.
     Entries of a nested configuration have names with dots. Buffers that are saved, as the means of a batch norm, are
-    one entry, a hash like the fingerprint. So are tokens that decide what modules compute: positions are counted from
-    the padding in RoBERTa, and what CLIP says of a text stands at its end.
+    one entry, a hash like the fingerprint. Tokens that decide what modules compute are entries, too: RoBERTa counts
+    positions from the padding, and CLIP reads its description of a text at the token that ends it.
     """
     plain = unwrapped(model)
-    entries = {key: value for name, config in _outermost_configs(plain).items() for key, value in _flat(name, config)}
+    entries: dict[str, Any] = {}
+    for name, config in _outermost_configs(plain).items():
+        entries.update(_flat(name, config))
     entries |= _tokens_of_modules(plain)
-    saved = plain.state_dict(keep_vars=True)
-    buffers = [(plain_name(name), one) for name, one in plain.named_buffers() if name in saved]
-    floating = [(name, one) for name, one in buffers if one.is_floating_point() and ".lora_" not in name]
-    is_known = floating and not any(one.is_meta for _, one in floating)
-    return entries | ({"config.saved buffers": _digest_of(floating)} if is_known else {})
+    buffers = _saved_buffers(plain)
+    # On meta there are no values: then it is not known whether they are the same.
+    if buffers and not any(buffer.is_meta for _, buffer in buffers):
+        entries["config.saved buffers"] = _digest_of(buffers)
+    return entries
+
+
+def _saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """List the floating-point buffers that a checkpoint has; others are computed anew when a model is made."""
+    saved = model.state_dict(keep_vars=True)
+    buffers = []
+    for name, buffer in model.named_buffers():
+        plain = plain_name(name)
+        if name in saved and buffer.is_floating_point() and ".lora_" not in plain:  # the base's, not an adapter's
+            buffers.append((plain, buffer))
+    return buffers
 
 
 def _outermost_configs(model: nn.Module) -> dict[str, Mapping[str, Any]]:
-    """Find the configurations that no other holds: a module of one's own may hold several models.
+    """Find the configurations that no other one includes: a user's module may hold several models.
 
-    The first is called `config`. Those of diffusers are mappings; a mapping of one's own says nothing of models inside.
+    The first is called `config`. A configuration of diffusers is a mapping and covers all of its model; a mapping that
+    a user's module has as `config` says nothing of the models inside, so theirs are taken, too.
     """
-    found: dict[str, Mapping[str, Any]] = {}
-    whole: list[str] = []
+    configs: dict[str, Mapping[str, Any]] = {}
+    covered: list[str] = []  # modules whose configuration includes those of their parts
     for name, module in model.named_modules():
         config: Any = getattr(module, "config", None)
         is_mapping = isinstance(config, Mapping)
-        inside = any(is_below(name, owner) for owner in whole)
+        inside = any(is_below(name, owner) for owner in covered)
         if inside or not (is_mapping or hasattr(config, "to_dict")):
             continue
-        found["config" if not found else f"config.{plain_name(name)}"] = config if is_mapping else config.to_dict()
+        key = f"config.{plain_name(name)}" if configs else "config"
+        configs[key] = config if is_mapping else config.to_dict()
         if not is_mapping or type(config).__module__.startswith("diffusers."):
-            whole.append(name)
-    return found
+            covered.append(name)
+    return configs
 
 
 def _tokens_of_modules(model: nn.Module) -> dict[str, int]:
-    """Return the tokens that modules keep: the padding of embeddings of positions or of a text, its parts and its end.
+    """Return the tokens that modules compute with: of padding, of a text's end, and between its parts.
 
-    A classifier takes the last token before the padding, or the one at the end, by its configuration.
+    A classifier reads a text at its last token before the padding, or at the token that ends it, by its configuration.
     """
     tokens: dict[str, Any] = {}
     config: Any = getattr(model, "config", None)
@@ -110,35 +136,47 @@ def _tokens_of_modules(model: nn.Module) -> dict[str, int]:
     if getattr(config, "model_type", None) == "ctrl":
         heads["classifier"] = "pad_token_id"
     for head, key in heads.items():
-        tokens[f"config.{key} of {head}"] = getattr(texts, key, None) if hasattr(model, head) else None
+        if hasattr(model, head):
+            tokens[f"config.{key} of {head}"] = getattr(texts, key, None)
     for name, module in model.named_modules():
         own, place = vars(module), plain_name(name) or "the model"
-        tokens[f"config.padding of {place}"] = getattr(module, "padding_idx", None) if "position" in name else None
+        if "position" in name:  # other embeddings only leave the row of this token untrained
+            tokens[f"config.padding of {place}"] = getattr(module, "padding_idx", None)
         for what, key in (("end", "eos_token_id"), ("padding of texts", "pad_index"), ("parting", "sep_token_id")):
             tokens[f"config.{what} of {place}"] = own.get(key)
+    # Some have a list of tokens, or none: what is not one number is not compared.
     return {name: token for name, token in tokens.items() if isinstance(token, int)}
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a nested configuration that decide what is computed, under names with dots."""
     if isinstance(value, Mapping):
         if name != "config":
             yield name, "given"  # and not None
         for key, inner in value.items():
             if not _IDLE.match(str(key)):
                 yield from _flat(f"{name}.{key}", inner)
-    elif value is None or isinstance(value, (bool, int, float, str, list, tuple)):
-        yield name, list(value) if isinstance(value, tuple) else value
+    elif isinstance(value, tuple):
+        yield name, list(value)  # as a file of JSON has it, in which it is compared
+    elif value is None or isinstance(value, (bool, int, float, str, list)):
+        yield name, value
 
 
 def differing_config(recorded: Any, config: Mapping[str, Any]) -> str:
-    """Return in words the first entry of a configuration that a record has otherwise; empty if all agree.
+    """Describe the first entry of a configuration that differs from a record; return an empty text if all agree.
 
-    Another version of transformers may know other entries, so one that a side lacks says nothing; but for entries of a
-    dictionary that is no configuration itself, such as `rope_parameters`, which holds what is set.
+    Another version of transformers may have other entries, so an entry that one side lacks is no difference. A
+    dictionary that is no configuration itself, such as `rope_parameters`, holds what is set: there it is one.
     """
-    recorded = recorded if isinstance(recorded, Mapping) else {}
-    for name in dict.fromkeys([*config, *(one for one in recorded if one.startswith("config."))]):
+    if not isinstance(recorded, Mapping):
+        recorded = {}
+    names = dict.fromkeys(config)
+    for name in recorded:
+        if name.startswith("config."):
+            names.setdefault(name)
+    for name in names:
         owner = name.rpartition(".")[0]
+        # A nested configuration names its kind of model; a dictionary does not, and both sides must have it.
         is_whole = recorded.get(owner) == config.get(owner) == "given" and f"{owner}.model_type" not in config
         there = (name in recorded and name in config) or is_whole
         if there and recorded.get(name) != config.get(name):

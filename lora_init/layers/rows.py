@@ -46,16 +46,22 @@ class Patches:
         of this shape, so that a pass can be repeated.
         """
         n_dims = len(self.kernel)
-        x = x[None] if x.dim() == n_dims + 1 else x
-        x = F.pad(x, [zeros for pair in reversed(self.padding) for zeros in pair])
+        if x.dim() == n_dims + 1:  # one image without a batch, which torch's convolutions take, too
+            x = x[None]
+        zeros: list[int] = []
+        for before, after in reversed(self.padding):  # torch's pad begins with the last dimension
+            zeros += (before, after)
+        x = F.pad(x, zeros)
         for i, (size, step) in enumerate(zip(self.kernel, self.stride, strict=True)):
             x = x.unfold(2 + i, size, step)  # a view: [batch, channels, *places, *kernel]
         x = x.movedim(1, 1 + n_dims)  # [batch, *places, channels, *kernel]
         places = x.shape[: 1 + n_dims]
         total = math.prod(places)
         if total <= most:
-            return x.reshape(total, -1)
+            return x.reshape(total, -1)  # -> patches x (channels * prod(kernel))
+        # A generator of its own, on the CPU: the same draw on every device, and the caller's random state untouched.
         drawn = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:most].sort().values
+        # Indexed before it is flattened, so that the view of overlapping patches is never copied whole.
         return x[torch.unravel_index(drawn.to(x.device), places)].flatten(1)
 
 
@@ -64,10 +70,13 @@ def patches_of(name: str, module: nn.Module) -> Patches | None:
     if not isinstance(module, CONVOLUTIONS):
         return None
     if module.padding == "same":
+        # As torch has it: of an even kernel, the odd zero stands at the end.
         padding = tuple(((size - 1) // 2, size // 2) for size in module.kernel_size)
+    elif module.padding == "valid":
+        padding = ((0, 0),) * len(module.kernel_size)
     else:
-        zeros = (0,) * len(module.kernel_size) if isinstance(module.padding, str) else module.padding
-        padding = tuple((size, size) for size in zeros)
+        padding = tuple((size, size) for size in module.padding)
+    # A kernel of size 1 has no gaps to widen. With "same" the output has the size of the input, whatever the dilation.
     spread = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     if spread and module.padding != "same":
         raise LoraInitError(
@@ -117,12 +126,16 @@ class Experts:
     def times(self, rows: Tensor, expert: int, ending: str = "") -> Tensor:
         """Multiply rows by the matrix of an expert, without its bias; `ending` names another of its matrices."""
         weight = getattr(self.module, ending or self.name.rpartition(".")[2])[expert]
-        return rows @ weight if self.module.is_transposed else F.linear(rows, weight)
+        if self.module.is_transposed:  # [d_in, d_out], as GPT-OSS has it
+            return rows @ weight
+        return F.linear(rows, weight)
 
     def output(self, rows: Tensor, expert: int, chosen: Tensor) -> Tensor:
         """Compute what an expert makes of its rows, without bias, in the size that changes of it are compared with."""
         y = self.times(rows, expert)
-        return y if self.name.endswith(_FIRST) else y / chosen.shape[-1] ** _OF_SUMMED
+        if self.name.endswith(_FIRST):
+            return y
+        return y / chosen.shape[-1] ** _OF_SUMMED  # one of k terms of a sum
 
     def _inside(self, rows: Tensor, expert: int) -> Tensor:
         """Compute what the second matrix of an expert reads."""
@@ -130,7 +143,9 @@ class Experts:
         name = _first_of(module)
         up = self.times(rows, expert, name)
         bias = getattr(module, f"{name}_bias", None)
-        up = up if bias is None else up + bias[expert]
+        if bias is not None:
+            up = up + bias[expert]
+        # Gate and up projection in one matrix, or an up projection alone.
         inside: Tensor = apply_gate(module, up) if name == _FIRST[0] else module.act_fn(up)
         return inside
 
@@ -147,7 +162,7 @@ def experts_of(name: str, module: nn.Module) -> Experts | None:
     is_known = hasattr(module, "is_transposed") and is_gated(module) and _first_of(module)
     if not is_known or ending not in (_first_of(module), _SECOND) or parameter is None:
         return None
-    if parameter.dim() != 3 or not parameter.is_floating_point():
+    if parameter.dim() != 3 or not parameter.is_floating_point():  # of one dimension less, or quantized
         return None
     n_experts, d_in, d_out = parameter.shape if module.is_transposed else parameter.mT.shape
     return Experts(name, module, n_experts, d_in, d_out)
@@ -162,27 +177,28 @@ def find_parameters(
     """
     if isinstance(wanted, str):
         raise LoraInitError("{target_parameters} must be a list of names, as in PEFT.", target_parameters=wanted)
-    # PEFT wraps the module of a parameter, and cannot wrap the model itself.
-    parameters = {
-        f"{owner}.{ending}": (module, parameter)
-        for owner, module in modules.items()
-        if owner
-        for ending, parameter in module.named_parameters(recurse=False)
-    }
-    found: dict[str, Experts | None] = {}
+    parameters: dict[str, Tensor] = {}
+    owners: dict[str, nn.Module] = {}
+    for owner, module in modules.items():
+        if not owner:  # PEFT wraps the module of a parameter, and cannot wrap the model itself
+            continue
+        for ending, parameter in module.named_parameters(recurse=False):
+            parameters[f"{owner}.{ending}"] = parameter
+            owners[f"{owner}.{ending}"] = module
+    selected: dict[str, Experts | None] = {}
     for key in wanted:
         names = [name for name in parameters if f".{name}".endswith(f".{key}")]
         if not names:
-            raise _no_parameter(key, {name: parameter for name, (_, parameter) in parameters.items()}, model_class)
+            raise _no_parameter(key, parameters, model_class)
         for name in names:
-            module, parameter = parameters[name]
-            _check_adaptable(name, parameter, adapted)
-            found[name] = experts_of(name, module)
-            if found[name] is None:
-                _check_weight(name, module, parameter)
+            _check_adaptable(name, parameters[name], adapted)
+            experts = experts_of(name, owners[name])
+            selected[name] = experts
+            if experts is None:
+                _check_weight(name, owners[name], parameters[name])
             else:
-                check_peft(name, module)
-    return {name: found[name] for name in parameters if name in found}  # in model order
+                check_peft(name, owners[name])
+    return {name: selected[name] for name in parameters if name in selected}  # in model order
 
 
 def check_peft(name: str, module: nn.Module, release: str = "") -> None:
@@ -192,6 +208,7 @@ def check_peft(name: str, module: nn.Module, release: str = "") -> None:
     """
     release = release or version("peft")
     parts = tuple(int(part) for part in re.findall(r"\d+", release)[:3])
+    # 0.19.0 exchanges the widths of all experts, earlier releases those of experts laid out as [experts, out, in].
     if parts < (0, 19, 1) and not (parts < (0, 19) and getattr(module, "is_transposed", False)):
         raise LoraInitError(
             f"{name!r}: PEFT {release} exchanges the widths of A and B of these experts. Train by 0.19.1 or newer."
@@ -205,7 +222,7 @@ def _check_adaptable(name: str, parameter: Tensor, adapted: Collection[str]) -> 
             f"target_parameters selects {name!r}, and target_modules its layer. PEFT takes one of the two: "
             "name target_modules that leave it out."
         )
-    if parameter.dtype.itemsize < 2:
+    if parameter.dtype.itemsize < 2:  # int8 and float8; all types of weights in float have two bytes or more
         raise LoraInitError(
             f"target_parameters selects {name!r}, which is quantized ({parameter.dtype}), and PEFT adds to "
             "weights in float. Load the model without quantization, or leave the parameter out."
@@ -214,18 +231,24 @@ def _check_adaptable(name: str, parameter: Tensor, adapted: Collection[str]) -> 
 
 def _no_parameter(key: str, parameters: Mapping[str, Tensor], model_class: str) -> LoraInitError:
     """Make the error about a name that selects no parameter, with the names of those that are fused."""
-    fused = {name.rpartition(".")[2]: len(parameter) for name, parameter in parameters.items() if parameter.dim() == 3}
-    none = "It has no fused experts, as models of transformers have them since 5.0."
-    shown = ", ".join(f"{end} (of {n_experts} experts)" for end, n_experts in sorted(fused.items()))
-    hint = f"Parameters of three dimensions: {shown}, which are adapted whole." if fused else none
+    fused: dict[str, int] = {}  # number of experts by the end of the name, once for all layers
+    for name, parameter in parameters.items():
+        if parameter.dim() == 3:
+            fused[name.rpartition(".")[2]] = len(parameter)
+    if fused:
+        shown = ", ".join(f"{ending} (of {n_experts} experts)" for ending, n_experts in sorted(fused.items()))
+        hint = f"Parameters of three dimensions: {shown}, which are adapted whole."
+    else:
+        hint = "It has no fused experts, as models of transformers have them since 5.0."
     return LoraInitError(
         f"{{target_parameters}} matches no parameter of {model_class}. {hint}", target_parameters=[key]
     )
 
 
 def _check_weight(name: str, module: nn.Module, parameter: Tensor) -> None:
-    """Refuse what is no weight, such as a bias of experts, or what has one dimension or four."""
+    """Refuse a parameter that is no weight, such as a bias of experts, or one of one dimension or four."""
     owner = name.rpartition(".")[0]
+    # A bias of experts has two dimensions, [experts, d_out], as a weight does: its neighbors tell them apart.
     of_experts = any(experts_of(f"{owner}.{other}", module) for other, _ in module.named_parameters(recurse=False))
     if of_experts or parameter.dim() not in (2, 3):
         raise LoraInitError(
@@ -234,26 +257,31 @@ def _check_weight(name: str, module: nn.Module, parameter: Tensor) -> None:
 
 
 def warn_of_experts_left_out(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> str:
-    """Warn of fused experts of a model that have no adapter; return what was said, empty if nothing was."""
+    """Warn of fused experts of a model that have no adapter; return the warning, empty if there was none."""
     left_out = {name: size for name, size in _fused_sizes(modules).items() if name not in adapted}
     if not left_out:
         return ""
-    total = sum(p.numel() for module in modules.values() for p in module.parameters(recurse=False))
-    said = f"fused experts hold {sum(left_out.values()) / total:.0%} of the weights and get no adapter: "
-    return warn(said + "{target_parameters} adds it.", target_parameters=_ends(left_out))
+    total = 0
+    for module in modules.values():
+        total += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    share = sum(left_out.values()) / total
+    text = f"fused experts hold {share:.0%} of the weights and get no adapter: {{target_parameters}} adds it."
+    return warn(text, target_parameters=_ends(left_out))
 
 
 def _fused_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Count the numbers in each parameter of fused experts."""
-    return {
-        name: parameter.numel()
-        for owner, module in modules.items()
-        for ending, parameter in module.named_parameters(recurse=False)
-        if experts_of(name := f"{owner}.{ending}", module)
-    }
+    sizes: dict[str, int] = {}
+    for owner, module in modules.items():
+        for ending, parameter in module.named_parameters(recurse=False):
+            name = f"{owner}.{ending}"
+            if experts_of(name, module):
+                sizes[name] = parameter.numel()
+    return sizes
 
 
 def _ends(names: Iterable[str]) -> list[str]:
+    # Module and parameter, such as experts.down_proj: the same in all layers, and as PEFT's target_parameters has them.
     return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 
@@ -261,13 +289,18 @@ def experts_there(modules: Mapping[str, nn.Module]) -> tuple[str, dict[str, Any]
     """Describe which experts a model has, with options, for one who names modules of experts that it has not."""
     if fused := _fused_sizes(modules):
         return " Its experts are fused, which {target_parameters} names.", dict(target_parameters=_ends(fused))
-    numbers = (re.search(r"\bexperts\.(\d+)\b", name) for name in modules)
-    last = max((int(match[1]) for match in numbers if match), default=None)
-    return ("" if last is None else f" It has the experts 0 to {last}."), {}
+    numbers = []
+    for name in modules:
+        if match := re.search(r"\bexperts\.(\d+)\b", name):
+            numbers.append(int(match[1]))
+    if numbers:
+        return f" It has the experts 0 to {max(numbers)}.", {}
+    return "", {}
 
 
 def routed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Find the hidden states [tokens, d] and the chosen experts [tokens, k] among the arguments of such a module."""
+    # Models pass them by position or by keyword. The router's weights, floats too, come after the hidden states.
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     hidden = next((x for x in tensors if x.is_floating_point()), None)
     chosen = next((x for x in tensors if not x.is_floating_point()), None)

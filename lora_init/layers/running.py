@@ -27,6 +27,7 @@ def restoring(attribute: str, holders: Iterable[Any]) -> Iterator[None]:
     """Put an attribute of objects back after the block, whatever raises; a method of their class is found again."""
     with ExitStack() as stack:
         for holder in holders:
+            # A method stands in the class, not in the object: what hides it there is removed.
             if attribute in vars(holder) or not callable(getattr(type(holder), attribute, None)):
                 stack.callback(setattr, holder, attribute, getattr(holder, attribute))
             else:
@@ -38,6 +39,7 @@ def restoring(attribute: str, holders: Iterable[Any]) -> Iterator[None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its modules into its own mode afterwards."""
     packing = [module for module in model.modules() if hasattr(module, _PACKS)]
+    # Each module has a mode of its own: in a model that trains, a frozen batch norm may be in evaluation mode.
     with restoring("training", model.modules()), restoring(_PACKS, packing):
         model.eval()
         for module in packing:
@@ -55,9 +57,11 @@ def disabled(peft_model: Any) -> Iterator[None]:
 def on_device_of(model: nn.Module, batch: Any) -> Any:
     """Move the tensors of a batch to where a model has its weights; the caller's containers stay as they are."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
-    if device is None:
+    if device is None:  # all weights are offloaded, and accelerate's hooks move the inputs
         return batch
-    return send_to_device(copy.copy(batch) if isinstance(batch, Mapping) else batch, device)
+    if isinstance(batch, Mapping):
+        batch = copy.copy(batch)  # a BatchEncoding is moved in place
+    return send_to_device(batch, device)
 
 
 def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
@@ -70,7 +74,9 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
         inputs = _keywords(model, batch, parameters, with_labels)
         _check_keywords(model, inputs, parameters)
         return model(**inputs)
-    return model(*batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else model(batch)
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return model(*batch)
+    return model(batch)
 
 
 def _keywords(
@@ -78,6 +84,7 @@ def _keywords(
 ) -> dict[str, Any]:
     """Take what a model needs of a batch: no labels where they would only add the cost of a loss, and no cache."""
     inputs = dict(batch)
+    # Without inputs of its own, the decoder of an encoder-decoder reads the labels, shifted by one.
     has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
     decoder_reads_labels = encoder_of(model) is not None and not has_decoder_inputs
     # Only a model that is not of transformers knows what its labels are for.
@@ -91,9 +98,9 @@ def _keywords(
 
 def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
     """Refuse what a model's forward does not take, and tokens that are no tensor of whole numbers."""
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [repr(key) for key in inputs if not open_ended and key not in parameters]
-    if unknown:
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = [repr(key) for key in inputs if key not in parameters]
+    if unknown and not takes_any:
         raise LoraInitError(
             f"the batch has {', '.join(unknown)}, which {type(model).__name__}.forward does not take. Leave them "
             "out, or pass forward=."
@@ -104,5 +111,7 @@ def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], parameters: Map
     ids = inputs.get("input_ids")
     is_index = isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32)
     if ids is not None and not (is_index and ids.dim() > 1 and ids.numel()):
-        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        got = type(ids).__name__
+        if isinstance(ids, Tensor):
+            got = f"{ids.dtype} {list(ids.shape)}"
         raise LoraInitError(f"input_ids of the batch are {got}, expected whole numbers [batch, length] in int64.")

@@ -16,10 +16,13 @@ from lora_init.third_party_internals import WRAPPED, hook_of
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Take a model out of `torch.compile`, `DistributedDataParallel` and the like."""
-    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    names = (*WRAPPED, "module") if parallel else WRAPPED
-    inner = next((part for name, part in model.named_children() if name in names), None)
-    return model if inner is None else unwrapped(inner)
+    names = WRAPPED
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        names = (*WRAPPED, "module")  # other classes may have a part of this name
+    for name, part in model.named_children():
+        if name in names:
+            return unwrapped(part)  # wrappers nest
+    return model
 
 
 def is_below(name: str, owner: str) -> bool:
@@ -30,7 +33,9 @@ def is_below(name: str, owner: str) -> bool:
 def without_adapter(model: nn.Module) -> nn.Module:
     """Return the model inside a PeftModel, with the adapter's layers in place; a plain model as it is."""
     inner: Any = model
-    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    base: nn.Module = inner
     return base
 
 
@@ -38,6 +43,7 @@ def plain_names(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules of a model under the names that they have where no part is wrapped, the plain module each."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        # A wrapper and what it wraps have one plain name; the wrapper comes first and is unwrapped all the way.
         modules.setdefault(plain_name(name), unwrapped(module))
     return modules
 
@@ -48,7 +54,7 @@ def plain_name(name: str) -> str:
 
 
 def class_name(module: nn.Module) -> str:
-    """Name a module's class, without the one that `fully_shard` derives from it."""
+    """Name a module's class; of a module that `fully_shard` gave a derived class, the original one."""
     return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, _fsdp_module()))
 
 
@@ -66,7 +72,8 @@ def quantization_of(model: nn.Module) -> dict[str, Any] | None:
         return dict(config)
     method = getattr(config.quant_method, "value", config.quant_method)
     settings = json.loads(config.to_json_string())
-    return {"quant_method": str(method), **{key: settings[key] for key in settings if not key.startswith("_")}}
+    public = {key: value for key, value in settings.items() if not key.startswith("_")}
+    return {"quant_method": str(method), **public}
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -91,22 +98,25 @@ def _fsdp_module() -> Any:
 
 def _offloaded_weights(module: nn.Module) -> Any:
     hook = hook_of(module)
-    hooks = getattr(hook, "hooks", [hook])
-    return next((weights for one in hooks if (weights := getattr(one, "weights_map", None)) is not None), None)
+    for single in getattr(hook, "hooks", [hook]):  # accelerate chains several in one that has a list of them
+        weights_map = getattr(single, "weights_map", None)
+        if weights_map is not None:
+            return weights_map
+    return None
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter under its plain name: whole where processes hold a part each, from where it is kept.
+    """Yield each parameter under its plain name, gathered from all processes or from where it is offloaded to.
 
     In a sharded model all processes have to do this at once. It gathers one parameter at a time.
     """
-    kept = {id(module): on_disk for module in model.modules() if (on_disk := _offloaded_weights(module)) is not None}
-    modules = dict(model.named_modules())
+    offloaded = {name: _offloaded_weights(module) for name, module in model.named_modules()}
     for name, parameter in model.named_parameters():
         owner, _, ending = name.rpartition(".")
         tensor: Any = parameter.detach()
-        if tensor.device.type == "meta" and id(modules[owner]) in kept:
-            tensor = kept[id(modules[owner])][ending]
+        # accelerate leaves a tensor without data in the place of a weight that is on disk or in memory.
+        if tensor.device.type == "meta" and offloaded[owner] is not None:
+            tensor = offloaded[owner][ending]
         yield plain_name(name), gathered(tensor)
 
 
@@ -129,16 +139,24 @@ def reshard(model: nn.Module) -> None:
 def run_eagerly() -> AbstractContextManager[Any]:
     """Run compiled code uncompiled: a compiled graph does not call hooks that were added after it."""
     # Importing dynamo takes a second, and where it was not imported nothing is compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 class Precision:
-    """What autocast is on for, where this is made: the model shall run in it, and statistics be computed without it."""
+    """The autocast settings at the time this is made.
+
+    The model shall run under them, as it does in training, and statistics be computed without: bfloat16 has two digits.
+    """
 
     def __init__(self) -> None:
+        devices = ["cpu"]
         # Without an accelerator torch 2.6 raises where later releases give None.
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        devices = ["cpu", *([accelerator.type] if accelerator is not None else [])]
+        if torch.accelerator.is_available():
+            accelerator = torch.accelerator.current_accelerator()
+            if accelerator is not None:
+                devices.append(accelerator.type)
         self._dtypes = {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
 
     def off(self) -> AbstractContextManager[None]:
