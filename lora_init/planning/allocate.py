@@ -98,6 +98,7 @@ def allocate_ranks(
     made = stats.provenance
     budget = choose_budget(budgets, len(limits), made.rank, made.n_parameters, dtype, coverage)
     spectra = stack_spectra(stats, list(limits))
+    # A share of the variance may need any rank in a layer, and uniform ranks stay at their average by themselves.
     uses_rho = budget.unit != "variance" and policy != "uniform"
     task = _task(spectra, limits, budget, rho if uses_rho else None)
     unit_of = tie_layers(list(limits), tie, uniform_per_kind)
@@ -110,21 +111,29 @@ def allocate_ranks(
             max_rank=...,
             multiple_of=...,
         )
-    ranks = steps.ranks_after((_reach if budget.unit == "variance" else _spend)(task, steps))
-    by_name = dict(zip(limits, ranks.tolist(), strict=True))
-    explained = dict(zip(limits, spectra.reached_at(ranks).tolist(), strict=True))
+    taken = _reach(task, steps) if budget.unit == "variance" else _spend(task, steps)
+    ranks = steps.ranks_after(taken)
+    settings: dict[str, Any] = {}
+    if uses_rho:
+        settings["rho"] = rho
     shaping = dict(tie=tie, uniform_per_kind=uniform_per_kind, overrides=overrides, exclude=exclude)
+    # `r` is what `lora_alpha` is relative to, and each layer's alpha follows from it: any number of at least 1 will do.
+    average = int(budget.asked) if budget.kind == "rank" else max(1, round(float(ranks.mean())))
+    # In the order of the model, layers that take no part too.
+    rank_of, share_of = dict.fromkeys(stats, 0), dict.fromkeys(stats, 0.0)
+    rank_of |= zip(limits, ranks.tolist(), strict=True)
+    share_of |= zip(limits, spectra.reached_at(ranks).tolist(), strict=True)
     return RankAllocation(
-        ranks={name: by_name.get(name, 0) for name in stats},
-        rank=int(budget.asked) if budget.kind == "rank" else max(1, round(float(ranks.mean()))),
+        ranks=rank_of,
+        rank=average,
         targets={name: stats.targets[name] for name in stats},
-        explained={name: explained.get(name, 0.0) for name in stats},
+        explained=share_of,
         policy=policy if isinstance(policy, str) else getattr(policy, "__name__", "custom"),
         budget=budget,
-        settings=({"rho": rho} if uses_rho else {}) | _other_than_default(base) | _without_empty(shaping),
+        settings=settings | _other_than_default(base) | _without_empty(shaping),
         provenance=made,
         unsupported=stats.unsupported,
-        excluded=tuple(name for name in stats if name not in by_name),
+        excluded=tuple(name for name in stats if name not in limits),
         notes=(*_notes(task, steps, ranks), *_uncounted(budget, stats.unsupported)),
     )
 
@@ -153,6 +162,7 @@ def _other_than_default(limits: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in limits.items() if value != getattr(Limits(), name)}
 
 
+# An empty tie or no override is a default, and says nothing about the plan.
 def _without_empty(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value}
 
@@ -172,13 +182,18 @@ class _Task(NamedTuple):
 
 
 def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: float | None) -> _Task:
+    """Put together what bounds each layer: its width, rho, what was collected, and its limits."""
     per_rank = costs(budget, spectra.targets)
     average = budget.limit / float(per_rank.sum())
     caps = np.array([target.in_features for target in spectra.targets], dtype=np.int64)
     if rho is not None:
+        # At least 1, since a small budget in parameters may buy less than one rank on average; capped first, since a
+        # huge rho times the average overflows an integer.
         caps = np.minimum(caps, max(1, round(min(rho * average, float(caps.max())))))
     needs = np.maximum(average, [limit.min_rank for limit in limits.values()])
-    could = np.array([limit.highest(cap) for limit, cap in zip(limits.values(), caps.tolist(), strict=True)])
+    could = np.zeros(len(limits), dtype=np.int64)
+    for i, limit in enumerate(limits.values()):
+        could[i] = limit.highest(int(caps[i]))
     tops = np.minimum(caps, spectra.collected)
     relaxed = dict(limits)
     for i in np.flatnonzero(spectra.starved).tolist():
@@ -192,7 +207,7 @@ def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: f
 
 def _spend(task: _Task, steps: Steps) -> BoolArray:
     """Take what the budget buys, [s]."""
-    budget, standing = task.budget, steps.start[steps.unit_of]
+    budget, standing = task.budget, steps.start[steps.unit_of]  # units -> layers
     limit, fixed, unit = int(budget.limit), int((standing * task.per_rank).sum()), budget.unit
     if fixed > limit:
         raise LoraInitError(
@@ -213,6 +228,7 @@ def _reach(task: _Task, steps: Steps) -> BoolArray:
     """Take what explains the share of the variance asked for, [s]."""
     budget, spectra = task.budget, task.spectra
     share = budget.limit - 1e-12  # sums of ratios are off by rounding
+    # Whether it can be reached at all, before any step is taken.
     best = spectra.reached_at(steps.top)
     if (best.mean() if budget.coverage == "total" else best.min()) < share:
         short, worst = best < share, int(best.argmin())
@@ -224,10 +240,12 @@ def _reach(task: _Task, steps: Steps) -> BoolArray:
         )
     if budget.coverage == "total":
         by_unit = np.zeros((len(steps.start), spectra.reached.shape[1]))
-        np.add.at(by_unit, steps.unit_of, spectra.reached)
+        np.add.at(by_unit, steps.unit_of, spectra.reached)  # layers x ranks -> units x ranks
         return take_until_explained(steps, by_unit, share * len(best))
+    # The first rank that reaches the share, of the tied layer that needs most. The policy has nothing to decide.
     needed = np.zeros(len(steps.start), dtype=np.int64)
     np.maximum.at(needed, steps.unit_of, np.argmax(spectra.reached >= share, axis=1))
+    # A step is taken if the rank before it is too low.
     return steps.rank - steps.width < needed[steps.unit]
 
 
@@ -241,21 +259,16 @@ def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
         return ()
     left = budget.limit - float((ranks * task.per_rank).sum())
     at_top = ranks == steps.top
+    # Budget is left over, and no layer can take a further step at any price.
     is_stuck = left > 0 and bool(at_top.all())
-    wanting = at_top & (task.could > spectra.collected)
+    wanting = at_top & (task.could > spectra.collected)  # by what was collected alone
     short = wanting & spectra.starved & (spectra.collected < task.needs)
     if short.any():
         text = f"{_some(spectra.names, short)} got as many ranks as the data has directions. Use more data."
         warn(text)
-    capped = wanting & ~spectra.starved
+    capped = wanting & ~spectra.starved  # their data may have more directions than were collected
     if capped.any() and (task.rho is not None or is_stuck):
-        rank, most = min(math.ceil(task.average), int(task.could.max())), spectra.most_collected
-        error = LoraInitError(
-            f"{budget.text} lets a layer have rank {task.could[capped].max()}, and {_some(spectra.names, capped)} "
-            f"would take more than the {most} components that were collected. Collect again with "
-            f"rank {rank}{' and {rho}' if task.rho else ''}, or ask for less, or allocate with {{max_rank}}.",
-            **{"rho": task.rho, "max_rank": most} | budget.option,
-        )
+        error = _too_few_collected(task, capped)
         if is_stuck or budget.unit == "ranks":
             raise error
         return (str(error),)
@@ -265,8 +278,21 @@ def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
     return ()
 
 
+def _too_few_collected(task: _Task, capped: BoolArray) -> LoraInitError:
+    """Make the error about layers that would take more ranks than there are components, with the pass that has them."""
+    budget, spectra = task.budget, task.spectra
+    rank, most = min(math.ceil(task.average), int(task.could.max())), spectra.most_collected
+    and_rho = " and {rho}" if task.rho else ""
+    return LoraInitError(
+        f"{budget.text} lets a layer have rank {task.could[capped].max()}, and {_some(spectra.names, capped)} "
+        f"would take more than the {most} components that were collected. Collect again with "
+        f"rank {rank}{and_rho}, or ask for less, or allocate with {{max_rank}}.",
+        **{"rho": task.rho, "max_rank": most} | budget.option,
+    )
+
+
 def _uncounted(budget: Budget, unsupported: Mapping[str, str]) -> list[str]:
-    """Report that layers which no data can start, whose widths are not known, come on top of a budget."""
+    """Report layers that no data can start: they come on top of a budget, since their widths are not known."""
     if not unsupported or budget.unit not in ("parameters", "bytes"):
         return []
     return [f"{budget} does not count {', '.join(unsupported)}: PEFT adds an adapter of the average rank there."]
@@ -276,6 +302,11 @@ def _some(names: Sequence[str], which: BoolArray) -> str:
     return some([repr(names[int(i)]) for i in np.flatnonzero(which)])
 
 
+# Ranks are shared out greedily: lay out every step that a unit could take, sort the steps by what they bring, and take
+# them in that order. Components fall, so a step brings no more than the one before it in the same unit. Therefore the
+# order never asks for a later step of a unit before an earlier one, and where all steps cost the same, no allocation of
+# the same sum is better. Where costs differ, steps are sorted by worth per cost: the greedy rule of Dantzig (1957) for
+# the knapsack problem, see `policies.eva`.
 @dataclass(frozen=True)
 class Steps:
     """All the steps that units (layers, or layers that are tied) can take, from one allowed rank to the next.
@@ -293,7 +324,7 @@ class Steps:
 
     def in_order(self) -> IntArray:
         """Sort the steps by falling priority. Ties go to the earlier unit, and within a unit to the lower rank."""
-        return np.argsort(-self.priority, kind="stable")
+        return np.argsort(-self.priority, kind="stable")  # negated, since a reversed order would reverse ties, too
 
     def ranks_after(self, taken: BoolArray) -> IntArray:
         """Return the rank of each layer after the steps that were taken, [n]."""
@@ -316,10 +347,11 @@ def make_steps(
     """
     n_units = len(allowed)
     gain = np.zeros((n_units, gains.shape[1]))
-    np.add.at(gain, unit_of, gains)
+    np.add.at(gain, unit_of, gains)  # layers x ranks -> units x ranks: a step of a unit is one of all its layers
     weight = np.bincount(unit_of, weights=weights, minlength=n_units)
     unit_cost = np.bincount(unit_of, weights=per_rank, minlength=n_units).astype(np.int64)
     unit, rank = np.nonzero(allowed)  # by unit, then by rank
+    # The first allowed rank of a unit is where it stands; each further one is a step from the rank before it.
     first = np.r_[True, unit[1:] != unit[:-1]]
     start = rank[first]
     previous = np.r_[0, rank[:-1]][~first]

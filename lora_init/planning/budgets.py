@@ -42,13 +42,17 @@ class Budget:
     @property
     def option(self) -> dict[str, Any]:
         """The argument that was given, as a message names it."""
-        return {self.kind: int(self.asked) if self.unit == "ranks" else self.asked}
+        if self.unit == "ranks":
+            return {self.kind: int(self.asked)}
+        return {self.kind: self.asked}
 
     @property
     def text(self) -> str:
-        """What a message says of it."""
+        """The budget in words, the argument in braces, which a message replaces by its value."""
+        if self.kind == "megabytes":
+            return f"{{{self.kind}}} in {self.dtype}"
         where = {"every-layer": " in every layer", "total": " over all layers"}.get(self.coverage, "")
-        return f"{{{self.kind}}}" + (f" in {self.dtype}" if self.kind == "megabytes" else where)
+        return f"{{{self.kind}}}{where}"
 
     def __str__(self) -> str:
         return self.text.format(**{self.kind: f"{self.kind}={self.asked:,}"})
@@ -61,11 +65,14 @@ def parse_count(value: object, argument: str) -> int:
         >>> parse_count("2.5M", "parameters")
         2500000
     """
+    # Commas between groups of three digits only: "2,5M" is a mistake, and not 25 million.
     text = re.sub(r",(?=\d{3}(?!\d))", "", str(value)).strip().upper()
     scale = _SUFFIXES.get(text[-1:], 1)
+    if scale > 1:
+        text = text[:-1]
     try:
         # Decimals are exact: 2.3 * 10**6 is not 2300000 in floats.
-        count = Decimal(text[:-1] if scale > 1 else text) * scale
+        count = Decimal(text) * scale
     except InvalidOperation:
         count = Decimal(0)
     if not count.is_finite() or not 1 <= count <= _MOST or count % 1:
@@ -79,18 +86,24 @@ def parse_count(value: object, argument: str) -> int:
 def choose_budget(
     values: Mapping[str, object], n_layers: int, default_rank: int, n_parameters: int, dtype: str, coverage: str
 ) -> Budget:
-    """Make a limit of the one budget that was given, by kind; `default_rank` on average if none was."""
+    """Return the one budget that was given, `values` by their kinds; `default_rank` on average if none was."""
     given = {kind: value for kind, value in values.items() if value is not None}
     if len(given) > 1:
         shown = " and ".join(f"{{{kind}}}" for kind in given)
         raise LoraInitError(f"{shown} are {len(given)} budgets. Give one.", **given)
     kind, value = next(iter(given.items()), ("rank", default_rank))
-    if kind in ("rank", "total_rank", "parameters"):
+    if kind == "rank":
         count = parse_count(value, kind)
-        limit = count * n_layers if kind == "rank" else count
-        return Budget(kind, count, "parameters" if kind == "parameters" else "ranks", limit)
+        return Budget(kind, count, "ranks", count * n_layers)
+    if kind == "total_rank":
+        count = parse_count(value, kind)
+        return Budget(kind, count, "ranks", count)
+    if kind == "parameters":
+        count = parse_count(value, kind)
+        return Budget(kind, count, "parameters", count)
     number = float(value) if isinstance(value, Real) else math.nan
-    most = _MOST if kind == "megabytes" else 1
+    most = _MOST if kind == "megabytes" else 1  # the others are shares
+    # Negated, so that NaN is refused, too.
     if not 0.0 < number <= most:
         raise LoraInitError(f"{{{kind}}}: a number above 0 and not above {most:,} is needed.", **{kind: value})
     if kind == "megabytes":
@@ -121,5 +134,7 @@ def costs(budget: Budget, targets: Sequence[Target]) -> IntArray:
     """Return the cost of one rank of each layer in the unit of the budget, [n]."""
     if budget.unit in ("ranks", "variance"):
         return np.ones(len(targets), dtype=np.int64)
-    bytes_each = bytes_per_parameter(budget.dtype) if budget.unit == "bytes" else 1
-    return bytes_each * np.array([target.cost for target in targets], dtype=np.int64)
+    parameters = np.array([target.cost for target in targets], dtype=np.int64)
+    if budget.unit == "bytes":
+        return bytes_per_parameter(budget.dtype) * parameters
+    return parameters

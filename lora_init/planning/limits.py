@@ -33,17 +33,19 @@ class Limits:
         if "rank" in settings:
             settings["min_rank"] = settings["max_rank"] = settings.pop("rank")
         known = [field.name for field in fields(Limits)]
-        unknown = next((key for key in settings if key not in known), None)
-        if unknown is not None:
-            raise LoraInitError(f"{where}{unknown!r} is no limit. {did_you_mean(unknown, ('rank', *known))}")
+        for key in settings:
+            if key not in known:
+                raise LoraInitError(f"{where}{key!r} is no limit. {did_you_mean(key, ('rank', *known))}")
         checked: dict[str, Any] = {}
         for key, value in settings.items():
-            if value is None:
+            if value is None:  # an override takes a limit back
                 checked[key] = getattr(Limits(), key)
             elif key == "allowed_ranks":
                 checked[key] = _rank_list(value, f"{where}allowed_ranks")
+            elif key == "multiple_of":
+                checked[key] = whole_number(value, f"{where}{key}", 1)
             else:
-                checked[key] = whole_number(value, f"{where}{key}", 1 if key == "multiple_of" else 0)
+                checked[key] = whole_number(value, f"{where}{key}", 0)
         changed = replace(self, **checked)
         if changed.max_rank is not None and changed.min_rank > changed.max_rank:
             raise LoraInitError(
@@ -55,13 +57,17 @@ class Limits:
 
     def __str__(self) -> str:
         default = asdict(Limits())
-        return ", ".join(f"{key}={value}" for key, value in asdict(self).items() if value != default[key]) or "any rank"
+        limits = [f"{key}={value}" for key, value in asdict(self).items() if value != default[key]]
+        return ", ".join(limits) or "any rank"
 
     def ranks(self, top: int) -> IntArray:
         """List the ranks allowed from 1 to `top`, rising, without regard to `min_rank`."""
-        top = top if self.max_rank is None else min(top, self.max_rank)
+        if self.max_rank is not None:
+            top = min(top, self.max_rank)
         ranks = np.arange(self.multiple_of, top + 1, self.multiple_of, dtype=np.int64)
-        return ranks if self.allowed_ranks is None else ranks[np.isin(ranks, self.allowed_ranks)]
+        if self.allowed_ranks is None:
+            return ranks
+        return ranks[np.isin(ranks, self.allowed_ranks)]
 
     def highest(self, top: int) -> int:
         """Find the largest rank allowed up to `top`; 0 if there is none."""
@@ -75,8 +81,10 @@ def whole_number(value: Any, argument: str, least: int) -> int:
 
 
 def _rank_list(values: Any, argument: str) -> tuple[int, ...]:
-    several = isinstance(values, Collection) and not isinstance(values, str)
-    ranks = sorted({whole_number(value, argument, 0) for value in values} - {0}) if several else []
+    ranks: list[int] = []
+    if isinstance(values, Collection) and not isinstance(values, str):
+        # 0 is always allowed, unless `min_rank` forbids it.
+        ranks = sorted({whole_number(value, argument, 0) for value in values} - {0})
     if not ranks:
         raise LoraInitError(
             f"{{{argument}}}: a list of ranks above 0 is needed, such as [8, 16, 32].", **{argument: values}
@@ -96,7 +104,8 @@ def _patterns(value: Any, argument: str) -> list[str]:
 def select(pattern: str, names: Sequence[str], argument: str) -> list[str]:
     """List the layers that a pattern means, at least one: a name or an ending of it after a dot, with wildcards."""
     selected = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
-    selected = selected or [name for name in names if name == pattern]  # a name with a bracket in it is no wildcard
+    if not selected and pattern in names:  # a name with a bracket in it is no wildcard
+        return [pattern]
     if selected:
         return selected
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -118,21 +127,21 @@ def layer_limits(
     """
     names = list(targets)
     limits = dict.fromkeys(names, Limits().changed(base, ""))
-    overrides = {} if overrides is None else overrides
-    if not isinstance(overrides, Mapping) or not all(isinstance(one, Mapping) for one in overrides.values()):
+    if overrides is None:
+        overrides = {}
+    if not isinstance(overrides, Mapping) or not all(isinstance(value, Mapping) for value in overrides.values()):
         raise LoraInitError(f"overrides={overrides!r}: a mapping such as {{'up_proj': {{'max_rank': 8}}}} is needed.")
     for pattern, settings in overrides.items():
         for name in select(str(pattern), names, "overrides"):
             limits[name] = limits[name].changed(settings, f"overrides[{pattern!r}]: ")
     for pattern in _patterns(exclude, "exclude"):
         for name in select(pattern, names, "exclude"):
-            limits.pop(name, None)
+            limits.pop(name, None)  # patterns may overlap
     if not limits:
         raise LoraInitError(f"{{exclude}} leaves none of {len(names)} layers.", exclude=exclude)
-    return {
-        name: replace(limit, multiple_of=math.lcm(limit.multiple_of, targets[name].groups))
-        for name, limit in limits.items()
-    }
+    for name, limit in limits.items():
+        limits[name] = replace(limit, multiple_of=math.lcm(limit.multiple_of, targets[name].groups))
+    return limits
 
 
 def allowed_by_unit(limits: Mapping[str, Limits], tops: IntArray, most: int, unit_of: IntArray) -> BoolArray:
@@ -145,13 +154,14 @@ def allowed_by_unit(limits: Mapping[str, Limits], tops: IntArray, most: int, uni
         ranks = limit.ranks(top)
         of_layer = np.isin(np.arange(most + 1), ranks[ranks >= limit.min_rank])
         of_layer[0] = limit.min_rank == 0
-        allowed[unit] &= of_layer
+        allowed[unit] &= of_layer  # tied layers have one rank, so each has to allow it
     names = list(limits)
     for unit in np.flatnonzero(~allowed.any(axis=1)).tolist():
         members = np.flatnonzero(unit_of == unit).tolist()
         shown = ", ".join(f"{names[i]!r} ({limits[names[i]]}; at most {tops[i]})" for i in members[:4])
+        subject = "tied layers have" if len(members) > 1 else "a layer has"
         raise LoraInitError(
-            f"{'tied layers have' if len(members) > 1 else 'a layer has'} no possible rank: {shown}. The last is what "
+            f"{subject} no possible rank: {shown}. The last is what "
             "its input width, the components collected and rho x average rank allow. Relax the limits or the tie."
         )
     return allowed
@@ -166,7 +176,8 @@ def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]
     place = {name: i for i, name in enumerate(names)}
     ties: list[list[int]] = []
     if per_kind:
-        ties += [[place[name] for name in layers.values()] for layers in layer_grid(names).by_kind.values()]
+        for layers in layer_grid(names).by_kind.values():
+            ties.append([place[name] for name in layers.values()])
     for endings in _read_ties(tie):
         groups: dict[str, list[int]] = {}
         for ending in endings:
@@ -174,10 +185,12 @@ def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]
                 # A wildcard stands for whole names, and would leave no block to tie within: endings only.
                 if name != ending and not name.endswith(f".{ending}"):
                     raise LoraInitError(f"{{tie}}: {ending!r} must be how names end, such as 'q_proj'.", tie=endings)
+                # By what stands before the ending: the block, and the module within it.
                 groups.setdefault(name[: len(name) - len(ending)], []).append(place[name])
         if all(len(members) < 2 for members in groups.values()):
             raise LoraInitError("{tie} ties nothing: no two of these are in one block. Name at least two.", tie=endings)
         ties += groups.values()
+    # Each tie takes the units that its members are in by now, whole: so ties that share a layer become one.
     unit = np.arange(len(names), dtype=np.int64)
     for members in ties:
         joined = np.isin(unit, unit[members])
@@ -186,7 +199,10 @@ def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]
 
 
 def _read_ties(tie: Any) -> list[list[str]]:
+    """Read one tie, a sequence of endings, or several."""
     if isinstance(tie, Collection) and not all(isinstance(names, str) for names in tie):
         return [_patterns(names, "tie") for names in tie]
     names = _patterns(tie, "tie")
-    return [names] if names else []
+    if names:
+        return [names]
+    return []

@@ -13,7 +13,9 @@ from lora_init.layers.targets import matches
 
 def scaling_of(lora_alpha: float, rank: int, use_rslora: bool = False) -> float:
     """Return what B A x is multiplied by in PEFT: lora_alpha / rank, or lora_alpha / sqrt(rank)."""
-    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+    if use_rslora:
+        return lora_alpha / math.sqrt(rank)
+    return lora_alpha / rank
 
 
 def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
@@ -23,8 +25,12 @@ def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
         >>> alpha_for(scaling_of(16, 13), 26)
         32
     """
-    alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
-    return round(alpha) if math.isclose(alpha, round(alpha)) else alpha
+    divisor: float = math.sqrt(rank) if use_rslora else rank
+    alpha = scaling * divisor
+    # A product of floats misses a whole number by rounding, and some trainers take whole numbers only.
+    if math.isclose(alpha, round(alpha)):
+        return round(alpha)
+    return alpha
 
 
 def exact_pattern(names: Iterable[str]) -> str:
@@ -52,11 +58,16 @@ def from_patterns(patterns: Mapping[str, Any] | None, names: Iterable[str], defa
     """Read `rank_pattern` or `alpha_pattern` as PEFT does: a key ends where the name ends, and the first match wins."""
     patterns = patterns or {}
     try:
-        keys = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
+        # Compiled once: Python caches 512 expressions, and a plan may have more keys.
+        compiled = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
     except re.error as error:
         raise LoraInitError(f"a key of the pattern {dict(patterns)} is no regular expression: {error}.") from error
-    patterns_of = {name: next((key for key, one in keys.items() if one.match(name)), name) for name in names}
-    return {name: patterns.get(key, default) for name, key in patterns_of.items()}
+    values: dict[str, Any] = {}
+    for name in names:
+        # As in PEFT's get_pattern_key: without a match, the name itself is the key.
+        first_match = next((key for key, expression in compiled.items() if expression.match(name)), name)
+        values[name] = patterns.get(first_match, default)
+    return values
 
 
 def listed_or_pattern(names: Collection[str], others: Iterable[str]) -> list[str] | str:
@@ -64,7 +75,9 @@ def listed_or_pattern(names: Collection[str], others: Iterable[str]) -> list[str
 
     PEFT takes a name in a list for an ending.
     """
-    return exact_pattern(names) if any(matches(names, name, "target_modules") for name in others) else list(names)
+    if any(matches(names, name, "target_modules") for name in others):
+        return exact_pattern(names)
+    return list(names)
 
 
 def lora_config(
@@ -77,20 +90,24 @@ def lora_config(
 ) -> dict[str, Any]:
     """Write the configuration of an adapter in which each layer has its rank, and all have one scaling.
 
-    `rank` is its `r`: patterns name the layers of other ranks; one of rank 0 has no adapter. Of `others` what says
-    nothing is left out: older readers refuse keys that they do not know.
+    `rank` is its `r`: patterns name the layers of other ranks; one of rank 0 has no adapter. Empty `others` are left
+    out: older readers refuse keys that they do not know.
     """
-    patterns = to_patterns({name: own for name, own in ranks.items() if own}, rank)
+    if not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+    rank_pattern = to_patterns({name: own for name, own in ranks.items() if own}, rank)
+    # PEFT divides each layer's alpha by its own rank, so layers of other ranks need another alpha for the same scaling.
+    alpha_pattern = {key: alpha_for(scaling, own, use_rslora) for key, own in rank_pattern.items()}
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "r": rank,
         "lora_alpha": alpha_for(scaling, rank, use_rslora),
-        "rank_pattern": patterns,
-        "alpha_pattern": {key: alpha_for(scaling, own, use_rslora) for key, own in patterns.items()},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "lora_dropout": 0.0,
-        "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
+        "target_modules": target_modules,
         "fan_in_fan_out": False,
         "bias": "none",
         "init_lora_weights": True,

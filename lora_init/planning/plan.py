@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _OfLayers(dict[str, Any]):
-    """What a plan knows about its layers. One that was made by hand may not know it."""
+    """What a plan says about each layer, by name. One that was made by hand may lack it."""
 
     def __missing__(self, name: str) -> Any:
         raise LoraInitError(
@@ -64,9 +64,11 @@ class RankAllocation(Mapping[str, int]):
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "targets", "explained", "settings", "unsupported"):
-            kind = _OfLayers if name in ("targets", "explained") else dict
-            object.__setattr__(self, name, kind(getattr(self, name)))
+        # Copies, so that no change of a caller's mapping reaches the plan; a frozen dataclass is set only in this way.
+        for name in ("ranks", "settings", "unsupported"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        for name in ("targets", "explained"):
+            object.__setattr__(self, name, _OfLayers(getattr(self, name)))
 
     def __getitem__(self, name: str) -> int:
         return self.ranks[name]
@@ -79,7 +81,9 @@ class RankAllocation(Mapping[str, int]):
 
     def __repr__(self) -> str:
         used = [rank for rank in self.ranks.values() if rank]
-        span = f"{min(used)} to {max(used)}" if used else "0"
+        span = "0"
+        if used:
+            span = f"{min(used)} to {max(used)}"
         return f"RankAllocation({len(used)} of {len(self)} layers with rank {span}, total rank {self.total_rank:,})"
 
     def _repr_html_(self) -> str:
@@ -104,6 +108,7 @@ class RankAllocation(Mapping[str, int]):
             "in_features": [target.in_features for target in targets],
             "out_features": [target.out_features for target in targets],
             "parameters": [target.parameters(self.ranks[target.name]) for target in targets],
+            # A plan made by hand may lack the shares; the widths it must have.
             "explained_variance": [self.explained.get(name, math.nan) for name in self.ranks],
         }
         return pd.DataFrame(columns, index=pd.Index(list(self.ranks), name="layer"))
@@ -122,7 +127,9 @@ class RankAllocation(Mapping[str, int]):
     def explained_variance(self) -> float:
         """Mean over the layers that take part of the share of their variance that their ranks explain."""
         shares = self._shares()
-        return sum(shares) / len(shares) if shares else 0.0
+        if not shares:
+            return 0.0
+        return sum(shares) / len(shares)
 
     def _shares(self) -> list[float]:
         without = set(self.excluded)
@@ -138,11 +145,15 @@ class RankAllocation(Mapping[str, int]):
         if self.budget is None or self.budget.unit == "ranks":
             return self.total_rank
         if self.budget.unit == "variance":
-            return min(self._shares()) if self.budget.coverage == "every-layer" else self.explained_variance
-        return self.parameters * (bytes_per_parameter(self.budget.dtype) if self.budget.unit == "bytes" else 1)
+            if self.budget.coverage == "every-layer":
+                return min(self._shares())  # every layer must reach the share, so the lowest counts
+            return self.explained_variance
+        if self.budget.unit == "bytes":
+            return self.parameters * bytes_per_parameter(self.budget.dtype)
+        return self.parameters
 
     def check_model(self, fingerprint: str, name: str) -> None:
-        """Check that the plan was made for the model with a fingerprint. One made by hand has none and fits any."""
+        """Check that the plan was made for the model of a fingerprint. One made by hand has none and fits any model."""
         made = self.provenance
         if made is not None and made.fingerprint and fingerprint and made.fingerprint != fingerprint:
             raise LoraInitError(
@@ -167,38 +178,54 @@ def source_text(plan: RankAllocation) -> str:
     if made is None:
         return "a plan made by hand"
     model = made.model_id or made.model_class or "a model without a name"
-    rows = f"{made.n_samples:,} rows in {made.n_batches} batches" if made.n_samples else "rows that were not counted"
+    rows = "rows that were not counted"
+    if made.n_samples:
+        rows = f"{made.n_samples:,} rows in {made.n_batches} batches"
     centered = "centered (PCA)" if made.center else "not centered (second moment)"
     return f"the inputs of each layer of {model} on {made.data or 'data not described'}: {rows}, {centered}"
 
 
 def plan_text(plan: RankAllocation) -> str:
     """Describe what was asked for, in the words of the command line."""
-    settings = [
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in plan.settings.items()
-    ]
-    return ", ".join([f"policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}", *settings])
+    parts = [f"policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}"]
+    for key, value in plan.settings.items():
+        if isinstance(value, float):
+            parts.append(f"{key}={value:g}")  # 2 and not 2.0, as one types it
+        else:
+            parts.append(f"{key}={value}")
+    return ", ".join(parts)
 
 
 def plan_config(plan: RankAllocation, scaling: float, use_rslora: bool = False) -> dict[str, Any]:
     """Write the LoraConfig of a plan as plain values; all layers have one scaling."""
     named = [name for name, rank in plan.items() if rank]
-    fused = [name for name in named if name in plan.targets and plan.targets[name].experts]
-    fused += [name for name, kind in plan.unsupported.items() if kind == "Parameter"]
+    without = [name for name, rank in plan.items() if not rank]
+    # Fused experts are parameters and not modules: PEFT has another argument for these.
+    fused: list[str] = []
+    for name in named:
+        if name in plan.targets and plan.targets[name].experts:  # a plan made by hand may have no targets
+            fused.append(name)
+    for name, kind in plan.unsupported.items():
+        if kind == "Parameter":
+            fused.append(name)
     modules = [name for name in (*named, *plan.unsupported) if name not in fused]
+    task_type = None
+    if plan.provenance:
+        task_type = plan.provenance.task_type
     return lora_config(
         plan,
         plan.rank,
         scaling,
-        listed_or_pattern(modules, (name for name, rank in plan.items() if not rank)),
+        listed_or_pattern(modules, without),
         use_rslora,
         target_parameters=fused,
-        task_type=plan.provenance.task_type if plan.provenance else None,
+        task_type=task_type,
     )
 
 
 FORMAT = "lora_init.plan"
 FORMAT_VERSION = 1
+_ROUNDING = 1e-9  # by which a share of the variance, a sum of ratios, may exceed 1
 
 
 def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
@@ -212,15 +239,21 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
             "in_features": target.in_features,
             "out_features": target.out_features,
             **target.extras(),
+            # Not read back: it follows from the widths, and saves other readers the count.
             "parameters": target.parameters(rank),
             "explained_variance": plan.explained[name],
         }
+    budget, provenance = None, None  # of a plan made by hand
+    if plan.budget:
+        budget = asdict(plan.budget)
+    if plan.provenance:
+        provenance = asdict(plan.provenance)
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "rank": plan.rank,
         "policy": plan.policy,
-        "budget": asdict(plan.budget) if plan.budget else None,
+        "budget": budget,
         "settings": _plain(plan.settings),
         "totals": {
             "layers": sum(rank > 0 for rank in plan.values()),
@@ -233,16 +266,19 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
         "excluded": list(plan.excluded),
         "unsupported": dict(plan.unsupported),
         "notes": list(plan.notes),
-        "provenance": asdict(plan.provenance) if plan.provenance else None,
+        "provenance": provenance,
     }
 
 
 def _plain(value: Any) -> Any:
+    """Return a setting as JSON has it: numbers of numpy and torch are no numbers there, nor is a tuple a list."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value
+    if hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 def save_plan(plan: RankAllocation, path: str | Path) -> Path:
@@ -281,36 +317,52 @@ def _plan_from(content: Mapping[str, Any]) -> RankAllocation:
     """Read the fields that this version knows; others, of older and later versions, are left alone."""
     layers = content["layers"]
     for name, layer in layers.items():
-        numbers = [layer[key] for key in ("rank", "in_features", "out_features")]
-        possible = all(type(number) is int for number in numbers) and 0 <= numbers[0] <= numbers[1] and numbers[2] > 0
-        if not possible or not 0.0 <= float(layer["explained_variance"]) <= 1.0 + 1e-9:
-            raise ValueError(f"layer {name!r} has {layer}")
+        _check_layer(name, layer)
     if type(content["rank"]) is not int or content["rank"] < 1:
         raise ValueError(f"rank={content['rank']!r}")
+    ranks: dict[str, int] = {}
+    targets: dict[str, Target] = {}
+    explained: dict[str, float] = {}
+    for name, layer in layers.items():
+        ranks[name] = layer["rank"]
+        targets[name] = read_target(name, layer["kind"], layer["in_features"], layer["out_features"], layer)
+        explained[name] = float(layer["explained_variance"])
     return RankAllocation(
-        ranks={name: layer["rank"] for name, layer in layers.items()},
+        ranks=ranks,
         rank=content["rank"],
-        targets={
-            name: read_target(name, layer["kind"], layer["in_features"], layer["out_features"], layer)
-            for name, layer in layers.items()
-        },
-        explained={name: float(layer["explained_variance"]) for name, layer in layers.items()},
+        targets=targets,
+        explained=explained,
         policy=str(content["policy"]),
-        budget=read_fields(Budget, content["budget"]) if content["budget"] else None,
+        budget=_read_if_given(Budget, content["budget"]),
         settings=content["settings"],
-        provenance=read_fields(Provenance, content["provenance"]) if content["provenance"] else None,
+        provenance=_read_if_given(Provenance, content["provenance"]),
         unsupported=content["unsupported"],
         excluded=tuple(map(str, content["excluded"])),
         notes=tuple(map(str, content["notes"])),
     )
 
 
+def _check_layer(name: str, layer: Any) -> None:
+    """Raise ValueError if a layer's rank, widths or share are impossible."""
+    rank, d_in, d_out = layer["rank"], layer["in_features"], layer["out_features"]
+    # `type`, since True is an instance of int.
+    possible = all(type(number) is int for number in (rank, d_in, d_out)) and 0 <= rank <= d_in and d_out > 0
+    if not possible or not 0.0 <= float(layer["explained_variance"]) <= 1.0 + _ROUNDING:
+        raise ValueError(f"layer {name!r} has {layer}")
+
+
+def _read_if_given(kind: Any, content: Any) -> Any:
+    if not content:  # null: the plan was made by hand
+        return None
+    return read_fields(kind, content)
+
+
 def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
     """Lay ranks out as block x kind; NaN where there is no adapter."""
     import pandas as pd
 
-    columns = {
-        kind: {block: ranks[name] or math.nan for block, name in layers.items()}
-        for kind, layers in layer_grid(ranks).by_kind.items()
-    }
-    return pd.DataFrame(columns, dtype=float).sort_index().rename(index={-1: ""})
+    columns = {}
+    for kind, layers in layer_grid(ranks).by_kind.items():
+        columns[kind] = {block: ranks[name] or math.nan for block, name in layers.items()}
+    table = pd.DataFrame(columns, dtype=float).sort_index()
+    return table.rename(index={-1: ""})  # of layers outside any block

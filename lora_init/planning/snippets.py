@@ -80,11 +80,11 @@ def _peft(request: Snippet) -> str:
 
     config = plan_config(request.plan, request.scaling, request.use_rslora)
     arguments = {name: config[name] for name in _ARGUMENTS if config.get(name)}
-    # A list or mapping of names and numbers is the same in JSON and in Python.
-    lines = [
-        f"{name}={json.dumps(value, indent=4) if isinstance(value, (list, dict)) else repr(value)},\n"
-        for name, value in arguments.items()
-    ]
+    lines = []
+    for name, value in arguments.items():
+        # A list or mapping of names and numbers is the same in JSON and in Python.
+        text = json.dumps(value, indent=4) if isinstance(value, (list, dict)) else repr(value)
+        lines.append(f"{name}={text},\n")
     start = "This starts at random. lora_init.build_adapter(statistics, plan).apply(model) starts from the data."
     call = f"from peft import LoraConfig\n\nconfig = LoraConfig(\n{indent(''.join(lines), '    ')})\n"
     return _comments(*request.about, start) + call
@@ -94,6 +94,7 @@ def _axolotl(request: Snippet) -> str:
     from lora_init.planning.plan import plan_config
 
     config = plan_config(request.plan, request.scaling)
+    # Its schema has an integer for lora_alpha, and would refuse the file after this command has written it.
     if not all(isinstance(alpha, int) for alpha in (config["lora_alpha"], *config["alpha_pattern"].values())):
         raise LoraInitError(
             f"axolotl takes whole numbers for lora_alpha, and a scaling of {request.scaling:.4g} gives some ranks "
@@ -123,12 +124,13 @@ def _ms_swift(request: Snippet) -> str:
 
 def _trl(request: Snippet) -> str:
     made = request.plan.provenance
+    model_id = (made and made.model_id) or "MODEL"
     settings = "".join(f", {name}={value!r}" for name, value in _training(request, "warmup_steps").items())
     return _made_first(request, "Make the adapter first:", _OLDER) + (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n"
         "from trl import SFTConfig, SFTTrainer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({(made and made.model_id) or 'MODEL'!r})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({model_id!r})\n"
         "trainer = SFTTrainer(\n"
         '    PeftModel.from_pretrained(model, "adapter", is_trainable=True),\n'
         f'    args=SFTConfig("trained"{settings}),\n'
@@ -139,7 +141,8 @@ def _trl(request: Snippet) -> str:
 
 def _made_first(request: Snippet, start: str, older: str = "") -> str:
     """Write comments: the plan, how the adapter is made, what to train it with."""
-    older = older if request.recommended else ""
+    if not request.recommended:  # no warm-up is written
+        older = ""
     return _comments(*request.about, start, request.command, *filter(None, (request.advice, older)))
 
 
@@ -162,6 +165,7 @@ def _csv(request: Snippet) -> str:
 def _yaml(config: dict[str, Any]) -> str:
     import yaml  # type: ignore[import-untyped]
 
+    # As wide as it gets: a pattern of hundreds of names stays one line.
     return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6))
 
 

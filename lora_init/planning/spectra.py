@@ -56,20 +56,24 @@ def _stacked(rows: Sequence[Any], n_columns: int) -> FloatArray:
 def stack_spectra(stats: Statistics, names: Sequence[str]) -> Spectra:
     """Stack the variances of layers; components are not read."""
     # One read per input group: q, k and v are the same numbers.
-    groups = {stats.group_of[name]: name for name in names}
-    shared = {group: stats.explained_variance_ratio(name).numpy() for group, name in groups.items()}
-    rows = [shared[stats.group_of[name]] for name in names]
+    ratios_of: dict[str, FloatArray] = {}
+    rows: list[FloatArray] = []
+    for name in names:
+        group = stats.group_of[name]
+        if group not in ratios_of:
+            ratios_of[group] = stats.explained_variance_ratio(name).numpy()
+        rows.append(ratios_of[group])
     targets = [stats.targets[name] for name in names]
     collected = np.array([len(row) for row in rows], dtype=np.int64)
     most = int(collected.max(initial=0))
-    ratios = _stacked(rows, most)
+    ratios = _stacked(rows, most)  # -> layers x components
     d_in = np.array([target.in_features for target in targets], dtype=np.int64)
     # A pass asks for rank x rho; a merge keeps fewer, and an old file does not say rho. A layer with fewer, or with as
     # many as there were rows (one less where the mean is taken out), would not have more if more had been asked for.
     few_rows = 0 < stats.provenance.n_samples <= most + 1
     asked = max(most, round(stats.provenance.rank * (stats.provenance.rho or 1.0)))
     starved = (collected < d_in) & ((collected < asked) | few_rows)
-    reached = np.concatenate([np.zeros((len(rows), 1)), np.cumsum(ratios, axis=1)], axis=1)
+    reached = np.concatenate([np.zeros((len(rows), 1)), np.cumsum(ratios, axis=1)], axis=1)  # from rank 0 on
     reached[[stats.total_variance(name) <= 0.0 for name in names]] = 1.0
     return Spectra(list(names), targets, ratios, reached, collected, starved)
 
@@ -86,15 +90,17 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
     widths = spectra.widths.astype(np.float64)
     if callable(policy):
         check_takes(policy, f"the policy {getattr(policy, '__name__', policy)}", "name", "spectrum")
-        rows = [
-            _scores(f"layer {name!r}: the policy", (stats[name].n_components,), policy, name, stats[name])
-            for name in spectra.names
-        ]
+        rows = []
+        for name in spectra.names:
+            spectrum = stats[name]  # a copy: whatever somebody's rule does to it reaches no other layer
+            where = f"layer {name!r}: the policy"
+            rows.append(_scores(where, (spectrum.n_components,), policy, name, spectrum))
         return _stacked(rows, spectra.most_collected), np.ones(len(widths))
     known = find_policy(policy)
     numbers = spectra.ratios
     if known.reads is not None:
         numbers = _stacked([known.reads(stats, name) for name in spectra.names], spectra.most_collected)
+        # All worth nothing: the order of the layers alone would decide.
         if not numbers.any():
             raise LoraInitError(
                 f"{{policy}}: all layers are worth nothing, since {known.if_zero}. Choose another policy.",
@@ -117,4 +123,5 @@ def _scores(where: str, shape: tuple[int, ...], function: Callable[..., Any], *a
             f"{where} returned numbers of shape {scores.shape}, {np.isfinite(scores).sum()} of them finite. Expected "
             f"finite ones of shape {shape}, one for each component."
         )
+    # `make_steps` takes a layer's ranks one after the other, so none may be worth more than the one before it.
     return -np.sort(-scores, axis=-1)
