@@ -61,8 +61,11 @@ class LayerGrid:
     def by_kind(self) -> dict[str, dict[int, str]]:
         """The layers of each kind by block."""
         rows: dict[str, dict[int, str]] = {}
-        for kind in self.kinds:  # every kind has a row, in model order
-            rows[kind] = {block: self.cells[kind, block] for block in self.blocks if (kind, block) in self.cells}
+        for kind in self.kinds:
+            rows[kind] = {}
+            for block in self.blocks:
+                if (kind, block) in self.cells:  # some blocks lack a kind
+                    rows[kind][block] = self.cells[kind, block]
         return rows
 
 
@@ -92,6 +95,7 @@ def layers_in(name: str) -> int:
     return 2 if name.endswith(".experts.gate_up_proj") else 1
 
 
+# The first number is the block: what follows it, experts.0 or a position in an nn.Sequential, tells kinds apart.
 def place_of(name: str) -> tuple[tuple[str, str], int]:
     """Split model.layers.3.mlp.up_proj into the kind (model.layers, mlp.up_proj) and the block 3."""
     match = _NUMBER.search(name)
@@ -140,9 +144,12 @@ def by_purpose(modules: Mapping[str, nn.Module], linear: Collection[str]) -> dic
     MLP if its name says so within a block, one of a numbered row of which some have an attention. Embeddings, heads,
     poolers, projections between the towers of a model, routers, and layers that modulate norms are neither.
     """
-    is_cross = {name: _is_cross(name, module) for name, module in modules.items() if _is_attention(name, module)}
+    is_cross: dict[str, bool] = {}  # of each attention
+    for name, module in modules.items():
+        if _is_attention(name, module):
+            is_cross[name] = _is_cross(name, module)
     stacks = _stacks_around(is_cross)
-    layers: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
+    layers: dict[str, list[str]] = {ATTENTION: [], CROSS_ATTENTION: [], MLP: []}
     for name in linear:
         # Attentions nest: EncDecAttention stands in a layer that is an attention by its class.
         attentions = [is_cross[owner] for owner in _owners(name) if owner in is_cross]
@@ -177,6 +184,7 @@ def _block_in(stacks: Collection[str], name: str) -> str | None:
 
 def cross_inputs(modules: Mapping[str, nn.Module]) -> set[str]:
     """Name the layers that make keys and values of cross-attention: they read what an encoder has computed."""
+    # Of all modules, not of linear layers alone: it is the names that decide here.
     return set(filter(_KEY_OR_VALUE.search, by_purpose(modules, modules)[CROSS_ATTENTION]))
 
 
@@ -194,7 +202,7 @@ def _is_numbered(name: str) -> bool:
 def _is_attention(name: str, module: nn.Module) -> bool:
     kind = type(module).__name__
     by_attribute = _ATTRIBUTE.search(name.rpartition(".")[2]) and not _BLOCK.search(kind)
-    has_parts = any(True for _ in module.children())
+    has_parts = next(module.children(), None) is not None
     return has_parts and bool(_CLASS.search(kind) or by_attribute)
 
 

@@ -56,6 +56,7 @@ def _digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
             # float64 is exact up to 2^53 entries; float32 would not be beyond 2^24.
             places = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64).long()
             values = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
+            # As integers, since numpy has no bfloat16.
             digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 
@@ -84,19 +85,23 @@ def model_config(model: nn.Module) -> dict[str, Any]:
         entries.update(_flat(name, config))
     entries |= _tokens_of_modules(plain)
     buffers = _saved_buffers(plain)
-    # On meta there are no values: then it is not known whether they are the same.
-    if buffers and not any(buffer.is_meta for _, buffer in buffers):
+    if buffers:
         entries["config.saved buffers"] = _digest_of(buffers)
     return entries
 
 
 def _saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """List the floating-point buffers that a checkpoint has; others are computed anew when a model is made."""
+    """List the floating-point buffers that a checkpoint has; others are computed anew when a model is made.
+
+    Empty if one is on meta: without its values nobody knows whether it is the same.
+    """
     saved = model.state_dict(keep_vars=True)
     buffers = []
     for name, buffer in model.named_buffers():
         plain = plain_name(name)
         if name in saved and buffer.is_floating_point() and ".lora_" not in plain:  # the base's, not an adapter's
+            if buffer.is_meta:
+                return []
             buffers.append((plain, buffer))
     return buffers
 

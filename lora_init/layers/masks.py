@@ -189,6 +189,7 @@ def _text_parts(model: nn.Module) -> dict[str, bool]:
     for name, module in plain_names(model).items():
         config = getattr(module, "config", None)
         if module is output or (name and hasattr(config, "model_type")):
+            # Towers for images and sound have configurations of other classes.
             parts[name] = module is output or type(config) is type(text)
     return parts
 

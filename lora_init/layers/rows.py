@@ -72,7 +72,7 @@ def patches_of(name: str, module: nn.Module) -> Patches | None:
     if module.padding == "same":
         # As torch has it: of an even kernel, the odd zero stands at the end.
         padding = tuple(((size - 1) // 2, size // 2) for size in module.kernel_size)
-    elif module.padding == "valid":
+    elif isinstance(module.padding, str):  # "valid"
         padding = ((0, 0),) * len(module.kernel_size)
     else:
         padding = tuple((size, size) for size in module.padding)
@@ -114,7 +114,7 @@ class Experts:
         pooled = []
         for expert in range(self.n_experts):
             rows = hidden[(chosen == expert).any(-1)]
-            if not len(rows):
+            if not len(rows):  # the router sent no token to it
                 continue
             if not first:
                 rows = self._inside(rows, expert)
@@ -125,7 +125,7 @@ class Experts:
 
     def times(self, rows: Tensor, expert: int, ending: str = "") -> Tensor:
         """Multiply rows by the matrix of an expert, without its bias; `ending` names another of its matrices."""
-        weight = getattr(self.module, ending or self.name.rpartition(".")[2])[expert]
+        weight: Tensor = getattr(self.module, ending or self.name.rpartition(".")[2])[expert]
         if self.module.is_transposed:  # [d_in, d_out], as GPT-OSS has it
             return rows @ weight
         return F.linear(rows, weight)
@@ -135,14 +135,15 @@ class Experts:
         y = self.times(rows, expert)
         if self.name.endswith(_FIRST):
             return y
-        return y / chosen.shape[-1] ** _OF_SUMMED  # one of k terms of a sum
+        scale: float = chosen.shape[-1] ** _OF_SUMMED  # it is one of k terms of a sum
+        return y / scale
 
     def _inside(self, rows: Tensor, expert: int) -> Tensor:
         """Compute what the second matrix of an expert reads."""
         module: Any = self.module
         name = _first_of(module)
         up = self.times(rows, expert, name)
-        bias = getattr(module, f"{name}_bias", None)
+        bias = getattr(module, f"{name}_bias", None)  # GPT-OSS has one, Mixtral none
         if bias is not None:
             up = up + bias[expert]
         # Gate and up projection in one matrix, or an up projection alone.
@@ -258,15 +259,19 @@ def _check_weight(name: str, module: nn.Module, parameter: Tensor) -> None:
 
 def warn_of_experts_left_out(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> str:
     """Warn of fused experts of a model that have no adapter; return the warning, empty if there was none."""
-    left_out = {name: size for name, size in _fused_sizes(modules).items() if name not in adapted}
+    left_out, size_left_out = [], 0
+    for name, size in _fused_sizes(modules).items():
+        if name not in adapted:
+            left_out.append(name)
+            size_left_out += size
     if not left_out:
         return ""
     total = 0
     for module in modules.values():
-        total += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    share = sum(left_out.values()) / total
-    text = f"fused experts hold {share:.0%} of the weights and get no adapter: {{target_parameters}} adds it."
-    return warn(text, target_parameters=_ends(left_out))
+        for parameter in module.parameters(recurse=False):
+            total += parameter.numel()
+    text = f"fused experts hold {size_left_out / total:.0%} of the weights and get no adapter: "
+    return warn(text + "{target_parameters} adds it.", target_parameters=_ends(left_out))
 
 
 def _fused_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -300,10 +305,17 @@ def experts_there(modules: Mapping[str, nn.Module]) -> tuple[str, dict[str, Any]
 
 def routed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Find the hidden states [tokens, d] and the chosen experts [tokens, k] among the arguments of such a module."""
-    # Models pass them by position or by keyword. The router's weights, floats too, come after the hidden states.
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    hidden = next((x for x in tensors if x.is_floating_point()), None)
-    chosen = next((x for x in tensors if not x.is_floating_point()), None)
+    hidden: Tensor | None = None
+    chosen: Tensor | None = None
+    # Models pass them by position or by keyword. The router's weights, floats too, come after the hidden states: the
+    # first tensor of each type is meant.
+    for value in (*args, *kwargs.values()):
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_floating_point():
+            hidden = value if hidden is None else hidden
+        elif chosen is None:
+            chosen = value
     if hidden is None or chosen is None or chosen.shape[:-1] != hidden.shape[:-1]:
         raise LoraInitError(
             f"{name!r}: its module was not called with hidden states and the experts chosen for each. "

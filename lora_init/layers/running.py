@@ -92,7 +92,7 @@ def _keywords(
     if not (with_labels or decoder_reads_labels or own_labels):
         inputs.pop("labels", None)
     if "use_cache" in parameters:
-        inputs.setdefault("use_cache", False)
+        inputs.setdefault("use_cache", False)  # a batch that asks for one gets it
     return inputs
 
 

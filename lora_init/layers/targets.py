@@ -130,7 +130,7 @@ def _closest_names(modules: Mapping[str, nn.Module], patterns: Collection[str]) 
         # The last word of a pattern such as `.*(q|v)_proj$`.
         word = re.split(r"[^\w]+", pattern.rstrip("$)"))[-1]
         close += difflib.get_close_matches(word, list(endings), n=3)
-    names = dict.fromkeys(close or [name for name, _ in linear.most_common(7)])
+    names = dict.fromkeys(close or [name for name, _ in linear.most_common(7)])  # each once, in order
     shown = ", ".join(f"{name!r} ({endings[name]} layer{'s' * (endings[name] > 1)})" for name in names)
     if close:
         return f"Closest names: {shown}."
@@ -241,20 +241,28 @@ def _is_of_library(kind: type) -> bool:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+    return next(module.parameters(), None) is not None
 
 
 def _checkpoints(modules: Mapping[str, nn.Module]) -> list[str]:
     """Name the outermost modules that are loaded from checkpoints, but for a user's classes around them."""
-    loadable = [name for name, module in modules.items() if hasattr(type(module), "from_pretrained")]
-    known = [name for name in loadable if _is_of_library(type(modules[name]))]
+    loadable, known = [], []
+    for name, module in modules.items():
+        if hasattr(type(module), "from_pretrained"):
+            loadable.append(name)
+            if _is_of_library(type(module)):
+                known.append(name)
     owners = []
     for name in loadable:
         # A user's class that has a library's model inside is a wrapper with new parts, not a checkpoint as a whole.
         is_wrapper = name not in known and any(is_below(other, name) for other in known)
         if not is_wrapper:
             owners.append(name)
-    return [name for name in owners if not any(is_below(name, other) for other in owners if other != name)]
+    outermost = []
+    for name in owners:
+        if not any(is_below(name, other) for other in owners if other != name):
+            outermost.append(name)
+    return outermost
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -352,6 +360,8 @@ def file_prefixes(targets: Iterable[Target]) -> dict[str, str]:
     """
     prefixes: dict[str, str] = {}
     inside: Counter[str] = Counter()
+    # The last in model order is wrapped last and stands outermost, so it is reached without a `base_layer`; each one
+    # before it is one level further in.
     for target in reversed(list(targets)):
         prefixes[target.name] = PREFIX + target.module + ".base_layer" * inside[target.module]
         inside[target.module] += 1
@@ -482,7 +492,7 @@ def _selected(
     selected = [name for name in modules if matches(target_modules, name, "target_modules")]
     if isinstance(target_modules, str):
         if not selected:
-            raise _no_layer(model_class, modules, target_modules, [target_modules])
+            raise _no_layer(model_class, modules, target_modules, [target_modules])  # also where it is optional
         return selected
     # Of names in a list each has to match: one that is misspelt was meant, too.
     wrong = _unmatched(modules, target_modules)
@@ -508,10 +518,12 @@ def _no_layer(
 
 def _without(names: Iterable[str], heads: Collection[str], exclude_modules: str | Collection[str] | None) -> list[str]:
     """Leave out the layers of heads that are trained whole, and those that are excluded."""
-    left = [name for name in names if not is_in(name, heads)]
-    if not exclude_modules:
-        return left
-    return [name for name in left if not matches(exclude_modules, name, "exclude_modules")]
+    left = []
+    for name in names:
+        if is_in(name, heads) or (exclude_modules and matches(exclude_modules, name, "exclude_modules")):
+            continue
+        left.append(name)
+    return left
 
 
 def _of_purpose(purpose: str, modules: Mapping[str, nn.Module], linear: list[str], model_class: str) -> list[str]:
@@ -550,6 +562,7 @@ def _target(name: str, module: nn.Module) -> Target | tuple[str, str]:
         return Target(name, kind, int(d_in), int(d_out))
     if isinstance(module, CONVOLUTIONS):
         patches_of(name, module)  # refuses those that PEFT cannot adapt
+        # All input channels, whatever the groups: PEFT's A has none.
         width = module.in_channels * math.prod(module.kernel_size)
         return Target(name, kind, width, module.out_channels, tuple(module.kernel_size), module.groups)
     # Quantized linear layers of every library keep these two attributes.

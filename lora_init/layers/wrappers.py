@@ -16,7 +16,7 @@ from lora_init.third_party_internals import WRAPPED, hook_of
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Take a model out of `torch.compile`, `DistributedDataParallel` and the like."""
-    names = WRAPPED
+    names: tuple[str, ...] = WRAPPED
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         names = (*WRAPPED, "module")  # other classes may have a part of this name
     for name, part in model.named_children():
@@ -70,8 +70,8 @@ def quantization_of(model: nn.Module) -> dict[str, Any] | None:
         return None
     if isinstance(config, dict):
         return dict(config)
-    method = getattr(config.quant_method, "value", config.quant_method)
-    settings = json.loads(config.to_json_string())
+    method = getattr(config.quant_method, "value", config.quant_method)  # a member of an enum, or a string
+    settings = json.loads(config.to_json_string())  # as JSON has them: types of torch as strings
     public = {key: value for key, value in settings.items() if not key.startswith("_")}
     return {"quant_method": str(method), **public}
 
@@ -83,6 +83,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def is_tensor_parallel(model: nn.Module) -> bool:
     """Check whether single layers are split over processes, each of which then reads a part of their inputs."""
+    # FSDP2 keeps its parameters in the same class (DTensor), but gathers them before a layer is called.
     return not is_sharded(model) and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
@@ -141,7 +142,8 @@ def run_eagerly() -> AbstractContextManager[Any]:
     # Importing dynamo takes a second, and where it was not imported nothing is compiled.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 class Precision:
@@ -157,7 +159,10 @@ class Precision:
             accelerator = torch.accelerator.current_accelerator()
             if accelerator is not None:
                 devices.append(accelerator.type)
-        self._dtypes = {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
+        self._dtypes: dict[str, torch.dtype] = {}
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                self._dtypes[device] = torch.get_autocast_dtype(device)
 
     def off(self) -> AbstractContextManager[None]:
         """Compute in the precision of the tensors themselves."""
@@ -167,6 +172,7 @@ class Precision:
     def on(self, enabled: bool = True) -> Iterator[None]:
         """Switch autocast on with the settings that it had."""
         with ExitStack() as stack:
+            # One for each device: autocast of the CPU and of an accelerator are switched apart.
             for device, dtype in self._dtypes.items():
                 stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
             yield

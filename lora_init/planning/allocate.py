@@ -123,6 +123,7 @@ def allocate_ranks(
     rank_of, share_of = dict.fromkeys(stats, 0), dict.fromkeys(stats, 0.0)
     rank_of |= zip(limits, ranks.tolist(), strict=True)
     share_of |= zip(limits, spectra.reached_at(ranks).tolist(), strict=True)
+    excluded = tuple(name for name in stats if name not in limits)
     return RankAllocation(
         ranks=rank_of,
         rank=average,
@@ -133,7 +134,7 @@ def allocate_ranks(
         settings=settings | _other_than_default(base) | _without_empty(shaping),
         provenance=made,
         unsupported=stats.unsupported,
-        excluded=tuple(name for name in stats if name not in limits),
+        excluded=excluded,
         notes=(*_notes(task, steps, ranks), *_uncounted(budget, stats.unsupported)),
     )
 
@@ -190,9 +191,10 @@ def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: f
         # At least 1, since a small budget in parameters may buy less than one rank on average; capped first, since a
         # huge rho times the average overflows an integer.
         caps = np.minimum(caps, max(1, round(min(rho * average, float(caps.max())))))
-    needs = np.maximum(average, [limit.min_rank for limit in limits.values()])
+    needs = np.zeros(len(limits))
     could = np.zeros(len(limits), dtype=np.int64)
     for i, limit in enumerate(limits.values()):
+        needs[i] = max(average, limit.min_rank)
         could[i] = limit.highest(int(caps[i]))
     tops = np.minimum(caps, spectra.collected)
     relaxed = dict(limits)
@@ -377,7 +379,7 @@ def take_while_affordable(steps: Steps, budget: int) -> BoolArray:
     for step in steps.in_order().tolist():
         unit, cost = int(steps.unit[step]), int(steps.cost[step])
         if cost > budget:
-            stuck.add(unit)
+            stuck.add(unit)  # for good: a later step that would fit starts from the rank after this one
         elif unit not in stuck:
             taken[step] = True
             budget -= cost

@@ -75,6 +75,7 @@ def parse_count(value: object, argument: str) -> int:
         count = Decimal(text) * scale
     except InvalidOperation:
         count = Decimal(0)
+    # "nan" and "inf" are decimals, too. What has a fraction left, such as "1.5", is a mistake and is not rounded.
     if not count.is_finite() or not 1 <= count <= _MOST or count % 1:
         raise LoraInitError(
             f'{{{argument}}}: a whole number from 1 to 10^12 is needed, such as 2500000, "2.5M" or "800k".',
@@ -107,7 +108,7 @@ def choose_budget(
     if not 0.0 < number <= most:
         raise LoraInitError(f"{{{kind}}}: a number above 0 and not above {most:,} is needed.", **{kind: value})
     if kind == "megabytes":
-        bytes_per_parameter(dtype)
+        bytes_per_parameter(dtype)  # refuses an unknown type before anything is computed
         return Budget(kind, number, "bytes", round(number * 10**6), dtype)
     if kind == "variance":
         if coverage not in COVERAGES:

@@ -126,6 +126,7 @@ def layer_limits(
     convolution only at ranks that its groups divide.
     """
     names = list(targets)
+    # One frozen object for all layers, until an override replaces that of a layer.
     limits = dict.fromkeys(names, Limits().changed(base, ""))
     if overrides is None:
         overrides = {}
@@ -151,7 +152,7 @@ def allowed_by_unit(limits: Mapping[str, Limits], tops: IntArray, most: int, uni
     """
     allowed = np.ones((int(unit_of.max()) + 1, most + 1), dtype=np.bool_)
     for unit, limit, top in zip(unit_of, limits.values(), tops.tolist(), strict=True):
-        ranks = limit.ranks(top)
+        ranks = limit.ranks(top)  # without regard to `min_rank`
         of_layer = np.isin(np.arange(most + 1), ranks[ranks >= limit.min_rank])
         of_layer[0] = limit.min_rank == 0
         allowed[unit] &= of_layer  # tied layers have one rank, so each has to allow it
@@ -195,6 +196,7 @@ def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]
     for members in ties:
         joined = np.isin(unit, unit[members])
         unit[joined] = unit[joined].min()
+    # Numbered without gaps, by the first layer of each unit.
     return np.unique(unit, return_inverse=True)[1].astype(np.int64)
 
 

@@ -35,6 +35,7 @@ def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
 
 def exact_pattern(names: Iterable[str]) -> str:
     """Write a regular expression that matches these full names and nothing else."""
+    # Anchored at the start, too: PEFT's own prefix `(.*\.)?` then matches nothing, and no longer name does.
     return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
 
 
@@ -51,7 +52,8 @@ def to_patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
     groups: dict[float, list[str]] = {}
     for name, value in values.items():
         groups.setdefault(value, []).append(name)
-    return {exact_pattern(names): value for value, names in groups.items() if value != default}
+    groups.pop(default, None)  # what `r` or `lora_alpha` says already
+    return {exact_pattern(names): value for value, names in groups.items()}
 
 
 def from_patterns(patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def lora_config(
     rank_pattern = to_patterns({name: own for name, own in ranks.items() if own}, rank)
     # PEFT divides each layer's alpha by its own rank, so layers of other ranks need another alpha for the same scaling.
     alpha_pattern = {key: alpha_for(scaling, own, use_rslora) for key, own in rank_pattern.items()}
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
@@ -112,4 +114,7 @@ def lora_config(
         "bias": "none",
         "init_lora_weights": True,
     }
-    return config | {name: value for name, value in {"use_rslora": use_rslora, **others}.items() if value}
+    for name, value in {"use_rslora": use_rslora, **others}.items():
+        if value:
+            config[name] = value
+    return config

@@ -102,15 +102,17 @@ class RankAllocation(Mapping[str, int]):
         """
         import pandas as pd
 
-        targets = [self.targets[name] for name in self.ranks]
-        columns = {
-            "rank": list(self.ranks.values()),
-            "in_features": [target.in_features for target in targets],
-            "out_features": [target.out_features for target in targets],
-            "parameters": [target.parameters(self.ranks[target.name]) for target in targets],
+        columns: dict[str, list[float]] = {
+            "rank": [], "in_features": [], "out_features": [], "parameters": [], "explained_variance": [],
+        }  # fmt: skip
+        for name, rank in self.ranks.items():
+            target = self.targets[name]
+            columns["rank"].append(rank)
+            columns["in_features"].append(target.in_features)
+            columns["out_features"].append(target.out_features)
+            columns["parameters"].append(target.parameters(rank))
             # A plan made by hand may lack the shares; the widths it must have.
-            "explained_variance": [self.explained.get(name, math.nan) for name in self.ranks],
-        }
+            columns["explained_variance"].append(self.explained.get(name, math.nan))
         return pd.DataFrame(columns, index=pd.Index(list(self.ranks), name="layer"))
 
     @property
@@ -132,6 +134,7 @@ class RankAllocation(Mapping[str, int]):
         return sum(shares) / len(shares)
 
     def _shares(self) -> list[float]:
+        # Excluded layers have rank 0 because of the user, not of the policy: they would only lower the mean.
         without = set(self.excluded)
         return [self.explained[name] for name in self.ranks if name not in without]
 
@@ -165,11 +168,12 @@ class RankAllocation(Mapping[str, int]):
         """Check that the plan fits these statistics: of the same model, with all its layers."""
         made = stats.provenance
         self.check_model(made.fingerprint, f"the model of the statistics, {made.model_id or made.model_class}")
-        missing = next((name for name in self.ranks if name not in stats), None)
-        if missing is not None:
-            raise LoraInitError(
-                f"the plan names layer {missing!r}, which the statistics do not have. Plan again from these statistics."
-            )
+        for name in self.ranks:
+            if name not in stats:
+                raise LoraInitError(
+                    f"the plan names layer {name!r}, which the statistics do not have. "
+                    "Plan again from these statistics."
+                )
 
 
 def source_text(plan: RankAllocation) -> str:
@@ -198,8 +202,13 @@ def plan_text(plan: RankAllocation) -> str:
 
 def plan_config(plan: RankAllocation, scaling: float, use_rslora: bool = False) -> dict[str, Any]:
     """Write the LoraConfig of a plan as plain values; all layers have one scaling."""
-    named = [name for name, rank in plan.items() if rank]
-    without = [name for name, rank in plan.items() if not rank]
+    named: list[str] = []
+    without: list[str] = []
+    for name, rank in plan.items():
+        if rank:
+            named.append(name)
+        else:
+            without.append(name)
     # Fused experts are parameters and not modules: PEFT has another argument for these.
     fused: list[str] = []
     for name in named:
@@ -259,7 +268,7 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
             "layers": sum(rank > 0 for rank in plan.values()),
             "total_rank": plan.total_rank,
             "parameters": plan.parameters,
-            "megabytes_float32": round(plan.megabytes(), 6),
+            "megabytes_float32": round(plan.megabytes(), 6),  # a byte
             "explained_variance": round(plan.explained_variance, 9),
         },
         "layers": layers,
@@ -284,6 +293,7 @@ def _plain(value: Any) -> Any:
 def save_plan(plan: RankAllocation, path: str | Path) -> Path:
     """Write a plan to a JSON file. A crash leaves the old file or none, never half a one."""
     path = Path(path).expanduser()
+    # Laid out before the file is touched: a plan made by hand may not know enough for it.
     text = json.dumps(plan_to_dict(plan), indent=1, ensure_ascii=False) + "\n"
     write_whole(path, text.encode())
     return path
@@ -361,8 +371,10 @@ def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
     """Lay ranks out as block x kind; NaN where there is no adapter."""
     import pandas as pd
 
-    columns = {}
+    columns: dict[str, dict[int, float]] = {}
     for kind, layers in layer_grid(ranks).by_kind.items():
-        columns[kind] = {block: ranks[name] or math.nan for block, name in layers.items()}
+        columns[kind] = {}
+        for block, name in layers.items():
+            columns[kind][block] = ranks[name] or math.nan
     table = pd.DataFrame(columns, dtype=float).sort_index()
     return table.rename(index={-1: ""})  # of layers outside any block

@@ -79,6 +79,7 @@ def proportional(ratios: FloatArray, widths: FloatArray) -> FloatArray:
     import numpy as np
 
     concentration = (ratios**2).sum(axis=1)
+    # A layer whose rows are constant has no direction, and claims nothing.
     effective = np.divide(1.0, concentration, out=np.zeros_like(concentration), where=concentration > 0.0)
     return proportional_to(effective, ratios.shape[1])
 
@@ -91,7 +92,7 @@ def proportional_to(claims: FloatArray, n_ranks: int) -> FloatArray:
     """
     import numpy as np
 
-    return claims[:, None] / (np.arange(n_ranks) + 0.5)
+    return claims[:, None] / (np.arange(n_ranks) + 0.5)  # layers, ranks -> layers x ranks
 
 
 def gradient(gains: FloatArray, widths: FloatArray) -> FloatArray:
@@ -126,7 +127,7 @@ def _importance(stats: Statistics, name: str) -> list[float]:
             "statistics does not have. Collect from all the data in one pass, or choose another policy.",
             policy="gora",
         )
-    return [importance]
+    return [importance]  # in the first column, where `gora` reads it
 
 
 POLICIES = {
@@ -138,6 +139,7 @@ POLICIES = {
     "gradient-per-parameter": Policy(gradient, _gains, per_parameter=True),
     "gora": Policy(gora, _importance, if_zero="the weights are quantized"),
 }
+# Entry points of installed packages.
 _THEIRS = Group("lora_init.policies", "policy")
 
 

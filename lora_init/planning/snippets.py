@@ -51,6 +51,7 @@ def snippet(
     check_number("lora_alpha", lora_alpha, above=True)
     if not plan.total_rank:
         raise LoraInitError("the plan gives no layer any rank, so there is nothing to configure.")
+    # The command is to make the adapter that the snippet describes, with the same scaling.
     rslora = " --use-rslora" if use_rslora else ""
     request = Snippet(
         plan,
@@ -65,6 +66,7 @@ def snippet(
 
 
 def _comments(*lines: str) -> str:
+    # Descriptions of data may have line breaks, and would leave the comment.
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
 
 
@@ -79,7 +81,7 @@ def _peft(request: Snippet) -> str:
     from lora_init.planning.plan import plan_config
 
     config = plan_config(request.plan, request.scaling, request.use_rslora)
-    arguments = {name: config[name] for name in _ARGUMENTS if config.get(name)}
+    arguments = _given(config, *_ARGUMENTS)
     lines = []
     for name, value in arguments.items():
         # A list or mapping of names and numbers is the same in JSON and in Python.
@@ -88,6 +90,11 @@ def _peft(request: Snippet) -> str:
     start = "This starts at random. lora_init.build_adapter(statistics, plan).apply(model) starts from the data."
     call = f"from peft import LoraConfig\n\nconfig = LoraConfig(\n{indent(''.join(lines), '    ')})\n"
     return _comments(*request.about, start) + call
+
+
+def _given(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return the entries of these names that are not empty: an empty one is the tool's own default."""
+    return {name: config[name] for name in names if config.get(name)}
 
 
 def _axolotl(request: Snippet) -> str:
@@ -101,8 +108,11 @@ def _axolotl(request: Snippet) -> str:
             f"others. Take a multiple of the average rank, such as {{lora_alpha}} without rsLoRA.",
             lora_alpha=request.plan.rank,
         )
-    names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-    written = {f"lora_{name.removeprefix('lora_')}": config[name] for name in names if config.get(name)}
+    given = _given(
+        config, "r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern"
+    )  # fmt: skip
+    # All keys are prefixed: lora_r, lora_rank_pattern; lora_alpha has its prefix already.
+    written = {f"lora_{name.removeprefix('lora_')}": value for name, value in given.items()}
     start = "axolotl 0.18 or newer. Make the adapter first; without lora_model_dir these ranks start at random:"
     training = _training(request, "warmup_ratio", "lr_scheduler")
     return _made_first(request, start) + _yaml({"adapter": "lora", "lora_model_dir": "adapter", **written, **training})

@@ -48,7 +48,7 @@ class Spectra:
 def _stacked(rows: Sequence[Any], n_columns: int) -> FloatArray:
     """Stack rows of unequal length, cut or filled with 0, [n, n_columns]."""
     stacked = np.zeros((len(rows), n_columns))
-    for filled, row in zip(stacked, rows, strict=True):
+    for filled, row in zip(stacked, rows, strict=True):  # `filled` is a view of a row of the result
         filled[: len(row)] = row[:n_columns]
     return stacked
 
@@ -58,12 +58,13 @@ def stack_spectra(stats: Statistics, names: Sequence[str]) -> Spectra:
     # One read per input group: q, k and v are the same numbers.
     ratios_of: dict[str, FloatArray] = {}
     rows: list[FloatArray] = []
+    targets: list[Target] = []
     for name in names:
+        targets.append(stats.targets[name])
         group = stats.group_of[name]
         if group not in ratios_of:
             ratios_of[group] = stats.explained_variance_ratio(name).numpy()
         rows.append(ratios_of[group])
-    targets = [stats.targets[name] for name in names]
     collected = np.array([len(row) for row in rows], dtype=np.int64)
     most = int(collected.max(initial=0))
     ratios = _stacked(rows, most)  # -> layers x components

@@ -25,7 +25,7 @@ from lora_init.statistics.spectrum import (
 # directions are nearly dependent.
 _RIDGE = 1e-6
 _POWER_ITERATIONS = 4
-# Directions beyond those to report.
+# Directions to keep in addition to those to report: see `IncrementalSVD`.
 _MARGIN = 16
 # Batches are gathered until they are this share of those before; then the directions change. That was measured to be
 # as good as with every batch, in 0.75 of the time. Inputs as wide as this gather nothing: it takes memory.
@@ -60,6 +60,7 @@ class _Rows(NamedTuple):
         """Add another set; the distance of the two means becomes a row."""
         if other is None:
             return self
+        # float64, since a difference of means may be far longer than the rows around them.
         moments, drift = self.moments.plus(other.moments)
         return _Rows(moments, torch.cat([self.factor.double(), other.factor.double(), drift[None]]))
 
@@ -81,6 +82,10 @@ class _Sums(NamedTuple):
         return _Sums(moments, gram, self.image + other.image + torch.outer(along, drift))
 
 
+# The Nystrom method: from what C does to k test directions T, Y = C T^T, the best estimate of C within the span of Y is
+# Y M^-1 Y^T with M = T Y. C - Y M^-1 Y^T is positive semidefinite, so no variance is overstated. Neither the sum of old
+# and new C nor any other d x d matrix is made: Y and M of a sum are the sums of those of its parts. Instead of M^-1,
+# which loses digits, a Cholesky factor of M gives F, k x d with F^T F the new C, and the new directions are those of F.
 class _State(NamedTuple):
     """C ~ V^T diag(w) V, the scatter matrix of the rows so far. Replaced as a whole."""
 
@@ -91,8 +96,9 @@ class _State(NamedTuple):
 
     def plus(self, new: _Sums) -> _State:
         """Take a Nystrom step, see `IncrementalSVD`."""
-        along = (self.tests @ self.directions.T).double()  # T V^T
+        along = (self.tests @ self.directions.T).double()  # T V^T: k x d, d x k -> k x k
         weighted = along * self.weights.to(along.device)
+        # T C T^T, k x k, and T C, k x d, of C = V^T diag(w) V.
         old = _Sums(self.moments, (weighted @ along.T).cpu(), weighted @ self.directions.double())
         sums = old.plus(new, self.tests)
         diagonal = sums.gram.diagonal()
@@ -100,25 +106,33 @@ class _State(NamedTuple):
         scale = diagonal.clamp_min(float(diagonal.max()) * NEGLIGIBLE).rsqrt()[:, None]
         scaled = sums.gram * scale * scale.T
         scaled.diagonal().add_(_RIDGE)
+        # L^-1 diag(scale), where L L^T = diag(scale) M diag(scale): root^T root = M^-1.
         root = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), scale.flatten().diag(), upper=False)
         root = root.to(sums.image.device)
         weights, directions = principal_directions(root @ sums.image, len(root))  # of F with F^T F the new C
         # What the old rows had outside of V is forgotten. For the next T, they are taken to have it as the new ones do,
         # the less so the fewer new rows there are for a direction: then it is mostly noise.
         image = new.image.double()
+        # The part of each image outside the new directions, k x d.
         outside = image - (image @ directions.T) @ directions
         guess = sums.image + self.moments.n_samples / (new.moments.n_samples + image.shape[1]) * outside
-        # Scaled like F, so that directions are told apart by their spread and not by its square.
+        # Scaled like F, so that directions are told apart by their spread and not by its square: beside one direction
+        # of 10,000 times the spread, squares left 3 of 8 components, or 1.
         _, tests = principal_directions(root @ guess, len(root))
         return _State(sums.moments, directions.float(), weights.cpu(), tests.float())
 
     def captured_by(self, overlap: Tensor) -> float:
-        """Compute what r other directions capture over what as many of these do, from squared cosines [r, k]."""
+        """Return what r other directions capture, as a share of what as many of these do, from squared cosines [r, k].
+
+        A direction outside of these is taken to have the mean variance of all that are not kept.
+        """
         width, size = self.directions.shape[1], len(self.weights)
         rest = (self.moments.scatter - float(self.weights.sum())) / max(width - size, 1)  # along each of all others
         captured = overlap @ self.weights + (1.0 - overlap.sum(1)) * max(rest, 0.0)
         best = float(self.weights[: len(overlap)].sum())
-        return min(float(captured.sum()) / best, 1.0) if best > 0 else 1.0
+        if best > 0:
+            return min(float(captured.sum()) / best, 1.0)
+        return 1.0  # constant rows: any direction captures all that there is
 
     def rows(self) -> _Rows:
         return _Rows(self.moments, self.weights.sqrt().to(self.directions.device)[:, None] * self.directions)
@@ -181,7 +195,7 @@ class IncrementalSVD:
         self.held_out: HeldOut | None = None
         self._n_directions = n_components + _MARGIN  # k
         self._state: _State | None = None
-        self._gathered: _Sums | None = None  # rows that the directions do not know yet
+        self._gathered: _Sums | None = None  # sums of rows since the directions last changed
         self.forget_batch()
 
     def forget_batch(self) -> None:
@@ -220,6 +234,8 @@ class IncrementalSVD:
         Projecting again before that adds to the same batch (a module that runs twice in one forward pass). Rows that
         are refused drop the whole batch.
         """
+        # Only the device of `self._state` changes here, so that a batch can be dropped whole: the rows of one layer may
+        # be refused after those of other layers were projected.
         state = self._state
         check_rows(rows, state.directions.shape[1] if state else None)
         if len(rows) == 0:
@@ -227,7 +243,7 @@ class IncrementalSVD:
         if state is not None and state.directions.device != rows.device:  # what another process sent is on the CPU
             known = self._take_gathered() or state
             state = self._state = known.to(rows.device)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # half precision does not do for sums
         rows = rows if weights is None else rows * weights[:, None]
         try:
             moments, offsets = _centered(rows, self.center)
@@ -239,11 +255,14 @@ class IncrementalSVD:
             return
         directions = state.tests.to(offsets.dtype)
         along = offsets @ directions.T  # [n, k]
-        gram = (along.double().T @ along.double()).cpu()
+        gram = (along.double().T @ along.double()).cpu()  # k x k, small enough to be float64 on any device
+        # About the old mean, a batch has its own scatter and n times the squared distance of the means.
         gap = moments.mean - state.moments.mean
         tested = gram.diagonal() + len(rows) * (directions @ gap.to(directions.dtype)).double().square().cpu()
         total = moments.scatter + len(rows) * float(gap @ gap)
         self._tested = HeldOut(tested, total).plus(self._tested)
+        # Three cases in which one step of the iteration would not find a batch's own directions: much larger rows than
+        # before, too few rows to tell directions from noise, and a state that has not yet filled its k directions.
         jumps = total * state.moments.n_samples > _JUMP * state.moments.scatter * len(rows)
         if jumps or len(rows) <= self._n_directions or len(state.weights) < min(self._n_directions, rows.shape[1]):
             self._take_exactly(moments, offsets)
@@ -255,29 +274,34 @@ class IncrementalSVD:
         generator = torch.Generator().manual_seed(self.seed)
         start = torch.randn(self._n_directions, offsets.shape[1], generator=generator).to(offsets)
         if self._state is not None:
+            # What is known is the best place to begin at; random rows fill what is left.
             start[: len(self._state.directions)] = self._state.directions
-        few = len(offsets) <= min(start.shape)
+        few = len(offsets) <= min(start.shape)  # no more rows than directions: they stand for themselves
         self._few = _Rows(moments, offsets if few else leading_rows(offsets, start)).plus(self._few)
 
     def update(self) -> None:
         """Complete the batch that was projected, and set `held_out`."""
         if self._sums is not None and self._state is not None:
-            self._gathered = self._sums.plus(self._gathered, self._state.tests)
+            self._gathered = self._sums.plus(self._gathered, self._state.tests)  # both are images of one T
             n_gathered = self._gathered.moments.n_samples
             if n_gathered >= _GATHERED * self._state.moments.n_samples or self._gathered.image.shape[1] >= _WIDE:
                 self._take_gathered()
+        # Last: this replaces the directions that the gathered sums belong to.
         if self._few is not None:
             self._add(self._few)
         self.held_out = self._tested
         self.forget_batch()
 
     def _take_gathered(self) -> _State | None:
+        """Let the directions change by the gathered rows, if there are any, and return the state."""
         if self._gathered is not None and self._state is not None:
             self._state = self._state.plus(self._gathered)
             self._gathered = None
         return self._state
 
+    # Stacked factors and one decomposition, which is exact up to the truncation to k: nothing is projected on T.
     def _add(self, rows: _Rows) -> None:
+        """Take in rows, or another state as k rows."""
         state = self._take_gathered()
         moments, factor = rows.plus(state.rows() if state else None)
         weights, directions = principal_directions(factor.double(), self._n_directions)
@@ -335,10 +359,13 @@ def _centered(rows: Tensor, center: bool) -> tuple[Moments, Tensor]:
     """
     mean = rows.mean(0) if center else torch.zeros_like(rows[0])
     squares = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    # Squares of float32 overflow or vanish for rows far from size 1; NaN and inf fail this comparison, too, and are
+    # refused below, once float64 has shown that they are no overflow.
     if rows.dtype != torch.float64 and not _SMALLEST < squares < _LARGEST:
         return _centered(rows.double(), center)
     if not math.isfinite(squares):
         raise_if_not_finite(rows.square().sum(1))
+    # Centered before any product: rows far from the origin would lose their spread in the rounding of squares.
     offsets = rows - mean
     scatter = float(torch.linalg.vector_norm(offsets, dim=1).double().square().sum())
     if scatter <= NEGLIGIBLE * squares:  # constant rows: rounding of the mean
@@ -351,9 +378,11 @@ def leading_rows(rows: Tensor, start: Tensor) -> Tensor:
 
     Subspace iteration begins at `start`, [k, d]. At most k orthogonal rows by falling length, [min(k, n, d), d].
     """
+    # A randomized SVD (Halko, Martinsson and Tropp 2011): each power of rows^T rows moves a basis toward the leading
+    # directions. Without a QR in between, its columns would all become the first one in float32.
     basis = torch.linalg.qr(start[: rows.shape[1]].T).Q  # [d, k]
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
-    squares, vectors = principal_directions((rows @ basis).double(), basis.shape[1])
+    squares, vectors = principal_directions((rows @ basis).double(), basis.shape[1])  # within the basis: -> k, k x k
     factor: Tensor = (squares.sqrt()[:, None] * vectors).to(basis) @ basis.T
     return factor

@@ -78,8 +78,11 @@ def _shares_of_group(
     if weights is None:
         return None
     # An expert reads a part of the tokens: the weight of a data set is split as the router split its tokens.
-    counts = [weights[i] * _routed(parts[i], group) for i, group in source.items()]
-    # A layer that ran in some of the parts only shares out their weights, so the shares still add up to 1.
+    return _shares([weights[i] * _routed(parts[i], group) for i, group in source.items()])
+
+
+def _shares(counts: Sequence[float]) -> list[float]:
+    """Return numbers as shares of their sum: the parts that have a layer may be some of all parts only."""
     total = sum(counts)
     return [count / total for count in counts]
 
@@ -121,19 +124,19 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
         only = spectra[0]
         return replace(only, components=only.components[:size], explained_variance=only.explained_variance[:size])
     n_samples = sum(spectrum.n_samples for spectrum in spectra)
-    # How many rows each set counts for.
-    if shares is None:
-        counts: list[float] = [spectrum.n_samples for spectrum in spectra]
-    else:
-        counts = [share * n_samples for share in shares]
-    means = torch.stack([spectrum.mean.double() for spectrum in spectra])  # sets x inputs
+    counts: list[float] = []  # how many rows each set counts for
+    own_means: list[torch.Tensor] = []
+    for i, spectrum in enumerate(spectra):
+        counts.append(spectrum.n_samples if shares is None else shares[i] * n_samples)
+        own_means.append(spectrum.mean.double())
+    means = torch.stack(own_means)  # sets x inputs
     mean = torch.tensor(counts, dtype=torch.float64) / n_samples @ means  # sets, sets x inputs -> inputs
     # Instead of a covariance, inputs x inputs, stack rows whose scatter is the sum of all: a row for each component,
     # as long as the root of its scatter, and a row for the distance of each mean from the common one.
     rows: list[torch.Tensor] = []
     scatter, noise = 0.0, 0.0
     for spectrum, own_mean, count in zip(spectra, means, counts, strict=True):
-        # From variance, divided by n - 1, to scatter; one row alone has neither, and must not divide by 0.
+        # From variance to scatter: the reverse of `freeze`, which divides by n - 1, and by 1 for a single row.
         degrees = count * max(spectrum.n_samples - 1, 1) / spectrum.n_samples
         # A running decomposition may understate a weak component, even below the noise.
         above = (spectrum.explained_variance - spectrum.noise_variance).clamp_min(0.0) * degrees
@@ -153,21 +156,21 @@ def _merge_sizes(
     Older files have none, and an average over the others alone would not describe the merged data.
     """
     for name in names:
-        having = [i for i, part in enumerate(parts) if name in part.group_of]
-        if not all(name in parts[i].sizes for i in having):
+        counts: list[float] = []
+        sizes: list[Sizes] = []
+        for i, part in enumerate(parts):
+            if name not in part.group_of:
+                continue
+            counts.append(weights[i] if weights else part.groups[part.group_of[name]].n_samples)
+            if name in part.sizes:
+                sizes.append(part.sizes[name])
+        if len(sizes) < len(counts):
             continue
-        if weights:
-            counts: list[float] = [weights[i] for i in having]
-        else:
-            counts = [parts[i].groups[parts[i].group_of[name]].n_samples for i in having]
-        total = sum(counts)
         inputs: list[float] = []
         squares: list[float] = []
-        for i, count in zip(having, counts, strict=True):
-            size = parts[i].sizes[name]
-            inputs.append(count / total * size.input)
-            # The output is a root mean square: its square is what averages over rows.
-            squares.append(count / total * size.output**2)
+        for share, size in zip(_shares(counts), sizes, strict=True):
+            inputs.append(share * size.input)
+            squares.append(share * size.output**2)  # a root mean square: its square is what averages over rows
         yield name, Sizes(sum(inputs), math.sqrt(sum(squares)))
 
 
@@ -259,7 +262,7 @@ def _check_alike(first: Statistics, other: Statistics, first_name: str, other_na
     config = {name: value for name, value in expected.settings.items() if name.startswith("config.")}
     if entry := differing_config(got.settings, config):
         raise LoraInitError(f"{other_name} was made with {entry} of {first_name}. Collect both alike.")
-    compared = _ALIKE
+    compared: tuple[str, ...] = _ALIKE
     if expected.token_mask == "labels":
         compared = (*_ALIKE, "gradients")  # with gradients, labels count at other rows, see `TokenMasks`
     for setting in compared:
@@ -298,6 +301,7 @@ def _grouping(parts: Sequence[Statistics]) -> tuple[dict[str, str], dict[str, di
     Layers are in model order. Groups of experts follow the group of their parameter.
     """
     # No part need have all layers: the model order is one that agrees with the order of each part.
+    # Parts of one model never contradict each other in it.
     order: TopologicalSorter[str] = TopologicalSorter()
     for part in parts:
         for name in part.group_of:
@@ -336,30 +340,25 @@ def _merge_gradients(
 
     A part in which a layer did not run adds no gradient to it.
     """
-    gradients = [part.gradients for part in parts]
-    size = _common_size([[gradient.weighted for gradient in of_part.values()] for of_part in gradients])
+    weighted = []
+    for part in parts:
+        weighted.append([gradient.weighted for gradient in part.gradients.values()])
+    size = _common_size(weighted)
     n_triplets = _n_triplets(parts)
-    if weights is None:
-        # Each gradient is the mean over a part's labels: weighed by their number, the sum is the mean over all labels.
-        n_labels = sum(part.provenance.n_labels for part in parts)
-        shares = [part.provenance.n_labels / n_labels for part in parts]
-    else:
-        shares = list(weights)
+    # Each gradient is the mean over a part's labels: weighed by their number, the sum is the mean over all labels.
+    all_shares = weights or _shares([part.provenance.n_labels for part in parts])
     merged = {}
     for name in names:
         spectra: list[GradientSpectrum] = []
-        own_shares: list[float] = []
-        for share, of_part in zip(shares, gradients, strict=True):
-            if name in of_part:
-                spectra.append(of_part[name])
-                own_shares.append(share)
+        shares: list[float] = []
+        for share, part in zip(all_shares, parts, strict=True):
+            if name in part.gradients:
+                spectra.append(part.gradients[name])
+                shares.append(share)
         # The mean loss counts all parts, also those in which the layer did not run, so these shares stay as they are.
         # Moments of rows are of the rows that there are, so their shares are made to add up to 1.
-        row_shares = None
-        if weights is not None:
-            total = sum(own_shares)
-            row_shares = [share / total for share in own_shares]
-        merged[name] = _merge_gradient(spectra, own_shares, row_shares, n_triplets, size)
+        row_shares = None if weights is None else _shares(shares)
+        merged[name] = _merge_gradient(spectra, shares, row_shares, n_triplets, size)
     return merged
 
 
@@ -384,20 +383,20 @@ def _merge_gradient(
     size: int,
 ) -> GradientSpectrum:  # fmt: skip
     """Merge the gradients of one layer; `shares` weigh the means, `row_shares` the moments, by default rows do."""
-    n_samples = sum(gradient.n_samples for gradient in spectra)
+    counts = [gradient.n_samples for gradient in spectra]
+    by_rows = row_shares or _shares(counts)
     # The sum of U_i s_i V_i^T is [U_1, U_2, ...] [s_1 V_1, s_2 V_2, ...]^T: left [d_out, k], right [k, d_in].
     # No d_out x d_in matrix is made for it.
-    left = torch.cat([gradient.left.T for gradient in spectra], 1)
-    right_parts = []
-    for share, gradient in zip(shares, spectra, strict=True):
-        values = share * gradient.singular_values[:, None]
-        right_parts.append(values * gradient.right)
-    u, s, v = freeze_triplets(*product_svd(left, torch.cat(right_parts), n_triplets), n_triplets)
-    by_rows = row_shares or [gradient.n_samples / n_samples for gradient in spectra]
-    moments = [share * gradient.output_moment for share, gradient in zip(by_rows, spectra, strict=True)]
-    weighted = mix([gradient.weighted for gradient in spectra], size, row_shares)
+    left, right, moments, weighted = [], [], [], []
+    for share, row_share, gradient in zip(shares, by_rows, spectra, strict=True):
+        left.append(gradient.left.T)
+        right.append(share * gradient.singular_values[:, None] * gradient.right)
+        moments.append(row_share * gradient.output_moment)
+        weighted.append(gradient.weighted)
+    u, s, v = freeze_triplets(*product_svd(torch.cat(left, 1), torch.cat(right), n_triplets), n_triplets)
+    moment = torch.stack(moments).sum(0)  # parts x d_out -> d_out
     # The importance needs the weights of the model, which a merge does not have.
-    return GradientSpectrum(weighted, u, s, v, torch.stack(moments).sum(0), math.nan, n_samples)
+    return GradientSpectrum(mix(weighted, size, row_shares), u, s, v, moment, math.nan, sum(counts))
 
 
 def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Provenance:
@@ -405,41 +404,42 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
     made = [part.provenance for part in parts]
     seconds: Counter[str] = Counter()
     stop_reasons: dict[str, None] = {}  # each once, in order
+    n_labels = n_batches = 0
     for one in made:
         seconds.update(one.seconds)
         stop_reasons.update(dict.fromkeys(one.stop_reason.split(", ")))  # of a merge, several
+        n_labels += one.n_labels
+        n_batches += one.n_batches
     gradients = all(one.gradients for one in made)  # the gradients of some are not the gradients of the whole
-    n_labels = 0
-    if gradients:
-        n_labels = sum(one.n_labels for one in made)
     return replace(
         made[0],
         data=_data_in_words(made, weights),
         rank=min(one.rank for one in made),
         gradients=gradients,
-        n_labels=n_labels,
-        n_batches=sum(one.n_batches for one in made),
+        n_labels=n_labels if gradients else 0,
+        n_batches=n_batches,
         stop_reason=", ".join(stop_reasons),
         complete=all(one.complete for one in made),
         keeps=None,  # was estimated from halves of one pass
         seconds={name: round(value, 3) for name, value in seconds.items()},
         settings=_common_settings(made),
-        notes=[],
+        notes=[],  # written by `merge_statistics`
     )
 
 
 def _data_in_words(made: Sequence[Provenance], weights: Sequence[float] | None) -> str:
     """Describe the data of all parts, each once; with weights each with its own."""
-    if weights is None:
-        texts = [one.data for one in made]
-    else:
-        texts = []
-        for weight, one in zip(weights, made, strict=True):
-            text = one.data or "not described"
+    texts: dict[str, None] = {}
+    for i, one in enumerate(made):
+        text = one.data
+        if weights is not None:
+            text = text or "not described"
             if "; " in text:  # merged before: the weight is of all of it
                 text = f"({text})"
-            texts.append(f"{weight:g} x {text}")
-    return "; ".join(dict.fromkeys(text for text in texts if text))
+            text = f"{weights[i]:g} x {text}"
+        if text:
+            texts[text] = None
+    return "; ".join(texts)
 
 
 _WEIGHT = re.compile(r"^(\(?[\d.e+-]+ x \(?)+")  # that a part had in a merge
@@ -537,11 +537,14 @@ def _notes(parts: Sequence[Statistics]) -> Iterator[str]:
     """
     of_experts: set[str] = set()
     for part in parts:
-        of_experts.update(name for name, target in part.targets.items() if target.experts)
+        for name, target in part.targets.items():
+            if target.experts:
+                of_experts.add(name)
     notes_of = []
     for part in parts:
         notes_of.append([note for note in part.provenance.notes if _subject_of(note) not in of_experts])
-    common = [note for note in notes_of[0] if all(note in notes for notes in notes_of)]
+    in_all = set.intersection(*map(set, notes_of))
+    common = [note for note in notes_of[0] if note in in_all]
     yield from common
     for i, notes in enumerate(notes_of, start=1):
         for note in notes:

@@ -26,13 +26,17 @@ class SecondMoment:
     def of(cls, spectrum: Spectrum, damping: float = 0.0) -> SecondMoment:
         """Compute S = V diag(v - s) V^T + m m^T + s I; a share `damping` of the mean eigenvalue is added to all."""
         mean, rest = spectrum.mean.double(), spectrum.noise_variance
+        # E x x^T is the covariance and the outer product of the mean, which is one more direction: as rows, whose
+        # scatter is what S has above s. Of an uncentered spectrum the mean is 0 and adds nothing.
         leading = (spectrum.explained_variance - rest).clamp_min(0.0).sqrt()[:, None] * spectrum.components.double()
         _, scale, directions = torch.linalg.svd(torch.cat([leading, mean[None]]), full_matrices=False)
+        # The trace of S over its width is the mean eigenvalue.
         floor = rest + damping * (spectrum.total_variance + float(mean @ mean)) / len(mean)
         return cls(directions, scale.square(), floor)
 
     def times(self, rows: Tensor, power: float) -> Tensor:
         """Multiply rows [n, d], of the type of the directions, by a power of S."""
+        # s^p everywhere, and along the known directions what (u + s)^p is more: rows n x d, never d x d.
         change = (self.excess + self.floor) ** power - self.floor**power
         product: Tensor = rows * self.floor**power + (rows @ self.directions.T * change) @ self.directions
         return product

@@ -48,12 +48,13 @@ class Spectrum:
     def noise_variance(self) -> float:
         """Mean variance along the directions that were not kept, scikit-learn's `noise_variance_`."""
         kept, width = self.components.shape
+        # Both guards are for a full set of components: rounding may make the rest negative, and there are 0 others.
         return max(self.total_variance - float(self.explained_variance.sum()), 0.0) / max(width - kept, 1)
 
     @property
     def explained_variance_ratio(self) -> Tensor:
         """Share of the total variance along each component, float64 [k]."""
-        if self.total_variance <= 0.0:
+        if self.total_variance <= 0.0:  # constant rows
             return torch.zeros_like(self.explained_variance)
         return self.explained_variance / self.total_variance
 
@@ -75,6 +76,7 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
         if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[1] != b.shape[1]:
             shape = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise LoraInitError(f"principal_angles() got {shape}, expected two tensors [k, d] of one d.")
+    # scipy's, since an arc cosine alone loses small angles; it returns them falling.
     angles = subspace_angles(a.double().T.numpy(force=True), b.double().T.numpy(force=True))
     return torch.from_numpy(angles[::-1].copy())
 
@@ -94,6 +96,7 @@ class Moments:
 
     def plus(self, other: Moments) -> tuple[Moments, Tensor]:
         """Add another set of rows; also return the row by which the distance of the two means counts, [d]."""
+        # Never as E[x^2] - E[x]^2, which cancels where the mean is large.
         n = self.n_samples + other.n_samples
         drift = other.mean - self.mean  # [d]
         row = drift * (self.n_samples * other.n_samples / n) ** 0.5
@@ -104,6 +107,7 @@ class Moments:
 def freeze(moments: Moments, directions: Tensor, weights: Tensor) -> Spectrum:
     """Make the result: scatter becomes variance, signs are fixed, everything moves to the CPU."""
     degrees = max(moments.n_samples - 1, 1)
+    # Directions from a Gram matrix are orthonormal to fewer digits where eigenvalues are small.
     rows = torch.linalg.qr(directions.double().T).Q.T
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))  # of each row, and positive in the result
     return Spectrum(
@@ -121,14 +125,18 @@ def principal_directions(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     They are those of the smaller of the two Gram matrices; fewer where the rest is rounding. Directions of the smallest
     eigenvalues are orthonormal to fewer digits: `freeze` mends that.
     """
-    wide = len(rows) < rows.shape[1]
-    weights, vectors = _leading(rows @ rows.T if wide else rows.T @ rows, size)
-    return weights, (vectors / weights.sqrt()).T @ rows if wide else vectors.T
+    if len(rows) >= rows.shape[1]:
+        weights, vectors = _leading(rows.T @ rows, size)  # d x d
+        return weights, vectors.T
+    # If rows rows^T u = w u, then rows^T u is an eigenvector of rows^T rows with the same w, of length sqrt(w).
+    weights, vectors = _leading(rows @ rows.T, size)  # n x n
+    return weights, (vectors / weights.sqrt()).T @ rows  # k x n, n x d -> k x d
 
 
 def _leading(matrix: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return the `size` largest eigenvalues, falling, and their vectors in columns; those of rounding are left out."""
-    weights, vectors = torch.linalg.eigh(matrix)
+    weights, vectors = torch.linalg.eigh(matrix)  # rising
+    # Strictly greater, so that a matrix of zeros has none; clamped, since rounding may make all of them negative.
     kept = min(size, int((weights > weights[-1:].clamp_min(0.0) * NEGLIGIBLE).sum()))
     return weights.flip(0)[:kept], vectors.flip(1)[:, :kept]
 
@@ -214,6 +222,7 @@ class ExactPCA:
 
     def _add(self, moments: Moments, scatter: Tensor) -> None:
         if self._moments is None or self._scatter is None:
+            # Cloned: after a merge the scatter is that of the other one.
             self._moments, self._scatter = moments, scatter.clone()
         else:
             self._moments, drift = self._moments.plus(moments)

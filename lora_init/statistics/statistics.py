@@ -103,7 +103,10 @@ class Provenance:
     def rho(self) -> float | None:
         """The rho of the pass; None if the file does not say one."""
         rho = self.settings.get("rho")
-        return float(rho) if isinstance(rho, (int, float)) and 1.0 <= rho < 1e6 else None
+        # Settings are plain values of a file, where anything may stand.
+        if isinstance(rho, (int, float)) and 1.0 <= rho < 1e6:
+            return float(rho)
+        return None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,9 +142,10 @@ class Statistics(Mapping[str, Spectrum]):
 
     def __repr__(self) -> str:
         made = self.provenance
+        gradients = ", gradients" if self.gradients else ""
         return (
             f"Statistics({len(self)} layers of {made.model_class}, {len(self.groups)} inputs, "
-            f"{made.n_batches} batches, {made.n_samples:,} rows{', gradients' if self.gradients else ''})"
+            f"{made.n_batches} batches, {made.n_samples:,} rows{gradients})"
         )
 
     def _repr_html_(self) -> str:
@@ -155,26 +159,27 @@ class Statistics(Mapping[str, Spectrum]):
         """
         import pandas as pd
 
-        rows = {
-            name: {
-                "kind": self.targets[name].kind,
-                "in_features": self.targets[name].in_features,
-                "out_features": self.targets[name].out_features,
+        rows = {}
+        for name, group in self.group_of.items():
+            target, spectrum = self.targets[name], self.groups[group]
+            rows[name] = {
+                "kind": target.kind,
+                "in_features": target.in_features,
+                "out_features": target.out_features,
                 "group": group,
-                "n_components": self.groups[group].n_components,
-                "n_samples": self.groups[group].n_samples,
-                "total_variance": self.groups[group].total_variance,
-                "captured": float(self.explained_variance_ratio(name).sum()),
+                "n_components": spectrum.n_components,
+                "n_samples": spectrum.n_samples,
+                "total_variance": spectrum.total_variance,
+                "captured": float(spectrum.explained_variance_ratio.sum()),
                 "held_out": self.held_out.get(group, math.nan),
             }
-            for name, group in self.group_of.items()
-        }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self.group_of:
             raise KeyError(name)
         shared = self.groups[self.group_of[name]]
+        # A frozen dataclass holds its tensors, but their values can be changed in place.
         return replace(
             shared,
             components=shared.components.clone(),
@@ -190,6 +195,7 @@ class Statistics(Mapping[str, Spectrum]):
 
     def explained_variance(self, name: str) -> Tensor:
         """Variance along each component of a layer, float64 [k]."""
+        # This and the next two copy no components, which are nearly all of the memory of a spectrum.
         return self.groups[self.group_of[name]].explained_variance.clone()
 
     def total_variance(self, name: str) -> float:
@@ -209,7 +215,7 @@ class Statistics(Mapping[str, Spectrum]):
             LoraInitError: The statistics were collected without gradients.
         """
         if name not in self.group_of:
-            raise KeyError(name)
+            raise KeyError(name)  # as for any other mapping
         if name not in self.gradients:
             raise LoraInitError(
                 "these statistics have no gradients. Collect them with {gradients}, from data with labels.",
@@ -219,19 +225,28 @@ class Statistics(Mapping[str, Spectrum]):
 
     def of_experts(self, name: str) -> list[Spectrum]:
         """Return the spectrum of each expert of a fused parameter; with too few rows of its own, of all experts."""
-        few, pooled, n_experts = set(self.experts_with_few_rows(name)), self[name], self.targets[name].experts
-        return [pooled if i in few else self.groups[expert_group(name, i)] for i in range(n_experts)]
+        few = set(self.experts_with_few_rows(name))
+        pooled = self[name]  # one copy for all of them
+        spectra = []
+        for expert in range(self.targets[name].experts):
+            if expert in few:
+                spectra.append(pooled)
+            else:
+                spectra.append(self.groups[expert_group(name, expert)])
+        return spectra
 
     def experts_with_few_rows(self, name: str) -> list[int]:
         """Find the experts of a fused parameter that read fewer than two rows for each component to be found."""
         least = 2 * len(self.explained_variance(name))
-        counts = [self.rows_of_expert(name, expert) for expert in range(self.targets[name].experts)]
-        return [expert for expert, count in enumerate(counts) if count < least]
+        experts = range(self.targets[name].experts)
+        return [expert for expert in experts if self.rows_of_expert(name, expert) < least]
 
     def rows_of_expert(self, name: str, expert: int) -> int:
         """Count the rows that an expert of a fused parameter has read."""
         group = expert_group(name, expert)
-        return self.groups[group].n_samples if group in self.groups else 0
+        if group not in self.groups:  # the router sent it none
+            return 0
+        return self.groups[group].n_samples
 
     def merge(self, *others: Statistics, weights: Sequence[float] | None = None) -> Statistics:
         """Make the statistics of all rows that these and the others have seen; none of them is changed.
@@ -269,6 +284,7 @@ class Statistics(Mapping[str, Spectrum]):
             (128, 4)
         """
         merged = merge_statistics([self, *others], weights)
+        # After the merge: experts with few rows in each part may have enough in all.
         notes = [*merged.provenance.notes, *notes_on_experts(merged)]
         return replace(merged, provenance=replace(merged.provenance, notes=notes))
 
@@ -288,15 +304,16 @@ class Statistics(Mapping[str, Spectrum]):
             groups[name] = {
                 "total_variance": spectrum.total_variance,
                 "n_samples": spectrum.n_samples,
-                "held_out": None if math.isnan(share) else share,
+                "held_out": None if math.isnan(share) else share,  # JSON has no NaN
             }
-        layers = {
-            name: [self.group_of[name], target.kind, target.in_features, target.out_features, target.extras()]
-            for name, target in self.targets.items()
-        }
+        layers: dict[str, list[Any]] = {}
+        for name, target in self.targets.items():
+            layers[name] = [self.group_of[name], target.kind, target.in_features, target.out_features]
+            if extras := target.extras():  # left out for most layers, as docs/file-formats.md specifies it
+                layers[name].append(extras)
         header: dict[str, Any] = {
             "provenance": asdict(self.provenance),
-            "layers": {name: layer if layer[-1] else layer[:-1] for name, layer in layers.items()},
+            "layers": layers,
             "groups": groups,
             "unsupported": self.unsupported,
             "gradients": {},
@@ -304,7 +321,8 @@ class Statistics(Mapping[str, Spectrum]):
         }
         for name, gradient in self.gradients.items():
             header["gradients"][name], parts = gradient.pack()
-            tensors |= {f"{name}{_BY_GRADIENT}/{part}": tensor for part, tensor in parts.items()}
+            for part, tensor in parts.items():
+                tensors[f"{name}{_BY_GRADIENT}/{part}"] = tensor
         return write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
 
     @classmethod
@@ -316,37 +334,46 @@ class Statistics(Mapping[str, Spectrum]):
         """
         file = TensorFile(path, FORMAT, FORMAT_VERSION)
         with file.checking("its content"):
-            header = {"sizes": {}, **file.header}
-            groups = header["groups"]
-            shares = {name: group["held_out"] for name, group in groups.items()}
+            header = {"sizes": {}, **file.header}  # older files have none
+            groups: dict[str, Spectrum] = {}
+            held_out: dict[str, float] = {}
+            for name, group in header["groups"].items():
+                groups[name] = _read_group(file, name, group)
+                share = group["held_out"]
+                held_out[name] = math.nan if share is None else float(share)
+            group_of: dict[str, str] = {}
+            targets: dict[str, Target] = {}
+            for name, layer in header["layers"].items():
+                group_of[name] = str(layer[0])
+                _, kind, d_in, d_out, *extras = layer
+                targets[name] = read_target(name, kind, d_in, d_out, extras[0] if extras else {})
+            gradients: dict[str, GradientSpectrum] = {}
+            for name, numbers in header["gradients"].items():
+                gradients[name] = GradientSpectrum.unpack(numbers, partial(_floats, file, f"{name}{_BY_GRADIENT}"))
             statistics = cls(
-                groups={name: _read_group(file, name, group) for name, group in groups.items()},
-                group_of={name: str(layer[0]) for name, layer in header["layers"].items()},
-                targets={
-                    name: read_target(name, kind, d_in, d_out, extras[0] if extras else {})
-                    for name, (_, kind, d_in, d_out, *extras) in header["layers"].items()
-                },
+                groups=groups,
+                group_of=group_of,
+                targets=targets,
                 provenance=read_fields(Provenance, header["provenance"]),
-                held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
+                held_out=held_out,
                 unsupported=header["unsupported"],
-                gradients={
-                    name: GradientSpectrum.unpack(numbers, partial(_floats, file, f"{name}{_BY_GRADIENT}"))
-                    for name, numbers in header["gradients"].items()
-                },
+                gradients=gradients,
                 sizes={name: Sizes(*map(float, pair)) for name, pair in header["sizes"].items()},
                 path=file.path,
             )
-            statistics._check(file)
+            statistics._check(file)  # digests say that a file is unchanged, not that its parts fit each other
         return statistics
 
     def _check(self, file: TensorFile) -> None:
         """Refuse a file whose parts do not fit each other."""
         if not is_of(self.unsupported, dict[str, str]):
             raise file.changed("its list of unsupported layers")
+        # Not all layers have sizes or gradients, but only layers do.
         if not {*self.gradients, *self.sizes} <= self.group_of.keys():
             raise file.changed("its list of layers")
-        if not all(0.0 <= size < math.inf for pair in self.sizes.values() for size in pair):
-            raise file.changed("its sizes of inputs and outputs")
+        for pair in self.sizes.values():
+            if not all(0.0 <= size < math.inf for size in pair):
+                raise file.changed("its sizes of inputs and outputs")
         for name, group in self.group_of.items():
             if len(self.groups[group].mean) != self.targets[name].in_features:
                 raise file.changed(f"the width of layer {name!r}")
@@ -354,18 +381,31 @@ class Statistics(Mapping[str, Spectrum]):
 
 def notes_on_experts(stats: Statistics) -> list[str]:
     """Name the experts that start from the rows of all experts."""
-    few = {name: numbers for name in stats.targets if (numbers := stats.experts_with_few_rows(name))}
+    few: dict[str, list[int]] = {}
+    counts, sizes, needed = [], [], []
+    for name, target in stats.targets.items():
+        if experts := stats.experts_with_few_rows(name):
+            few[name] = experts
+            counts.append(len(experts))
+            sizes.append(target.experts or 0)
+            needed.append(2 * len(stats.explained_variance(name)))
     if not few:
         return []
-    counts, needed = span([len(few[n]) for n in few]), [2 * len(stats.explained_variance(n)) for n in few]
-    of_all, (first, *_) = span([stats.targets[name].experts or 0 for name in few]), few.values()
-    shown = ", ".join(map(str, first[:8])) + (", ..." if len(first) > 8 else "") + " in the first" * (len(few) > 1)
-    said = f"{counts} of {of_all} experts read fewer than {span(needed)} rows and start from the rows of all experts"
-    return [f"{some([*few])}: {said}: {shown}."]
+    first = next(iter(few.values()))
+    shown = ", ".join(map(str, first[:8]))
+    if len(first) > 8:
+        shown += ", ..."
+    if len(few) > 1:
+        shown += " in the first"
+    text = f"{span(counts)} of {span(sizes)} experts read fewer than {span(needed)} rows"
+    return [f"{some([*few])}: {text} and start from the rows of all experts: {shown}."]
 
 
 def _read_group(file: TensorFile, name: str, group: Mapping[str, Any]) -> Spectrum:
-    components, along, mean = (_floats(file, name, part) for part in ("components", "explained_variance", "mean"))
+    """Read a group's spectrum; raise if its tensors do not fit each other, or no pass can have found them."""
+    components = _floats(file, name, "components")
+    along = _floats(file, name, "explained_variance")
+    mean = _floats(file, name, "mean")
     total, n_samples = float(group["total_variance"]), int(group["n_samples"])
     fit = along.dim() == 1 and components.shape == (len(along), len(mean))
     possible = 0.0 <= total < math.inf and n_samples >= 0 and bool((along >= 0.0).all())

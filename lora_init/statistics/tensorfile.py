@@ -23,7 +23,9 @@ def write_tensors(
 ) -> Path:
     """Write tensors and a header under a temporary name, then rename: a crash leaves the old file or the new one."""
     path = Path(path).expanduser()
-    text = json.dumps({**header, "digests": {name: _digest(tensor) for name, tensor in tensors.items()}})
+    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+    text = json.dumps({**header, "digests": digests})
+    # The header has the digests of the tensors, and its own digest stands beside it: together they cover the file.
     metadata = {"format": kind, "version": str(version), "header": text, "sha256": _sha256(text.encode())}
     check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ class TensorFile:
         if not self.path.is_file():
             raise LoraInitError(f"{self.path} is not a file. Give the path of a {kind} file.")
         try:
-            opened: Any = safe_open(self.path, framework="pt")
+            opened: Any = safe_open(self.path, framework="pt")  # reads the header alone, and maps the tensors
             self._file = opened
             metadata = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
@@ -57,6 +59,7 @@ class TensorFile:
             )
         text = metadata.get("header", "")
         with self.checking("its header"):
+            # The digest first: what is parsed is what was written.
             if _sha256(text.encode()) != metadata.get("sha256"):
                 raise self.changed("its header")
             self.header: dict[str, Any] = parse_json(text)
@@ -77,7 +80,7 @@ class TensorFile:
         """Turn errors of reading a file in another form into one line."""
         try:
             yield
-        except LoraInitError:
+        except LoraInitError:  # a ValueError, too, and in one line already
             raise
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise self.changed(f"{what} ({first_line(error)})") from error
@@ -92,5 +95,6 @@ def _sha256(content: bytes) -> str:
 
 
 def _digest(tensor: Tensor) -> str:
+    # Type and shape, too: the same bytes may stand for other numbers. As bytes, since numpy has no bfloat16.
     described = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
     return _sha256(described + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
