@@ -1,4 +1,4 @@
-"""What the names of layers say: the block that one is in, its kind within it, and whether it is attention or MLP."""
+"""What the name of a layer tells: its block, its kind within the block, and whether it is attention or MLP."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def one_line_each(texts: Mapping[str, str]) -> list[str]:
 
 
 def span(numbers: Collection[int]) -> str:
-    """Write the least and the largest of some numbers."""
+    """Write the smallest and the largest of some numbers, such as `2 to 5`; a single number if they are equal."""
     return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
@@ -91,7 +91,7 @@ def layer_grid(names: Iterable[str]) -> LayerGrid:
 
 
 def layers_in(name: str) -> int:
-    """Count what a model without experts has in place of a layer: fused experts hold gate and up projection in one."""
+    """Count the layers that a model without experts has instead: fused experts hold gate and up projection in one."""
     return 2 if name.endswith(".experts.gate_up_proj") else 1
 
 
@@ -109,16 +109,18 @@ def _labels(kinds: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
     A stack is what stands before the number of the block, such as model.layers.
     """
-    names_within = [name for _, name in kinds]
-    labels = {(stack, name): _ending(name, names_within) for stack, name in kinds}
+    names_in: dict[str, list[str]] = {}  # of each stack
+    for stack, name in kinds:
+        names_in.setdefault(stack, []).append(name)
+    every = [name for _, name in kinds]
+    labels = {(stack, name): _ending(name, every) for stack, name in kinds}
     if len(set(labels.values())) == len(kinds):
         return labels
     # Encoder and decoder blocks both have a q. Stacks differ where they begin, so their shortest beginning is taken.
-    stacks = dict.fromkeys(_backwards(stack) for stack, _ in kinds)
+    stacks = [_backwards(stack) for stack in names_in]
     for stack, name in kinds:
         start = _backwards(_ending(_backwards(stack), stacks))
-        ending = _ending(name, [other for other_stack, other in kinds if other_stack == stack])
-        labels[stack, name] = f"{start} {ending}".strip()
+        labels[stack, name] = f"{start} {_ending(name, names_in[stack])}".strip()
     return labels
 
 
@@ -140,9 +142,10 @@ def _backwards(text: str) -> str:
 def by_purpose(modules: Mapping[str, nn.Module], linear: Collection[str]) -> dict[str, list[str]]:
     """Sort linear layers by what they are for; cross-attention is a part of attention.
 
-    A layer belongs to an attention if a module around it does by its class or attribute. One that does not is of an
-    MLP if its name says so within a block, one of a numbered row of which some have an attention. Embeddings, heads,
-    poolers, projections between the towers of a model, routers, and layers that modulate norms are neither.
+    A layer belongs to an attention if a module around it is one, by its class or attribute. Any other layer belongs to
+    an MLP if its name within a block says so; a block is a member of a numbered row of modules, some of which have an
+    attention. Embeddings, heads, poolers, projections between the towers of a model, routers, and layers that modulate
+    norms are neither.
     """
     is_cross: dict[str, bool] = {}  # of each attention
     for name, module in modules.items():
@@ -189,7 +192,7 @@ def cross_inputs(modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _owners(name: str) -> Iterator[str]:
-    """Name the modules around one, the nearest first."""
+    """Yield the names of the modules around a module, the nearest first."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name

@@ -19,7 +19,7 @@ IGNORED = -100
 
 
 class NothingCountsError(LoraInitError):
-    """No token of a batch counts, so it adds nothing."""
+    """No token of a batch counts, so the batch adds nothing."""
 
 
 class _Mask(NamedTuple):
@@ -32,11 +32,12 @@ class _Mask(NamedTuple):
 class TokenMasks:
     """Decide which rows of a layer's input are tokens that count.
 
-    A decoder, an encoder and the encoder of an encoder-decoder take `attention_mask`; the decoder of an encoder-decoder
-    takes `decoder_attention_mask`, else the labels, else counts all inputs that it is given. What reads the encoder's
-    output, and keys and values of cross-attention by their names, take the encoder's mask, which a decoder alone is
-    given as `encoder_attention_mask`. Inputs of another shape than any mask count whole, and so do those of the towers
-    for images and sound, and of what joins them to the text model, whatever their shape.
+    Which mask counts depends on the layer. Layers of a decoder, an encoder and the encoder of an encoder-decoder take
+    `attention_mask`. Layers of the decoder of an encoder-decoder take `decoder_attention_mask`; without it, the mask
+    follows from the labels; without these, all inputs count that the decoder is given. Layers that read the encoder's
+    output, among them the keys and values of cross-attention, which are known by their names, take the encoder's mask;
+    a decoder alone is given it as `encoder_attention_mask`. Inputs whose shape is that of no mask count whole. So do
+    the inputs of towers for images and sound, and of what joins them to the text model, whatever their shape.
 
     By labels, a pass without gradients counts the tokens that have a label: the answer as it stands in the text, since
     its inputs are described whatever is predicted from them. A pass with gradients counts the rows that the loss is
@@ -239,7 +240,7 @@ def _labelled(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def _check_mask_shape(mask: Any, tokens: Tensor) -> None:
-    """Refuse an attention mask of tokens that has not one entry for each."""
+    """Refuse an attention mask that does not have one entry for each token."""
     if isinstance(mask, Tensor) and mask.dim() <= 2 and mask.shape != tokens.shape:
         raise LoraInitError(
             f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(tokens.shape)}. "

@@ -91,9 +91,9 @@ class Experts:
     """One 3-D parameter of a module with transformers' interface for experts, such as `MixtralExperts`.
 
     Such a module is called with hidden states [tokens, d] and the experts that the router chose for each [tokens, k].
-    Its first parameter multiplies the tokens, its second what the gate made of them, which is computed here once more:
-    how the module computes it (in a loop, batched, grouped) shows no one what an expert reads. `name` is the full name
-    of the parameter.
+    Its first parameter multiplies the tokens, its second one what the gate made of them. The latter is computed here
+    once more: modules compute it in a loop, batched or grouped, and no hook sees what a single expert reads. `name` is
+    the full name of the parameter.
     """
 
     name: str
@@ -205,11 +205,11 @@ def find_parameters(
 def check_peft(name: str, module: nn.Module, release: str = "") -> None:
     """Refuse experts for which a release of PEFT exchanges the widths of A and B. Default: the installed release.
 
-    Before 0.19 it takes all parameters for [experts, in, out], and 0.19.0 takes these, and no others, for the reverse.
+    Releases before 0.19 read all parameters as [experts, in, out], and so exchange the widths of those laid out as
+    [experts, out, in]; 0.19.0 exchanges the widths of all.
     """
     release = release or version("peft")
     parts = tuple(int(part) for part in re.findall(r"\d+", release)[:3])
-    # 0.19.0 exchanges the widths of all experts, earlier releases those of experts laid out as [experts, out, in].
     if parts < (0, 19, 1) and not (parts < (0, 19) and getattr(module, "is_transposed", False)):
         raise LoraInitError(
             f"{name!r}: PEFT {release} exchanges the widths of A and B of these experts. Train by 0.19.1 or newer."
@@ -291,7 +291,7 @@ def _ends(names: Iterable[str]) -> list[str]:
 
 
 def experts_there(modules: Mapping[str, nn.Module]) -> tuple[str, dict[str, Any]]:
-    """Describe which experts a model has, with options, for one who names modules of experts that it has not."""
+    """Describe the experts of a model, with options for the error, where somebody names experts that it lacks."""
     if fused := _fused_sizes(modules):
         return " Its experts are fused, which {target_parameters} names.", dict(target_parameters=_ends(fused))
     numbers = []

@@ -24,7 +24,7 @@ _PACKS = "support_avx512bf16_for_cpu"
 
 @contextmanager
 def restoring(attribute: str, holders: Iterable[Any]) -> Iterator[None]:
-    """Put an attribute of objects back after the block, whatever raises; a method of their class is found again."""
+    """Restore an attribute of several objects after the block, whatever raises; a hidden method is uncovered."""
     with ExitStack() as stack:
         for holder in holders:
             # A method stands in the class, not in the object: what hides it there is removed.
@@ -82,7 +82,7 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
 def _keywords(
     model: nn.Module, batch: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], with_labels: bool
 ) -> dict[str, Any]:
-    """Take what a model needs of a batch: no labels where they would only add the cost of a loss, and no cache."""
+    """Return what a model takes of a batch: no labels where they would only add the cost of a loss, and no cache."""
     inputs = dict(batch)
     # Without inputs of its own, the decoder of an encoder-decoder reads the labels, shifted by one.
     has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs

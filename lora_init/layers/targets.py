@@ -93,7 +93,8 @@ def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[st
 def is_in(name: str, modules: Collection[str]) -> bool:
     """Check whether a layer is one of these modules or in one, as PEFT does for those that it trains whole.
 
-    It takes the names for ends of any length: with `classifier` DistilBERT's `pre_classifier` is trained whole, too.
+    A module matches if its name ends so, also within a word: with `classifier`, PEFT trains DistilBERT's
+    `pre_classifier` whole, too.
     """
     owners = accumulate(name.split("."), "{}.{}".format)
     return any(owner.endswith(tuple(modules)) for owner in owners)
@@ -117,7 +118,7 @@ def matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
 
 
 def _closest_names(modules: Mapping[str, nn.Module], patterns: Collection[str]) -> str:
-    """Describe which names of a model are closest to some that match nothing; else how linear layers are named."""
+    """Describe the names of a model that are close to patterns which match nothing; if none is, its linear layers."""
     endings: Counter[str] = Counter()
     linear: Counter[str] = Counter()
     for name, module in modules.items():

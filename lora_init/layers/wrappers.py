@@ -40,7 +40,7 @@ def without_adapter(model: nn.Module) -> nn.Module:
 
 
 def plain_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules of a model under the names that they have where no part is wrapped, the plain module each."""
+    """Return all modules of a model, unwrapped, under the names that they have where no part is wrapped."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         # A wrapper and what it wraps have one plain name; the wrapper comes first and is unwrapped all the way.
@@ -72,8 +72,11 @@ def quantization_of(model: nn.Module) -> dict[str, Any] | None:
         return dict(config)
     method = getattr(config.quant_method, "value", config.quant_method)  # a member of an enum, or a string
     settings = json.loads(config.to_json_string())  # as JSON has them: types of torch as strings
-    public = {key: value for key, value in settings.items() if not key.startswith("_")}
-    return {"quant_method": str(method), **public}
+    result = {"quant_method": str(method)}
+    for key, value in settings.items():
+        if not key.startswith("_"):
+            result[key] = value
+    return result
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -208,7 +208,7 @@ def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: f
 
 
 def _spend(task: _Task, steps: Steps) -> BoolArray:
-    """Take what the budget buys, [s]."""
+    """Mark the steps that the budget buys, [s]."""
     budget, standing = task.budget, steps.start[steps.unit_of]  # units -> layers
     limit, fixed, unit = int(budget.limit), int((standing * task.per_rank).sum()), budget.unit
     if fixed > limit:
@@ -227,7 +227,7 @@ def _spend(task: _Task, steps: Steps) -> BoolArray:
 
 
 def _reach(task: _Task, steps: Steps) -> BoolArray:
-    """Take what explains the share of the variance asked for, [s]."""
+    """Mark the steps that reach the share of the variance asked for, [s]."""
     budget, spectra = task.budget, task.spectra
     share = budget.limit - 1e-12  # sums of ratios are off by rounding
     # Whether it can be reached at all, before any step is taken.

@@ -19,7 +19,7 @@ def scaling_of(lora_alpha: float, rank: int, use_rslora: bool = False) -> float:
 
 
 def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
-    """Return the alpha by which a layer of this rank comes out at this scaling; an int where it is whole.
+    """Return the alpha with which a layer of this rank has this scaling; an int where it is whole.
 
     Example:
         >>> alpha_for(scaling_of(16, 13), 26)
@@ -40,7 +40,7 @@ def exact_pattern(names: Iterable[str]) -> str:
 
 
 def to_patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
-    """Write `rank_pattern` or `alpha_pattern` of a LoraConfig: one key a value, for all layers that have it.
+    """Write `rank_pattern` or `alpha_pattern` of a LoraConfig: one key for each value, for all layers that have it.
 
     PEFT tries every key on every layer, and Python's cache of regular expressions ends at 512: with a key a layer it
     takes minutes for a thousand layers.

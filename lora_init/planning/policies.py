@@ -149,7 +149,7 @@ def policy_names() -> tuple[str, ...]:
 
 
 def find_policy(name: str) -> Policy:
-    """Look a policy up; warn of one of a package that has the name of one of ours, which counts.
+    """Look a policy up. One of a package that has the name of one of ours is warned of, and not used.
 
     Raises:
         LoraInitError: It is unknown, or what a package has under its name is no policy.

@@ -14,7 +14,8 @@ from lora_init.errors import LoraInitError
 from lora_init.statistics.spectrum import Spectrum
 
 _TENSORS = ("left", "singular_values", "right", "output_moment")
-# Directions beyond those to report. With 16 the left vectors r to 2 r of r = 8 lie within 0.8 of the exact ones.
+# Directions to keep in addition to those to report. With 16 the left vectors r to 2 r of r = 8 lie within 0.8 of the
+# exact ones.
 _MARGIN = 16
 # Parts of the core that the two sides agree on to less than this share are not inverted.
 _AGREEMENT = 0.1
@@ -108,8 +109,8 @@ class _State(NamedTuple):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Estimate G by A B with A [d_out, l] and B [l, d_in] in float64.
 
-        B is Q G. A is Q^T, which alone gives G as far as Q reaches, and for the rest of G V^T what brings it about:
-        (G V^T - Q^T Q G V^T) (Q G V^T)^+, of which only well-determined parts are inverted.
+        B is Q G. As far as Q reaches, G is Q^T Q G. What G V^T has in addition, G V^T - Q^T Q G V^T, is expressed by
+        the rows of Q G, too: A is Q^T + (G V^T - Q^T Q G V^T) (Q G V^T)^+. Only well-determined parts are inverted.
         """
         outputs, left, right = self.outputs.double(), self.left.double(), self.right.double()
         if len(self.inputs) == self.inputs.shape[1]:  # V has all directions: nothing is to be estimated
@@ -240,14 +241,15 @@ class MeanGradient:
         if self._state is None:
             self._state = other._state
             return self
-        one, two = self._state, other._state.to(self._state.left.device)
+        state, other_state = self._state, other._state.to(self._state.left.device)
         # The two have chosen other directions, so their images cannot be added, but the estimates can.
-        (a, b), (c, d) = one.factors(), two.factors()  # G1 = a b and G2 = c d, so G1 + G2 = [a c] [b; d]
-        u, s, v = product_svd(torch.cat([a, c], 1), torch.cat([b, d]), len(one.left))
-        n_samples = one.n_samples + two.n_samples
+        (a, b), (c, d) = state.factors(), other_state.factors()  # G1 = a b and G2 = c d, so G1 + G2 = [a c] [b; d]
+        u, s, v = product_svd(torch.cat([a, c], 1), torch.cat([b, d]), len(state.left))
+        n_samples = state.n_samples + other_state.n_samples
         outputs, inputs = u.T.float().contiguous(), v.float().contiguous()
         left, right = (s[:, None] * u.T).float(), (s[:, None] * v).float()
-        self._state = _State(outputs, inputs, left, right, one.squares + two.squares, n_samples, n_samples)
+        squares = state.squares + other_state.squares
+        self._state = _State(outputs, inputs, left, right, squares, n_samples, n_samples)
         return self
 
     def agreement(self, other: MeanGradient, rank: int) -> float:

@@ -38,7 +38,7 @@ _JUMP = 100.0
 
 
 class HeldOut(NamedTuple):
-    """What the directions chosen before a batch captured of that batch, about the mean known before."""
+    """How much of a batch the directions known before it captured, about the mean known before it."""
 
     captured: Tensor  # sum of squares along each direction, float64 [k]
     total: float  # sum of squares over all directions
@@ -229,7 +229,7 @@ class IncrementalSVD:
         return self
 
     def project(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Compute of `partial_fit` what needs the rows, times weights [n] if there are any; `update` does the rest.
+        """Do the part of `partial_fit` that needs the rows, times weights [n] if there are any; `update` does the rest.
 
         Projecting again before that adds to the same batch (a module that runs twice in one forward pass). Rows that
         are refused drop the whole batch.
@@ -328,16 +328,17 @@ class IncrementalSVD:
         return self
 
     def agreement(self, other: IncrementalSVD, rank: int) -> float:
-        """Compute what share of the variance that the first directions of one capture the other's capture, in [0, 1].
+        """Return the variance that the other's first directions capture, as a share of what the own capture, in [0, 1].
 
         It is the mean of both ways, and 0 if one of them has seen nothing. The variance outside of the directions is
         taken to be the same along all others. Rows that are gathered, and not in the directions yet, do not count.
         """
-        one, two = self._state, other._state
-        if one is None or two is None:
+        state, other_state = self._state, other._state
+        if state is None or other_state is None:
             return 0.0
-        overlap = (one.directions @ two.directions.to(one.directions).T).double().square().cpu()
-        return (two.captured_by(overlap[:rank]) + one.captured_by(overlap[:, :rank].T)) / 2
+        # Squared cosines between the directions of the two: k x d, d x k -> k x k.
+        overlap = (state.directions @ other_state.directions.to(state.directions).T).double().square().cpu()
+        return (other_state.captured_by(overlap[:rank]) + state.captured_by(overlap[:, :rank].T)) / 2
 
     def spectrum(self) -> Spectrum:
         """Freeze the present estimate: at most `n_components` components, fewer where the rows span fewer directions.

@@ -401,37 +401,38 @@ def _merge_gradient(
 
 def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Provenance:
     """Add up or list what the provenance of all parts says; what cannot be, as a seed, is that of the first part."""
-    made = [part.provenance for part in parts]
+    provenances = [part.provenance for part in parts]
     seconds: Counter[str] = Counter()
     stop_reasons: dict[str, None] = {}  # each once, in order
     n_labels = n_batches = 0
-    for one in made:
-        seconds.update(one.seconds)
-        stop_reasons.update(dict.fromkeys(one.stop_reason.split(", ")))  # of a merge, several
-        n_labels += one.n_labels
-        n_batches += one.n_batches
-    gradients = all(one.gradients for one in made)  # the gradients of some are not the gradients of the whole
+    for provenance in provenances:
+        seconds.update(provenance.seconds)
+        stop_reasons.update(dict.fromkeys(provenance.stop_reason.split(", ")))  # of a merge, several
+        n_labels += provenance.n_labels
+        n_batches += provenance.n_batches
+    # The gradients of some parts are not the gradients of the whole.
+    gradients = all(provenance.gradients for provenance in provenances)
     return replace(
-        made[0],
-        data=_data_in_words(made, weights),
-        rank=min(one.rank for one in made),
+        provenances[0],
+        data=_data_in_words(provenances, weights),
+        rank=min(provenance.rank for provenance in provenances),
         gradients=gradients,
         n_labels=n_labels if gradients else 0,
         n_batches=n_batches,
         stop_reason=", ".join(stop_reasons),
-        complete=all(one.complete for one in made),
+        complete=all(provenance.complete for provenance in provenances),
         keeps=None,  # was estimated from halves of one pass
         seconds={name: round(value, 3) for name, value in seconds.items()},
-        settings=_common_settings(made),
+        settings=_common_settings(provenances),
         notes=[],  # written by `merge_statistics`
     )
 
 
-def _data_in_words(made: Sequence[Provenance], weights: Sequence[float] | None) -> str:
+def _data_in_words(provenances: Sequence[Provenance], weights: Sequence[float] | None) -> str:
     """Describe the data of all parts, each once; with weights each with its own."""
     texts: dict[str, None] = {}
-    for i, one in enumerate(made):
-        text = one.data
+    for i, provenance in enumerate(provenances):
+        text = provenance.data
         if weights is not None:
             text = text or "not described"
             if "; " in text:  # merged before: the weight is of all of it
@@ -445,17 +446,17 @@ def _data_in_words(made: Sequence[Provenance], weights: Sequence[float] | None) 
 _WEIGHT = re.compile(r"^(\(?[\d.e+-]+ x \(?)+")  # that a part had in a merge
 
 
-def _common_settings(made: Sequence[Provenance]) -> dict[str, Any]:
+def _common_settings(provenances: Sequence[Provenance]) -> dict[str, Any]:
     """Return the settings that are the same in all parts; `rows` is the number of rows of all their data.
 
     A setting that differs describes none of the merged rows, and is left out.
     """
     common: dict[str, Any] = {}
-    for name, value in made[0].settings.items():
+    for name, value in provenances[0].settings.items():
         # None is a value here: a setting that a part lacks is unknown, and agrees with nothing.
-        if all(name in one.settings and one.settings[name] == value for one in made):
+        if all(name in provenance.settings and provenance.settings[name] == value for provenance in provenances):
             common[name] = value
-    rows = _rows_of_all(made)
+    rows = _rows_of_all(provenances)
     if rows:
         common["rows"] = rows
     else:
@@ -510,13 +511,13 @@ def _source_in_words(text: str) -> str:
 def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size: int) -> Iterator[str]:
     """Describe each part, and what the merge has left out of them."""
     for i, part in enumerate(parts):
-        made = part.provenance
+        provenance = part.provenance
         weight = ""
         if weights is not None:
             weight = f" with weight {weights[i]:g}"
         yield (
-            f"part {i + 1} of {len(parts)}{weight}: {made.n_samples:,} rows in {made.n_batches} batches, stopped: "
-            f"{made.stop_reason}, seed {made.seed}, {made.data or 'data not described'}."
+            f"part {i + 1} of {len(parts)}{weight}: {provenance.n_samples:,} rows in {provenance.n_batches} batches, "
+            f"stopped: {provenance.stop_reason}, seed {provenance.seed}, {provenance.data or 'data not described'}."
         )
     most = []
     without_gradients = []
