@@ -155,7 +155,10 @@ def by_purpose(modules: Mapping[str, nn.Module], linear: Collection[str]) -> dic
     layers: dict[str, list[str]] = {ATTENTION: [], CROSS_ATTENTION: [], MLP: []}
     for name in linear:
         # Attentions nest: EncDecAttention stands in a layer that is an attention by its class.
-        attentions = [is_cross[owner] for owner in _owners(name) if owner in is_cross]
+        attentions = []
+        for owner in _owners(name):
+            if owner in is_cross:
+                attentions.append(is_cross[owner])
         block = _block_in(stacks, name)
         if attentions:
             layers[ATTENTION].append(name)

@@ -179,7 +179,8 @@ def heads_of(model: nn.Module) -> list[str]:
     parts = [name for name, child in model.named_children() if _has_weights(child)]
     body = getattr(model, "base_model_prefix", "")
     if body in parts:
-        return [name for name in parts if name != body]
+        parts.remove(body)
+        return parts
     if not hasattr(model, "config"):  # is no model of transformers, and its names mean nothing here
         return []
     known: set[str] = set()

@@ -184,7 +184,7 @@ class _Task(NamedTuple):
 
 def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: float | None) -> _Task:
     """Put together what bounds each layer: its width, rho, what was collected, and its limits."""
-    per_rank = costs(budget, spectra.targets)
+    per_rank = costs(budget, spectra.widths)
     average = budget.limit / float(per_rank.sum())
     caps = np.array([target.in_features for target in spectra.targets], dtype=np.int64)
     if rho is not None:
@@ -281,7 +281,7 @@ def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
 
 
 def _too_few_collected(task: _Task, capped: BoolArray) -> LoraInitError:
-    """Make the error about layers that would take more ranks than there are components, with the pass that has them."""
+    """Make the error about layers that would take more ranks than there are components; it says what to collect."""
     budget, spectra = task.budget, task.spectra
     rank, most = min(math.ceil(task.average), int(task.could.max())), spectra.most_collected
     and_rho = " and {rho}" if task.rho else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from numbers import Real
@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError, did_you_mean
-from lora_init.layers.targets import Target
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -131,11 +130,10 @@ def bytes_per_parameter(dtype: str) -> int:
     return _BYTES[dtype]
 
 
-def costs(budget: Budget, targets: Sequence[Target]) -> IntArray:
-    """Return the cost of one rank of each layer in the unit of the budget, [n]."""
+def costs(budget: Budget, widths: IntArray) -> IntArray:
+    """Return the cost of one rank of each layer in the unit of the budget, [n]; `widths` are its parameters."""
     if budget.unit in ("ranks", "variance"):
-        return np.ones(len(targets), dtype=np.int64)
-    parameters = np.array([target.cost for target in targets], dtype=np.int64)
+        return np.ones(len(widths), dtype=np.int64)
     if budget.unit == "bytes":
-        return bytes_per_parameter(budget.dtype) * parameters
-    return parameters
+        return bytes_per_parameter(budget.dtype) * widths
+    return widths

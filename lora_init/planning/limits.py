@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,7 +32,7 @@ class Limits:
         settings = dict(settings)
         if "rank" in settings:
             settings["min_rank"] = settings["max_rank"] = settings.pop("rank")
-        known = [field.name for field in fields(Limits)]
+        known = list(asdict(Limits()))
         for key in settings:
             if key not in known:
                 raise LoraInitError(f"{where}{key!r} is no limit. {did_you_mean(key, ('rank', *known))}")

@@ -66,10 +66,15 @@ def from_patterns(patterns: Mapping[str, Any] | None, names: Iterable[str], defa
         raise LoraInitError(f"a key of the pattern {dict(patterns)} is no regular expression: {error}.") from error
     values: dict[str, Any] = {}
     for name in names:
-        # As in PEFT's get_pattern_key: without a match, the name itself is the key.
-        first_match = next((key for key, expression in compiled.items() if expression.match(name)), name)
-        values[name] = patterns.get(first_match, default)
+        values[name] = patterns.get(_first_match(compiled, name), default)
     return values
+
+
+def _first_match(compiled: Mapping[str, re.Pattern[str]], name: str) -> str:
+    for key, expression in compiled.items():
+        if expression.match(name):
+            return key
+    return name  # as in PEFT's get_pattern_key: without a match, the name itself is the key
 
 
 def listed_or_pattern(names: Collection[str], others: Iterable[str]) -> list[str] | str:

@@ -217,7 +217,10 @@ def plan_config(plan: RankAllocation, scaling: float, use_rslora: bool = False) 
     for name, kind in plan.unsupported.items():
         if kind == "Parameter":
             fused.append(name)
-    modules = [name for name in (*named, *plan.unsupported) if name not in fused]
+    modules: list[str] = []
+    for name in (*named, *plan.unsupported):
+        if name not in fused:
+            modules.append(name)
     task_type = None
     if plan.provenance:
         task_type = plan.provenance.task_type
@@ -240,7 +243,10 @@ _ROUNDING = 1e-9  # by which a share of the variance, a sum of ratios, may excee
 def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
     """Lay a plan out as plain values: everything in it, and totals for readers that are not this package."""
     layers = {}
+    n_adapted = 0
     for name, rank in plan.items():
+        if rank > 0:
+            n_adapted += 1
         target = plan.targets[name]
         layers[name] = {
             "rank": rank,
@@ -265,7 +271,7 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
         "budget": budget,
         "settings": _plain(plan.settings),
         "totals": {
-            "layers": sum(rank > 0 for rank in plan.values()),
+            "layers": n_adapted,
             "total_rank": plan.total_rank,
             "parameters": plan.parameters,
             "megabytes_float32": round(plan.megabytes(), 6),  # a byte

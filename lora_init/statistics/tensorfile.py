@@ -23,13 +23,17 @@ def write_tensors(
 ) -> Path:
     """Write tensors and a header under a temporary name, then rename: a crash leaves the old file or the new one."""
     path = Path(path).expanduser()
-    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+    digests: dict[str, str] = {}
+    contiguous: dict[str, Tensor] = {}  # as safetensors wants them
+    for name, tensor in tensors.items():
+        digests[name] = _digest(tensor)
+        contiguous[name] = tensor.contiguous()
     text = json.dumps({**header, "digests": digests})
     # The header has the digests of the tensors, and its own digest stands beside it: together they cover the file.
     metadata = {"format": kind, "version": str(version), "header": text, "sha256": _sha256(text.encode())}
     check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+    write_whole(path, save(contiguous, metadata))
     return path
 
 
