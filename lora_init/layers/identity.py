@@ -113,7 +113,7 @@ def _outermost_configs(model: nn.Module) -> dict[str, Mapping[str, Any]]:
     a user's module has as `config` says nothing of the models inside, so theirs are taken, too.
     """
     configs: dict[str, Mapping[str, Any]] = {}
-    covered: list[str] = []  # modules whose configuration includes those of their parts
+    covered: list[str] = []  # modules whose configuration includes the ones of their parts
     for name, module in model.named_modules():
         config: Any = getattr(module, "config", None)
         is_mapping = isinstance(config, Mapping)

@@ -36,7 +36,7 @@ class TokenMasks:
     `attention_mask`. Layers of the decoder of an encoder-decoder take `decoder_attention_mask`; without it, the mask
     follows from the labels; without these, all inputs count that the decoder is given. Layers that read the encoder's
     output, among them the keys and values of cross-attention, which are known by their names, take the encoder's mask;
-    a decoder alone is given it as `encoder_attention_mask`. Inputs whose shape is that of no mask count whole. So do
+    a decoder alone is given it as `encoder_attention_mask`. Inputs that have the shape of no mask count whole. So do
     the inputs of towers for images and sound, and of what joins them to the text model, whatever their shape.
 
     By labels, a pass without gradients counts the tokens that have a label: the answer as it stands in the text, since

@@ -103,9 +103,9 @@ class Experts:
     out_features: int
 
     def rows(self, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int | None, Tensor]]:
-        """Yield each expert that was chosen with its rows [n, d_in], and None with those of all experts.
+        """Yield each expert that was chosen with its rows [n, d_in], and None with the rows of all experts.
 
-        A token [d] that went to k experts, chosen [tokens, k], counts in each. Among those of all it counts k times,
+        A token [d] that went to k experts, chosen [tokens, k], counts in each. Among the rows of all it counts k times,
         too, or once where its rows are k times the same.
         """
         first = self.name.endswith(_FIRST)

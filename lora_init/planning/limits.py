@@ -126,7 +126,7 @@ def layer_limits(
     convolution only at ranks that its groups divide.
     """
     names = list(targets)
-    # One frozen object for all layers, until an override replaces that of a layer.
+    # One frozen object for all layers, until an override gives a layer its own.
     limits = dict.fromkeys(names, Limits().changed(base, ""))
     if overrides is None:
         overrides = {}

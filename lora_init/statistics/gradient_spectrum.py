@@ -309,7 +309,7 @@ def product_svd(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Tensor,
 
 def freeze_triplets(u: Tensor, s: Tensor, v: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keep k singular triplets, fewer where the rest is rounding: as `MeanGradient.triplets` gives them."""
-    kept = min(k, int((s > s[:1] * _ROUNDING).sum()))  # strictly, so that of a gradient of zeros none is kept
+    kept = min(k, int((s > s[:1] * _ROUNDING).sum()))  # strictly: a gradient of zeros keeps none
     return u[:, :kept].T.float().cpu().contiguous(), s[:kept].cpu(), v[:kept].float().cpu().contiguous()
 
 

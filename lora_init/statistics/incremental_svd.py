@@ -84,8 +84,8 @@ class _Sums(NamedTuple):
 
 # The Nystrom method: from what C does to k test directions T, Y = C T^T, the best estimate of C within the span of Y is
 # Y M^-1 Y^T with M = T Y. C - Y M^-1 Y^T is positive semidefinite, so no variance is overstated. Neither the sum of old
-# and new C nor any other d x d matrix is made: Y and M of a sum are the sums of those of its parts. Instead of M^-1,
-# which loses digits, a Cholesky factor of M gives F, k x d with F^T F the new C, and the new directions are those of F.
+# and new C nor any other d x d matrix is made: Y and M of a sum are the sums of Y and M of its parts. Instead of M^-1,
+# which loses digits, a Cholesky factor of M gives F, k x d with F^T F the new C, and F gives the new directions.
 class _State(NamedTuple):
     """C ~ V^T diag(w) V, the scatter matrix of the rows so far. Replaced as a whole."""
 
@@ -235,7 +235,7 @@ class IncrementalSVD:
         are refused drop the whole batch.
         """
         # Only the device of `self._state` changes here, so that a batch can be dropped whole: the rows of one layer may
-        # be refused after those of other layers were projected.
+        # be refused after the rows of other layers were projected.
         state = self._state
         check_rows(rows, state.directions.shape[1] if state else None)
         if len(rows) == 0:

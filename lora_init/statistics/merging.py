@@ -400,7 +400,7 @@ def _merge_gradient(
 
 
 def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Provenance:
-    """Add up or list what the provenance of all parts says; what cannot be, as a seed, is that of the first part."""
+    """Add up or list what the provenance of all parts says; what cannot be, as a seed, comes from the first part."""
     provenances = [part.provenance for part in parts]
     seconds: Counter[str] = Counter()
     stop_reasons: dict[str, None] = {}  # each once, in order

@@ -122,7 +122,7 @@ def freeze(moments: Moments, directions: Tensor, weights: Tensor) -> Spectrum:
 def principal_directions(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Compute the `size` largest eigenvalues of rows^T rows, falling, [k], and their directions [k, d], all in float64.
 
-    They are those of the smaller of the two Gram matrices; fewer where the rest is rounding. Directions of the smallest
+    They come from the smaller of the two Gram matrices; fewer where the rest is rounding. Directions of the smallest
     eigenvalues are orthonormal to fewer digits: `freeze` mends that.
     """
     if len(rows) >= rows.shape[1]:
@@ -134,7 +134,7 @@ def principal_directions(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _leading(matrix: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the `size` largest eigenvalues, falling, and their vectors in columns; those of rounding are left out."""
+    """Return the `size` largest eigenvalues, falling, and their vectors in columns; rounding is left out."""
     weights, vectors = torch.linalg.eigh(matrix)  # rising
     # Strictly greater, so that a matrix of zeros has none; clamped, since rounding may make all of them negative.
     kept = min(size, int((weights > weights[-1:].clamp_min(0.0) * NEGLIGIBLE).sum()))
@@ -222,7 +222,7 @@ class ExactPCA:
 
     def _add(self, moments: Moments, scatter: Tensor) -> None:
         if self._moments is None or self._scatter is None:
-            # Cloned: after a merge the scatter is that of the other one.
+            # Cloned: after a merge the scatter belongs to the other one.
             self._moments, self._scatter = moments, scatter.clone()
         else:
             self._moments, drift = self._moments.plus(moments)
