@@ -1,4 +1,10 @@
-"""The learning rate of an adapter that is on a model, ours or not: a few forward passes of its own."""
+"""Measure the learning rate of an adapter that is on a model, whoever made it, by a few forward passes.
+
+`rates.learning_rate` states the rule: the rate follows from how far a step moves the output of each layer. It needs
+three means over tokens, of sum |x_j|, of sum |(A x)_i| and of the mean square of W x. `collect` measures the first and
+the last along with the statistics, and the second follows from the spectrum there. An adapter of another tool has no
+statistics, so hooks on its A measure the second one here as well.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +36,8 @@ from lora_init.starts.weights import LoraWeights
 from lora_init.statistics.spectrum import Sizes
 
 _MAX_BATCHES = 8
-_A, _X = " A", "input of "  # in the keys of sums
+# In the keys of sums: a suffix for the A of a layer, a prefix for what a group of layers reads.
+_A, _X = " A", "input of "
 
 
 def learning_rate(
@@ -85,7 +92,9 @@ def learning_rate(
     check_fresh(layers, adapter_name, f"the adapter {adapter_name!r}", "The rule is for adapters before training.")
     if tokenizer is None:
         check_batches(batches, "learning_rate()")
-    data = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
+        data = batches
+    else:
+        data = load_batches(batches, tokenizer, samples=64)  # eight batches of eight, as many as are read
     data = as_batches(data, without_adapter(unwrapped(model)), 0)
     rows = getattr(data, "settings", {}).get("rows")
     length = TrainingLength.plan(rows, steps, epochs, train_batch_size)
@@ -99,25 +108,40 @@ def measure_rate(
     """Measure the rate of an adapter, whatever its B is: of starts whose B is not zero the rule holds as well."""
     model = unwrapped(model)
     base, layers = without_adapter(model), layers_of(model, adapter_name)
-    configs = (getattr(module, "peft_config", {}) for module in model.modules())  # a PeftModel may be held by another
-    config = next((adapters[adapter_name] for adapters in configs if adapter_name in adapters), None)
-    freeze_a = freeze_a or bool(config and carried(config.to_dict()).get("freeze_a"))
-    responses, unread = measure_responses(base, layers, batches, adapter_name, freeze_a)
-    left_out = [name for name in layers if name not in responses] + unread
+    config = _config_of(model, adapter_name)
+    if config is not None and not freeze_a:
+        freeze_a = bool(carried(config.to_dict()).get("freeze_a"))
+    responses, unread_experts = measure_responses(base, layers, batches, adapter_name, freeze_a)
+    left_out = [name for name in layers if name not in responses] + unread_experts
     # PEFT trains the head of such a task whole, which often begins at random, and what else it is told to.
-    task_type, whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
-    new_head = trains_new_head(new_heads(base), task_type, whole)
+    task_type, trained_whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
+    new_head = trains_new_head(new_heads(base), task_type, trained_whole)
     linear = [name for name, layer in layers.items() if adapter_name in layer.lora_A]  # and no embedding
     share = share_of(sum(map(layers_in, linear)), count_linear(base, layers, task_type))
     return LearningRate(responses, length, new_head, left_out, share)
 
 
+def _config_of(model: nn.Module, adapter_name: str) -> Any:
+    """Find the config of an adapter; None if no module has one."""
+    for module in model.modules():  # a PeftModel may be held by another module
+        configs = getattr(module, "peft_config", {})
+        if adapter_name in configs:
+            return configs[adapter_name]
+    return None
+
+
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """Find the layers that have this adapter, embeddings among them."""
-    layers = adapter_layers(unwrapped(model)) if isinstance(model, nn.Module) else {}
+    if not isinstance(model, nn.Module):
+        return {}
+    layers = adapter_layers(unwrapped(model))
     return {name: layer for name, layer in layers.items() if adapter_name in getattr(layer, "r", {})}
 
 
+# How a response is measured. To first order in the rate eta, a step of Adam adds eta * sign(g) to B, which moves the
+# output by eta s sum |(A x)_i|; the move of A adds a term in sum |x_j|. So one forward pass over a few batches is
+# enough, without gradients: hooks on each base layer see x and W x, hooks on each A see A x. The A of fused experts is
+# no module that a hook could watch, so A x is computed there from the rows that the router sends to each expert.
 def measure_responses(
     base: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any], adapter_name: str = "default",
     freeze_a: bool = False, token_mask: str = "attention",
@@ -125,75 +149,136 @@ def measure_responses(
     """Run a model with an adapter in its layers on at most eight batches, and compute how far each layer moves.
 
     Of fused experts each reads the tokens that the router sends to it, and a token counts once for each of its experts.
-    The names of experts that got none, of parameters that say how far they move, are returned beside the responses.
+
+    Returns:
+        The response of each layer that moves; and the experts that got no token, in layers that do.
     """
-    # The A of an embedding is read by no module of its own, and what other parameters read is not known.
-    seen = {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
-    fused = {name: layer for name, layer in seen.items() if hasattr(layer, "parameter_name")}
-    known = {name for name, layer in fused.items() if experts_of(name, layer.get_base_layer())}
-    for name in (name for name in fused if name in known):
-        check_peft(name, fused[name].get_base_layer())
-    seen = {name: layer for name, layer in seen.items() if name in known or name not in fused}
-    if not seen:
+    readable = _readable_layers(layers, adapter_name)
+    if not readable:
         raise LoraInitError("the adapter is of embeddings or parameters whose A no hook sees: no rate is measured.")
-    watched = {name: layer.get_base_layer() for name, layer in seen.items()}
-    watched |= {name + _A: layer.lora_A[adapter_name] for name, layer in seen.items() if name not in known}
-    pairs = {name: LoraWeights(*(part[adapter_name].weight for part in (layer.lora_A, layer.lora_B)))
-             for name, layer in seen.items() if name in known}  # fmt: skip
-    each = {name: pair.of_experts(fused[name].num_experts).a for name, pair in pairs.items()}
-    of_expert = {expert_group(name, i): (name, own) for name, a in each.items() for i, own in enumerate(a)}
-    sums, masks = _Sums(of_expert), TokenMasks(base, token_mask)
+    a_of_expert = _a_of_experts(readable, adapter_name)
+    sums, masks = _Sums(a_of_expert), TokenMasks(base, token_mask)
+    hooked = _hooked_modules(readable, adapter_name)
     with (
-        restoring("lora_variant", seen.values()),
-        ActivationHooks(base, watched, masks, to_the_end=True) as hooks,
+        restoring("lora_variant", readable.values()),
+        # To the end, since an adapter may be on the output embedding.
+        ActivationHooks(base, hooked, masks, to_the_end=True) as hooks,
         torch.no_grad(),
     ):
-        for layer in seen.values():
+        for layer in readable.values():
             layer.lora_variant = {}  # DoRA also multiplies A by a unit matrix, which is no input
-        for number, batch in enumerate(islice(batches, _MAX_BATCHES)):
-            try:
-                with hooks.watch(batch, sums) as moved:
-                    call_model(base, moved)
-            except NothingCountsError:
-                continue
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                said = error if isinstance(error, LoraInitError) else f"{type(base).__name__} says: {first_line(error)}"
-                raise LoraInitError(f"batch {number}: {said}") from error
+        _run_batches(base, hooks, batches, sums)
     if not sums.sums:
         raise LoraInitError("no batch has a token that counts, so no rate can be told. Check attention_mask.")
     responses: dict[str, Response] = {}
-    for name, layer in seen.items():
-        size = Sizes(sums.mean(_X + hooks.group_of.get(name, name)), sums.mean(name) ** 0.5)
-        a, b = (part[adapter_name].weight for part in (layer.lora_A, layer.lora_B))
-        frozen = freeze_a or (b.requires_grad and not a.requires_grad)  # neither does while an adapter is served
-        found = response(size, sums.mean(name + _A), layer.r[adapter_name], layer.scaling[adapter_name], frozen)
-        responses |= {name: found} if found else {}
-    return responses, [one for one, (name, _) in of_expert.items() if name in responses and one not in sums.read]
+    for name, layer in readable.items():
+        group = hooks.group_of.get(name, name)  # layers that read the same tensor have one sum of inputs
+        size = Sizes(sums.mean(_X + group), sums.mean(name) ** 0.5)
+        moves = _response_of(layer, adapter_name, size, sums.mean(name + _A), freeze_a)
+        if moves is not None:
+            responses[name] = moves
+    unread_experts = []
+    for expert, (name, _) in a_of_expert.items():
+        if name in responses and expert not in sums.read:
+            unread_experts.append(expert)
+    return responses, unread_experts
+
+
+def _is_of_parameter(layer: Any) -> bool:
+    """Return whether a layer adapts a parameter of a module, as PEFT's `target_parameters` makes it."""
+    return hasattr(layer, "parameter_name")
+
+
+def _readable_layers(layers: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
+    """Return the layers whose A x can be read; refuse experts whose widths PEFT exchanges."""
+    readable = {}
+    for name, layer in layers.items():
+        if adapter_name not in layer.lora_A:  # an embedding, whose A is read by no module of its own
+            continue
+        if _is_of_parameter(layer):
+            module = layer.get_base_layer()
+            if not experts_of(name, module):  # what other parameters read is not known
+                continue
+            check_peft(name, module)
+        readable[name] = layer
+    return readable
+
+
+def _hooked_modules(layers: Mapping[str, Any], adapter_name: str) -> dict[str, nn.Module]:
+    """Return what hooks watch: all base layers, then the A of each layer but those of fused experts."""
+    modules = {name: layer.get_base_layer() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if not _is_of_parameter(layer):
+            modules[name + _A] = layer.lora_A[adapter_name]
+    return modules
+
+
+def _a_of_experts(layers: Mapping[str, Any], adapter_name: str) -> dict[str, tuple[str, Tensor]]:
+    """Return the layer and the A [r, d_in] of each expert, by the name of the group of rows that it reads."""
+    a_of_expert = {}
+    for name, layer in layers.items():
+        if not _is_of_parameter(layer):
+            continue
+        a, b = _weights_of(layer, adapter_name)
+        # experts * r x d_in -> experts x r x d_in
+        for number, a_of_one in enumerate(LoraWeights(a, b).of_experts(layer.num_experts).a):
+            a_of_expert[expert_group(name, number)] = name, a_of_one
+    return a_of_expert
+
+
+def _weights_of(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+
+
+def _run_batches(base: nn.Module, hooks: ActivationHooks, batches: Iterable[Any], sums: _Sums) -> None:
+    """Run the model on the first batches; what it raises names the batch, but for a lack of memory."""
+    for number, batch in enumerate(islice(batches, _MAX_BATCHES)):
+        try:
+            with hooks.watch(batch, sums) as moved:
+                call_model(base, moved)
+        except NothingCountsError:  # the next batch may have a token that counts
+            continue
+        except Exception as error:
+            if is_out_of_memory(error):  # the entrances have a line of their own for that
+                raise
+            if isinstance(error, LoraInitError):
+                cause = str(error)
+            else:
+                cause = f"{type(base).__name__} says: {first_line(error)}"
+            raise LoraInitError(f"batch {number}: {cause}") from error
+
+
+def _response_of(layer: Any, adapter_name: str, size: Sizes, ax: float, freeze_a: bool) -> Response | None:
+    """Compute the response of a layer from the mean of sum |(A x)_i|; None if it does not move."""
+    a, b = _weights_of(layer, adapter_name)
+    # An adapter that is loaded to be served trains neither, so A counts as frozen only beside a B that is trained.
+    is_frozen = freeze_a or (b.requires_grad and not a.requires_grad)
+    return response(size, ax, layer.r[adapter_name], layer.scaling[adapter_name], is_frozen)
 
 
 class _Sums(Sink):
     """Sums over tokens: of |x_j| for each group, of |(A x)_i| for each A, of the mean square for each base layer."""
 
-    def __init__(self, of_expert: Mapping[str, tuple[str, Tensor]]) -> None:
+    def __init__(self, a_of_expert: Mapping[str, tuple[str, Tensor]]) -> None:
         self.sums: dict[str, tuple[float, int]] = {}
         self.read: set[str] = set()  # experts that got tokens
-        self._of_expert = of_expert  # the layer and the A [r, d_in] of each expert
+        self._a_of_expert = a_of_expert  # the layer and the A [r, d_in] of each expert
 
     def rows(self, group: str, rows: Tensor) -> None:
         """Add to the sum of a group."""
-        if group not in self._of_expert:
+        if group not in self._a_of_expert:
             self._add(_X + group, group, row_norms(rows, None, 1))
         else:
-            layer, a = self._of_expert[group]
+            layer, a = self._a_of_expert[group]
             self.read.add(group)
-            self.output(layer + _A, F.linear(rows, a.to(rows.dtype)), None)
+            self.output(layer + _A, F.linear(rows, a.to(rows.dtype)), None)  # tokens x d_in -> tokens x r
 
     def output(self, layer: str, y: Tensor, tokens: Tensor | None) -> None:
-        of_a = layer.endswith(_A)
-        norms = row_norms(y, tokens, 1 if of_a else 2)
-        self._add(layer, layer.removesuffix(_A), norms if of_a else norms.square() / y.shape[-1])
+        """Add to the sum of an A, whose outputs are added up by size, or of a base layer, by mean square."""
+        if layer.endswith(_A):
+            self._add(layer, layer.removesuffix(_A), row_norms(y, tokens, 1))
+        else:
+            self._add(layer, layer, row_norms(y, tokens, 2).square() / y.shape[-1])
 
     def _add(self, key: str, layer: str, values: Tensor) -> None:
         total, count = self.sums.get(key, (0.0, 0))
@@ -205,4 +290,6 @@ class _Sums(Sink):
     def mean(self, key: str) -> float:
         """Compute the mean over tokens; 0 where there was none."""
         total, count = self.sums.get(key, (0.0, 0))
-        return total / count if count else 0.0
+        if not count:
+            return 0.0
+        return total / count
