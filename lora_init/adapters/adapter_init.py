@@ -95,9 +95,12 @@ class AdapterInit(Shape):
     @property
     def share_closed(self) -> float | None:
         """Share of what quantization costs, in the loss, that the adapter gives back; None if it was not measured."""
-        if self.losses is None or self.exact_loss is None or self.losses[0] <= self.exact_loss:
+        if self.losses is None or self.exact_loss is None:
             return None
-        return (self.losses[0] - self.losses[1]) / (self.losses[0] - self.exact_loss)
+        quantized, corrected = self.losses
+        if quantized <= self.exact_loss:  # quantization cost nothing, so there is no gap to take a share of
+            return None
+        return (quantized - corrected) / (quantized - self.exact_loss)
 
     def __repr__(self) -> str:
         ranks = self.ranks.values()
@@ -129,7 +132,11 @@ class AdapterInit(Shape):
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each layer that takes an adapter, in model order."""
-        return {name: len(own.a) // max(self.targets[name].experts, 1) for name, own in self.weights.items()}
+        ranks = {}
+        for name, own in self.weights.items():
+            # PEFT stacks the A of all experts of a layer: experts * r rows, and r where there are none.
+            ranks[name] = len(own.a) // max(self.targets[name].experts, 1)
+        return ranks
 
     @property
     def method(self) -> str:
@@ -156,19 +163,23 @@ class AdapterInit(Shape):
         """The learning rate that follows from the pass over the data; None if the pass did not measure sizes."""
         if not self.responses:
             return None
-        left_out = [name for name in (*self.weights, *self.unsupported) if name not in self.responses]
+        adapted = (*self.weights, *self.unsupported)
+        left_out = [name for name in adapted if name not in self.responses]
+        # A head that begins at random wants a larger change than a pretrained one, see `rates.learning_rate`.
         heads, task_type = self.provenance.settings.get("heads", ()), self.provenance.task_type
         new_head = trains_new_head(heads, task_type, self.modules_to_save)
-        share = share_of(sum(map(layers_in, (*self.weights, *self.unsupported))), self.provenance.n_linear)
+        share = share_of(sum(map(layers_in, adapted)), self.provenance.n_linear)
         length = self.length or TrainingLength.plan(self.provenance.settings.get("rows"))
         return LearningRate(self.responses, length, new_head, left_out, share)
 
     @property
     def recommended(self) -> dict[str, Any] | None:
         """Learning rate, warm-up, schedule and optimizer to train with; None if no rate is known."""
-        if self.learning_rate is not None:
+        if self.learning_rate is not None:  # that of a comparison was tried, so it goes before the predicted one
             return {"learning_rate": self.learning_rate, **TRAINING}
-        return None if self.rate is None else self.rate.training
+        if self.rate is None:
+            return None
+        return self.rate.training
 
     @property
     def how_to_train(self) -> str:
@@ -181,8 +192,10 @@ class AdapterInit(Shape):
 
     def parameters(self) -> dict[str, int]:
         """Count the trainable parameters of each layer."""
-        ranks = self.ranks.items()
-        return {name: self.targets[name].parameters(rank, self.freeze_a, self.use_dora) for name, rank in ranks}
+        counts = {}
+        for name, rank in self.ranks.items():
+            counts[name] = self.targets[name].parameters(rank, self.freeze_a, self.use_dora)
+        return counts
 
     def to_peft_config(self, model: nn.Module | None = None) -> LoraConfig:
         """Describe the adapter as a plain LoRA config: ranks and scalings, no weights, no init-specific keys.
@@ -220,20 +233,24 @@ class AdapterInit(Shape):
                 ranks or scaling; or a layer of the plan is missing or has other widths, or is quantized and should
                 change, or the base weights should and the adapter is from `add_adapter`.
         """
-        adapted: Any = unwrapped(model) if isinstance(model, nn.Module) else model
-        if is_filled(adapted):
-            fill_in_place(adapted, self)
+        plain: Any = model
+        if isinstance(model, nn.Module):
+            plain = unwrapped(model)
+        adapted: Any
+        if is_filled(plain):
+            fill_in_place(plain, self)  # refuses starts that correct the base, so nothing is corrected below
+            adapted = plain
         else:
             check_plain(model, "apply()")
-            model = adapted
-            check_fits(model, self, adapter_name)
+            check_fits(plain, self, adapter_name)
             if self.corrects_base and correct_base:
-                check_correctable(model, self.targets)
-            adapted = attach(model, self, adapter_name)
+                check_correctable(plain, self.targets)
+            adapted = attach(plain, self, adapter_name)
+        # After `attach`: where that fails, it leaves the model as it was.
         if self.corrects_base and correct_base:
-            correct_weights(model, self.weights, self.scaling)
+            correct_weights(plain, self.weights, self.scaling)
         elif self.corrects_base:
-            correct_outputs(model, self.weights, self.scaling)
+            correct_outputs(plain, self.weights, self.scaling)
         if self.freeze_a:
             freeze_a(adapted)
         result: PeftModel = adapted
@@ -263,30 +280,28 @@ class AdapterInit(Shape):
             LoraInitError: The directory exists or cannot be written, or weights of the model are needed and no model
                 was given.
         """
-        model = None if model is None else unwrapped(model)
-        config = self._config(model) | {"inference_mode": True}
-        kind = getattr(torch, self.dtype)
-        tensors = {
-            name: tensor.to(kind) if name.endswith((LORA_A, LORA_B)) else tensor
-            for name, tensor in self._tensors(model).items()
-        }
-        return write_start(
-            directory, tensors, config, origin_of(self), card_of(self, Path(directory).resolve().name), overwrite
-        )
+        if model is not None:
+            model = unwrapped(model)
+        config = self._config(model) | {"inference_mode": True}  # as PEFT writes it for every saved adapter
+        dtype = getattr(torch, self.dtype)
+        tensors = self._tensors(model)
+        for name, tensor in tensors.items():
+            if name.endswith((LORA_A, LORA_B)):  # heads and magnitudes keep the type that they have
+                tensors[name] = tensor.to(dtype)
+        card = card_of(self, Path(directory).resolve().name)
+        return write_start(directory, tensors, config, origin_of(self), card, overwrite)
 
     def _config(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Return the fields of a LoraConfig for this adapter."""
+        # PEFT names fused experts by `target_parameters`, all other layers by `target_modules`.
         parameters = [name for name in self.weights if self.targets[name].experts]
         parameters += [name for name, kind in self.unsupported.items() if kind == "Parameter"]
         names = [name for name in (*self.weights, *self.unsupported) if name not in parameters]
-        others = self.left_out if model is None else {name for name, _ in model.named_modules()} - set(names)
-        # Without the model, short names are not trusted: in a hand-made nn.Sequential they often end another module's
-        # name. The full name of a transformer's layer starts at its root and doesn't. A heuristic.
-        listed = model is not None or all(name.count(".") >= 2 for name in names)
         return lora_config(
             self.ranks,
             self.rank,
             self.scaling,
-            listed_or_pattern(names, others) if listed else exact_pattern(names),
+            self._target_modules(names, model),
             self.use_rslora,
             use_dora=self.use_dora,
             lora_dropout=self.lora_dropout,
@@ -298,27 +313,46 @@ class AdapterInit(Shape):
             **carrying(origin_of(self, short=True), self.provenance.task_type),
         )
 
+    def _target_modules(self, names: list[str], model: nn.Module | None) -> list[str] | str:
+        """Return what selects these layers and no other in PEFT: their names, or a regular expression."""
+        # PEFT takes each name of a list for the end of a name. A list is therefore safe only if none of its names ends
+        # that of another module.
+        if model is not None:
+            others = {name for name, _ in model.named_modules()} - set(names)
+            return listed_or_pattern(names, others)
+        # Without the model, short names are not trusted: in a hand-made nn.Sequential they often end another module's
+        # name. The full name of a transformer's layer starts at its root and doesn't. A heuristic.
+        if all(name.count(".") >= 2 for name in names):
+            return listed_or_pattern(names, self.left_out)
+        return exact_pattern(names)
+
     def _tensors(self, model: nn.Module | None) -> dict[str, Tensor]:
         """Return all tensors of the adapter's file: A and B, and by PEFT what else it keeps there."""
+        trained_whole = list(self.modules_to_save)
         heads = HEADS.get(self.provenance.task_type or "", ())
-        whole = [*([f"the head ({' or '.join(heads)})"] if heads else []), *self.modules_to_save]
-        if whole and model is None:
+        if heads:
+            trained_whole.insert(0, f"the head ({' or '.join(heads)})")
+        if trained_whole and model is None:
             raise LoraInitError(
                 f"task_type={self.provenance.task_type!r}, modules_to_save={list(self.modules_to_save)}: PEFT trains "
-                f"{', '.join(whole)} whole and expects its weights in the directory. Pass model=, or save the "
+                f"{', '.join(trained_whole)} whole and expects its weights in the directory. Pass model=, or save the "
                 "PeftModel that apply() returns."
             )
-        if model is None or not (whole or self.use_dora or self.unsupported):
+        if model is None or not (trained_whole or self.use_dora or self.unsupported):
             tensors = {}
             for name, prefix in file_prefixes(self.targets.values()).items():
-                tensors[prefix + LORA_A], tensors[prefix + LORA_B] = (w.contiguous() for w in self.weights[name])
+                a, b = self.weights[name]
+                # safetensors refuses tensors that are not contiguous.
+                tensors[prefix + LORA_A], tensors[prefix + LORA_B] = a.contiguous(), b.contiguous()
             return tensors
         from peft.utils import get_peft_model_state_dict
 
+        # PEFT's own names and PEFT's own start of what we do not start: on the model, for a moment.
         with as_it_was(model):
             remove_adapters(model)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator, which is the caller's
                 torch.manual_seed(self.seed)
                 check_fits(model, self, "default")
                 state = get_peft_model_state_dict(attach(model, self, "default"), save_embedding_layers=False)
+            # Copies, since the model is put back and its weights change in training.
             return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}

@@ -1,4 +1,8 @@
-"""Base weights less what an adapter adds before its training, so that the model's output does not change."""
+"""Subtract from base weights what an adapter adds before its training, so that the model's output does not change.
+
+A start such as LoRA-GA's has an A and a B other than zero. Put on as it is, it would change the model before the first
+step. So the base gives up s B A: the layer computes (W - s B A) x + s B A x = W x, and trains from there.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,10 @@ from lora_init.starts.weights import LoraWeights, Weights
 def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse layers that are missing, quantized or tied: nothing can be subtracted from their weights."""
     modules = dict(model.named_modules())
-    owners = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
+    # How many modules hold each weight. By identity, since tied modules hold one and the same Parameter.
+    owners: Counter[int] = Counter()
+    for module in modules.values():
+        owners.update(map(id, module.parameters(recurse=False)))
     for name in names:
         if name not in modules:
             raise LoraInitError(f"{type(model).__name__} has no layer {name!r}. Give the base of this adapter.")
@@ -47,8 +54,11 @@ def correct_weights(model: nn.Module, weights: Weights, scaling: float) -> None:
     for name, (a, b) in weights.items():
         layer: Any = model.get_submodule(name)
         plain = getattr(layer, "base_layer", layer)
-        added = scaling * (b @ a).to(plain.weight.device)
-        plain.weight.copy_(plain.weight.float() - (added.T if is_conv1d(plain) else added))
+        added = scaling * (b @ a).to(plain.weight.device)  # [d_out, d_in]
+        if is_conv1d(plain):  # transformers' Conv1D keeps [d_in, d_out]
+            added = added.T
+        # Subtracted in float32 and rounded once, to the type of the weight.
+        plain.weight.copy_(plain.weight.float() - added)
 
 
 def correct_outputs(model: nn.Module, weights: Weights, scaling: float) -> None:
@@ -56,10 +66,12 @@ def correct_outputs(model: nn.Module, weights: Weights, scaling: float) -> None:
     for name, (a, b) in weights.items():
         layer: Any = model.get_submodule(name)
         device = next(layer.parameters()).device
+        # Copies: the hook subtracts the start for as long as the model lives, whatever becomes of `weights`.
         layer.register_forward_hook(partial(_subtract, a.to(device, copy=True), b.to(device) * scaling))
 
 
 def _subtract(a: Tensor, b: Tensor, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+    # tokens x d_in -> tokens x r -> tokens x d_out; B A as a matrix would take the memory of the weight
     return output - ((args[0].to(a.dtype) @ a.T) @ b.T).to(output.dtype)
 
 
@@ -85,6 +97,7 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
             f"{files.path} has no {ORIGIN_FILE} of its weights, so it is no adapter before training. Name what "
             "`lora-init init` wrote."
         )
+    # The fingerprint depends on the weights, so a base that was corrected already is refused here, too.
     made_for = files.origin.get("provenance", {}).get("fingerprint")
     if made_for and made_for != fingerprint(model):
         raise LoraInitError(
@@ -93,7 +106,8 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
         )
     check_correctable(model, files.layers)
     tensors, config = files.tensors(), files.config
-    ends = {name: f"{PREFIX}{name}" for name in files.layers}
-    weights = {name: LoraWeights(tensors[end + LORA_A], tensors[end + LORA_B]) for name, end in ends.items()}
+    weights = {}
+    for name in files.layers:
+        weights[name] = LoraWeights(tensors[PREFIX + name + LORA_A], tensors[PREFIX + name + LORA_B])
     scaling = scaling_of(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
     correct_weights(model, weights, scaling)

@@ -1,9 +1,13 @@
-"""Options that come from PEFT's `LoraConfig`, or from an untrained adapter on a model."""
+"""Read options from PEFT's `LoraConfig`, or from an untrained adapter on a model.
+
+Two things are read differently. Numbers and switches are fields of the config. Which layers it selects is decided by
+PEFT, with rules that depend on the model and on the release; so PEFT itself selects them, on the model or by names.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +39,20 @@ _DROPPED = (
 )  # fmt: skip
 
 
-def check_agreement(given: Mapping[str, Any], said: Mapping[str, Any], whose: str) -> None:
+def check_agreement(given: Mapping[str, Any], configured: Mapping[str, Any], whose: str) -> None:
     """Refuse arguments that contradict a configuration."""
     for name, value in given.items():
-        if _plain(value) != _plain(said[name]):
-            raise LoraInitError(f"{name}={value!r}: {whose} decides that and says {said[name]!r}. Leave it out here.")
+        if _comparable(value) != _comparable(configured[name]):
+            raise LoraInitError(
+                f"{name}={value!r}: {whose} decides that and says {configured[name]!r}. Leave it out here."
+            )
 
 
-def _plain(value: Any) -> Any:
-    """Compare lists of names as sets, and none as an empty one."""
-    return value if isinstance(value, (str, int, float)) else frozenset(value or ())
+def _comparable(value: Any) -> Any:
+    """Return what a setting is compared by: lists of names as sets, None as an empty one."""
+    if isinstance(value, (str, int, float)):
+        return value
+    return frozenset(value or ())
 
 
 def read_config(model: nn.Module, config: LoraConfig, init_config: InitConfig) -> InitConfig:
@@ -58,8 +66,10 @@ def read_config(model: nn.Module, config: LoraConfig, init_config: InitConfig) -
             peft_model = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
         except (ValueError, TypeError, AttributeError) as error:
             raise LoraInitError(f"config does not fit {type(model).__name__}: {in_one_line(error)}") from error
-        said = read_adapter(peft_model, init_config, "config", config)
-    return said if config.task_type else said.with_options(task_type=init_config.layers.task_type)
+        read = read_adapter(peft_model, init_config, "config", config)
+    if config.task_type:
+        return read
+    return read.with_options(task_type=init_config.layers.task_type)  # of the arguments, which the config leaves open
 
 
 def read_config_for(
@@ -69,27 +79,33 @@ def read_config_for(
     from peft.tuners.tuners_utils import check_target_module_exists
 
     _check_plain_config(config)
-    said = _shape_of(config, "config", "build_adapter()")
-    check_agreement(given, said, "config")
+    shape = _shape_of(config, "config", "build_adapter()")
+    check_agreement(given, shape, "config")
     if config.task_type not in (None, stats.provenance.task_type):
         raise LoraInitError(
             f"config says task_type={str(config.task_type)!r}, and the statistics were collected for "
             f"{stats.provenance.task_type!r}. Collect with that task_type, or leave it out."
         )
     names, fused = [*stats, *stats.unsupported], _fused_parameters(stats)
-    config, everything = copy.deepcopy(config), not (config.target_modules or config.target_parameters)
-    if everything or config.target_modules == "all-linear":
+    selects_all = not (config.target_modules or config.target_parameters)
+    config = copy.deepcopy(config)
+    if selects_all or config.target_modules == "all-linear":
+        # PEFT expands "all-linear" with a model, which is not at hand here: it stands for all that was collected.
         config.target_modules = sorted({name.rpartition(".")[2] for name in names if name not in fused})
     _check_collected(config, names)
-    parameters = fused if everything else config.target_parameters or ()
-    selected = [
-        name
-        for name in names
-        if (matches(parameters, name, "") if name in fused else check_target_module_exists(config, name))
-    ]
+    parameters: Collection[str] = config.target_parameters or ()
+    if selects_all:
+        parameters = fused
+    selected = []
+    for name in names:
+        if name in fused:  # PEFT's function knows modules only
+            if matches(parameters, name, ""):
+                selected.append(name)
+        elif check_target_module_exists(config, name):
+            selected.append(name)
     if not selected:
         raise LoraInitError(f"config selects none of the {len(names)} layers that the statistics have.")
-    return said, selected
+    return shape, selected
 
 
 def _fused_parameters(stats: Statistics) -> set[str]:
@@ -100,11 +116,14 @@ def _fused_parameters(stats: Statistics) -> set[str]:
 
 def _check_collected(config: LoraConfig, names: list[str]) -> None:
     """Refuse a config that lists a layer or parameter which the statistics do not have and it does not exclude."""
-    listed = [] if isinstance(config.target_modules, str) else [*(config.target_modules or ())]
+    listed = [*(config.target_parameters or ())]
+    if not isinstance(config.target_modules, str):  # a string is a regular expression, which names no layer by itself
+        listed += config.target_modules or ()
     excluded = config.exclude_modules or ()
-    for one in sorted([*listed, *(config.target_parameters or ())]):
-        if not any(matches([one], name, "") for name in names) and not matches(excluded, one, "exclude_modules"):
-            raise LoraInitError(f"config selects {one!r}, of which the statistics have no layer. Collect with it.")
+    for ending in sorted(listed):
+        is_collected = any(matches([ending], name, "") for name in names)
+        if not is_collected and not matches(excluded, ending, "exclude_modules"):
+            raise LoraInitError(f"config selects {ending!r}, of which the statistics have no layer. Collect with it.")
 
 
 def _check_plain_config(config: Any) -> None:
@@ -120,19 +139,29 @@ def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> di
     """Read rank, scaling and the like, and refuse by its name what `taker` cannot keep."""
     _check_kept(config, whose, taker)
     heads = HEADS.get(config.task_type or "", ())
-    shape = {"rank": config.r, **{name: getattr(config, name) for name in Shape.of_peft}}
+    shape: dict[str, Any] = {"rank": config.r}
+    for name in Shape.of_peft:
+        shape[name] = getattr(config, name)
     # PEFT adds the names that heads of this task may have, and will again.
-    return shape | {"modules_to_save": [name for name in config.modules_to_save or () if name not in heads]}
+    shape["modules_to_save"] = [name for name in config.modules_to_save or () if name not in heads]
+    return shape
 
 
 def _check_kept(config: LoraConfig, whose: str, taker: str) -> None:
     """Refuse by its name what a config sets and `taker` cannot keep."""
     from peft import LoraConfig
 
+    # A field counts as set if it differs from PEFT's default. So a field of a newer release is refused where it is
+    # used, and passes where it is not.
     default = LoraConfig(init_lora_weights=config.init_lora_weights)
-    other = [field.name for field in fields(default) if field.name not in (*Shape.of_peft, *_SELECTION, *_DROPPED)]
-    changed = [name for name in other if getattr(config, name) != getattr(default, name)]
-    if changed and {*(config.rank_pattern or ())} & {rf".*\.{end}" for end in config.target_parameters or ()}:
+    known = {*Shape.of_peft, *_SELECTION, *_DROPPED}
+    changed = []
+    for field in fields(default):
+        if field.name not in known and getattr(config, field.name) != getattr(default, field.name):
+            changed.append(field.name)
+    # PEFT writes such patterns where it makes fused experts of `target_modules`.
+    written_by_peft = {rf".*\.{ending}" for ending in config.target_parameters or ()}
+    if changed and written_by_peft.intersection(config.rank_pattern or ()):
         raise LoraInitError(
             f"{whose}: PEFT makes target_modules the fused experts of this model, at twice the rank in a part, which "
             f"{taker} cannot keep. Name other layers in target_modules, and experts in target_parameters: "
@@ -157,11 +186,16 @@ def read_adapter(model: Any, init_config: InitConfig, whose: str, before: LoraCo
             "expected. Begin with the plain model."
         )
     check_fresh(layers, adapter, "the adapter on the model", "Begin with the plain model and a LoraConfig alone.")
-    plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
-    said = _shape_of(config, whose) | {
+    options = _shape_of(config, whose) | {
+        # As the user wrote it: PEFT replaces "all-linear" in the config of the adapter by names.
         "target_modules": (before or config).target_modules,
         "target_parameters": config.target_parameters,
         "task_type": config.task_type,
     }
-    check_agreement({name: value for name, value in init_config.given.items() if name in said}, said, whose)
-    return init_config.with_options(**said | {"target_modules": exact_pattern(plain) if plain else []})
+    check_agreement({name: value for name, value in init_config.given.items() if name in options}, options, whose)
+    # The layers that PEFT did adapt, by their full names, whatever selected them.
+    plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
+    options["target_modules"] = []
+    if plain:
+        options["target_modules"] = exact_pattern(plain)  # of no names it would match the empty one, the model itself
+    return init_config.with_options(**options)

@@ -26,7 +26,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "lora_init.json"
 CARD_FILE = "README.md"
 ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
+# How the names of tensors end in PEFT's files, those of linear layers and of embeddings.
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+_PAIRS = ((LORA_A, LORA_B), (".lora_embedding_A", ".lora_embedding_B"))
+# A directory with this marker may be overwritten, if it holds nothing beside these files.
 _OURS: dict[str, Any] = {"marker": ORIGIN_FILE, "replaceable": (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)}
 
 
@@ -43,10 +46,15 @@ def is_zero_update(a: Tensor | None, b: Tensor) -> bool:
         return True
     if a is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         return False
-    first, second = a.double() @ a.double().T, b.double().T @ b.double()  # r x r each
-    product, bound = (first * second).sum(), first.trace() * second.trace()
-    is_short = any(a.equal(a.to(short).to(a.dtype)) for short in (torch.bfloat16, torch.float16))
-    return bool(product <= bound * (3e-3 if is_short else 1e-6) ** 2)
+    # |B A|^2 in the Frobenius norm is <A A^T, B^T B>, and |A|^2 |B|^2 the most that it can be. Both follow from
+    # matrices of r x r; B A itself would be as large as the weight of the layer.
+    gram_a, gram_b = a.double() @ a.double().T, b.double().T @ b.double()
+    norm, largest = (gram_a * gram_b).sum(), gram_a.trace() * gram_b.trace()
+    tolerance = 1e-6
+    # A that loses nothing in 16 bits was made in 16 bits, whatever the type of the file, and rounded more.
+    if any(a.equal(a.to(short).to(a.dtype)) for short in (torch.bfloat16, torch.float16)):
+        tolerance = 3e-3
+    return bool(norm <= largest * tolerance**2)  # `norm` and `largest` are squares
 
 
 def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
@@ -55,9 +63,11 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
     if not isinstance(rank, int) or rank < 1:
         raise LoraInitError(f"{file} is damaged: r is {rank!r}, and a rank of at least 1 is expected.")
     for name in ("rank_pattern", "alpha_pattern", "auto_mapping"):
-        mapping = config.get(name) or {}
-        numbers = mapping.values() if isinstance(mapping, dict) and name != "auto_mapping" else ()
-        if not isinstance(mapping, dict) or not all(map(is_number, numbers)):
+        mapping = config.get(name) or {}  # a null in JSON stands for none
+        is_valid = isinstance(mapping, dict)
+        if is_valid and name != "auto_mapping":
+            is_valid = all(map(is_number, mapping.values()))
+        if not is_valid:
             raise LoraInitError(f"{file} is damaged: {name} is {mapping!r}, and a mapping is expected, to numbers.")
 
 
@@ -67,15 +77,18 @@ class AdapterDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = as_path(path, "an adapter directory")
         file = self.path / CONFIG_FILE
+        # Of a link whose end is gone exists() says no, too; "no such directory" would send people looking for the link.
         if self.path.is_symlink() and not self.path.exists():
             raise LoraInitError(f"{self.path} is a link to {self.path.readlink()}, which does not exist. Set it anew.")
         if not self.path.is_dir() and not self.path.is_file():
             raise LoraInitError(f"{self.path}: no such adapter directory.")
         if not file.is_file():
             form = _form_of(self.path)
+            if form:
+                form = f" and {form}"
             raise LoraInitError(
-                f"{self.path} has no {CONFIG_FILE}{form and f' and {form}'}, so it is not an adapter directory. PEFT's "
-                "save_pretrained() writes one."
+                f"{self.path} has no {CONFIG_FILE}{form}, so it is not an adapter directory. PEFT's save_pretrained() "
+                "writes one."
             )
         self.config: Mapping[str, Any] = read_json(file)
         if self.config.get("peft_type") != "LORA":
@@ -108,30 +121,49 @@ class AdapterDirectory:
         """Read all tensors, by their names in the file."""
         from safetensors.torch import load_file
 
-        return load_file(self.path / WEIGHTS_FILE) if self.shapes else {}  # `shapes` checks the file
+        if not self.shapes:  # which checks the file, so that it is refused in our words
+            return {}
+        return load_file(self.path / WEIGHTS_FILE)
 
     @property
     def layers(self) -> list[str]:
         """The layers that have an A, by their names in the plain model."""
-        names = (key.removesuffix(LORA_A) for key in self.shapes if key.endswith(LORA_A))
-        return [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+        layers = []
+        for key in self.shapes:
+            name = key.removesuffix(LORA_A)
+            if key.endswith(LORA_A) and name.startswith(PREFIX):
+                layers.append(name.removeprefix(PREFIX))
+        return layers
 
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each layer, without its model: what nests deepest is taken for the first matrix of experts."""
         ranks: dict[str, int] = {}
-        wanted = self.config.get("target_parameters")
-        wanted = wanted if isinstance(wanted, list) else []
         for name in self.layers:
+            # PEFT wraps the module of fused experts once for each of its parameters: the depth tells which one.
             module, depth = name.replace(".base_layer", ""), name.count(".base_layer")
-            keys = [key for key in map(str, wanted) if "." in key or module.endswith("experts")]
-            ends = (key.rpartition(".")[2] for key in keys if f".{module}.{key.rpartition('.')[2]}".endswith(f".{key}"))
-            parameters = sorted({f"{module}.{end}" for end in ends}, key=lambda one: not one.endswith("down_proj"))
+            parameters = self._parameters_of(module)
             if depth < len(parameters):
+                # The A of experts has experts * r rows, and how many experts there are only the model knows.
                 ranks |= from_patterns(self.config.get("rank_pattern"), [parameters[depth]], self.config.get("r", 8))
             else:
                 ranks[name] = self.shapes[f"{PREFIX}{name}{LORA_A}"][0]
         return ranks
+
+    def _parameters_of(self, module: str) -> list[str]:
+        """Return the parameters of a module that `target_parameters` names, the outermost first."""
+        keys = self.config.get("target_parameters")
+        if not isinstance(keys, list):
+            return []
+        parameters = set()
+        for key in map(str, keys):
+            parameter = f"{module}.{key.rpartition('.')[2]}"
+            # A key without a dot also ends the names of weights of plain layers.
+            may_be_meant = "." in key or module.endswith("experts")
+            if may_be_meant and f".{parameter}".endswith(f".{key}"):
+                parameters.add(parameter)
+        # PEFT wraps in the order of the module, where the second matrix of experts comes last.
+        return sorted(parameters, key=lambda parameter: not parameter.endswith("down_proj"))
 
     @property
     def is_start(self) -> bool:
@@ -154,6 +186,8 @@ class AdapterDirectory:
                     "wrong. Save an earlier checkpoint."
                 )
 
+    # Three questions that look alike. `is_start`: are the weights those that this package wrote? `adds_nothing`: is
+    # the product B A zero, whoever wrote them? `has_zeros`: is one of its factors zero?
     @property
     def adds_nothing(self) -> bool:
         """Whether B A is zero in every layer; reads them to the first where it is not."""
@@ -169,29 +203,50 @@ class AdapterDirectory:
     def _all(self, holds: Callable[[Tensor | None, Tensor], bool]) -> bool:
         from safetensors import safe_open
 
-        pairs = {(LORA_A, LORA_B), (".lora_embedding_A", ".lora_embedding_B")}
-        keys = {key: key.removesuffix(b) + a for key in self.shapes for a, b in pairs if key.endswith(b)}
+        shapes = self.shapes
+        a_of_b = {}
+        for key in shapes:
+            for end_a, end_b in _PAIRS:
+                if key.endswith(end_b):
+                    a_of_b[key] = key.removesuffix(end_b) + end_a
+        # One pair at a time, and none after the first that decides.
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
-            found = ((file.get_tensor(a) if a in self.shapes else None, file.get_tensor(b)) for b, a in keys.items())
-            return bool(keys) and all(holds(a, b) for a, b in found)
+            for key_b, key_a in a_of_b.items():
+                a = None
+                if key_a in shapes:
+                    a = file.get_tensor(key_a)
+                if not holds(a, file.get_tensor(key_b)):
+                    return False
+        return bool(a_of_b)
 
     @cached_property
     def origin(self) -> dict[str, Any]:
         """What lora_init knew when it made the adapter, also after training; empty if it did not make it."""
+        # After training the record's file may lie beside other weights, so then the copy in the config counts.
         if self.is_start:
             return read_json(self.path / ORIGIN_FILE)
         return carried(self.config)
 
     @property
+    def _was_converted(self) -> bool:
+        """Whether PEFT has converted the adapter since it was made, which changes its rank."""
+        return self.origin.get("rank") not in (None, self.config.get("r"))
+
+    @property
     def base_change(self) -> str:
         """The start that changed the plain weights of the base; empty if none did, or the adapter was converted."""
-        # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
         began = self.config.get("init_lora_weights")
-        if isinstance(began, str):
-            return began if changes_base(began) else ""
-        origin = self.origin
-        began = str(origin.get("method")) if origin.get("rank") in (None, self.config.get("r")) else ""
-        return began if began and (origin.get("corrects_base") or changes_base(began)) else ""
+        if isinstance(began, str):  # a start of PEFT's, which converting sets back to True
+            if changes_base(began):
+                return began
+            return ""
+        if self._was_converted:
+            return ""
+        method = str(self.origin.get("method"))
+        # A start of another package need not be installed here, so the record says whether it corrects the base.
+        if method and (self.origin.get("corrects_base") or changes_base(method)):
+            return method
+        return ""
 
     def check_fits_plain_base(self) -> None:
         """Refuse an adapter that began by changing the weights of the base."""
@@ -204,8 +259,9 @@ class AdapterDirectory:
     @property
     def error_size(self) -> float:
         """|W - Q| of the quantized base that the adapter began by correcting; 0 if it did not, or was converted."""
-        is_own = self.origin.get("rank") in (None, self.config.get("r"))
-        return float(self.origin.get("error_size", 0.0)) if is_own else 0.0
+        if self._was_converted:
+            return 0.0
+        return float(self.origin.get("error_size", 0.0))
 
     @property
     def changes_weights(self) -> bool:
@@ -216,14 +272,22 @@ class AdapterDirectory:
 
 def _form_of(path: Path) -> str:
     """Describe what a file or directory holds if it is no adapter of PEFT, by the names of files and tensors."""
-    files = [path] if path.is_file() else sorted(path.iterdir())
+    files = [path]
+    if not path.is_file():
+        files = sorted(path.iterdir())
     if any(file.name.endswith((".incomplete", ".part", ".crdownload")) for file in files):
         return "is half a download"
-    file = next((file for file in files if file.suffix == ".safetensors"), None)
     if (path / "config.json").is_file() or (path / "pytorch_model.bin").is_file():
         return "is a checkpoint of a whole model"
-    keys = [] if file is None else [*read_header(file)]
-    return form_of(keys) if keys else "is a file" if path.is_file() else ""
+    for file in files:
+        if file.suffix == ".safetensors":
+            keys = [*read_header(file)]
+            if keys:
+                return form_of(keys)
+            break  # one file tells enough
+    if path.is_file():
+        return "is a file"
+    return ""
 
 
 def form_of(keys: Collection[str]) -> str:
@@ -233,7 +297,9 @@ def form_of(keys: Collection[str]) -> str:
         return "holds an adapter in kohya's form"
     if any(key.startswith(("unet.", "text_encoder")) or "transformer_blocks." in key for key in loras):
         return "holds an adapter in diffusers' form"
-    return "" if any("lora_" in key for key in keys) else "holds no lora_A, but weights of a whole model"
+    if any("lora_" in key for key in keys):
+        return ""
+    return "holds no lora_A, but weights of a whole model"
 
 
 def check_place(path: str | Path, overwrite: bool) -> None:
@@ -252,6 +318,7 @@ def write_start(
     """Write the directory of an adapter before training, complete or not at all; return its absolute path."""
     with new_directory(path, overwrite, **_OURS) as fresh:
         write_files(fresh, tensors, config)
+        # The hash tells this record from one that PEFT left beside other weights, see `is_as_written`.
         write_json(fresh / ORIGIN_FILE, {**origin, "sha256": digests_of(fresh, [WEIGHTS_FILE])})
         (fresh / CARD_FILE).write_text(card, encoding="utf-8")
     return Path(path).expanduser().resolve()
@@ -269,17 +336,24 @@ def write_files(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, 
 def carrying(origin: dict[str, Any], task_type: str | None) -> dict[str, Any]:
     """Put an origin into a field of LoraConfig that PEFT carries from the config it reads to the one it writes."""
     # PEFT overwrites `auto_mapping` where there is no task type; `megatron_core` stays, but is a string.
-    return {"auto_mapping": {ORIGIN: origin}} if task_type else {"megatron_core": json.dumps({ORIGIN: origin})}
+    if task_type:
+        return {"auto_mapping": {ORIGIN: origin}}
+    return {"megatron_core": json.dumps({ORIGIN: origin})}
 
 
 def carried(config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the origin that `carrying` put into a config; empty if there is none."""
     fields = [config.get("auto_mapping")]
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError):  # None, or a string that somebody else put there
         fields.append(json.loads(config.get("megatron_core", "")))
-    origins = [field[ORIGIN] for field in fields if isinstance(field, dict) and ORIGIN in field]
-    whole = origins and isinstance(origins[0], dict) and isinstance(origins[0].get("provenance", {}), dict)
-    return origins[0] if whole else {}
+    for field in fields:
+        if isinstance(field, dict) and ORIGIN in field:
+            origin = field[ORIGIN]
+            # A config may come from anywhere, and readers take these two for dicts.
+            if isinstance(origin, dict) and isinstance(origin.get("provenance", {}), dict):
+                return origin
+            return {}
+    return {}
 
 
 def start_digest(weights: Weights) -> str:
@@ -288,13 +362,16 @@ def start_digest(weights: Weights) -> str:
     for name, pair in sorted(weights.items()):
         digest.update(name.encode())
         for weight in pair:
-            digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+            rounded = weight.detach().cpu().bfloat16().contiguous()
+            digest.update(rounded.view(torch.int16).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()
 
 
 def hub_id(model: str | None) -> str | None:
     """Return the hub id of a model; None for a path, which means nothing elsewhere and is refused by the hub."""
-    return model if model and not Path(model).exists() else None
+    if model and not Path(model).exists():
+        return model
+    return None
 
 
 def card_header(model: str | None, task_type: str | None, is_adapter: bool = True) -> str:
@@ -302,10 +379,16 @@ def card_header(model: str | None, task_type: str | None, is_adapter: bool = Tru
     from huggingface_hub import ModelCardData
 
     base = hub_id(model)
+    tags = ["lora", "lora_init"]
+    library = "transformers"
+    if is_adapter:
+        library = "peft"
+        if base:  # as in PEFT's own card
+            tags.insert(0, f"base_model:adapter:{base}")
     data = ModelCardData(
         base_model=base,
-        library_name="peft" if is_adapter else "transformers",
+        library_name=library,
         pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
-        tags=[*([f"base_model:adapter:{base}"] if base and is_adapter else []), "lora", "lora_init"],
+        tags=tags,
     )
     return f"---\n{data.to_yaml()}\n---\n"
