@@ -33,7 +33,7 @@ from lora_init.planning.policies import RHO
 from lora_init.starts.starts import DEFAULT, STARTS, Start, find_start
 
 if TYPE_CHECKING:
-    _Format: TypeAlias = str
+    _Format: TypeAlias = str  # mypy takes no computed Literal
 else:  # the registry decides what there is
     _Format = Literal[tuple(FORMATS)]
 
@@ -41,8 +41,13 @@ RANK = 16
 SCALING = 2.0  # lora_alpha / rank where nothing else is asked for, as most of PEFT's users have it
 HELP_OF_WEIGHTS = "The float model that a quantized MODEL was made of. Default: MODEL itself."
 _BY_DEFAULT = find_start(DEFAULT)
+# Of `takes`: the parameters that are shown, and what the function returns.
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+# The keys of an annotation, which `cli` reads: `help`; `min`, the smallest number, which `_Checked` holds in Python,
+# too; `kind`, the type on the command line where it is another one than in Python; `callback`, which reads the text;
+# `first`, for the options that help shows before all others; `default` and `show_default` as typer has them.
 
 
 def unescape(template: str | None) -> str | None:
@@ -52,9 +57,11 @@ def unescape(template: str | None) -> str | None:
 
 def read_modules(text: str | None) -> str | list[str] | None:
     """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
-    keywords = ("all-linear", *PURPOSES)
-    if not text or text.lower().replace("_", "-") in keywords or re.search(r"[^\w.,\s-]", text):
-        return text or None
+    if not text:
+        return None
+    is_keyword = text.lower().replace("_", "-") in ("all-linear", *PURPOSES)
+    if is_keyword or re.search(r"[^\w.,\s-]", text):
+        return text
     return read_names(text)
 
 
@@ -69,9 +76,10 @@ def _least(part: Any) -> dict[str, tuple[bool, float]]:
     plain, annotated = get_type_hints(part), get_type_hints(part, include_extras=True)
     least = {}
     for name, hint in plain.items():
-        how = getattr(annotated[name], "__metadata__", [{}])[0]
-        if "min" in how:
-            least[name] = (float not in (hint, *get_args(hint)), how["min"])
+        option = getattr(annotated[name], "__metadata__", [{}])[0]  # a field without one exists in Python only
+        if "min" in option:
+            takes_float = float in (hint, *get_args(hint))  # get_args for `float | None`
+            least[name] = (not takes_float, option["min"])
     return least
 
 
@@ -83,13 +91,13 @@ class _Checked:
 
     def __post_init__(self) -> None:
         part: Any = type(self)
-        for one in fields(part):
-            value = getattr(self, one.name)
-            if isinstance(one.default, bool) and not isinstance(value, bool):
-                raise LoraInitError(f"{{{one.name}}}, expected True or False.", **{one.name: value})
+        for option in fields(part):
+            value = getattr(self, option.name)
+            if isinstance(option.default, bool) and not isinstance(value, bool):
+                raise LoraInitError(f"{{{option.name}}}, expected True or False.", **{option.name: value})
         for name, (whole, least) in _least(part).items():
             value = getattr(self, name)
-            if value is not None:
+            if value is not None:  # None stands for a default that is found later
                 check_number(name, value, least, whole=whole)
 
 
@@ -174,7 +182,8 @@ class Shape(_Checked):
     """
 
     title: ClassVar = "The adapter"
-    of_peft: ClassVar = ("lora_alpha", "use_rslora", "use_dora", "lora_dropout", "modules_to_save")  # of a LoraConfig
+    # The fields that a LoraConfig has, too, under the same names.
+    of_peft: ClassVar = ("lora_alpha", "use_rslora", "use_dora", "lora_dropout", "modules_to_save")
     lora_alpha: Annotated[
         float | None,
         dict(help="The adapter is scaled by lora_alpha / rank. Default: twice the rank."),
@@ -231,6 +240,8 @@ class PassOptions(_Checked):
     overwrite: bool = False
 
 
+# Dataclasses take the fields of their bases from the last to the first: `rank` and `rho` come first, which alone may be
+# passed by position.
 @dataclass(frozen=True)
 class Options(PassOptions, Correction, Shape, Layers, Sample, Reading, Ranks):
     """Every option as an argument of one call, for those who declare what `initialize` takes."""
@@ -268,29 +279,37 @@ class InitConfig:
         """Return a copy with some options changed, each in the part that has it."""
         parts = {}
         for name, part in self._parts():
-            own = {one.name: changes[one.name] for one in fields(part) if one.name in changes}
+            own = {option.name: changes[option.name] for option in fields(part) if option.name in changes}
             parts[name] = replace(part, **own)
         return replace(self, **parts)
 
     @classmethod
     def from_arguments(cls, taker: str, method: str | None = None, **given: Any) -> InitConfig:
         """Sort the keywords of a function into parts; refuse those that are in none, with the nearest one."""
-        known = {one.name for one in fields(Options)}
+        known = {option.name for option in fields(Options)}
         for name in given:
             if name not in known:
-                every = sorted({*known, "tokenizer", "config", "adapter_name", "learning_rate"})  # `initialize` has all
-                raise LoraInitError(f"{taker} has no argument {name}=. {did_you_mean(name, every)}")
+                # For the hint only: these are no options, but `initialize` has them, and others of us name them.
+                named = sorted({*known, "tokenizer", "config", "adapter_name", "learning_rate"})
+                raise LoraInitError(f"{taker} has no argument {name}=. {did_you_mean(name, named)}")
         return cls(method=method, given=given).with_options(**given)
 
 
+# A function that takes dozens of options hands them on as **options. Written out they would stand twice, here and in
+# its signature, and drift apart. For mypy and editors a ParamSpec takes the parameters of the dataclass; for help() and
+# `inspect` the signature is set, with annotations without what the command line needs.
 def takes(arguments: Callable[_P, Any]) -> Callable[[Callable[..., _R]], Callable[_P, _R]]:
     """Show mypy, editors and help() the fields of a dataclass, the `Options` among them, as what a function takes."""
 
     def shown(function: Callable[..., _R]) -> Callable[_P, _R]:
-        own, plain = signature(arguments), get_type_hints(Options)  # without what the command line needs
-        parameters = [one.replace(annotation=plain.get(one.name, one.annotation)) for one in own.parameters.values()]
-        own = own.replace(parameters=parameters, return_annotation=signature(function).return_annotation)
-        function.__signature__ = own  # type: ignore[attr-defined]
+        declared, plain = signature(arguments), get_type_hints(Options)
+        parameters = []
+        for parameter in declared.parameters.values():
+            parameters.append(parameter.replace(annotation=plain.get(parameter.name, parameter.annotation)))
+        returned = signature(function).return_annotation
+        function.__signature__ = declared.replace(  # type: ignore[attr-defined]
+            parameters=parameters, return_annotation=returned
+        )
         return function
 
     return shown

@@ -130,8 +130,8 @@ def _config_of(model: nn.Module, adapter_name: str) -> Any:
     return None
 
 
-def layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Find the layers that have this adapter, embeddings among them."""
+def layers_of(model: Any, adapter_name: str) -> dict[str, Any]:
+    """Find the layers that have this adapter, embeddings among them; none in what is no model."""
     if not isinstance(model, nn.Module):
         return {}
     layers = adapter_layers(unwrapped(model))

@@ -1,4 +1,9 @@
-"""How a model holds an adapter: not yet, inside a PeftModel, or in layers that a library's `add_adapter` has put in."""
+"""How a model holds an adapter: not yet, inside a PeftModel, or in layers that a library's `add_adapter` has put in.
+
+A pass reads the plain model, and an adapter that is there already has settings to keep. So whoever initializes a model
+goes through its handle: `opened` reads the settings and takes an untrained adapter off, `put` puts the new one on in
+the way that the holder expects.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +55,12 @@ class ModelHandle:
     @contextmanager
     def opened(self, config: InitConfig) -> Iterator[InitConfig]:
         """Take an untrained adapter off while the block runs, which ends with `put`; put it back on an exception."""
-        config, self.restore = self.read(config), remember(self.model)
+        config, self.restore = self.read(config), remember(self.model)  # refused settings leave nothing to restore
         try:
             if not self.wraps_anew:
                 remove_adapters(self.model)
             yield config
-        except BaseException:
+        except BaseException:  # also where the user interrupts the pass
             self.restore()
             raise
 
@@ -77,7 +82,11 @@ class PeftModelHandle(ModelHandle):
 
     def read(self, config: InitConfig) -> InitConfig:
         """Read the LoraConfig, and the type that TRL has given to the adapter of a quantized model."""
-        self.dtype = next((p.dtype for n, p in self.given.named_parameters() if ".lora_A." in n), None)
+        self.dtype: Any = None
+        for name, parameter in self.given.named_parameters():
+            if ".lora_A." in name:  # all of an adapter have one type
+                self.dtype = parameter.dtype
+                break
         return read_adapter(self.given, config, "the trainer's peft_config")
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
@@ -85,7 +94,7 @@ class PeftModelHandle(ModelHandle):
         adapted = super().put(init, adapter_name)
         for name, parameter in adapted.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
-                parameter.data = parameter.data.to(self.dtype)
+                parameter.data = parameter.data.to(self.dtype)  # the parameter itself stays
         return adapted
 
 
@@ -97,7 +106,7 @@ class InPlaceHandle(ModelHandle):
 
     def read(self, config: InitConfig) -> InitConfig:
         """Read the LoraConfig; every layer has its rank, as the libraries' files expect."""
-        if config.ranks.rho not in (None, 1):
+        if config.ranks.rho not in (None, 1):  # an adapter that is filled keeps its tensors, and so its ranks
             raise LoraInitError(
                 f"rho={config.ranks.rho:g}: the adapter on {type(self.given).__name__} keeps the rank that its layers "
                 "have. Leave rho out, or give the plain model."
@@ -106,11 +115,14 @@ class InPlaceHandle(ModelHandle):
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
         """Put the layers back and fill them."""
-        self.restore()
+        self.restore()  # `opened` took them off for the pass
         return super().put(init, adapter_name)
 
 
 def handle_of(model: Any) -> ModelHandle:
     """Find how a model holds an adapter."""
-    kind = PeftModelHandle if hasattr(model, "get_base_model") else InPlaceHandle if is_filled(model) else ModelHandle
-    return kind(model)
+    if hasattr(model, "get_base_model"):
+        return PeftModelHandle(model)
+    if is_filled(model):
+        return InPlaceHandle(model)
+    return ModelHandle(model)

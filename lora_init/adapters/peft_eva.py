@@ -1,4 +1,9 @@
-"""Drop-ins for `get_eva_state_dict` and `initialize_lora_eva_weights` of PEFT: change the import, keep the call."""
+"""Drop-ins for `get_eva_state_dict` and `initialize_lora_eva_weights` of PEFT: change the import, keep the call.
+
+EVA (Paischer et al., arXiv 2410.07170) starts A from the principal directions of what a layer reads, and moves ranks to
+the layers where directions explain more variance. The arguments, with their three functions of the caller, are PEFT's;
+the pass over the data and the decomposition are those of `collect`.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +88,11 @@ def get_eva_state_dict(
     functions = _Functions(config, forward_fn or forward_fn_dict, prepare_model_inputs_fn, prepare_layer_inputs_fn)
     functions.check_names(modules)
     # By plain names: PEFT's EVA asks with the prefixed name, which no key that starts with ^ can match.
-    given = from_patterns(config.rank_pattern, map(_plain, modules), config.r)
-    ranks = {name: int(given[_plain(name)]) for name in modules}
-    most = {name: max(1, round(rank * config.eva_config.rho)) for name, rank in ranks.items()}
+    configured = from_patterns(config.rank_pattern, map(_plain, modules), config.r)
+    ranks, most = {}, {}  # of each layer: the rank that it has, and the highest that it may get
+    for name in modules:
+        ranks[name] = int(configured[_plain(name)])
+        most[name] = max(1, round(ranks[name] * config.eva_config.rho))
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(alone=not gather_distributed_inputs))
         if processes.size > 1:
@@ -97,11 +104,21 @@ def get_eva_state_dict(
             stack.enter_context(as_it_was(model))  # PEFT's own context does not see to requires_grad
             stack.enter_context(model.disable_adapter())  # type: ignore[operator]
         spectra = _collect(model, modules, dataloader, max(most.values()), functions, processes, show_progress_bar)
+    # The budget is that of the layers that had rows: the others keep the rank that they have.
+    budget = sum(ranks[name] for name in spectra)
     state = {}
-    for name, rank in _shared_out(spectra, most, sum(ranks[name] for name in spectra)).items():
+    for name, rank in _distribute_ranks(spectra, most, budget).items():
         a = eva(spectra[name], rank, layer_generator(0, name), whiten=config.eva_config.whiten)
-        state[name] = a.to(next((p.device for p in modules[name].parameters() if not p.is_meta), a.device))
+        state[name] = a.to(_device_of(modules[name], a.device))
     return state
+
+
+def _device_of(module: nn.Module, otherwise: torch.device) -> torch.device:
+    """Return the device of a module's first weight that has numbers."""
+    for parameter in module.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    return otherwise
 
 
 def _with_eva_config(model: Any, config: LoraConfig | None, adapter_name: str) -> Any:
@@ -111,23 +128,31 @@ def _with_eva_config(model: Any, config: LoraConfig | None, adapter_name: str) -
             raise ValueError("peft_config is required if model is not a PeftModel")
         config = cast("LoraConfig", model.peft_config[adapter_name])
     if config.eva_config is None:
-        config = copy.copy(config)
+        config = copy.copy(config)  # the caller's stays as it is
         config.eva_config = EvaConfig()
     return config
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
     """Find the layers of a PeftModel that have this adapter and read rows, by their names in it."""
-    own = {f"{PREFIX}{name}": one for name, one in adapter_layers(model).items() if adapter_name in one.lora_A}
-    return {name: one for name, one in own.items() if not isinstance(one, UNSUPPORTED_LORA_MODULES)}
+    adapted = {}
+    for name, layer in adapter_layers(model).items():
+        # PEFT's EVA leaves these kinds out, too.
+        if adapter_name in layer.lora_A and not isinstance(layer, UNSUPPORTED_LORA_MODULES):
+            adapted[f"{PREFIX}{name}"] = layer
+    return adapted
 
 
-def _shared_out(spectra: Mapping[str, Spectrum], most: Mapping[str, int], total: int) -> dict[str, int]:
-    """Share ranks out as EVA does: one for each of the largest explained-variance ratios, `most` in a layer."""
+# All directions of all layers compete for ranks, by the share of its own layer's variance that each explains. The
+# shares of a layer fall, so taking the largest of all at once gives each layer its leading directions.
+def _distribute_ranks(spectra: Mapping[str, Spectrum], most: Mapping[str, int], total: int) -> dict[str, int]:
+    """Distribute ranks as EVA does: one for each of the largest explained-variance ratios, `most` in a layer."""
     ratios = [spectrum.explained_variance_ratio[: most[name]] for name, spectrum in spectra.items()]
-    owner = torch.repeat_interleave(torch.arange(len(ratios)), torch.tensor([len(ratio) for ratio in ratios]))
+    lengths = torch.tensor([len(ratio) for ratio in ratios])
+    owner = torch.repeat_interleave(torch.arange(len(ratios)), lengths)  # the layer of each ratio in one long row
     order = torch.cat(ratios).argsort(descending=True, stable=True)[:total]  # stable: ties go to the earlier layer
-    return dict(zip(spectra, torch.bincount(owner[order], minlength=len(ratios)).tolist(), strict=True))
+    counts = torch.bincount(owner[order], minlength=len(ratios))  # also for layers that get no rank
+    return dict(zip(spectra, counts.tolist(), strict=True))
 
 
 def _collect(
@@ -142,6 +167,7 @@ def _collect(
     """Decompose what each layer receives; layers that had no rows are left out."""
     tau = functions.config.eva_config.tau  # type: ignore[union-attr]
     hooks = ActivationHooks(model, modules, TokenMasks(model, "attention"), rows=functions.rows)
+    # A direction that is off by a cosine of tau keeps tau^2 of the variance that it captures.
     run = Pass(hooks, functions.run, n_components, n_components, tolerance=1.0 - tau**2)
     shard = own_batches(processes, batches, used=[], in_step=is_sharded(model))
     with hooks, progress_bar(batches, MAX_BATCHES, progress and processes.rank == 0) as bar:
@@ -150,7 +176,10 @@ def _collect(
         raise run.failure
     if not sum(collected.n_batches):
         raise ValueError("dataloader is empty")
-    spectra = {name: record.whole().spectrum() for name, record in collected.groups.items() if record.n_samples}
+    spectra = {}
+    for name, record in collected.groups.items():
+        if record.n_samples:
+            spectra[name] = record.whole().spectrum()
     if not spectra:
         raise LoraInitError(
             "no layer received rows: the masks keep no token, or no targeted layer ran. Check attention_mask and "
@@ -161,6 +190,7 @@ def _collect(
             f"tau={tau} was not reached in {MAX_BATCHES} batches: of what the directions capture they would keep "
             f"{collected.keeps:.0%} on other data. They are used as they are."
         )
+    # In the order of the model: that of the groups is the order in which layers ran.
     return {name: spectra[name] for name in modules if name in spectra}
 
 
@@ -217,23 +247,38 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
     weights = {_plain(name): weight for name, weight in eva_state_dict.items()}
     modules = dict(model.get_base_model().named_modules())  # type: ignore[operator]
     layers = {name: layer for name, layer in adapter_layers(model).items() if adapter_name in layer.r}
-    _check_widths(weights, layers)
+    _check_widths(weights, layers)  # the last step that may refuse: below the model changes
     old_ranks = from_patterns(config.rank_pattern, layers, config.r)
-    ranks = {name: len(weights[name]) if name in weights else rank for name, rank in old_ranks.items()}
-    kept = [name for name in layers if ranks[name]]
-    _set_patterns(config, modules, old_ranks, {name: ranks[name] for name in kept})
+    ranks = {}
+    for name, old_rank in old_ranks.items():
+        rank = old_rank
+        if name in weights:
+            rank = len(weights[name])
+        if rank:  # a layer of rank 0 loses its adapter
+            ranks[name] = rank
+    _set_patterns(config, modules, old_ranks, ranks)
+    dtype = _dtype_of(layers.values(), adapter_name)  # before the layers are replaced
     peft_model: Any = model
-    dtype = next((layer.lora_A[adapter_name].weight.dtype for layer in layers.values() if layer.lora_A), torch.float32)
-    _make_anew(peft_model, adapter_name, config)
+    _replace_adapter(peft_model, adapter_name, config)
     match_modes(peft_model)
     _copy_in(peft_model, weights, adapter_name, dtype)
-    return [name for name in kept if name not in weights]
+    return [name for name in ranks if name not in weights]
+
+
+def _dtype_of(layers: Iterable[Any], adapter_name: str) -> torch.dtype:
+    """Return the type of the first A of an adapter."""
+    for layer in layers:
+        if layer.lora_A:  # embeddings have none
+            dtype: torch.dtype = layer.lora_A[adapter_name].weight.dtype
+            return dtype
+    return torch.float32
 
 
 def _set_patterns(config: Any, modules: Iterable[str], old_ranks: Mapping[str, int], ranks: Mapping[str, int]) -> None:
     """Write into a config the layers that keep an adapter, their new ranks, and what their scaling needs."""
-    selected = listed_or_pattern(list(ranks), (name for name in modules if name not in ranks))
-    config.target_modules = selected if isinstance(selected, str) else set(ranks)  # as PEFT makes one of every list
+    config.target_modules = listed_or_pattern(list(ranks), (name for name in modules if name not in ranks))
+    if not isinstance(config.target_modules, str):
+        config.target_modules = set(ranks)  # as PEFT makes one of every list
     alphas = _alphas(config, old_ranks, ranks)
     config.rank_pattern = to_patterns(ranks, config.r)
     config.alpha_pattern = to_patterns({name: alphas[name] for name in ranks}, config.lora_alpha)
@@ -271,12 +316,14 @@ def _check_widths(weights: Mapping[str, Tensor], layers: Mapping[str, Any]) -> N
             )
 
 
-def _make_anew(model: PeftModel, adapter_name: str, config: LoraConfig) -> None:
+def _replace_adapter(model: PeftModel, adapter_name: str, config: LoraConfig) -> None:
     """Replace an adapter by one of another shape; restore the model if that fails."""
     active, restore = model.active_adapters, remember(model)
     modules, layers = dict(model.get_base_model().named_modules()), adapter_layers(model)
     try:
         model.delete_adapter(adapter_name)
+        # PEFT leaves its layers in place without an adapter. The plain ones go back, since `add_adapter` selects by
+        # the new config and must find the model as it was.
         plain = {name: layer.get_base_layer() for name, layer in layers.items() if not layer.r}
         for name, module in modules.items():  # PEFT refuses one that was trained whole and is left without an adapter
             if isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
@@ -324,23 +371,24 @@ class _Functions:
         """Run the model on a batch; before, make of the batch what the layers' functions get."""
         self.for_layers = batch
         if self.model_inputs is not None:
+            argument = batch
             # PEFT's own function takes nothing but a dict, and a BatchEncoding is none.
-            own = self.model_inputs is prepare_model_inputs_fn_language_modeling and isinstance(batch, Mapping)
-            self.for_layers = self.model_inputs(_Batch(batch) if own else batch, self.config)
+            if self.model_inputs is prepare_model_inputs_fn_language_modeling and isinstance(batch, Mapping):
+                argument = _Batch(batch)
+            self.for_layers = self.model_inputs(argument, self.config)
         return self.forward(model, batch)
 
     def rows(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Make rows [n, d_in] of what a layer reads."""
-        given = args or tuple(kwargs.values())
+        inputs = args or tuple(kwargs.values())
         function = self.layer_inputs
         if isinstance(function, Mapping):
             function = function.get(_plain(name))
-        first = given[0] if given else None
         # PEFT's own function picks tokens; an input without a token dimension (a pooler's) counts whole.
-        tokens = isinstance(first, Tensor) and first.dim() == 3
-        if function is not None and (tokens or function is not prepare_layer_inputs_fn_language_modeling):
-            return function(given, self.for_layers, name)
-        return input_of(name, given, {}).flatten(0, -2)
+        has_tokens = bool(inputs) and isinstance(inputs[0], Tensor) and inputs[0].dim() == 3
+        if function is not None and (has_tokens or function is not prepare_layer_inputs_fn_language_modeling):
+            return function(inputs, self.for_layers, name)
+        return input_of(name, inputs, {}).flatten(0, -2)  # batch x tokens x d_in -> rows x d_in
 
 
 def _plain(name: str) -> str:
@@ -353,11 +401,10 @@ def _target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
         # PEFT's EVA takes this for a regular expression, which matches nothing.
         config = copy.copy(config)
         config.target_modules = list(find_targets(model, ALL_LINEAR).layers)
-    targeted = {
-        name: module
-        for name, module in model.named_modules()
-        if config.target_modules is None or check_target_module_exists(config, name)
-    }
+    targeted = {}
+    for name, module in model.named_modules():
+        if config.target_modules is None or check_target_module_exists(config, name):
+            targeted[name] = module
     if not targeted:
         raise LoraInitError(f"no layer of {type(model).__name__} is targeted by {config.target_modules!r}.")
     return {name: module for name, module in targeted.items() if is_linear(module)}

@@ -1,4 +1,10 @@
-"""Put adapter weights on a model through PEFT: the only place that changes a model, and it can take the change back."""
+"""Put adapter weights on a model through PEFT: the only place that changes a model, and it can take the change back.
+
+PEFT changes a model in place: it replaces modules, freezes parameters and leaves attributes behind, and stops half-way
+where something does not fit. So what can be checked is checked before, and the rest runs under `remember`, which puts
+everything back. After PEFT has run, its result is compared with the plan: where PEFT finds nothing to do for a name or
+a pattern, it says nothing, or warns.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import difflib
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -30,14 +36,24 @@ if TYPE_CHECKING:
 def check_plain(model: Any, taker: str) -> None:
     """Refuse what is no model, or has an adapter already, as an argument of the function `taker`."""
     if not isinstance(model, nn.Module):
-        got = f"its name, {model!r}. Load it by from_pretrained()" if isinstance(model, str) else type(model).__name__
+        got = type(model).__name__
+        if isinstance(model, str):
+            got = f"its name, {model!r}. Load it by from_pretrained()"
         raise LoraInitError(f"{taker} takes a model in this place and got {got}.")
     if holds_layers(model):
-        off = "unload() or merge_and_unload()" if hasattr(model, "unload") else "delete_adapter()"
-        off = "delete_adapters()" if hasattr(model, "delete_adapters") else off
+        remover = _remover_of(model)
         raise LoraInitError(
-            f"{type(model).__name__} already has an adapter. Call its {off} first, or give {taker} the plain model."
+            f"{type(model).__name__} already has an adapter. Call its {remover} first, or give {taker} the plain model."
         )
+
+
+def _remover_of(model: nn.Module) -> str:
+    """Name the method that takes adapters off a model: of diffusers, of PEFT, or of transformers."""
+    if hasattr(model, "delete_adapters"):
+        return "delete_adapters()"
+    if hasattr(model, "unload"):
+        return "unload() or merge_and_unload()"
+    return "delete_adapter()"
 
 
 def holds_layers(model: Any) -> bool:
@@ -61,10 +77,11 @@ def check_fresh(layers: Mapping[str, Any], adapter: str, whose: str, remedy: str
 def adds_nothing(layer: Any, adapter: str) -> bool:
     """Return whether the adapter of a layer is as PEFT begins it: B is zero, or A of an embedding."""
     if adapter in layer.lora_B:
-        parts = [layer.lora_B[adapter].weight]
+        factors = [layer.lora_B[adapter].weight]
     else:
-        parts = [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
-    return any(part.is_meta or not bool(part.any()) for part in parts)
+        factors = [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
+    # On the meta device there are no numbers yet, so it cannot have been trained.
+    return any(factor.is_meta or not bool(factor.any()) for factor in factors)
 
 
 def check_modules_to_save(
@@ -76,11 +93,12 @@ def check_modules_to_save(
         if not any(name.endswith(ending) for name in names):
             endings = sorted({name.rpartition(".")[2] for name in names})
             close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
-            hint = f" Closest: {', '.join(close)}." if close else ""
-            text = f"{{modules_to_save}} is no module of {type(model).__name__}.{hint}"
+            text = f"{{modules_to_save}} is no module of {type(model).__name__}."
+            if close:
+                text += f" Closest: {', '.join(close)}."
             raise LoraInitError(text, modules_to_save=ending)
     heads = HEADS.get(task_type or "", ())  # PEFT saves these; T5's `classification_head` is one that it does not know
-    owners = sorted({name.rpartition(".")[0] for name in drawn})
+    owners = sorted({name.rpartition(".")[0] for name in drawn})  # the modules of the weights that were drawn
     lost = ",".join(owner for owner in owners if not is_in(owner, (*heads, *modules_to_save)))
     if heads and lost:
         raise LoraInitError(
@@ -92,58 +110,75 @@ def check_modules_to_save(
 
 def check_fits(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
     """Refuse a model that has an adapter already, or lacks a layer, or has one of another kind or width."""
+    # PEFT only warns of a part of its prefix "lora_", after which weights are not reloaded properly; torch takes no dot
+    # in the name of a submodule.
     if not adapter_name or "." in adapter_name or adapter_name in "lora_":
         raise LoraInitError(f"adapter_name={adapter_name!r}: use a word without dots that is not a part of 'lora_'.")
     check_plain(model, "apply()")
     modules = dict(model.named_modules())
-    wrapped = next((name for name in modules if plain_name(name) != name), None)
-    if wrapped is not None:
-        raise LoraInitError(
-            f"{type(model).__name__} has parts that are compiled or wrapped, as {wrapped!r} is. Give apply() the plain "
-            "model, and wrap what it returns."
-        )
+    for name in modules:
+        if plain_name(name) != name:
+            raise LoraInitError(
+                f"{type(model).__name__} has parts that are compiled or wrapped, as {name!r} is. Give apply() the "
+                "plain model, and wrap what it returns."
+            )
     origin, targets = init.provenance.model_id or init.provenance.model_class, init.targets
-    there: dict[str, Any] = {**modules, **dict(model.named_parameters())}
-    missing = next((name for name in [*targets, *init.unsupported] if name not in there), None)
-    if missing is not None:
-        raise LoraInitError(
-            f"layer {missing!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
-            "Apply the adapter to the model that the statistics come from."
-        )
-    _check_layers(model, targets, there, origin)
+    named: dict[str, Any] = {**modules, **dict(model.named_parameters())}  # fused experts are parameters
+    for name in (*targets, *init.unsupported):
+        if name not in named:
+            raise LoraInitError(
+                f"layer {name!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
+                "Apply the adapter to the model that the statistics come from."
+            )
+    _check_layers(model, targets, named, origin)
     check_modules_to_save(model, init.modules_to_save)
 
 
-def _check_layers(model: nn.Module, targets: Mapping[str, Target], there: Mapping[str, Any], origin: str) -> None:
+def _check_layers(model: nn.Module, targets: Mapping[str, Target], named: Mapping[str, Any], origin: str) -> None:
     """Refuse a model with a layer of another kind or width than the statistics from `origin` have."""
     fused = [name for name, target in targets.items() if target.experts]
-    plain = exact_pattern(name for name in targets if name not in fused) if len(targets) > len(fused) else []
+    plain: str | list[str] = []
+    if len(targets) > len(fused):
+        plain = exact_pattern(name for name in targets if name not in fused)
     layers = find_targets(model, plain, target_parameters=fused).layers
     for name, expected in targets.items():
         got = layers.get(name)
-        if got is None or _shape(got) != _shape(expected):
-            shown = type(there[name]).__name__ if got is None else _described(got)
+        if got is None or _comparable(got) != _comparable(expected):
+            shown = type(named[name]).__name__
+            if got is not None:
+                shown = _described(got)
             raise LoraInitError(
                 f"layer {name!r}: the statistics (from {origin}) have {_described(expected)}, "
                 f"{type(model).__name__} has {shown}. Apply the adapter to the model that the statistics come from."
             )
 
 
+# What PEFT, or a loss, may change of a model: attributes of modules (children, hooks, modes among them), the contents
+# of the dicts that these attributes are, whether parameters are trained and their gradients, buffers, and weights. A
+# deep copy would hold all of it, and take the memory of a second model; so weights are copied only where they change.
 def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
     """Note how a model is, with a copy of its `weights` if asked for, and return a function that puts it back."""
-    wiring = [(module, dict(vars(module))) for module in model.modules()]
+    noted: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a dict, and a copy of what is in it
+    for module in model.modules():
+        noted.append((vars(module), dict(vars(module))))
     # Their dicts stay the same objects, since whoever added a hook holds on to one.
     # Configurations of other classes are objects, and diffusers' allow no change.
-    values = (value for _, own in wiring for value in own.values() if type(value) in (dict, OrderedDict))
-    dicts = [(value, dict(value)) for value in values]
+    for _, attributes in list(noted):
+        for value in attributes.values():
+            if type(value) in (dict, OrderedDict):
+                noted.append((value, dict(value)))
     trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    kept = [*model.buffers(), *(model.parameters() if weights else ())]
-    contents = [(tensor, tensor.data, tensor.detach().clone()) for tensor in kept]
+    tensors = list(model.buffers())
+    if weights:
+        tensors += model.parameters()
+    # `data` too: a tensor may have been moved or replaced by another one, not only written to.
+    contents = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
 
     def restore() -> None:
-        for attributes, content in [*((vars(module), own) for module, own in wiring), *dicts]:
-            attributes.clear()
-            attributes.update(content)
+        # Modules first: the other dicts are attributes of theirs.
+        for changed, content in noted:
+            changed.clear()
+            changed.update(content)
         for parameter, requires_grad, grad in trainable:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
@@ -195,7 +230,7 @@ def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         _fill(peft_model, init, adapter_name)
-    except BaseException:
+    except BaseException:  # also where the user interrupts
         restore()
         raise
     return peft_model
@@ -220,15 +255,19 @@ def fill_in_place(model: Any, init: AdapterInit) -> None:
             f"the adapter on {name} has other layers than the start; first of {len(differing)} differences: "
             f"{differing[0]!r}. Collect with the same target_modules."
         )
-    for layer in init.weights:
-        there, scaling, r = layers[layer], layers[layer].scaling[adapter], init.ranks[layer]
-        partly = r < there.r[adapter] and bool(init.targets[layer].experts)
-        if partly or r > there.r[adapter] or not math.isclose(scaling, init.scaling):
+    ranks = init.ranks
+    for layer in init.weights:  # all are checked before the first is filled
+        rank, scaling = layers[layer].r[adapter], layers[layer].scaling[adapter]
+        # The rows of several experts stand one below the other, so a shorter A would not be a part of the longer one.
+        is_part_of_experts = ranks[layer] < rank and bool(init.targets[layer].experts)
+        if is_part_of_experts or ranks[layer] > rank or not math.isclose(scaling, init.scaling):
             raise LoraInitError(
-                f"layer {layer!r}: the adapter on {name} has rank {there.r[adapter]} and scaling {scaling:.4g}, the "
-                f"start {r} and {init.scaling:.4g}. Allocate with rho=1 and the rank and lora_alpha of the adapter."
+                f"layer {layer!r}: the adapter on {name} has rank {rank} and scaling {scaling:.4g}, the start "
+                f"{ranks[layer]} and {init.scaling:.4g}. Allocate with rho=1 and the rank and lora_alpha of the "
+                "adapter."
             )
     for layer, (a, b) in init.weights.items():
+        # Into the tensors that are there, which an optimizer may hold already.
         layers[layer].lora_A[adapter].weight[: len(a)].copy_(a)
         layers[layer].lora_B[adapter].weight[:, : len(a)].copy_(b)
 
@@ -256,10 +295,14 @@ def remove_adapters(model: nn.Module) -> None:
 
     vars(model).pop("peft_config", None)
     for name, module in reversed(list(model.named_modules())):  # what is inside another layer first
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-            parent, _, child = name.rpartition(".")
-            plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-            setattr(model.get_submodule(parent), child, plain)
+        if isinstance(module, BaseTunerLayer):
+            plain = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            plain = module.original_module  # the pretrained copy of a module that is trained whole
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
 
 
 @torch.no_grad()
@@ -283,9 +326,11 @@ def _fill(peft_model: PeftModel, init: AdapterInit, adapter_name: str) -> None:
     match_modes(peft_model)
 
 
-def _shape(target: Target) -> Target:
-    # Conv1D keeps its weight transposed; all other kinds of linear layer, quantized ones too, are alike to PEFT.
-    return replace(target, kind=target.kind if target.kind == "Conv1D" else "")
+def _comparable(target: Target) -> Target:
+    """Return what a layer has in common with those that can take the same A and B."""
+    if target.kind == "Conv1D":  # which keeps its weight transposed
+        return target
+    return replace(target, kind="")  # all other kinds of linear layer, quantized ones too, are alike to PEFT
 
 
 def _described(target: Target) -> str:
@@ -300,7 +345,7 @@ def load_adapter(model: nn.Module, directory: AdapterDirectory, trainable: bool)
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    path, in_file = directory.path, {key for key in directory.shapes if ".lora_A" in key or ".lora_B" in key}
+    path, in_file = directory.path, _names_of_a_and_b(directory.shapes)
     try:
         with warnings.catch_warnings():
             # What matters of it is checked below; the rest is about magnitudes and heads that PEFT fills in.
@@ -311,17 +356,22 @@ def load_adapter(model: nn.Module, directory: AdapterDirectory, trainable: bool)
         raise LoraInitError(
             f"{path} cannot be put on {type(model).__name__}: {in_one_line(error)} Name the model it was made for."
         ) from error
-    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    on_model = {key for key in state if ".lora_A" in key or ".lora_B" in key}
+    on_model = _names_of_a_and_b(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
     if in_file != on_model:
         differing = sorted(in_file ^ on_model)
+        place = "on the model"
+        if differing[0] in in_file:
+            place = "in the file"
         raise LoraInitError(
-            f"{path} does not fit {type(model).__name__}: {len(differing)} tensors are only "
-            f"{'in the file' if differing[0] in in_file else 'on the model'}, the first is {differing[0]!r}. "
-            "Name the model it was made for, or load it there and save it again."
+            f"{path} does not fit {type(model).__name__}: {len(differing)} tensors are only {place}, the first is "
+            f"{differing[0]!r}. Name the model it was made for, or load it there and save it again."
         )
     match_modes(peft_model)
     return peft_model
+
+
+def _names_of_a_and_b(names: Iterable[str]) -> set[str]:
+    return {name for name in names if ".lora_A" in name or ".lora_B" in name}
 
 
 @contextmanager
