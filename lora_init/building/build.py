@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +58,11 @@ def check_adapter_options(
 
 def _check_gamma(start: Start, gamma: float | None) -> None:
     """Refuse a size of a step of a start that makes none, and one that is not positive."""
-    if gamma is not None and not (start.gamma is not None and 0.0 < gamma < math.inf):
-        stepping = ", ".join(repr(one.name) for one in STARTS if one.function and one.gamma is not None)
+    if gamma is None:
+        return
+    takes_gamma = start.gamma is not None
+    if not takes_gamma or not 0.0 < gamma < math.inf:
+        stepping = ", ".join(repr(other.name) for other in STARTS if other.function and other.gamma is not None)
         raise LoraInitError(
             f"{{gamma}} with {{method}}: it is a positive number, for {stepping}.", gamma=gamma, method=start.name
         )
@@ -68,15 +71,18 @@ def _check_gamma(start: Start, gamma: float | None) -> None:
 def _check_rows(start: Start, shape: Shape) -> None:
     """Refuse sizes of the rows of A that the start does not have."""
     if shape.whiten and "whiten" not in start.arguments:
-        able = " or ".join(one.name for one in STARTS if "whiten" in one.arguments)
+        able = " or ".join(other.name for other in STARTS if "whiten" in other.arguments)
         raise LoraInitError(
             f"{{whiten}} is for the start {able}; {{method}} has no variances to divide by.",
             whiten=True,
             method=start.name,
         )
     if shape.unit_rows and (start.matched or not start.b_is_zero):
-        said = "{unit_rows} with {method}: its rows have a size of their own. Leave it out."
-        raise LoraInitError(said, unit_rows=True, method=start.name)
+        raise LoraInitError(
+            "{unit_rows} with {method}: its rows have a size of their own. Leave it out.",
+            unit_rows=True,
+            method=start.name,
+        )
 
 
 def buildable_start(method: str) -> Start:
@@ -160,14 +166,20 @@ def build_adapter(
     start, shape = buildable_start(method), Shape(whiten=whiten, unit_rows=unit_rows, gamma=gamma, freeze_a=freeze_a)
     if errors is not None and not start.needs_error:
         raise LoraInitError("errors= with {method}: it corrects no base. Leave errors out.", method=method)
+    # The arguments that a config decides, where there is one. None marks those that were not given, since a config is
+    # contradicted by any value, also by that of the default.
     of_peft = (lora_alpha, use_rslora, use_dora, lora_dropout, modules_to_save)
-    given: dict[str, Any] = {
-        name: value for name, value in zip(Shape.of_peft, of_peft, strict=True) if value is not None
-    }
-    shape, selected, average = replace(shape, **given), [*stats, *stats.unsupported], None
+    given: dict[str, Any] = {}
+    for name, value in zip(Shape.of_peft, of_peft, strict=True):
+        if value is not None:
+            given[name] = value
+    shape = replace(shape, **given)
+    selected: list[str] | None = None
+    average: int | None = None
     if config is not None:
-        said, selected = read_config_for(stats, config, given)
-        average, shape = said.pop("rank"), replace(shape, **said)
+        options, selected = read_config_for(stats, config, given)
+        average = options.pop("rank")
+        shape = replace(shape, **options)
     check_adapter_options(start, shape)
     return build_from(BuildContext(start, stats, shape, seed, errors, model, average), ranks, selected)
 
@@ -177,22 +189,31 @@ def build_from(
 ) -> AdapterInit:
     """Compute the start of the adapter of each layer that is `selected`, from options that were checked already."""
     start, stats, shape = context.start, context.stats, context.shape
-    selected = [*stats, *stats.unsupported] if selected is None else selected
+    if selected is None:
+        selected = [*stats, *stats.unsupported]
     requested, rank = _requested_ranks(stats, ranks, context.rank, selected)
     if not any(requested.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
+    # Two reasons for less than what was requested: the layer is trained whole, or its data have fewer directions. The
+    # scaling stays relative to the rank that was requested, so that neither changes it.
     plan = _without_whole_modules(requested, shape.modules_to_save)
-    plan = _ranks_there(stats, plan, start)
+    plan = _limit_to_directions(stats, plan, start)
     check_experts([stats.targets[name] for name in plan], shape)
-    lora_alpha = alpha_for(SCALING, rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
+    lora_alpha = shape.lora_alpha
+    if lora_alpha is None:
+        lora_alpha = alpha_for(SCALING, rank, shape.use_rslora)
     shape = replace(shape, lora_alpha=lora_alpha, gamma=shape.gamma or start.gamma)
     context = replace(context, shape=shape, rank=rank)
-    weights, seen, squares = _layers_of(context, plan)
-    unsupported = {
-        name: kind
-        for name, kind in stats.unsupported.items()
-        if name in selected and not is_in(name, shape.modules_to_save)
-    }
+    weights, errors, squares = _start_layers(context, plan)
+    unsupported, explained = {}, {}
+    for name, kind in stats.unsupported.items():
+        if name in selected and not is_in(name, shape.modules_to_save):
+            unsupported[name] = kind
+    for name, own_rank in plan.items():
+        explained[name] = float(stats.explained_variance_ratio(name)[:own_rank].sum())
+    dtype = "float32"
+    if isinstance(ranks, RankAllocation) and ranks.budget:  # a budget in megabytes counted numbers of this type
+        dtype = ranks.budget.dtype
     return AdapterInit(
         **vars(shape),
         start=start,
@@ -202,12 +223,12 @@ def build_from(
         rank=rank,
         seed=context.seed,
         left_out=tuple(name for name in stats if name not in plan),
-        explained={name: float(stats.explained_variance_ratio(name)[:r].sum()) for name, r in plan.items()},
+        explained=explained,
         provenance=stats.provenance,
-        responses=dict(_responses(context, weights)),
-        errors=seen,
+        responses=_responses(context, weights),
+        errors=errors,
         error_size=squares**0.5,
-        dtype=ranks.budget.dtype if isinstance(ranks, RankAllocation) and ranks.budget else "float32",
+        dtype=dtype,
     )
 
 
@@ -220,33 +241,45 @@ def _without_whole_modules(ranks: Mapping[str, int], modules_to_save: Sequence[s
     return plan
 
 
-def _layers_of(context: BuildContext, plan: Mapping[str, int]) -> tuple[Weights, dict[str, tuple[float, float]], float]:
+def _start_layers(
+    context: BuildContext, plan: Mapping[str, int]
+) -> tuple[Weights, dict[str, tuple[float, float]], float]:
     """Compute the start of each layer; return beside them what `AdapterInit.errors` has, and |W - Q|^2 of all."""
-    weights, seen, squares = {}, {}, 0.0
+    weights, moved_by, squares = {}, {}, 0.0
     for name, rank in plan.items():
-        error = context.error(name)
+        error = context.error(name)  # read here and dropped: one layer's W - Q is in memory at a time
         weights[name] = layer_start(context, name, rank, error)
         if error is not None:
             a, b = weights[name].to(error.device, error.dtype)
-            left = torch.addmm(error, b, a, alpha=-context.scaling)
-            seen[name] = error_seen(context.stats[name], error), error_seen(context.stats[name], left)
+            left = torch.addmm(error, b, a, alpha=-context.scaling)  # W - Q - s B A, [d_out, d_in]
+            spectrum = context.stats[name]
+            moved_by[name] = error_seen(spectrum, error), error_seen(spectrum, left)
             squares += float(error.norm()) ** 2
-    return weights, seen, squares
+    return weights, moved_by, squares
 
 
-def _responses(context: BuildContext, weights: Weights) -> Iterator[tuple[str, Response]]:
+# The rule of the learning rate needs the mean of sum |(A x)_i| over tokens, see `rates.learning_rate`. A need not be
+# run for that: the spectrum knows E (A x)_i^2, and of a Gaussian number the mean size is sqrt(2 / pi) times its root.
+# `adapters.measured_rate` measures the same mean for adapters that have no statistics.
+def _responses(context: BuildContext, weights: Weights) -> dict[str, Response]:
     """Compute how far each layer moves at a learning rate. A x is taken to be Gaussian."""
+    stats, responses = context.stats, {}
     for name, own in weights.items():
-        if name in context.stats.sizes:
-            experts = context.stats.targets[name].experts
-            parts = own.a.flatten(1).chunk(max(experts, 1))
-            counts = [context.stats.rows_of_expert(name, i) for i in range(experts)] or [1]
-            seen = zip(parts, context.stats.of_experts(name) or [context.stats[name]], counts, strict=True)
-            sums = [n * float((energies(one, a) * (2.0 / math.pi)).sqrt().sum()) for a, one, n in seen]
-            ax = sum(sums) / max(sum(counts), 1)
-            moved = response(context.stats.sizes[name], ax, len(parts[0]), context.scaling, context.shape.freeze_a)
-            if moved:
-                yield name, moved
+        if name not in stats.sizes:
+            continue
+        # A layer without experts is one part, which reads all rows.
+        experts = stats.targets[name].experts
+        parts = own.a.flatten(1).chunk(max(experts, 1))  # of each expert, [r, d_in]
+        spectra = stats.of_experts(name) or [stats[name]]
+        counts = [stats.rows_of_expert(name, i) for i in range(experts)] or [1]
+        sums = []  # of |(A x)_i| over all rows
+        for a, spectrum, n_rows in zip(parts, spectra, counts, strict=True):
+            sums.append(n_rows * float((energies(spectrum, a) * (2.0 / math.pi)).sqrt().sum()))
+        ax = sum(sums) / max(sum(counts), 1)  # no expert may have had a row
+        moves = response(stats.sizes[name], ax, len(parts[0]), context.scaling, context.shape.freeze_a)
+        if moves is not None:
+            responses[name] = moves
+    return responses
 
 
 def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
@@ -256,23 +289,30 @@ def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
         >>> rank_with_frozen_a([Target("up", "Linear", 64, 256), Target("down", "Linear", 256, 64)], rank=8)
         16
     """
-    targets = list(targets)
-    both, b_alone = (sum(target.parameters(rank, frozen) for target in targets) for frozen in (False, True))
+    both = b_alone = 0
+    for target in targets:
+        both += target.parameters(rank)
+        b_alone += target.parameters(rank, freeze_a=True)
     return rank * both // b_alone
 
 
 def check_experts(targets: Collection[Target], shape: Shape) -> None:
     """Refuse what PEFT does not do with fused experts."""
-    use_dora, lora_dropout = shape.use_dora, shape.lora_dropout
     experts = next((target.name for target in targets if target.experts), None)
+    if not experts:
+        return
     for what, is_there in (
-        ("{use_dora}", use_dora),
-        ("{lora_dropout}", lora_dropout > 0.0),
+        ("{use_dora}", shape.use_dora),
+        ("{lora_dropout}", shape.lora_dropout > 0.0),
+        # For these PEFT sets `fan_in_fan_out`, which its wrapper of parameters refuses.
         ("transformers' Conv1D layers in the same adapter", any(target.kind == "Conv1D" for target in targets)),
     ):
-        if experts and is_there:
-            said = f"{experts!r}: PEFT does not adapt parameters with {what}. Leave out one of the two."
-            raise LoraInitError(said, use_dora=use_dora, lora_dropout=lora_dropout)
+        if is_there:
+            raise LoraInitError(
+                f"{experts!r}: PEFT does not adapt parameters with {what}. Leave out one of the two.",
+                use_dora=shape.use_dora,
+                lora_dropout=shape.lora_dropout,
+            )
 
 
 def _requested_ranks(
@@ -289,16 +329,20 @@ def _requested_ranks(
     if not isinstance(ranks, Mapping):
         ranks = dict.fromkeys((name for name in stats if name in selected), whole_number(ranks, "ranks", 0))
     _check_layers_known(ranks, stats)
+    # In the order of the model, whatever that of the mapping is.
     requested = {name: whole_number(ranks[name], f"layer {name!r}: rank", 0) for name in stats if name in ranks}
     for name, rank in requested.items():
         _check_rank_of_layer(stats.targets[name], rank)
         if rank and name not in selected:
             raise LoraInitError(f"layer {name!r}: ranks give it {rank}, and config does not select it. Change one.")
-    known = ranks.rank if isinstance(ranks, RankAllocation) else 0
-    known = known or max(1, round(sum(requested.values()) / max(len(requested), 1)))
-    if average not in (None, known):
-        raise LoraInitError(f"ranks are {known} on average, and config says r={average}. Change one.")
-    return requested, known
+    reference = 0
+    if isinstance(ranks, RankAllocation):
+        reference = ranks.rank
+    if not reference:
+        reference = max(1, round(sum(requested.values()) / max(len(requested), 1)))
+    if average not in (None, reference):
+        raise LoraInitError(f"ranks are {reference} on average, and config says r={average}. Change one.")
+    return requested, reference
 
 
 def _ranks_by_default(stats: Statistics, rank: int, selected: Collection[str]) -> RankAllocation:
@@ -319,31 +363,40 @@ def _check_rank_of_layer(target: Target, rank: int) -> None:
     """Refuse a rank that a layer cannot have."""
     if rank > target.in_features:
         raise LoraInitError(f"layer {target.name!r}: rank {rank} is larger than its input width {target.in_features}.")
-    if rank % target.groups:
+    if rank % target.groups:  # PEFT's B of a grouped convolution reads the ranks in as many groups
         raise LoraInitError(
             f"layer {target.name!r}: rank {rank} is no multiple of its {target.groups} groups, which PEFT needs. "
             f"Give it {rank - rank % target.groups or target.groups}, or exclude it."
         )
 
 
-def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> dict[str, int]:
+def _limit_to_directions(stats: Statistics, plan: Mapping[str, int], start: Start) -> dict[str, int]:
     """Limit each layer's rank to the directions that its data have, and warn where that is fewer."""
-    there = {}
+    limited = {}
     for name, rank in plan.items():
-        bound: Any = rank  # of a start that takes nothing from the data
-        if start.directions is not None:
-            bound = start.directions(stats[name], stats.gradient(name) if start.needs_gradient else None)
-        if isinstance(bound, Spectrum):
-            check_rank(bound, rank, f"layer {name!r}: ")
-            bound = bound.n_components
         groups = stats.targets[name].groups
-        there[name] = min(rank, int(bound)) // groups * groups
-    if not any(there.values()):
+        limited[name] = min(rank, _directions_for(stats, name, rank, start)) // groups * groups
+    if not any(limited.values()):
         raise LoraInitError("the data has no direction in any layer: its rows are all alike. Collect from more data.")
-    short = [name for name, rank in plan.items() if there[name] < rank]
+    short = [name for name, rank in plan.items() if limited[name] < rank]
     if short:
         warn(
             f"{len(short)} of {len(plan)} layers get fewer ranks than asked for, since the data has no more directions "
-            f"there (first: {short[0]!r}, {there[short[0]]} of {plan[short[0]]}). More data would give more."
+            f"there (first: {short[0]!r}, {limited[short[0]]} of {plan[short[0]]}). More data would give more."
         )
-    return {name: rank for name, rank in there.items() if rank}
+    return {name: rank for name, rank in limited.items() if rank}
+
+
+def _directions_for(stats: Statistics, name: str, rank: int, start: Start) -> int:
+    """Count the directions that a start can take from a layer's data; refuse statistics that were cut off too early."""
+    if start.directions is None:  # it takes nothing from the data, so any rank can be had
+        return rank
+    gradient = None
+    if start.needs_gradient:
+        gradient = stats.gradient(name)
+    source = start.directions(stats[name], gradient)
+    if not isinstance(source, Spectrum):
+        return int(source)
+    # Fewer directions than ranks are fine where the data have no more, and an error where only the pass kept no more.
+    check_rank(source, rank, f"layer {name!r}: ")
+    return source.n_components

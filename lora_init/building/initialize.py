@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 
+# What `initialize` takes beside the options. Only `takes` reads these two classes: they make its signature.
 @dataclass(frozen=True)
 class _Given:
     model: nn.Module | Any
@@ -116,7 +117,7 @@ def initialize(
     _check_beside_trainer(config, batches, tokenizer)
     began, integration = time.perf_counter(), find_trainer(model)
     if learning_rate:
-        integration.check_rate()
+        integration.check_rate()  # before the pass: it refuses optimizers and losses that no rate was measured for
     with integration.opened(choose(init_config, classifies or integration.classifies)) as (read, own):
         given = own if batches is None else batches
         init = replace(run(integration.handle, given, read, tokenizer), length=integration.length)
@@ -125,8 +126,9 @@ def initialize(
     if learning_rate and init.rate:
         integration.set_rate(init.rate.rate)
     if integration.is_measured and init.rate:
-        for said in init.rate.far_off(integration.learning_rate, integration.optimizer, integration.schedule):
-            warn(said)
+        # After the rate was set, so that only a rate of the caller's can be far off.
+        for text in init.rate.far_off(integration.learning_rate, integration.optimizer, integration.schedule):
+            warn(text)
     if init_config.run.progress is not False and integration.trainer.is_world_process_zero():
         _print_made(init, integration.trainer.args.per_device_train_batch_size, time.perf_counter() - began)
     return adapted
@@ -163,15 +165,18 @@ def _check_beside_trainer(config: LoraConfig | None, batches: Any, tokenizer: An
 def _print_made(init: AdapterInit, batch_size: int, seconds: float) -> None:
     """Print in a line what was made of how much data, and how to train it."""
     ranks = sorted(init.ranks.values())
-    of_layer = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))
+    of_layer = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))  # one number where all are equal
     took = f"{init.provenance.n_batches} batches of {batch_size} examples, {seconds:.1f} s"
     print(f"{init.method}: {len(ranks)} layers, rank {of_layer}, {took}. {init.how_to_train}", file=sys.stderr)
 
 
 def _applied(init: AdapterInit, handle: ModelHandle, adapter_name: str) -> Any:
+    """Put the adapter on; warn of a start whose training is lost without what only the model has now."""
     adapted = handle.put(init, adapter_name)
     if init.corrects_base:
-        start = "START" if adapter_name == "default" else f"START/{adapter_name}"  # where PEFT saves it
+        start = "START"
+        if adapter_name != "default":  # PEFT saves others into folders of their names
+            start = f"START/{adapter_name}"
         warn(
             f"method={init.method!r} changed the base weights, so what is trained now does not fit the plain base. "
             f"Call save_pretrained('START') of the model returned before training: `lora-init export --start {start}` "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,11 @@ class BuildContext:
                 f"layer {name!r}: {self.start} corrects what quantization took from its weight. Pass errors=, such as "
                 "QuantizationErrors(model, stats.targets)."
             )
-        error, target = self.errors[name], self.stats.targets[name]
+        error, target = self.errors[name], self.stats.targets[name]  # `QuantizationErrors` computes it on this access
         shape = [target.out_features, target.in_features]
         if list(error.shape) != shape or not bool(error.isfinite().all()):
             raise LoraInitError(f"layer {name!r}: its error is {list(error.shape)}, expected {shape}, all finite.")
-        return error.to(torch.promote_types(error.dtype, torch.float32))
+        return error.to(torch.promote_types(error.dtype, torch.float32))  # 16 bits are too few for a decomposition
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,45 +89,69 @@ class LayerToStart:
         return read_product(module, self.target, dtype, f"layer {self.target.name!r}").cpu()
 
 
+# The size of A. With B = 0 and Adam, the first steps move every entry of B by the learning rate, so the output moves by
+# the rate times the size of A x. Rows of length one along the data make A x about ten times as large as `random`
+# does, and a rate that is right for one start is then wrong for the other. So all starts get the size of `random`,
+# and differ in their directions alone.
 def layer_start(context: BuildContext, name: str, rank: int, error: Tensor | None) -> LoraWeights:
     """Compute A and B of a layer; with experts A and B of each, side by side.
 
     Where B is zero A x has the size that it has with `random`, unless the start has one of its own or with `unit_rows`.
     """
-    start, stats, target = context.start, context.stats, context.stats.targets[name]
-    experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
-    parts = [LayerToStart(context, target, *one, rank, error) for one in (experts or {name: stats[name]}).items()]
-    made = [_called(start, part) for part in parts]
+    start, target = context.start, context.stats.targets[name]
+    starts_a, starts_b = [], []  # of the layer, or of each of its experts
+    for part, spectrum in _spectra_of(context.stats, name).items():
+        layer = LayerToStart(context, target, part, spectrum, rank, error)
+        a, b = _call_function(start, layer)
+        starts_a.append(a)
+        starts_b.append(b)
+        if start.b_is_zero and not (start.matched or context.shape.unit_rows):
+            starts_a[-1] = as_large_as_random(spectrum, a)
     shape_a, shape_b = target.shapes(rank)
     if start.b_is_zero:
-        if not (start.matched or context.shape.unit_rows):
-            pairs = zip(parts, made, strict=True)
-            made = [LoraWeights(as_large_as_random(part.spectrum, own.a), own.b) for part, own in pairs]
-        return LoraWeights(torch.cat([own.a for own in made]).reshape(shape_a), torch.zeros(shape_b))
-    each = LoraWeights(torch.stack([own.a for own in made]), torch.stack([own.b for own in made]))
-    a, b = each.fused()
-    weights = LoraWeights(a.reshape(shape_a), b.reshape(shape_b))
-    return weights if context.shape.gamma is None else scaled_by_gamma(weights, context.shape.gamma)
+        return LoraWeights(torch.cat(starts_a).reshape(shape_a), torch.zeros(shape_b))
+    # experts x r x d_in, experts x d_out x r -> experts * r x d_in, d_out x r * experts
+    a, b = LoraWeights(torch.stack(starts_a), torch.stack(starts_b)).fused()
+    weights = LoraWeights(a.reshape(shape_a), b.reshape(shape_b))  # kernels of convolutions have more axes
+    if context.shape.gamma is None:
+        return weights
+    return scaled_by_gamma(weights, context.shape.gamma)
 
 
-def _called(start: Start, layer: LayerToStart) -> LoraWeights:
+def _spectra_of(stats: Statistics, name: str) -> dict[str, Spectrum]:
+    """Return the spectrum of a layer by its name, or those of its experts by theirs."""
+    spectra = {expert_group(name, i): spectrum for i, spectrum in enumerate(stats.of_experts(name))}
+    return spectra or {name: stats[name]}
+
+
+def _call_function(start: Start, layer: LayerToStart) -> LoraWeights:
     """Call the function of a start; refuse what it raises or returns in a line that names it. B is empty where zero."""
     where = f"layer {layer.target.name!r}: {start}"
     try:
-        made = start.compute(**{name: PROVIDERS[name].read(layer) for name in start.arguments})
+        returned = start.compute(**{name: PROVIDERS[name].read(layer) for name in start.arguments})
     except (LoraInitError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a module that is imported for it may call sys.exit
         if is_out_of_memory(error):
             raise
         raise LoraInitError(f"{where}: its function raised {type(error).__name__}: {first_line(error)}") from error
-    wanted = [[layer.rank, layer.width], [layer.target.out_features, layer.rank]][: 1 if start.b_is_zero else 2]
-    parts = made if isinstance(made, tuple) else (made,)
-    got = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    if got != wanted:
-        what = "A" if start.b_is_zero else "A and B"
-        raise LoraInitError(f"{where}: its function returned {got}, expected {what} of shape {wanted}.")
-    a, b = (part.detach().float() for part in (*parts, torch.empty(0))[:2])
+    expected, what = [[layer.rank, layer.width]], "A"
+    if not start.b_is_zero:
+        expected.append([layer.target.out_features, layer.rank])
+        what = "A and B"
+    values = (returned,)
+    if isinstance(returned, tuple):
+        values = returned
+    got: list[Any] = []  # shapes, and the types of what has none: another package may return anything
+    for value in values:
+        if isinstance(value, Tensor):
+            got.append(list(value.shape))
+        else:
+            got.append(type(value).__name__)
+    if got != expected:
+        raise LoraInitError(f"{where}: its function returned {got}, expected {what} of shape {expected}.")
+    # Finite after the conversion: float64 has numbers that float32 has not.
+    a, b = (tensor.detach().float() for tensor in (*values, torch.empty(0))[:2])
     if not bool(a.isfinite().all() and b.isfinite().all()):
         raise LoraInitError(f"{where}: its function returned NaN or inf, or what is too large for float32.")
     return LoraWeights(a, b)

@@ -54,6 +54,7 @@ def run(handle: ModelHandle, given: Any, config: InitConfig, tokenizer: Any = No
 
     All processes of a distributed run call this together.
     """
+    # Cheap refusals come before any data is read, and those of the data before the pass.
     check(config)
     handle.check(config.start)
     examples = take(given, handle.model, config, tokenizer)
@@ -69,7 +70,8 @@ def take(given: Any, model: nn.Module, config: InitConfig, tokenizer: Any) -> Ex
     if tokenizer is not None:
         known = classes_of(getattr(model, "config", None))
         return split(*read(given, tokenizer, config, encoder_of(model) is not None, known), config.measures)
-    idle = [name for part in (config.reading, config.sample) for name in vars(part) if name in config.given]
+    # Batches were made by somebody else, so options of how to make them would be ignored without a word.
+    idle = [name for name in (*vars(config.reading), *vars(config.sample)) if name in config.given]
     if idle:
         raise LoraInitError(f"{', '.join(idle)}: only texts are read like that. Pass tokenizer=, or leave it out.")
     _check_tokens(given)
@@ -101,7 +103,7 @@ def collect_for(
     try:
         return collect_by(config), config
     except NoGradientsError as error:  # before any batch is read
-        if config.method is not None:
+        if config.method is not None:  # a start that was asked for is not exchanged
             raise
         warn(f"{error} So the start is {DEFAULT}, from what the layers read.")
     config = replace(config.with_options(gradients=False), start=find_start(DEFAULT))
@@ -110,19 +112,20 @@ def collect_for(
 
 def choose(config: InitConfig, classifies: bool) -> InitConfig:
     """Find the start that was asked for, or the one that is recommended for the task."""
-    method = config.method or (DEFAULT_FOR_CLASSES if classifies else DEFAULT)
-    return replace(config, start=buildable_start(method))
+    recommended = DEFAULT
+    if classifies:
+        recommended = DEFAULT_FOR_CLASSES
+    return replace(config, start=buildable_start(config.method or recommended))
 
 
 def check(config: InitConfig, **place: Any) -> None:
     """Validate the options that need neither model nor data; `place` is where the adapter is to be saved."""
     check_adapter_options(config.start, config.shape, **place)
-    idle = next((name for name, value in vars(config.correction).items() if value), None)
-    if idle is not None and not config.start.needs_error:
-        said = f"{{{idle}}} is for the start {CORRECTION}. Leave it out."
-        raise LoraInitError(said, **{idle: getattr(config.correction, idle)})
+    for name, value in vars(config.correction).items():
+        if value and not config.start.needs_error:
+            raise LoraInitError(f"{{{name}}} is for the start {CORRECTION}. Leave it out.", **{name: value})
     rank, rho = config.ranks.rank, config.ranks.rho
-    if config.start.one_rank and round(rho * rank) > rank:
+    if config.start.one_rank and round(rho * rank) > rank:  # a rho that rounds to the rank moves nothing
         raise LoraInitError(
             "{method} with {rho}: it gives all layers one rank. Leave rho out.", method=config.start.name, rho=rho
         )
@@ -133,24 +136,41 @@ def fit_to(
 ) -> InitConfig:
     """Add the model's task to the options, and its head to the modules that are trained whole; refuse other classes."""
     if classes and hasattr(model, "config"):
-        head = classes_of(model.config) if heads_of(model) else ()
-        if len(classes) != len(head):
-            raise LoraInitError(
-                f"the data have {len(classes)} classes, the model's head {len(head)}. Load the model by "
-                f"AutoModelForSequenceClassification with num_labels={len(classes)}."
-            )
-        if {*classes} == {*head} and tuple(classes) != head:
-            raise LoraInitError(
-                f"the data count the classes as {', '.join(classes)}, the model's head as {', '.join(head)}. Pass "
-                "known_classes=tuple(model.config.id2label.values()) to load_batches."
-            )
-    task = config.layers.task_type or ("SEQ_CLS" if classes else task_of(model))
-    if config.layers.task_type is None and task not in HEADS:
+        _check_classes(model, classes)
+    task = config.layers.task_type or _task_for(model, classes)
+    if config.layers.task_type is None and task not in HEADS:  # PEFT needs a task type for the sake of a head only
         task = None
-    heads, whole = HEADS.get(task or "", ()), [*(config.shape.modules_to_save or ())]
-    whole += [name for name in heads_of(model) if not is_in(name, (*heads, *whole))]
-    check_modules_to_save(model, whole, task, drawn)
-    return config.with_options(task_type=task, modules_to_save=whole)
+    heads, trained_whole = HEADS.get(task or "", ()), [*(config.shape.modules_to_save or ())]
+    # By the task type PEFT trains and saves the heads that it knows. Others are named.
+    trained_whole += [name for name in heads_of(model) if not is_in(name, (*heads, *trained_whole))]
+    check_modules_to_save(model, trained_whole, task, drawn)
+    return config.with_options(task_type=task, modules_to_save=trained_whole)
+
+
+def _task_for(model: nn.Module, classes: Collection[str]) -> str | None:
+    """Return PEFT's task type for data with classes, else for the model."""
+    if classes:
+        return "SEQ_CLS"
+    return task_of(model)
+
+
+def _check_classes(model: Any, classes: Collection[str]) -> None:
+    """Refuse data with other classes than the head of the model, or with the same in another order."""
+    head: tuple[str, ...] = ()
+    if heads_of(model):
+        head = classes_of(model.config)
+    if len(classes) != len(head):
+        raise LoraInitError(
+            f"the data have {len(classes)} classes, the model's head {len(head)}. Load the model by "
+            f"AutoModelForSequenceClassification with num_labels={len(classes)}."
+        )
+    # Other names are fine: a fresh head has LABEL_0 and so on. The same names in another order are a mistake, since
+    # the head was trained to count them as its config does.
+    if {*classes} == {*head} and tuple(classes) != head:
+        raise LoraInitError(
+            f"the data count the classes as {', '.join(classes)}, the model's head as {', '.join(head)}. Pass "
+            "known_classes=tuple(model.config.id2label.values()) to load_batches."
+        )
 
 
 def read(
@@ -158,22 +178,24 @@ def read(
 ) -> tuple[Batches, Sequence[Any]]:
     """Read the sample and, where a loss is measured, examples beyond it."""
     sample, run = config.sample, config.run
-    fitting = {
-        "seq2seq": seq2seq and sample.label is None, "known_classes": known if sample.label is not None else (),
-        "needs_labels": config.needs_gradient or run.token_mask == "labels",
-    }  # fmt: skip
-    options = vars(sample) | {name: value for name, value in fitting.items() if getattr(sample, name) is None}
+    options = dict(vars(sample))
+    # Where an option was left open, what fits the model and the pass.
+    if sample.seq2seq is None:
+        options["seq2seq"] = seq2seq and sample.label is None
+    if sample.known_classes is None:
+        options["known_classes"] = known if sample.label is not None else ()
+    if sample.needs_labels is None:
+        options["needs_labels"] = config.needs_gradient or run.token_mask == "labels"
     load = partial(load_batches, source, tokenizer, **vars(config.reading), seed=run.seed)
     batches = load(**options)
     if (n := batches.n) < LEAST:
-        said = f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more."
-        warn(said)
-    beyond: Sequence[Any] = ()
-    if config.measures and sample.samples is not None:
-        more = {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}
+        warn(f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more.")
+    more: Sequence[Any] = ()
+    if config.measures and sample.samples is not None:  # None takes all examples, so there are none beyond
+        options |= {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}
         with suppress(LoraInitError):  # there are none
-            beyond = load(**options | more)
-    return batches, beyond
+            more = load(**options)
+    return batches, more
 
 
 def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Examples:
@@ -181,11 +203,11 @@ def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Ex
     classes, words = tuple(getattr(batches, "classes", ())), getattr(batches, "description", "")
     if not measured:
         return Examples(batches, (), classes, words)
-    aside, others = set_aside(batches, beyond)
-    if others is not batches and isinstance(batches, Batches):
-        n = sum(len(batch["input_ids"]) for batch in aside)
+    held_out, others = set_aside(batches, beyond)
+    if others is not batches and isinstance(batches, Batches):  # the record says that the sample was larger
+        n = sum(len(batch["input_ids"]) for batch in held_out)
         others, words = Batches(others, batches.settings | {"set aside": n}), f"{words}, {n} set aside"
-    return Examples(others, aside, classes, words)
+    return Examples(others, held_out, classes, words)
 
 
 def build(
@@ -198,31 +220,43 @@ def build(
 ) -> AdapterInit:
     """Build the adapter; the loss on the batches `aside` decides the size of its step, or checks its correction."""
     start, shape, seed = config.start, config.shape, config.run.seed
-    of_loss: dict[str, Any] = dict(batches=aside, forward=config.run.forward, loss=config.run.loss)
+    measurement: dict[str, Any] = dict(batches=aside, forward=config.run.forward, loss=config.run.loss)
 
+    # Each process holds out examples of its own. All must decide by one number, or they would train different adapters.
     def shared(loss_of: Callable[[nn.Module], float], model: nn.Module) -> float:
         loss = loss_of(model)
         with Processes() as processes:
             return statistics.fmean(processes.gather(loss))
 
-    def made(gamma: float | None = shape.gamma) -> AdapterInit:
+    def build_with(gamma: float | None = shape.gamma) -> AdapterInit:
         return build_from(BuildContext(start, stats, replace(shape, gamma=gamma), seed, errors, model), ranks)
 
     if start.needs_error:
         errors = errors or QuantizationErrors(model, stats.targets, config.correction.weights)
-        loss_of = partial(shared, loss_or_distance(model, errors, **of_loss)) if aside else None
-        return with_losses(model, made(), errors, loss_of, config.correction.unchecked) if loss_of else made()
+        if not aside:
+            return build_with()
+        loss_of = partial(shared, loss_or_distance(model, errors, **measurement))
+        return with_losses(model, build_with(), errors, loss_of, config.correction.unchecked)
     if start.takes_step and aside:
-        return find_step_size(model, made, partial(shared, partial(mean_loss, **of_loss)), shape.gamma)
-    return made()
+        return find_step_size(model, build_with, partial(shared, partial(mean_loss, **measurement)), shape.gamma)
+    return build_with()
 
 
 def _check_tokens(source: Any) -> None:
     """Refuse texts where batches are wanted."""
-    first = source[0] if isinstance(source, (list, tuple)) and source else None
-    values = [*first.values()] if isinstance(first, Mapping) else [first]
-    if not any(isinstance(one, Tensor) for one in values) and any(
-        isinstance(one, str) or (isinstance(one, list) and one and isinstance(one[0], Mapping)) for one in values
-    ):
-        columns = f" with the columns {', '.join(map(str, first))}" if isinstance(first, Mapping) else ""
+    if not isinstance(source, (list, tuple)) or not source:  # a loader is not begun only to look
+        return
+    first, columns = source[0], ""
+    values = [first]
+    if isinstance(first, Mapping):
+        values = [*first.values()]
+        columns = f" with the columns {', '.join(map(str, first))}"
+    if any(isinstance(value, Tensor) for value in values):
+        return
+    if any(isinstance(value, str) or _is_conversation(value) for value in values):
         raise LoraInitError(f"batches are rows of text{columns}, and tokens are needed. Pass tokenizer=, the model's.")
+
+
+def _is_conversation(value: Any) -> bool:
+    """Return whether a value is a list of messages, as in data sets of chats."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)

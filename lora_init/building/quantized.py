@@ -62,7 +62,7 @@ class QuantizationErrors(Mapping[str, Tensor]):
         if is_sharded(model) or is_tensor_parallel(model):
             raise LoraInitError("processes hold a part of each weight, and errors are read from whole ones. Use one.")
         self._targets, self._modules = targets, plain_names(model)
-        self._flipped: dict[str, bool] = {}
+        self._flipped: dict[str, bool] = {}  # of square weights, whether the checkpoint has them transposed
         # What it runs in: a layer of bitsandbytes takes the first type that it reads for good.
         self._dtype = getattr(model, "dtype", torch.float32)
         try:
@@ -73,7 +73,8 @@ class QuantizationErrors(Mapping[str, Tensor]):
                 "that has them by {weights}.",
                 weights=...,
             ) from error
-        self._found = {name: self._find(model, target, tensors) for name, target in targets.items()}
+        # Where each W is. All are looked up now, so that a missing one is refused before the pass over the data.
+        self._stored = {name: self._find(model, target, tensors) for name, target in targets.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)
@@ -87,16 +88,19 @@ class QuantizationErrors(Mapping[str, Tensor]):
         quantized = read_product(module, target, self._dtype, where)
         weight = self.weight(name).to(quantized.device)
         error = weight - quantized
-        size = float(error.norm() / weight.norm().clamp_min(1e-30))
-        plain = getattr(module, "weight", None)
-        is_float = type(plain) is nn.Parameter and plain.is_floating_point()
+        size = float(error.norm() / weight.norm().clamp_min(1e-30))  # a weight of zeros has an error of zero
+        own_weight = getattr(module, "weight", None)
+        # By its exact type: the quantized weights of bitsandbytes are subclasses of Parameter.
+        is_float = type(own_weight) is nn.Parameter and own_weight.is_floating_point()
         if is_float and size < _CAST:
             raise LoraInitError(
                 f"{where}: it was not quantized, so there is nothing to correct. Leave it out of the targets, or load "
                 "the model quantized (--quantize nf4)."
             )
-        largest = _LARGEST_OF_ALL if is_float else _LARGEST_ERROR.get(_bits(module, target), _LARGEST_OF_ALL)
-        if not size <= largest:
+        largest = _LARGEST_OF_ALL  # a float weight may have been rounded to any number of bits
+        if not is_float:
+            largest = _LARGEST_ERROR.get(_bits(module, target), _LARGEST_OF_ALL)
+        if not size <= largest:  # so that NaN is refused, too
             raise LoraInitError(
                 f"{where}: |W - Q| is {size:.2f} |W| with the W of {self.source!r}, and quantization makes {largest:g} "
                 "at most. Name the float model that the quantized one was made of by {weights}.",
@@ -108,13 +112,17 @@ class QuantizationErrors(Mapping[str, Tensor]):
         """Read W of a layer, float32 [d_out, d_in], on the CPU."""
         target = self._targets[name]
         shape = target.out_features, target.in_features
-        weight = read_parameter(self._found[name], shape)
+        weight = read_parameter(self._stored[name], shape)
         if shape[0] != shape[1]:
-            return weight if weight.shape == shape else weight.T
-        if name not in self._flipped:  # of a square one Q shows whether the checkpoint has it as [d_in, d_out]
-            quantized = read_product(self._modules[name], target, self._dtype, f"layer {name!r}").cpu()
-            self._flipped[name] = bool((weight.T - quantized).norm() < (weight - quantized).norm())
-        return weight.T if self._flipped[name] else weight
+            is_flipped = weight.shape != shape
+        else:  # of a square one Q shows whether the checkpoint has it as [d_in, d_out]
+            if name not in self._flipped:
+                quantized = read_product(self._modules[name], target, self._dtype, f"layer {name!r}").cpu()
+                self._flipped[name] = bool((weight.T - quantized).norm() < (weight - quantized).norm())
+            is_flipped = self._flipped[name]
+        if is_flipped:
+            return weight.T
+        return weight
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -127,11 +135,15 @@ class QuantizationErrors(Mapping[str, Tensor]):
             yield
 
     def _exact(self, name: str, module: Any, rows: Tensor) -> Tensor:
+        """Compute what a layer would without quantization: the `forward` of the layer while the block runs."""
         bias = getattr(module, "bias", None)
-        exact = nn.functional.linear(rows, self.weight(name).to(rows.device, rows.dtype))
-        return exact if bias is None else (exact + bias).to(rows.dtype)
+        exact: Tensor = nn.functional.linear(rows, self.weight(name).to(rows.device, rows.dtype))
+        if bias is None:
+            return exact
+        return (exact + bias).to(rows.dtype)  # a bias may be in another type
 
     def _find(self, model: Any, target: Target, tensors: Mapping[str, Stored]) -> Mapping[Stored, Tensor | None]:
+        """Find where the checkpoint has W of a layer; refuse a layer that cannot be corrected."""
         where, module = f"layer {target.name!r}, a {target.kind}", self._modules[target.module]
         if target.experts or target.kernel:
             raise LoraInitError(f"{where}: only linear layers can be corrected. Leave it out of the targets.")
@@ -141,8 +153,11 @@ class QuantizationErrors(Mapping[str, Tensor]):
         shape = (target.out_features, target.in_features)
         weight = find_parameter(tensors, model, f"{target.name}.weight", shape)
         if not weight:
-            there = [list(one.shape) for key, one in tensors.items() if f".{key}".endswith(f".{target.name}.weight")]
-            got = f"is {there[0]} in" if there else "is not in"
+            got = "is not in"
+            for key, stored in tensors.items():
+                if f".{key}".endswith(f".{target.name}.weight"):  # of this name, in another shape
+                    got = f"is {list(stored.shape)} in"
+                    break
             raise LoraInitError(
                 f"{where}: its weight {list(shape)} {got} {self.source!r}. Name the float model that the quantized one "
                 "was made of by {weights}.",
@@ -151,14 +166,18 @@ class QuantizationErrors(Mapping[str, Tensor]):
         return weight
 
 
+# Libraries keep quantized weights in layouts of their own, packed and permuted, and some change the layout at the first
+# forward pass. What a layer computes is the same in all of them: for the unit vector e_j it returns the column j of Q.
+# That costs d_in / 1024 forward passes of one layer. A layer that is not linear is found by a probe: eight rows must
+# give the same by the layer and by the matrix.
 @torch.no_grad()
 def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) -> Tensor:
     """Read the matrix that a layer multiplies by, float32 [d_out, d_in], from what it returns for the unit vectors.
 
     `dtype` is the type of what it reads.
     """
-    part = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)]), torch.empty(0))
-    device, shape = part.device, (target.out_features, target.in_features)
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    device, shape = next(iter(tensors), torch.empty(0)).device, (target.out_features, target.in_features)
     # Signs times powers of two are exact in every type, and where activations are rounded to 8 bits row by row.
     probe = torch.randn(8, shape[1], generator=torch.Generator().manual_seed(0)).sign().to(device)
     probe[4:] *= 2.0
@@ -168,32 +187,42 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
             if bias is not None:  # beside a bias that is much larger a weight would lose its digits
                 module.bias = None
             product = module(probe.to(dtype)).float()
-            matrix = _of_units(module, shape[1], dtype, device)
+            matrix = _outputs_for_units(module, shape[1], dtype, device)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise LoraInitError(f"{where}: what it multiplies by cannot be read: {first_line(error)}") from error
-    if matrix.shape != shape or not bool(torch.dist(product, probe @ matrix.T) <= _KERNEL * product.norm()):
+    is_product = matrix.shape == shape and bool(torch.dist(product, probe @ matrix.T) <= _KERNEL * product.norm())
+    if not is_product:  # also where a number is NaN
         raise LoraInitError(
             f"{where}: it does not compute the product of its input with a matrix, so that no error of a weight can be "
             "read. Leave it out of the targets."
         )
-    return matrix.cpu() if device.type == "mps" else matrix  # which has no float64
+    if device.type == "mps":  # which has no float64
+        return matrix.cpu()
+    return matrix
 
 
-def _of_units(module: Any, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _outputs_for_units(module: Any, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what a layer makes of the unit vectors, as columns, float32 [d_out, d_in]."""
     columns = []
     for first in range(0, width, _ROWS):
         units = torch.zeros(min(_ROWS, width - first), width, dtype=dtype, device=device)
         units[torch.arange(len(units)), first + torch.arange(len(units))] = 1.0
         columns.append(module(units).float())
-    return torch.cat(columns).T.contiguous()
+    return torch.cat(columns).T.contiguous()  # d_in x d_out -> d_out x d_in
 
 
 def _bits(module: nn.Module, target: Target) -> int:
     """Count the bits that a weight takes in memory, scales included, down to 8, 4 or 0: not known."""
-    parts = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    n_bytes = sum(part.nbytes for part in parts if not part.is_floating_point())
+    n_bytes = 0
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if not tensor.is_floating_point():  # packed weights, and scales that were quantized themselves
+            n_bytes += tensor.nbytes
     size = 8 * n_bytes / (target.in_features * target.out_features)
-    return 8 if 8 <= size < 9.5 else 4 if 4 <= size < 5.5 else 0
+    if 8 <= size < 9.5:
+        return 8
+    if 4 <= size < 5.5:
+        return 4
+    return 0
 
 
 def with_losses(
@@ -208,7 +237,7 @@ def with_losses(
         before = loss_of(model)
         with errors.undone():
             exact = loss_of(model)
-        after = loss_of(init.apply(model))
+        after = loss_of(init.apply(model))  # last: the block ends with the plain model again
     if not (after < before or unchecked):
         raise LoraInitError(
             f"method {init.method!r}: on the examples set aside the loss is {before:.5g} in the quantized model and "
@@ -243,8 +272,10 @@ def loss_or_distance(
         exact = [_outputs(model, batch, run) for batch in batches]
 
     def distance(changed: nn.Module) -> float:
-        pairs = zip((_outputs(changed, batch, run) for batch in batches), exact, strict=True)
-        cosines = [nn.functional.cosine_similarity(got, wanted, dim=-1) for got, wanted in pairs]
+        cosines = []
+        for batch, wanted in zip(batches, exact, strict=True):
+            cosines.append(nn.functional.cosine_similarity(_outputs(changed, batch, run), wanted, dim=-1))
+        # By rounding the mean cosine of equal outputs may be above 1.
         return max(0.0, float(1.0 - torch.cat(cosines).double().mean()))
 
     return distance
@@ -256,7 +287,10 @@ def _outputs(model: nn.Module, batch: Any, run: Forward) -> Tensor:
     moved = on_device_of(model, batch)
     with evaluating(model):
         output = run(model, moved)
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
-    mask = moved.get("attention_mask") if isinstance(moved, Mapping) else None
-    rows = first[mask.bool()] if mask is not None and mask.shape == first.shape[:2] else first.flatten(0, -2)
-    return rows.float().cpu()
+    first: Tensor = output if isinstance(output, Tensor) else output[0]  # a ModelOutput or a tuple
+    mask = None
+    if isinstance(moved, Mapping):
+        mask = moved.get("attention_mask")
+    if mask is not None and mask.shape == first.shape[:2]:
+        return first[mask.bool()].float().cpu()  # batch x tokens x d -> tokens that are no padding x d
+    return first.flatten(0, -2).float().cpu()

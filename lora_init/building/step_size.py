@@ -1,4 +1,9 @@
-"""The size of the first step of a start whose B is not zero: the one with the lowest loss on held-out batches."""
+"""The size of the first step of a start whose B is not zero: the one with the lowest loss on held-out batches.
+
+The direction of such a step follows from the gradient, its best length does not: it depends on the curvature along that
+direction. LoRA-GA has a constant for it. Here the loss decides, as in a line search, on examples that the direction was
+not computed from: on those that it was, a step looks better than it is on new data.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +26,12 @@ from lora_init.packages import check_takes
 # Where the search begins, and how far from there it may go down and up: by factors of 4, then by one of 2.
 FIRST = 1024.0
 _FARTHEST = (2.0**-10, 2.0**14)
-# What is set aside to measure the loss on: so many batches, and no fewer examples than that.
+# What is held out to measure the loss on: so many batches, and no fewer examples than that.
 _N_BATCHES, LEAST = 4, 16
+
+# A batch and its examples. An example is named by what is in it, such as its tokens, so that equal ones have one name;
+# the names are compared and hashed, and nothing else is done with them.
+_Named = tuple[Any, list[Any]]
 
 
 class NoStepError(LoraInitError):
@@ -66,19 +75,25 @@ def find_step_size(
     model = unwrapped(model)
     with as_it_was(model):
         before = loss_of(model)
-        init = build(gamma or first)
+        built_with = gamma or first
+        init = build(built_with)
         layers = adapter_layers(init.apply(model)).values()
 
+        # Each candidate differs from the adapter that is on the model by one number, so it is not built anew.
         @functools.cache
         def measure(candidate: float) -> float:
             for layer in layers:  # the product B A is proportional to 1 / gamma
-                layer.scaling = dict.fromkeys(layer.scaling, init.scaling * (gamma or first) / candidate)
+                layer.scaling = dict.fromkeys(layer.scaling, init.scaling * built_with / candidate)
             loss = loss_of(model)
-            return loss if math.isfinite(loss) else math.inf
+            if not math.isfinite(loss):  # a step that is too large may overflow, and no comparison with NaN holds
+                return math.inf
+            return loss
 
         best = gamma or _lowest(measure, first)
         loss = measure(best)
-    if not (math.isfinite(before) and math.isfinite(loss)) or not (gamma or loss < before):
+    # A gamma that was given is taken as it is; one that was searched must be better than no step.
+    is_finite = math.isfinite(before) and math.isfinite(loss)
+    if not is_finite or not (gamma or loss < before):
         raise NoStepError(
             f"method {init.method!r}: the loss is {before:.4g} for the plain model and {loss:.4g} after the step with "
             f"{{gamma}}, the best that was found. Take a start with B = 0, or pass another.",
@@ -88,58 +103,78 @@ def find_step_size(
 
 
 def _lowest(measure: Callable[[float], float], first: float) -> float:
+    """Walk to the gamma of the lowest loss, and look half a step to both sides of it."""
     best = first
+    # Where the first direction leads down, the second begins with the point that the first one left behind, which is
+    # higher, and ends at once. Strictly lower, so that a flat loss ends the walk.
     for factor in (4.0, 0.25):
         while _FARTHEST[0] <= best * factor / first <= _FARTHEST[1] and measure(best * factor) < measure(best):
             best *= factor
-    return min((best, best * 2.0, best / 2.0), key=measure)
+    return min((best, best * 2.0, best / 2.0), key=measure)  # of equal losses the first, `best`
 
 
 def most_aside(batch_size: int) -> int:
-    """Return how many examples are set aside where there are plenty: four batches, and 16."""
+    """Return how many examples are held out where there are plenty: four batches, and at least 16."""
     return max(_N_BATCHES * batch_size, LEAST)
 
 
 def n_aside(n_examples: int, batch_size: int) -> int:
-    """Return how many examples are set aside: `most_aside`, but at most a quarter of those that there are.
+    """Return how many examples are held out: `most_aside`, but at most a quarter of those that there are.
 
     Example:
         >>> [n_aside(n, batch_size=4) for n in (256, 40, 2)], n_aside(256, batch_size=1)
         ([16, 8, 1], 16)
     """
     n = min(most_aside(batch_size), n_examples // 4)
-    return max(1, n // batch_size * batch_size or n)
+    return max(1, n // batch_size * batch_size or n)  # whole batches, if there is one
 
 
 def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[Any], Iterable[Any]]:
-    """Set `n_aside` examples aside for the search; return batches of them, and of the others for the statistics.
+    """Hold out `n_aside` examples for the search; return batches of them, and of the others for the statistics.
 
     They are taken from `beyond`, if enough, else the first of all. No example is in both: equal tokens are one example.
     A batch whose values are not one for each example is taken whole and counts as 4. A lone batch serves both.
     """
-    spare = [(batch, _examples(batch)) for batch in beyond]
+    spare = list(_named(beyond))
     if spare:
-        batches = list(batches) if isinstance(batches, Iterator) else batches
-        known = {example for batch in batches for example in _examples(batch)}
-        new = {example for _, examples in spare for example in examples} - known
+        if isinstance(batches, Iterator):  # which can be read once only, and is read here
+            batches = list(batches)
+        known, new = _names_in(_named(batches)), _names_in(spare)
+        new -= known
         total = len(known) + len(new)
         if len(new) >= min(LEAST, n_aside(total, len(spare[0][1]))):
             _warn_of_few(len(new), total)
             return _once(spare, new), batches
-    stream = ((batch, _examples(batch)) for batch in chain(batches, (batch for batch, _ in spare)))
+    # A generator: of a stream no more is read than what is needed now, the rest while the statistics are collected.
+    stream = _named(chain(batches, (batch for batch, _ in spare)))
     head, different = _read_enough(stream)
     if not head:
         return [], []
     chosen = set(islice(different, n_aside(len(different), len(head[0][1]))))
     _warn_of_few(len(chosen), len(different))
-    rest = list(_without(head, chosen)) or [batch for batch, _ in head]
+    rest = list(_without(head, chosen))
+    if not rest:  # a lone batch, or copies of one
+        rest = [batch for batch, _ in head]
     return _once(head, chosen), chain(rest, _without(stream, chosen))
 
 
-def _read_enough(stream: Iterator[tuple[Any, list[Any]]]) -> tuple[list[tuple[Any, list[Any]]], dict[Any, None]]:
+def _named(batches: Iterable[Any]) -> Iterator[_Named]:
+    """Yield each batch with the names of its examples."""
+    for batch in batches:
+        yield batch, _examples(batch)
+
+
+def _names_in(named: Iterable[_Named]) -> set[Any]:
+    names: set[Any] = set()
+    for _, examples in named:
+        names.update(examples)
+    return names
+
+
+def _read_enough(stream: Iterator[_Named]) -> tuple[list[_Named], dict[Any, None]]:
     """Read batches until a quarter of their examples is plenty; return them, and their examples in order, each once."""
-    head: list[tuple[Any, list[Any]]] = []
-    different: dict[Any, None] = {}
+    head: list[_Named] = []
+    different: dict[Any, None] = {}  # a dict, since sets have no order
     for batch, examples in stream:
         head.append((batch, examples))
         different |= dict.fromkeys(examples)
@@ -160,39 +195,56 @@ def _warn_of_few(n: int, total: int) -> None:
 def _examples(batch: Any) -> list[Any]:
     """Name the examples of a batch by what is in them; where they cannot be told apart, by numbers of its own."""
     if not _has_rows(batch):
-        unlike = object()
+        unlike = object()  # equal to nothing else
         return [(unlike, i) for i in range(4)]
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is not None and mask is not None and ids.shape == mask.shape:
+        # Without padding, which depends on the batch that a text is in.
         return [tuple(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)]
-    values = batch.values() if ids is None else [ids]
-    plain = [value.detach().reshape(len(value), -1).contiguous().cpu().view(torch.uint8).numpy() for value in values]
-    return [b"".join(part.tobytes() for part in parts) for parts in zip(*plain, strict=True)]
+    values = [ids]
+    if ids is None:
+        values = list(batch.values())
+    # Each value as bytes, [examples, bytes of an example].
+    rows = [value.detach().reshape(len(value), -1).contiguous().cpu().view(torch.uint8).numpy() for value in values]
+    return [b"".join(row.tobytes() for row in of_example) for of_example in zip(*rows, strict=True)]
 
 
 def _has_rows(batch: Any) -> bool:
-    values = list(batch.values()) if isinstance(batch, Mapping) else []
-    return bool(values) and all(isinstance(v, Tensor) and v.dim() and len(v) == len(values[0]) for v in values)
+    """Return whether a batch is a mapping of tensors with a row for each example."""
+    if not isinstance(batch, Mapping) or not batch:
+        return False
+    values = list(batch.values())
+    return all(isinstance(v, Tensor) and v.dim() and len(v) == len(values[0]) for v in values)
 
 
-def _once(pairs: Iterable[tuple[Any, list[Any]]], wanted: set[Any]) -> list[Any]:
-    left = set(wanted)
+def _once(named: Iterable[_Named], wanted: set[Any]) -> list[Any]:
+    """Return parts of batches with the wanted examples, each where it comes first."""
+    missing = set(wanted)
     parts = []
-    for batch, examples in pairs:
-        first = {example: i for i, example in reversed(list(enumerate(examples)))}
-        parts.append(_part(batch, [example in left and first[example] == i for i, example in enumerate(examples)]))
-        left -= set(examples)
-    return [part for part in parts if part is not None]
+    for batch, examples in named:
+        kept = []
+        for example in examples:
+            kept.append(example in missing)
+            missing.discard(example)
+        part = _part(batch, kept)
+        if part is not None:
+            parts.append(part)
+    return parts
 
 
-def _without(pairs: Iterable[tuple[Any, list[Any]]], unwanted: set[Any]) -> Iterator[Any]:
-    parts = (_part(batch, [example not in unwanted for example in examples]) for batch, examples in pairs)
-    return (part for part in parts if part is not None)
+def _without(named: Iterable[_Named], unwanted: set[Any]) -> Iterator[Any]:
+    """Yield parts of batches without the unwanted examples."""
+    for batch, examples in named:
+        part = _part(batch, [example not in unwanted for example in examples])
+        if part is not None:
+            yield part
 
 
 def _part(batch: Any, kept: list[bool]) -> Any:
     """Take some examples of a batch; None if it is none, and the batch itself if it is all."""
-    if all(kept) or not _has_rows(batch):
+    if all(kept) or not _has_rows(batch):  # a batch without rows goes by its first example
         return batch if kept[0] else None
     rows = [i for i, keep in enumerate(kept) if keep]
-    return {name: value[rows] for name, value in batch.items()} if rows else None
+    if not rows:
+        return None
+    return {name: value[rows] for name, value in batch.items()}
