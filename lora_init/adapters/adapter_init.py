@@ -132,11 +132,8 @@ class AdapterInit(Shape):
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each layer that takes an adapter, in model order."""
-        ranks = {}
-        for name, own in self.weights.items():
-            # PEFT stacks the A of all experts of a layer: experts * r rows, and r where there are none.
-            ranks[name] = len(own.a) // max(self.targets[name].experts, 1)
-        return ranks
+        # PEFT stacks the A of all experts of a layer: experts * r rows, and r where there are none.
+        return {name: len(own.a) // max(self.targets[name].experts, 1) for name, own in self.weights.items()}
 
     @property
     def method(self) -> str:
@@ -177,9 +174,7 @@ class AdapterInit(Shape):
         """Learning rate, warm-up, schedule and optimizer to train with; None if no rate is known."""
         if self.learning_rate is not None:  # that of a comparison was tried, so it goes before the predicted one
             return {"learning_rate": self.learning_rate, **TRAINING}
-        if self.rate is None:
-            return None
-        return self.rate.training
+        return None if self.rate is None else self.rate.training
 
     @property
     def how_to_train(self) -> str:

@@ -21,10 +21,10 @@ from lora_init.planning.lora_config import from_patterns
 from lora_init.starts.starts import changes_base
 from lora_init.starts.weights import Weights
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-ORIGIN_FILE = "lora_init.json"
-CARD_FILE = "README.md"
+CONFIG_FILE = "adapter_config.json"  # as PEFT names it
+WEIGHTS_FILE = "adapter_model.safetensors"  # likewise
+ORIGIN_FILE = "lora_init.json"  # the record: where an adapter before training comes from
+CARD_FILE = "README.md"  # which the hub shows
 ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
 # How the names of tensors end in PEFT's files, those of linear layers and of embeddings.
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -237,9 +237,7 @@ class AdapterDirectory:
         """The start that changed the plain weights of the base; empty if none did, or the adapter was converted."""
         began = self.config.get("init_lora_weights")
         if isinstance(began, str):  # a start of PEFT's, which converting sets back to True
-            if changes_base(began):
-                return began
-            return ""
+            return began if changes_base(began) else ""
         if self._was_converted:
             return ""
         method = str(self.origin.get("method"))
@@ -369,9 +367,7 @@ def start_digest(weights: Weights) -> str:
 
 def hub_id(model: str | None) -> str | None:
     """Return the hub id of a model; None for a path, which means nothing elsewhere and is refused by the hub."""
-    if model and not Path(model).exists():
-        return model
-    return None
+    return model if model and not Path(model).exists() else None
 
 
 def card_header(model: str | None, task_type: str | None, is_adapter: bool = True) -> str:

@@ -260,7 +260,7 @@ class _Sums(Sink):
     """Sums over tokens: of |x_j| for each group, of |(A x)_i| for each A, of the mean square for each base layer."""
 
     def __init__(self, a_of_expert: Mapping[str, tuple[str, Tensor]]) -> None:
-        self.sums: dict[str, tuple[float, int]] = {}
+        self.sums: dict[str, tuple[float, int]] = {}  # by key: the sum, and how many tokens it is over
         self.read: set[str] = set()  # experts that got tokens
         self._a_of_expert = a_of_expert  # the layer and the A [r, d_in] of each expert
 
@@ -290,6 +290,4 @@ class _Sums(Sink):
     def mean(self, key: str) -> float:
         """Compute the mean over tokens; 0 where there was none."""
         total, count = self.sums.get(key, (0.0, 0))
-        if not count:
-            return 0.0
-        return total / count
+        return total / count if count else 0.0

@@ -352,10 +352,10 @@ class _Functions:
     """PEFT's three functions, as the loop over batches calls them."""
 
     config: LoraConfig
-    forward: Callable[[nn.Module, Any], Any]
-    model_inputs: Callable[[Any, LoraConfig], Any] | None
-    layer_inputs: LayerInputs | Mapping[str, LayerInputs] | None
-    for_layers: Any = None
+    forward: Callable[[nn.Module, Any], Any]  # runs the model on a batch
+    model_inputs: Callable[[Any, LoraConfig], Any] | None  # makes of a batch what `layer_inputs` gets, a mask say
+    layer_inputs: LayerInputs | Mapping[str, LayerInputs] | None  # picks rows of what a layer reads
+    for_layers: Any = None  # what `model_inputs` made of the batch that is running
 
     def check_names(self, names: Iterable[str]) -> None:
         if isinstance(self.layer_inputs, Mapping):

@@ -1,4 +1,7 @@
-"""Prompts -> vectors: by the base model's own middle layer, or by a sentence encoder."""
+"""Prompts -> vectors: by the base model's own middle layer, or by a sentence encoder.
+
+A bank finds tasks like a new one by what their prompts look like, so a text counts without its answer.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,19 @@ def embed(
 
     Without an encoder the middle layer of the base model is read, else the last layer of the encoder.
     """
-    found: list[Tensor] = []
+    states: list[Tensor] = []
     with evaluating(model):
         for ids, prompt in islice(_prompts(batches), MOST_PROMPTS):
+            # One prompt a pass, so that no padding is averaged.
             if encoder is None:
-                found.append(_mean_state(model, ids[prompt][None], middle=True))
-            else:
+                states.append(_mean_state(model, ids[prompt][None], middle=True))
+            else:  # which has other tokens
                 text = tokenizer.decode(ids[prompt], skip_special_tokens=True)
-                read = encoder.tokenizer(text, return_tensors="pt", truncation=True)["input_ids"]
-                found.append(_mean_state(encoder.model, read, middle=False))
-    if not found:
+                encoder_ids = encoder.tokenizer(text, return_tensors="pt", truncation=True)["input_ids"]
+                states.append(_mean_state(encoder.model, encoder_ids, middle=False))
+    if not states:
         raise LoraInitError("there is no prompt to embed: the batches have no text. Pass at least one example.")
-    embeddings = torch.stack(found)
+    embeddings = torch.stack(states)
     if not bool(embeddings.isfinite().all()):
         raise LoraInitError(f"{type(encoder.model if encoder else model).__name__} makes NaN or inf of a prompt.")
     return embeddings
@@ -49,18 +53,22 @@ def _prompts(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
             raise LoraInitError("a batch has no input_ids, and a bank embeds text. Pass batches of load_batches().")
         ids = batch["input_ids"]
         mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
-        labels = batch.get("labels")
-        unlabelled = mask & (labels == IGNORED) if labels is not None and labels.shape == ids.shape else mask
-        for row, attended, prompt in zip(ids, mask, unlabelled, strict=True):
+        labels, prompts = batch.get("labels"), mask
+        if labels is not None and labels.shape == ids.shape:  # a label a token, and not one of a class
+            prompts = mask & (labels == IGNORED)
+        for row, attended, prompt in zip(ids, mask, prompts, strict=True):
+            # A text that has labels throughout has no prompt of its own, and counts whole.
             yield row, prompt if prompt.any() else attended
 
 
 def _mean_state(model: nn.Module, ids: Tensor, middle: bool) -> Tensor:
-    of_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    body: Any = model.get_encoder() if of_encoder else getattr(model, "base_model", model)  # type: ignore[operator]
+    """Return the mean over tokens of the hidden states of one layer, float32 [d], on the CPU."""
+    body: Any = getattr(model, "base_model", model)  # without a head, which is not needed
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # its decoder would want inputs, too
+        body = model.get_encoder()  # type: ignore[operator]
     moved = on_device_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     states = getattr(body(**moved, output_hidden_states=True), "hidden_states", None)
     if not states:
         raise LoraInitError(f"{type(model).__name__} returns no hidden states to embed prompts by. Pass an encoder.")
-    state: Tensor = states[len(states) // 2 if middle else -1][0]
+    state: Tensor = states[len(states) // 2 if middle else -1][0]  # [tokens, d], of the only text
     return state.float().mean(0).cpu()

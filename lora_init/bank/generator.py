@@ -47,9 +47,10 @@ class HyperConv(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         """Map [batch, n, l, c] to [batch, n', l', c']."""
-        grid = self.along_c(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        grid = self.along_l(nn.functional.leaky_relu(grid).transpose(1, 2)).transpose(1, 2)
-        mapped: Tensor = self.along_n(nn.functional.leaky_relu(grid))
+        # Conv2d takes the axis after the batch for its channels, so that axis is brought there and back.
+        grid = self.along_c(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # batch, n, l, c'
+        grid = self.along_l(nn.functional.leaky_relu(grid).transpose(1, 2)).transpose(1, 2)  # batch, n, l', c'
+        mapped: Tensor = self.along_n(nn.functional.leaky_relu(grid))  # batch, n', l', c'
         return mapped
 
 
@@ -68,11 +69,13 @@ class Decoder(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Map a batch of conditions to a batch of grids."""
-        more = self.columns * _HEIGHT - embeddings.shape[-1]
-        padded = nn.functional.pad(embeddings, (0, more))
-        grid = padded.view(*padded.shape[:-1], _HEIGHT, self.columns)
+        missing = self.columns * _HEIGHT - embeddings.shape[-1]
+        padded = nn.functional.pad(embeddings, (0, missing))
+        grid = padded.view(*padded.shape[:-1], _HEIGHT, self.columns)  # batch, prompts, d -> batch, prompts, 10, d / 10
         for i, block in enumerate(self.blocks):
-            grid = block(nn.functional.leaky_relu(grid) if i else grid)
+            if i:  # the first block reads the embeddings as they are
+                grid = nn.functional.leaky_relu(grid)
+            grid = block(grid)
         return grid
 
 
@@ -93,7 +96,8 @@ class Generator:
     def generate(self, embeddings: Tensor) -> dict[str, Layer]:
         """Make each layer, under a scaling of 1, from the embeddings of prompts, float32 [n, d]."""
         condition = _conditions((embeddings - self.shift) / self.spread, torch.arange(N_PROMPTS))
-        grid = self.decoder(condition[None])[0]
+        grid = self.decoder(condition[None])[0]  # tokens, 10, 128
+        # The last token is used in part, where the weights are no multiple of its size.
         flat = grid.flatten()[: len(self.center)] * self.scale + self.center
         return _unflattened(flat, self.shapes)
 
@@ -119,7 +123,8 @@ def load_generator(bank: Bank) -> Generator:
         if header["fingerprint"] != bank.fingerprint:
             raise LoraInitError(f"{path} is for another base model. Train it again: lora-init bank train {bank.path}.")
         shapes = {str(name): (int(r), int(d_in), int(d_out)) for name, (r, d_in, d_out) in header["shapes"].items()}
-        center, scale, shift, spread = (file.tensor(name) for name in ("center", "scale", "shift", "spread"))
+        center, scale = file.tensor("center"), file.tensor("scale")
+        shift, spread = file.tensor("shift"), file.tensor("spread")
         if not len(center) == len(scale) == _n_weights(shapes):  # before a decoder is made for so many
             raise ValueError(f"{len(center)} weights instead of {_n_weights(shapes)}")
         decoder = Decoder(len(shift), _n_tokens(shapes))
@@ -147,22 +152,27 @@ def train_generator(
     adapters = aligned(bank, rank)
     shapes = _shapes(next(iter(adapters.values())))
     weights = {name: _flattened(adapter) for name, adapter in adapters.items()}
-    del adapters
-    if all(torch.equal(flat, next(iter(weights.values()))) for flat in weights.values()):
+    del adapters  # which holds all weights a second time
+    first, *others = weights.values()
+    if all(torch.equal(flat, first) for flat in others):
         raise LoraInitError(f"the adapters of {bank.path} are all the same. A generator learns from what differs.")
+    # The decoder writes numbers of about one size: what distinguishes an adapter from the mean, over the spread of its
+    # A or B. Sizes of layers and of A and B differ by far more than tasks do.
     center = torch.stack(list(weights.values())).mean(0)
     scale = _scales([flat - center for flat in weights.values()], shapes)
     prompts = _prompts(bank)
-    everything = torch.cat(list(prompts.values()))
-    shift, spread = everything.mean(0), everything.std(0).clamp_min(1e-6)
+    all_prompts = torch.cat(list(prompts.values()))
+    shift, spread = all_prompts.mean(0), all_prompts.std(0).clamp_min(1e-6)  # a dimension may be constant
     # The last eighth of each task's prompts is never trained on: `explained` is measured with it.
-    ready = {name: (rows - shift) / spread for name, rows in prompts.items()}
-    seen = {name: rows[: max(1, len(rows) * 7 // 8)] for name, rows in ready.items()}
-    unseen = {name: rows[len(seen[name]) :] for name, rows in ready.items()}
+    seen, unseen = {}, {}
+    for name, rows in prompts.items():
+        standardized = (rows - shift) / spread
+        n_seen = max(1, len(rows) * 7 // 8)
+        seen[name], unseen[name] = standardized[:n_seen], standardized[n_seen:]
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # layers draw from the global generator, which is the caller's
         torch.manual_seed(seed)
-        decoder = Decoder(everything.shape[1], _n_tokens(shapes))
+        decoder = Decoder(all_prompts.shape[1], _n_tokens(shapes))
     optimizer = torch.optim.AdamW(decoder.parameters(), _LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
     names = list(weights)
@@ -175,6 +185,7 @@ def train_generator(
     for step in range(steps):
         name = names[int(torch.randint(len(names), (1,), generator=generator))]
         rows = seen[name]
+        # With replacement: a task may have fewer prompts than a condition takes.
         loss = error(name, rows, torch.randint(len(rows), (N_PROMPTS,), generator=generator))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -183,31 +194,38 @@ def train_generator(
         schedule.step()
         say(step + 1, float(loss.detach()))
     decoder.eval()
+    left, total = [], []  # of each adapter, the squared error of the decoder, and that of the mean of all
     with torch.no_grad():
-        left = [float(error(name, unseen[name], torch.arange(N_PROMPTS))) for name in names]
-        whole = [float(((weights[name] - center) / scale).square().mean()) for name in names]
-    explained = 1.0 - sum(left) / sum(whole)
+        for name in names:
+            left.append(float(error(name, unseen[name], torch.arange(N_PROMPTS))))
+            total.append(float(((weights[name] - center) / scale).square().mean()))
+    explained = 1.0 - sum(left) / sum(total)
     return Generator(decoder, shapes, center, scale, shift, spread, list(bank.tasks), explained)
 
 
 def _prompts(bank: Bank) -> dict[str, Tensor]:
     """Read the embeddings of each entry's prompts, [n, d]; refuse an entry with a single one."""
     prompts = {name: bank.embeddings(name) for name in bank.entries}
-    few = next((name for name, rows in prompts.items() if len(rows) < 2), None)
-    if few is not None:
-        raise LoraInitError(f"entry {few!r} of {bank.path} has a single prompt. Add it with more of its data.")
+    for name, rows in prompts.items():
+        if len(rows) < 2:  # one to train on, one to measure with
+            raise LoraInitError(f"entry {name!r} of {bank.path} has a single prompt. Add it with more of its data.")
     return prompts
 
 
+# B A does not determine B and A: for every rotation R, (B R^T)(R A) is the same update. Two adapters that do the same
+# may therefore have quite different numbers, and their mean means nothing. Rotated to be near one of them, numbers at
+# the same place belong together.
 def aligned(bank: Bank, rank: int) -> dict[str, dict[str, Layer]]:
     """Bring all adapters to one rank, and rotate each to be as near as possible to the first one."""
     adapters: dict[str, dict[str, Layer]] = {}
+    first: dict[str, Layer] | None = None
     for name in bank.entries:
         cut = {n: balanced(layer, rank) for n, layer in bank.layers(name).items()}
-        first = next(iter(adapters.values()), None)
-        if first is not None:
-            if _shapes(cut) != _shapes(first):
-                raise LoraInitError(f"entry {name!r} of {bank.path} adapts other layers than the first. Leave it out.")
+        if first is None:
+            first = cut
+        elif _shapes(cut) != _shapes(first):
+            raise LoraInitError(f"entry {name!r} of {bank.path} adapts other layers than the first. Leave it out.")
+        else:
             cut = {n: _rotated(cut[n], first[n]) for n in first}
         adapters[name] = cut
     return adapters
@@ -231,24 +249,39 @@ def _shapes(adapter: Mapping[str, Layer]) -> dict[str, tuple[int, int, int]]:
     return {name: (layer.rank, *layer.widths) for name, layer in adapter.items()}
 
 
+def _parts(adapter: Mapping[str, Layer]) -> list[Tensor]:
+    """Return A [r, d_in] and B transposed [r, d_out] of each layer, in the order in which they are flattened."""
+    parts: list[Tensor] = []
+    for layer in adapter.values():
+        parts += (layer.a, layer.b.T)
+    return parts
+
+
 def _flattened(adapter: Mapping[str, Layer]) -> Tensor:
-    return torch.cat([part.flatten() for layer in adapter.values() for part in (layer.a, layer.b.T)])
+    return torch.cat([part.flatten() for part in _parts(adapter)])
 
 
 def _unflattened(flat: Tensor, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, Layer]:
-    sizes = [size for rank, d_in, d_out in shapes.values() for size in (rank * d_in, rank * d_out)]
+    """Make layers of scaling 1 from what `_flattened` returns."""
+    sizes: list[int] = []
+    for rank, d_in, d_out in shapes.values():
+        sizes += (rank * d_in, rank * d_out)
     parts = iter(torch.split(flat, sizes))
-    return {
-        name: Layer(next(parts).view(rank, -1), next(parts).view(rank, -1).T, 1.0)
-        for name, (rank, _, _) in shapes.items()
-    }
+    layers = {}
+    for name, (rank, _, _) in shapes.items():
+        a, b_transposed = next(parts).view(rank, -1), next(parts).view(rank, -1)
+        layers[name] = Layer(a, b_transposed.T, 1.0)
+    return layers
 
 
 def _scales(differences: Sequence[Tensor], shapes: Mapping[str, tuple[int, int, int]]) -> Tensor:
     """Compute the standard deviation of each A and each B over the bank, spread over its weights."""
     squares = torch.stack(list(differences)).square().mean(0)
-    parts = [part for layer in _unflattened(squares, shapes).values() for part in (layer.a, layer.b.T)]
-    return torch.cat([part.mean().sqrt().clamp_min(1e-12).expand(part.numel()) for part in parts])
+    scales = []
+    for part in _parts(_unflattened(squares, shapes)):
+        deviation = part.mean().sqrt().clamp_min(1e-12)  # 0 for an A or B in which all adapters agree
+        scales.append(deviation.expand(part.numel()))
+    return torch.cat(scales)
 
 
 def _n_tokens(shapes: Mapping[str, tuple[int, int, int]]) -> int:

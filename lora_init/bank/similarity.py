@@ -48,26 +48,36 @@ def neighbours(
         raise LoraInitError(f"the statistics are of another model ({statistics.provenance.model}) than {bank.path}.")
     # Of checkpoints along a training the last one trained longest.
     known = {names[-1]: bank.embeddings(names[-1]) for names in bank.tasks.values()}
-    within = torch.cat([rows - rows.mean(0) for rows in known.values()])
-    spread = within.double().square().mean(0).sqrt().clamp_min(1e-12)
-    mean = embeddings.double().mean(0)
-    distances = {
-        name: float(((rows.double().mean(0) - mean) / spread).square().mean().sqrt()) for name, rows in known.items()
-    }
+    distances = _distances(known, embeddings)
     overlaps: dict[str, float | None] = dict.fromkeys(known)
     if statistics is not None and similarity != "embeddings":
         overlaps = {name: _overlap(bank, name, statistics) for name in known}
     by_distance = sorted(known, key=lambda name: distances[name])
-    by_overlap = sorted(known, key=lambda name: -(overlaps[name] or 0.0))
+    by_overlap = sorted(known, key=lambda name: -(overlaps[name] or 0.0))  # the largest first
     places = {
         "embeddings": by_distance.index,
         "subspaces": by_overlap.index,
+        # Places and not values: a distance has no upper bound, an overlap is a share, and no weight joins the two.
         "both": lambda name: by_distance.index(name) + by_overlap.index(name),
     }[similarity]
-    order = sorted(by_distance, key=places)
+    order = sorted(by_distance, key=places)  # of equal places the one whose prompts are nearer comes first
     return [Neighbour(name, bank.entries[name].task, distances[name], overlaps[name]) for name in order]
 
 
+def _distances(known: dict[str, Tensor], embeddings: Tensor) -> dict[str, float]:
+    """Compute the distance of each entry's mean embedding from that of the new prompts, in spreads of one prompt."""
+    within = torch.cat([rows - rows.mean(0) for rows in known.values()])  # prompts of all tasks x d
+    spread = within.double().square().mean(0).sqrt().clamp_min(1e-12)  # [d]; a dimension may be constant
+    mean = embeddings.double().mean(0)
+    distances = {}
+    for name, rows in known.items():
+        distances[name] = float(((rows.double().mean(0) - mean) / spread).square().mean().sqrt())
+    return distances
+
+
+# The r leading directions of one data set span a subspace, and |A B^T|^2 / r, with orthonormal rows A and B, is the
+# mean squared cosine of the principal angles between two such subspaces. It does not depend on the order or the signs
+# of directions, which swap between samples where variances are nearly equal.
 def _overlap(bank: Bank, name: str, statistics: Statistics) -> float:
     """Average over layers the share of the r leading directions of one data set that lies within another's."""
     other = bank.statistics(name)
@@ -77,7 +87,7 @@ def _overlap(bank: Bank, name: str, statistics: Statistics) -> float:
     layers = {statistics.group_of[layer]: layer for layer in statistics if layer in other}
     shares = []
     for layer in layers.values():
-        a, b = statistics[layer].components, other[layer].components
+        a, b = statistics[layer].components, other[layer].components  # [k, d_in] each
         rank = min(len(a), len(b), bank.entries[name].rank)
         shares.append(float((a[:rank] @ b[:rank].T).square().sum()) / rank)
     if not shares:

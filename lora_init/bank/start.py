@@ -1,4 +1,8 @@
-"""From a bank and examples of a new task to an adapter that starts where others ended."""
+"""From a bank and examples of a new task to an adapter that starts where others ended.
+
+Two questions are kept apart. Which update: the nearest adapter, a mean, a mixture or a generated one; a function of
+`WAYS` each. How far towards it: `find_step_size` decides by the loss, and refuses an update that lowers it nowhere.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,7 @@ def start_from_bank(
     model = unwrapped(model)
     bank.check_base(fingerprint(model), class_name(model))
     shape, order = shape or Shape(), order or neighbours(bank, embeddings)
-    about = Provenance(
+    provenance = Provenance(
         model_id=model_id(model),
         model_class=class_name(model),
         fingerprint=bank.fingerprint,
@@ -70,13 +74,19 @@ def start_from_bank(
         task_type=task_of(model),
         data=f"adapters of {', '.join(bank.tasks)}",
     )
-    build = partial(mixed_adapter, model, about, by)
-    weigh = None if loss_of is None else partial(find_weights, model, build=build, loss_of=loss_of)
+    adapter_of = partial(mixed_adapter, model, provenance, by)  # an update -> an adapter with it
+    weigh: Weigh = None
+    if loss_of is not None:
+        weigh = partial(find_weights, model, build=adapter_of, loss_of=loss_of)
     update = WAYS[by](bank, [neighbour.name for neighbour in order], embeddings, weigh)
+    # A sum of adapters has the sum of their ranks, and its best approximation of this rank is what the start is.
     cut = {name: balanced(layer, rank) for name, layer in update.layers.items()}
-    gamma, build = shape.gamma, partial(build, cut, rank, shape.lora_alpha or SCALING * rank)
+    build = partial(adapter_of, cut, rank, shape.lora_alpha or SCALING * rank)  # gamma -> the adapter
     try:
-        init = build(gamma or 1.0) if loss_of is None else find_step_size(model, build, loss_of, gamma, first=1.0)
+        if loss_of is None:
+            init = build(shape.gamma or 1.0)
+        else:  # from 1 on: the update at its full size was good where it was trained
+            init = find_step_size(model, build, loss_of, shape.gamma, first=1.0)
     except NoStepError as error:
         raise LoraInitError(
             f"{bank.path}: take none. No size of the adapter by {by!r} lowers the loss on the examples set aside "
@@ -118,7 +128,7 @@ def mixture(bank: Bank, names: Sequence[str], embeddings: Tensor, weigh: Weigh) 
         raise LoraInitError("a mixture is chosen by the loss on labelled examples, and there are none. Take nearest.")
     adapters = [bank.layers(name) for name in names[:MOST_ADAPTERS]]
     shares, passes = weigh(adapters)
-    return Update(stack(adapters, shares), dict(zip(names, shares, strict=False)), passes)
+    return Update(stack(adapters, shares), dict(zip(names, shares, strict=False)), passes)  # names may be more
 
 
 def generated(bank: Bank, names: Sequence[str], embeddings: Tensor, weigh: Weigh) -> Update:
@@ -131,7 +141,7 @@ WAYS: Mapping[str, Callable[..., Update]] = {way.__name__: way for way in (neare
 
 def mixed_adapter(
     model: nn.Module,
-    about: Provenance,
+    provenance: Provenance,
     by: str,
     update: Mapping[str, Layer],
     rank: int = 1,
@@ -139,19 +149,23 @@ def mixed_adapter(
     gamma: float | None = None,
 ) -> AdapterInit:
     """Put an update of scaling 1 into an adapter, perhaps over gamma, half of its scaling in A and half in B."""
-    layers = find_targets(model, list(update), task_type=about.task_type).layers
-    targets = {name: target for name, target in layers.items() if name in update}
+    layers = find_targets(model, list(update), task_type=provenance.task_type).layers
+    targets = {name: target for name, target in layers.items() if name in update}  # in model order
     for name, layer in update.items():
         d_in, d_out = layer.widths
         if name not in targets or (d_in, d_out) != (targets[name].in_features, targets[name].out_features):
             raise LoraInitError(f"the bank has an adapter of {name!r}, {d_in} -> {d_out}, which is none of this model.")
-    root = 1.0 if gamma is None else (gamma * scaling_of(lora_alpha, rank, False)) ** 0.5
+    # The model adds scaling * B A, and the update is to be added as it is, over gamma. Both factors are divided by the
+    # same number, so that they stay of one size.
+    root = 1.0
+    if gamma is not None:
+        root = (gamma * scaling_of(lora_alpha, rank, False)) ** 0.5
     return AdapterInit(
         weights={name: update[name].weights.times(1.0 / root) for name in targets},
         targets=targets,
         rank=rank,
         lora_alpha=lora_alpha,
         start=BANK_WAYS[by],
-        provenance=replace(about, target_modules=sorted(targets), rank=rank),
+        provenance=replace(provenance, target_modules=sorted(targets), rank=rank),
         gamma=gamma,
     )

@@ -30,11 +30,11 @@ class Entry:
     """What the index says of an adapter; checkpoints of one training are entries of one task."""
 
     task: str
-    data: str
-    rank: int
-    n_prompts: int
-    sha256: str
-    statistics_sha256: str = ""
+    data: str  # in words
+    rank: int  # the highest of its layers
+    n_prompts: int  # how many embeddings it came with
+    sha256: str  # of the file of its weights and embeddings
+    statistics_sha256: str = ""  # of the file of its statistics; empty if it came without
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,11 @@ class Bank:
         file = self._open(name)
         with file.checking("a layer"):
             scalings = {str(layer): float(scaling) for layer, scaling in file.header["scalings"].items()}
-        return {n: Layer(file.tensor(f"A {n}"), file.tensor(f"B {n}"), scaling) for n, scaling in scalings.items()}
+        layers = {}
+        for layer_name, scaling in scalings.items():
+            a, b = file.tensor(f"A {layer_name}"), file.tensor(f"B {layer_name}")
+            layers[layer_name] = Layer(a, b, scaling)
+        return layers
 
     def embeddings(self, name: str) -> Tensor:
         """Read the embeddings of an entry's prompts, float32 [n, d]."""
@@ -107,7 +111,7 @@ def open_bank(path: str | Path) -> Bank:
         bank = read_fields(Bank, {**content, "path": path, "entries": entries})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LoraInitError(f"{path / INDEX} is damaged ({error}). Add the adapters to a new bank.") from error
-    for name in entries:
+    for name in entries:  # an index may come from elsewhere, and names become paths
         check_name(name)
     if not entries:
         raise LoraInitError(f"{path} is an empty bank. Add an adapter: lora-init bank add {path} ADAPTER.")
@@ -143,12 +147,13 @@ def add_entry(
     Nothing is ever replaced, and adapters of another base, or prompts embedded by another encoder, are refused.
     """
     path = new.path
+    # What can be refused is refused before the directory is made.
     check_name(name)
     check_plain_lora(trained)
     check_output(path, "folder")
     stats = None if statistics is None else read_statistics(statistics, new.fingerprint)
     path.mkdir(parents=True, exist_ok=True)
-    with FileLock(path / ".lock"):
+    with FileLock(path / ".lock"):  # from reading the index to writing it
         bank = open_bank(path) if (path / INDEX).is_file() else new
         bank.check_base(new.fingerprint, new.model)
         if bank.encoder != new.encoder:
@@ -166,25 +171,31 @@ def add_entry(
             digest = _hash_of(stats.save(bank._statistics_path(name)))
         entry = Entry(task, data, trained.rank, len(embeddings), _hash_of(file), digest)
         bank = replace(bank, entries={**bank.entries, name: entry})
-        _write_index(bank)
+        _write_index(bank)  # last: an interrupted run leaves files that no entry names
     return bank
 
 
 def check_plain_lora(trained: Trained) -> None:
     """Refuse DoRA, aLoRA, experts, embeddings and modules that were trained whole, which have no common form."""
-    odd = next((name for name, layer in trained.layers.items() if layer.experts or layer.ends != LINEAR), None)
-    kind = "DoRA" if trained.dora else "aLoRA" if trained.config.get("alora_invocation_tokens") else None
-    reason = kind or odd or next(iter(trained.others), None)
-    if reason is not None:
-        raise LoraInitError(f"the adapter has {reason}: a bank holds plain LoRA of linear layers. Train one of those.")
+    reasons = []
+    if trained.dora:
+        reasons.append("DoRA")
+    elif trained.config.get("alora_invocation_tokens"):
+        reasons.append("aLoRA")
+    reasons += [name for name, layer in trained.layers.items() if layer.experts or layer.ends != LINEAR]
+    reasons += trained.others
+    if reasons:
+        raise LoraInitError(
+            f"the adapter has {reasons[0]}: a bank holds plain LoRA of linear layers. Train one of those."
+        )
     if trained.adds_nothing:
         raise LoraInitError("B A is zero in every layer, so the adapter was never trained. Train it first.")
 
 
 def _write_index(bank: Bank) -> None:
     entries = {name: asdict(entry) for name, entry in bank.entries.items()}
-    about = {"fingerprint": bank.fingerprint, "model": bank.model, "encoder": bank.encoder, "entries": entries}
-    content = json.dumps({"format": _FORMAT, "version": _VERSION, **about}, indent=2) + "\n"
+    fields = {"fingerprint": bank.fingerprint, "model": bank.model, "encoder": bank.encoder, "entries": entries}
+    content = json.dumps({"format": _FORMAT, "version": _VERSION, **fields}, indent=2) + "\n"
     write_whole(bank.path / INDEX, content.encode())
 
 

@@ -32,8 +32,8 @@ class BuildContext:
     stats: Statistics
     shape: Shape
     seed: int = 0
-    errors: Mapping[str, Tensor] | None = None
-    model: nn.Module | None = None
+    errors: Mapping[str, Tensor] | None = None  # W - Q of each layer, for starts that correct quantization
+    model: nn.Module | None = None  # for starts that are made from the weights
     rank: int | None = None  # the rank that the scaling is relative to
 
     @property
@@ -65,9 +65,9 @@ class LayerToStart:
     context: BuildContext
     target: Target
     part: str  # the name of the layer or of an expert, by which random numbers are drawn
-    spectrum: Spectrum
+    spectrum: Spectrum  # of the rows that it, or the expert, reads
     rank: int
-    error: Tensor | None
+    error: Tensor | None  # W - Q, [d_out, d_in]
 
     @property
     def width(self) -> int:

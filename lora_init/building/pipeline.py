@@ -43,9 +43,9 @@ from lora_init.statistics.statistics import SPARE, Statistics
 class Examples:
     """Batches for the statistics, and held-out batches to measure a loss on, if the start needs one."""
 
-    batches: Any
-    aside: Sequence[Any] = ()
-    classes: tuple[str, ...] = ()
+    batches: Any  # what `collect` takes
+    aside: Sequence[Any] = ()  # held out
+    classes: tuple[str, ...] = ()  # names of the classes, if the data have a label
     data: str = ""  # in words
 
 

@@ -136,7 +136,7 @@ class QuantizationErrors(Mapping[str, Tensor]):
 
     def _exact(self, name: str, module: Any, rows: Tensor) -> Tensor:
         """Compute what a layer would without quantization: the `forward` of the layer while the block runs."""
-        bias = getattr(module, "bias", None)
+        bias: Tensor | None = getattr(module, "bias", None)
         exact: Tensor = nn.functional.linear(rows, self.weight(name).to(rows.device, rows.dtype))
         if bias is None:
             return exact

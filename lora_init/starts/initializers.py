@@ -29,8 +29,8 @@ def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool 
     ones fill up.
     """
     check_rank(spectrum, rank)
-    found = spectrum.components[:rank].float()
-    rows = torch.cat([found, random_orthonormal(rank - len(found), found, generator)])  # [rank, d_in]
+    principal = spectrum.components[:rank].float()  # [at most rank, d_in]
+    rows = torch.cat([principal, random_orthonormal(rank - len(principal), principal, generator)])  # [rank, d_in]
     return rows / whitening_scale(spectrum, rank)[:, None] if whiten else rows
 
 
@@ -56,12 +56,11 @@ def orthogonal(width: int, rank: int, generator: torch.Generator) -> Tensor:
     return random_orthonormal(rank, torch.empty(0, width), generator)
 
 
+# A control of `eva` in rows of length one. With B = 0 and Adam, B's first steps move every entry by the learning rate,
+# so a larger A is a higher rate for B. This keeps the size of `eva`, layer by layer, and leaves the directions to
+# chance.
 def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
-    """Start A as `random` does, times one number: A x then has as much energy, E |A x|^2, as with the A of `eva`.
-
-    With B = 0 and Adam, B's first steps move every entry by the learning rate, so a larger A is a higher rate for B.
-    This keeps the size of `eva`, layer by layer, and leaves the directions to chance.
-    """
+    """Start A as `random` does, times one number: A x then has as much energy, E |A x|^2, as with the A of `eva`."""
     check_rank(spectrum, rank)
     of_unit_rows = energy(spectrum, spectrum.components[:rank])
     return with_energy(spectrum, random(spectrum.components.shape[1], rank, generator), of_unit_rows)
@@ -72,9 +71,14 @@ def as_large_as_random(spectrum: Spectrum, a: Tensor) -> Tensor:
 
     A in directions of next to no variance would become too long for that: its norm is at most ten times `random`'s.
     """
-    of_random = len(a) / (3 * a.shape[1]) * (spectrum.total_variance + float(spectrum.mean.double().square().sum()))
-    sized, most = with_energy(spectrum, a, of_random), _LONGEST * math.sqrt(len(a) / 3)
-    return sized * min(1.0, most / float(sized.norm())) if bool(sized.any()) else sized
+    # The entries of `random` are U(-1/sqrt(d_in), 1/sqrt(d_in)), of variance 1 / (3 d_in). So E |A x|^2 is
+    # r / (3 d_in) E |x|^2 on average, and |A| is sqrt(r / 3).
+    size_of_x = spectrum.total_variance + float(spectrum.mean.double().square().sum())  # E |x|^2
+    sized = with_energy(spectrum, a, len(a) / (3 * a.shape[1]) * size_of_x)
+    if not bool(sized.any()):
+        return sized
+    longest = _LONGEST * math.sqrt(len(a) / 3)
+    return sized * min(1.0, longest / float(sized.norm()))
 
 
 def with_energy(spectrum: Spectrum, a: Tensor, wanted: float) -> Tensor:
@@ -97,15 +101,18 @@ def energy(spectrum: Spectrum, a: Tensor) -> float:
 
 def energies(spectrum: Spectrum, a: Tensor) -> Tensor:
     """Compute E (A x)_i^2 as `energy` does, for each row of A, float64 [r]."""
+    # Probabilistic PCA's model of x: variance explained_variance along the k components, noise_variance in every other
+    # direction, and a mean. Written as noise everywhere plus an excess along the components, no d x d matrix is needed.
     rest = spectrum.noise_variance
     along = (a @ spectrum.components.to(a).T).square().double().cpu()  # [r, k]
-    of_mean = (a @ spectrum.mean.to(a)).square().double().cpu()
-    excess = (spectrum.explained_variance - rest).clamp_min(0.0)
+    of_mean = (a @ spectrum.mean.to(a)).square().double().cpu()  # [r]
+    excess = (spectrum.explained_variance - rest).clamp_min(0.0)  # [k]
     return along @ excess + rest * a.square().sum(dim=1).double().cpu() + of_mean
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
     """Seed a generator by the layer's name, so that a layer's numbers don't depend on which other layers there are."""
+    # Not Python's hash(), which differs from process to process. Seven bytes are within the seeds that torch takes.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -117,35 +124,38 @@ def whitening_scale(spectrum: Spectrum, rank: int) -> Tensor:
     sqrt(explained_variance_i). A direction without variance takes the scale of the last one that has; 1 if none has.
     """
     singular = ((spectrum.n_samples - 1) * spectrum.explained_variance[:rank]).clamp(min=0.0).sqrt()
+    if not len(singular):  # of which there is no max()
+        return torch.ones(rank)
     # Below this a direction is the rounding noise of the float32 rows that the first direction came from.
-    alive = singular > singular.max() * torch.finfo(torch.float32).eps if len(singular) else singular > 0.0
+    alive = singular > singular.max() * torch.finfo(torch.float32).eps
     last = singular[alive].min() if alive.any() else torch.ones((), dtype=torch.float64)
-    scale = last.expand(rank).clone()
+    scale = last.expand(rank).clone()  # also of random directions, which fill up
     scale[: len(singular)] = torch.where(alive, singular, last)
     return scale.sqrt().float()
 
 
 def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
     """Refuse a rank below which the decomposition was cut off although the data holds more."""
-    there, width = spectrum.components.shape
+    n_components, width = spectrum.components.shape
     # n centered rows span at most n - 1 directions, and directions beyond the last variance do not exist either.
-    all_there = float(spectrum.explained_variance.sum()) >= (1.0 - 1e-6) * spectrum.total_variance
-    if there < rank and there < min(width, spectrum.n_samples - 1) and not all_there:
+    has_all_variance = float(spectrum.explained_variance.sum()) >= (1.0 - 1e-6) * spectrum.total_variance
+    is_cut_off = n_components < min(width, spectrum.n_samples - 1) and not has_all_variance
+    if n_components < rank and is_cut_off:
         raise LoraInitError(
-            f"{where}rank {rank} needs {rank} components and the statistics hold {there}. "
-            f"Collect again with rank * rho >= {rank}, or ask for rank {there} at most."
+            f"{where}rank {rank} needs {rank} components and the statistics hold {n_components}. "
+            f"Collect again with rank * rho >= {rank}, or ask for rank {n_components} at most."
         )
 
 
 def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator) -> Tensor:
     """Draw orthonormal rows [n_rows, d] orthogonal to the orthonormal rows `against` [k, d], float32."""
-    basis = against.double()
+    basis = against.double()  # [k, d]
     rank, width = n_rows + len(basis), basis.shape[1]
     if rank > width:
         raise LoraInitError(f"rank {rank} is larger than the layer's input width {width}. Ask for at most {width}.")
     draw = torch.randn(n_rows, width, generator=generator, dtype=torch.float64)
     draw = draw - (draw @ basis.T) @ basis
-    q, r = torch.linalg.qr(draw.T)
+    q, r = torch.linalg.qr(draw.T)  # [d, n_rows], [n_rows, n_rows]
     # Signs of R's diagonal make the distribution uniform; one more projection removes what rounding left of `against`.
     rows = (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T
     cleaned: Tensor = rows - (rows @ basis.T) @ basis
@@ -210,16 +220,15 @@ def lora_one(gradient: GradientSpectrum, rank: int) -> LoraWeights:
     return _step(-gradient.left, gradient.singular_values, gradient.right, rank)
 
 
+# A step along the natural gradient. The curvature of the loss is K-FAC's, S_x = E x x^T for the input and S_y = E g g^T
+# for the output, so that without a bound on the rank the best step is D = -S_y^-1 G S_x^-1. Of rank r the best one is
+# S_y^-1/2 W S_x^-1/2, with W the first r singular triplets of S_y^1/2 D S_x^1/2 = -S_y^-1/2 G S_x^-1/2; truncating D
+# itself promises less. S_x is modelled as its r leading directions, the mean and an isotropic rest, so that its powers
+# cost r x d; S_y as its diagonal. Both are damped by 0.01 of their mean eigenvalue. LoRA-DA (arXiv 2510.24561) has the
+# same D with d x d factors, less a term for the variance of D, which between S_y^1/2 and S_x^1/2 is the same in all
+# directions.
 def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the step of rank r that lowers the loss most, by its gradient and curvature, without a d x d matrix.
-
-    The curvature is K-FAC's, S_x = E x x^T for the input and S_y = E g g^T for the output, so that
-    without a bound on the rank the best step is the natural gradient D = -S_y^-1 G S_x^-1. Of rank r it is S_y^-1/2 W
-    S_x^-1/2 with W the first r singular triplets of S_y^1/2 D S_x^1/2; truncating D itself promises less. S_x is
-    modelled as its r leading directions, the mean and an isotropic rest, so that its powers cost r x d; S_y as its
-    diagonal. Both are damped by 0.01 of their mean eigenvalue. Of G the 2 r leading triplets are taken, even where more
-    are known: a start does not depend on what else statistics are for. LoRA-DA (arXiv 2510.24561) has the same D with d
-    x d factors, less a term for the variance of D, which between S_y^1/2 and S_x^1/2 is the same in all directions.
 
     Returns the step's singular triplets: left [r, d_out], values [r], right [r, d_in], float32 but for the values.
     """
@@ -227,11 +236,13 @@ def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> t
         spectrum, components=spectrum.components[:rank], explained_variance=spectrum.explained_variance[:rank]
     )
     inputs = SecondMoment.of(spectrum, _DAMPING)
-    moment = gradient.output_moment
+    moment = gradient.output_moment  # [d_out], the diagonal of S_y
     root = (moment + _DAMPING * moment.mean()).rsqrt()  # S_y^-1/2
-    k = 2 * rank
-    left = -(gradient.left[:k].double() * root).T * gradient.singular_values[:k]  # [d_out, k]
+    k = 2 * rank  # even where more are known: a start does not depend on what else statistics are for
+    # W, from -S_y^-1/2 G [d_out, k] and S_x^-1/2 [k, d_in].
+    left = -(gradient.left[:k].double() * root).T * gradient.singular_values[:k]
     left, values, right = product_svd(left, inputs.times(gradient.right[:k].double(), -0.5), rank)
+    # S_y^-1/2 W S_x^-1/2, whose own triplets are not those of W.
     left, values, right = product_svd(root[:, None] * left * values, inputs.times(right, -0.5), rank)
     return left.T.float(), values, right.float()
 
@@ -241,19 +252,21 @@ def scaled_by_gamma(weights: LoraWeights, gamma: float) -> LoraWeights:
     return weights.times(len(weights.b) ** 0.25 / gamma**0.5)
 
 
+# QERA minimizes what the quantization error does to the output, E |(W - Q - s B A) x|^2 = |(W - Q - s B A) S^1/2|^2
+# with S = E x x^T as `SecondMoment.of` has it. The best s B A of rank r is [(W - Q) S^1/2]_r S^-1/2 by the paper. With
+# U the first r left singular vectors of (W - Q) S^1/2 that is U U^T (W - Q), without an inverse. U is found by subspace
+# iteration: of an error without any structure 0.3 % more is left than with the exact one.
 def qera(spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator: torch.Generator) -> LoraWeights:
     """Start from what quantization took from the weights, where the data are (QERA, Zhang et al., arXiv 2410.06040).
 
-    Of all matrices of rank r, scaling * B A is the one with the least |(W - Q - scaling * B A) S^1/2|, S as
-    `SecondMoment.of` has it: U U^T (W - Q) with U the first r left singular vectors of (W - Q) S^1/2, which is the
-    paper's [(W - Q) S^1/2]_r S^-1/2 without an inverse. U is found by subspace iteration: of an error without any
-    structure 0.3 % more is left than with the exact one. Where the error has a lower rank, further rows of A are
-    random, those of B zero.
+    Of all matrices of rank r, scaling * B A is the one with the least |(W - Q - scaling * B A) S^1/2|. Where the error
+    has a lower rank, further rows of A are random, those of B zero.
     """
     weighted = SecondMoment.of(spectrum).to(error).times(error, 0.5)  # [d_out, d_in]
     start = torch.randn(rank + _OVERSAMPLED, len(error), generator=generator).to(error)
-    factor = leading_rows(weighted.T, start)[:rank]  # [at most r, d_out]
+    factor = leading_rows(weighted.T, start)[:rank]  # singular values times U^T, [at most r, d_out]
     scale = torch.linalg.norm(factor, dim=1, keepdim=True)
+    # Strictly larger, so that of an error of zero no direction is left.
     left = (factor / scale)[scale[:, 0] ** 2 > NEGLIGIBLE * scale[:1, 0] ** 2]  # U^T, [at most r, d_out]
     right = left @ error  # U^T (W - Q), [at most r, d_in]
     size = torch.linalg.norm(right, dim=1, keepdim=True)
@@ -271,5 +284,6 @@ def error_seen(spectrum: Spectrum, error: Tensor) -> float:
 
 def _step(left: Tensor, values: Tensor, right: Tensor, rank: int) -> LoraWeights:
     """Return A and B whose product is the best rank-r part of left^T values right, of norm 1."""
+    # The root of each singular value in A and in B, so that neither factor is the larger one.
     root = (values[:rank] / values[0]).sqrt().float()  # [r]
     return LoraWeights(root[:, None] * right[:rank], left[:rank].T * root)

@@ -20,8 +20,8 @@ from lora_init.packages import Group, package_of
 from lora_init.planning.policies import POLICIES
 from lora_init.starts.providers import PROVIDERS
 
-_THEIRS = Group("lora_init.starts", "start")
-_INITIALIZERS = "lora_init.starts.initializers"
+_THEIRS = Group("lora_init.starts", "start")  # starts of other packages, by their entry points
+_INITIALIZERS = "lora_init.starts.initializers"  # by its name, since importing it would import torch
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Start:
     @property
     def needed(self) -> frozenset[str]:
         """What must be at hand before: `"inputs"`, `"gradients"`, `"errors"`, `"weights"`, a `"bank"`."""
+        # Not declared a second time: it follows from what the function takes.
         return frozenset(PROVIDERS[name].needs for name in self.arguments) - {"nothing"}
 
     @property
@@ -113,7 +114,9 @@ class Start:
     @functools.cached_property
     def arguments(self) -> tuple[str, ...]:
         """The names of the parameters of its function."""
-        return self.takes or tuple(signature(load_function(self.function)).parameters) if self.function else ()
+        if not self.function:
+            return ()
+        return self.takes or tuple(signature(load_function(self.function)).parameters)
 
     def __str__(self) -> str:
         return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
@@ -124,6 +127,9 @@ class Start:
         return load_function(self.function)(**{name: known[name] for name in self.arguments})
 
 
+# The kinds of start below have no function: they are made of a whole model, by PEFT, from a bank, or not at all. Where
+# an answer is the same for all of a kind, it stands here as an attribute without an annotation, which dataclasses take
+# for no field, in place of the property of `Start`.
 @dataclass(frozen=True)
 class PeftStart(Start):
     """A start that PEFT makes of a whole model, under this name; it takes a part of each weight into A and B."""
@@ -146,7 +152,7 @@ class BankWay(Start):
     """A start from adapters of other tasks, made of a whole model by a function of `bank.start.WAYS`."""
 
     b_is_zero: bool = False
-    gamma: float | None = 1.0
+    gamma: float | None = 1.0  # the adapter at its full size
     needed = frozenset({"bank"})
 
     @property
@@ -183,10 +189,12 @@ def load_function(function: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 def _triplets(spectrum: Any, gradient: Any) -> int:
+    """Count the singular triplets of the mean gradient, for `directions` of a start that is made of them."""
     return len(gradient.singular_values)
 
 
 RANDOM, FULL, FROM_BANK = "random", "full", "from-bank"
+# In the order of help and of tables: those that leave the model as it is, those that change it, PEFT's, a bank's.
 STARTS: tuple[Start, ...] = (
     Start(
         "eva",
@@ -259,7 +267,7 @@ STARTS: tuple[Start, ...] = (
         takes=("gradient", "rank"),
         b_is_zero=False,
         corrects_base=True,
-        gamma=16.0,
+        gamma=16.0,  # which is not searched: the base is corrected, so no loss tells steps apart before training
         one_rank=True,
     ),
     Start(
@@ -294,8 +302,9 @@ STARTS: tuple[Start, ...] = (
     BankWay("bank-mean", "the mean of all adapters, a control"),
     FullTraining(FULL, "no adapter: all weights are trained"),
 )
+# What is recommended, see docs/which-start.md; and the start that corrects a quantized base by data.
 DEFAULT, DEFAULT_FOR_CLASSES, CORRECTION = "eva", "natural-gradient", "qera"
-# How a bank's adapters are used, by the word of `--by`.
+# How a bank's adapters are used, by the word of `--by`, the default first.
 BANK_WAYS = {start.way: start for start in STARTS if isinstance(start, BankWay)}
 BANK_WAY = next(iter(BANK_WAYS))
 _OWN = {start.name: start for start in STARTS}
@@ -333,6 +342,7 @@ class Recipe:
         return bool(self.start.needed & {"inputs", "gradients"}) or self.moves_ranks
 
 
+# Names of runs, which reports keep, so that an old name goes on meaning the same.
 _VARIATIONS = {
     "eva-rho1": Recipe(_OWN["eva"], rho=1.0),  # what it was called before that was the default
     "eva-rho2": Recipe(_OWN["eva"], rho=2.0),
@@ -344,7 +354,7 @@ _VARIATIONS = {
     "random-frozen-a": Recipe(_OWN[RANDOM], rho=1.0, freeze_a=True),
     "natural-gradient-frozen-a": Recipe(_OWN["natural-gradient"], rho=1.0, freeze_a=True),
 }
-_TAKEN = {*_OWN, *_VARIATIONS, FROM_BANK}
+_TAKEN = {*_OWN, *_VARIATIONS, FROM_BANK}  # names that a start of another package cannot have
 
 
 def start_names() -> tuple[str, ...]:
@@ -354,6 +364,7 @@ def start_names() -> tuple[str, ...]:
 
 def buildable() -> list[str]:
     """Return the names of the starts that `build_adapter` makes."""
+    # Those of other packages have a function, or loading them is refused.
     return [name for name in start_names() if name not in _OWN or _OWN[name].function]
 
 
@@ -384,13 +395,15 @@ def find_recipe(name: str) -> Recipe | None:
 
 def changes_base(name: str) -> bool:
     """Return whether a start changes the base weights, by the name that a file has, such as PEFT's `pissa_niter_4`."""
+    # By its beginning: PEFT's names may have a suffix. Full training changes the base, but has no adapter and no file.
     began = name.lower().replace("_", "-")
     return any(began.startswith(start.name) for start in STARTS if start.changes_base and start.name != FULL)
 
 
 @functools.cache
 def _load(name: str) -> Start:
-    with _THEIRS.loading(name) as (entry, where):
+    """Load a start of another package; refuse what is none, or takes what there is not."""
+    with _THEIRS.loading(name) as (entry, where):  # whose errors name the package, whatever its code raises
         start = entry.load()
         if not isinstance(start, Start) or not start.function:
             raise LoraInitError(f"{where}: {entry.value} is no lora_init.Start with a function.")
