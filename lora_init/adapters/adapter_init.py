@@ -289,14 +289,18 @@ class AdapterInit(Shape):
     def _config(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Return the fields of a LoraConfig for this adapter."""
         # PEFT names fused experts by `target_parameters`, all other layers by `target_modules`.
-        parameters = [name for name in self.weights if self.targets[name].experts]
-        parameters += [name for name, kind in self.unsupported.items() if kind == "Parameter"]
-        names = [name for name in (*self.weights, *self.unsupported) if name not in parameters]
+        modules, parameters = [], []
+        for name in (*self.weights, *self.unsupported):
+            is_parameter = self.unsupported.get(name) == "Parameter"
+            if is_parameter or (name in self.weights and self.targets[name].experts):
+                parameters.append(name)
+            else:
+                modules.append(name)
         return lora_config(
             self.ranks,
             self.rank,
             self.scaling,
-            self._target_modules(names, model),
+            self._target_modules(modules, model),
             self.use_rslora,
             use_dora=self.use_dora,
             lora_dropout=self.lora_dropout,

@@ -281,7 +281,7 @@ def _set_patterns(config: Any, modules: Iterable[str], old_ranks: Mapping[str, i
         config.target_modules = set(ranks)  # as PEFT makes one of every list
     alphas = _alphas(config, old_ranks, ranks)
     config.rank_pattern = to_patterns(ranks, config.r)
-    config.alpha_pattern = to_patterns({name: alphas[name] for name in ranks}, config.lora_alpha)
+    config.alpha_pattern = to_patterns(alphas, config.lora_alpha)
 
 
 def _copy_in(model: nn.Module, weights: Mapping[str, Tensor], adapter_name: str, dtype: torch.dtype) -> None:
@@ -295,7 +295,7 @@ def _copy_in(model: nn.Module, weights: Mapping[str, Tensor], adapter_name: str,
 
 def _alphas(config: Any, old_ranks: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, float]:
     """Compute each layer's lora_alpha, with `adjust_scaling_factors` so that its scaling stays as its rank changes."""
-    alphas = from_patterns(config.alpha_pattern, old_ranks, config.lora_alpha)
+    alphas = from_patterns(config.alpha_pattern, ranks, config.lora_alpha)
     if config.eva_config is not None and config.eva_config.adjust_scaling_factors:
         for name, rank in ranks.items():
             if 0 < rank != old_ranks[name]:

@@ -136,11 +136,13 @@ def check_fits(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
 
 def _check_layers(model: nn.Module, targets: Mapping[str, Target], named: Mapping[str, Any], origin: str) -> None:
     """Refuse a model with a layer of another kind or width than the statistics from `origin` have."""
-    fused = [name for name, target in targets.items() if target.experts]
-    plain: str | list[str] = []
-    if len(targets) > len(fused):
-        plain = exact_pattern(name for name in targets if name not in fused)
-    layers = find_targets(model, plain, target_parameters=fused).layers
+    modules, parameters = [], []
+    for name, target in targets.items():
+        if target.experts:
+            parameters.append(name)
+        else:
+            modules.append(name)
+    layers = find_targets(model, exact_pattern(modules) if modules else [], target_parameters=parameters).layers
     for name, expected in targets.items():
         got = layers.get(name)
         if got is None or _comparable(got) != _comparable(expected):

@@ -353,10 +353,10 @@ def _ranks_by_default(stats: Statistics, rank: int, selected: Collection[str]) -
 
 
 def _check_layers_known(names: Iterable[str], stats: Statistics) -> None:
-    unknown = next((name for name in names if name not in stats), None)
-    if unknown is not None:
-        close = difflib.get_close_matches(unknown, list(stats), n=1, cutoff=0.0)
-        raise LoraInitError(f"ranks name {unknown!r}, which the statistics don't have. Closest: {close}.")
+    for name in names:
+        if name not in stats:
+            close = difflib.get_close_matches(name, list(stats), n=1, cutoff=0.0)
+            raise LoraInitError(f"ranks name {name!r}, which the statistics don't have. Closest: {close}.")
 
 
 def _check_rank_of_layer(target: Target, rank: int) -> None:

@@ -198,12 +198,12 @@ def read(
     return batches, more
 
 
-def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Examples:
-    """Hold out examples if a loss is `measured`: from `beyond` if it has enough, else from the batches."""
+def split(batches: Any, more: Iterable[Any] = (), measured: bool = True) -> Examples:
+    """Hold out examples if a loss is `measured`: from `more` if it has enough, else from the batches."""
     classes, words = tuple(getattr(batches, "classes", ())), getattr(batches, "description", "")
     if not measured:
         return Examples(batches, (), classes, words)
-    held_out, others = set_aside(batches, beyond)
+    held_out, others = set_aside(batches, more)
     if others is not batches and isinstance(batches, Batches):  # the record says that the sample was larger
         n = sum(len(batch["input_ids"]) for batch in held_out)
         others, words = Batches(others, batches.settings | {"set aside": n}), f"{words}, {n} set aside"

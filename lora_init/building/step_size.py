@@ -129,14 +129,15 @@ def n_aside(n_examples: int, batch_size: int) -> int:
     return max(1, n // batch_size * batch_size or n)  # whole batches, if there is one
 
 
-def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[Any], Iterable[Any]]:
+def set_aside(batches: Iterable[Any], more: Iterable[Any] = ()) -> tuple[list[Any], Iterable[Any]]:
     """Hold out `n_aside` examples for the search; return batches of them, and of the others for the statistics.
 
-    They are taken from `beyond`, if enough, else the first of all. No example is in both: equal tokens are one example.
+    They are taken from `more`, if enough, else the first of all. No example is in both: equal tokens are one example.
     A batch whose values are not one for each example is taken whole and counts as 4. A lone batch serves both.
     """
-    spare = list(_named(beyond))
-    if spare:
+    more = list(more)
+    if more:
+        spare = list(_named(more))
         if isinstance(batches, Iterator):  # which can be read once only, and is read here
             batches = list(batches)
         known, new = _names_in(_named(batches)), _names_in(spare)
@@ -146,7 +147,7 @@ def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[
             _warn_of_few(len(new), total)
             return _once(spare, new), batches
     # A generator: of a stream no more is read than what is needed now, the rest while the statistics are collected.
-    stream = _named(chain(batches, (batch for batch, _ in spare)))
+    stream = _named(chain(batches, more))
     head, different = _read_enough(stream)
     if not head:
         return [], []
