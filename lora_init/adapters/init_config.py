@@ -289,7 +289,7 @@ class InitConfig:
         known = {option.name for option in fields(Options)}
         for name in given:
             if name not in known:
-                # For the hint only: these are no options, but `initialize` has them, and others of us name them.
+                # For the hint alone: arguments of `initialize` beside the options.
                 named = sorted({*known, "tokenizer", "config", "adapter_name", "learning_rate"})
                 raise LoraInitError(f"{taker} has no argument {name}=. {did_you_mean(name, named)}")
         return cls(method=method, given=given).with_options(**given)

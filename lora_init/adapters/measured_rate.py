@@ -138,10 +138,10 @@ def layers_of(model: Any, adapter_name: str) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if adapter_name in getattr(layer, "r", {})}
 
 
-# How a response is measured. To first order in the rate eta, a step of Adam adds eta * sign(g) to B, which moves the
-# output by eta s sum |(A x)_i|; the move of A adds a term in sum |x_j|. So one forward pass over a few batches is
-# enough, without gradients: hooks on each base layer see x and W x, hooks on each A see A x. The A of fused experts is
-# no module that a hook could watch, so A x is computed there from the rows that the router sends to each expert.
+# How a response is measured. A first step of Adam moves every entry of B by about the rate eta, whatever the gradient
+# is, and the output by eta s sum |(A x)_i|; the move of A adds a term in sum |x_j|. So forward passes over a few
+# batches are enough: hooks on each base layer see x and W x, hooks on each A see A x. The A of fused experts is no
+# module that a hook could watch, so A x is computed there from the rows that the router sends to each expert.
 def measure_responses(
     base: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any], adapter_name: str = "default",
     freeze_a: bool = False, token_mask: str = "attention",

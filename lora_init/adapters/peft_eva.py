@@ -322,8 +322,8 @@ def _replace_adapter(model: PeftModel, adapter_name: str, config: LoraConfig) ->
     modules, layers = dict(model.get_base_model().named_modules()), adapter_layers(model)
     try:
         model.delete_adapter(adapter_name)
-        # PEFT leaves its layers in place without an adapter. The plain ones go back, since `add_adapter` selects by
-        # the new config and must find the model as it was.
+        # PEFT leaves its layers in place without an adapter. The plain ones go back, so that a layer which gets no
+        # rank is plain afterwards.
         plain = {name: layer.get_base_layer() for name, layer in layers.items() if not layer.r}
         for name, module in modules.items():  # PEFT refuses one that was trained whole and is left without an adapter
             if isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:

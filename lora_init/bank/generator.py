@@ -156,8 +156,8 @@ def train_generator(
     first, *others = weights.values()
     if all(torch.equal(flat, first) for flat in others):
         raise LoraInitError(f"the adapters of {bank.path} are all the same. A generator learns from what differs.")
-    # The decoder writes numbers of about one size: what distinguishes an adapter from the mean, over the spread of its
-    # A or B. Sizes of layers and of A and B differ by far more than tasks do.
+    # The decoder writes numbers of about one size: what distinguishes an adapter from the mean, over the spread of each
+    # A and B.
     center = torch.stack(list(weights.values())).mean(0)
     scale = _scales([flat - center for flat in weights.values()], shapes)
     prompts = _prompts(bank)

@@ -52,7 +52,7 @@ def find_weights(
     n = len(adapters)
     measured: dict[tuple[float, ...], float] = {}
     with as_it_was(model):
-        # The sum is on the model once, at equal weights. A weight multiplies the columns of B that are of its adapter.
+        # The sum goes on the model once, with weights of 1. A weight then multiplies the columns of B of its adapter.
         layers = adapter_layers(build(stack(adapters, [1.0] * n)).apply(model))
         weights_b = {name: next(iter(layer.lora_B.values())).weight for name, layer in layers.items()}
         unweighted = {name: weight.detach().clone() for name, weight in weights_b.items()}

@@ -57,7 +57,7 @@ def neighbours(
     places = {
         "embeddings": by_distance.index,
         "subspaces": by_overlap.index,
-        # Places and not values: a distance has no upper bound, an overlap is a share, and no weight joins the two.
+        # Places and not values: a distance has no upper bound and an overlap is a share, so they have no common scale.
         "both": lambda name: by_distance.index(name) + by_overlap.index(name),
     }[similarity]
     order = sorted(by_distance, key=places)  # of equal places the one whose prompts are nearer comes first

@@ -204,7 +204,7 @@ def split(batches: Any, more: Iterable[Any] = (), measured: bool = True) -> Exam
     if not measured:
         return Examples(batches, (), classes, words)
     held_out, others = set_aside(batches, more)
-    if others is not batches and isinstance(batches, Batches):  # the record says that the sample was larger
+    if others is not batches and isinstance(batches, Batches):  # which keep a record of the sample
         n = sum(len(batch["input_ids"]) for batch in held_out)
         others, words = Batches(others, batches.settings | {"set aside": n}), f"{words}, {n} set aside"
     return Examples(others, held_out, classes, words)
