@@ -172,7 +172,7 @@ class AdapterInit(Shape):
     @property
     def recommended(self) -> dict[str, Any] | None:
         """Learning rate, warm-up, schedule and optimizer to train with; None if no rate is known."""
-        if self.learning_rate is not None:  # that of a comparison was tried, so it goes before the predicted one
+        if self.learning_rate is not None:  # a comparison tried it, so it goes before the predicted one
             return {"learning_rate": self.learning_rate, **TRAINING}
         return None if self.rate is None else self.rate.training
 
@@ -315,7 +315,7 @@ class AdapterInit(Shape):
     def _target_modules(self, names: list[str], model: nn.Module | None) -> list[str] | str:
         """Return what selects these layers and no other in PEFT: their names, or a regular expression."""
         # PEFT takes each name of a list for the end of a name. A list is therefore safe only if none of its names ends
-        # that of another module.
+        # the name of another module.
         if model is not None:
             others = {name for name, _ in model.named_modules()} - set(names)
             return listed_or_pattern(names, others)

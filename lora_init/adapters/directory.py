@@ -26,7 +26,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"  # likewise
 ORIGIN_FILE = "lora_init.json"  # the record: where an adapter before training comes from
 CARD_FILE = "README.md"  # which the hub shows
 ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
-# How the names of tensors end in PEFT's files, those of linear layers and of embeddings.
+# How the names of tensors end in PEFT's files, for linear layers and for embeddings.
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 _PAIRS = ((LORA_A, LORA_B), (".lora_embedding_A", ".lora_embedding_B"))
 # A directory with this marker may be overwritten, if it holds nothing beside these files.

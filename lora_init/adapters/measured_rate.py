@@ -205,7 +205,7 @@ def _readable_layers(layers: Mapping[str, Any], adapter_name: str) -> dict[str, 
 
 
 def _hooked_modules(layers: Mapping[str, Any], adapter_name: str) -> dict[str, nn.Module]:
-    """Return what hooks watch: all base layers, then the A of each layer but those of fused experts."""
+    """Return what hooks watch: all base layers, then the A of each layer but fused experts."""
     modules = {name: layer.get_base_layer() for name, layer in layers.items()}
     for name, layer in layers.items():
         if not _is_of_parameter(layer):

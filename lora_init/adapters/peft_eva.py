@@ -2,7 +2,7 @@
 
 EVA (Paischer et al., arXiv 2410.07170) starts A from the principal directions of what a layer reads, and moves ranks to
 the layers where directions explain more variance. The arguments, with their three functions of the caller, are PEFT's;
-the pass over the data and the decomposition are those of `collect`.
+the pass over the data and the decomposition are shared with `collect`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def get_eva_state_dict(
             stack.enter_context(as_it_was(model))  # PEFT's own context does not see to requires_grad
             stack.enter_context(model.disable_adapter())  # type: ignore[operator]
         spectra = _collect(model, modules, dataloader, max(most.values()), functions, processes, show_progress_bar)
-    # The budget is that of the layers that had rows: the others keep the rank that they have.
+    # Only layers that had rows share their ranks out: the others keep the rank that they have.
     budget = sum(ranks[name] for name in spectra)
     state = {}
     for name, rank in _distribute_ranks(spectra, most, budget).items():
@@ -190,7 +190,7 @@ def _collect(
             f"tau={tau} was not reached in {MAX_BATCHES} batches: of what the directions capture they would keep "
             f"{collected.keeps:.0%} on other data. They are used as they are."
         )
-    # In the order of the model: that of the groups is the order in which layers ran.
+    # In the order of the model: groups come in the order in which layers ran.
     return {name: spectra[name] for name in modules if name in spectra}
 
 

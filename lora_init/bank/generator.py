@@ -194,7 +194,7 @@ def train_generator(
         schedule.step()
         say(step + 1, float(loss.detach()))
     decoder.eval()
-    left, total = [], []  # of each adapter, the squared error of the decoder, and that of the mean of all
+    left, total = [], []  # of each adapter, the squared errors of the decoder and of the mean of all
     with torch.no_grad():
         for name in names:
             left.append(float(error(name, unseen[name], torch.arange(N_PROMPTS))))

@@ -167,7 +167,7 @@ def build_adapter(
     if errors is not None and not start.needs_error:
         raise LoraInitError("errors= with {method}: it corrects no base. Leave errors out.", method=method)
     # The arguments that a config decides, where there is one. None marks those that were not given, since a config is
-    # contradicted by any value, also by that of the default.
+    # contradicted by any value, also by the default.
     of_peft = (lora_alpha, use_rslora, use_dora, lora_dropout, modules_to_save)
     given: dict[str, Any] = {}
     for name, value in zip(Shape.of_peft, of_peft, strict=True):
@@ -329,7 +329,7 @@ def _requested_ranks(
     if not isinstance(ranks, Mapping):
         ranks = dict.fromkeys((name for name in stats if name in selected), whole_number(ranks, "ranks", 0))
     _check_layers_known(ranks, stats)
-    # In the order of the model, whatever that of the mapping is.
+    # In the order of the model, whatever the order of the mapping is.
     requested = {name: whole_number(ranks[name], f"layer {name!r}: rank", 0) for name in stats if name in ranks}
     for name, rank in requested.items():
         _check_rank_of_layer(stats.targets[name], rank)

@@ -119,7 +119,7 @@ def layer_start(context: BuildContext, name: str, rank: int, error: Tensor | Non
 
 
 def _spectra_of(stats: Statistics, name: str) -> dict[str, Spectrum]:
-    """Return the spectrum of a layer by its name, or those of its experts by theirs."""
+    """Return the spectrum of a layer by its name, or the spectra of its experts by their names."""
     spectra = {expert_group(name, i): spectrum for i, spectrum in enumerate(stats.of_experts(name))}
     return spectra or {name: stats[name]}
 

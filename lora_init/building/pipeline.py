@@ -54,7 +54,7 @@ def run(handle: ModelHandle, given: Any, config: InitConfig, tokenizer: Any = No
 
     All processes of a distributed run call this together.
     """
-    # Cheap refusals come before any data is read, and those of the data before the pass.
+    # Cheap refusals come before any data is read, and refusals of the data before the pass.
     check(config)
     handle.check(config.start)
     examples = take(given, handle.model, config, tokenizer)

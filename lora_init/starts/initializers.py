@@ -242,7 +242,7 @@ def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> t
     # W, from -S_y^-1/2 G [d_out, k] and S_x^-1/2 [k, d_in].
     left = -(gradient.left[:k].double() * root).T * gradient.singular_values[:k]
     left, values, right = product_svd(left, inputs.times(gradient.right[:k].double(), -0.5), rank)
-    # S_y^-1/2 W S_x^-1/2, whose own triplets are not those of W.
+    # S_y^-1/2 W S_x^-1/2, whose own triplets differ from the triplets of W.
     left, values, right = product_svd(root[:, None] * left * values, inputs.times(right, -0.5), rank)
     return left.T.float(), values, right.float()
 
@@ -266,7 +266,7 @@ def qera(spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator
     start = torch.randn(rank + _OVERSAMPLED, len(error), generator=generator).to(error)
     factor = leading_rows(weighted.T, start)[:rank]  # singular values times U^T, [at most r, d_out]
     scale = torch.linalg.norm(factor, dim=1, keepdim=True)
-    # Strictly larger, so that of an error of zero no direction is left.
+    # Strictly larger, so that an error of zero leaves no direction.
     left = (factor / scale)[scale[:, 0] ** 2 > NEGLIGIBLE * scale[:1, 0] ** 2]  # U^T, [at most r, d_out]
     right = left @ error  # U^T (W - Q), [at most r, d_in]
     size = torch.linalg.norm(right, dim=1, keepdim=True)

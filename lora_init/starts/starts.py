@@ -364,7 +364,7 @@ def start_names() -> tuple[str, ...]:
 
 def buildable() -> list[str]:
     """Return the names of the starts that `build_adapter` makes."""
-    # Those of other packages have a function, or loading them is refused.
+    # Starts of other packages have a function, or loading them is refused.
     return [name for name in start_names() if name not in _OWN or _OWN[name].function]
 
 
