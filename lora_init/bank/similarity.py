@@ -65,7 +65,7 @@ def neighbours(
 
 
 def _distances(known: dict[str, Tensor], embeddings: Tensor) -> dict[str, float]:
-    """Compute the distance of each entry's mean embedding from the mean of the new prompts, in spreads of one prompt."""
+    """Compute how far the mean of each entry is from the mean of the new prompts, in spreads of one prompt."""
     within = torch.cat([rows - rows.mean(0) for rows in known.values()])  # prompts of all tasks x d
     spread = within.double().square().mean(0).sqrt().clamp_min(1e-12)  # [d]; a dimension may be constant
     mean = embeddings.double().mean(0)
