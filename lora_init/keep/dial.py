@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,27 +32,35 @@ from lora_init.starts.starts import changes_base
 if TYPE_CHECKING:
     from peft import PeftModel
 
+# How strengths are chosen. One strength for all layers is measured first, at the values of CURVE. Then a strength for
+# each layer is fitted by gradient on the loss of the task plus a weight times the loss on text to keep, with a weight
+# that rises until the user's rule breaks: a single weight stopped short where an adapter forgets little, and left half
+# of the forgetting for a third of the loss that was allowed. The rule chooses among all points that were measured.
+
 STRONGEST = 1.5  # of one layer, in a fit
-_WEAKEST = 1e-3  # of all layers, as asked: far below it B is zero in types of 16 bits
-_START, _STEPS, _RATE = 0.7, 24, 0.06
-CURVE = (0.0, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2)
-# Weights of the text to keep that are tried while the rule holds, each from the strengths found with the one before.
+_WEAKEST = 1e-3  # of all layers, as requested: far below it B is zero in types of 16 bits
+_START, _STEPS, _RATE = 0.7, 24, 0.06  # of the first fit: strength of each layer, steps of Adam, learning rate
+CURVE = (0.0, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2)  # 0 is the base, 1 is as trained
+# Weights of the text to keep that are tried while the rule holds, each from the strengths fitted with the last one.
 _WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-_MORE_STEPS, _LOWER_RATE = 16, 0.05
-_GAIN = 0.01  # of the rise as trained: what a weight must take off for the next one to be tried
-_MOST_BATCHES = 48  # of a loader
+_MORE_STEPS, _LOWER_RATE = 16, 0.05  # of the fits after the first, which begin near their end
+_GAIN = 0.01  # share of the rise as trained that a weight must take off for the next one to be tried
+_MOST_BATCHES = 48  # of a loader, which may have no end
 _LEAST = 6  # examples, and texts to keep
-_SHARED = 0.1  # of the text to keep that may be examples of the task
+_SHARED = 0.1  # share of the text to keep at which examples of the task among it are refused
 KEPT_BATCH = 4  # texts to keep in a batch
 _BACKWARD = 3  # forward passes that a step of a fit takes as long as
-LOSE = 0.02
+LOSE = 0.02  # the default rule
 _PLAIN = {"input_ids", "attention_mask", "labels"}
 
 
 def _check_limit(name: str, value: Any) -> None:
     """Refuse a value of a rule that is out of range."""
-    least, hint = (_WEAKEST, " 0 is the base.") if name == "strength" else (0, "")
-    check_number(name, value, least, hint=hint)
+    if name == "strength":
+        check_number(name, value, _WEAKEST, hint=" 0 is the base.")
+    else:
+        check_number(name, value, 0)
+    # Above 1 a user probably meant per cent.
     if name == "lose" and value > 1.0:
         raise LoraInitError(f"{{lose}} is {value:.0%} more loss. Write 2 % as 2% or 0.02.", lose=value)
 
@@ -74,11 +82,12 @@ class Rule:
         for name, value in given.items():
             _check_limit(name, value)
             if name == "strength" and value > STRONGEST:
-                said = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
-                warn(said, strength=value)
+                text = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
+                warn(text, strength=value)
         if self.uniform and self.strength is not None:
             raise LoraInitError("{strength} is one for all layers already. Leave {uniform} out.", **vars(self))
         if not given:
+            # Not a default of the field: `lose` beside another rule would then look as if the user had given both.
             object.__setattr__(self, "lose", LOSE)
 
     def __str__(self) -> str:
@@ -90,18 +99,27 @@ class Rule:
 
     def limit(self, curve: Sequence[Point]) -> float:
         """Return the highest loss on the task that may be chosen."""
-        return math.inf if self.lose is None else min(point.task for point in curve) * (1.0 + self.lose)
+        if self.lose is None:
+            return math.inf
+        # Above the best strength, not above strength 1: an adapter that was trained too long is not at its best there.
+        return min(point.task for point in curve) * (1.0 + self.lose)
 
     def choose(self, limit: float, *groups: Sequence[Point]) -> Point:
-        """Choose in the first group where a point does what was asked; if none does, what forgets least of the last."""
+        """Choose from the first group that has a point within the rule; without one, what forgets least of the last.
+
+        Among several points within the rule the other loss decides: the task's under `keep_within`, or else the one on
+        text to keep.
+        """
         for points in groups:
             if self.keep_within is not None:
-                within = sorted((p for p in points if p.rise <= self.keep_within), key=lambda p: p.task)
+                within = [point for point in points if point.rise <= self.keep_within]
+                best = min(within, key=_task_loss, default=None)
             else:
-                within = sorted((p for p in points if p.task <= limit), key=lambda p: p.rise)
-            if within:
-                return within[0]
-        return min(groups[-1], key=lambda p: p.rise)
+                within = [point for point in points if point.task <= limit]
+                best = min(within, key=_rise, default=None)
+            if best is not None:
+                return best
+        return min(groups[-1], key=_rise)
 
     def missed(self, chosen: Point) -> list[str]:
         """Return a note if no point did what was asked, so that the one was chosen that forgets least."""
@@ -111,35 +129,50 @@ class Rule:
 
     def broken(self, task: Mapping[str, Change], keep: Mapping[str, Change]) -> list[str]:
         """Return a note if the limit, which held on the examples to choose by, is broken on those of the report."""
-        lost = 0.0 if self.lose is None else task["chosen"].loss / task[BEST].loss - 1.0
-        rise = keep["chosen"].change
-        if self.lose is not None and lost > self.lose:
-            measured = f"{100 * lost:.2g} % above the task's loss at the best strength, and {100 * self.lose:g} %"
-        elif self.keep_within is not None and rise > self.keep_within:
-            measured = f"text to keep {rise:.3f} above the base's loss, and {self.keep_within:g}"
-        else:
+        measured = ""
+        if self.lose is not None:
+            lost = task["chosen"].loss / task[BEST].loss - 1.0
+            if lost > self.lose:
+                measured = f"{100 * lost:.2g} % above the task's loss at the best strength, and {100 * self.lose:g} %"
+        elif self.keep_within is not None:
+            rise = keep["chosen"].change
+            if rise > self.keep_within:
+                measured = f"text to keep {rise:.3f} above the base's loss, and {self.keep_within:g}"
+        if not measured:
             return []
         return [f"measured is {measured} was the limit. Dial on more examples, or set a lower limit"]
+
+
+def _task_loss(point: Point) -> float:
+    return point.task
+
+
+def _rise(point: Point) -> float:
+    return point.rise
 
 
 def check_dialable(config: Mapping[str, Any], whole: Iterable[str], where: str) -> None:
     """Refuse an adapter, called `where`, that is more than a factor times A and B: `whole` names its other tensors."""
     without = ("use_dora", "lora_bias", "ensure_weight_tying", *OTHER_UPDATES)
     other = next((key for key in without if config.get(key)), None)
-    trained = next(iter(whole), None)
-    origin = carried(config) if carried(config).get("rank") in (None, config.get("r")) else {}
-    began = config.get("init_lora_weights")
-    began = began if isinstance(began, str) else str(origin.get("method") or "")
     if other is not None:
         raise LoraInitError(f"{where} has {other}, which has no strength that could be scaled alone. Use plain LoRA.")
+    trained = next(iter(whole), None)
+    # PEFT trains the head of these tasks whole, beside the adapter.
     if trained is not None or config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         raise LoraInitError(
             f"{where} holds {trained or 'a head'}, trained whole, which has no strength: the rest would not fit it at "
             "another. Dial adapters of A and B alone, of language models."
         )
-    if changes_base(began) or origin.get("corrects_base") or origin.get("error_size"):
+    origin = carried(config)
+    if origin.get("rank") not in (None, config.get("r")):
+        origin = {}  # another rank than its start had: the origin does not describe these tensors
+    method = config.get("init_lora_weights")
+    if not isinstance(method, str):
+        method = str(origin.get("method") or "")
+    if changes_base(method) or origin.get("corrects_base") or origin.get("error_size"):
         raise LoraInitError(
-            f"{where} began as {began}, which changes or corrects the base: at strength 0 that is not your model. "
+            f"{where} began as {method}, which changes or corrects the base: at strength 0 that is not your model. "
             "Convert it by `lora-init export --start DIRECTORY`, naming the adapter before training, and dial that."
         )
 
@@ -206,11 +239,16 @@ def dial(
     _check_scalable(layers, where)
     if batches is None and strength is not None:
         if keep is not None or tokenizer is not None:
-            said = "{strength} without batches measures nothing: leave {keep} and {tokenizer} out."
-            raise LoraInitError(said, strength=strength, keep=..., tokenizer=...)
+            raise LoraInitError(
+                "{strength} without batches measures nothing: leave {keep} and {tokenizer} out.",
+                strength=strength,
+                keep=...,
+                tokenizer=...,
+            )
         dialed = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
     else:
         dialed = turn(model, rule, batches, keep, tokenizer, seed, say)
+    # Into B and not into `scaling`, which is not saved: PEFT computes it anew from the configuration.
     for at, b in _outputs(model).items():
         b.data *= dialed.strengths[at]
     return dialed
@@ -232,38 +270,50 @@ def turn(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, 
     shifted = shifts_labels(model)
     task = _read(as_batches(batches, model, seed), "batches", shifted)
     n = count_examples(task)
-    if own := keep is None:
+    if keep is None:
         if tokenizer is None:
             raise LoraInitError(
                 "dial() needs {keep}, batches of text to keep, or tokenizer=: then the base writes it.", keep=...
             )
-        wanted = max(n // 2, _LEAST)
-        keep = replayed(model, tokenizer, wanted, seed, min(wanted // 3, KEPT_BATCH), say)
-    kept = _read(as_batches(keep, model, seed), "keep", shifted)
-    if not own:
+        n_texts = max(n // 2, _LEAST)
+        # At least three batches, since the texts are dealt to three thirds.
+        written = replayed(model, tokenizer, n_texts, seed, min(n_texts // 3, KEPT_BATCH), say)
+        kept = _read(as_batches(written, model, seed), "keep", shifted)
+    else:
+        kept = _read(as_batches(keep, model, seed), "keep", shifted)
         texts = _sequences(kept)
         share = len(texts & _sequences(task)) / len(texts)
         if share >= _SHARED:
             raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task. Pass text of another kind.")
-    parts, others = (_thirds(source, rule, seed, shifted) for source in (task, kept))
-    return replace(_search(model, parts, others, rule, say), read=(n, count_examples(kept)))
+    task_parts = _thirds(task, rule, seed, shifted)
+    kept_parts = _thirds(kept, rule, seed, shifted)
+    dialed = _search(model, task_parts, kept_parts, rule, say)
+    return replace(dialed, read=(n, count_examples(kept)))
 
 
-_Parts = tuple[list[Any], list[Any], list[Any]]
+class _Thirds(NamedTuple):
+    """Batches, by what they are for: no batch that chooses is also in the report."""
+
+    fit: list[Any]
+    choose: list[Any]
+    report: list[Any]
 
 
 def _read(batches: Iterable[Any], what: str, shifted: bool) -> list[Any]:
-    """Read the batches that have labels: all of a list, of a loader the first."""
+    """Read the batches that have labels: all of a list, but only the first batches of a loader."""
     if batches is None:
         raise LoraInitError("dial() needs batches of the task, unless {strength} says what to do.", strength=...)
-    labelled = []
-    for batch in batches if isinstance(batches, Sequence) else islice(batches, _MOST_BATCHES):
+    if not isinstance(batches, Sequence):
+        batches = islice(batches, _MOST_BATCHES)
+    labelled, n_examples = [], 0
+    for batch in batches:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise LoraInitError(f"{what}: a batch has no labels [batch, length], as a language model takes them.")
         if _has_label(batch, shifted):
             labelled.append(batch)
-    check_enough(sum(len(_examples(batch, shifted)) for batch in labelled), what)
+            n_examples += len(_examples(batch, shifted))
+    check_enough(n_examples, what)
     return labelled
 
 
@@ -273,18 +323,27 @@ def check_enough(n: int, what: str) -> None:
         raise LoraInitError(f"{what}: {n} example{'s' * (n > 1)}, and at least {_LEAST} are needed. Take 36 or more.")
 
 
-def _thirds(batches: list[Any], rule: Rule, seed: int, shifted: bool) -> _Parts:
-    """Split batches into those to fit, to choose and to report by; where nothing is fitted, or chosen, all others.
+def _thirds(batches: list[Any], rule: Rule, seed: int, shifted: bool) -> _Thirds:
+    """Split batches into those to fit, to choose and to report by.
+
+    If one strength for all layers is chosen, nothing is fitted, and that third helps to choose. If the strength is
+    given, nothing is chosen either, and all batches are for the report.
 
     Examples are dealt at random: a batch holds some of similar length, and loss and forgetting depend on the length.
     """
     if rule.strength is not None:
-        return [], batches, batches
-    examples = [example for batch in batches for example in _examples(batch, shifted)]
+        return _Thirds([], batches, batches)
+    examples = []
+    for batch in batches:
+        examples += _examples(batch, shifted)
     random.Random(seed).shuffle(examples)
     size = max(len(batch["labels"]) for batch in batches)
-    fit, choose, report = (list(_batched(examples[i::3], size, seed)) for i in range(3))
-    return fit, fit + choose if rule.uniform else choose, report
+    fit = list(_batched(examples[0::3], size, seed))
+    choose = list(_batched(examples[1::3], size, seed))
+    report = list(_batched(examples[2::3], size, seed))
+    if rule.uniform:
+        choose = fit + choose
+    return _Thirds(fit, choose, report)
 
 
 def _has_label(batch: Any, shifted: bool) -> bool:
@@ -297,90 +356,153 @@ def _examples(batch: Any, shifted: bool) -> list[Any]:
     """Split a batch into examples that have labels; one that is not made of rows stays whole."""
     if not is_of_rows(batch):
         return [batch]
-    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(batch["labels"]))]
-    return [row for row in rows if _has_label(row, shifted)]
+    examples = []
+    for i in range(len(batch["labels"])):
+        # A slice and not an index, so that an example is a batch of one: [batch, ...] -> [1, ...].
+        row = {name: value[i : i + 1] for name, value in batch.items()}
+        if _has_label(row, shifted):
+            examples.append(row)
+    return examples
 
 
 def is_of_rows(batch: Any) -> bool:
     """Return whether each tensor of a batch has a row for each example, so that it can be dealt out by examples."""
     n = len(batch["labels"])
-    # Positions of text, height and width, [3, batch, length], are no rows, even of three examples.
     positions = batch.get("position_ids")
-    is_odd = isinstance(positions, Tensor) and positions.dim() == 3
-    rows = [isinstance(value, Tensor) and value.dim() > 1 and len(value) == n for value in batch.values()]
-    return all(rows) and not is_odd
+    if isinstance(positions, Tensor) and positions.dim() == 3:
+        # Positions of text, height and width, [3, batch, length], are no rows, even of three examples.
+        return False
+    for value in batch.values():
+        has_rows = isinstance(value, Tensor) and value.dim() > 1 and len(value) == n
+        if not has_rows:
+            return False
+    return True
+
+
+def _form_of(example: Any) -> str:
+    """Return what two examples must have in common to stand in one batch."""
+    if not is_of_rows(example):
+        return str(id(example))  # it stands alone
+    # With a mask the length, axis 1, may differ: padding is then masked. Without one it must be the same.
+    first_axis = 2 if "attention_mask" in example else 1
+    return str([(name, *value.shape[first_axis:]) for name, value in example.items()])
 
 
 def _batched(examples: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
     """Put examples of one form into batches, padded on the right; without a mask for that they also have one length."""
     groups = defaultdict(list)
-    for one in examples:
-        of_length = 2 if "attention_mask" in one else 1
-        form = [(name, *value.shape[of_length:]) for name, value in one.items()] if is_of_rows(one) else id(one)
-        groups[str(form)].append(one)
+    for example in examples:
+        groups[_form_of(example)].append(example)
     for group in groups.values():
-        for rows in group_by_length(group, size, seed, lambda one: int(one["labels"].shape[1])):
+        for rows in group_by_length(group, size, seed, lambda row: int(row["labels"].shape[1])):
             if len(rows) == 1:
-                yield rows[0]
-                continue
-            padding = {name: IGNORED if name == "labels" else 0 for name in rows[0]}
-            yield {name: pad_sequence([row[name][0] for row in rows], True, pad) for name, pad in padding.items()}
+                yield rows[0]  # it may not consist of tensors alone
+            else:
+                yield _pad(rows)
+
+
+def _pad(rows: list[Any]) -> dict[str, Tensor]:
+    """Pad batches of one example on the right and put them together: rows x [1, length, ...] -> [rows, length, ...]."""
+    batch = {}
+    for name in rows[0]:
+        padding = IGNORED if name == "labels" else 0
+        batch[name] = pad_sequence([row[name][0] for row in rows], True, padding)
+    return batch
 
 
 def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
     """Collect the tokens of all examples, without padding, and their labels."""
     sequences = set()
     for batch in batches:
+        # Without tokens, as where embeddings are passed, the labels stand for them.
         ids = batch.get("input_ids", batch["labels"])
         used = batch.get("attention_mask", torch.ones_like(ids)).expand_as(ids) != 0
-        rows = zip(ids, used, batch["labels"], strict=True)
-        sequences |= {(*row[at].tolist(), *labels[labels != IGNORED].tolist()) for row, at, labels in rows}
+        for row, is_used, labels in zip(ids, used, batch["labels"], strict=True):
+            sequences.add((*row[is_used].tolist(), *labels[labels != IGNORED].tolist()))
     return sequences
 
 
-def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, say: Say) -> Dial:
-    def read(layers: Mapping[str, float], third: int) -> list[Tensor]:
-        with strengths(model, layers):
-            return [example_losses(model, part[third]) for part in (task, kept)]
+def _search(model: PeftModel, task: _Thirds, kept: _Thirds, rule: Rule, say: Say) -> Dial:
+    """Measure one strength for all layers, fit one for each layer if the rule allows it, choose, and report."""
+    at_zero = dict.fromkeys(_outputs(model), 0.0)
+    steps = list(CURVE[1:])
+    if rule.strength is not None:
+        steps = sorted({rule.strength, 1.0})
+    fits_layers = rule.strength is None and not rule.uniform
+    # Time is counted in passes over the examples to choose by. Of the fits this is the most: they end when the rule
+    # breaks. Each is measured twice. The 4 stands for the readings of the report.
+    fit_passes = _BACKWARD * _STEPS / max(len(task.fit), 1)
+    passes = 1 + len(steps) + 4.0
+    if fits_layers:
+        passes += len(_WEIGHTS) * (2 + fit_passes)
+    progress = Progress(passes, say)
+    base_task, base_kept = map(_ratio, _losses_at(model, at_zero, task.choose, kept.choose))
+    progress.ended(f"strength 0: task {base_task:.3f}")
 
     def measure(layers: Mapping[str, float], weight: float | None) -> Point:
-        on_task, on_kept = map(_ratio, read(layers, 1))
+        on_task, on_kept = map(_ratio, _losses_at(model, layers, task.choose, kept.choose))
         strength = sum(layers.values()) / len(layers)
-        how = f"strength {strength:.3g}" + ("" if weight is None else f" on average, fitted with weight {weight:g}")
-        spent = 1.0 if weight is None else 1.0 + fit / 2  # each fit is measured twice
-        progress.ended(f"{how}: task {on_task:.3f}, text to keep {signed(on_kept - base, 3)}", spent)
-        return Point(strength, on_task, on_kept - base, weight, layers)
+        how, spent = f"strength {strength:.3g}", 1.0
+        if weight is not None:
+            how += f" on average, fitted with weight {weight:g}"
+            spent += fit_passes / 2  # each fit is measured twice
+        progress.ended(f"{how}: task {on_task:.3f}, text to keep {signed(on_kept - base_kept, 3)}", spent)
+        return Point(strength, on_task, on_kept - base_kept, weight, layers)
 
-    nothing = dict.fromkeys(_outputs(model), 0.0)
-    steps = CURVE[1:] if rule.strength is None else sorted({rule.strength, 1.0})
-    fit = _BACKWARD * _STEPS / max(len(task[0]), 1)  # in passes over the examples to choose by
-    fits = 0 if rule.uniform or rule.strength is not None else len(_WEIGHTS)
-    progress = Progress(1 + len(steps) + fits * (2 + fit) + 4, say)  # at most: fits end when the rule breaks
-    task_at_0, base = map(_ratio, read(nothing, 1))
-    progress.ended(f"strength 0: task {task_at_0:.3f}")
-    curve = [Point(0.0, task_at_0, 0.0, None, nothing)]
-    curve += [measure(dict.fromkeys(nothing, step), None) for step in steps]
-    notes, fitted, reported = list[str](), [], {"base": curve[0], "trained": curve[1 + steps.index(1.0)]}
+    curve = [Point(0.0, base_task, 0.0, None, at_zero)]
+    for step in steps:
+        curve.append(measure(dict.fromkeys(at_zero, step), None))
+    trained = curve[1 + steps.index(1.0)]
+    reported = {"base": curve[0], "trained": trained}
+    fitted: list[Point] = []
     if rule.strength is not None:
         chosen = curve[1 + steps.index(rule.strength)]
     else:
+        # Strength 0 is no choice: an adapter of zeros is none.
         limit = rule.limit(curve[1:])
         chosen = rule.choose(limit, curve[1:])
-        if not rule.uniform:
+        if fits_layers:
             reported[UNIFORM] = chosen
-            found = fits_of(model, task[0], kept[0], rule, limit, reported["trained"].rise, measure)
-            fitted = [point for point in found if point.strength]  # with zeros alone there is no adapter
-            # Layers of their own come first: on few examples one strength for all often seems as good by chance.
-            chosen = rule.choose(limit, fitted if rule.keep_within is None else [], [*curve[1:], *fitted])
-        notes = rule.missed(chosen)
+            for point in fits_of(model, task.fit, kept.fit, rule, limit, trained.rise, measure):
+                if point.strength:  # with zeros alone there is no adapter
+                    fitted.append(point)
+            groups = [[*curve[1:], *fitted]]
+            if rule.keep_within is None:
+                # Layers of their own come first: on few examples one strength for all often seems as good by chance.
+                groups.insert(0, fitted)
+            chosen = rule.choose(limit, *groups)
     if rule.lose is not None:
-        reported[BEST] = min(curve[1:], key=lambda point: point.task)
-    at = {name: read(point.layers, 2) for name, point in (reported | {"chosen": chosen}).items()}
-    on_task = {name: change_of(losses[0], at["trained"][0]) for name, losses in at.items()}
-    on_kept = {name: change_of(losses[1], at["base"][1]) for name, losses in at.items()}
-    sizes = len(at["base"][0]), len(at["base"][1])
+        reported[BEST] = min(curve[1:], key=_task_loss)
+    reported["chosen"] = chosen
+    on_task, on_kept, sizes = _report(model, task.report, kept.report, reported)
+    notes: list[str] = []
+    if rule.strength is None:
+        notes = rule.missed(chosen)
     notes = notes or rule.broken(on_task, on_kept)
     return Dial(str(rule), chosen, tuple(curve), tuple(fitted), on_task, on_kept, sizes, tuple(notes))
+
+
+def _losses_at(
+    model: PeftModel, layers: Mapping[str, float], task: list[Any], kept: list[Any]
+) -> tuple[Tensor, Tensor]:
+    """Compute the losses of examples of the task and of text to keep at strengths of the layers."""
+    with strengths(model, layers):
+        return example_losses(model, task), example_losses(model, kept)
+
+
+def _report(
+    model: PeftModel, task: list[Any], kept: list[Any], points: Mapping[str, Point]
+) -> tuple[dict[str, Change], dict[str, Change], tuple[int, int]]:
+    """Measure points on examples held out from the choice: the task's changes, those of text to keep, and both sizes.
+
+    The task is compared with the adapter as trained, which a user has today; text to keep with the base, which knew it.
+    """
+    task_losses, kept_losses = {}, {}
+    for name, point in points.items():
+        task_losses[name], kept_losses[name] = _losses_at(model, point.layers, task, kept)
+    on_task = {name: change_of(losses, task_losses["trained"]) for name, losses in task_losses.items()}
+    on_kept = {name: change_of(losses, kept_losses["base"]) for name, losses in kept_losses.items()}
+    return on_task, on_kept, (len(task_losses["base"]), len(kept_losses["base"]))
 
 
 def fits_of(
@@ -401,20 +523,29 @@ def fits_of(
         more = (_MORE_STEPS, _LOWER_RATE) if least < math.inf else ()
         before, layers = layers, fit_strengths(model, task, keep, weight, layers, *more)
         half = {name: (value + before[name]) / 2 for name, value in layers.items()}
-        points = [measure(half, weight), measure(layers, weight)]
-        yield from points
-        kept = rule.keep_within is not None and points[1].rise <= rule.keep_within
-        if kept or points[1].task > limit or points[1].rise > least - _GAIN * max(trained, 0.0):
+        # Both are measured before one is yielded: a caller sees them in pairs.
+        half_point, full_point = measure(half, weight), measure(layers, weight)
+        yield half_point
+        yield full_point
+        is_kept = rule.keep_within is not None and full_point.rise <= rule.keep_within
+        # A rise as trained that is below zero, where nothing was forgotten, must not turn the gain around.
+        gains_little = full_point.rise > least - _GAIN * max(trained, 0.0)
+        if is_kept or full_point.task > limit or gains_little:
             break
-        least = points[1].rise
+        least = full_point.rise
 
 
 def _ratio(losses: Tensor) -> float:
+    """Compute the loss of a label from the columns of `example_losses`: long examples count for more."""
     return float(losses[:, 0].sum() / losses[:, 1].sum())
 
 
 def change_of(losses: Tensor, reference: Tensor) -> Change:
-    """Compare two losses of the same examples; the interval is for a ratio of sums over examples."""
+    """Compare two losses of the same examples; the interval is for a ratio of sums over examples.
+
+    Examples are drawn, not labels, so that both sums are random. The variance is that of the ratio's linearization: the
+    squares of (difference - change x labels) of each example, which sum to zero before they are squared.
+    """
     change = _ratio(losses) - _ratio(reference)
     n = len(losses)
     rest = losses[:, 0] - reference[:, 0] - change * losses[:, 1]
@@ -430,10 +561,12 @@ def strengths(model: PeftModel, values: float | Tensor | Mapping[str, float | Te
     named keep theirs. Tensors may require gradients, except for experts that PEFT adapts as parameters.
     """
     adapter, layers = _active(model)
-    each = values if isinstance(values, Mapping) else dict.fromkeys(layers, values)
+    if not isinstance(values, Mapping):
+        values = dict.fromkeys(layers, values)
     with restoring("scaling", layers.values()):
-        for name, value in each.items():
+        for name, value in values.items():
             before = layers[name].scaling
+            # Another dictionary, since `restoring` puts back the one that was there, with what it then holds.
             layers[name].scaling = before | {adapter: before[adapter] * value}
         yield
 
@@ -452,62 +585,76 @@ def fit_strengths(
     Adam with a rate that falls to 0 linearly; strengths stay between 0 and `STRONGEST`. The model is afterwards as it
     was. A step costs a forward and a backward pass on a batch of each, without gradients of the base.
     """
-    names, outputs = zip(*_outputs(model).items(), strict=True)
-    trained = [b.detach().clone() for b in outputs]
-    begin = [start[name] if isinstance(start, Mapping) else start for name in names]
-    values = torch.tensor(begin, requires_grad=True)
+    outputs = _outputs(model)
+    matrices = list(outputs.values())
+    trained = [b.detach().clone() for b in matrices]
+    if not isinstance(start, Mapping):
+        start = dict.fromkeys(outputs, start)
+    # One leaf of a value for each layer: [layers].
+    values = torch.tensor([start[name] for name in outputs], requires_grad=True)
     adam = torch.optim.Adam([values], lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
-    with restoring("requires_grad", model.parameters()), restoring("data", outputs), evaluating(model):
+    with restoring("requires_grad", model.parameters()), restoring("data", matrices), evaluating(model):
+        # Gradients of B alone: those of the base would cost memory and time.
         model.requires_grad_(False)
-        for b in outputs:
+        for b in matrices:
             b.requires_grad_(True)
         for step in range(steps):
-            for b, whole, value in zip(outputs, trained, values.tolist(), strict=True):
-                b.data = whole * value
-            gradient = torch.zeros(len(names))
+            for b, b_trained, value in zip(matrices, trained, values.tolist(), strict=True):
+                b.data = b_trained * value
+            gradient = torch.zeros(len(matrices))
+            # One backward pass for each of the two: so the activations of only one batch are alive at a time.
             for batches, share in ((task, 1.0), (keep, weight)):
                 losses, labelled = label_losses(model, batches[step % len(batches)])
                 loss = share * losses.sum() / labelled.sum()
-                gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
+                # A layer that a batch does not reach, such as an expert without tokens, has a gradient of zero.
+                gradients = torch.autograd.grad(loss, matrices, materialize_grads=True)
                 # B is value * trained, so the derivative by the value is <dL/dB, trained>, also at 0.
                 slopes = [float((g.float() * b).sum()) for g, b in zip(gradients, trained, strict=True)]
-                gradient += torch.tensor(slopes)  # layers may be on several devices
+                gradient += torch.tensor(slopes)  # floats, since layers may be on several devices
             values.grad = gradient
             adam.step()
             schedule.step()
             values.data.clamp_(0.0, STRONGEST)
-    return dict(zip(names, values.tolist(), strict=True))
+    return dict(zip(outputs, values.tolist(), strict=True))
 
 
 def _active(model: PeftModel) -> tuple[str, dict[str, Any]]:
+    """Return the name of the one active adapter, and the layers that have it."""
     (name,) = model.active_adapters
+    # Layers of other, inactive adapters do not have it.
     return name, {at: layer for at, layer in adapter_layers(model).items() if name in layer.scaling}
 
 
 def _outputs(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Return the matrix B of each layer of the active adapter."""
     name, layers = _active(model)
-    weights = {}
+    matrices = {}
     for at, layer in layers.items():
+        # PEFT keeps B of an embedding as a parameter, of other layers as a module.
         embedding = getattr(layer, "lora_embedding_B", {})
-        weights[at] = embedding[name] if name in embedding else layer.lora_B[name].weight
-    return weights
+        matrices[at] = embedding[name] if name in embedding else layer.lora_B[name].weight
+    return matrices
 
 
 def label_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Compute the loss of each label, zero where there is none, and where there is one; both [batch, length]."""
     batch, shifted = on_device_of(model, batch), shifts_labels(model)
     if shifted and batch.keys() == _PLAIN:
-        return token_losses(model, batch)
+        return token_losses(model, batch)  # logits only where there are labels
     plain: Any = without_adapter(model)
-    labels, logits = batch["labels"], call_model(plain, batch, with_labels=not shifted).logits
+    labels = batch["labels"]
+    # A model that shifts labels makes its logits without them: they would only add the cost of a loss.
+    logits = call_model(plain, batch, with_labels=not shifted).logits  # batch x length x vocabulary
     if logits.shape[:2] != labels.shape:
         more = ", ".join(sorted({*batch} - _PLAIN)) or "nothing else"
         raise LoraInitError(
             f"a batch has labels {list(labels.shape)}, and with {more} beside tokens {type(plain).__name__} returns "
             f"logits {list(logits.shape[:2])}. Pass batches with a label for each of these."
         )
-    labels, logits = (labels[:, 1:], logits[:, :-1]) if shifted else (labels, logits)
+    if shifted:
+        labels, logits = labels[:, 1:], logits[:, :-1]
+    # cross_entropy wants classes on axis 1: batch x length x vocabulary -> batch x vocabulary x length.
     losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return losses, labels != IGNORED
 
@@ -515,12 +662,15 @@ def label_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def example_losses(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Sum the loss of each example and count its labels, in evaluation mode: float64 [examples, 2] on the CPU."""
+    rows = []
     with evaluating(model):
-        pairs = [label_losses(model, batch) for batch in batches]
-        rows = [torch.stack([losses.double().sum(1), labelled.double().sum(1)], 1).cpu() for losses, labelled in pairs]
-    found = torch.cat(rows)
-    if not float(found[:, 1].sum()):
+        for batch in batches:
+            losses, labelled = label_losses(model, batch)
+            # batch x length -> batch x (loss, labels)
+            rows.append(torch.stack([losses.double().sum(1), labelled.double().sum(1)], 1).cpu())
+    examples = torch.cat(rows)
+    if not float(examples[:, 1].sum()):
         raise LoraInitError("no token has a label, so there is no loss. Check labels and max_length.")
-    if not math.isfinite(float(found.sum())):
+    if not math.isfinite(float(examples.sum())):
         raise LoraInitError("the loss is NaN or infinite: training went wrong. Use an earlier checkpoint.")
-    return found
+    return examples

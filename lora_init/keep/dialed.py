@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PICTURE_FILE = "dial.png"
 BEST = "best"  # the one strength with the least loss on the task, where the rule is about that loss
 UNIFORM = "uniform"  # the best strength for all layers, where layers have their own
+# What `new_directory` takes a directory for one of the dial's by, and which files it may then replace.
 OURS: dict[str, Any] = {
     "marker": DIAL_FILE,
     "replaceable": (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, DIAL_FILE, PICTURE_FILE),
@@ -55,13 +56,16 @@ class Change:
     error: float
 
     def __str__(self) -> str:
-        before = self.loss - self.change
-        share = f", {signed(100 * self.change / before, 1)} %" if before else ""
+        reference = self.loss - self.change
+        share = ""
+        if reference:  # a loss of 0 has no per cent
+            share = f", {signed(100 * self.change / reference, 1)} %"
         return f"{self.loss:.3f} ({signed(self.change, 3)} ± {self.error:.3f}{share})"
 
 
 def signed(number: float, digits: int) -> str:
     """Write a difference with its sign; one that rounds to nothing is +0."""
+    # -0.0 + 0.0 is 0.0, so that no difference reads as -0.000.
     return f"{round(number, digits) + 0.0:+.{digits}f}"
 
 
@@ -110,6 +114,7 @@ class Dial:
         for point in values["curve"]:
             del point["layers"]  # which all have its strength
         if not self.curve:
+            # Not measured: they are NaN, which JSON does not know.
             del values["chosen"]["task"], values["chosen"]["rise"]
         return values
 
@@ -121,6 +126,7 @@ class Dial:
         """Draw both losses over one strength for all layers, and what each choice costs of the one for the other."""
         from matplotlib.figure import Figure
 
+        # Not pyplot, which keeps figures alive and picks a window system.
         figure = Figure(figsize=(11.0, 4.6), dpi=110, layout="constrained")
         left, right = figure.subplots(1, 2)
         steps, base = [point.strength for point in self.curve], self.curve[0].task
@@ -133,33 +139,40 @@ class Dial:
             (self.fitted, "one for each layer", {"fmt": "D", "color": "#009E73"}),
             ([self.chosen], "chosen", {"fmt": "*", "color": "#CC0066", "markersize": 13}),
         ):
-            right.errorbar([one.rise for one in points], [one.task for one in points], label=label, **style)
-        for one in uniform:
-            right.annotate(f" {one.strength:g}", (one.rise, one.task), fontsize=10)
+            right.errorbar([point.rise for point in points], [point.task for point in points], label=label, **style)
+        for point in uniform:
+            right.annotate(f" {point.strength:g}", (point.rise, point.task), fontsize=10)
         right.set(xlabel="rise of the loss on text to keep", ylabel="loss on the task")
         for axes in (left, right):
             axes.grid(alpha=0.25)
             axes.legend()
+        # A rule is plain text: "$" in it begins no formula.
         figure.suptitle(f"Examples to choose by: {self.rule}", fontsize=11, parse_math=False)
         return figure
 
 
 def summary_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Put a `Dial` as plain values into words, by what each is about."""
-    task, keep = ({at: Change(**one) for at, one in values[part].items()} for part in ("task", "keep"))
-    strength = strength_of(values)
+    """Put a `Dial` as plain values into words, a line for each topic."""
+    task = _changes(values["task"])
+    keep = _changes(values["keep"])
+    rows = {"strength": strength_of(values), "chosen by": values["rule"]}
     if not task:
-        return {"strength": strength, "chosen by": values["rule"], "measured on": "nothing: no data were given"}
-    read = " of {} and {} that were read".format(*values["read"]) if values.get("read") else ""
-    rows = {
-        "strength": strength,
-        "chosen by": values["rule"],
-        "task": f"{task['base'].loss:.3f} base, {task['trained'].loss:.3f} as trained, {task['chosen']} now",
-        "text to keep": f"{keep['base'].loss:.3f} base, {keep['trained']} as trained, {keep['chosen']} now",
-        **({"at one strength": f"{task[UNIFORM]} task, {keep[UNIFORM]} text to keep"} if UNIFORM in task else {}),
-        "measured on": "{} and {} other examples{}; ± is a 95 % interval".format(*values["examples"], read),
-    }
-    return rows | {f"note {i}": note for i, note in enumerate(values["notes"], 1)}
+        return rows | {"measured on": "nothing: no data were given"}
+    rows["task"] = f"{task['base'].loss:.3f} base, {task['trained'].loss:.3f} as trained, {task['chosen']} now"
+    rows["text to keep"] = f"{keep['base'].loss:.3f} base, {keep['trained']} as trained, {keep['chosen']} now"
+    if UNIFORM in task:
+        rows["at one strength"] = f"{task[UNIFORM]} task, {keep[UNIFORM]} text to keep"
+    n_read = ""
+    if values.get("read"):  # older files lack it
+        n_read = " of {} and {} that were read".format(*values["read"])
+    rows["measured on"] = "{} and {} other examples{}; ± is a 95 % interval".format(*values["examples"], n_read)
+    for i, note in enumerate(values["notes"], 1):
+        rows[f"note {i}"] = note
+    return rows
+
+
+def _changes(values: Mapping[str, Mapping[str, float]]) -> dict[str, Change]:
+    return {name: Change(**change) for name, change in values.items()}
 
 
 def write_dialed(
@@ -170,27 +183,36 @@ def write_dialed(
     One strength for all layers scales `lora_alpha`; others are multiplied into B, or B stays as trained and
     `alpha_pattern` has them. Layers of strength 0 are left out.
     """
-    one = replace(trained, layers={name: layer for name, layer in trained.layers.items() if dialed.strengths[name]})
-    one = one if alpha_pattern else one.with_one_scaling()
-    own = {n: replace(layer, scaling=layer.scaling * dialed.strengths[n]) for n, layer in one.layers.items()}
-    if dialed.chosen.weight is not None and not alpha_pattern:
-        own = {name: layer.rescaled(one.scaling) for name, layer in own.items()}
+    kept = replace(trained, layers={name: layer for name, layer in trained.layers.items() if dialed.strengths[name]})
+    if not alpha_pattern:
+        # One `lora_alpha` can then stand for all layers.
+        kept = kept.with_one_scaling()
+    # A weight says that layers were fitted, so that they differ: their strengths go into B, scaled as before.
+    in_b = dialed.chosen.weight is not None and not alpha_pattern
+    dialed_layers = {}
+    for name, layer in kept.layers.items():
+        dialed_layers[name] = replace(layer, scaling=layer.scaling * dialed.strengths[name])
+        if in_b:
+            dialed_layers[name] = dialed_layers[name].rescaled(kept.scaling)
     with new_directory(path, overwrite, **OURS) as fresh:
-        write_peft(fresh, replace(one, layers=own), base)
+        write_peft(fresh, replace(kept, layers=dialed_layers), base)
         if alpha_pattern:
             config = read_json(fresh / CONFIG_FILE)
-            alphas = {name: alpha_for(layer.scaling, layer.rank) for name, layer in own.items()}
+            alphas = {name: alpha_for(layer.scaling, layer.rank) for name, layer in dialed_layers.items()}
             write_json(fresh / CONFIG_FILE, config | {"alpha_pattern": to_patterns(alphas, config["lora_alpha"])})
         if dialed.curve:
             dialed.plot().savefig(fresh / PICTURE_FILE)
+        # With the hash of the weights a reader sees whether the record is about them.
         write_json(fresh / DIAL_FILE, {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | dialed.to_dict())
         (fresh / CARD_FILE).write_text(_card(trained, dialed), encoding="utf-8")
     return Path(path).expanduser().resolve()
 
 
 def _card(trained: Trained, dialed: Dial) -> str:
-    lines = "\n".join(f"- {about}: {text}" for about, text in dialed.summary().items())
-    picture = f"\n\n![losses over strength]({PICTURE_FILE})" if dialed.curve else ""
+    lines = "\n".join(f"- {topic}: {text}" for topic, text in dialed.summary().items())
+    picture = ""
+    if dialed.curve:
+        picture = f"\n\n![losses over strength]({PICTURE_FILE})"
     return (
         f"{card_header(trained.base, trained.config.get('task_type'))}\n"
         f"# A trained LoRA adapter, at the strength that keeps what the model knew\n\n{lines}\n\n"
