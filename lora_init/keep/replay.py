@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Generator
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -18,7 +17,10 @@ from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import check_tokenizer, pad_batch, padding_token
 from lora_init.progress import Progress, Say
 
-_ASKED = (
+# What a model writes stands in for real text if it is plain text: a small model ends answers to short questions after a
+# few words, and then less is kept (benchmarks/STUDIES.md). So the dial uses text; `chat` is to be mixed with chats.
+
+_FORMS = (
     "Explain {}.", "Write a short story about {}.", "What should I know about {}?", "List five facts about {}.",
     "Write a dialogue about {}.", "Give me advice on {}.",
 )  # fmt: skip
@@ -26,8 +28,8 @@ _TOPICS = (
     "the sea", "cooking", "a computer program", "history", "mathematics", "health", "a journey", "money", "animals",
     "music", "school", "the law", "friendship", "the weather", "engines", "language",
 )  # fmt: skip
-_QUESTIONS = [form.format(topic) for topic in _TOPICS for form in _ASKED]
-_BATCH = 32
+_QUESTIONS = [form.format(topic) for topic in _TOPICS for form in _FORMS]
+_BATCH = 32  # texts that are written at once
 TEXTS = 256  # of the command, too
 LENGTH = 64  # tokens of a text
 
@@ -61,9 +63,13 @@ def replay(
     with closing(_write(model, tokenizer, n, length, seed, chat, say)) as written:
         for question, ids in written:
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            if text.strip():
+            if not text.strip():
+                continue
+            if chat:
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-                rows.append({"messages": turns} if chat else {"text": text})
+                rows.append({"messages": turns})
+            else:
+                rows.append({"text": text})
             if len(rows) == n:
                 return rows
     if not rows:
@@ -80,32 +86,45 @@ def replayed(
     what the model knew.
     """
     with closing(_write(model, tokenizer, n, LENGTH, seed, False, say)) as written:
-        texts = [(ids, ids) for _, ids in islice(written, n)]
+        texts = [(ids, ids) for _, ids in islice(written, n)]  # every token is a label, too
     return [pad_batch(texts[i : i + batch_size], padding_token(tokenizer)) for i in range(0, n, batch_size)]
 
 
 def _write(
     model: Any, tokenizer: Any, n: int, length: int, seed: int, chat: bool, say: Say
 ) -> Generator[tuple[str, list[int]], None, None]:
-    """Yield what a model writes, and for a chat the question before it."""
+    """Yield what a model writes, each with the question that a chat begins with.
+
+    A caller that stops early closes the generator: only then do the model and the random state become as they were.
+    """
     check_number("n", n, 1, whole=True)
     check_number("length", length, 1, whole=True)
     check_tokenizer(tokenizer)
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise LoraInitError(f"{type(model).__name__} continues no text. Pass text to keep instead.")
     check_texts(model.config, tokenizer, length, chat)
+    # An embedding may be padded beyond the vocabulary, and a tokenizer may have tokens that the model lacks.
     n_tokens = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-    place, base = model.device, disabled(model) if hasattr(model, "disable_adapter") else nullcontext()
-    with torch.random.fork_rng([place] if place.type == "cuda" else []), evaluating(model), base:
+    device = model.device
+    base: AbstractContextManager[Any] = nullcontext()
+    if hasattr(model, "disable_adapter"):
+        base = disabled(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model), base:
         torch.manual_seed(seed)
         progress = Progress(n, say)
         for first in range(0, 4 * n, _BATCH):  # some texts end before they begin
-            asked = [_QUESTIONS[(first + i) * 37 % len(_QUESTIONS)] for i in range(_BATCH)]
-            drawn = torch.randint(n_tokens, (_BATCH, 1)).tolist()
-            prompts = [_question(tokenizer, one) for one in asked] if chat else drawn
+            # 37 has no divisor in common with the number of questions: all are asked before one comes again, and
+            # neighbors differ in topic and in form.
+            questions = [_QUESTIONS[(first + i) * 37 % len(_QUESTIONS)] for i in range(_BATCH)]
+            first_tokens = torch.randint(n_tokens, (_BATCH, 1)).tolist()
+            prompts = first_tokens
+            if chat:
+                prompts = [_question(tokenizer, question) for question in questions]
             texts = sample_texts(model, prompts, length, padding_token(tokenizer), _ends(model, tokenizer), chat)
             progress.ended(f"{min(first + _BATCH, n)} of {n} texts written", _BATCH)
-            yield from zip(asked, texts if chat else map(operator.add, drawn, texts), strict=True)
+            for question, prompt, text in zip(questions, prompts, texts, strict=True):
+                # Of plain text the token that was drawn is a part; of a chat the question is not a part of the answer.
+                yield question, text if chat else prompt + text
 
 
 def check_texts(config: Any, tokenizer: Any, length: int, chat: bool) -> None:
@@ -114,8 +133,12 @@ def check_texts(config: Any, tokenizer: Any, length: int, chat: bool) -> None:
         raise LoraInitError(
             "the tokenizer has no chat template, so it can ask no question. Leave {chat} out.", chat=True
         )
-    tokens = length + max(len(_question(tokenizer, one)) if chat else 1 for one in _QUESTIONS)
+    longest_prompt = 1
+    if chat:
+        longest_prompt = max(len(_question(tokenizer, question)) for question in _QUESTIONS)
+    tokens = length + longest_prompt
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # The last token is drawn, and never read.
     if isinstance(most, int) and tokens - 1 > most:
         raise LoraInitError(
             f"{{length}}: with its beginning a text has {tokens} tokens, and the model takes {most}.", length=length
@@ -123,29 +146,46 @@ def check_texts(config: Any, tokenizer: Any, length: int, chat: bool) -> None:
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    ends = [getattr(model.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    return sorted({token for one in ends for token in (one if isinstance(one, list) else [one]) if token is not None})
+    """Collect the tokens that end a text; a checkpoint may name several, and others than its tokenizer."""
+    ends: set[Any] = set()
+    for tokens in (getattr(model.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        if isinstance(tokens, list):
+            ends.update(tokens)
+        else:
+            ends.add(tokens)
+    return sorted(ends - {None})
 
 
 def sample_texts(
     model: Any, prompts: list[list[int]], length: int, pad: int, ends: list[int], stops: bool
 ) -> list[list[int]]:
-    """Draw tokens from the model's own distribution; what ends a text does so, or else is never drawn.
+    """Draw tokens from the model's own distribution; the tokens `ends` end a text if it `stops`, or are never drawn.
 
-    What the checkpoint says of generation does not count: penalties, the likeliest tokens.
+    Settings for generation that a checkpoint brings along, such as penalties or the likeliest tokens, do not count.
     """
     plain: Any = without_adapter(model)
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=model.device)
-    said = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=pad, eos_token_id=ends if stops and ends else None,
-        suppress_tokens=None if stops else ends or None,
-    )  # fmt: skip
+    # On the left, so that every text goes on where its prompt ends: prompts -> [prompts, longest].
+    ids, mask = [], []
+    for prompt in prompts:
+        n_pad = longest - len(prompt)
+        ids.append([pad] * n_pad + prompt)
+        mask.append([0] * n_pad + [1] * len(prompt))
+    final, suppressed = None, None
+    if stops:
+        final = ends or None
+    else:
+        suppressed = ends or None
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=pad, eos_token_id=final, suppress_tokens=suppressed
+    )
+    inputs = torch.tensor(ids, device=model.device)
+    is_text = torch.tensor(mask, device=model.device)
+    # Not as an argument: `generate` fills what is left open there from the model's own settings.
     with restoring("generation_config", [plain]):
-        plain.generation_config = said
-        texts = plain.generate(input_ids=ids, attention_mask=mask)
-    return list(texts[:, longest:].tolist())
+        plain.generation_config = settings
+        texts = plain.generate(input_ids=inputs, attention_mask=is_text)
+    return list(texts[:, longest:].tolist())  # without the prompts
 
 
 def _question(tokenizer: Any, question: str) -> list[int]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Batches are cut from pools of this many: long pools save padding, short ones keep every stretch of a pass mixed.
 _POOL = 8
-# Share of rows left out above which a warning says so.
+# Share of rows left out, and of answers cut off, above which a warning says so.
 _MOST_LEFT_OUT = 0.1
 _SHORT = 8  # tokens, to which no text is cut on purpose
 _T = TypeVar("_T")
@@ -118,8 +118,10 @@ def load_batches(
     _check_templates(template=template, completion=completion)
     if known_classes and label is None:
         raise LoraInitError("known_classes= says in which order {label} counts. Give both.", label=...)
+    # Settings go into files, which know no scalars of numpy.
     batch_size, max_length, seed, offset = int(batch_size), int(max_length), int(seed), int(offset)
-    samples = None if samples is None else int(samples)  # settings go into files, which know no scalars of numpy
+    if samples is not None:
+        samples = int(samples)
     rows = read_rows(source, subset, split, seed)
     check_tokenizer(tokenizer)
     wanted = Wanted(template, completion, format, label)
@@ -129,8 +131,6 @@ def load_batches(
     drawn = _draw(rows, reader, samples, offset, seed)
     _check_drawn(drawn, reader, rows, max_length)
     _warn_of(drawn, reader, rows.label, max_length)
-    pad = padding_token(tokenizer)
-    groups = group_by_length(drawn.examples, batch_size, seed, lambda e: len(e[0]))
     n_usable = round(len(rows.table) * (1.0 - drawn.left_out.total() / drawn.n_read))  # that can be trained on
     is_stream = type(source).__name__ == "IterableDataset"
     settings = {
@@ -138,8 +138,11 @@ def load_batches(
         "batch_size": batch_size, "seed of the sample": seed,
         "rows": None if is_stream and len(rows.table) == MOST_STREAMED else n_usable,  # it may go on
         "digest of the rows": None if is_stream else rows.digest,  # it comes in another order with each seed
-        **({"classes": [*reader.rows_of]} if label else {}),
     }  # fmt: skip
+    if label:
+        settings["classes"] = [*reader.rows_of]
+    pad = padding_token(tokenizer)
+    groups = group_by_length(drawn.examples, batch_size, seed, lambda example: len(example[0]))
     batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)
     batches.classes = tuple(reader.rows_of)
     batches.description = _describe(drawn, reader, rows, seed)
@@ -179,34 +182,39 @@ class _Drawn:
     @cached_property
     def n_duplicates(self) -> int:
         """Number of examples that repeat another one, tokens and labels."""
+        # None, which no token is, keeps tokens and labels apart.
         return len(self.examples) - len({(*ids, None, *labels) for ids, labels in self.examples})
 
     def count_cut(self, eos: int | None) -> int:
         """Count the answers that are cut off: their last token has a label, and does not end a sequence."""
-        ends = (IGNORED, eos)
-        return sum(
-            len(ids) == self.limit and labels[0] == IGNORED and labels[-1] not in ends for ids, labels in self.examples
-        )
+        n_cut = 0
+        for ids, labels in self.examples:
+            # An answer follows a prompt without labels; plain text may be cut anywhere.
+            is_answer = len(ids) == self.limit and labels[0] == IGNORED
+            if is_answer and labels[-1] not in (IGNORED, eos):
+                n_cut += 1
+        return n_cut
 
 
 def _draw(rows: Rows, reader: Reader, samples: int | None, offset: int, seed: int) -> _Drawn:
     """Read the examples of a sample, in the order that the seed decides."""
-    left_out: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()  # filled by `usable` while it is read
     usable = rows.usable(reader.columns, reader, seed, left_out)
-    examples = list(islice(usable, offset, None if samples is None else offset + samples))
+    last = None if samples is None else offset + samples
+    # Rows after the sample are not read, so that a small sample of a large data set costs little.
+    examples = list(islice(usable, offset, last))
     return _Drawn(examples, offset, left_out, reader.limit)
 
 
 def _check_drawn(drawn: _Drawn, reader: Reader, rows: Rows, max_length: int) -> None:
     """Refuse a sample without an example, and chats of which no token has a label."""
     if not drawn.examples:
-        raise LoraInitError(
-            f"{rows.label}: no usable example among {len(rows.table)} rows read as {reader.recipe.name}"
-            + (f" after the first {drawn.offset}" if drawn.offset else "")
-            + (f" ({drawn.skipped})" if drawn.skipped else "")
-            + ". Check the columns and {max_length}.",
-            max_length=...,
-        )
+        text = f"{rows.label}: no usable example among {len(rows.table)} rows read as {reader.recipe.name}"
+        if drawn.offset:
+            text += f" after the first {drawn.offset}"
+        if drawn.skipped:
+            text += f" ({drawn.skipped})"
+        raise LoraInitError(text + ". Check the columns and {max_length}.", max_length=...)
     of_chats = reader.label is None and reader.recipe.name in ("messages", "sharegpt")
     if of_chats and all(label == IGNORED for _, labels in drawn.examples for label in labels):
         raise LoraInitError(
@@ -255,9 +263,13 @@ def load_other(source: Any, tokenizer: Any, template_option: str = "", **how: An
     except LoraInitError as error:
         if "template" not in error.options:
             raise
-        said, names, _ = error.text.replace("{template}", f"{{{template_option}}}").partition("; name others")
-        remedy = f". Name one by {{{template_option}}}." if template_option else ". Rename one of them."
-        raise LoraInitError(said + remedy * bool(names), **{template_option: how.get("template") or ...}) from error
+        # What follows are proposals for `template=`, which the caller does not have.
+        text, separator, _ = error.text.replace("{template}", f"{{{template_option}}}").partition("; name others")
+        if separator and template_option:
+            text += f". Name one by {{{template_option}}}."
+        elif separator:
+            text += ". Rename one of them."
+        raise LoraInitError(text, **{template_option: how.get("template") or ...}) from error
 
 
 def count_examples(batches: Iterable[Mapping[str, Any]]) -> int:
@@ -279,7 +291,7 @@ def group_by_length(items: Sequence[_T], batch_size: int, seed: int, length: Cal
 def padding_token(tokenizer: Any) -> int:
     """Choose the token to pad with: the tokenizer's, or the one that ends a sequence, or 0."""
     tokens = (tokenizer.pad_token_id, getattr(tokenizer, "eos_token_id", None))
-    return next((token for token in tokens if token is not None), 0)
+    return next((token for token in tokens if token is not None), 0)  # not `or`: 0 is a token
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -292,14 +304,16 @@ def pad_batch(examples: Sequence[Encoded], pad: int, of_classes: bool = False) -
     """Pad examples on the right to one length: each int64 [batch, length]; `labels` that are classes [batch]."""
     import torch
 
-    rows = [
-        {
-            "input_ids": torch.tensor(tokens),
-            "attention_mask": torch.ones(len(tokens), dtype=torch.long),
-            "labels": torch.tensor(labels[0] if of_classes else labels, dtype=torch.long),
-        }
-        for tokens, labels in examples
-    ]
+    rows = []
+    for tokens, labels in examples:
+        target = labels[0] if of_classes else labels  # a class is a number, [], and is stacked to [batch]
+        rows.append(
+            {
+                "input_ids": torch.tensor(tokens),
+                "attention_mask": torch.ones(len(tokens), dtype=torch.long),
+                "labels": torch.tensor(target, dtype=torch.long),
+            }
+        )
     return collate(pad, rows)
 
 
@@ -307,6 +321,7 @@ def as_batches(batches: Any, model: Any, seed: int) -> Any:
     """Make batches of a tokenized data set, of the columns that the model takes; return anything else as it is."""
     import torch
 
+    # By its module's name, so that `datasets` need not be imported.
     if not (type(batches).__module__.startswith("datasets.") and hasattr(batches, "select_columns")):
         return batches
     rows = batches.with_format(None)
@@ -321,7 +336,8 @@ def as_batches(batches: Any, model: Any, seed: int) -> Any:
     pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
     rows, generator = rows.select_columns(columns), torch.Generator().manual_seed(seed)
     shuffled = hasattr(rows, "__len__")
-    rows = rows if shuffled else rows.shuffle(seed)  # a stream: within a buffer of 1000 rows
+    if not shuffled:
+        rows = rows.shuffle(seed)  # a stream: within a buffer of 1000 rows
     loader: Any = torch.utils.data.DataLoader(
         rows, BATCH_SIZE, shuffled, collate_fn=partial(collate, pad), generator=generator
     )
@@ -340,8 +356,12 @@ def collate(pad: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         name = "labels" if column == "label" else column
         try:
             tensors = [torch.as_tensor(row[column]) for row in rows]
+            # Whole numbers in a row go with tokens; anything else, such as a picture, has one shape.
             of_tokens = tensors[0].dim() == 1 and not tensors[0].is_floating_point()
-            batch[name] = pad_sequence(tensors, True, padding.get(name, 0)) if of_tokens else torch.stack(tensors)
+            if of_tokens:
+                batch[name] = pad_sequence(tensors, True, padding.get(name, 0))  # rows x [length] -> [rows, length]
+            else:
+                batch[name] = torch.stack(tensors)
         except (TypeError, ValueError, RuntimeError) as error:
             raise LoraInitError(
                 f"column {column!r} of the data set: {first_line(error).rstrip('.')}. Expected numbers in each row, of "

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_init.errors import LoraInitError
 from lora_init.files import read_json
 
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"  # in which file each tensor is, if there are several files
 
 
 @dataclass(frozen=True)
@@ -41,30 +41,44 @@ def find_tensors(source: str) -> dict[str, Stored]:
         directory = Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*/*"]))
     if "quantization_config" in read_json(directory / "config.json"):
         raise LoraInitError(f"{source!r} is quantized: its files hold no float weights. Name the model it was made of.")
-    index, files = directory / INDEX_FILE, ["model.safetensors"]
-    if index.is_file():
-        named = read_json(index).get("weight_map")
-        files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
-        if not files or any(Path(file).name != file for file in files):
-            raise LoraInitError(f"{index} names no files of this directory. The file is damaged.")
     tensors: dict[str, Stored] = {}
-    for path in (directory / file for file in files):
+    for file in _files_of(directory):
+        path = directory / file
         if not path.is_file():
-            raise LoraInitError(f"{source!r} has no {path.name}. Only whole safetensors checkpoints are read.")
-        tensors |= {name: Stored(path, name, tuple(shape)) for name, (shape, _) in read_header(path).items()}
+            raise LoraInitError(f"{source!r} has no {file}. Only whole safetensors checkpoints are read.")
+        for name, (shape, _) in read_header(path).items():
+            tensors[name] = Stored(path, name, tuple(shape))
     return tensors
+
+
+def _files_of(directory: Path) -> list[str]:
+    """Name the files of a checkpoint: those of its index, or the one file without an index."""
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        return ["model.safetensors"]
+    names = read_json(index).get("weight_map")
+    files = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    # An index is somebody else's file: a name such as ../x must not lead out of the directory.
+    if not files or any(Path(file).name != file for file in files):
+        raise LoraInitError(f"{index} names no files of this directory. The file is damaged.")
+    return files
 
 
 def read_header(path: Path) -> dict[str, tuple[list[int], str]]:
     """Read the names of the tensors in a safetensors file, with the shape and the type of each, such as `"BF16"`."""
     try:
+        header = {}
         with safe_open(path, framework="pt") as file:
-            slices = ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118 - no mapping
-            return {key: (list(one.get_shape()), one.get_dtype()) for key, one in slices}
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_slice(key)  # it knows the header, and reads no weights
+                header[key] = list(tensor.get_shape()), tensor.get_dtype()
+        return header
     except SafetensorError as error:
         with path.open("rb") as opened:
-            pointer = opened.read(12) == b"version http"
-        reason = "a pointer of Git LFS and not the file: run git lfs pull" if pointer else f"damaged: {error}"
+            is_pointer = opened.read(12) == b"version http"
+        reason = f"damaged: {error}"
+        if is_pointer:
+            reason = "a pointer of Git LFS and not the file: run git lfs pull"
         raise LoraInitError(f"{path} is {reason}.") from error
 
 
@@ -77,12 +91,15 @@ def find_parameter(
     entries in the flat parameter.
     """
     # As the model, with or without its prefix, or as what it is tied to.
-    prefix, tied = f"{getattr(model, 'base_model_prefix', '')}.", getattr(model, "all_tied_weights_keys", {})
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    tied = getattr(model, "all_tied_weights_keys", {})
     names = (name, prefix + name, name.removeprefix(prefix), tied.get(name, name))
     stored = next((tensors[key] for key in names if key in tensors), None)
     if stored is not None and stored.shape in (shape, shape[::-1]):
         return {stored: None}
-    try:  # the places go the way of the weights: split, permuted, under other names
+    # The numbers of the entries go through the conversion in place of the weights: split, permuted, under other names.
+    # Where each number ends is where the weight there comes from, whatever the conversion does.
+    try:
         pieces = as_saved(model, name, torch.arange(shape[0] * shape[1]).reshape(shape))
     except (AttributeError, KeyError, ValueError, RuntimeError, NotImplementedError):
         return {}
@@ -91,15 +108,15 @@ def find_parameter(
     return {tensors[piece]: places for piece, places in pieces.items()}
 
 
-def read_parameter(found: Mapping[Stored, Tensor | None], shape: tuple[int, ...]) -> Tensor:
-    """Read what `find_parameter` has found, float32: of this shape, or as it is stored if that is one tensor."""
-    first, places = next(iter(found.items()))
+def read_parameter(stored: Mapping[Stored, Tensor | None], shape: tuple[int, ...]) -> Tensor:
+    """Read what `find_parameter` returned, float32: of this shape, or as it is stored if that is one tensor."""
+    first, places = next(iter(stored.items()))
     if places is None:
         return first.read().float()
     weight = torch.empty(shape)
-    for stored, at in found.items():
+    for tensor, at in stored.items():
         assert at is not None  # several tensors all have places
-        weight.view(-1)[at.reshape(-1)] = stored.read().float().reshape(-1)
+        weight.view(-1)[at.reshape(-1)] = tensor.read().float().reshape(-1)
     return weight
 
 

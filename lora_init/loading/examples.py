@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from string import Formatter
 from typing import Any
 
@@ -62,14 +61,21 @@ def recipe(names: list[str], place: str, tokenizer: Any, wanted: Wanted, texts: 
         return _by_template(wanted.template, wanted.completion, names, place)
     if wanted.completion is not None:
         raise LoraInitError("{completion} needs a template for the prompt, too.", completion=wanted.completion)
-    possible = FORMATS if wanted.format is None else {wanted.format: FORMATS[wanted.format]}
-    name, form = next((item for item in possible.items() if set(item[1].columns) <= set(names)), ("", None))
-    if form is None:
-        raise _unknown_columns(names, place, possible, texts)
+    possible = FORMATS
+    if wanted.format is not None:
+        possible = {wanted.format: FORMATS[wanted.format]}
+    for name, form in possible.items():
+        if set(form.columns) <= set(names):
+            return _by_format(name, form, names, place, tokenizer)
+    raise _unknown_columns(names, place, possible, texts)
+
+
+def _by_format(name: str, form: Format, names: list[str], place: str, tokenizer: Any) -> ExampleRecipe:
+    """Read rows by a format, with those of its optional columns that there are."""
     if form.is_chat:
         _check_chat_template(tokenizer, f"{place} has a column {form.columns[0]!r}")
-    columns = [*form.columns, *(column for column in form.optional if column in names)]
-    return ExampleRecipe(name.replace("-", " and "), columns, lambda row: form.read(row, tokenizer))
+    optional = [column for column in form.optional if column in names]
+    return ExampleRecipe(name.replace("-", " and "), [*form.columns, *optional], lambda row: form.read(row, tokenizer))
 
 
 def _check_format(wanted: Wanted) -> None:
@@ -99,7 +105,7 @@ def _unknown_columns(
     names: list[str], place: str, possible: Mapping[str, Format], texts: Sequence[str]
 ) -> LoraInitError:
     """Make the error about columns that no format has, with a template that fits them."""
-    expected = ", or ".join(" and ".join(one.columns) for one in possible.values())
+    expected = ", or ".join(" and ".join(form.columns) for form in possible.values())
     text, *_ = texts or names or ["column"]
     proposal, options = "{template}", {"template": f"{{{text}}}"}
     if len(names) == len(texts) == 2:  # a question and its answer, more often than not
@@ -121,6 +127,7 @@ _Parts = list[tuple[str, str | None]]  # literal text, and the column whose valu
 
 
 def _parse(template: str, argument: str, names: list[str], label: str) -> tuple[_Parts, list[str]]:
+    """Split a template into its parts, and name the columns of these; `label` is what to call the data."""
     try:  # names are only compared with the columns, never evaluated as `str.format` would: {x.__class__}
         parsed = list(Formatter().parse(template))
     except ValueError as error:
@@ -147,27 +154,41 @@ def _parse(template: str, argument: str, names: list[str], label: str) -> tuple[
 
 def _fill(parts: _Parts, row: Mapping[str, Any]) -> str | None:
     """Fill a template; None if a field says nothing, so that nobody trains on the word "None"."""
-    values = {name: _text(row, name) for _, name in parts if name is not None}
-    if None in values.values():
-        return None
-    return "".join(literal + ((values[name] or "") if name is not None else "") for literal, name in parts)
+    text = ""
+    is_complete = True
+    for literal, name in parts:
+        text += literal
+        if name is None:  # the end of a template has no column
+            continue
+        value = _text(row, name)
+        if value is None:
+            is_complete = False  # and not yet None: a later column may hold a list, which is refused
+        else:
+            text += value
+    return text if is_complete else None
 
 
 def _text(row: Mapping[str, Any], name: str) -> str | None:
     """Read a field as text, never a list as Python writes it; None if it says nothing."""
     value = row[name]
-    if isinstance(value, (list, Mapping)):
-        kind = "a list" if isinstance(value, list) else "a mapping"
+    kind = None
+    if isinstance(value, list):
+        kind = "a list"
+    elif isinstance(value, Mapping):
+        kind = "a mapping"
+    if kind is not None:
         raise LoraInitError(f"column {name!r} holds {kind}, and text is needed. Make it text first, or name another.")
     return None if is_missing(value) else str(value)
 
 
 def is_missing(value: Any) -> bool:
     """Return whether a field is empty: null, NaN or blank, as files and tables write a missing value."""
+    # NaN alone differs from itself; math.isnan would refuse text.
     return value is None or value != value or not str(value).strip()
 
 
 def _plain(prompt: str | None, answer: str | None) -> Example | None:
+    """Join prompt and answer as they are, with labels on the answer; None if one of them is None."""
     if prompt is None or answer is None:
         return None
     return Example(f"{prompt}{answer}", [(prompt, f"{prompt}{answer}")], prompt.strip() or answer)
@@ -181,10 +202,16 @@ _ALPACA = (
 
 
 def _alpaca(row: Mapping[str, Any], tokenizer: Any) -> Example | None:
-    instruction, given = _text(row, "instruction"), _text(row, "input") if "input" in row else None
-    context = (", paired with an input that provides further context", f"### Input:\n{given}\n\n")
-    before, after = context if given else ("", "")
-    return _plain(instruction and _ALPACA.format(before, instruction, after), _text(row, "output"))
+    """Read a row of Alpaca's, whose prompt says in another sentence that there is an input."""
+    instruction = _text(row, "instruction")
+    context = _text(row, "input") if "input" in row else None
+    prompt = None
+    if instruction is not None:
+        described, quoted = "", ""
+        if context is not None:
+            described, quoted = ", paired with an input that provides further context", f"### Input:\n{context}\n\n"
+        prompt = _ALPACA.format(described, instruction, quoted)
+    return _plain(prompt, _text(row, "output"))
 
 
 def _prompt_completion(row: Mapping[str, Any], tokenizer: Any) -> Example | None:
@@ -205,7 +232,10 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
     options = _without_nulls(row.get("chat_template_kwargs") or {})
     try:
         tools = row.get("tools") or None
-        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
+        if isinstance(tools, str):
+            tools = json.loads(tools)
+        else:
+            tools = _without_nulls(tools)
         render = partial(_render, tokenizer, tools, options)
         whole = render(turns)
         _warn_of_roles(turns, whole, str(tokenizer.chat_template))
@@ -217,12 +247,13 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
 
 def _read_turns(messages: Any, tokenizer: Any) -> list[Mapping[str, Any]]:
     """Read messages as turns of a chat; refuse what is no chat, and turns without content."""
-    known = isinstance(messages, list) and all(isinstance(m, Mapping) and {"role", "from"} & set(m) for m in messages)
-    if not known:
+    is_chat = isinstance(messages, list) and all(isinstance(m, Mapping) and {"role", "from"} & set(m) for m in messages)
+    if not is_chat:
         raise LoraInitError("messages must be a list of {'role': ..., 'content': ...}.")
     _check_chat_template(tokenizer, "the row has messages")
     turns = [_turn(message) for message in _without_nulls(messages)]
     for number, turn in enumerate(turns, 1):
+        # A turn that calls a tool has no content, but `tool_calls`.
         if not turn.keys() - {"role", "name"}:
             raise LoraInitError(f"message {number}, of {turn['role']!r}, has no content. Leave out the row.")
     return turns
@@ -252,18 +283,25 @@ def _warn_of_roles(turns: Sequence[Mapping[str, Any]], whole: str, template: str
     """Warn of roles that a chat template does not name, or whose words it leaves out."""
     for turn in turns:
         role, words = str(turn["role"]), turn.get("content")
-        named = role in _ROLES.values() or f"{role}'" in template or f'{role}"' in template
-        dropped = isinstance(words, str) and words.strip() not in whole and role not in ("assistant", "tool")
-        if dropped or not named:
-            what = "leaves out the turns of" if dropped else "does not know"
-            warn(f"the chat template {what} the role {role!r}. Rename it.")
+        # A template that knows a role compares with it, in quotes of either kind.
+        is_known = role in _ROLES.values() or f"{role}'" in template or f'{role}"' in template
+        # The assistant's words a template may rewrite, as Qwen3's leaves out thoughts.
+        is_dropped = isinstance(words, str) and words.strip() not in whole and role not in ("assistant", "tool")
+        if is_dropped:
+            warn(f"the chat template leaves out the turns of the role {role!r}. Rename it.")
+        elif not is_known:
+            warn(f"the chat template does not know the role {role!r}. Rename it.")
 
 
 def _first_answer(turns: Sequence[Mapping[str, Any]]) -> int:
     """Find the first turn of the assistant's that follows one of the user's: a greeting answers nothing."""
-    roles = [turn["role"] for turn in turns]
-    asked = roles.index("user") if "user" in roles else 0
-    return roles.index("assistant", asked) if "assistant" in roles[asked:] else len(roles)
+    was_asked = all(turn["role"] != "user" for turn in turns)  # without a user's turn the first answer counts
+    for i, turn in enumerate(turns):
+        if turn["role"] == "user":
+            was_asked = True
+        elif turn["role"] == "assistant" and was_asked:
+            return i
+    return len(turns)
 
 
 def _span(turns: Sequence[Mapping[str, Any]], i: int, whole: str, render: Callable[..., str]) -> tuple[str, str]:
@@ -273,13 +311,17 @@ def _span(turns: Sequence[Mapping[str, Any]], i: int, whole: str, render: Callab
     the first turn begins. There the turn lies where the whole differs from what it is with other words in that turn.
     """
     before, until, words = render(turns[:i], True), render(turns[: i + 1]), turns[i].get("content")
-    if (i and whole.startswith(until)) or not isinstance(words, str) or not words.strip():
+    is_prefix = i > 0 and whole.startswith(until)
+    if is_prefix or not isinstance(words, str) or not words.strip():
         return before, until
+    # Words that begin and end with another letter, so that no part of them seems to be the same.
     letter = next(letter for letter in "XYZ" if letter not in (words.strip()[0], words.strip()[-1]))
     others = [*turns[:i], {**turns[i], "content": 3 * letter}, *turns[i + 1 :]]
     start, end = _difference(whole, render(others))
+    # What ends a turn, such as <|im_end|>, is the same with other words, but belongs to the turn. It is what follows
+    # the words both in the whole and where this turn is the last.
     _, after = _difference(until, render(others[: i + 1]))
-    end += count_common(whole[end:], until[after:])  # what ends a turn
+    end += count_common(whole[end:], until[after:])
     return whole[:start], whole[:end]
 
 
@@ -305,19 +347,29 @@ def _turn(message: Mapping[str, Any]) -> Mapping[str, Any]:
         return message
     if who not in _ROLES:
         raise LoraInitError(f"a message is from {who!r}, and expected is one of {', '.join(_ROLES)}. Rename it.")
-    return {"role": _ROLES[who], **({"content": message["value"]} if "value" in message else {})}
+    turn = {"role": _ROLES[who]}
+    if "value" in message:  # without it the turn has no content, which is refused by its number
+        turn["content"] = message["value"]
+    return turn
 
 
 def _without_nulls(value: Any) -> Any:
     """Drop keys that are null: readers fill in those that a message lacks, and templates ask whether a key is there."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
-def count_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+def count_common(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Count how far two sequences begin alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    n_common = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        n_common += 1
+    return n_common
 
 
 _BLANK = {"role", "name", "content"}  # keys of a turn that calls no tool and has no thoughts

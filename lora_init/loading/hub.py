@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lora_init.errors import LoraInitError, first_line
 
-_SECONDS = 3.0
+_SECONDS = 3.0  # that the hub may take to answer; then the cache decides
 
 
 def check_hub(name: str, kind: Literal["model", "dataset"]) -> bool:
@@ -17,15 +17,16 @@ def check_hub(name: str, kind: Literal["model", "dataset"]) -> bool:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    what = "model" if kind == "model" else "data"
+    what = {"model": "model", "dataset": "data"}[kind]
     utils: Any = huggingface_hub.utils
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         utils.validate_repo_id(name)
         # Not by HfApi: before its first question it asks for a list of coding agents, and waits for that, too.
-        token = huggingface_hub.get_token()
-        headers = {"authorization": f"Bearer {token}"} if token else {}
+        headers = {}
+        if token := huggingface_hub.get_token():
+            headers["authorization"] = f"Bearer {token}"
         url = f"{constants.ENDPOINT}/api/{kind}s/{name}"
         utils.hf_raise_for_status(utils.get_session().get(url, timeout=_SECONDS, headers=headers))
     except GatedRepoError:
@@ -36,10 +37,12 @@ def check_hub(name: str, kind: Literal["model", "dataset"]) -> bool:
             "the spelling; for a private one log in with `hf auth login`."
         ) from None
     except Exception as error:  # whatever its HTTP library raises without a network
+        # Two caches: of files as they are on the hub, and of tables that `datasets` made of them.
         places = [Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")]
-        kept = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")).expanduser()
-        if kind == "dataset" and kept.is_dir():  # `datasets` spells the name as it likes, only the owner's as it is
-            places += [place for place in kept.iterdir() if place.name.startswith(name.partition("/")[0])]
+        prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")).expanduser()
+        if kind == "dataset" and prepared.is_dir():
+            # `datasets` spells the name as it likes, only the owner's as it is.
+            places += [place for place in prepared.iterdir() if place.name.startswith(name.partition("/")[0])]
         if not any(place.is_dir() for place in places):
             raise LoraInitError(
                 f"{what} {name!r}: no such file or folder, not in the hub's cache, and the hub cannot be reached: "
@@ -54,4 +57,4 @@ def stay_offline() -> None:
     from huggingface_hub import constants
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = True  # huggingface_hub, imported already, does not read the variable again
