@@ -232,10 +232,7 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
     options = _without_nulls(row.get("chat_template_kwargs") or {})
     try:
         tools = row.get("tools") or None
-        if isinstance(tools, str):
-            tools = json.loads(tools)
-        else:
-            tools = _without_nulls(tools)
+        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
         render = partial(_render, tokenizer, tools, options)
         whole = render(turns)
         _warn_of_roles(turns, whole, str(tokenizer.chat_template))

@@ -14,6 +14,7 @@ from lora_init.loading.batches import padding_token
 from lora_init.loading.hub import check_hub, stay_offline
 
 # Endings of a class name in `config.architectures`, the first that fits: PEFT's task type and transformers' Auto class.
+# So the order matters: the last one fits nearly all of them.
 _KINDS = {
     "ForSequenceClassification": ("SEQ_CLS", "AutoModelForSequenceClassification"),
     "ForTokenClassification": ("TOKEN_CLS", "AutoModelForTokenClassification"),
@@ -77,8 +78,9 @@ class ModelSource:
         """Build it without weights; None where transformers has no such class, or code that comes with it is run."""
         import transformers
 
-        make = getattr(transformers, self.saved_as, getattr(transformers, self.auto_class))
-        return None if self.options["trust_remote_code"] else on_meta(make, self.config)
+        if self.options["trust_remote_code"]:
+            return None
+        return on_meta(getattr(transformers, self.saved_as, getattr(transformers, self.auto_class)), self.config)
 
     def load(
         self,
@@ -103,6 +105,7 @@ class ModelSource:
         quantized = quantize is not None or getattr(self.config, "quantization_config", None) is not None
         options = self.options | {"dtype": self._dtype(dtype, place, quantize)}
         if n_labels is not None:
+            # transformers would choose the problem by the type of the labels, and by their number.
             options |= {"num_labels": n_labels, "ignore_mismatched_sizes": True}
             options["problem_type"] = "single_label_classification"
         if quantize is not None:
@@ -111,13 +114,15 @@ class ModelSource:
                 options["quantization_config"]["llm_int8_skip_modules"] = list(_HEADS)
         if quantized:
             options["device_map"] = {"": place}  # quantized weights cannot move afterwards
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # of weights that the checkpoint lacks, such as a new head
         load = getattr(transformers, self.saved_as, getattr(transformers, self.auto_class)).from_pretrained
         model, loading = _guarded(self.name, load, output_loading_info=True, **options)
         if n_labels is not None:
+            # A decoder's head reads the last token that is no padding, and refuses batches if it knows none.
             model.config.pad_token_id = padding_token(self.tokenizer)
         if not quantized:
             model.to(place)
+            # Only now are the type of the weights and their size known.
             n_bytes = 4 * sum(p.numel() for p in model.parameters())
             if dtype == "auto" and is_better_in_float32(model.dtype, place, n_bytes):
                 model.float()
@@ -130,8 +135,11 @@ class ModelSource:
 
         if dtype != "auto":
             return getattr(torch, dtype)
+        # Quantized weights cannot be brought into another type after they are loaded.
         saved_in = getattr(self.config, "dtype", None)
-        return torch.float32 if quantize is not None and is_better_in_float32(saved_in, place) else dtype
+        if quantize is not None and is_better_in_float32(saved_in, place):
+            return torch.float32
+        return dtype
 
     def check_quantized(self, quantize: str | None, needed: bool = False) -> None:
         """Refuse what cannot be quantized while it is loaded, and what is not where it is needed."""
@@ -149,8 +157,11 @@ class ModelSource:
 
 def _drawn_weights(name: str, model: Any, loading: Mapping[str, Any]) -> frozenset[str]:
     """Name the weights that a checkpoint lacks or has in another shape; refuse one that lacks most of them."""
-    reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
-    drawn = frozenset([*loading["missing_keys"], *reshaped])
+    names = set(loading["missing_keys"])
+    for key in loading["mismatched_keys"]:
+        # A name, or by the release of transformers a name and both shapes.
+        names.add(key if isinstance(key, str) else key[0])
+    drawn = frozenset(names)
     n_weights = len(list(model.parameters()))
     if 2 * len(drawn) > n_weights:
         raise LoraInitError(
@@ -203,8 +214,10 @@ def open_model(source: str, *, task_type: str | None = None, trust_remote_code: 
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(DIRECTORY)."
         )
     tokenizer = _guarded(source, transformers.AutoTokenizer.from_pretrained, **options)
-    # Remote code is reached only through the Auto classes.
-    saved_as = "" if task_type or trust_remote_code else (getattr(config, "architectures", None) or [""])[0]
+    saved_as = ""
+    if not task_type and not trust_remote_code:  # remote code is reached only through the Auto classes
+        architectures = getattr(config, "architectures", None) or [""]
+        saved_as = architectures[0]
     return ModelSource(source, config, tokenizer, found_task, auto_class, options, saved_as)
 
 
@@ -224,18 +237,29 @@ def find_device(device: str) -> Any:
     import torch
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if device == "cuda" and os.environ.get("LOCAL_RANK", "").isdecimal():  # of torchrun: one GPU for each process
-            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+        device = _best_device()
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(0, device=place)  # a name that torch knows may still be of a device that is not here
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)
         if reason.startswith("Expected one of"):  # two dozen names, of which most are for nobody
             reason = "expected auto, cpu, cuda, cuda:1 or mps."
         raise LoraInitError(f"device {device!r} cannot be used here: {reason}") from error
     return place
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        local_rank = os.environ.get("LOCAL_RANK", "")
+        if local_rank.isdecimal():  # of torchrun: one GPU for each process
+            return f"cuda:{int(local_rank) % torch.cuda.device_count()}"
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def is_better_in_float32(dtype: Any, place: Any, n_bytes: int = 0) -> bool:
@@ -252,6 +276,7 @@ def is_better_in_float32(dtype: Any, place: Any, n_bytes: int = 0) -> bool:
 
 
 def _memory() -> int:
+    """Read how many bytes of memory this machine has; 0 if that is not known."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on this system
@@ -262,17 +287,18 @@ def _check_source(source: str) -> bool:
     """Refuse what can be no model; return whether it is a directory here."""
     path = Path(source).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            adapter = (path / "adapter_config.json").is_file()
-            raise LoraInitError(
-                f"model {source!r} has no config.json{': it is an adapter. Name its base model' if adapter else ''}. "
-                "A model directory as save_pretrained() writes it is needed."
-            )
-    elif path.exists():
+        if (path / "config.json").is_file():
+            return True
+        reason = f"model {source!r} has no config.json"
+        if (path / "adapter_config.json").is_file():
+            reason += ": it is an adapter. Name its base model"
+        raise LoraInitError(f"{reason}. A model directory as save_pretrained() writes it is needed.")
+    if path.exists():
         raise LoraInitError(f"model {source!r} is a file. Name the directory that it lies in.")
-    elif source.startswith((".", "~", "/")) or source.count("/") > 1 or "\\" in source or not source.strip():
+    # A hub id is a name, or an owner and a name: anything else was meant as a path.
+    if source.startswith((".", "~", "/")) or source.count("/") > 1 or "\\" in source or not source.strip():
         raise LoraInitError(f"model {source!r}: no such directory.")
-    return path.is_dir()
+    return False
 
 
 def task_and_class(source: str, config: Any, task_type: str | None) -> tuple[str | None, str]:
@@ -300,9 +326,13 @@ def kind_of(architecture: str, is_encoder_decoder: bool) -> tuple[str | None, st
 
 def task_of(model: Any) -> str | None:
     """Return PEFT's task type for the class of a model; None without one, or if its wrapper cannot call the model."""
-    kind = kind_of(type(model).__name__, bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)))
+    config = getattr(model, "config", None)
+    kind = kind_of(type(model).__name__, bool(getattr(config, "is_encoder_decoder", False)))
+    # PEFT's wrapper of a task passes `input_ids`, which a model of sound or of pictures does not take.
     reads_tokens = "input_ids" in inspect.signature(type(model).forward).parameters
-    return kind[0] if kind and reads_tokens else None
+    if kind is None or not reads_tokens:
+        return None
+    return kind[0]
 
 
 def _guarded(source: str, load: Any, **options: Any) -> Any:

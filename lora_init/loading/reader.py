@@ -16,7 +16,7 @@ from lora_init.loading.sources import Rows, columns_of, read_rows
 
 Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
 IGNORED = -100  # the label of a token that has none, as in layers.masks
-_MOST_CLASSES = 100
+_MOST_CLASSES = 100  # a column with more values is hardly one of classes
 # Numbers with fractions are classes if they are halves, as of stars, and up to this many; others are measured values.
 _MOST_FRACTIONS = 20
 _MISSING = ("nan", "none", "null", "n/a", "na", "<na>")  # what was a missing value before it became text
@@ -38,7 +38,9 @@ class Reader:
     @property
     def columns(self) -> list[str]:
         """Columns that are read."""
-        return [*self.recipe.columns, *([self.label] if self.label else [])]
+        if self.label:
+            return [*self.recipe.columns, self.label]
+        return list(self.recipe.columns)
 
     def __call__(self, row: Mapping[str, Any]) -> Encoded | str:
         """Read a row as tokens and their labels, or its class; or say why it is left out."""
@@ -46,13 +48,18 @@ class Reader:
 
     def encode(self, example: Example | None, row: Mapping[str, Any]) -> Encoded | str:
         """Read a row whose text is known."""
-        encoded = example and _encode(example, self.tokenizer, self.limit, self.seq2seq, ends=self.label is None)
-        if not encoded:
+        encoded = None
+        if example is not None:
+            encoded = _encode(example, self.tokenizer, self.limit, self.seq2seq, ends=self.label is None)
+        if encoded is None:
             return "with an empty field"
+        ids, labels = encoded
         if self.label is not None:
             name = _class_of(row[self.label])
-            return "without a label" if name is None else (encoded[0], [[*self.rows_of].index(name)])
-        if self.needs_labels and all(label == IGNORED for label in encoded[1]):
+            if name is None:
+                return "without a label"
+            return ids, [[*self.rows_of].index(name)]
+        if self.needs_labels and all(label == IGNORED for label in labels):
             return f"without a labelled token among the first {self.limit}"
         return encoded
 
@@ -65,25 +72,29 @@ def open_reader(
     label = wanted.label
     if label is not None and wanted.completion is not None:
         raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
-    matching = recipe(list(rows.table.column_names), rows.label, tokenizer, wanted, rows.texts(but=label))
+    recipe_of_text = recipe(list(rows.table.column_names), rows.label, tokenizer, wanted, rows.texts(but=label))
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
-    rows_of = {} if label is None else count_classes(rows, label, matching.columns, known_classes)
-    return Reader(matching, tokenizer, limit, seq2seq, needs_labels, label, rows_of)
+    rows_of: dict[str, int] = {}
+    if label is not None:
+        rows_of = count_classes(rows, label, recipe_of_text.columns, known_classes)
+    return Reader(recipe_of_text, tokenizer, limit, seq2seq, needs_labels, label, rows_of)
 
 
 def check_columns(source: str, wanted: Wanted) -> None:
     """Refuse columns that a local file does not have, before torch is imported."""
 
     def check(names: list[str], place: str, texts: Sequence[str] = ()) -> None:
+        # The tokenizer is not read yet; whether it has a chat template is checked with it.
         recipe(names, place, SimpleNamespace(chat_template="any"), wanted, texts)
         _check_label(wanted.label, names, place)
 
     names = columns_of(source)
     if not names or "input_ids" in names or (wanted.label and wanted.completion):
-        return
+        return  # only `datasets` can tell; tokens need no recipe; a label with a completion is refused later
     try:
         check(names, source)
     except LoraInitError:
+        # Slower, but sure: the first row may lack columns, and the error proposes those that hold text.
         rows = read_rows(source)
         check(rows.table.column_names, rows.label, rows.texts(but=wanted.label))
 
@@ -102,17 +113,33 @@ def count_classes(rows: Rows, column: str, used: Collection[str], known: Sequenc
     _check_label(column, rows.table.column_names, rows.label)
     if any(isinstance(value, (list, dict)) for value in rows.table[column]):
         raise LoraInitError(f"{rows.label}: column {column!r} holds lists, and a row has one class. Name another.")
-    counts = Counter(name for value in rows.table[column] if (name := _class_of(value)) is not None)
-    numbers = {name: number for name in counts if (number := _number(name)) is not None}
-    are_numbers = len(numbers) == len(counts)
-    _check_classes(counts, numbers.values() if are_numbers else (), f"{rows.label}: column {column!r}")
+    counts: Counter[str] = Counter()
+    for value in rows.table[column]:
+        name = _class_of(value)
+        if name is not None:
+            counts[name] += 1
+    numbers = _numbers(counts)
+    _check_classes(counts, numbers.values(), f"{rows.label}: column {column!r}")
     if column in used:
         raise LoraInitError("{label} is a part of the text, which gives the class away. Take it out.", label=column)
     _warn_of_classes(counts, f"{rows.label}, column {column!r}")
-    order = (
-        known if counts.keys() <= {*known} else sorted(sorted(counts), key=numbers.__getitem__ if are_numbers else None)
-    )
+    order = sorted(counts)
+    if counts.keys() <= {*known}:
+        order = list(known)  # also those without a row
+    elif numbers:
+        order.sort(key=numbers.__getitem__)  # 2 before 10; of 1 and 01, which are equal, the order above stays
     return {name: counts[name] for name in order}
+
+
+def _numbers(names: Collection[str]) -> dict[str, float]:
+    """Read names of classes as numbers; empty unless all of them are numbers."""
+    numbers = {}
+    for name in names:
+        number = _number(name)
+        if number is None:
+            return {}
+        numbers[name] = number
+    return numbers
 
 
 def _check_classes(counts: Counter[str], numbers: Collection[float], place: str) -> None:
@@ -140,35 +167,40 @@ def _check_classes(counts: Counter[str], numbers: Collection[float], place: str)
 
 def _warn_of_classes(counts: Mapping[str, int], place: str) -> None:
     """Warn of classes that have one row, that are one class in two spellings, or that are missing values in words."""
+    with_one_row = [name for name, n in counts.items() if n == 1]
+    missing = [name for name in counts if name.strip().casefold() in _MISSING]
     spellings = defaultdict(list)
     for name in counts:
         spellings[" ".join(name.split()).casefold()].append(name)
-    odd = {
-        "one row: too few to learn from. Leave it out, or join classes": [name for name, n in counts.items() if n == 1],
-        "the same but for spaces or case, and counts as another class. Write both alike": [
-            name for names in spellings.values() if len(names) > 1 for name in names
-        ],
-        "what a missing value is written as, and counts as a class. Leave such cells empty": [
-            name for name in counts if name.strip().casefold() in _MISSING
-        ],
-    }
-    for what, names in odd.items():
+    spelled_twice = []
+    for names in spellings.values():
+        if len(names) > 1:
+            spelled_twice += names
+    for names, what in (
+        (with_one_row, "one row: too few to learn from. Leave it out, or join classes"),
+        (spelled_twice, "the same but for spaces or case, and counts as another class. Write both alike"),
+        (missing, "what a missing value is written as, and counts as a class. Leave such cells empty"),
+    ):
         if names:
             warn(f"{place}: {', '.join(map(repr, names))}: {what}.")
 
 
 def classes_in_words(rows_of: Mapping[str, int]) -> str:
     """Write how many rows each class has."""
-    return f"{len(rows_of)} classes ({', '.join(f'{name} {n}' for name, n in rows_of.items())})"
+    counts = [f"{name} {n}" for name, n in rows_of.items()]
+    return f"{len(rows_of)} classes ({', '.join(counts)})"
 
 
 def _class_of(value: Any) -> str | None:
     """Return the name of the class that a field says; None if it says nothing."""
+    if is_missing(value):
+        return None
     # pandas reads a column of whole numbers with a gap as 0.0, 1.0.
-    return None if is_missing(value) else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value))
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value))
 
 
 def _number(name: str) -> float | None:
+    """Read a name as a number; None if it is none. Python reads "nan" and "infinity" as numbers, too."""
     try:
         number = float(name)
     except ValueError:
@@ -177,7 +209,11 @@ def _number(name: str) -> float | None:
 
 
 def _encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool, ends: bool) -> Encoded | None:
-    """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from the parts' tokens."""
+    """Tokenize prompt and answer as one text, as training does: tokens at the seam differ from the parts' tokens.
+
+    So the labels of a stretch begin with the first token that the text before it, tokenized alone, does not have, and
+    end where that of the text up to its end ends. None if there is no token.
+    """
 
     def tokens(text: str, role: str = "text") -> list[int]:
         return list(tokenizer(**{role: text}, add_special_tokens=not example.rendered, verbose=False)["input_ids"])
@@ -195,8 +231,12 @@ def _encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool, ends: b
         return None
     labels = [IGNORED] * len(ids)
     for before, until in example.labelled:
-        start = count_common(tokens(before), ids) if before else 0
-        end = len(ids) if until == example.text else count_common(tokens(until), ids)
+        start = 0
+        if before:
+            start = count_common(tokens(before), ids)
+        end = len(ids)
+        if until != example.text:
+            end = count_common(tokens(until), ids)
         labels[start:end] = ids[start:end]
     # Not after a classifier's text: a decoder's head reads the last token, and in training that is one of the text.
     eos = getattr(tokenizer, "eos_token_id", None)
@@ -204,7 +244,9 @@ def _encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool, ends: b
         ids.append(eos)
         labels.append(eos)
     cut = _cut(ids, tokenizer, limit)
-    return cut, labels[:limit] if cut == ids[:limit] else [*labels[: limit - 1], IGNORED]
+    if cut != ids[:limit]:  # the separator took the last place, and no label is its
+        return cut, [*labels[: limit - 1], IGNORED]
+    return cut, labels[:limit]
 
 
 def _cut(ids: list[int], tokenizer: Any, limit: int) -> list[int]:

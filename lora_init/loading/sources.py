@@ -28,6 +28,7 @@ from lora_init.loading.hub import check_hub, stay_offline
 # Always one of the readers inside `datasets`, with explicit files: never a script that lies beside the data.
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 _OF_TEXT = ("json", "csv", "text")  # the readers of files in UTF-8, which are looked at before
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Rows of a stream among which the examples are drawn: a stream can be read from its beginning only.
 MOST_STREAMED = 10_000
 # pandas would make 7.0 of 007, and nothing of None. It knows columns by number; more than there are do no harm.
@@ -54,24 +55,32 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        """Tell data sets apart: a hash of how many rows there are and of 16 of them."""
+        """Hash how many rows there are and 16 of them, to tell data sets apart."""
         n = len(self.table)
-        # As they are stored, for an image is read into an object that is made anew each time.
+        # As they are stored, for an image is read into an object that is made anew each time. By sorted columns, since
+        # their order says nothing.
         stored = self.table.select_columns(sorted(self.table.column_names)).with_format("arrow")
         some = stored[[n * i // 16 for i in range(16)]].to_pylist()
         return hashlib.sha256(repr((n, some)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def place(self, index: int) -> str:
         """Return the name of a row: the line where it begins if its file has lines, else its number, from 1."""
-        line = _first_line_of(self.file, index) if self.file and self.file.is_file() else None
-        return f"{self.label}, line {line}" if line else f"{self.label}, row {index + 1}"
+        line = None
+        if self.file and self.file.is_file():
+            line = _first_line_of(self.file, index)
+        if line is None:
+            return f"{self.label}, row {index + 1}"
+        return f"{self.label}, line {line}"
 
     def texts(self, but: str | None = None) -> list[str]:
         """Return the columns that could be the text of an example, by falling length in the first rows; no lists."""
         head = self.table.select(range(min(100, len(self.table)))).to_dict()
-        longest = {name: sum(len(str(value)) for value in values) for name, values in head.items() if name != but}
-        nested = {name for name, values in head.items() if any(isinstance(value, (list, dict)) for value in values)}
-        return sorted(longest.keys() - nested, key=lambda name: (-longest[name], name))
+        lengths = {}
+        for name, values in head.items():
+            is_nested = any(isinstance(value, (list, dict)) for value in values)
+            if name != but and not is_nested:
+                lengths[name] = sum(len(str(value)) for value in values)
+        return sorted(lengths, key=lambda name: (-lengths[name], name))
 
     def usable(
         self, columns: Sequence[str], read: Callable[[Mapping[str, Any]], _T | str], seed: int, left_out: Counter[str]
@@ -80,7 +89,9 @@ class Rows:
 
         `read` makes an example of a row, or says why it is left out; `left_out` counts these reasons, as they are met.
         """
+        # Columns that nobody reads may be costly, such as pictures.
         table = self.table.select_columns(list(dict.fromkeys(columns)))
+        # All rows are shuffled, however few are read: so a smaller sample is the start of a larger one.
         order = list(range(len(table)))
         random.Random(seed).shuffle(order)
         for index in order:
@@ -103,7 +114,9 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
             table = table.filter(lambda row: bool(row["text"].strip()))
     if len(table) == 0:
         raise LoraInitError(f"{label}: {_EMPTY}")
-    return Rows(table, label, files[0] if files and len(files) == 1 else None)
+    if files and len(files) == 1:
+        return Rows(table, label, files[0])
+    return Rows(table, label)
 
 
 def _read_table(source: Any, files: list[Path] | None, subset: str | None, split: str, seed: int) -> tuple[str, Any]:
@@ -115,16 +128,15 @@ def _read_table(source: Any, files: list[Path] | None, subset: str | None, split
         return label, _load(label, path=str(source), name=subset, split=split)
     if files and files[0].is_dir():
         folder = files[0].resolve()
-        label = f"{folder.name}/{configuration}{f', {split}' if split != 'train' else ''}"
+        label = f"{folder.name}/{configuration}"
+        if split != "train":
+            label += f", {split}"
         return label, _load(label, path=str(folder), name=subset, split=split)
-    if subset is not None or split != "train":
-        kind = source if isinstance(source, (str, Path)) else "files or data in memory"
-        name = "split" if subset is None else "subset"
-        raise LoraInitError(
-            f"{{{name}}} is for a folder or a data set on the hub, not for {kind}.", **{name: subset or split}
-        )
+    _check_unsplit(source, subset, split)
     if files:
-        label = f"{files[0].resolve().parent.name}/{files[0].name}" if len(files) == 1 else f"{len(files)} files"
+        label = f"{len(files)} files"
+        if len(files) == 1:
+            label = _label_of(files[0])
         return label, _from_files(label, files)
     if isinstance(source, str):
         label = "standard input"
@@ -132,11 +144,29 @@ def _read_table(source: Any, files: list[Path] | None, subset: str | None, split
     return "data in memory", _from_memory(source, split, seed)
 
 
+def _check_unsplit(source: Any, subset: str | None, split: str) -> None:
+    """Refuse a subset or a split of what has neither: files, and data in memory."""
+    # "train" is the default, so it asks for nothing.
+    if subset is None and split == "train":
+        return
+    kind = source if isinstance(source, (str, Path)) else "files or data in memory"
+    name = "split" if subset is None else "subset"
+    raise LoraInitError(
+        f"{{{name}}} is for a folder or a data set on the hub, not for {kind}.", **{name: subset or split}
+    )
+
+
+def _label_of(file: Path) -> str:
+    """Return what to call a file: its folder says more than `train.jsonl`, and its path may be nobody's business."""
+    return f"{file.resolve().parent.name}/{file.name}"
+
+
 def check_data(source: str) -> None:
     """Refuse a name that is neither here nor can be had, before `datasets` is imported."""
     files = _find_files(source)
-    if files and (is_model := [one for one in files if (one / "config.json").is_file()]):
-        raise LoraInitError(f"data {is_model[0]}: this is the directory of a model. Name a file, or a folder of data.")
+    for path in files or ():
+        if (path / "config.json").is_file():
+            raise LoraInitError(f"data {path}: this is the directory of a model. Name a file, or a folder of data.")
     if files is None and not check_hub(source, "dataset"):
         stay_offline()
 
@@ -144,10 +174,12 @@ def check_data(source: str) -> None:
 def columns_of(source: str) -> list[str]:
     """Read which columns the first row of a local file has, in no time; none if that takes `datasets`."""
     file, *more = _find_files(source) or [Path()]
+    suffix = _suffix(file)
+    # What is wrong with a file is said when it is read.
     with suppress(OSError, ValueError, csv.Error), _opened(file) as lines:
-        if not more and _suffix(file) in (".csv", ".tsv"):
-            return next(csv.reader(lines, delimiter="\t" if _suffix(file) == ".tsv" else ","), [])
-        if not more and _suffix(file) == ".jsonl":
+        if not more and suffix in _DELIMITERS:
+            return next(csv.reader(lines, delimiter=_DELIMITERS[suffix]), [])
+        if not more and suffix == ".jsonl":
             return list(dict(json.loads(next(lines, ""))))
     return []
 
@@ -162,16 +194,23 @@ def _find_files(source: Any) -> list[Path] | None:
     if not isinstance(source, (str, Path)) or str(source) == "-":
         return []
     path = Path(source).expanduser()
-    paths = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    if paths:
-        return paths
+    if path.exists():  # also a name with brackets, which would be a pattern
+        return [path]
+    # Sorted, since the order of a folder's files differs between machines, and the seed's sample with it.
+    matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    if matches:
+        return matches
+    # A hub id is a name, or an owner and a name: anything else was meant as a path.
     if _suffix(path) in FILE_TYPES or str(source).startswith((".", "~", "/")) or str(source).count("/") > 1:
         raise LoraInitError(f"data {str(source)!r}: no such file or folder.")
     return None
 
 
 def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    """Return the ending that says what is in a file: .csv of data.csv.gz."""
+    if path.suffix.lower() == ".gz":
+        path = path.with_suffix("")
+    return path.suffix.lower()
 
 
 def _first_line_of(file: Path, index: int) -> int | None:
@@ -179,17 +218,22 @@ def _first_line_of(file: Path, index: int) -> int | None:
     suffix = _suffix(file)
     with _opened(file) as lines:
         if suffix == ".jsonl":
-            return next(islice((number for number, line in enumerate(lines, 1) if line.strip()), index, None), None)
-        if suffix not in (".csv", ".tsv"):
+            # A blank line is no row.
+            numbers = (number for number, line in enumerate(lines, 1) if line.strip())
+            return next(islice(numbers, index, None), None)
+        if suffix not in _DELIMITERS:
             return None
-        starts, begins, reader = [], 1, csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+        # A record may go over several lines, in quotes, so that only the reader knows where the next one begins.
+        starts, begins, reader = [], 1, csv.reader(lines, delimiter=_DELIMITERS[suffix])
         for record in reader:
-            starts += [begins] if record else []
+            if record:  # a blank line is none
+                starts.append(begins)
             begins = reader.line_num + 1
         return starts[index + 1]  # after the header
 
 
 def _opened(file: Path) -> Any:
+    # "utf-8-sig" drops the mark that spreadsheets begin a file with; newline="" leaves line ends to the csv module.
     return io.TextIOWrapper(_opened_bytes(file), encoding="utf-8-sig", newline="")
 
 
@@ -202,9 +246,13 @@ def _load(label: str, **arguments: Any) -> Any:
 
     try:
         table = datasets.load_dataset(**arguments)
-        return _as_written(table, arguments["data_files"]) if arguments["path"] == "json" else table
+        if arguments["path"] == "json":
+            table = _as_written(table, arguments["data_files"])
+        return table
     except Exception as error:  # `datasets` raises what its readers, file systems and the hub's client raise
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        cause = None
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its text says only that something failed
+            cause = error.__cause__
         reason = first_line(cause or error)
         if reason.startswith(_NOTHING):
             raise LoraInitError(f"{label}: {_EMPTY}") from error
@@ -217,21 +265,24 @@ def _from_files(label: str, files: Sequence[Path]) -> Any:
 
     kinds = sorted({_suffix(file) for file in files})
     if not any(file.exists() for file in files):
+        # A list of texts looks like a list of names.
         raise LoraInitError(f"{label}: no such files. For texts in memory, make rows of them: [{{'text': ...}}, ...].")
-    if kinds[0] not in FILE_TYPES or len(kinds) > 1:
+    kind = kinds[0]
+    if kind not in FILE_TYPES or len(kinds) > 1:
         raise LoraInitError(
             f"{label}: cannot read files of this kind ({', '.join(kinds)}). Expected one of {', '.join(FILE_TYPES)}, "
             "or one of these with .gz."
         )
-    for file in files:
-        if FILE_TYPES[kinds[0]] in _OF_TEXT:
-            _check_text(f"{file.resolve().parent.name}/{file.name}", file, kinds[0])
+    reader = FILE_TYPES[kind]
+    if reader in _OF_TEXT:
+        for file in files:
+            _check_text(_label_of(file), file, kind)
     options: dict[str, Any] = {}
-    if FILE_TYPES[kinds[0]] == "csv":  # pandas would take the first field for an index if the first record is too long
-        options = {"sep": "\t" if kinds == [".tsv"] else ",", "index_col": False, **_CELLS_AS_TEXT}
+    if reader == "csv":  # pandas would take the first field for an index if the first record is too long
+        options = {"sep": _DELIMITERS[kind], "index_col": False, **_CELLS_AS_TEXT}
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # of records that are longer than the header
-        return _load(label, path=FILE_TYPES[kinds[0]], data_files=[str(f) for f in files], split="train", **options)
+        return _load(label, path=reader, data_files=[str(file) for file in files], split="train", **options)
 
 
 def _check_text(label: str, file: Path, kind: str) -> None:
@@ -244,7 +295,9 @@ def _check_text(label: str, file: Path, kind: str) -> None:
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut off
     except UnicodeDecodeError as error:
-        encoding = "UTF-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
+        encoding = "LATIN1"  # a guess; UTF-16 says so itself
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            encoding = "UTF-16"
         line = start.count(b"\n", 0, error.start) + 1
         raise LoraInitError(
             f"{label}, line {line}: byte 0x{start[error.start]:02x} is not valid UTF-8, the encoding expected. Save "
@@ -252,36 +305,57 @@ def _check_text(label: str, file: Path, kind: str) -> None:
         ) from None
     if FILE_TYPES[kind] == "json" and _NO_OBJECT.match(text):
         raise LoraInitError(f"{label}: its rows are numbers, texts or lists. Expected objects: {{'text': ...}}.")
-    header = text.partition("\n")[0]
-    if kind == ".csv" and "," not in header and (match := re.search("[;\t]", header)):
-        separator, remedy = ("a semicolon", "") if match[0] == ";" else ("a tab", ", or name it .tsv")
-        raise LoraInitError(
-            f"{label}: its columns are separated by {separator}, expected a comma. Save it with commas{remedy}."
-        )
+    if kind == ".csv":
+        _check_separator(label, text.partition("\n")[0])
+
+
+def _check_separator(label: str, header: str) -> None:
+    """Refuse a CSV file whose first line has semicolons or tabs, and no comma: it would be read as one column."""
+    if "," in header:
+        return
+    match = re.search("[;\t]", header)
+    if match is None:
+        return
+    separator, remedy = "a tab", ", or name it .tsv"
+    if match[0] == ";":
+        separator, remedy = "a semicolon", ""
+    raise LoraInitError(
+        f"{label}: its columns are separated by {separator}, expected a comma. Save it with commas{remedy}."
+    )
 
 
 def _check_lines(files: Sequence[str]) -> None:
     """Find the line of JSON lines that is none, as of a file that was cut off."""
-    for file in (Path(name) for name in files if _suffix(Path(name)) == ".jsonl"):
+    for name in files:
+        file = Path(name)
+        if _suffix(file) != ".jsonl":
+            continue
         with suppress(OSError, EOFError, zlib.error), _opened(file) as lines:
-            _json_lines(lines, f"{file.resolve().parent.name}/{file.name}")
+            _json_lines(lines, _label_of(file))
 
 
 def _as_written(table: Any, files: Sequence[str]) -> Any:
     """Read JSON again of which `datasets` makes points in time: they are text in the file."""
     if not any("timestamp" in str(kind) for kind in table.features.values()):
         return table
-    return _from_memory([row for file in files for row in _json_rows(Path(file))], "train", 0)
+    rows: list[Any] = []
+    for file in files:
+        rows += _json_rows(Path(file))
+    return _from_memory(rows, "train", 0)
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
     """Read rows one after the other, on lines or not, or an array of them."""
     with _opened(file) as opened:
         content, at = opened.read().strip(), 0
+    # Not strict: `datasets` has read the file by now, and takes control characters inside texts.
     decoder, space = json.JSONDecoder(strict=False), re.compile(r"\s*")
     while at < len(content):
-        rows, at = decoder.raw_decode(content, at)
-        yield from rows if isinstance(rows, list) else [rows]
+        value, at = decoder.raw_decode(content, at)
+        if isinstance(value, list):
+            yield from value
+        else:
+            yield value
         at = space.match(content, at).end()  # type: ignore[union-attr]
 
 
@@ -297,6 +371,7 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
     if isinstance(source, datasets.Dataset):
         return source
     if isinstance(source, datasets.IterableDataset):
+        # The buffer is as large as what is taken, so that the draw reaches twice as far.
         stream = source.shuffle(seed=seed, buffer_size=MOST_STREAMED)
         return _from_memory(list(islice(stream, MOST_STREAMED)), split, seed)
     try:
@@ -317,8 +392,10 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
 def _json_lines(lines: Iterable[str], place: str) -> list[Any]:
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows.append(json.loads(line))
         except ValueError as error:
             raise LoraInitError(f"{place}, line {number} is not JSON: {first_line(error)} Is it cut off?") from error
     return rows
