@@ -63,13 +63,20 @@ class ActivationHooks:
         self.masks = masks
         self.group_of: dict[str, str] = {}
         self._rows = rows
-        self._experts = {name: experts for name in modules if (experts := experts_of(name, modules[name]))}
-        self._patches = {name: patches_of(name, module) for name, module in modules.items()}
+        self._experts: dict[str, Experts] = {}
+        self._patches: dict[str, Patches | None] = {}
+        for name, module in modules.items():
+            experts = experts_of(name, module)
+            if experts is not None:
+                self._experts[name] = experts
+            self._patches[name] = patches_of(name, module)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         to_the_end |= any(head is module for module in modules.values())
         # Sharded and offloaded weights are put away at the end of a pass, so such a pass runs to its end.
         to_the_end |= is_sharded(model) or is_offloaded(model)
-        self._head = head if isinstance(head, nn.Module) and not to_the_end else None
+        self._head: nn.Module | None = None
+        if isinstance(head, nn.Module) and not to_the_end:
+            self._head = head
         self._stack = ExitStack()
         self._batch: Any = None
         self._sink: Sink | None = None
@@ -87,10 +94,12 @@ class ActivationHooks:
             stack.callback(handle.remove)
         for name, module in self.modules.items():
             stack.callback(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True).remove)
+            # A module of experts returns their weighted sum: what each computes is worked out from its rows.
             if self._rows is None and name not in self._experts:
                 after = partial(self._output_hook, name)
                 stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         if self._head is not None:
+            # Before other hooks there, which would begin what is not to run.
             stack.callback(self._head.register_forward_pre_hook(self._end_pass, prepend=True).remove)
 
     def __exit__(self, *error: object) -> None:
@@ -114,6 +123,7 @@ class ActivationHooks:
         try:
             with suppress(_EndOfPass):
                 yield batch
+            # Not in `finally`: a pass that failed has not run all layers, and its own error is the one to raise.
             self._check_groups()
         finally:
             self._batch, self._sink, self._read = None, None, {}
@@ -121,13 +131,15 @@ class ActivationHooks:
 
     def _start_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Take the mask of a call, where `forward` makes several of a batch, as for questions and their passages."""
-        watched = self._rows is None and self._sink is not None
-        batch = self._batch if isinstance(self._batch, Mapping) else {}
-        if watched and "attention_mask" not in batch and isinstance(kwargs.get("attention_mask"), Tensor):
+        if self._rows is not None or self._sink is None:
+            return
+        # The mask of the whole batch, which `watch` took, goes before that of a call.
+        has_own_mask = isinstance(self._batch, Mapping) and "attention_mask" in self._batch
+        if not has_own_mask and isinstance(kwargs.get("attention_mask"), Tensor):
             self.masks.start(kwargs)
 
     def _end_pass(self, module: nn.Module, args: Any) -> None:
-        if self._sink is not None:
+        if self._sink is not None:  # else somebody else's forward pass, which wants its logits
             raise _EndOfPass
 
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,17 +149,25 @@ class ActivationHooks:
             self._hand_on(name, args, kwargs, self._sink)
         # bitsandbytes' layers of eight bits set outliers in what they read to zero for a while, so they read a copy:
         # those that read the same tensor afterwards are told by its version.
-        return ((args[0].clone(), *args[1:]), kwargs) if args and class_name(module) == "Linear8bitLt" else None
+        if args and class_name(module) == "Linear8bitLt":
+            return (args[0].clone(), *args[1:]), kwargs
+        return None
 
     def _output_hook(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._sink is None or goes_backward() or not isinstance(output, Tensor) or output.is_nested:
             return
         with torch.no_grad(), Precision().off():
+            y, tokens = output.detach(), None
             patches = self._patches[name]
-            y = output.detach() if patches is None else output.detach().movedim(-1 - len(patches.kernel), -1)
+            if patches is None:
+                tokens = self.masks.tokens(name, input_of(name, args, kwargs))
+            else:
+                # Channels to the end, as of a linear layer: batch x d_out x places -> batch x places x d_out.
+                y = y.movedim(-1 - len(patches.kernel), -1)
             bias = getattr(module, "bias", None)
-            tokens = self.masks.tokens(name, input_of(name, args, kwargs)) if patches is None else None
-            self._sink.output(name, y if bias is None else y - bias, tokens)
+            if bias is not None:  # an adapter adds to W x, so the size that it is held against is that of W x
+                y = y - bias
+            self._sink.output(name, y, tokens)
 
     def _hand_on(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
         with torch.no_grad(), Precision().off():
@@ -166,14 +186,22 @@ class ActivationHooks:
         if seen is None or seen() is not x or seen_version != version or x.is_inference():  # that has no version
             groups = []
             self._read[id(x), patches] = (weakref.ref(x), version, groups)
+        # The list itself stands for the tensor: layers that read the same one hold the same list.
         self._inputs.setdefault(name, []).append(groups)
-        group = self.group_of.setdefault(name, groups[0] if groups else name)
-        if group not in groups:
-            groups.append(group)
-            sink.rows(group, self.masks.rows(name, x) if patches is None else patches.rows(x))
+        # A layer stays in the group of its first pass. Of a tensor that no layer has read yet it is the first.
+        first_reader = groups[0] if groups else name
+        group = self.group_of.setdefault(name, first_reader)
+        if group in groups:
+            return  # the group has these rows already
+        groups.append(group)
+        if patches is None:
+            sink.rows(group, self.masks.rows(name, x))  # [..., d_in] -> [n, d_in]
+        else:
+            sink.rows(group, patches.rows(x))
 
     def _check_groups(self) -> None:
         """Check that the layers of each group read the same in this pass, too, as far as they ran."""
+        # By identity, not by content: two tensors may have gone to the same groups.
         read = {name: set(map(id, inputs)) for name, inputs in self._inputs.items()}
         for name, group in self.group_of.items():
             if name in read and group in read and read[name] != read[group]:
@@ -189,14 +217,19 @@ class ActivationHooks:
         if tokens is not None:
             hidden, chosen = hidden[tokens], chosen[tokens]
         for expert, rows in experts.rows(hidden, chosen):
-            sink.rows(experts.name if expert is None else expert_group(experts.name, expert), rows)
-            if expert is not None:
+            if expert is None:  # the rows of all experts
+                sink.rows(experts.name, rows)
+            else:
+                sink.rows(expert_group(experts.name, expert), rows)
                 sink.output(experts.name, experts.output(rows, expert, chosen), None)
 
 
 def input_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Find the tensor that a layer reads among its arguments."""
-    x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+    tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
+    x = args[0] if args else next(tensors, None)
     if not isinstance(x, Tensor):
         raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Exclude this layer.")
-    return torch.cat(x.unbind()) if x.is_nested else x  # nn.TransformerEncoder leaves out what is padding
+    if x.is_nested:  # nn.TransformerEncoder leaves out what is padding: sequences of several lengths -> rows x d_in
+        return torch.cat(x.unbind())
+    return x

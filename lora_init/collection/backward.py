@@ -31,7 +31,7 @@ class _Call:
     name: str
     x: Tensor
     version: int
-    tokens: Tensor | None
+    tokens: Tensor | None  # the numbers of the rows that count; None for all
     out_features: int
 
 
@@ -74,7 +74,7 @@ class BackwardHooks:
     def __enter__(self) -> BackwardHooks:
         model = self._hooks.model
         reshard(model)  # the parameters that want no gradient have to be those that all others are gathered from
-        with self._stack as stack:
+        with self._stack as stack:  # also where one of these raises, what was done is undone
             stack.enter_context(restoring("requires_grad", model.parameters()))
             model.requires_grad_(False)
             for name, module in self._hooks.modules.items():
@@ -101,17 +101,18 @@ class BackwardHooks:
         try:
             with self._hooks.watch(batch, sink) as moved, run_eagerly(), torch.enable_grad():
                 n_labels = count_labels(self._hooks.model, moved)
-                loss = self._loss_of(moved) * n_labels
+                loss = self._loss_of(moved) * n_labels  # the mean over labels -> the sum
                 n_calls = len(self._waiting)
                 try:
                     loss.backward()  # type: ignore[no-untyped-call]
                 except RuntimeError as error:
                     if is_out_of_memory(error):
-                        raise
+                        raise  # the caller knows which batch to make smaller
                     raise LoraInitError(
                         f"the backward pass of {self._name} failed: {first_line(error)} Some quantized layers give no "
                         "gradient of their input: collect from the model in float."
                     ) from error
+            # A gradient takes its call away. If none did, all that would be learned are zeros.
             if n_calls == len(self._waiting) > 0:
                 raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
             for call in self._waiting:
@@ -132,7 +133,9 @@ class BackwardHooks:
                     f"columns 'messages', 'prompt' and 'completion', or 'text', and from completion=. {hint}"
                 )
             where = "loss=" if self._loss else f"{self._name}.forward"
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+            got = type(loss).__name__
+            if isinstance(loss, Tensor):
+                got = f"a tensor of shape {tuple(loss.shape)}"
             raise LoraInitError(f"{where} returned {got} for a loss, expected one number. {hint}")
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -149,6 +152,7 @@ class BackwardHooks:
             return None  # somebody else's pass, or the first run of a reentrant checkpoint
         x = input_of(name, args, kwargs).detach()
         call = _Call(name, x, version_of(x), self._hooks.masks.tokens(name, x, predicting=True), output.shape[-1])
+        # A checkpoint runs its layers again in the backward pass: the call of the forward pass waits already.
         if not goes_backward():
             self._waiting[call] = None
         wanting: Tensor = _wanting_gradient(module, args, output)
@@ -178,12 +182,12 @@ def _wanting_gradient(module: nn.Module, args: Any, output: Any) -> Any:
 def _checkpointed(model: nn.Module) -> Iterator[None]:
     """Checkpoint the layers for which transformers would in training; in evaluation mode it does not."""
     classes = sys.modules.get("transformers.modeling_layers")
-    layers = [
-        module
-        for module in model.modules()
-        if classes is not None and isinstance(module, classes.GradientCheckpointingLayer)
-        and module.gradient_checkpointing and "forward" not in vars(module)
-    ]  # fmt: skip
+    layers = []
+    for module in model.modules():
+        # By sys.modules: a model of transformers has imported it, and no other model has such layers.
+        is_layer = classes is not None and isinstance(module, classes.GradientCheckpointingLayer)
+        if is_layer and module.gradient_checkpointing and "forward" not in vars(module):
+            layers.append(module)
     with restoring("forward", layers):
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -214,8 +214,10 @@ def collect(
     targets.check_layers()
     check_targets(model, targets, rank)
     modules = plain_names(model)
-    takes_all = target_modules == ALL_LINEAR or {*linear_layers(model, modules)} <= {*targets.layers}
-    left_out = warn_of_experts_left_out(modules, targets.layers) if takes_all else ""
+    left_out = ""
+    # A list that names every linear layer means the same as "all-linear", and leaves out the same experts.
+    if target_modules == ALL_LINEAR or {*linear_layers(model, modules)} <= {*targets.layers}:
+        left_out = warn_of_experts_left_out(modules, targets.layers)
     # The file knows no scalars of numpy.
     settings = {
         **getattr(batches, "settings", {}),
@@ -238,8 +240,8 @@ def collect(
         n_parameters=count_parameters(model),
         n_linear=count_linear(model, targets.layers, task_type),
         quantisation=quantization_of(model),
-        target_modules=_listed(target_modules),
-        exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
+        target_modules=_sorted_patterns(target_modules),
+        exclude_modules=_sorted_patterns(exclude_modules),
         target_parameters=None if target_parameters is None else sorted(target_parameters),
         task_type=task_type,
         data=str(data or ""),
@@ -257,9 +259,12 @@ def collect(
         },
     )
 
+    # The model runs in the precision that the caller has set, autocast for example; the sums do not.
     def forward_as_called(model: nn.Module, batch: Any) -> Any:
         with precision.on():
-            return (forward or partial(call_model, with_labels=gradients))(model, batch)
+            if forward is not None:
+                return forward(model, batch)
+            return call_model(model, batch, with_labels=gradients)
 
     file = None if statistics is None else Path(statistics).expanduser()
     job = _Job(
@@ -276,6 +281,7 @@ def collect(
 def _check_options(center: bool, gradients: bool, forward: Forward | None, loss: Loss | None) -> None:
     """Refuse flags that are none, functions that cannot be called as a pass does, and a loss that nothing reads."""
     for name, flag in (("center", center), ("gradients", gradients)):
+        # A text such as "no" would count as true.
         if flag not in (True, False):
             raise LoraInitError(f"{{{name}}}, expected True or False.", **{name: flag})
     if loss is not None and not gradients:
@@ -294,8 +300,11 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     processes.check_alike({"statistics file": _file_in_words(file)})
     with _reserved(file, processes):
         earlier = _earlier(job)
-        done = Position() if earlier is None else Position.of(earlier.provenance)
+        done = Position()
+        if earlier is not None:
+            done = Position.of(earlier.provenance)
         shard = own_batches(processes, batches, done.used, in_step=is_sharded(job.model))
+        # A list can be compared in full, a loader by its first batch only: to read more of it would use it up.
         digest = digest_of(batches[:max_batches]) if isinstance(batches, list) else None
         of_list = processes.share(digest)
         start = Position(shard.first, of_list, shard.common)
@@ -306,17 +315,16 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
         frozen = partial(_with_earlier, job, start, earlier)
         save = None if file is None else partial(_save_so_far, file, run, processes, frozen)
         left, may_fail = max_batches - sum(done.used), max(job.skip_bad_batches - done.bad_batches, 0)
-        with (
-            progress_bar(batches, left, job.progress if processes.rank == 0 else False) as bar,
-            run.hooks,
-            run.backward or nullcontext(),
-        ):
+        progress = job.progress if processes.rank == 0 else False
+        with progress_bar(batches, left, progress) as bar, run.hooks, run.backward or nullcontext():
             collected = run_pass(run, shard, left, processes, bar, save, may_fail)
+        # A pass that failed raises its own error below, after what was complete is in the file.
         if run.failure is None:
             _check_any_batch(collected, earlier)
         result = frozen(collected)
         if run.failure is None:
             _check_rows(result, collected)
+        # All processes come here, also where the pass failed: they may have to gather weights together.
         result = replace(result, gradients=_with_importance(job, result))
         if file is not None and processes.rank == 0 and result.provenance.n_batches:
             _write(file, result)
@@ -329,7 +337,9 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
 
 def _file_in_words(file: Path | None) -> list[Any]:
     """Return the name of a file and whether it exists, which must be the same in all processes."""
-    return [None, False] if file is None else [str(file), file.exists()]
+    if file is None:
+        return [None, False]
+    return [str(file), file.exists()]
 
 
 def _check_same_data(earlier: Statistics | None, start: Position, file: Path | None) -> None:
@@ -342,9 +352,11 @@ def _check_same_data(earlier: Statistics | None, start: Position, file: Path | N
 
 
 def _with_earlier(job: _Job, start: Position, earlier: Statistics | None, collected: Collected) -> Statistics:
-    """Freeze what this pass has found, after what an earlier one left in the file."""
+    """Freeze what this pass has collected, after what an earlier one left in the file."""
     later = _frozen(job, collected, start)
-    return later if earlier is None else _continued(earlier, later)
+    if earlier is None:
+        return later
+    return _continued(earlier, later)
 
 
 def _save_so_far(file: Path, run: Pass, processes: Processes, frozen: Callable[[Collected], Statistics]) -> None:
@@ -362,11 +374,13 @@ def _check_any_batch(collected: Collected, earlier: Statistics | None) -> None:
 def _check_rows(result: Statistics, collected: Collected) -> None:
     """Refuse statistics of no layer, with the first reason that a batch gave."""
     if not result:
-        no_rows = (
+        reasons = collected.empty + collected.bad
+        if reasons:
+            raise LoraInitError(reasons[0])
+        raise LoraInitError(
             f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches "
             "are empty. Check target_modules and the batches."
         )
-        raise LoraInitError(next(iter(collected.empty + collected.bad), no_rows))
 
 
 def _set_up(job: _Job) -> Pass:
@@ -376,12 +390,15 @@ def _set_up(job: _Job) -> Pass:
     # A function of the caller's may run the model twice, and a loss needs what comes after the output embedding.
     to_the_end = made.gradients or made.settings["forward"] is not None
     hooks = ActivationHooks(job.model, modules, masks, to_the_end=to_the_end)
+    backward = None
+    if made.gradients:
+        backward = BackwardHooks(hooks, layers, job.forward, job.loss)
     return Pass(
         hooks,
         job.forward,
         job.n_components,
         made.rank,
-        BackwardHooks(hooks, layers, job.forward, job.loss) if made.gradients else None,
+        backward,
         made.center,
         made.settings["tolerance"],
         made.seed,
@@ -391,16 +408,17 @@ def _set_up(job: _Job) -> Pass:
 
 def _with_statistics(error: BaseException, name: str, result: Statistics) -> BaseException:
     """Let what ended a pass carry what was complete, and say how to go on if that was a single batch."""
-    kept = result if result.provenance.n_batches else None
-    if kept is not None and name:
-        remedy, n_bad = "{skip_bad_batches} goes on without it.", Position.of(kept.provenance).bad_batches + 1
+    complete = result if result.provenance.n_batches else None
+    if complete is not None and name:
+        # Those that were left out in earlier parts of the pass count, too.
+        remedy, n_bad = "{skip_bad_batches} goes on without it.", Position.of(complete.provenance).bad_batches + 1
         if isinstance(error, LoraInitError):
             error = error.within(remedy=remedy, skip_bad_batches=n_bad).with_traceback(error.__traceback__)
         else:
-            said = f"{name} failed: {type(error).__name__}. {remedy}"
-            warn(said, skip_bad_batches=n_bad)
+            # Somebody else's error keeps its class, so that the caller can catch it; the hint is a warning.
+            warn(f"{name} failed: {type(error).__name__}. {remedy}", skip_bad_batches=n_bad)
     with suppress(AttributeError):  # of a class with slots
-        error.statistics = kept  # type: ignore[attr-defined]
+        error.statistics = complete  # type: ignore[attr-defined]
     return error
 
 
@@ -408,16 +426,17 @@ def _with_statistics(error: BaseException, name: str, result: Statistics) -> Bas
 def _reserved(file: Path | None, processes: Processes) -> Iterator[None]:
     """Find out before the work that a file has a place, and keep it to this pass."""
     with ExitStack() as stack:
-        refused = ""
+        refusal = ""
         if file is not None and processes.rank == 0:
             try:
                 check_writable(file, overwrite=True, kind="statistics file")  # a file of another kind is not replaced
                 stack.enter_context(locked(file, "Wait until that has ended, or name another file."))
             except (LoraInitError, OSError) as error:
-                refused = explain(error)
-        refused = processes.share(refused)
-        if refused:
-            raise LoraInitError(refused)
+                refusal = explain(error)
+        # Raised in all processes, or the others would wait for one that has ended.
+        refusal = processes.share(refusal)
+        if refusal:
+            raise LoraInitError(refusal)
         yield
 
 
@@ -439,15 +458,21 @@ def _check_types(model: Any, batches: Any) -> None:
 
 def check_batches(batches: Any, taker: str) -> None:
     """Refuse texts, a single batch and what is no iterable, as an argument of the function `taker`."""
-    first = batches[0] if isinstance(batches, (list, tuple)) and batches else None
-    wrong = (
-        isinstance(first, (int, float))
+    first = None
+    if isinstance(batches, (list, tuple)) and batches:
+        first = batches[0]
+    if isinstance(first, str):
+        got = "texts"
+    elif (
+        isinstance(first, (int, float))  # the values of one batch
         or isinstance(batches, (str, Path, Mapping, Tensor, nn.Module))
         or hasattr(batches, "columns")  # a table of pandas
         or not isinstance(batches, Iterable)
-    )
-    if wrong or isinstance(first, str):
-        got = "texts" if isinstance(first, str) else f"a {type(batches).__name__}"
+    ):
+        got = f"a {type(batches).__name__}"
+    else:
+        got = ""
+    if got:
         raise LoraInitError(
             f"{taker} got {got} for the batches, expected an iterable of batches. Make them of texts and files with "
             "load_batches, or give initialize() a tokenizer, too; put one batch into a list."
@@ -488,13 +513,14 @@ def _earlier(job: _Job) -> Statistics | None:
             f"({ours.model}). Name another file."
         )
     theirs = read_settings(earlier.provenance)
-    # With gradients, labels count at other rows; and going on without them would drop those that there are.
-    beside = earlier.provenance.complete and ours.token_mask != "labels"
-    for setting, asked in read_settings(ours).items():
-        made = theirs.get(setting, asked)  # a file of an earlier version does not say
-        if made == asked or (setting == "gradients" and made and beside):
+    # A file with gradients also serves a pass without them. Not where labels are the mask: with gradients they count at
+    # other rows. And not where the pass is to go on: without gradients it would drop those that there are.
+    gradients_may_stay = earlier.provenance.complete and ours.token_mask != "labels"
+    for setting, wanted in read_settings(ours).items():
+        made = theirs.get(setting, wanted)  # a file of an earlier version does not say
+        if made == wanted or (setting == "gradients" and made and gradients_may_stay):
             continue
-        raise OtherSettingsError(f"{file} was made with {setting} {made!r}, and {asked!r} is asked for.")
+        raise OtherSettingsError(f"{file} was made with {setting} {made!r}, and {wanted!r} is asked for.")
     return earlier
 
 
@@ -507,12 +533,15 @@ def _write(file: Path, statistics: Statistics) -> None:
 
 
 def _frozen(job: _Job, collected: Collected, start: Position) -> Statistics:
+    """Make statistics of what was collected so far; the pass may go on afterwards."""
+    # What was merged from several processes, or is of few batches, was not compared yet.
     for kind in collected.kinds:
         for halves in kind.values():
             halves.compare(job.provenance.rank)
     layers, groups, gradients = job.targets.layers, _spectra(collected), _gradients(collected, job.targets.layers)
-    wanted = gradients if job.provenance.gradients else layers
-    ran = [name for name in wanted if collected.group_of.get(name) in groups]
+    # With gradients a layer counts only if it has both.
+    candidates = gradients if job.provenance.gradients else layers
+    ran = [name for name in candidates if collected.group_of.get(name) in groups]
     never_ran = [name for name in layers if name not in ran]
     provenance = _completed(job.provenance, collected, start, groups)
     result = Statistics(
@@ -531,7 +560,9 @@ def _frozen(job: _Job, collected: Collected, start: Position) -> Statistics:
 
 def _completed(made: Provenance, collected: Collected, start: Position, groups: Mapping[str, Spectrum]) -> Provenance:
     """Complete the record of a pass by what it has read and how it ended."""
-    used = [sum(collected.n_batches)] if start.common_loader else collected.n_batches
+    used = collected.n_batches
+    if start.common_loader:
+        used = [sum(used)]
     position = replace(start, used=used, bad_batches=len(collected.bad))
     n_batches = sum(collected.n_batches) - len(collected.bad)
     return replace(
@@ -549,29 +580,33 @@ def _completed(made: Provenance, collected: Collected, start: Position, groups: 
 
 def _spectra(collected: Collected) -> dict[str, Spectrum]:
     """Freeze the spectra of inputs that had rows, by the name of their group."""
-    return {
-        name: record.whole().spectrum()
-        for name, record in collected.groups.items()
+    spectra = {}
+    for name, record in collected.groups.items():
         # A process whose first batch did not reach all layers took its input for one of its own.
-        if record.n_samples and collected.group_of.get(name, name) == name
-    }
+        leads_a_group = collected.group_of.get(name, name) == name
+        if record.n_samples and leads_a_group:
+            spectra[name] = record.whole().spectrum()
+    return spectra
 
 
 def _gradients(collected: Collected, layers: Iterable[str]) -> dict[str, GradientSpectrum]:
     """Freeze the gradients of layers that had any, in model order."""
-    return {
-        name: freeze_gradient(
-            collected.gradients[name].whole(), collected.weighted[name].whole().spectrum(), collected.n_labels
-        )
-        for name in layers
-        if name in collected.gradients and collected.gradients[name].n_samples
-    }
+    spectra = {}
+    for name in layers:
+        mean = collected.gradients.get(name)
+        if mean is not None and mean.n_samples:
+            weighted = collected.weighted[name].whole().spectrum()
+            spectra[name] = freeze_gradient(mean.whole(), weighted, collected.n_labels)
+    return spectra
 
 
 def _sizes(collected: Collected, ran: list[str], groups: Mapping[str, Spectrum]) -> Iterator[tuple[str, Sizes]]:
+    """Compute the sizes of inputs and outputs, of the layers where both are known and finite."""
     for name in ran:
         group, tokens = collected.group_of[name], collected.sums["tokens", name]
-        output = math.sqrt(collected.sums["outputs", name] / tokens) if tokens else math.nan
+        output = math.nan
+        if tokens:
+            output = math.sqrt(collected.sums["outputs", name] / tokens)
         sizes = Sizes(collected.sums["inputs", group] / groups[group].n_samples, output)
         if all(map(math.isfinite, sizes)):
             yield name, sizes
@@ -586,57 +621,84 @@ def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectru
     for name, gradient in complete.items():
         weight = getattr(job.modules[name], "weight", None)
         if isinstance(weight, nn.Parameter) and weight.is_floating_point():
-            whole = gathered(weight.detach())
-            complete[name] = gradient.with_importance(whole.T if result.targets[name].kind == "Conv1D" else whole)
+            matrix = gathered(weight.detach())
+            if result.targets[name].kind == "Conv1D":
+                matrix = matrix.T  # d_in x d_out -> d_out x d_in
+            complete[name] = gradient.with_importance(matrix)
     return complete
 
 
 def _continued(earlier: Statistics, later: Statistics) -> Statistics:
     """Merge the two parts of a pass that was interrupted."""
     old, new = earlier.provenance, later.provenance
-    merged = earlier.merge(later) if new.n_batches else earlier
+    merged = earlier
+    if new.n_batches:
+        merged = earlier.merge(later)
+    # How the pass ended is known from its last part, even where that read nothing.
     settings = {**new.settings, **asdict(Position.of(new).after(Position.of(old)))}
     made = replace(merged.provenance, stop_reason=new.stop_reason, complete=new.complete, settings=settings)
     return replace(merged, provenance=made)
 
 
-def _listed(patterns: str | Collection[str]) -> str | list[str]:
-    return patterns if isinstance(patterns, str) else sorted(patterns)
+def _sorted_patterns(patterns: str | Collection[str] | None) -> str | list[str] | None:
+    """Bring names into one order, so that a set compares with a list; one expression and None stay as they are."""
+    if patterns is None or isinstance(patterns, str):
+        return patterns
+    return sorted(patterns)
 
 
 def _name_of(function: Any) -> str | None:
-    return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
+    """Return the name by which a file knows a function: its code cannot be compared."""
+    if function is None:
+        return None
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _hash_of(targets: Targets) -> str:
-    named = repr(sorted(targets.layers.values(), key=lambda t: t.name))
-    others = repr(sorted(targets.unsupported.items())) if targets.unsupported else ""
+    """Hash which layers of which form are read, so that a file can tell other targets."""
+    named = repr(sorted(targets.layers.values(), key=lambda target: target.name))
+    others = ""
+    if targets.unsupported:
+        others = repr(sorted(targets.unsupported.items()))
     return hashlib.sha256(f"{named}{others}".encode()).hexdigest()[:8]
 
 
 def _notes(job: _Job, collected: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
-    own, n_batches = {**job.targets.reasons, **dict.fromkeys(never_ran, "never ran")}, sum(collected.n_batches)
-    notes = one_line_each({name: f"{reason}; PEFT's own initialization." for name, reason in own.items()})
-    notes += [job.left_out] * bool(job.left_out)
-    few: dict[str, dict[str, int]] = {}  # components by layer, of those that should have been
-    for name in dict.fromkeys(collected.group_of.values()):
-        if name in groups:
-            kept, width = groups[name].components.shape
-            expected = min(job.n_components, width)
-            if kept < expected:
-                few.setdefault(f"of {expected} components", {})[name] = kept
-    for of_all, spans in few.items():
-        n_rows = span([groups[name].n_samples for name in spans])
-        notes.append(f"{some([*spans])}: {n_rows} rows span only {span(spans.values())} {of_all}.")
+    """Write what a user should know of a pass, a line for each kind of thing and not for each layer."""
+    reasons = {**job.targets.reasons, **dict.fromkeys(never_ran, "never ran")}
+    notes = one_line_each({name: f"{reason}; PEFT's own initialization." for name, reason in reasons.items()})
+    if job.left_out:
+        notes.append(job.left_out)
+    notes += _notes_on_few_components(job, collected, groups)
+    n_batches = sum(collected.n_batches)
     if collected.empty:
         notes.append(f"{len(collected.empty)} of {n_batches} batches were passed over. {collected.empty[0]}")
     if collected.bad:
         notes.append(f"{len(collected.bad)} of {n_batches} batches failed and were left out. {collected.bad[0]}")
-    silent = [
-        name
-        for name, mean in collected.gradients.items()
-        if mean.n_samples and not any(half.squares.any() for half in mean.halves if half.n_samples)
-    ]
-    if silent:
-        notes.append(f"{silent[0]}: the loss does not depend on its output ({len(silent)} such layers).")
+    without_effect = []
+    for name, mean in collected.gradients.items():
+        # A half without rows has no squares yet.
+        has_effect = any(half.squares.any() for half in mean.halves if half.n_samples)
+        if mean.n_samples and not has_effect:
+            without_effect.append(name)
+    if without_effect:
+        notes.append(
+            f"{without_effect[0]}: the loss does not depend on its output ({len(without_effect)} such layers)."
+        )
+    return notes
+
+
+def _notes_on_few_components(job: _Job, collected: Collected, groups: Mapping[str, Spectrum]) -> list[str]:
+    """Name inputs whose rows span fewer directions than were wanted, a line for each number that was wanted."""
+    few: dict[int, dict[str, int]] = {}  # components by layer, by how many there should have been
+    for name in dict.fromkeys(collected.group_of.values()):
+        if name in groups:
+            kept, width = groups[name].components.shape
+            expected = min(job.n_components, width)  # a narrow input has no more
+            if kept < expected:
+                few.setdefault(expected, {})[name] = kept
+    notes = []
+    for expected, kept_of in few.items():
+        n_rows = span([groups[name].n_samples for name in kept_of])
+        notes.append(f"{some([*kept_of])}: {n_rows} rows span only {span(kept_of.values())} of {expected} components.")
     return notes

@@ -1,4 +1,10 @@
-"""One bounded pass over the data: the running decompositions of all layers, and when they have seen enough."""
+"""One bounded pass over the data: the running decompositions of all layers, and when they have seen enough.
+
+What is trained from is a subspace and its size, so a pass has seen enough when other data would give the same ones.
+Two halves of the batches test that: the share of one half's variance that the other half's directions capture. In the
+project's studies this share orders what training loses by stopping early. How well the next batch is predicted does
+not, and said enough where 1.5 % were lost: it only has to be steady, as a guard against data that drift.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +42,6 @@ TOLERANCE = 0.05
 # Seconds between two calls of `save`.
 SAVE_EVERY = 60.0
 
-
 _Half = TypeVar("_Half", IncrementalSVD, MeanGradient)
 
 
@@ -44,11 +49,11 @@ _Half = TypeVar("_Half", IncrementalSVD, MeanGradient)
 class Halves(Generic[_Half]):
     """Two records of a layer: even batches go to one, odd batches to the other; `whole` merges them.
 
-    If both halves of the data give the same start, other data would give it, too: `keeps` estimates how much of it.
+    If both halves of the data give the same start, other data would give it, too: `reliability` estimates how much.
     """
 
     halves: tuple[_Half, _Half]
-    keeps: float = 0.0  # share of what the start captures that it would keep on other data
+    reliability: float = 0.0  # share of what the start captures that it would keep on other data
 
     @property
     def current(self) -> _Half:
@@ -57,9 +62,11 @@ class Halves(Generic[_Half]):
 
     def merge(self, other: Halves[_Half]) -> None:
         """Take in what another process has seen of this layer: more of it into the smaller half."""
-        fewest, most = (sorted(one.halves, key=lambda half: half.n_samples) for one in (self, other))
-        for ours, theirs in zip(fewest, reversed(most), strict=True):
-            ours.merge(theirs)
+        # Halves that stay about equal compare best. Even with even would not do: every process begins with an even one.
+        ours = sorted(self.halves, key=_n_samples)
+        theirs = sorted(other.halves, key=_n_samples)
+        ours[0].merge(theirs[1])
+        ours[1].merge(theirs[0])
 
     def whole(self) -> _Half:
         """Merge the halves, which stay as they are."""
@@ -82,13 +89,17 @@ class Halves(Generic[_Half]):
         return True
 
     def compare(self, rank: int) -> None:
-        """Compare the first `rank` directions of the halves, and set `keeps`.
+        """Compare the first `rank` directions of the halves, and set `reliability`.
 
         They agree as two samples of half the size do. What a sample of this size keeps follows by the formula
         of Spearman and Brown, which corrects split-half reliabilities.
         """
         agreement = self.halves[0].agreement(self.halves[1], rank)
-        self.keeps = 2 * agreement / (1 + agreement)
+        self.reliability = 2 * agreement / (1 + agreement)
+
+
+def _n_samples(half: IncrementalSVD | MeanGradient) -> int:
+    return half.n_samples
 
 
 @dataclass
@@ -101,18 +112,24 @@ class GroupRecord(Halves[IncrementalSVD]):
 
     def record_share(self, number: int) -> bool:
         """Record how well the last batch, of this number, was predicted; return whether there were earlier ones."""
-        half = self.halves[1]
+        half = self.halves[1]  # `update` has exchanged the halves
         if half.held_out is None:
             return False
         captured, total = half.held_out
-        share = float(captured[: half.n_components].sum()) / total if total > 0 else 1.0
-        self.shares.append((number, share, share / half.captured if half.captured > 0 else 1.0))
+        share = relative = 1.0  # a batch without variance is no surprise
+        if total > 0:
+            share = float(captured[: half.n_components].sum()) / total
+        if half.captured > 0:
+            relative = share / half.captured
+        self.shares.append((number, share, relative))
         return True
 
     def held_out(self) -> float:
         """Mean share captured over the later half of the batches; NaN where no batch was predicted."""
         later = [share for _, share, _ in self.shares[len(self.shares) // 2 :]]
-        return statistics.fmean(later) if later else math.nan
+        if not later:
+            return math.nan
+        return statistics.fmean(later)
 
     def merge(self, other: Any) -> None:
         """Take in what another process has seen of this group."""
@@ -128,6 +145,7 @@ def is_enough(keeps: float, relative: Sequence[float], tolerance: float) -> bool
     captured as well as the rows before it, and not to rise by more than twice that; single batches differ.
     `relative` has for each batch the share of its variance that was captured, over that share of the rows before.
     """
+    # The first batch of each half could not be predicted by anything.
     if len(relative) + 2 < MIN_BATCHES or keeps < 1.0 - tolerance:
         return False
     later = relative[len(relative) // 2 :]
@@ -147,8 +165,11 @@ def falls_sharply(shares: Sequence[float]) -> bool:
 
 def row_norms(x: Tensor, rows: Tensor | None, order: int) -> Tensor:
     """Compute the norm of each row of x [..., d], or of those named: [n], in float32 at least."""
+    # [..., d] -> [n]; squares of bfloat16 would lose digits, those of float16 overflow
     norms: Tensor = torch.linalg.vector_norm(x, order, -1, dtype=torch.promote_types(x.dtype, torch.float32)).flatten()
-    return norms if rows is None else norms.index_select(0, rows)
+    if rows is None:
+        return norms
+    return norms.index_select(0, rows)
 
 
 @dataclass
@@ -179,12 +200,16 @@ class Collected:
 
         Of inputs, weighted rows and gradients it is the least; 0 before anything was compared.
         """
-        means = (statistics.fmean(one.keeps for one in kind.values()) for kind in self.kinds if kind)
+        means = []
+        for kind in self.kinds:
+            if kind:
+                means.append(statistics.fmean(halves.reliability for halves in kind.values()))
         return min(means, default=0.0)
 
     @property
     def relative(self) -> list[float]:
         """How well each batch was captured against the rows before it, in the mean over layers, see `is_enough`."""
+        # By the number of the batch: a layer that did not run in a batch has no entry for it.
         of_batch: dict[int, list[float]] = {}
         for record in chain(self.groups.values(), self.weighted.values()):
             for number, _, relative in record.shares:
@@ -192,7 +217,7 @@ class Collected:
         return [statistics.fmean(of_batch[number]) for number in sorted(of_batch)]
 
     def merge(self, other: Collected) -> None:
-        """Take in what another process has found in the same pass."""
+        """Take in what another process has collected in the same pass."""
         for ours, theirs in zip(self.kinds, other.kinds, strict=True):
             for name, halves in theirs.items():
                 if name in ours:
@@ -204,6 +229,7 @@ class Collected:
         self.group_of = other.group_of | self.group_of
         self.n_batches = self.n_batches + other.n_batches
         self.empty, self.bad = self.empty + other.empty, self.bad + other.bad
+        # Processes work at the same time: the slowest is how long it took.
         self.seconds = {part: max(value, other.seconds[part]) for part, value in self.seconds.items()}
 
 
@@ -229,6 +255,7 @@ class Pass(Sink):
     @property
     def converged(self) -> bool:
         """Whether all layers have run and the start, in the mean over them, needs no more data."""
+        # A layer that runs in some batches only is waited for: it would have no statistics at all.
         all_ran = len(self.hooks.group_of) == len(self.hooks.modules)
         return all_ran and is_enough(self.found.keeps, self.found.relative, self.tolerance)
 
@@ -257,6 +284,7 @@ class Pass(Sink):
                 raise error.within(name) from error
             raise
         finally:
+            # Decompositions run inside the hooks of the forward pass, and have their own time.
             seconds["forward"] += time.perf_counter() - start - (seconds["decomposition"] - before)
 
     def forget(self) -> None:
@@ -299,6 +327,7 @@ class Pass(Sink):
                 make = partial(MeanGradient, self.n_triplets, self.seed)
                 self.found.gradients[name] = Halves((make(), make()))
             self.found.gradients[name].current.project(g, x)
+            # The second moment of the rows |g_t| x_t is the sum of G_t^T G_t over tokens, for G_t = g_t x_t^T.
             self._record(self.found.weighted, name).current.project(x, row_norms(g, None, 2))
 
     def _record(self, records: dict[str, GroupRecord], name: str) -> GroupRecord:
@@ -324,6 +353,7 @@ class Pass(Sink):
         number = self.found.n_batches[0]
         self.found.n_batches[0] += 1
         self.found.n_labels, self._n_labels = self.found.n_labels + self._n_labels, 0
+        # Only here do they leave the model's device: who reads a number has to wait for a GPU.
         self.found.sums.update({key: float(value) for key, value in self._sums.items()})
         self._sums = {}
         self.found.group_of = dict(self.hooks.group_of)
@@ -337,10 +367,13 @@ class Pass(Sink):
                         halves.compare(self.rank)
                     if isinstance(halves, GroupRecord) and halves.record_share(number):
                         compared.append(halves)
-        falls = sum(falls_sharply([share for _, share, _ in record.shares]) for record in compared)
-        if 2 * falls > len(compared):
+        n_falls = 0
+        for record in compared:
+            if falls_sharply([share for _, share, _ in record.shares]):
+                n_falls += 1
+        if 2 * n_falls > len(compared):
             warn(
-                f"{name}: far less of it is captured than of all batches before, in {falls} of {len(compared)} "
+                f"{name}: far less of it is captured than of all batches before, in {n_falls} of {len(compared)} "
                 "inputs, as if another kind of data began. Shuffle the data: sorted, its end counts for too little."
             )
 
@@ -353,7 +386,12 @@ def _next_batch(run: Pass, shard: Shard, total: int, max_batches: int, processes
     wants = not (processes.interrupted or run.converged)
     wanting = processes.gather(wants)
     before = sum(wanting[: processes.rank])  # processes that take a batch of this step before this one does
-    position = shard.start + (total + before if shard.common else run.found.n_batches[0])
+    position = shard.start
+    if shard.common:
+        # The next batches go to those that want one, so that none is left out where a process has had enough.
+        position += total + before
+    else:
+        position += run.found.n_batches[0]
     if not wants or before >= max_batches - total:
         return position, None
     batch = _read(shard, position, run.found.seconds, processes)
@@ -383,12 +421,14 @@ def run_pass(
     collected, total, n_bad, saved = run.found, 0, 0, time.monotonic()
     while True:
         position, batch = _next_batch(run, shard, total, max_batches, processes)
+        # One clock decides: those of several processes would not all say so in the same step.
         due = processes.rank == 0 and time.monotonic() - saved > SAVE_EVERY
         reading, converged, interrupts, saving, failed = processes.sum(
             batch is not None, run.converged, processes.interrupted, due, run.failure is not None
         )
         if interrupts or failed or not reading:
             break
+        # Before the batch: what is written is of complete batches.
         if saving and save is not None:
             save()
             saved = time.monotonic()
@@ -403,13 +443,14 @@ def run_pass(
         if failure is not None:
             run.forget()
             collected.bad.append(_line(failure, name))
+        # A batch that failed is completed, too: it has no rows, but its number is used.
         if batch is not None:
             run.update(name)
         total += reading
         if collected.keeps:
             progress.set_postfix_str(f"the start would keep {collected.keeps:.0%}", refresh=False)
         progress.update(reading)
-    run.forget()
+    run.forget()  # a batch that was not completed
     processes.interrupted |= interrupts > 0
     everyone, at_limit = converged == processes.size, total >= max_batches
     run.failure, collected.stop_reason = _outcome(run, processes, interrupts > 0, failed > 0, everyone, at_limit)
@@ -426,14 +467,21 @@ def _outcome(
         return _first_failure(run, processes), "failed"
     if converged:
         return None, "converged"
-    return None, "max_batches" if at_limit else "exhausted"
+    if at_limit:
+        return None, "max_batches"
+    return None, "exhausted"
 
 
 def _first_failure(run: Pass, processes: Processes) -> BaseException:
     """Return the error of this process, or else one that names whose ended the pass."""
-    said = processes.gather(run.failure and _line(run.failure, run.failed))
-    rank = next(rank for rank, line in enumerate(said) if line)
-    return run.failure or LoraInitError(f"rank {rank} failed: {said[rank]}")
+    own_line = None
+    if run.failure is not None:
+        own_line = _line(run.failure, run.failed)
+    lines = processes.gather(own_line)
+    if run.failure is not None:
+        return run.failure
+    rank = next(rank for rank, line in enumerate(lines) if line)
+    return LoraInitError(f"rank {rank} failed: {lines[rank]}")
 
 
 def _attempt(
@@ -443,7 +491,7 @@ def _attempt(
     alone = processes.size == 1
     try:
         with processes.interruptible() if alone else nullcontext():
-            if isinstance(batch, Exception):
+            if isinstance(batch, Exception):  # of the data, which `_read` has kept for here
                 raise batch
             ran = batch is not None and run.project(batch[0], name)
             if not ran and spare is not None:
@@ -453,6 +501,7 @@ def _attempt(
             raise
         processes.interrupted = True
     except Exception as error:
+        # The others wait inside the sharded model and would never be told: this process has to end.
         if spare is not None and not alone:
             raise
         return error

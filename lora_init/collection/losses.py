@@ -31,20 +31,33 @@ def count_labels(model: nn.Module, batch: Any) -> int:
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
-        values = (
-            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
-        )
-        return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
-    shifted = labels.dim() == 2 and shifts_labels(model)
-    count = int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())
+        return _count_examples(batch)
+    if labels.dim() == 2 and shifts_labels(model):  # labels of classes, [batch], are never shifted
+        labels = labels[:, 1:]
+    count = int((labels != IGNORED).sum())
     if count == 0:
         raise NothingCountsError("no token of the batch has a label, so there is no loss. Check labels and max_length.")
     return count
 
 
+def _count_examples(batch: Any) -> int:
+    """Count the rows of the first tensor of a batch; 1 if it has none."""
+    values: Iterable[Any] = [batch]
+    if isinstance(batch, Mapping):
+        values = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        values = batch
+    for value in values:
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    return 1
+
+
 def own_loss(output: Any) -> Any:
     """Take the loss that a model of transformers returns; None if there is none."""
-    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    return getattr(output, "loss", None)
 
 
 @torch.no_grad()
@@ -73,10 +86,10 @@ def mean_loss(
             with suppress(NothingCountsError):  # such a batch has no loss
                 count_labels(model, moved)
                 output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
-                lost = loss(output, moved) if loss else own_loss(output)
-                if lost is None:
+                value = loss(output, moved) if loss else own_loss(output)
+                if value is None:
                     raise LoraInitError("a batch has no labels, so its loss is unknown. Give it labels, or pass loss=.")
-                losses.append(float(lost))
+                losses.append(float(value))
     if not losses:
         raise LoraInitError("there is no batch with a label to measure the loss on. Pass at least one.")
     return statistics.fmean(losses)
@@ -87,7 +100,8 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
 
     Only the logits from the first label on are computed where the model can do so; the others would be thrown away.
     """
-    labels = batch["labels"]
+    labels = batch["labels"]  # batch x length
+    # The first column with a label; argmax returns the first of the largest. Without labels it is column 0.
     first = int((labels != IGNORED).any(dim=0).int().argmax())
     kept = labels.shape[1] - max(first - 1, 0)  # the logits before a label predict it
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -96,12 +110,13 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
         # As positions, not as their number: a number makes a slice, which is not contiguous, and to multiply that with
         # a frozen lm_head torch on a CPU copies the lm_head for each sequence.
         inputs["logits_to_keep"] = torch.arange(labels.shape[1] - kept, labels.shape[1], device=labels.device)
+    # A model without that argument returns all of them. batch x kept x vocabulary
     logits = model(**inputs, use_cache=False).logits[:, -kept:]
-    targets = labels[:, -kept:][:, 1:]
+    targets = labels[:, -kept:][:, 1:]  # batch x (kept - 1): a position predicts the next label
     labelled = targets != IGNORED
     losses = torch.zeros(targets.shape, device=targets.device)
     # Of the labelled alone: each is a row as wide as the vocabulary. The last logits predict nothing.
-    rows = logits[nn.functional.pad(labelled, (0, 1))].float()
+    rows = logits[nn.functional.pad(labelled, (0, 1))].float()  # -> labelled tokens x vocabulary
     losses[labelled] = nn.functional.cross_entropy(rows, targets[labelled], reduction="none")
     return losses, labelled
 
@@ -116,6 +131,7 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Compute the mean loss of a batch: over its labelled tokens, or over its examples where labels are classes."""
     if batch["labels"].dim() == 1:
         return nn.functional.cross_entropy(class_logits(model, batch), batch["labels"])
+    # Of all labels of the batch, not the mean of each example's: long answers count for more, as in training.
     losses, labelled = token_losses(model, batch)
     return losses.sum() / labelled.sum()
 
@@ -127,7 +143,8 @@ def text_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> floa
     with evaluating(model):
         for batch in batches:
             losses, labelled = token_losses(model, on_device_of(model, batch))
-            loss, count = loss + float(losses.double().sum()), count + int(labelled.sum())
+            loss += float(losses.double().sum())
+            count += int(labelled.sum())
     return loss / count
 
 
@@ -135,12 +152,13 @@ def text_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> floa
 def sequence_losses(model: nn.Module, sequences: Sequence[Encoded], padding: int) -> list[tuple[float, int]]:
     """Sum the loss of each sequence, and count its labelled tokens, in the order given; run in the order of length."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-    found: dict[int, tuple[float, int]] = {}
+    pairs: list[tuple[float, int]] = [(0.0, 0)] * len(sequences)
     with evaluating(model):
         for start in range(0, len(order), EVALUATION_BATCH):
             places = order[start : start + EVALUATION_BATCH]
             batch = on_device_of(model, pad_batch([sequences[i] for i in places], padding))
-            losses, labelled = token_losses(model, batch)
-            pairs = zip(losses.double().sum(dim=1).tolist(), labelled.sum(dim=1).tolist(), strict=True)
-            found |= dict(zip(places, pairs, strict=True))
-    return [found[i] for i in range(len(sequences))]
+            losses, labelled = token_losses(model, batch)  # each batch x k
+            sums, counts = losses.double().sum(dim=1).tolist(), labelled.sum(dim=1).tolist()
+            for place, loss, count in zip(places, sums, counts, strict=True):
+                pairs[place] = loss, count
+    return pairs

@@ -37,32 +37,33 @@ class Processes:
     """
 
     def __init__(self, alone: bool = False) -> None:
-        grouped = not alone and torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = torch.distributed.get_rank() if grouped else 0
-        self.size = torch.distributed.get_world_size() if grouped else 1
+        self.rank, self.size = 0, 1
+        if not alone and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.interrupted = False
         self._group: Any = None
-        self._raises = False
+        self._raises = False  # whether Ctrl-C is raised at once; else only noted
         self._signals: list[int] = []
 
     def __enter__(self) -> Processes:
         if self.size > 1 and torch.distributed.get_backend() != "gloo":
             with self._named_errors():
                 self._group = torch.distributed.new_group(backend="gloo")
+        # Python lets only the main thread set handlers. Somebody else's handler is left alone.
         if threading.current_thread() is threading.main_thread():
-            signals = (signal.SIGINT, signal.SIGTERM)
-            self._signals = [one for one in signals if signal.getsignal(one) is signal.default_int_handler]
-            for one in self._signals:
-                signal.signal(one, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is signal.default_int_handler:
+                    signal.signal(number, self._note)
+                    self._signals.append(number)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        for one in self._signals:
-            signal.signal(one, signal.default_int_handler)
+        for number in self._signals:
+            signal.signal(number, signal.default_int_handler)
         if self._group is not None:
             torch.distributed.destroy_process_group(self._group)
             self._group = None
-        if self.interrupted and kind is None:
+        if self.interrupted and kind is None:  # an error of the block goes before
             raise KeyboardInterrupt
 
     def _note(self, number: int, frame: Any) -> None:
@@ -93,6 +94,7 @@ class Processes:
 
     def sum(self, *numbers: int) -> list[int]:
         """Add numbers up over all processes."""
+        # processes x numbers -> numbers
         return [sum(column) for column in zip(*self.gather(numbers), strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
@@ -115,14 +117,17 @@ class Processes:
                     )
 
     def merge(self, collected: Collected) -> Collected:
-        """Return what all processes have found: two neighbors merged, then two such pairs, and so on.
+        """Return what all processes have collected: two neighbors merged, then two such pairs, and so on.
 
-        What this process has found is not changed.
+        So it takes as many rounds as the binary logarithm of their number. What this process has collected is not
+        changed.
         """
         if self.size == 1:
             return collected
-        whole, step = from_bytes(to_bytes(collected)), 1
+        whole, step = from_bytes(to_bytes(collected)), 1  # a copy
         with self._named_errors():
+            # In the round of `step` the ranks that are multiples of it are left; every second of them gives away what
+            # it has to the one before it, and is done.
             while step < self.size and self.rank % step == 0:
                 if self.rank % (2 * step):
                     torch.distributed.send_object_list([to_bytes(whole)], self.rank - step, group=self._group)
@@ -206,32 +211,36 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: Sequence[int
     with processes.interruptible():
         first = list(islice(stream, 1))
     digests = processes.gather([digest_of(batch) for batch in first])
-    spare = _spare(processes, first, digests) if in_step else None
+    spare = None
+    if in_step:
+        spare = _spare(processes, first, digests)
     stream = chain(first, stream)
-    same = [rank for rank, found in enumerate(digests) if found and digests.count(found) > 1]
+    # A rank without a batch has an empty list of digests, and is like no other.
+    same = [rank for rank, digest in enumerate(digests) if digest and digests.count(digest) > 1]
     common = len(same) == processes.size
     if common:
-        start = sum(used)
-    else:
-        if same and processes.rank == 0:
-            warn(
-                f"ranks {', '.join(map(str, same))} got the same first batch; what they read alike counts as often. "
-                "Give each rank data of its own, or all of them the same loader."
-            )
-        if used and len(used) != processes.size:
-            raise LoraInitError(
-                f"the pass to go on with was made by {len(used)} processes, each with data of its own, and this one by "
-                f"{processes.size}. Start as many as before."
-            )
-        start = used[processes.rank] if used else 0
+        # What was used is counted from the first batch on, by however many processes.
+        return Shard(stream, spare, "".join(digests[0]), common, sum(used))
+    if same and processes.rank == 0:
+        warn(
+            f"ranks {', '.join(map(str, same))} got the same first batch; what they read alike counts as often. "
+            "Give each rank data of its own, or all of them the same loader."
+        )
+    if used and len(used) != processes.size:
+        raise LoraInitError(
+            f"the pass to go on with was made by {len(used)} processes, each with data of its own, and this one by "
+            f"{processes.size}. Start as many as before."
+        )
+    start = used[processes.rank] if used else 0
     return Shard(stream, spare, "".join(digests[0]), common, start)
 
 
 def _spare(processes: Processes, first: list[Any], digests: list[list[str]]) -> Any:
     """Return a batch to run a sharded model on: the first one, or another process's where there is none."""
-    having = [rank for rank, found in enumerate(digests) if found]
-    if having and len(having) < processes.size:
-        lent = processes.share(send_to_device(first, "cpu"), having[0])
+    ranks = [rank for rank, digest in enumerate(digests) if digest]
+    # Where all have a batch, or none has, nothing travels.
+    if ranks and len(ranks) < processes.size:
+        lent = processes.share(send_to_device(first, "cpu"), ranks[0])
         first = first or lent
     return first[0] if first else None
 
@@ -243,9 +252,11 @@ def digest_of(batch: Any) -> str:
     """
     digest, met = hashlib.sha256(), set()
 
+    # Each value with its form, so that [1, 23] and [12, 3] differ.
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            # As bytes, since numpy has no bfloat16.
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             for key in value:

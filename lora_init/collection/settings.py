@@ -14,7 +14,8 @@ _IN_PROVENANCE = ("fingerprint", "rank", "center", "token_mask", "seed", "gradie
 
 
 def read_settings(made: Provenance) -> dict[str, Any]:
-    """Return what has to be the same for two passes to be one, in the order of a message; earlier files say less."""
+    """Return what has to be the same for two passes to be one, in the order of a message; older files have less."""
+    # The fingerprint first: of another model all else differs, too.
     own = {name: getattr(made, name) for name in _IN_PROVENANCE}
     return {"fingerprint": made.fingerprint, **made.settings, **own}
 
@@ -36,10 +37,12 @@ class Position:
 
     def is_in_other_data(self, other: Position) -> bool:
         """Check whether the two are known to be in different data."""
+        # What one of them does not know says nothing: older files lack hashes, and so do loaders of all batches.
         pairs = ((self.first_batch, other.first_batch), (self.batches, other.batches))
         return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
     def after(self, earlier: Position) -> Position:
         """Add what an earlier part of the pass has used: batches read, and those that failed."""
+        # An empty list stands for nothing used, by any number of processes.
         used = [a + b for a, b in zip_longest(earlier.used, self.used, fillvalue=0)]
         return replace(self, used=used, bad_batches=earlier.bad_batches + self.bad_batches)

@@ -56,7 +56,7 @@ def test_does_not_stop_while_the_components_still_follow_a_drift(n_other, least,
 def test_what_the_whole_keeps_follows_from_how_its_halves_agree():
     record = Halves([SimpleNamespace(agreement=lambda other, rank: 0.6)] * 2)
     record.compare(4)
-    assert record.keeps == pytest.approx(2 * 0.6 / 1.6)  # Spearman and Brown
+    assert record.reliability == pytest.approx(2 * 0.6 / 1.6)  # Spearman and Brown
 
 
 def test_a_share_falls_sharply_by_a_quarter_and_by_five_deviations():
@@ -168,4 +168,4 @@ def test_halves_of_processes_merge_into_halves(counts):
     few, many = sorted(half.n_samples for half in one.halves)
     assert few + many == 100 * sum(counts) and many - few <= 100 * (sum(counts) % 2)
     one.compare(4)
-    assert one.keeps > 0.9
+    assert one.reliability > 0.9
