@@ -64,14 +64,19 @@ def rate_text(rate: float) -> str:
 def is_adamw(optimizer: str) -> bool:
     """Check, by the name of its setting or class, whether an optimizer is one that rates were measured for."""
     kinds = "(_?(torch|hf|apex|fused|xla|npu|anyprecision|bnb|4bit|8bit|32bit|fp8))*"  # which compute the same
+    # The whole name: Adamax, for one, begins like it and is another.
     return re.fullmatch(f"(paged_?|anyprecision|fused)?adamw?{kinds}", optimizer.lower()) is not None
 
 
 def check_measured(optimizer: str, is_plain_loss: bool, trainer: str) -> None:
     """Refuse to set a rate where none was measured."""
-    if not is_adamw(optimizer) or not is_plain_loss:
-        what = f"the loss of {trainer}" if is_adamw(optimizer) else f"the optimizer {optimizer}"
-        raise LoraInitError(f"learning_rate='measured': no rate was measured for {what}. Leave it out, and tune it.")
+    if not is_adamw(optimizer):
+        what = f"the optimizer {optimizer}"
+    elif not is_plain_loss:
+        what = f"the loss of {trainer}"
+    else:
+        return
+    raise LoraInitError(f"learning_rate='measured': no rate was measured for {what}. Leave it out, and tune it.")
 
 
 class Response(NamedTuple):
@@ -96,6 +101,7 @@ def factor(length: TrainingLength, new_head: bool = False) -> float:
         (0.68, 0.12)
     """
     if new_head:
+        # Its sweeps had steps of 8 and about three epochs: neither batch nor epochs were varied.
         return math.pow(STEPS / length.steps, FALL_NEW_HEAD)
     larger = math.pow(length.batch_size / BATCH_SIZE, RISE)
     return larger * math.pow(STEPS / length.steps, FALL) / math.pow(length.epochs, REPEATED)
@@ -103,14 +109,21 @@ def factor(length: TrainingLength, new_head: bool = False) -> float:
 
 def share_of(n_layers: int, n_linear: int) -> float:
     """Compute the share of a model's linear layers that have an adapter, as far down as was measured; 1 if unknown."""
-    return min(1.0, max(SMALLEST, n_layers / n_linear)) if n_linear else 1.0
+    if not n_linear:
+        return 1.0
+    return min(1.0, max(SMALLEST, n_layers / n_linear))
 
 
 def response(size: Sizes, ax: float, rank: int, scaling: float, freeze_a: bool = False) -> Response | None:
     """Compute the response of a layer from the mean of sum |(A x)_i|; None if input, output or scaling is zero."""
+    # `> 0` also leaves out NaN, of sizes that are not known.
     if not (size.output > 0.0 and ax > 0.0 and scaling):
         return None
-    growth = 0.0 if freeze_a else GROWTH * rank * size.input / 2
+    # What A adds, without eta^2 s; `input` is the mean of sum |x_j|. See the law at the top of this file.
+    growth = 0.0
+    if not freeze_a:
+        growth = GROWTH * rank * size.input / 2
+    # A negative alpha moves a layer as far as a positive one.
     scaling = abs(scaling) * (RANK / rank) ** OVERLAP
     return Response(scaling * ax / size.output, scaling * growth / size.output)
 
@@ -143,11 +156,16 @@ class LearningRate:
     @cached_property
     def rate(self) -> float:
         """The rate at which the geometric mean over layers of their change is what was best, to two digits."""
-        best = CHANGE * (NEW_HEAD if self.new_head else 1.0)
+        log_best = math.log(CHANGE * (NEW_HEAD if self.new_head else 1.0))
+        # By bisection: the mean of logarithms of quadratic functions has no closed inverse, but it rises with the rate,
+        # as no response is negative. 50 halvings leave far less than the two digits that are returned.
         low, high = -40.0, 5.0  # bounds of its logarithm
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._mean_log_change(middle) < math.log(best) else (low, middle)
+            if self._mean_log_change(middle) < log_best:
+                low = middle
+            else:
+                high = middle
         return float(f"{math.exp(low) * factor(self.length, self.new_head) / math.sqrt(self.share):.1e}")
 
     @property
@@ -156,10 +174,15 @@ class LearningRate:
         return self.length.steps
 
     def _mean_log_change(self, log_rate: float) -> float:
+        """Return the logarithm of the geometric mean over layers of their change at a rate."""
         eta = math.exp(log_rate)
-        changes = {name: eta * one.linear + eta * eta * one.quadratic for name, one in self.responses.items()}
-        logs = [layers_in(name) * math.log(change) for name, change in changes.items()]
-        return sum(logs) / sum(map(layers_in, changes))
+        logs, n_layers = [], 0
+        for name, of_layer in self.responses.items():
+            change = eta * of_layer.linear + eta * eta * of_layer.quadratic
+            n = layers_in(name)  # fused experts hold gate and up projection in one, and count as two
+            logs.append(n * math.log(change))
+            n_layers += n
+        return sum(logs) / n_layers
 
     def of_steps(self, steps: int) -> LearningRate:
         """Return the rate for another number of steps on the same data."""
@@ -169,6 +192,7 @@ class LearningRate:
     def within(self) -> float:
         """The factor within which the best rate is with a probability of 95 %, by the spread around the rule."""
         steps, epochs = MEASURED_AT_NEW_HEAD if self.new_head else MEASURED_AT
+        # The deviations are taken as independent, so that their squares add up; two in sum hold 95 %.
         away = math.hypot(
             SPREAD,
             SPREAD_STEPS * math.log(self.length.steps / steps),
@@ -201,7 +225,9 @@ class LearningRate:
 
     def stored(self) -> dict[str, Any]:
         """Lay out as plain values what `read` takes."""
-        responses = {name: [float(f"{value:.4g}") for value in pair] for name, pair in self.responses.items()}
+        responses = {}
+        for name, pair in self.responses.items():
+            responses[name] = [float(f"{value:.4g}") for value in pair]
         return {
             "responses": responses, **asdict(self.length), "new_head": self.new_head, "left_out": [*self.left_out],
             "share": self.share,
@@ -215,6 +241,7 @@ class LearningRate:
         """Make it of what `stored` returned, for a training of another length if one is given."""
         responses = {name: Response(*pair) for name, pair in stored["responses"].items()}
         batch_size, rows = stored.get("batch_size", BATCH_SIZE), stored.get("rows")  # older records have neither
+        # So may all that has a default: it is left to that.
         length = TrainingLength(stored["steps"], batch_size, rows, stored.get("why", ""), stored.get("seen", 0.0))
         others = {name: stored[name] for name in ("new_head", "left_out", "share") if name in stored}
         return cls(responses, length.changed(steps, epochs, train_batch_size), **others)
@@ -223,20 +250,25 @@ class LearningRate:
         low, high = map(rate_text, self.range)
         what = f"{OPTIMIZER} at {rate_text(self.rate)}, warm-up {WARMUP:.0%}, {SCHEDULE}, for {self.length}"
         if self.within <= UNKNOWN:
-            return f"Train with {what}. The best rate is likely between {low} and {high}{self._beyond}."
+            return f"Train with {what}. The best rate is likely between {low} and {high}{self._extrapolated}."
+        # No rate of the range is farther from the nearer of these two than by the root of `within`.
         lower, higher = map(rate_text, self._around(math.sqrt(self.within)))
         return (
             f"Train with {what}. The best rate is not known for such a training, and likely between {low} and {high}: "
-            f"try {lower} and {higher}{self._beyond}."
+            f"try {lower} and {higher}{self._extrapolated}."
         )
 
     @property
-    def _beyond(self) -> str:
-        """What was not measured, in words."""
-        steps = "" if SHORTEST <= self.steps <= LONGEST else f"{SHORTEST} to {LONGEST} steps"
-        batch = "" if self.length.batch_size <= LARGEST else f"steps of at most {LARGEST} examples"
-        measured = " and ".join(filter(None, [steps, batch]))
-        return f" (extrapolated: measured were {measured})" if measured else ""
+    def _extrapolated(self) -> str:
+        """What was measured, if this training lies outside of it, in words."""
+        measured = []
+        if not SHORTEST <= self.steps <= LONGEST:
+            measured.append(f"{SHORTEST} to {LONGEST} steps")
+        if self.length.batch_size > LARGEST:
+            measured.append(f"steps of at most {LARGEST} examples")
+        if not measured:
+            return ""
+        return f" (extrapolated: measured were {' and '.join(measured)})"
 
     def far_off(self, learning_rate: float | None, optimizer: str, schedule: str) -> list[str]:
         """Compare with what a trainer has: a line where nothing was measured, and for a rate beyond three times."""
@@ -246,6 +278,7 @@ class LearningRate:
         if schedule not in SCHEDULES:
             known = " and ".join(SCHEDULES)
             lines.append(f"the learning rate was measured with the schedule {known}, and not with {schedule}: tune it.")
+        # A rate that is not known better than that cannot be called wrong.
         far = max(FAR, self.within)
         if learning_rate is not None and not self.rate / far < learning_rate < self.rate * far:
             lines.append(
@@ -266,27 +299,33 @@ def schedule_of(settings: Any, scheduler: Any = None, steps: int = 0) -> str:
 
     A warm-up of more than half of the steps is named, too.
     """
+    # By its value: transformers has an enumeration, and a tool may have put a text there.
     name = str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type))
     given, warmup = settings.lr_scheduler_kwargs or {}, settings.get_warmup_steps(steps)
-    own = ", ".join(f"{key}={value}" for key, value in given.items())
+    own_settings = [f"{key}={value}" for key, value in given.items()]
     if scheduler is None and warmup > max(1, steps / 2):
-        own += f"{', ' * bool(own)}a warm-up of {warmup} of {steps} steps"
+        own_settings.append(f"a warm-up of {warmup} of {steps} steps")
+    if own_settings:
+        return f"{name} ({', '.join(own_settings)})"
     made = made_by_torch(scheduler)
-    if made is None or own or name not in SCHEDULES:
-        return f"{name} ({own})" if own else name
-    return next((one for one in SCHEDULES if _is_curve(made, one, steps)), type(made).__name__)
+    if made is None or name not in SCHEDULES:
+        return name
+    # A trainer's own method may have made another one than its arguments name.
+    return next((curve for curve in SCHEDULES if _is_curve(made, curve, steps)), type(made).__name__)
 
 
 def _is_curve(scheduler: Any, name: str, steps: int) -> bool:
     """Check whether factors of a `LambdaLR` fall along a curve from their highest, which is 1, to 0 after `steps`."""
     for function in getattr(scheduler, "lr_lambdas", ()):
         factors = [function(step) for step in range(steps + 1)]
-        highest = factors.index(max(factors))
+        highest = factors.index(max(factors))  # the end of the warm-up
         if highest > max(1, steps / 2):
             return False
         for step in range(highest, steps + 1):
             share = (step - highest) / max(1, steps - highest)
-            expected = 1 - share if name == "linear" else (1 + math.cos(math.pi * share)) / 2
+            expected = 1 - share
+            if name == SCHEDULE:
+                expected = (1 + math.cos(math.pi * share)) / 2
             if not abs(factors[step] - expected) <= 0.01:  # nor where it is NaN
                 return False
     return steps > 0 and hasattr(scheduler, "lr_lambdas")

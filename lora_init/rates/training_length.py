@@ -40,6 +40,7 @@ class TrainingLength:
                 object.__setattr__(self, name, int(value))
         check_number("steps", self.steps, 1, whole=True)
         check_number("train_batch_size", self.batch_size, 1, whole=True)
+        # The default is not refused for few rows: nobody asked for it.
         if self.rows is not None and self.batch_size > max(self.rows, BATCH_SIZE):
             raise LoraInitError(
                 f"{{train_batch_size}}, and there are {self.rows} examples. Take fewer, or more data.",
@@ -68,14 +69,18 @@ class TrainingLength:
             )  # fmt: skip
         if rows is None:
             return cls._of_stream(steps, epochs, batch_size)
+        # It checks the numbers, also where the steps are still to be computed.
         length = cls(_ASSUMED if steps is None else steps, batch_size, rows)
         if steps is not None and epochs is None:
             return length
         times = 1.0 if epochs is None else epochs
         expected = max(1, math.ceil(times * length.steps_an_epoch))
         if steps is None:
-            number = "an epoch" if times == 1.0 else f"{times:g} epochs"
+            number = f"{times:g} epochs"
+            if times == 1.0:
+                number = "an epoch"
             return cls(expected, batch_size, rows, f"{number} of {rows:,} examples in batches of {batch_size}")
+        # They agree within a step for each epoch, whose last batch a trainer may drop.
         if abs(steps - expected) > max(1.0, times):
             raise LoraInitError(
                 f"{{steps}} and {{epochs}} contradict: {times:g} epochs of {rows:,} examples in batches of "
@@ -91,7 +96,7 @@ class TrainingLength:
             return cls(_ASSUMED, batch_size, why="assumed; say how many yours has")
         length = cls(steps, batch_size)
         if epochs is None or epochs <= 1.0:
-            return length
+            return length  # no example repeats, so how many there are does not matter
         return replace(length, rows=max(1, round(steps * batch_size / epochs)))
 
     def changed(self, steps: int | None, epochs: float | None, batch_size: int | None) -> TrainingLength:
@@ -99,16 +104,21 @@ class TrainingLength:
         if steps is None and epochs is None:
             if batch_size is None:
                 return self
-            steps = None if self.rows else self.steps
-            epochs = self.steps / self.steps_an_epoch if self.rows else None
+            if self.rows:
+                epochs = self.steps / self.steps_an_epoch
+            else:
+                steps = self.steps
         other = TrainingLength.plan(self.rows, steps, epochs, batch_size or self.batch_size)
+        # Twice as many examples are drawn, and each is seen twice as often.
         times = other.steps * other.batch_size / (self.steps * self.batch_size)
         return replace(other, seen=self.seen * times)
 
     @property
     def steps_an_epoch(self) -> int:
         """Steps of an epoch, of which the last has the examples that are left; all steps if their number is unknown."""
-        return math.ceil(self.rows / self.batch_size) if self.rows else self.steps
+        if not self.rows:
+            return self.steps
+        return math.ceil(self.rows / self.batch_size)
 
     @property
     def epochs(self) -> float:
@@ -122,10 +132,13 @@ class TrainingLength:
             >>> print(TrainingLength(480, rows=900))
             480 steps of 8 (4.2 epochs of 900 examples)
         """
-        repeats = ""
-        if self.epochs >= 1.05:
-            epochs = f"{self.epochs:.1f}"
-            repeats = f"each drawn {epochs} times" if self.seen else f"{epochs} epochs of {self.rows:,} examples"
-        of = self.why or repeats
-        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        return f"{steps} of {self.batch_size}" + (f" ({of})" if of else "")
+        text = f"{self.steps} steps of {self.batch_size}"
+        if self.steps == 1:
+            text = f"1 step of {self.batch_size}"
+        if self.why:
+            return f"{text} ({self.why})"
+        if self.epochs < 1.05:  # written as 1.0
+            return text
+        if self.seen:
+            return f"{text} (each drawn {self.epochs:.1f} times)"
+        return f"{text} ({self.epochs:.1f} epochs of {self.rows:,} examples)"
