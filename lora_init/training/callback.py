@@ -28,6 +28,9 @@ from lora_init.starts.starts import DEFAULT
 from lora_init.trainers.loaders import check_repeats, examples_of_a_step, is_used_up, length_of, without_trace
 from lora_init.trainers.trainers import has_own_loss, leaves_loss
 
+# What a callback can see is the trainer's arguments, its model and optimizer, and its loader, all made by then. So the
+# adapter is filled in place, and what was made for another learning rate is scaled.
+
 _MOST_TEXTS = 512  # that the base writes before training; training goes through them again and again
 _DECIDED = ("max_batches", "data", "task_type", "gradients")  # of initialize()'s options, by the trainer or `samples`
 _TEXT_WEIGHT = 2.0  # of a replayed text, in examples: one beside eight, weighed 0.25, was measured
@@ -79,9 +82,9 @@ class StartCallback(TrainerCallback):
             )
         if not isinstance(dial, bool):
             raise LoraInitError(f"dial={dial!r}: true or false is expected.")
-        idle = next((name for name in _DECIDED if name in options), None)
-        if idle is not None:
-            raise LoraInitError(f"StartCallback() has no argument {idle}=: the trainer decides that, or samples=.")
+        for name in _DECIDED:
+            if name in options:
+                raise LoraInitError(f"StartCallback() has no argument {name}=: the trainer decides that, or samples=.")
         self.measured, self.replay, self.dial = learning_rate is not None, replay, dial
         self.config = choose(InitConfig.from_arguments("StartCallback()", method, **options), False)
         self.samples = samples
@@ -92,23 +95,29 @@ class StartCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         """Start the adapter, unless the run is resumed; the base writes the texts to replay."""
         resumed, tokenizer = bool(state.global_step), rest.get("processing_class")
+        # What can be refused is refused first: the texts take long to write.
         handle = None if resumed else FilledHandle(model)
         if self.dial:
             _check_dial(args, model)
         if self.replay:
             _check_replay(args, tokenizer)
             n = math.ceil(self._texts_until(args, state.max_steps))
+            # In a run that is resumed, too: by the seed they are the same texts.
             self.texts = replayed(model, tokenizer, min(n, _MOST_TEXTS), args.seed, 1, partial(_say, state))
             _say(state, f"{len(self.texts)} texts that the base has written are replayed.")
         if handle is None:
-            _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
-            rate = rest["optimizer"].param_groups[0].get("initial_lr")  # the one that was measured, from the checkpoint
-            made_for = rest["optimizer"].defaults.get("lr")
-            if self.measured and rate and made_for:
-                _set_shares(rate / made_for, rest["lr_scheduler"], args.lr_scheduler_kwargs)
-                args.learning_rate = rate
+            self._resume(args, state, rest)
         else:
             self._start(handle, args, state, train_dataloader, rest)
+
+    def _resume(self, args: Any, state: TrainerState, rest: Any) -> None:
+        """Leave the adapter alone, and set the rest of the schedule to the rate that was measured at the beginning."""
+        _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
+        rate = rest["optimizer"].param_groups[0].get("initial_lr")  # the one that was measured, from the checkpoint
+        made_for = rest["optimizer"].defaults.get("lr")
+        if self.measured and rate and made_for:
+            _set_shares(rate / made_for, rest["lr_scheduler"], args.lr_scheduler_kwargs)
+            args.learning_rate = rate
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
@@ -116,13 +125,20 @@ class StartCallback(TrainerCallback):
         """Begin the gradient of the step with that of its texts."""
         if not self.replay:
             return
-        first, end = (int(self._texts_until(args, step)) for step in (state.global_step, state.global_step + 1))
+        # By differences of a running number: with a fraction of a text in a step, some steps have one more.
+        first = int(self._texts_until(args, state.global_step))
+        end = int(self._texts_until(args, state.global_step + 1))
+        # Each process takes every n-th of them, and begins again where there are no more.
         texts = [self.texts[i % len(self.texts)] for i in range(first + args.process_index, end, args.world_size)]
-        if texts:  # all of one length
-            batch = {key: torch.cat([text[key] for text in texts]).to(model.device) for key in texts[0]}
-            share = len(texts) * args.world_size / examples_of_a_step(args)  # processes take a mean of theirs
-            weight = _TEXT_WEIGHT * share
-            (weight * model.train()(**batch).loss).backward()
+        if not texts:
+            return
+        batch = {}
+        for key in texts[0]:
+            batch[key] = torch.cat([text[key] for text in texts]).to(model.device)  # all of one length
+        share = len(texts) * args.world_size / examples_of_a_step(args)  # processes take a mean of theirs
+        weight = _TEXT_WEIGHT * share
+        # Its own backward pass: gradients add up, and the trainer's loss, which it reports, stays that of its data.
+        (weight * model.train()(**batch).loss).backward()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
@@ -144,13 +160,15 @@ class StartCallback(TrainerCallback):
             _say(state, f"not dialed, and the adapter is as trained: {error}")
             return
         model.save_pretrained(args.output_dir)  # ms-swift saves nothing but checkpoints
-        for about, text in dialed.summary().items():
-            _say(state, f"dial, {about}: {text}")
+        for topic, text in dialed.summary().items():
+            _say(state, f"dial, {topic}: {text}")
 
     def _texts_until(self, args: TrainingArguments, step: int) -> float:
+        """Compute how many texts all processes have replayed before a step; a fraction is carried on."""
         return self.replay * examples_of_a_step(args) * step
 
     def _start(self, handle: FilledHandle, args: Any, state: TrainerState, train_dataloader: Any, rest: Any) -> None:
+        """Fill the adapter from the first batches; set the measured rate, or warn if the trainer's is far off."""
         data = getattr(train_dataloader, "dataset", None)
         if is_used_up(data):
             raise LoraInitError(
@@ -190,8 +208,9 @@ class StartCallback(TrainerCallback):
             _set_rate(rate.rate, rest["optimizer"], rest["lr_scheduler"], args.lr_scheduler_kwargs)
             args.learning_rate = rate.rate
         trained_at, schedule = _rate_of(optimizer), schedule_of(args, rest.get("lr_scheduler"), state.max_steps)
-        for said in rate.far_off(trained_at, type(optimizer).__name__, schedule) if rate and is_plain_loss else ():
-            warn(said)
+        if rate and is_plain_loss:
+            for line in rate.far_off(trained_at, type(optimizer).__name__, schedule):
+                warn(line)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
         _say(state, f"{what}; the learning rate is {trained_at:.2g}.")
 
@@ -210,10 +229,14 @@ class FilledHandle(InPlaceHandle):
                 f"StartCallback needs a PeftModel with LoRA, and the trainer has a {type(given).__name__}. Set "
                 "the tool's option for LoRA."
             )
-        began = getattr(config, "init_lora_weights", True)
-        if began is not True or carried(config.to_dict()):
-            began = "lora_init" if began is True else f"init_lora_weights={began!r}"
-            raise LoraInitError(f"the adapter was started by {began} already. Leave that out, or the StartCallback.")
+        method = getattr(config, "init_lora_weights", True)
+        if method is not True or carried(config.to_dict()):
+            started_by = "lora_init"
+            if method is not True:
+                started_by = f"init_lora_weights={method!r}"
+            raise LoraInitError(
+                f"the adapter was started by {started_by} already. Leave that out, or the StartCallback."
+            )
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
         """Put the layers back and fill them."""
@@ -227,6 +250,7 @@ class FilledHandle(InPlaceHandle):
 def _batches(loader: Any, model: Any) -> Iterator[dict[str, Any]]:
     """Read what the model takes of a loader's batches."""
     taken = inspect.signature(type(model).forward).parameters
+    # An expression and not a `yield`: the loader is opened here, before anything else draws random numbers.
     return ({key: value for key, value in batch.items() if key in taken} for batch in loader)
 
 
@@ -281,12 +305,19 @@ def _check_schedule(scheduler: Any) -> None:
 
 
 def _set_rate(rate: float, optimizer: Any, scheduler: Any, kwargs: Any) -> None:
-    """Set the learning rate of an optimizer and its schedule."""
+    """Set the learning rate of an optimizer and its schedule, which multiplies the rates that it began with."""
     factor, schedule = rate / _rate_of(optimizer), made_by_torch(scheduler)
+    # The rates of the groups by a factor, since warm-up has begun: `lr` is not the peak rate by now.
     for group in optimizer.param_groups:
-        group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+        for name in ("lr", "initial_lr"):
+            if name in group:
+                group[name] = group[name] * factor  # not in place: both may be one tensor
+    # By its state, which every schedule of torch gives and takes.
     state = schedule.state_dict()
-    lists = {name: [one * factor for one in state[name]] for name in ("base_lrs", "_last_lr") if name in state}
+    lists = {}
+    for name in ("base_lrs", "_last_lr"):
+        if name in state:
+            lists[name] = [lr * factor for lr in state[name]]
     schedule.load_state_dict(state | lists)
     _set_shares(factor, schedule, kwargs)
 
@@ -295,10 +326,15 @@ def _set_shares(factor: float, scheduler: Any, kwargs: Any) -> None:
     """Let a schedule end where it did, though the rate is another by a factor than the one that it was made for."""
     schedule = made_by_torch(scheduler)
     # Rates that a schedule ends at are shares of the one that it was made for.
-    shares = {"lr_init": factor} | ({"min_lr_rate": 1 / factor} if "min_lr" in (kwargs or {}) else {})
-    functions = {id(one): one for one in getattr(schedule, "lr_lambdas", ())}  # groups share one
-    for known in (getattr(one, "keywords", {}) for one in functions.values()):
-        known.update({name: known[name] * share for name, share in shares.items() if name in known})
+    shares = {"lr_init": factor}
+    if "min_lr" in (kwargs or {}):  # without it the share itself was given, and holds of any rate
+        shares["min_lr_rate"] = 1 / factor
+    functions = {id(function): function for function in getattr(schedule, "lr_lambdas", ())}  # groups share one
+    for function in functions.values():
+        settings = getattr(function, "keywords", {})  # transformers makes them by functools.partial
+        for name, share in shares.items():
+            if name in settings:
+                settings[name] = settings[name] * share
 
 
 def _say(state: TrainerState, text: str) -> None:
