@@ -31,8 +31,12 @@ class PromptIntegration(TRLIntegration):
         """Sample an answer to each prompt, in the trainer's own way of doing so."""
         trainer, model, before = self.trainer, self.handle.model, None
         for rows in loader:
-            prompts = [row.get("prompt") for row in rows]
-            prompts = [one for i, one in enumerate(prompts) if one not in prompts[:i]]
+            # Each prompt comes once for every answer of its group. Not a set: messages have no hash.
+            prompts: list[Any] = []
+            for row in rows:
+                prompt = row.get("prompt")
+                if prompt not in prompts:
+                    prompts.append(prompt)
             if prompts == before:  # each batch of prompts comes again for every step of its group
                 continue
             before = prompts
@@ -42,8 +46,8 @@ class PromptIntegration(TRLIntegration):
 def answered(prompts: list[Any], trainer: Any, model: Any) -> dict[str, Tensor]:
     """Let the model answer prompts, and return a batch of prompts with their answers, padded on the left."""
     tokenizer, args = trainer.processing_class, trainer.args
-    chats = all(isinstance(one, list) for one in prompts)
-    if not (chats or all(isinstance(one, str) for one in prompts)):
+    chats = all(isinstance(prompt, list) for prompt in prompts)
+    if not chats and not all(isinstance(prompt, str) for prompt in prompts):
         raise LoraInitError(
             f"the batches of {type(trainer).__name__} have no column prompt of texts or messages. Initialize the plain "
             "model on load_batches(...), and give the trainer the result."
@@ -51,16 +55,22 @@ def answered(prompts: list[Any], trainer: Any, model: Any) -> dict[str, Tensor]:
     if chats:
         more = getattr(args, "chat_template_kwargs", None) or {}
         render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, **more)
-        prompts = [render(one) for one in prompts]
+        prompts = [render(prompt) for prompt in prompts]
+    # On the left, so that every answer begins where its prompt ends. A chat template writes special tokens itself.
     tokens = tokenizer(
         text=prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chats
     )
-    asked = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    ids, is_prompt = tokens["input_ids"].to(model.device), tokens["attention_mask"].to(model.device)
     sampling = _sampling(trainer)
-    whole = model.generate(**asked, **sampling)
-    length, ends = asked["input_ids"].shape[1], sampling.get("eos_token_id", model.generation_config.eos_token_id)
-    ended = torch.isin(whole[:, length:], torch.as_tensor([] if ends is None else ends, device=whole.device)).long()
-    mask = torch.cat([asked["attention_mask"], (ended.cumsum(1) == ended).long()], dim=1)  # the first end counts, too
+    whole = model.generate(input_ids=ids, attention_mask=is_prompt, **sampling)  # prompts x (length + answer)
+    length, ends = ids.shape[1], sampling.get("eos_token_id", model.generation_config.eos_token_id)
+    if ends is None:
+        ends = []
+    ended = torch.isin(whole[:, length:], torch.as_tensor(ends, device=whole.device)).long()
+    # Tokens after the first end are padding. Up to there the running number of ends is what `ended` is, 0 and at the
+    # end 1; afterwards it is larger. So the first end counts, too.
+    is_answer = (ended.cumsum(1) == ended).long()
+    mask = torch.cat([is_prompt, is_answer], dim=1)
     labels = whole.masked_fill(mask == 0, IGNORED)
     labels[:, :length] = IGNORED
     return {"input_ids": whole, "attention_mask": mask, "labels": labels}
@@ -72,9 +82,9 @@ def _sampling(trainer: Any) -> dict[str, Any]:
     A trainer with vLLM has none. Its arguments are used then, but for those that only vLLM knows.
     """
     args = trainer.args
-    chosen = getattr(trainer, "generation_kwargs", None)
-    if chosen is None:
-        chosen = {name: getattr(args, name) for name in _SAMPLED_BY} | (args.generation_kwargs or {})
-        chosen = {name: value for name, value in chosen.items() if hasattr(trainer.model.generation_config, name)}
-        chosen |= {"do_sample": True, "max_new_tokens": args.max_completion_length}
-    return {name: value for name, value in chosen.items() if value is not None}
+    settings = getattr(trainer, "generation_kwargs", None)
+    if settings is None:
+        wanted = {name: getattr(args, name) for name in _SAMPLED_BY} | (args.generation_kwargs or {})
+        settings = {name: value for name, value in wanted.items() if hasattr(trainer.model.generation_config, name)}
+        settings |= {"do_sample": True, "max_new_tokens": args.max_completion_length}
+    return {name: value for name, value in settings.items() if value is not None}

@@ -11,6 +11,7 @@ from lora_init.trainers.trainers import TrainerIntegration
 from lora_init.trainers.trl import TRLIntegration
 
 # By a module of the classes of what is given, so that no library is imported that is not in use; the first that fits.
+# So a narrower name comes before a wider one: GRPOTrainer is of TRL, too.
 HANDLES = {LIBRARY: SentenceHandle}
 TRAINERS = {
     LIBRARY: SentenceIntegration,
@@ -38,5 +39,10 @@ def find_trainer(trainer: Any) -> TrainerIntegration:
 
 
 def _find(known: dict[str, Any], given: Any, usual: Any) -> Any:
-    modules = [f"{kind.__module__}." for kind in type(given).__mro__]
-    return next((known[name] for name in known if any(one.startswith(name) for one in modules)), usual)
+    """Return the first of the known whose name a module begins with, of the class or of one that it is made from."""
+    # With a dot at the end, so that "trl." is not the beginning of "trlx".
+    modules = tuple(f"{kind.__module__}." for kind in type(given).__mro__)
+    for name, integration in known.items():
+        if any(module.startswith(name) for module in modules):
+            return integration
+    return usual

@@ -18,7 +18,7 @@ from lora_init.layers.running import restoring
 from lora_init.trainers.trainers import TrainerIntegration
 
 LIBRARY = "sentence_transformers."
-_BATCH_SIZE = 16
+_BATCH_SIZE = 16  # texts that are run at once, where texts are given
 
 
 class SentenceHandle(ModelHandle):
@@ -36,6 +36,7 @@ class SentenceHandle(ModelHandle):
             )
         self.holder, self.attribute = holders[0]
         self.inner = handle_of(getattr(self.holder, self.attribute))
+        # An adapter goes on the model inside, so what can be done with it is what can be done with that.
         self.in_place, self.wraps_anew = self.inner.in_place, self.inner.wraps_anew
 
     @property
@@ -52,9 +53,11 @@ class SentenceHandle(ModelHandle):
         if isinstance(batches, (list, tuple)) and batches and isinstance(batches[0], (str, list, tuple)):
             tokenize = getattr(self.given, "preprocess", None) or self.given.tokenize  # its name before 5.3
             config = config.with_options(data=config.run.data or f"{len(batches)} texts")
-            cut = range(0, len(batches), _BATCH_SIZE)
-            batches = [tokenize(list(batches[i : i + _BATCH_SIZE])) for i in cut]
+            starts = range(0, len(batches), _BATCH_SIZE)
+            batches = [tokenize(list(batches[i : i + _BATCH_SIZE])) for i in starts]
+        # The modules of the library write into the batch that they get, so they get a copy.
         forward = config.run.forward or (lambda model, batch: model(dict(batch)))
+        # What is collected are inputs of the model inside; what runs is the whole, which pools and compares.
         return batches, config.with_options(forward=lambda _, batch: forward(self.given, batch))
 
     @contextmanager
@@ -63,6 +66,7 @@ class SentenceHandle(ModelHandle):
         with self.inner.opened(config) as config:
             own, forward = vars(self.model), self.model.forward
 
+            # The model's own __call__ runs the hooks and then `forward`, which has to be the true one meanwhile.
             def called(*args: Any, **kwargs: Any) -> Any:
                 own["forward"] = forward
                 try:
@@ -93,6 +97,7 @@ class SentenceIntegration(TrainerIntegration):
     def opened(self, config: InitConfig) -> Iterator[tuple[InitConfig, Iterator[Any]]]:
         """Open it as another trainer; the losses of the pass do not count as losses of training."""
         with restoring("accum_loss_components", [self.trainer]), super().opened(config) as options_and_batches:
+            # A copy takes the losses of the pass: `restoring` puts back the object, not what is in it.
             self.trainer.accum_loss_components = copy.deepcopy(self.trainer.accum_loss_components)
             yield options_and_batches
 
@@ -101,6 +106,7 @@ class SentenceIntegration(TrainerIntegration):
 
         def forward(_: nn.Module, batch: Any) -> Any:
             try:
+                # A copy, since the trainer takes columns out of what it gets.
                 return {"loss": self.trainer.compute_loss(self.trainer.model, dict(batch))}
             except (ValueError, TypeError, KeyError, IndexError) as error:
                 raise LoraInitError(
@@ -116,7 +122,7 @@ class SentenceIntegration(TrainerIntegration):
 
 
 def _holders(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Find where the outermost models of transformers are."""
+    """Find where the outermost models of transformers are, or adapters on them; a model may hold others inside."""
     for name, child in module.named_children():
         if isinstance(child, PreTrainedModel) or hasattr(child, "peft_config"):
             yield module, name

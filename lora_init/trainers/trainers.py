@@ -29,6 +29,7 @@ from lora_init.trainers.put_back import undisturbed
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")
 # How arguments name the loss that the model computes from labels; most trainers' have no name for it.
 _OWN_LOSS = (None, "nll", "chunked_nll")
+# Libraries whose trainers are known here: what else overrides a method may do anything in it.
 _KNOWN = ("transformers", "trl", "sentence_transformers")
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
 
@@ -50,8 +51,10 @@ class TrainerIntegration:
     def classifies(self) -> bool:
         """Whether the trainer trains a classifier by the loss that the model computes from classes."""
         config = next(iter(getattr(self.trainer.model, "peft_config", {}).values()), None)
-        named = type(self.handle.model).__name__.endswith(_CLASSIFIERS)
-        return (getattr(config, "task_type", None) == "SEQ_CLS" or named) and self.has_plain_loss
+        is_of_task = getattr(config, "task_type", None) == "SEQ_CLS"
+        # A model without an adapter has no task type yet, only its class.
+        is_of_class = type(self.handle.model).__name__.endswith(_CLASSIFIERS)
+        return (is_of_task or is_of_class) and self.has_plain_loss
 
     @property
     def has_plain_loss(self) -> bool:
@@ -61,8 +64,10 @@ class TrainerIntegration:
     @property
     def changes_loss(self) -> bool:
         """Whether a function or smoothing of labels stands between the model's loss and the one that is trained by."""
-        own = {"compute_loss", "training_step"} & {*vars(self.trainer)} or self.trainer.compute_loss_func
-        return bool(own) or not leaves_loss(self.trainer.args) or has_own_loss(self.handle.model)
+        # Methods that were put on the trainer itself, and not on a class of its own: see `source_of_loss` for these.
+        if {"compute_loss", "training_step"} & {*vars(self.trainer)} or self.trainer.compute_loss_func:
+            return True
+        return not leaves_loss(self.trainer.args) or has_own_loss(self.handle.model)
 
     @property
     def gives_loss(self) -> bool:
@@ -79,8 +84,10 @@ class TrainerIntegration:
         """How long it will train, by its own count of steps; None if neither its arguments nor its data say so."""
         args, counted = self.trainer.args, self.trainer.set_initial_training_values
         with _loader(self.trainer) as loader:
-            if not has_length(getattr(loader, "dataset", None)):
-                return length_of(args, args.max_steps, loader) if args.max_steps > 0 else None
+            if not has_length(getattr(loader, "dataset", None)):  # a stream, of which only the arguments say how long
+                if args.max_steps <= 0:
+                    return None
+                return length_of(args, args.max_steps, loader)
             given = {"args": args, "dataloader": loader, "total_train_batch_size": examples_of_a_step(args)}
             taken = inspect.signature(counted).parameters  # transformers 4 has the last one
             steps = counted(**{name: given[name] for name in given if name in taken})[-1]
@@ -92,21 +99,26 @@ class TrainerIntegration:
         methods = ("create_optimizer", "get_optimizer_cls_and_kwargs", "create_optimizer_and_scheduler")
         if any(map(self._has_own, methods)):
             return f"that {self.name} makes itself"
-        made, setting = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args.optim
-        return getattr(made[0], "__name__", str(made[0])) if made else str(getattr(setting, "value", setting))
+        given, setting = getattr(self.trainer, "optimizer_cls_and_kwargs", None), self.trainer.args.optim
+        if given:  # the class and its arguments: it goes before the setting
+            return getattr(given[0], "__name__", str(given[0]))
+        return str(getattr(setting, "value", setting))
 
     @property
     def learning_rate(self) -> float | None:
         """The rate that it will train with; None if its optimizer has one of its own that is not known yet."""
-        made = getattr(self.trainer, "optimizer_cls_and_kwargs", None)
-        rate: float | None = made[1].get("lr") if made else self.trainer.args.learning_rate
+        given = getattr(self.trainer, "optimizer_cls_and_kwargs", None)
+        rate: float | None = self.trainer.args.learning_rate
+        if given:
+            rate = given[1].get("lr")
         return rate
 
     def set_rate(self, rate: float) -> None:
         """Set the rate in the arguments, and in those of an optimizer that the trainer was given with its own."""
         self.trainer.args.learning_rate = rate
-        if made := getattr(self.trainer, "optimizer_cls_and_kwargs", None):
-            self.trainer.optimizer_cls_and_kwargs = (made[0], made[1] | {"lr": rate})
+        if given := getattr(self.trainer, "optimizer_cls_and_kwargs", None):
+            # Another dictionary: the caller may use theirs for a second trainer.
+            self.trainer.optimizer_cls_and_kwargs = (given[0], given[1] | {"lr": rate})
 
     @property
     def schedule(self) -> str:
@@ -129,10 +141,15 @@ class TrainerIntegration:
     def source_of_loss(self) -> str:
         """The name of the library's class that says how the loss is computed; empty where a class of one's own does."""
         methods = ("compute_loss", "training_step")
+        # The first class, from the trainer's own upwards, that defines one of them.
         kind = next(kind for kind in type(self.trainer).__mro__ if {*methods} & {*vars(kind)})
+        if not _is_known(kind):
+            return ""
         # Of a library's class a patch may have put another function in the place of its own.
-        parts = [kind, *(getattr(kind, name) for name in methods if name in vars(kind))]
-        return kind.__name__ if all(map(_is_known, parts)) else ""
+        for name in methods:
+            if name in vars(kind) and not _is_known(getattr(kind, name)):
+                return ""
+        return kind.__name__
 
     @contextmanager
     def opened(self, config: InitConfig) -> Iterator[tuple[InitConfig, Iterator[Any]]]:
@@ -148,6 +165,7 @@ class TrainerIntegration:
         with self.handle.opened(config) as config:
             forward = run.forward or self.forward(with_labels=config.needs_gradient or config.start.needs_error)
             data = run.data or f"training batches of {self.name}"
+            # Before the loader is made, which holds the data set.
             _keep_for_training(trainer)
             with _loader(trainer) as loader:
                 check_repeats(loader)
@@ -180,9 +198,14 @@ class TrainerIntegration:
         def forward(model: nn.Module, batch: Any) -> Any:
             kept = {key: value for key, value in batch.items() if whole or key in taken}
             needed = getattr(model, "main_input_name", None)
-            found = any(key == needed or key.endswith(("embeds", "outputs")) for key in kept)
-            if not kept or (needed and not found):
-                wants = f"needs {needed}" if kept else "takes none of these"
+            # Embeddings, or an encoder's outputs, stand in for tokens.
+            has_input = any(key == needed or key.endswith(("embeds", "outputs")) for key in kept)
+            wants = ""
+            if not kept:
+                wants = "takes none of these"
+            elif needed and not has_input:
+                wants = f"needs {needed}"
+            if wants:
                 raise LoraInitError(
                     f"a batch of {self.name} has {', '.join(batch)}, and {type(model).__name__} {wants}. {self.advice}"
                 )
@@ -206,6 +229,7 @@ class TrainerIntegration:
         if self.handle.wraps_anew and trainer.args.gradient_checkpointing:
             model: Any = self.handle.model
             model.enable_input_require_grads()  # as trainers do for an adapter of their own
+        # Everywhere that a trainer keeps it from the moment that it is made.
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = adapted
 
 
@@ -239,6 +263,7 @@ def has_own_loss(model: nn.Module) -> bool:
 
 def leaves_loss(args: Any) -> bool:
     """Return whether a trainer's arguments leave the loss to the model, as it computes it from labels."""
+    # Arguments of trainers by preferences, such as DPO's and KTO's, have a beta.
     smooths, of_preferences = args.label_smoothing_factor, hasattr(args, "beta")
     return not smooths and not of_preferences and getattr(args, "loss_type", None) in _OWN_LOSS
 
@@ -251,9 +276,12 @@ class _Twice(IterableDataset[Any]):
         self.streams: list[Iterator[Any]] | None = None
 
     def __iter__(self) -> Iterator[Any]:
+        # One stream for the pass and one for the first epoch; `tee` keeps what only one of them has read.
         if self.streams is None:
             self.streams = list(tee(iter(self.rows)))
-        return self.streams.pop() if self.streams else iter(self.rows)
+        if self.streams:
+            return self.streams.pop()
+        return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from lora_init.adapters.init_config import InitConfig
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
@@ -31,11 +29,12 @@ class TRLIntegration(TrainerIntegration):
         """Return how a batch is run: with the loss of routers weighed as TRL weighs it, and models do not know."""
         run, weight = super().forward(with_labels), getattr(self.trainer, "router_aux_loss_coef", None)
 
-        def forward(model: nn.Module, batch: Any) -> Any:
-            of_routers: list[Any] = [model] if weight is not None and hasattr(model, "router_aux_loss_coef") else []
-            with restoring("router_aux_loss_coef", of_routers):
-                for one in of_routers:
-                    one.router_aux_loss_coef = weight
+        def forward(model: Any, batch: Any) -> Any:
+            if weight is None or not hasattr(model, "router_aux_loss_coef"):
+                return run(model, batch)
+            # The model weighs this loss by an attribute of its own.
+            with restoring("router_aux_loss_coef", [model]):
+                model.router_aux_loss_coef = weight
                 return run(model, batch)
 
         return forward
@@ -49,6 +48,7 @@ class TRLIntegration(TrainerIntegration):
     def batches(self, loader: Any) -> Iterator[Any]:
         """Read batches; of those of DPOTrainer both answers count."""
         for batch in super().batches(loader):
+            # The mask marks the answers: prompts and padding are left out.
             if "labels" not in batch and "completion_mask" in batch:
                 yield {**batch, "labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)}
             else:
@@ -60,6 +60,7 @@ def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
     if not target_modules or "fused_lm_head" not in taken:
         return
     head = model.get_output_embeddings()
+    # By identity, since a head may be selected by a name, an ending or an expression.
     selected = find_targets(model, target_modules).layers
     if any(model.get_submodule(layer) is head for layer in selected):
         raise LoraInitError(
