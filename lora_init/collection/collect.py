@@ -206,6 +206,7 @@ def collect(
         rank=rank, max_batches=max_batches, rho=rho, tolerance=tolerance, seed=seed, skip_bad_batches=skip_bad_batches
     )
     _check_options(center, gradients, forward, loss)
+    # Autocast as the caller has it now: from here on it is on for the model alone.
     model, precision = unwrapped(model), Precision()
     if task_type is None and task_of(model) in HEADS:
         task_type = task_of(model)  # PEFT then trains the head whole and saves it
@@ -220,7 +221,7 @@ def collect(
         left_out = warn_of_experts_left_out(modules, targets.layers)
     # The file knows no scalars of numpy.
     settings = {
-        **getattr(batches, "settings", {}),
+        **getattr(batches, "settings", {}),  # how `load_batches` made them
         "dtype": dtype_of(model),
         "heads": new_heads(model),
         "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
@@ -360,7 +361,7 @@ def _with_earlier(job: _Job, start: Position, earlier: Statistics | None, collec
 
 
 def _save_so_far(file: Path, run: Pass, processes: Processes, frozen: Callable[[Collected], Statistics]) -> None:
-    """Merge what all processes have found so far, and let the first one write it."""
+    """Merge what all processes have collected so far, and let the first one write it."""
     so_far = processes.merge(run.found)
     if processes.rank == 0 and any(so_far.n_batches):
         _write(file, frozen(so_far))
@@ -481,6 +482,7 @@ def check_batches(batches: Any, taker: str) -> None:
 
 def _check_numbers(**numbers: Any) -> None:
     for name, number in numbers.items():
+        # torch's own bound of a seed; most other numbers are counts.
         least = {"tolerance": 0, "skip_bad_batches": 0, "seed": -(2**63)}.get(name, 1)
         check_number(name, number, least, whole=name not in ("rho", "tolerance"))
 
@@ -507,6 +509,7 @@ def _earlier(job: _Job) -> Statistics | None:
     if file is None or job.overwrite or not file.exists():
         return None
     earlier = Statistics.load(file)
+    # Not an OtherSettingsError, whose remedy is `overwrite`: that would throw away what another model's pass collected.
     if earlier.provenance.fingerprint != ours.fingerprint:
         raise LoraInitError(
             f"{file} was made from another model ({earlier.provenance.model}), not from this one "
@@ -564,6 +567,7 @@ def _completed(made: Provenance, collected: Collected, start: Position, groups: 
     if start.common_loader:
         used = [sum(used)]
     position = replace(start, used=used, bad_batches=len(collected.bad))
+    # A batch that failed is used up, but nothing was learned from it.
     n_batches = sum(collected.n_batches) - len(collected.bad)
     return replace(
         made,

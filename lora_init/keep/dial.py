@@ -257,6 +257,7 @@ def dial(
 def _check_scalable(layers: Mapping[str, Any], where: str) -> None:
     """Refuse layers whose B cannot be multiplied by a strength."""
     for name, layer in layers.items():
+        # Then the weight of the base holds the update, whatever the scaling is.
         if layer.merged:
             raise LoraInitError(f"{where} is merged into the base. Call unmerge_adapter() first.")
         if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
@@ -337,7 +338,7 @@ def _thirds(batches: list[Any], rule: Rule, seed: int, shifted: bool) -> _Thirds
     for batch in batches:
         examples += _examples(batch, shifted)
     random.Random(seed).shuffle(examples)
-    size = max(len(batch["labels"]) for batch in batches)
+    size = max(len(batch["labels"]) for batch in batches)  # which fits the memory, as the caller's batches did
     fit = list(_batched(examples[0::3], size, seed))
     choose = list(_batched(examples[1::3], size, seed))
     report = list(_batched(examples[2::3], size, seed))
@@ -528,7 +529,7 @@ def fits_of(
         yield half_point
         yield full_point
         is_kept = rule.keep_within is not None and full_point.rise <= rule.keep_within
-        # A rise as trained that is below zero, where nothing was forgotten, must not turn the gain around.
+        # Where nothing was forgotten the rise as trained is not above zero: then any fall is a gain.
         gains_little = full_point.rise > least - _GAIN * max(trained, 0.0)
         if is_kept or full_point.task > limit or gains_little:
             break
@@ -600,6 +601,7 @@ def fit_strengths(
         for b in matrices:
             b.requires_grad_(True)
         for step in range(steps):
+            # Into B itself, and not by `strengths`: PEFT adapts experts as parameters, where a scaling has no gradient.
             for b, b_trained, value in zip(matrices, trained, values.tolist(), strict=True):
                 b.data = b_trained * value
             gradient = torch.zeros(len(matrices))
@@ -615,7 +617,7 @@ def fit_strengths(
             values.grad = gradient
             adam.step()
             schedule.step()
-            values.data.clamp_(0.0, STRONGEST)
+            values.data.clamp_(0.0, STRONGEST)  # below 0 a layer would do the opposite of what it learned
     return dict(zip(outputs, values.tolist(), strict=True))
 
 

@@ -130,6 +130,7 @@ class Dial:
         figure = Figure(figsize=(11.0, 4.6), dpi=110, layout="constrained")
         left, right = figure.subplots(1, 2)
         steps, base = [point.strength for point in self.curve], self.curve[0].task
+        # Both above the base's, so that one axis holds losses of different size.
         left.plot(steps, [point.task - base for point in self.curve], "o-", color="#0072B2", label="task")
         left.plot(steps, [point.rise for point in self.curve], "^--", color="#D55E00", label="text to keep")
         left.set(xlabel="strength, the same in all layers", ylabel="loss above the base's")
@@ -196,6 +197,7 @@ def write_dialed(
             dialed_layers[name] = dialed_layers[name].rescaled(kept.scaling)
     with new_directory(path, overwrite, **OURS) as fresh:
         write_peft(fresh, replace(kept, layers=dialed_layers), base)
+        # Few engines read these, but B stays as trained.
         if alpha_pattern:
             config = read_json(fresh / CONFIG_FILE)
             alphas = {name: alpha_for(layer.scaling, layer.rank) for name, layer in dialed_layers.items()}

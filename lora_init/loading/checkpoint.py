@@ -103,9 +103,13 @@ def find_parameter(
         pieces = as_saved(model, name, torch.arange(shape[0] * shape[1]).reshape(shape))
     except (AttributeError, KeyError, ValueError, RuntimeError, NotImplementedError):
         return {}
-    if not all(piece in tensors and tensors[piece].shape == tuple(pieces[piece].shape) for piece in pieces):
-        return {}
-    return {tensors[piece]: places for piece, places in pieces.items()}
+    parts: dict[Stored, Tensor | None] = {}
+    for piece, places in pieces.items():
+        # A checkpoint that was saved in another way has another layout, which would be read wrongly.
+        if piece not in tensors or tensors[piece].shape != tuple(places.shape):
+            return {}
+        parts[tensors[piece]] = places
+    return parts
 
 
 def read_parameter(stored: Mapping[Stored, Tensor | None], shape: tuple[int, ...]) -> Tensor:

@@ -333,7 +333,7 @@ def _difference(text: str, other: str) -> tuple[int, int]:
 _ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function_call": "assistant", "observation": "tool", "function_response": "tool",
-    **{role: role for role in ("user", "assistant", "system", "developer", "tool")},
+    "user": "user", "assistant": "assistant", "system": "system", "developer": "developer", "tool": "tool",
 }  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def open_model(source: str, *, task_type: str | None = None, trust_remote_code: 
 
     config = _guarded(source, transformers.AutoConfig.from_pretrained, **options)
     found_task, auto_class = task_and_class(source, config, task_type)
-    if local and not any(any(Path(source).expanduser().glob(name)) for name in _TOKENIZER_FILES):
+    if local and not _has_tokenizer(Path(source).expanduser()):
         raise LoraInitError(
             f"model {source!r} has no tokenizer beside it. Save the tokenizer of the base model there: "
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(DIRECTORY)."
@@ -219,6 +219,14 @@ def open_model(source: str, *, task_type: str | None = None, trust_remote_code: 
         architectures = getattr(config, "architectures", None) or [""]
         saved_as = architectures[0]
     return ModelSource(source, config, tokenizer, found_task, auto_class, options, saved_as)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    for pattern in _TOKENIZER_FILES:
+        first = next(directory.glob(pattern), None)
+        if first is not None:
+            return True
+    return False
 
 
 def load_model(

@@ -38,12 +38,13 @@ def without_trace(loader: Any) -> Iterator[None]:
     with undisturbed(), ExitStack() as stack:
         reads = getattr(loader, "base_dataloader", loader)  # accelerate's holds the one that reads
         collate = getattr(reads, "collate_fn", None)
+        # accelerate's loader and torch's inside it may have samplers of their own, and so may what makes batches.
         samplers = [getattr(one, "sampler", None) for one in (loader, reads, _source_of(loader))]
         batches, data = getattr(loader, "batch_sampler", None), getattr(reads, "dataset", None)
         data = None if is_used_up(data) else data  # a stream goes on
         # Loaders count batches for themselves.
         of_loaders = [one for held in (loader, reads) for one in vars(held).values() if isinstance(one, GENERATORS)]
-        seen: set[int] = set()
+        seen: set[int] = set()  # one for all, since they hold each other
         for one in (*of_loaders, *samplers, batches, _source_of(loader), data, collate):
             put_back(one, stack, seen)
         put_back_values(getattr(collate, "__self__", None), stack, seen)  # of a trainer, perhaps
@@ -79,13 +80,15 @@ def _copied(used: Any, *shared: Any) -> Any:
     """Copy something with all that it holds but models and what is shared; itself where that is not possible."""
     if isinstance(used, MethodType):  # of a trainer, perhaps
         return used
-    with suppress(Exception):
+    with suppress(Exception):  # a class may raise what it likes when it is copied
+        # In the memo of deepcopy stands what was copied already, so that this is taken as it is.
         return copy.deepcopy(used, {id(one): one for one in (*shared, *_models_in(used))})
     return used
 
 
 def _models_in(holder: Any, depth: int = 3) -> Iterator[nn.Module]:
     """Find the models that something holds, as a collator may, which another may hold."""
+    # Not deeper, since objects may hold each other in circles.
     for value in getattr(holder, "__dict__", {}).values() if depth else ():
         if isinstance(value, nn.Module):
             yield value
@@ -105,13 +108,14 @@ def examples_of_a_step(args: Any) -> int:
 
 def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     """Describe a training of so many steps by a trainer's arguments and its loader."""
+    # `len(loader)` counts the batches of this process, and `each` below the examples of a batch of all of them.
     steps, accumulated, data = int(steps), args.gradient_accumulation_steps, getattr(loader, "dataset", None)
     if not has_length(data) or not has_length(loader):
         return TrainingLength(steps, max(1, round(_examples_of_a_batch(args, loader, _draw(loader, 1)) * accumulated)))
     epochs = steps / math.ceil(len(loader) / accumulated)
     drawn = _draw(loader, max(1.0, epochs))
     each = _examples_of_a_batch(args, loader, drawn)
-    if not drawn.batches:
+    if not drawn.batches:  # then each example comes once in an epoch, as far as is known
         an_epoch = min(len(data), len(loader) * each)
         return TrainingLength(steps, max(1, round(min(each * accumulated, an_epoch))), max(1, round(an_epoch)))
     counts, sampler = Counter(chain.from_iterable(drawn.batches)), getattr(_source_of(loader), "sampler", None)
@@ -121,6 +125,8 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     an_epoch = counts.total() * drawn.rows_an_item * parts / drawn.epochs
     batch_size = max(1, round(min(each * accumulated, an_epoch)))
     length = TrainingLength(steps, batch_size, max(batch_size, round(different * drawn.rows_an_item)))
+    # In the mean over draws and not over examples: what is learned from is what is drawn. For counts c an example comes
+    # sum c^2 / sum c times, which is 1 if each comes once.
     again = sum(count * count for count in counts.values()) / counts.total() - 1.0  # how often a draw comes once more
     seen = 1.0 + again * epochs / drawn.epochs
     return length if abs(seen / length.epochs - 1.0) < _EVEN else replace(length, seen=seen)
@@ -163,17 +169,18 @@ def _draw(loader: Any, epochs: float) -> _Drawn:
         return _Drawn()
     n_batches = len(source)  # of an epoch
     batches: list[list[Any]] = []
-    played, n_drawn = 0.0, 0
-    with undisturbed(), suppress(Exception):
+    played, n_drawn = 0.0, 0  # epochs and examples
+    with undisturbed(), suppress(Exception):  # a sampler of one's own may raise what it likes; then nothing is known
         # Whoever draws may hold the data, which stay where they are.
         inner = getattr(source, "sampler", None)
         source = _copied(source, data, *(getattr(one, "data_source", None) for one in (source, inner)))
         for epoch in count():
             if played >= epochs or n_drawn >= _MOST_DRAWN:
                 break
+            # A sampler that has `set_epoch` draws the same each time without it; `id` stands in for no method.
             for one in (source, getattr(source, "sampler", None)):
                 getattr(one, "set_epoch", id)(epoch)
-            part = min(1.0, epochs - played)
+            part = min(1.0, epochs - played)  # the training may end within an epoch
             for one in islice(source, math.ceil(part * n_batches)):  # which may not end by itself
                 batches.append(_numbers(one))
                 n_drawn += len(batches[-1])
@@ -193,10 +200,12 @@ def _numbers(drawn: Any) -> list[Any]:
 def _rows_of_an_item(loader: Any, batches: list[list[Any]]) -> float:
     """Count the rows that an item of the data becomes: it may be a batch, or a long text that the collator parts."""
     numbers = [*dict.fromkeys(chain.from_iterable(batches))]
+    # Spread over what is drawn: neighbors may be of one kind.
     some = [[number] for number in numbers[:: max(1, len(numbers) // _ASKED)][:_ASKED]]
     rows = []
     with undisturbed(), suppress(Exception):
         data, collate = loader.dataset, _copied(loader.collate_fn)
+        # As torch's loader fetches: items one by one and put together, or, without batches, what a sampler draws.
         if loader.batch_sampler is not None:
             rows = [_rows_of(collate([data[i] for i in items])) for items in some]
         elif any(len(batch) > 1 for batch in batches):  # the data are asked for whole batches

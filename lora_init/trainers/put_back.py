@@ -33,7 +33,7 @@ _LEFT_ALONE = (nn.Module, type, ModuleType, logging.Logger, Trainer, TrainingArg
 def undisturbed() -> Iterator[None]:
     """Draw random numbers, of torch, numpy and Python, as collators do, that will be drawn again after the block."""
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # of the processor alone, where collators draw
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         yield
@@ -44,15 +44,18 @@ def put_back(held: Any, stack: ExitStack, seen: set[int], depth: int = 8) -> Non
 
     Objects are looked into so deep, and containers of few values; models, trainers and modules of Python are not.
     """
+    # Objects hold each other in circles. What several hold is put back once, to what it was at first.
     if id(held) in seen:
         return
     seen.add(id(held))
+    # A stack undoes the last first: what an object holds is put back before the object itself.
     if putting := _state_of(held):
         stack.callback(*putting)
     for one in _inside(held):
         put_back(one, stack, seen, depth)
     if depth and not isinstance(held, (*_VALUES, *_LEFT_ALONE)):
         own, slots = getattr(held, "__dict__", {}), _slots(held)
+        # Attributes may be bound anew, added or deleted: so the dictionary is refilled, and not updated.
         stack.callback(_refill, own, dict(own))
         for name, value in slots.items():
             stack.callback(object.__setattr__, held, name, value)  # also of an object that is frozen
@@ -63,12 +66,14 @@ def put_back(held: Any, stack: ExitStack, seen: set[int], depth: int = 8) -> Non
 def put_back_values(holder: Any, stack: ExitStack, seen: set[int]) -> None:
     """Let the stack put back plain values of an object, as of a trainer, which gets its model meanwhile."""
     own = {} if isinstance(holder, nn.Module) else getattr(holder, "__dict__", {})
+    # Updated, and not refilled: what the holder gets meanwhile, such as its model, stays.
     stack.callback(own.update, {name: one for name, one in own.items() if one is None or isinstance(one, _VALUES)})
     for value in own.values():
         put_back(value, stack, seen, 0)
 
 
 def _slots(held: Any) -> dict[str, Any]:
+    # Each class names its own alone, and a slot that was never set has no value.
     names = [name for kind in type(held).__mro__ for name in getattr(kind, "__slots__", ())]
     return {name: getattr(held, name) for name in names if not name.startswith("__") and hasattr(held, name)}
 
@@ -81,11 +86,12 @@ def _state_of(held: Any) -> tuple[Any, ...]:
         return setattr, held.bit_generator, "state", held.bit_generator.state
     if isinstance(held, random.Random):
         return held.setstate, held.getstate()
-    if type(held) in _CONTAINERS:
+    if type(held) in _CONTAINERS:  # exactly, see there
         return _refill, held, copy.copy(held)
     if isinstance(held, (Tensor, np.ndarray)) and _can_be_set(held):
         return _set, held, held.detach().clone() if isinstance(held, Tensor) else held.copy()
     if isinstance(held, FunctionType):
+        # A closure counts in its cells. Other values there are looked into as what the function holds.
         return _fill, [(cell, value) for cell, value in cells_of(held) if value is None or isinstance(value, _VALUES)]
     return ()
 
@@ -94,6 +100,7 @@ def _inside(held: Any) -> list[Any]:
     """Return the values of a container that has few, and what a function holds or draws by."""
     if isinstance(held, (list, deque, set, dict, tuple)):
         return [*(held.values() if isinstance(held, dict) else held)] if len(held) <= _FEW else []
+    # `functools.partial` and methods keep what they are called with where `vars` does not show it.
     if isinstance(held, partial):
         return [held.func, held.args, held.keywords]
     if isinstance(held, MethodType):
@@ -104,6 +111,7 @@ def _inside(held: Any) -> list[Any]:
     with suppress(ValueError):  # of a variable that is not set yet
         named = [*inspect.getclosurevars(held).globals.values()]
     own = [held.__defaults__, held.__kwdefaults__, vars(held), *(value for _, value in cells_of(held))]
+    # Of its globals only the generators that it draws by: the others are of its whole module.
     return own + [one for one in named if isinstance(one, GENERATORS)]
 
 
@@ -116,14 +124,15 @@ def _can_be_set(numbers: Any) -> bool:
     """Check whether numbers are few enough to be a state, and can be written to."""
     if isinstance(numbers, np.ndarray):
         return bool(numbers.flags.writeable) and numbers.size <= _MOST_NUMBERS
+    # A tensor that expands another has several entries in one place, and cannot be written to at once.
     whole = numbers.layout is torch.strided and numbers.is_contiguous() and not numbers.is_meta
     return whole and not (numbers.requires_grad or numbers.is_inference()) and numbers.numel() <= _MOST_NUMBERS
 
 
 def _set(numbers: Any, held: Any) -> None:
-    numbers[...] = held
+    numbers[...] = held  # in place, for whoever else holds them
 
 
 def _refill(container: Any, held: Any) -> None:
-    container.clear()
+    container.clear()  # in place, and a dictionary gets its order back, too
     (container.extend if isinstance(container, (list, deque)) else container.update)(held)
