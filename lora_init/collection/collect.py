@@ -242,7 +242,7 @@ def collect(
         n_linear=count_linear(model, targets.layers, task_type),
         quantisation=quantization_of(model),
         target_modules=_sorted_patterns(target_modules),
-        exclude_modules=_sorted_patterns(exclude_modules),
+        exclude_modules=None if exclude_modules is None else _sorted_patterns(exclude_modules),
         target_parameters=None if target_parameters is None else sorted(target_parameters),
         task_type=task_type,
         data=str(data or ""),
@@ -644,9 +644,9 @@ def _continued(earlier: Statistics, later: Statistics) -> Statistics:
     return replace(merged, provenance=made)
 
 
-def _sorted_patterns(patterns: str | Collection[str] | None) -> str | list[str] | None:
-    """Bring names into one order, so that a set compares with a list; one expression and None stay as they are."""
-    if patterns is None or isinstance(patterns, str):
+def _sorted_patterns(patterns: str | Collection[str]) -> str | list[str]:
+    """Bring names into one order, so that a set compares with a list; one expression stays as it is."""
+    if isinstance(patterns, str):
         return patterns
     return sorted(patterns)
 

@@ -178,6 +178,7 @@ class Shard:
         If `error` is set when the data ends, that may have been the end of the iterator, as of a generator, and nobody
         knows what else it had.
         """
+        # Positions are counted also where reading fails, so that they are the same for a pass that goes on later.
         while True:
             here, self._next = self._next, self._next + 1
             try:
@@ -208,7 +209,7 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: Sequence[int
             "works only as long as all want as many. Prepare it with dispatch_batches=False."
         )
     stream = iter(batches)
-    with processes.interruptible():
+    with processes.interruptible():  # data may be slow to begin
         first = list(islice(stream, 1))
     digests = processes.gather([digest_of(batch) for batch in first])
     spare = None

@@ -133,7 +133,7 @@ def load_batches(
     _warn_of(drawn, reader, rows.label, max_length)
     n_usable = round(len(rows.table) * (1.0 - drawn.left_out.total() / drawn.n_read))  # that can be trained on
     is_stream = type(source).__name__ == "IterableDataset"
-    settings = {
+    settings: dict[str, Any] = {
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
         "batch_size": batch_size, "seed of the sample": seed,
         "rows": None if is_stream and len(rows.table) == MOST_STREAMED else n_usable,  # it may go on

@@ -134,7 +134,7 @@ class ModelSource:
         import torch
 
         if dtype != "auto":
-            return getattr(torch, dtype)
+            return getattr(torch, dtype)  # a name of DTYPES
         # Quantized weights cannot be brought into another type after they are loaded.
         saved_in = getattr(self.config, "dtype", None)
         if quantize is not None and is_better_in_float32(saved_in, place):
@@ -163,6 +163,7 @@ def _drawn_weights(name: str, model: Any, loading: Mapping[str, Any]) -> frozens
         names.add(key if isinstance(key, str) else key[0])
     drawn = frozenset(names)
     n_weights = len(list(model.parameters()))
+    # A new head alone is no more than a few of them.
     if 2 * len(drawn) > n_weights:
         raise LoraInitError(
             f"model {name!r} lacks {len(drawn)} of {n_weights} weights, such as {min(drawn)}, which would be "
@@ -179,7 +180,7 @@ def on_meta(model_class: Any, config: Any) -> Any:
     if make is None and getattr(model_class, "config_class", None) is not None:
         make = model_class
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes alone: nothing is allocated
             return make(config)
     except (ValueError, AttributeError, TypeError):
         return None

@@ -37,10 +37,12 @@ class axolotl(BasePlugin):
 
     def get_input_args(self) -> str:
         """Name the schema of `lora_init:`."""
+        # By name: axolotl imports it, and adds its fields to those of the YAML file.
         return f"{__name__}.AxolotlArgs"
 
     def pre_model_load(self, cfg: Any) -> None:
         """Create the callback; refuse options that create the adapter, and fused kernels, which bypass the layers."""
+        # Here and not when the trainer is made: what is refused is refused before the weights are read.
         if cfg.lora_model_dir:
             raise LoraInitError(
                 f"lora_model_dir: {cfg.lora_model_dir} makes the adapter, too. Leave it or lora_init out."

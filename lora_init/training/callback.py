@@ -184,7 +184,7 @@ class StartCallback(TrainerCallback):
         check_repeats(train_dataloader)
         with without_trace(train_dataloader):
             length = length_of(args, state.max_steps, train_dataloader)
-        each = length.batch_size / args.gradient_accumulation_steps
+        each = length.batch_size / args.gradient_accumulation_steps  # examples of a batch, of all processes
         config = self.config.with_options(max_batches=math.ceil(self.samples / each))
         with handle.opened(config) as config:
             with without_trace(train_dataloader):
@@ -197,16 +197,19 @@ class StartCallback(TrainerCallback):
                         f"method={config.start.name!r}: a start from gradients needs the gradient of the training "
                         f"loss, and this one is not what the model computes from labels. Take method={DEFAULT!r}."
                     )
+                # Before the pass, which is what takes long.
                 if self.measured:
                     check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
                     _check_one_rate(optimizer)
                     _check_schedule(rest.get("lr_scheduler"))
+                # The first batch was read to see what it has, and is learned from, too.
                 init = run(handle, chain([first], batches), config.with_options(data="training batches"))
             handle.put(init, "")  # now: the data may hold parameters, which are put back as they were, too
         rate = replace(init, length=length).rate
         if self.measured and rate and _rate_of(optimizer):
             _set_rate(rate.rate, rest["optimizer"], rest["lr_scheduler"], args.lr_scheduler_kwargs)
             args.learning_rate = rate.rate
+        # With the measured rate this still compares the schedule.
         trained_at, schedule = _rate_of(optimizer), schedule_of(args, rest.get("lr_scheduler"), state.max_steps)
         if rate and is_plain_loss:
             for line in rate.far_off(trained_at, type(optimizer).__name__, schedule):
@@ -262,6 +265,7 @@ def _check_replay(args: TrainingArguments, tokenizer: Any) -> None:
 
 
 def _check_dial(args: TrainingArguments, model: Any) -> None:
+    # By its value: transformers has an enumeration, and a tool may have put a text there.
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
         raise LoraInitError(
             "dial needs an eval data set, and eval_strategy steps or epoch: it chooses on held-out batches."
@@ -281,6 +285,7 @@ def _rate_of(optimizer: Any) -> float:
 
 
 def _rate_of_group(group: Mapping[str, Any]) -> float:
+    # A schedule keeps the rate that it began with beside the one of now, which warm-up has lowered.
     return float(group.get("initial_lr", group["lr"]))
 
 
