@@ -23,7 +23,6 @@ TRAINERS = {
 
 def is_trainer(given: Any) -> bool:
     """Return whether this is a trainer and no model, without importing transformers."""
-
     return hasattr(given, "get_train_dataloader") and hasattr(given, "train_dataset")
 
 
