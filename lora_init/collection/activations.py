@@ -133,7 +133,7 @@ class ActivationHooks:
         """Take the mask of a call, where `forward` makes several of a batch, as for questions and their passages."""
         if self._rows is not None or self._sink is None:
             return
-        # The mask of the whole batch, which `watch` took, goes before that of a call.
+        # The mask of the whole batch, which `watch` took, goes before the mask of a call.
         has_own_mask = isinstance(self._batch, Mapping) and "attention_mask" in self._batch
         if not has_own_mask and isinstance(kwargs.get("attention_mask"), Tensor):
             self.masks.start(kwargs)
@@ -165,7 +165,7 @@ class ActivationHooks:
                 # Channels to the end, as of a linear layer: batch x d_out x places -> batch x places x d_out.
                 y = y.movedim(-1 - len(patches.kernel), -1)
             bias = getattr(module, "bias", None)
-            if bias is not None:  # an adapter adds to W x, so the size that it is held against is that of W x
+            if bias is not None:  # an adapter adds to W x, so it is held against the size of W x
                 y = y - bias
             self._sink.output(name, y, tokens)
 

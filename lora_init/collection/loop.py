@@ -165,7 +165,7 @@ def falls_sharply(shares: Sequence[float]) -> bool:
 
 def row_norms(x: Tensor, rows: Tensor | None, order: int) -> Tensor:
     """Compute the norm of each row of x [..., d], or of those named: [n], in float32 at least."""
-    # [..., d] -> [n]; squares of bfloat16 would lose digits, those of float16 overflow
+    # [..., d] -> [n]; squares would lose digits in bfloat16, and overflow in float16
     norms: Tensor = torch.linalg.vector_norm(x, order, -1, dtype=torch.promote_types(x.dtype, torch.float32)).flatten()
     if rows is None:
         return norms
@@ -421,7 +421,7 @@ def run_pass(
     collected, total, n_bad, saved = run.found, 0, 0, time.monotonic()
     while True:
         position, batch = _next_batch(run, shard, total, max_batches, processes)
-        # One clock decides: those of several processes would not all say so in the same step.
+        # One clock decides: several would not all say so in the same step.
         due = processes.rank == 0 and time.monotonic() - saved > SAVE_EVERY
         reading, converged, interrupts, saving, failed = processes.sum(
             batch is not None, run.converged, processes.interrupted, due, run.failure is not None

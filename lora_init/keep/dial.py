@@ -494,7 +494,7 @@ def _losses_at(
 def _report(
     model: PeftModel, task: list[Any], kept: list[Any], points: Mapping[str, Point]
 ) -> tuple[dict[str, Change], dict[str, Change], tuple[int, int]]:
-    """Measure points on examples held out from the choice: the task's changes, those of text to keep, and both sizes.
+    """Measure points on examples held out from the choice: the task's changes, the changes of text to keep, and sizes.
 
     The task is compared with the adapter as trained, which a user has today; text to keep with the base, which knew it.
     """
@@ -544,8 +544,8 @@ def _ratio(losses: Tensor) -> float:
 def change_of(losses: Tensor, reference: Tensor) -> Change:
     """Compare two losses of the same examples; the interval is for a ratio of sums over examples.
 
-    Examples are drawn, not labels, so that both sums are random. The variance is that of the ratio's linearization: the
-    squares of (difference - change x labels) of each example, which sum to zero before they are squared.
+    Examples are drawn, not labels, so that both sums are random. The variance is the linearized ratio's: it squares
+    (difference - change x labels) of each example, which sum to zero before they are squared.
     """
     change = _ratio(losses) - _ratio(reference)
     n = len(losses)
@@ -596,7 +596,7 @@ def fit_strengths(
     adam = torch.optim.Adam([values], lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
     with restoring("requires_grad", model.parameters()), restoring("data", matrices), evaluating(model):
-        # Gradients of B alone: those of the base would cost memory and time.
+        # Gradients of B alone: gradients of the base would cost memory and time.
         model.requires_grad_(False)
         for b in matrices:
             b.requires_grad_(True)

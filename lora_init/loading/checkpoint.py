@@ -52,7 +52,7 @@ def find_tensors(source: str) -> dict[str, Stored]:
 
 
 def _files_of(directory: Path) -> list[str]:
-    """Name the files of a checkpoint: those of its index, or the one file without an index."""
+    """Name the files of a checkpoint: what its index names, or the one file without an index."""
     index = directory / INDEX_FILE
     if not index.is_file():
         return ["model.safetensors"]

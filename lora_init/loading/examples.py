@@ -71,7 +71,7 @@ def recipe(names: list[str], place: str, tokenizer: Any, wanted: Wanted, texts: 
 
 
 def _by_format(name: str, form: Format, names: list[str], place: str, tokenizer: Any) -> ExampleRecipe:
-    """Read rows by a format, with those of its optional columns that there are."""
+    """Read rows by a format, with its optional columns as far as there are any."""
     if form.is_chat:
         _check_chat_template(tokenizer, f"{place} has a column {form.columns[0]!r}")
     optional = [column for column in form.optional if column in names]

@@ -211,8 +211,8 @@ def _number(name: str) -> float | None:
 def _encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool, ends: bool) -> Encoded | None:
     """Tokenize prompt and answer as one text, as training does: tokens at the seam differ from the parts' tokens.
 
-    So the labels of a stretch begin with the first token that the text before it, tokenized alone, does not have, and
-    end where that of the text up to its end ends. None if there is no token.
+    So the labels of a stretch begin where the tokens of the whole differ from the text before the stretch, tokenized
+    alone, and end where they differ from the text up to its end. None if there is no token.
     """
 
     def tokens(text: str, role: str = "text") -> list[int]:

@@ -37,7 +37,7 @@ class axolotl(BasePlugin):
 
     def get_input_args(self) -> str:
         """Name the schema of `lora_init:`."""
-        # By name: axolotl imports it, and adds its fields to those of the YAML file.
+        # By name: axolotl imports it, and adds its fields to the schema of the YAML file.
         return f"{__name__}.AxolotlArgs"
 
     def pre_model_load(self, cfg: Any) -> None:

@@ -137,7 +137,7 @@ class StartCallback(TrainerCallback):
             batch[key] = torch.cat([text[key] for text in texts]).to(model.device)  # all of one length
         share = len(texts) * args.world_size / examples_of_a_step(args)  # processes take a mean of theirs
         weight = _TEXT_WEIGHT * share
-        # Its own backward pass: gradients add up, and the trainer's loss, which it reports, stays that of its data.
+        # Its own backward pass: gradients add up, and the trainer's loss, which it reports, stays the loss of its data.
         (weight * model.train()(**batch).loss).backward()
 
     def on_train_end(
