@@ -24,17 +24,24 @@ from lora_init.packages import Group, check_takes
 def _ray(address: str, gpus: float, directory: Path) -> Executor:
     import ray
 
-    if not ray.is_initialized():
-        where = f"ray:{address}" if address.startswith("//") else address or "auto"  # which reads RAY_ADDRESS
+    if not ray.is_initialized():  # a second `ray.init` would raise
+        where = address or "auto"  # "auto" reads RAY_ADDRESS
+        if address.startswith("//"):  # of `ray://HOST:PORT`, whose first word was taken for the engine's name
+            where = f"ray:{address}"
         ray.init(where, log_to_driver=False, logging_level="error")
+    if not ray.cluster_resources().get("GPU"):  # a task that asks for what no node has would never begin
+        gpus = 0
     # A run that is lost is counted and done again by the comparison, so not by Ray.
-    options: Any = {"num_cpus": 1, "num_gpus": gpus if ray.cluster_resources().get("GPU") else 0, "max_retries": 0}
+    options: Any = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 0}
 
     def begin(function: Callable[..., Any], *arguments: Any) -> Begun:
         task = ray.remote(**options)(function).remote(*arguments)
-        return partial(ray.get, task), partial(ray.cancel, task, force=True)
+        return partial(ray.get, task), partial(ray.cancel, task, force=True)  # by force: also a call that runs
 
-    return Remote(begin, lambda: {x["NodeID"]: x["NodeManagerHostname"] for x in ray.nodes() if x["Alive"]})
+    def nodes() -> dict[Any, Any]:
+        return {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+
+    return Remote(begin, nodes)
 
 
 def _dask(address: str, gpus: float, directory: Path) -> Executor:
@@ -43,11 +50,16 @@ def _dask(address: str, gpus: float, directory: Path) -> Executor:
     client: Any = Client(address, timeout=10, set_as_default=False)
 
     def nodes(what: str = "host") -> dict[Any, Any]:
-        return {key: worker[what] for key, worker in client.scheduler_info(n_workers=-1)["workers"].items()}
+        workers = client.scheduler_info(n_workers=-1)["workers"]  # -1: all of them, and not the first few
+        return {key: worker[what] for key, worker in workers.items()}
 
-    resources = {"GPU": gpus} if any("GPU" in there for there in nodes("resources").values()) else None
+    # Dask knows of GPUs only where a worker was started with `--resources GPU=N`.
+    resources = None
+    if any("GPU" in declared for declared in nodes("resources").values()):
+        resources = {"GPU": gpus}
 
     def begin(function: Callable[..., Any], *arguments: Any) -> Begun:
+        # Not pure: Dask would answer a call that is repeated from the one before.
         task = client.submit(function, *arguments, pure=False, resources=resources)
 
         def end() -> None:  # a call that runs ends with its process, which a nanny starts again
@@ -64,17 +76,21 @@ def _slurm(address: str, gpus: float, directory: Path) -> Executor:
     import yaml  # type: ignore[import-untyped]
     from submitit import SlurmExecutor
 
-    options = {"job_name": "lora-init", "time": 60} | ({"gpus_per_node": gpus} if torch.cuda.is_available() else {})
-    asked = yaml.safe_load(Path(address).read_text(encoding="utf-8")) if address else {}
-    if not isinstance(asked, dict):
+    options: dict[str, Any] = {"job_name": "lora-init", "time": 60}  # minutes
+    if torch.cuda.is_available():  # here: the machine that submits stands for those that compute
+        options["gpus_per_node"] = gpus
+    requested: Any = {}
+    if address:
+        requested = yaml.safe_load(Path(address).read_text(encoding="utf-8"))
+    if not isinstance(requested, dict):  # an empty file is None
         raise ValueError(f"{address} holds no options, such as `partition: gpu`.")
-    executor = SlurmExecutor(directory / ".submitit")
-    executor.update_parameters(**options | asked)
+    executor = SlurmExecutor(directory / ".submitit")  # a name with a dot is no part of a comparison, see `check_there`
+    executor.update_parameters(**options | requested)
     return of_jobs(executor)
 
 
 def of_jobs(executor: Any) -> Executor:
-    """Make an executor of one that returns jobs, which have to be asked whether they are done: submitit's."""
+    """Make an executor of one that returns jobs, such as submitit's, whose end nobody reports: they are polled."""
     lock = threading.Lock()  # one question at a time: all jobs share its answer
 
     def result(job: Any) -> Any:
@@ -92,7 +108,7 @@ def of_jobs(executor: Any) -> Executor:
     return Remote(begin)
 
 
-# Of each its function, the library that it needs, and what to do if it cannot be had.
+# For each engine: its function, the library that it needs, and what to do if there is no such cluster.
 CLUSTERS = {
     "ray": (_ray, "ray", "Start one with `ray start --head`, or name its address: ray://HOST:10001."),
     "dask": (_dask, "distributed", "Start one with `dask scheduler`, and name its address: dask:tcp://HOST:8786."),
@@ -102,12 +118,9 @@ _THEIRS = Group("lora_init.clusters", "cluster")
 
 
 def open_executor(given: Any, gpus: float, directory: Path) -> Executor:
-    """Return an executor as it is; make the one of a name such as `"ray"` or `"dask:tcp://HOST:PORT"`."""
+    """Return an executor as it is; for a name such as `"ray"` or `"dask:tcp://HOST:PORT"`, make one."""
     if not isinstance(given, str):
-        if isinstance(given, type) or not callable(getattr(given, "submit", None)):
-            got = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
-            raise LoraInitError(f"executor= takes an executor, or a cluster's name, and got {got}.")
-        return given if isinstance(given, Executor) else of_jobs(given)
+        return _check_executor(given)
     name, _, address = given.partition(":")
     if name in _THEIRS.entries and name not in CLUSTERS:
         with _THEIRS.loading(name) as (entry, where):
@@ -125,3 +138,14 @@ def open_executor(given: Any, gpus: float, directory: Path) -> Executor:
         return make(address, gpus, directory)
     except Exception as error:  # each engine has its own kinds
         raise LoraInitError(f"cluster {given!r}: {in_one_line(error)} {remedy}") from error
+
+
+def _check_executor(given: Any) -> Executor:
+    # A class has `submit`, too: it is an executor that somebody forgot to make.
+    if isinstance(given, type):
+        raise LoraInitError(f"executor= takes an executor, or a cluster's name, and got the class {given.__name__}.")
+    if not callable(getattr(given, "submit", None)):
+        raise LoraInitError(f"executor= takes an executor, or a cluster's name, and got a {type(given).__name__}.")
+    if isinstance(given, Executor):
+        return given
+    return of_jobs(given)  # what submits but is no `Executor` returns jobs, as submitit does
