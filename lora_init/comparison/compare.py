@@ -37,7 +37,7 @@ from lora_init.comparison.set_up import Sources, set_up
 from lora_init.comparison.size import SIZES, RequestedSize, Size, fit
 from lora_init.comparison.starts import AdapterShape, read_start
 from lora_init.comparison.tables import run_tables
-from lora_init.comparison.tasks import Loading
+from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.variants import Variant, by_batches
 from lora_init.comparison.workbench import Workbench, circumstances
 from lora_init.comparison.workers import Job, Worker, describe, elsewhere, here, processes, run_all
@@ -52,7 +52,8 @@ from lora_init.starts.starts import DEFAULT, DEFAULT_FOR_CLASSES, FULL, RANDOM
 if TYPE_CHECKING:
     import pandas as pd
 
-_BESIDE = {"options": ("answer", "normalize"), "retain_data": ("retain_template", "retain_samples", "dial")}
+# Arguments that mean nothing without another one, by that one.
+_DEPENDENT = {"options": ("answer", "normalize"), "retain_data": ("retain_template", "retain_samples", "dial")}
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,8 +83,9 @@ class Comparison:
         return f"Comparison({done}: {self.summary.headline})"
 
     def _repr_html_(self) -> str:
-        differences = run_tables(self.summary).get("differences")
-        table = "" if differences is None else differences.to_html(index=False, border=0)
+        table, differences = "", run_tables(self.summary).get("differences")
+        if differences is not None:  # there is none before the first run has ended
+            table = differences.to_html(index=False, border=0)
         return f"<p>{escape(repr(self))}</p>{table}"
 
     def to_pandas(self) -> pd.DataFrame:
@@ -169,71 +171,91 @@ def compare(
         command: How this was asked for, kept with the settings.
         say: Receives lines about the progress.
         progress: Show a progress bar on stderr; by default only on a terminal.
-        **loading: How model and data are read: the fields of `tasks.Loading`.
+        **loading: How model and data are read: the fields of `tasks.LoadingOptions`.
 
     Raises:
         LoraInitError: Anything a user can get wrong: arguments, data, starts, rates, or a directory with other settings
             or in use by another process.
         KeyboardInterrupt: Ctrl-C; the report is written from the runs that ended.
     """
+    # First all that can be refused from the arguments alone: to load the model and to run it take time.
     _check_model(model, rank)
     options = _read_options(loading)
     find_device(options.device)
     batches = _read_batches(statistics_batches)
-    names, own = _read_starts(starts, full, bank)
+    variants, own = _read_starts(starts, full, bank)
     budget = RunBudget(time, precision)
     sweep = sweep or _sweep_by_default(budget)
-    seeds = _read_seeds(seeds, STAGES[-1] if budget.limited else 5)
-    # Until they are measured, any rate stands for all.
-    plan = RunPlan(names, [1.0] if learning_rates is None else _listed(learning_rates), seeds, sweep, extend)
+    seeds = _read_seeds(seeds, budget)
+    plan = RunPlan(variants, _read_rates(learning_rates), seeds, sweep, extend)
     points = _read_points(steps, extend, evaluation_points)
     requested = RequestedSize(options, steps, batch_size, warmup, points, starts)
     directory = as_path(output, "output").absolute()
     check_there(directory)
-    does = _find_executor(workers, executor, gpus_per_run, directory)
+    pool = _find_executor(workers, executor, gpus_per_run, directory)
     size = _kept_size(directory)
-    shape = AdapterShape(rank, alpha_for(SCALING, rank) if lora_alpha is None else lora_alpha, target_modules)
-    sources = Sources(batches[0], names, own, _absolute(bank))
-    make = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, sources=sources)
-    bench = make(training=requested.training())
+    if lora_alpha is None:
+        lora_alpha = alpha_for(SCALING, rank)
+    shape = AdapterShape(rank, lora_alpha, target_modules)
+    sources = Sources(batches[0], variants, own, _absolute(bank))
+
+    # Other processes make a workbench of their own by the same call: it can be pickled, and its paths are absolute.
+    make_bench = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, sources=sources)
+    bench = make_bench(training=requested.training())
     say(f"data: {bench.task.data}{_classes_in_words(bench.task.rows_of)}")
-    plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
+
+    # Model and data decide what the arguments left open: numbers of batches, rates and, under a limit, the size.
+    plan = replace(plan, starts=by_batches(plan.starts, _possible_batches(bench, variants, batches, say)))
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers
-    requested = replace(requested, rates=bench.measured_rates(plan.starts, dry_run) if learning_rates is None else {})
-    bench.check(plan.starts if dry_run else [start for start in plan.starts if str(start) not in requested.rates])
+    if learning_rates is None:
+        requested = replace(requested, rates=bench.measured_rates(plan.starts, dry_run))
+    # A start is built for its rate to be measured, but for a dry run, which may have measured random in its place.
+    bench.check([start for start in plan.starts if dry_run or str(start) not in requested.rates])
     lay_out = partial(requested.lay_out, bench, plan)
     if size is None:
-        size = fit(lay_out, measure(bench), budget, steps is None) if time else SIZES[0]
+        size = SIZES[0]
+        if time:
+            size = fit(lay_out, measure(bench), budget, steps is None)
     bench, plan = lay_out(size)
     plan = _with_kept_rates(plan, directory)
-    make = partial(make, training=bench.training, folds=requested.folds(size))
+    make_bench = partial(make_bench, training=bench.training, folds=requested.folds(size))
+
     settings = {**bench.settings(model_name(model)), **plan.settings(), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}
-    settings |= {} if size == SIZES[0] else {"size": asdict(size)}
+    if size != SIZES[0]:  # nor do directories of comparisons without a limit have this key
+        settings["size"] = asdict(size)
     due = partial(budget.due, plan, plan.compared(_ranks_cost_the_same(targets)))
+
     if dry_run:
-        there = peek(directory, settings)
-        records, planned = list(there.values()), due(there)[0]
-        ahead = look_ahead(bench, plan, planned, there, workers or 1)
-        return Comparison(Path(output), settings, records, planned, summarise(records, settings), [], ahead)
-    if does is None:
+        ended = peek(directory, settings)  # nothing is written, so the directory need not be locked
+        records, planned = list(ended.values()), due(ended)[0]
+        outlook = look_ahead(bench, plan, planned, ended, workers or 1)
+        return Comparison(Path(output), settings, records, planned, summarise(records, settings), [], outlook)
+    if pool is None:
         worker = here(bench, _shows_progress(progress))
     else:
-        worker = elsewhere(does, Job(make, describe(bench, model_name(model))), does is not executor, workers)
+        # An executor that the caller passed stays open: it may be of use to the caller afterwards.
+        is_ours = pool is not executor
+        worker = elsewhere(pool, Job(make_bench, describe(bench, model_name(model))), is_ours, workers)
         del bench, lay_out  # a GPU may have room for the workers' models only
     with open_runs(directory, settings) as log, closing(worker):
         _do_runs(log, worker, due, budget, output, say)
         records, planned, files = list(log.records.values()), due(log.records)[0], write_report(directory)
+        # The settings of the log, which has the starts, rates and seeds of earlier calls, too.
         return Comparison(Path(output), log.settings, records, planned, summarise(records, log.settings), files)
 
 
 def _shows_progress(progress: bool | None) -> bool:
-    return sys.stderr.isatty() if progress is None else progress
+    if progress is None:
+        return sys.stderr.isatty()
+    return progress
 
 
 def _sweep_by_default(budget: RunBudget) -> str:
     """Choose to try all rates with all seeds where that is quick and nothing limits it."""
-    return "full" if torch.cuda.is_available() and not budget.limited else "halving"
+    if torch.cuda.is_available() and not budget.limited:
+        return "full"
+    return "halving"
 
 
 def _kept_size(directory: Path) -> Size | None:
@@ -241,11 +263,15 @@ def _kept_size(directory: Path) -> Size | None:
     if not (directory / SETTINGS_FILE).exists():
         return None
     stored = read_settings(directory).get("size")
-    return Size(**stored) if stored else SIZES[0]
+    if not stored:  # it is written where a limit made the comparison smaller
+        return SIZES[0]
+    return Size(**stored)
 
 
 def _classes_in_words(rows_of: Mapping[str, int]) -> str:
-    return f"; {classes_in_words(rows_of)}" if rows_of else ""
+    if not rows_of:  # a task without classes
+        return ""
+    return f"; {classes_in_words(rows_of)}"
 
 
 def _ranks_cost_the_same(targets: Mapping[str, Target]) -> bool:
@@ -263,11 +289,11 @@ def _do_runs(
     """Carry out what is due, and keep the best adapter; if that ends early, write the report of what is there."""
     try:
         run_all(due, log, worker, budget, say)
-        if budget.fits(0.0):
+        if budget.fits(0.0):  # the best adapter is one more training
             keep_best(log, worker, say)
-    except BaseException as error:  # what went wrong matters more than the report
+    except BaseException as error:  # Ctrl-C is no `Exception`
         if log.records:
-            with suppress(LoraInitError, OSError):
+            with suppress(LoraInitError, OSError):  # what went wrong before matters more
                 write_report(log.path)
         if isinstance(error, KeyboardInterrupt):
             say(f"{output}: {_kept_in_words(log.records, due)}. The same command goes on from there.")
@@ -281,14 +307,23 @@ def _kept_in_words(records: Mapping[Run, Record], due: Callable[..., Any]) -> st
     return f"{len(records)} of {len(due(records)[0])} runs are kept, with their report"
 
 
-def _read_seeds(seeds: int | Sequence[int] | None, number: int) -> list[int]:
-    """Read which seeds, or how many: by default this number."""
-    seeds = number if seeds is None else seeds
-    return list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
+def _read_seeds(seeds: int | Sequence[int] | None, budget: RunBudget) -> list[int]:
+    """Read which seeds, or how many; by default five, and under a limit as many as it may spend."""
+    if seeds is None:
+        seeds = STAGES[-1] if budget.limited else 5
+    if isinstance(seeds, int):
+        return list(range(seeds))
+    return _listed(seeds)
+
+
+def _read_rates(learning_rates: Any) -> list[Any]:
+    if learning_rates is None:  # until they are measured, any rate stands for all
+        return [1.0]
+    return _listed(learning_rates)
 
 
 def _check_model(model: Any, rank: Any) -> None:
-    require("matplotlib", "scipy", "sklearn")  # for the report, at the end
+    require("matplotlib", "scipy", "sklearn")  # they are needed at the end, and their absence should not wait for it
     if not isinstance(model, (str, Path)):
         raise LoraInitError(f"compare() takes a directory or hub id in this place and got a {type(model).__name__}.")
     check_number("rank", rank, 1, whole=True)
@@ -304,49 +339,67 @@ def _find_executor(workers: int | None, given: Any, gpus: float, directory: Path
         raise LoraInitError("{gpus_per_run}: expected a share of one GPU, or a whole number.", gpus_per_run=gpus)
     if workers:
         return processes(workers)
-    return None if given is None else open_executor(given, gpus, directory)
+    if given is None:
+        return None
+    return open_executor(given, gpus, directory)
 
 
 def _read_starts(
     starts: Sequence[str | tuple[str, Any]] | None, full: bool, bank: str | Path | None
 ) -> tuple[list[Variant], dict[str, Any]]:
-    """Read starts; return beside them where the user's own come from, by name."""
+    """Read the starts, and by name where the user's own ones come from."""
     starts = _with_reference(_check_starts(starts), full)
-    names = [read_start(start) for start in starts]
-    own = {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
-    for start, name in zip(starts, names, strict=True):
-        if not isinstance(start, str) and not name.is_plain:
-            raise LoraInitError(f"start '{name}': what follows a plus says how a start is run. Choose another name.")
-    listed = [*map(str, names)]
-    if not names or len(set(names)) < len(names):
+    variants = [read_start(start) for start in starts]
+    own = {}
+    for start, variant in zip(starts, variants, strict=True):
+        if isinstance(start, str):
+            continue
+        # The source is looked up by `Variant.base`, in which nothing follows a plus.
+        if not variant.is_plain:
+            raise LoraInitError(f"start '{variant}': what follows a plus says how a start is run. Choose another name.")
+        own[start[0]] = _absolute(start[1])
+    listed = [*map(str, variants)]
+    if not variants or len(set(variants)) < len(variants):
         raise LoraInitError("{starts}: expected names, each once.", starts=listed)
-    if bank is None and any(name.start and "bank" in name.start.needed for name in names):
+    if bank is None and any(variant.start and "bank" in variant.start.needed for variant in variants):
         raise LoraInitError(
             "{starts}: those from a bank need {bank}, the directory of lora-init bank.", starts=listed, bank=...
         )
-    return names, own
+    return variants, own
 
 
 def _check_starts(starts: Any) -> list[str | tuple[str, Any]]:
-    """Refuse what is no list of names and pairs; a name alone is one, and None is for those that are recommended."""
-    starts = [RANDOM, DEFAULT, DEFAULT_FOR_CLASSES] if starts is None else starts
-    if isinstance(starts, str) and "," in starts:
-        raise LoraInitError(f"{{starts}} is one text. Pass a list: starts={starts.split(',')}.", starts=starts)
-    starts = [starts] if isinstance(starts, str) else starts
-    wrong = next((start for start in starts if not isinstance(start, (str, tuple))), None)
-    if wrong is not None:
-        raise LoraInitError(f"starts has {wrong!r}: expected names, or pairs of a name and an adapter of your own.")
+    """Return a list of names and pairs: of a name alone that name, of None the recommended starts.
+
+    Raises:
+        LoraInitError: It is something else, or a text of several names.
+    """
+    if starts is None:
+        starts = [RANDOM, DEFAULT, DEFAULT_FOR_CLASSES]
+    if isinstance(starts, str):
+        if "," in starts:  # as on the command line
+            raise LoraInitError(f"{{starts}} is one text. Pass a list: starts={starts.split(',')}.", starts=starts)
+        starts = [starts]
+    for start in starts:
+        if not isinstance(start, (str, tuple)):
+            raise LoraInitError(f"starts has {start!r}: expected names, or pairs of a name and an adapter of your own.")
     return list(starts)
 
 
 def _with_reference(starts: list[str | tuple[str, Any]], full: bool) -> list[str | tuple[str, Any]]:
     """Put random, which all are compared with, before the starts, and full training behind them if asked for."""
-    starts = [*starts, FULL] if full and FULL not in starts else starts
-    return [RANDOM, *starts] if starts and RANDOM not in starts else starts
+    if full and FULL not in starts:
+        starts = [*starts, FULL]
+    if starts and RANDOM not in starts:  # an empty list is refused later, and not filled here
+        starts = [RANDOM, *starts]
+    return starts
 
 
 def _listed(numbers: Any) -> list[Any]:
-    return [numbers] if isinstance(numbers, str) or is_number(numbers) else list(numbers)
+    # A text is listed as it is, since `RunPlan` refuses it in words; its letters would be nonsense.
+    if isinstance(numbers, str) or is_number(numbers):
+        return [numbers]
+    return list(numbers)
 
 
 def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | None:
@@ -354,28 +407,32 @@ def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | Non
     check_number("extend", extend, 0, whole=True)
     if steps is not None:
         check_number("steps", steps, 1, whole=True)
-    return None if points is None else _listed(points)
+    if points is None:
+        return None
+    return _listed(points)
 
 
 def _read_batches(given: int | Sequence[int]) -> list[int]:
-    batches = [given] if isinstance(given, int) else list(given)
-    numbers = all(is_number(one) for one in batches)
-    if not batches or not numbers or min(batches) < 1 or len(set(batches)) < len(batches):
+    if isinstance(given, int):
+        given = [given]
+    batches = list(given)
+    all_numbers = all(is_number(n) for n in batches)  # before `min`, which cannot order numbers and words
+    if not batches or not all_numbers or min(batches) < 1 or len(set(batches)) < len(batches):
         raise LoraInitError("{statistics_batches}: expected numbers of batches, each once.", statistics_batches=batches)
     return batches
 
 
-def _there_are(
-    bench: Workbench, names: Sequence[Variant], batches: Sequence[int], say: Callable[[str], None]
+def _possible_batches(
+    bench: Workbench, variants: Sequence[Variant], batches: Sequence[int], say: Callable[[str], None]
 ) -> list[int]:
-    """Return numbers of batches that the data make, instead of larger ones; refuse names that ask for more."""
-    for name in names:
-        wanted = name.batches or 1
+    """Return the numbers of batches, each at most what the data make; refuse starts whose name asks for more."""
+    for variant in variants:
+        wanted = variant.batches or 1
         if bench.n_batches(wanted) < wanted:
-            raise LoraInitError(f"start '{name}': the training data make {bench.n_batches(wanted)} batches for it.")
+            raise LoraInitError(f"start '{variant}': the training data make {bench.n_batches(wanted)} batches for it.")
     if (most := bench.n_batches(max(batches))) < max(batches):
         say(f"Statistics are from at most {most} batches: the training data make no more, and some are set aside.")
-    return list(dict.fromkeys(min(number, most) for number in batches))
+    return list(dict.fromkeys(min(number, most) for number in batches))  # two may have become the same number
 
 
 def _with_kept_rates(plan: RunPlan, directory: Path) -> RunPlan:
@@ -388,56 +445,72 @@ def _with_kept_rates(plan: RunPlan, directory: Path) -> RunPlan:
 
 def _absolute(source: Any) -> Any:
     """Return a path that means the same in another process; a hub id, a function and data in memory stay."""
-    path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
-    return str(path.absolute()) if path is not None and path.exists() else source
+    if not isinstance(source, (str, Path)):
+        return source
+    path = Path(source).expanduser()
+    if not path.exists():
+        return source
+    return str(path.absolute())
 
 
-def _read_options(given: Mapping[str, Any]) -> Loading:
-    """Refuse what is no argument of `compare`."""
-    known = [field.name for field in fields(Loading)]
+def _read_options(given: Mapping[str, Any]) -> LoadingOptions:
+    """Read the arguments of `compare` that say how model and data are read; refuse any other."""
+    known = [field.name for field in fields(LoadingOptions)]
     for name in given:
         if name not in known:
             every = [*known, *inspect.signature(compare).parameters]
             raise LoraInitError(f"compare() has no argument {name}=. {did_you_mean(name, every)}")
-    places = {name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}
-    loading = Loading(**{**given, **places})
-    for needed, names in _BESIDE.items():
-        idle = [name for name in names if getattr(loading, name) != getattr(Loading(), name)]
-        if idle and getattr(loading, needed) is None:
-            said = f"{{{idle[0]}}} goes with {{{needed}}}. Give both, or leave it out."
-            raise LoraInitError(said, **{needed: ..., idle[0]: getattr(loading, idle[0])})
-    return loading
+    arguments = dict(given)
+    for name in ("retain_data", "replay", "weights"):
+        arguments[name] = _absolute(given.get(name))
+    options, defaults = LoadingOptions(**arguments), LoadingOptions()
+    for needed, names in _DEPENDENT.items():
+        for name in names:
+            value = getattr(options, name)
+            if value != getattr(defaults, name) and getattr(options, needed) is None:
+                unused = f"{{{name}}} goes with {{{needed}}}. Give both, or leave it out."
+                raise LoraInitError(unused, **{needed: ..., name: value})
+    return options
 
 
-def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str | None:
+def _init_command(model: str, data: str | Path, options: LoadingOptions, bench: Workbench) -> str | None:
     """Write the command that makes an adapter as a run does; the start, its data and its alpha are left open.
 
     None if `init` cannot read the answers, since their column has letters or positions.
     """
     if not bench.task.spelled_out:
         return None
-    modules = bench.shape.target_modules
-    completion = reading.completion or (f" {{{reading.answer}}}" if reading.options else None)
-    words = {
-        "--template": reading.template,
-        "--format": reading.format,
+    modules, completion, split = bench.shape.target_modules, options.completion or None, options.split
+    if completion is None and options.options:  # to `init` a multiple choice is text: a prompt, and the right option
+        completion = f" {{{options.answer}}}"
+    if not isinstance(modules, str):
+        modules = ",".join(modules)
+    values = {
+        "--template": options.template,
+        "--format": options.format,
         "--completion": completion,
-        "--label": reading.label,
-        "--subset": reading.subset,
-        "--split": None if reading.split == "train" else reading.split,
+        "--label": options.label,
+        "--subset": options.subset,
+        "--split": None if split == "train" else split,  # the default of `init`, too
         "--batch-size": bench.training.batch_size,
-        "--max-length": reading.max_length,
+        "--max-length": options.max_length,
         "--rank": bench.shape.rank,
-        "--target-modules": modules if isinstance(modules, str) else ",".join(modules),
-        "--dtype": reading.dtype,
-        "--quantize": reading.quantize,
+        "--target-modules": modules,
+        "--dtype": options.dtype,
+        "--quantize": options.quantize,
     }
-    given = [word for name, value in words.items() if value is not None for word in (name, str(value))]
-    switches = ["--trust-remote-code"] * reading.trust_remote_code
-    return shlex.join(["lora-init", "init", str(model), str(data), *given, *switches])
+    words = ["lora-init", "init", str(model), str(data)]
+    for name, value in values.items():
+        if value is not None:
+            words += [name, str(value)]
+    if options.trust_remote_code:
+        words.append("--trust-remote-code")
+    return shlex.join(words)
 
 
 def model_name(model: str) -> str:
     """Name a model without the path to it: settings are shared."""
     path = Path(model).expanduser()
-    return path.absolute().name if path.is_dir() else model
+    if not path.is_dir():  # a hub id
+        return model
+    return path.absolute().name

@@ -69,8 +69,8 @@ def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
     residuals[~np.isnan(residuals)] -= design @ np.linalg.pinv(design) @ values
     left = pd.DataFrame(residuals, losses.index, losses.columns)
     spreads = np.empty(len(left))  # NaN for a start with fewer than two seeds
-    for i, start in enumerate(left.index):
-        spreads[i] = (left.loc[start] - left.drop(index=start).median()).var()
+    for row, start in enumerate(left.index):
+        spreads[row] = (left.loc[start] - left.drop(index=start).median()).var()
     counts = losses.count(axis=1).to_numpy()
     unlike = {}
     for i in np.flatnonzero(counts > 1):

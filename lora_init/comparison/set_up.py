@@ -13,7 +13,7 @@ import torch
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.collection.collect import check_targets
 from lora_init.comparison.starts import AdapterShape, check_quantized
-from lora_init.comparison.tasks import CLASSIFICATION, Loading, load_task
+from lora_init.comparison.tasks import CLASSIFICATION, LoadingOptions, load_task
 from lora_init.comparison.training import Training
 from lora_init.comparison.variants import Variant
 from lora_init.comparison.workbench import Workbench
@@ -38,7 +38,7 @@ class Sources:
 
 
 def set_up(
-    model: str, data: str | Path, directory: Path, options: Loading, shape: AdapterShape, training: Training,
+    model: str, data: str | Path, directory: Path, options: LoadingOptions, shape: AdapterShape, training: Training,
     sources: Sources, folds: tuple[int | None, int | None] = (None, None),
 ) -> Workbench:  # fmt: skip
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`."""
@@ -70,7 +70,7 @@ def set_up(
 
 
 def _check_source(
-    source: ModelSource, model: str, options: Loading, shape: AdapterShape, starts: Sequence[Variant]
+    source: ModelSource, model: str, options: LoadingOptions, shape: AdapterShape, starts: Sequence[Variant]
 ) -> bool:
     """Refuse a model that the starts or the options do not go with; return whether there is a float model of it."""
     if options.label is None and source.task_type != "CAUSAL_LM":
@@ -90,7 +90,7 @@ def _check_source(
 
 
 def _load_texts(
-    options: Loading, tokenizer: Any, batch_size: int, classifies: bool
+    options: LoadingOptions, tokenizer: Any, batch_size: int, classifies: bool
 ) -> tuple[Batches | None, Batches | None]:
     """Read the text to measure forgetting on and the text to train on, too, where they are asked for."""
     retain = replay = None

@@ -9,7 +9,7 @@ from typing import Any
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace, seconds_of_run, seconds_of_statistics
 from lora_init.comparison.runs import SWEEP_SEEDS, RunPlan
-from lora_init.comparison.tasks import CLASSIFICATION, REPORT, SELECTION, Loading
+from lora_init.comparison.tasks import CLASSIFICATION, REPORT, SELECTION, LoadingOptions
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
@@ -46,7 +46,7 @@ SIZES = (
 class RequestedSize:
     """What a user has said of the size; None leaves it open."""
 
-    loading: Loading
+    loading: LoadingOptions
     steps: int | None
     batch_size: int
     warmup: float

@@ -119,7 +119,7 @@ def item_length(item: Item) -> int:
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadingOptions:
     """How examples are read from a data set, how it is split, and how the model is loaded: options of `compare`."""
 
     template: str | None = None  # text of an example, or the prompt if there is a completion
@@ -149,19 +149,23 @@ class Loading:
     trust_remote_code: bool = False  # allow code that comes with the model
 
 
+Loading = LoadingOptions  # the name that `benchmarks/` and the tests of options import
+
 REPORT, SELECTION = 256, 128
 # With fewer examples to report only large differences mean anything.
 FEW = 100
 
 
-def fold_sizes(loading: Loading, n_prompts: int) -> tuple[int, int]:
+def fold_sizes(loading: LoadingOptions, n_prompts: int) -> tuple[int, int]:
     """Compute how many examples to report and to select by: a third and a sixth of few data, so that half train.
 
     What is asked for stays; the other is then a share of what that leaves.
 
     Example:
-        >>> fold_sizes(Loading(), 1000), fold_sizes(Loading(), 60), fold_sizes(Loading(report_samples=40), 60)
-        ((256, 128), (20, 10), (40, 5))
+        >>> fold_sizes(LoadingOptions(), 1000), fold_sizes(LoadingOptions(), 60)
+        ((256, 128), (20, 10))
+        >>> fold_sizes(LoadingOptions(report_samples=40), 60)
+        (40, 5)
     """
     report, selection = loading.report_samples, loading.selection_samples
     if report is None:
@@ -171,7 +175,7 @@ def fold_sizes(loading: Loading, n_prompts: int) -> tuple[int, int]:
 
 
 def load_task(
-    source: str | Path, tokenizer: Any, loading: Loading, batch_size: int, known_classes: Sequence[str] = ()
+    source: str | Path, tokenizer: Any, loading: LoadingOptions, batch_size: int, known_classes: Sequence[str] = ()
 ) -> Task:
     """Read a data set and split it: rows to report come first in the seeded order, then those to select by.
 
@@ -238,13 +242,13 @@ def _check_sizes(**folds: int | None) -> None:
             check_number(option, value, 1, whole=True, hint=f" {FEW} or more say something.")
 
 
-def _columns(reader: Reader, loading: Loading, names: Sequence[str]) -> list[str]:
+def _columns(reader: Reader, loading: LoadingOptions, names: Sequence[str]) -> list[str]:
     """List the columns to read, with options and answer of a multiple choice."""
     of_choice = [loading.answer, loading.options] if loading.options else []
     return [*reader.columns, *(column for column in of_choice if column in names)]
 
 
-def _how_read(reader: Reader, loading: Loading) -> Iterator[str]:
+def _how_read(reader: Reader, loading: LoadingOptions) -> Iterator[str]:
     """Describe how rows were split and read."""
     yield f"split seed {loading.data_seed}, at most {reader.limit} tokens, {reader.recipe.name}"
     if loading.label:
@@ -276,7 +280,7 @@ def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
     return choices is None or str(row[answer]).strip() == choices[0][choices[1]]
 
 
-def _read(row: Mapping[str, Any], reader: Reader, loading: Loading) -> tuple[str, Item] | str:
+def _read(row: Mapping[str, Any], reader: Reader, loading: LoadingOptions) -> tuple[str, Item] | str:
     """Return a row's prompt and the row as an item, or why it is left out."""
     example = reader.recipe.to_example(row)
     tokens = reader.encode(example, row)
@@ -296,7 +300,7 @@ def _read(row: Mapping[str, Any], reader: Reader, loading: Loading) -> tuple[str
     return example.prompt, Item(whole[right], whole, right)
 
 
-def _kind(loading: Loading, names: Sequence[str], name: str) -> str:
+def _kind(loading: LoadingOptions, names: Sequence[str], name: str) -> str:
     """Return what kind of task is asked for, after a check of its columns."""
     columns = f"Columns of {name}: {', '.join(names)}."
     if loading.label is not None and loading.options is not None:
@@ -315,7 +319,7 @@ def _kind(loading: Loading, names: Sequence[str], name: str) -> str:
     return MULTIPLE_CHOICE
 
 
-def _completion(loading: Loading, kind: str) -> str | None:
+def _completion(loading: LoadingOptions, kind: str) -> str | None:
     """Check prompt and completion against what the task needs, and complete what is plain from it."""
     template, completion = loading.template, loading.completion
     if kind != MULTIPLE_CHOICE:

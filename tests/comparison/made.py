@@ -8,7 +8,7 @@ import torch
 import lora_init
 from lora_init.comparison.set_up import Sources, set_up
 from lora_init.comparison.starts import AdapterShape, Basis, prepare
-from lora_init.comparison.tasks import Loading
+from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.training import Training
 from lora_init.comparison.variants import Variant
 from tests.comparisons import SMALL
@@ -53,7 +53,7 @@ def without_clock(records):
 
 def set_up_bench(home, directory, model="llama", data="rows.jsonl", steps=6, **options):
     training = Training(steps, 4, 0.1, [0, 3, steps])
-    asked = Loading(
+    asked = LoadingOptions(
         **dict(template="{passage}", completion=" {options}", selection_samples=8, report_samples=12) | options
     )
     shape = AdapterShape(rank=2, lora_alpha=4)

@@ -9,7 +9,7 @@ from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace
 from lora_init.comparison.runs import RunPlan, read_settings
 from lora_init.comparison.size import SIZES, RequestedSize, fit
-from lora_init.comparison.tasks import Loading
+from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.variants import Variant
 from lora_init.rates.learning_rate import LearningRate, Response
 from lora_init.rates.training_length import TrainingLength
@@ -31,7 +31,7 @@ def lay_out(home, tmp_path_factory):
     bench = set_up_bench(home, tmp_path_factory.mktemp("bench"))
     rates = {str(start): LearningRate({"layer": Response(1.0, 0.0)}, TrainingLength(100)) for start in STARTS}
     plan = RunPlan(STARTS, [1.0], range(32), "halving")
-    requested = RequestedSize(Loading(), None, 4, 0.1, None, None, rates)
+    requested = RequestedSize(LoadingOptions(), None, 4, 0.1, None, None, rates)
     return lambda size: requested.lay_out(bench, plan, size)
 
 
@@ -49,7 +49,7 @@ def test_a_shorter_limit_makes_a_smaller_comparison(lay_out):
 def test_what_was_asked_for_stays(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     plan = RunPlan(STARTS[:2], [1e-4, 1e-3], range(3), "halving")
-    requested = RequestedSize(Loading(report_samples=12), 6, 4, 0.1, [3])
+    requested = RequestedSize(LoadingOptions(report_samples=12), 6, 4, 0.1, [3])
     small, same = requested.lay_out(bench, plan, SIZES[-1])
     assert (small.training.steps, list(small.training.evaluation_points)) == (6, [0, 3, 6])
     assert (same.starts, same.given_rates(STARTS[1])) == (STARTS[:2], [1e-4, 1e-3])

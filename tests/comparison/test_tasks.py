@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from lora_init.comparison.tasks import Loading, find_answer, load_task, split_options
+from lora_init.comparison.tasks import LoadingOptions, find_answer, load_task, split_options
 from lora_init.errors import LoraInitError
 from lora_init.loading.reader import IGNORED
 from tests.commands import WORDS
@@ -21,7 +21,7 @@ def tokenizer(home):
 def load(home, tokenizer, **changes):
     settings = dict(template="{passage}", train_samples=40, selection_samples=6, report_samples=10) | changes
     batch_size = settings.pop("batch_size", 4)
-    return load_task(home / "rows.jsonl", tokenizer, Loading(**settings), batch_size)
+    return load_task(home / "rows.jsonl", tokenizer, LoadingOptions(**settings), batch_size)
 
 
 KINDS = {
@@ -42,7 +42,7 @@ def test_no_example_is_in_two_folds(home, tokenizer, kind):
 def test_of_rows_that_are_alike_the_first_counts(tmp_path, tokenizer):
     rows = [json.dumps({"passage": f"the cat sat {'on ' * (i % 3)}mat", "kind": i % 2}) for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    asked = Loading(template="{passage}", selection_samples=1, report_samples=1)
+    asked = LoadingOptions(template="{passage}", selection_samples=1, report_samples=1)
     assert len(load_task(tmp_path / "rows.jsonl", tokenizer, asked, 1).train) == 1
     with pytest.raises(LoraInitError, match="1 examples to train on, 1 to select by and 1 to report; expected 4"):
         load_task(tmp_path / "rows.jsonl", tokenizer, asked, 4)
@@ -67,7 +67,7 @@ def test_rows_with_one_prompt_are_in_one_fold(tmp_path, tokenizer, form):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
     choices = dict(template="{q}", options="options") if form == "letter" else {}
-    asked = Loading(train_samples=40, selection_samples=5, report_samples=5, **choices)
+    asked = LoadingOptions(train_samples=40, selection_samples=5, report_samples=5, **choices)
     task = load_task(tmp_path / "rows.jsonl", tokenizer, asked, 4)
 
     def asked_for(items):
@@ -85,11 +85,11 @@ def test_rows_with_one_prompt_are_in_one_fold(tmp_path, tokenizer, form):
 def test_few_data_are_split_in_proportion(tmp_path, tokenizer, n_rows, folds, recwarn):
     rows = [" ".join(WORDS[i // 19**k % 19] for k in range(3)) for i in range(n_rows)]
     (tmp_path / "rows.txt").write_text("\n".join(rows))
-    task = load_task(tmp_path / "rows.txt", tokenizer, Loading(), 8)
+    task = load_task(tmp_path / "rows.txt", tokenizer, LoadingOptions(), 8)
     assert (len(task.train), len(task.selection), len(task.report)) == folds
     said = [str(warning.message) for warning in recwarn if "So few decide nothing" in str(warning.message)]
     assert len(said) == (n_rows == 60)
-    asked = load_task(tmp_path / "rows.txt", tokenizer, Loading(report_samples=20), 8)
+    asked = load_task(tmp_path / "rows.txt", tokenizer, LoadingOptions(report_samples=20), 8)
     assert len(asked.report) == 20 and len(asked.selection) == min(128, (n_rows - 20) // 4)
 
 
@@ -157,7 +157,9 @@ def test_a_row_with_an_option_that_is_cut_off_is_left_out(tmp_path, tokenizer):
     rows = [{"question": "dog run", "options": ["the", long if i % 2 else "red"], "answer": "the"} for i in range(8)]
     rows += [{"question": f"{word} run", "options": ["the", "red"], "answer": "the"} for word in ("cat", "mat", "two")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    asked = Loading(template="{question}", options="options", max_length=6, selection_samples=1, report_samples=1)
+    asked = LoadingOptions(
+        template="{question}", options="options", max_length=6, selection_samples=1, report_samples=1
+    )
     task = load_task(tmp_path / "rows.jsonl", tokenizer, asked, 2)
     assert "4 left out with 6 or more tokens" in task.data
     assert all(len(choice[0]) == 4 for item in [*task.train, *task.selection, *task.report] for choice in item.choices)

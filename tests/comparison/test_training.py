@@ -12,14 +12,14 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_init.collection.losses import text_loss
-from lora_init.comparison.tasks import Loading, load_task
+from lora_init.comparison.tasks import LoadingOptions, load_task
 from lora_init.comparison.training import REPLAYED, Training, evaluate, metrics, train
 from lora_init.loading.batches import pad_batch
 from tests.conftest import batches_for, refused, tiny_llama
 
 
 def read(home, model, samples, **options):
-    asked = Loading(template="{passage}", selection_samples=4, report_samples=samples, **options)
+    asked = LoadingOptions(template="{passage}", selection_samples=4, report_samples=samples, **options)
     return load_task(home / "rows.jsonl", AutoTokenizer.from_pretrained(home / model), asked, 8)
 
 
