@@ -32,9 +32,8 @@ class Verdict:
     high: float | None = None
     detectable: float | None = None  # the detectable difference, half the width of the interval
     reference: float | None = None  # mean loss of random at its best rate, which per cents are of
-    closed: float | None = (
-        None  # gain over the gain of full fine-tuning; None if the runs could not have shown the latter
-    )
+    # gain over the gain of full fine-tuning; None if the runs could not have shown the latter
+    closed: float | None = None
     caveats: list[str] = field(default_factory=list)  # what changes the meaning
 
 
@@ -56,23 +55,35 @@ def verdicts(table: pd.DataFrame) -> list[Verdict]:
     """Judge each start, at its own best rate, by its final loss against random's, all in one layout, see `effects`."""
     losses, left = judged_losses(table), _left(table)
     differences, unlike = effects(losses, RANDOM), unlike_spreads(losses)
-    starts = [start for start in table["start"].unique() if is_judged(start)]
-    caveats = {start: _caveats(table, start, unlike) for start in starts}
-    return [_judge(table, start, losses, left, differences.get(start), caveats[start]) for start in starts]
+    judged = []
+    for start in table["start"].unique():
+        if is_judged(start):
+            caveats = _caveats(table, start, unlike)
+            judged.append(_judge(table, start, losses, left, differences.get(start), caveats))
+    return judged
 
 
 def _judge(
     table: pd.DataFrame, start: str, losses: pd.DataFrame, left: float, effect: Effect | None, caveats: list[str]
 ) -> Verdict:
     best = best_rates(table)
-    lacking = [one for one in (RANDOM, start) if one not in best]
-    pairs = pd.Series() if lacking else (losses.loc[start] - losses.loc[RANDOM]).dropna()
-    reference = float(losses.loc[RANDOM].mean()) if RANDOM in best else None
-    verdict = Verdict(start, "no statement", reference=reference, caveats=caveats)
-    if len(pairs):
-        differences = {int(seed): float(value) for seed, value in pairs.items()}
-        verdict = replace(verdict, differences=differences, mean=float(pairs.iloc[0]))
+    verdict = Verdict(start, "no statement", caveats=caveats)
+    if RANDOM in best:
+        verdict = replace(verdict, reference=float(losses.loc[RANDOM].mean()))
+    lacking = None
+    for name in (RANDOM, start):  # where both lack a rate, the start is named
+        if name not in best:
+            lacking = name
+    if lacking is None:
+        pairs = (losses.loc[start] - losses.loc[RANDOM]).dropna()
+        if len(pairs):
+            differences = {int(seed): float(value) for seed, value in pairs.items()}
+            # Of a single pair this is all that is known; of more, the effect takes its place.
+            verdict = replace(verdict, differences=differences, mean=float(pairs.iloc[0]))
     if effect:
+        closed = None
+        if left > effect.detectable:  # NaN, without full fine-tuning, is not above anything
+            closed = -effect.mean / left
         verdict = replace(
             verdict,
             outcome=effect.outcome,
@@ -80,10 +91,9 @@ def _judge(
             low=effect.low,
             high=effect.high,
             detectable=effect.detectable,
-            closed=-effect.mean / left if left > effect.detectable else None,
+            closed=closed,
         )
-    sentence = say("verdict", it=verdict, rates=best, lacking=lacking[-1] if lacking else None, left=left)
-    return replace(verdict, sentence=sentence)
+    return replace(verdict, sentence=say("verdict", it=verdict, rates=best, lacking=lacking, left=left))
 
 
 def _left(table: pd.DataFrame) -> float:
@@ -93,35 +103,45 @@ def _left(table: pd.DataFrame) -> float:
 
 
 def _edge(table: pd.DataFrame, start: str) -> Literal["lowest", "highest"] | None:
-    """Return at which end of the rates tried a start's best one is."""
-    runs, best = table[table["start"] == start], best_rates(table).get(start)
-    tried = sorted(runs[runs["status"] != "failed"]["learning_rate"].unique())
-    if len(tried) < 2 or best not in (tried[0], tried[-1]):
+    """Return at which end of the rates tried a start's best one is; None if it is at neither."""
+    best, tried = best_rates(table).get(start), _rates_tried(table, start)
+    if len(tried) < 2:  # a single rate has a caveat of its own
         return None
-    return "lowest" if best == tried[0] else "highest"
+    if best == tried[0]:
+        return "lowest"
+    if best == tried[-1]:
+        return "highest"
+    return None
+
+
+def _rates_tried(table: pd.DataFrame, start: str) -> list[float]:
+    """List the rates of a start in rising order: those that diverged, too, as that tells something of a rate."""
+    runs = table[table["start"] == start]
+    return sorted(runs[runs["status"] != "failed"]["learning_rate"].unique())
 
 
 def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> list[str]:
     """List what changes the meaning of a comparison with this start."""
-    said = []
+    caveats = []
     if start in unlike:
-        said.append(say("scatters", start=start, times=unlike[start]))
-    runs, best = table[table["start"] == start], best_rates(table)
+        caveats.append(say("scatters", start=start, times=unlike[start]))
+    best = best_rates(table)
     if edge := _edge(table, start):
-        said.append(say("at_the_edge", start=start, best=best[start], edge=edge))
-    elif start in best and runs[runs["status"] != "failed"]["learning_rate"].nunique() == 1:
-        said.append(say("one_rate", start=start, best=best[start]))
+        caveats.append(say("at_the_edge", start=start, best=best[start], edge=edge))
+    elif start in best and len(_rates_tried(table, start)) == 1:
+        caveats.append(say("one_rate", start=start, best=best[start]))
     sizes = table.groupby("start")["trainable_parameters"].first()
-    ratio = sizes.get(start, math.nan) / sizes.get(RANDOM, math.nan)
+    ratio = sizes.get(start, math.nan) / sizes.get(RANDOM, math.nan)  # NaN, of which no caveat comes, if one is unknown
     if start != FULL and abs(ratio - 1) > _EQUAL_PARAMETERS:
-        said.append(say("other_size", start=start, parameters=sizes[start], ratio=ratio))
-    return said
+        caveats.append(say("other_size", start=start, parameters=sizes[start], ratio=ratio))
+    return caveats
 
 
 def steps_of_start(table: pd.DataFrame) -> pd.Series:
-    """Compute how many training steps of its own each start takes as long as, with its statistics and its search."""
+    """Compute the time of each start, with its statistics and its search, in training steps of that start."""
     best = table[table["best"]]
     steps = best["evaluation_points"].map(lambda points: points[-1])
+    # Run by run, so that start and training were timed on the same machine.
     return (best["initialisation_seconds"] * steps / best["training_seconds"]).groupby(best["start"]).mean()
 
 
@@ -133,84 +153,117 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     """List what a reader must know beside the verdicts, the most serious first."""
     if table.empty:
         return [say("nothing_yet")]
-    said = [] if RANDOM in best_rates(table) else [say("no_reference")]
-    absent = [start for start in settings.get("starts") or [] if start not in {RANDOM, *table["start"]}]
+    sentences = []
+    if RANDOM not in best_rates(table):
+        sentences.append(say("no_reference"))
+    run = {RANDOM, *table["start"]}  # of random the sentence before tells
+    absent = [start for start in settings.get("starts") or [] if start not in run]
     if absent:
-        said.append(say("not_run", starts=absent))
-    said += _seeds_lacking(table, settings)
-    said += [say("few_examples", n=n)] if (n := settings.get("folds", {}).get("report", FEW)) < FEW else []
-    said += [say("small", steps=settings["steps"], tuned=size["tuned"])] if (size := settings.get("size")) else []
-    said += _hardly_learned(table)
+        sentences.append(say("not_run", starts=absent))
+    sentences += _seeds_lacking(table, settings)
+    n_reported = settings.get("folds", {}).get("report", FEW)  # settings of older directories have no `folds`
+    if n_reported < FEW:
+        sentences.append(say("few_examples", n=n_reported))
+    if size := settings.get("size"):  # where a limit of time made it smaller
+        sentences.append(say("small", steps=settings["steps"], tuned=size["tuned"]))
+    sentences += _hardly_learned(table)
     if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
-        said.append(say("one_seed_chose"))
-    return said + _circumstances(table) + _lost(table)
+        sentences.append(say("one_seed_chose"))
+    return sentences + _circumstances(table) + _lost(table)
 
 
 def _seeds_lacking(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     """List the starts that were not run on all seeds at their best rate, where no limit decided that."""
     if settings.get("budget"):
         return []
-    lacking: dict[frozenset[int], list[str]] = {}
+    starts_by_lack: dict[frozenset[int], list[str]] = {}  # starts that lack the same seeds share a sentence
     for start, own in table[table["best"]].groupby("start", sort=False):
         seeds = frozenset(settings.get("seeds") or []) - set(own["seed"])
+        # Random that trains longer has only the seeds that a better start has.
         if seeds and (start in (RANDOM, FULL) or is_judged(start)):
-            lacking.setdefault(seeds, []).append(start)
-    return [say("seeds_lacking", starts=own, which=seeds) for seeds, own in lacking.items()]
+            starts_by_lack.setdefault(seeds, []).append(start)
+    return [say("seeds_lacking", starts=starts, which=seeds) for seeds, starts in starts_by_lack.items()]
 
 
 def _circumstances(table: pd.DataFrame) -> list[str]:
     """Report that not all runs are from one machine, on which alone the same run has the same numbers."""
-    known = [run for run in table["circumstances"] if isinstance(run, dict)]
-    facts = [{**{name: run.get(name) for name in ("processor", "threads")}, **run.get("versions", {})} for run in known]
+    described = [run for run in table["circumstances"] if isinstance(run, dict)]  # older records lack them
+    facts = []
+    for run in described:
+        machine = {"processor": run.get("processor"), "threads": run.get("threads")}
+        facts.append(machine | run.get("versions", {}))
     differing = _differing(facts)
+    if not differing:
+        return []
     if "processor" in differing and table["node"].notna().any():
-        pairs = zip(table["circumstances"], table["node"].fillna("the first machine"), strict=True)
-        differing["processor"] = Counter(f"{run['processor']} on {node}" for run, node in pairs if run in known)
-    return [say("circumstances", differing=differing)] if differing else []
+        # Where nodes have names, a reader wants to know which one has which processor.
+        differing["processor"] = Counter()
+        for run, node in zip(table["circumstances"], table["node"].fillna("the first machine"), strict=True):
+            if isinstance(run, dict):
+                differing["processor"][f"{run['processor']} on {node}"] += 1
+    return [say("circumstances", differing=differing)]
 
 
 def _differing(facts: Sequence[Mapping[str, Any]]) -> dict[str, Counter[str]]:
     """Count the values of each fact that is not the same in all runs."""
-    names = dict.fromkeys(name for run in facts for name in run)
-    counts = {name: Counter(str(run.get(name)) for run in facts) for name in names}
-    return {name: values for name, values in counts.items() if len(values) > 1}
+    names: dict[str, None] = {}  # each once, in order
+    for run in facts:
+        names |= dict.fromkeys(run)
+    differing = {}
+    for name in names:
+        values = Counter(str(run.get(name)) for run in facts)  # a version that a run lacks is a value, too: None
+        if len(values) > 1:
+            differing[name] = values
+    return differing
 
 
 def _hardly_learned(table: pd.DataFrame) -> list[str]:
     """Count the seeds on which a start, at its best rate, learned less than half of what the best start did."""
     losses = by_seed(table)
     plain = table.groupby("seed")["plain_loss"].mean()
+    # On a seed where no start improved on the plain model, half of the best is nothing to go by.
     losses = losses.loc[:, losses.min() < plain.reindex(losses.columns)]
     few = (plain - losses) < (plain - losses.min()) / 2
-    counts = [(start, own.sum(), losses.loc[start].count()) for start, own in few.iterrows() if any(own)]
-    return [say("hardly_learned", counts=counts)] if counts else []
+    counts = []  # of each start: seeds on which it hardly learned, and seeds that it has
+    for start, own in few.iterrows():
+        if any(own):
+            counts.append((start, own.sum(), losses.loc[start].count()))
+    if not counts:
+        return []
+    return [say("hardly_learned", counts=counts)]
 
 
 def _lost(table: pd.DataFrame) -> list[str]:
     """List the runs that came to nothing, and why."""
-    said = []
+    sentences = []
     unstable = table[table["status"] == "unstable"]
     for (start, rate), runs in unstable.groupby(["start", "learning_rate"], sort=False):
-        errors = list(dict.fromkeys(str(error or "no finite loss").rstrip(".") for error in runs["error"]))
-        said.append(say("unstable", start=start, learning_rate=rate, which=list(runs["seed"]), errors=errors))
+        errors: dict[str, None] = {}  # each once, in order
+        for error in runs["error"]:
+            errors[str(error or "no finite loss").rstrip(".")] = None  # the sentence has a full stop of its own
+        seeds = list(runs["seed"])
+        sentences.append(say("unstable", start=start, learning_rate=rate, which=seeds, errors=list(errors)))
     failed = table[table["status"] == "failed"]
     for reason, runs in failed.groupby("error", sort=False):
-        said.append(say("failed", n=len(runs), reason=reason.rstrip("."), starts=runs["start"].unique()))
-    return said
+        sentences.append(say("failed", n=len(runs), reason=reason.rstrip("."), starts=runs["start"].unique()))
+    return sentences
 
 
 def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
-    """Report how far random goes from the plain model to full fine-tuning, and whether what is left could be shown."""
+    """Report how far random goes from the plain model to full fine-tuning, and whether the rest could be detected."""
     losses, best = by_seed(table), best_rates(table)
     if RANDOM not in losses.index:
         return ""
-    left = _left(table)
+    left, full = _left(table), None
+    caveats: list[str] = []
+    if not math.isnan(left):
+        full, caveats = losses.loc[FULL].mean(), _caveats(table, FULL, {})
     return say(
         "headroom",
         plain=table[table["best"] & table["start"].eq(RANDOM)]["plain_loss"].mean(),
         exact=table["float_loss"].mean(),
         random=losses.loc[RANDOM].mean(),
-        full=None if math.isnan(left) else losses.loc[FULL].mean(),
+        full=full,
         best=best.get(FULL),
         # There is none for a single seed.
         against=effects(losses.reindex([RANDOM, FULL]), RANDOM).get(FULL),
@@ -218,7 +271,7 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
         could=min((verdict.detectable for verdict in judged if verdict.detectable is not None), default=None),
         # What a start has won was there to win, whatever full fine-tuning gains.
         won=any(verdict.outcome == "better" for verdict in judged),
-        caveats=[] if math.isnan(left) else _caveats(table, FULL, {}),
+        caveats=caveats,
     )
 
 
@@ -227,95 +280,140 @@ def answer(
 ) -> tuple[str, str | None, list[str]]:
     """Return which start to use in a sentence, its name if there is advice, and what changes the meaning.
 
-    There is none where a best rate is at the edge of those tried. A start that `random` beats when it trains for the
-    same time is not advised.
+    There is no advice where a best rate is at the edge of those tried. A start that `random` beats when it trains for
+    the same time is not advised.
     """
     winner, lasting = _winner(judged, timed)
-    could = [verdict.detectable / verdict.reference for verdict in judged if verdict.detectable and verdict.reference]
-    start = winner.start if winner and lasting else RANDOM if could else None
-    edges = {one: edge for one in dict.fromkeys([start, RANDOM]) if one and could and (edge := _edge(table, one))}
-    rates, left = best_rates(table), forgotten(table)
-    known: dict[str, Any] = {"winner": winner, "lasting": lasting, "edges": edges, "rates": rates}
-    known |= {"could": [min(could), max(could)] if could else [], "forgotten": left.get(start or "", left.get(RANDOM))}
-    said = say("answer", **known, extend=_next_extend(table, edges, settings))
-    doubts = _doubts(table, winner, timed) if start else []
-    return said, None if edges else start, doubts
+    detectable = []  # of each verdict, as a share of random's loss
+    for verdict in judged:
+        if verdict.detectable and verdict.reference:
+            detectable.append(verdict.detectable / verdict.reference)
+    start = None
+    if winner and lasting:
+        start = winner.start
+    elif detectable:  # runs that could have shown a difference, and did not, speak for random
+        start = RANDOM
+    edges = {}
+    if detectable:
+        for name in (start, RANDOM):
+            if name and (edge := _edge(table, name)):
+                edges[name] = edge
+    by_start = forgotten(table)
+    sentence = say(
+        "answer",
+        winner=winner,
+        lasting=lasting,
+        edges=edges,
+        rates=best_rates(table),
+        could=[min(detectable), max(detectable)] if detectable else [],
+        forgotten=by_start.get(start or "", by_start.get(RANDOM)),
+        extend=_next_extend(table, edges, settings),
+    )
+    if start is None:
+        return sentence, None, []
+    doubts = _doubts(table, winner, timed)
+    # At an edge the best rate is not known yet, and with it the best start.
+    return sentence, None if edges else start, doubts
 
 
 def _doubts(table: pd.DataFrame, winner: Verdict | None, timed: Mapping[str, EqualTime]) -> list[str]:
     """List, as sentences, what changes the meaning of the advice: about random, and about the start that won."""
     doubts = _caveats(table, RANDOM, unlike_spreads(judged_losses(table)))
     if winner:
-        late = timed[winner.start]
-        doubts = [*winner.caveats, *doubts, *([late.sentence] if late.outcome != "better" else [])]
+        doubts = [*winner.caveats, *doubts]
+        at_equal_time = timed[winner.start]
+        if at_equal_time.outcome != "better":
+            doubts.append(at_equal_time.sentence)
+    # Caveats are parts of sentences elsewhere: they begin small, and have no full stop.
     return [f"{doubt[0].upper()}{doubt[1:].rstrip('.')}." for doubt in doubts]
 
 
 def _winner(judged: Sequence[Verdict], timed: Mapping[str, EqualTime]) -> tuple[Verdict | None, bool]:
     """Choose the best of the better starts, if possible of those that random does not beat in the same time.
 
-    Return it, None if no start is better, and whether it is one of those.
+    Return the start, None if none is better, and whether it lasts: whether random does not beat it in the same time.
     """
-    better = sorted((verdict for verdict in judged if verdict.outcome == "better"), key=lambda one: one.mean or 0.0)
+    better = [verdict for verdict in judged if verdict.outcome == "better"]
+    better.sort(key=lambda verdict: verdict.mean or 0.0)
     lasting = [verdict for verdict in better if timed[verdict.start].outcome != "worse"]
     return next(iter([*lasting, *better]), None), bool(lasting)
 
 
 def _next_extend(table: pd.DataFrame, edges: Mapping[str, str], settings: Mapping[str, Any]) -> int | None:
     """Return the `--extend` that goes on from the edge; None if the same command does, as after an interruption."""
-    given, extend = settings.get("learning_rates") or [], settings.get("extend", 0)
+    extend = settings.get("extend", 0)
     for start, edge in edges.items():
-        tried, scale = table[table["start"] == start]["learning_rate"].unique(), 0.1 if start == FULL else 1.0
-        own = (settings.get("recommended") or {}).get(start)
-        ends = [rate * scale for rate in given] or ([own / APART, own * APART] if own else [0.0])
-        added = sum(rate < 0.999 * min(ends) for rate in tried) if edge == "lowest" else sum(tried > 1.001 * max(ends))
-        if added >= extend:
+        tried, (lowest, highest) = table[table["start"] == start]["learning_rate"], _first_ends(start, settings)
+        # A margin, since rates are rounded when they are planned.
+        added = {"lowest": tried < 0.999 * lowest, "highest": tried > 1.001 * highest}[edge]
+        if tried[added].nunique() >= extend:
             return int(extend) + 2
     return None
 
 
+def _first_ends(start: str, settings: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the lowest and the highest rate that a start was tried at before any were added, as `RunPlan` has them."""
+    if given := settings.get("learning_rates"):
+        scale = 0.1 if start == FULL else 1.0
+        return min(given) * scale, max(given) * scale
+    if predicted := (settings.get("recommended") or {}).get(start):
+        return predicted / APART, predicted * APART
+    return 0.0, 0.0
+
+
 def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: float | None = None) -> str | None:
     """Write the command that makes the adapter of a start, to be trained at a rate; None where `init` does not."""
-    variant = Variant.parse(start) if start else None
-    options = variant.init_options() if variant else None
-    if not variant or not options or not settings.get("init"):
+    if not start:
         return None
-    of_bank = "--bank" in options  # whose adapters decide all else
-    rate = "" if learning_rate is None or of_bank else f"--learning-rate {rate_text(learning_rate)} "
+    variant = Variant.parse(start)
+    options = variant.init_options()
+    if not options or not settings.get("init"):
+        return None
     batches = variant.batches or settings["statistics_batches"]
     samples = f"--samples {batches * settings['batch_size']} --max-batches {batches}"
     alpha = f"--lora-alpha {variant.alpha or settings['lora_alpha']:g}"
-    return " ".join([settings["init"], samples, alpha, *options, f"{rate}--output adapter"])
+    words = [settings["init"], samples, alpha, *options]
+    if learning_rate is not None and "--bank" not in options:  # whose adapters decide all else
+        words.append(f"--learning-rate {rate_text(learning_rate)}")
+    return " ".join([*words, "--output adapter"])
 
 
 def as_recommended(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
-    """Judge the starts that are there as recommended at that very rate, untuned, against random at its best one."""
-    best, said = best_rates(table), []
-    known = (settings.get("recommended") or {}).items()
-    rates = {start: rate for start, rate in known if start in best and start != RANDOM}
+    """Judge each start with a predicted rate at that very rate, untuned, against random at its best one."""
+    best, sentences = best_rates(table), []
+    rates = {}
+    for start, rate in (settings.get("recommended") or {}).items():
+        if start in best and start != RANDOM:
+            rates[start] = rate
     untuned = table[table["counts"] & table["learning_rate"].eq(table["start"].map(rates))]
     rows, losses = untuned.pivot(index="start", columns="seed", values="loss"), judged_losses(table)
+    # The untuned runs take the place of the tuned ones of the same start; random and all others stay in the layout.
     differences = effects(pd.concat([losses.drop(index=rows.index), rows]), RANDOM)
     for start in rows.index:
-        known = {"start": start, "rate": rates[start], "is_best": best[start] == rates[start]}
-        reference = float(losses.loc[RANDOM].mean()) if start in differences else math.nan
-        said.append(say("as_recommended", **known, effect=differences.get(start), reference=reference))
-    return said
+        facts_of_start = {"start": start, "rate": rates[start], "is_best": best[start] == rates[start]}
+        reference = math.nan
+        if start in differences:
+            reference = float(losses.loc[RANDOM].mean())
+        sentences.append(say("as_recommended", **facts_of_start, effect=differences.get(start), reference=reference))
+    return sentences
 
 
-_MOST_TIMES = 8  # as many steps is as long as random trains to be compared at equal time
+_MOST_TIMES = 8  # random trains for at most this many times the steps, to be compared at equal time
 
 
 def longer_random(table: pd.DataFrame, judged: Iterable[Verdict]) -> Variant:
     """Return the start that is random trained for at least the time of each better start: 2, 4 or 8 times the steps."""
-    steps, took = _steps(table), steps_of_start(table)
-    most = max((float(took[verdict.start]) for verdict in judged if verdict.outcome == "better"), default=0.0)
-    times = 2 ** math.ceil(math.log2(max(2.0, 1 + most / steps)))
+    steps, steps_taken = _steps(table), steps_of_start(table)
+    longest = 0.0  # of the better starts, in steps
+    for verdict in judged:
+        if verdict.outcome == "better":
+            longest = max(longest, float(steps_taken[verdict.start]))
+    times = 2 ** math.ceil(math.log2(max(2.0, 1 + longest / steps)))
     return Variant(RANDOM, steps=min(times, _MOST_TIMES) * steps)
 
 
 def _steps(table: pd.DataFrame) -> int:
-    """Read the steps of all from a run of random that finished."""
+    """Read from a run of random that finished how many steps all runs train for."""
     return int(table[table["best"] & table["start"].eq(RANDOM)]["evaluation_points"].iloc[0][-1])
 
 
@@ -329,37 +427,57 @@ class EqualTime(NamedTuple):
 def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> dict[str, EqualTime]:
     """Judge the better starts at equal total time.
 
-    The loss of random after more steps is read, seed by seed, between those after the steps of all and after the steps
-    of a longer run, on a line over the logarithm of their number. Where more steps are no gain, it would not train on.
-    If the longer run is not as long as the start takes, but ends lower all the same, random is better.
+    A start that takes time before its first step is compared with random that trains for that time, too. The loss of
+    random after so many steps is interpolated, seed by seed, between its ordinary run and a longer run, on a line over
+    the logarithm of the steps. Where more steps gain nothing, random would not train on. If the longer run is shorter
+    than the start takes, but ends lower all the same, random is better.
     """
     losses = by_seed(table)
-    trained = {name: Variant.parse(name) for name in losses.index}
-    longer = {n: name for name, one in trained.items() if (n := one.steps) and one == Variant(RANDOM, steps=n)}
+    longer: dict[int, str] = {}
+    for name in losses.index:
+        n_steps = Variant.parse(name).steps
+        # Plain random alone: a run of it with another lora_alpha would be another start.
+        if n_steps and Variant.parse(name) == Variant(RANDOM, steps=n_steps):
+            longer[n_steps] = name
+    # All starts stay in the layout: they tell how far runs scatter.
     rows = losses.loc[[verdict.start for verdict in judged if verdict.start in losses.index]]
-    return {
-        verdict.start: _at_equal_time(table, verdict, longer, rows) for verdict in judged if verdict.outcome == "better"
-    }
+    by_start = {}
+    for verdict in judged:
+        if verdict.outcome == "better":
+            by_start[verdict.start] = _at_equal_time(table, verdict, longer, rows)
+    return by_start
 
 
 def _at_equal_time(table: pd.DataFrame, verdict: Verdict, longer: Mapping[int, str], rows: pd.DataFrame) -> EqualTime:
     """Judge a better start at equal total time; `longer` names the runs of random with more steps by their number."""
     start, steps, losses = verdict.start, _steps(table), by_seed(table)
     took = float(steps_of_start(table)[start])
-    n = min((n for n in longer if n >= steps + took), default=max(longer, default=0))
+    wanted = steps + took
+    # The shortest run that is long enough is nearest to the steps wanted; else the longest that there is.
+    n = min((n for n in longer if n >= wanted), default=max(longer, default=0))
     if n <= steps:
         return EqualTime("no statement", say("not_trained_longer", start=start, n=0, wanted=0))
     gained = (losses.loc[RANDOM] - losses.loc[longer[n]]) / math.log(n / steps)  # by e times as many steps
     if gained.mean() <= 0:
         return EqualTime(verdict.outcome, say("more_steps_gain_nothing", start=start, took=took))
-    later = (losses.loc[RANDOM] - gained * math.log(min(n, steps + took) / steps)).rename(RANDOM).to_frame().T
+    later = (losses.loc[RANDOM] - gained * math.log(min(n, wanted) / steps)).rename(RANDOM).to_frame().T
     effect = effects(pd.concat([later, rows]), RANDOM).get(start)
-    if effect is None or (n < steps + took and effect.outcome != "worse"):
-        return EqualTime("no statement", say("not_trained_longer", start=start, n=n, wanted=round(steps + took)))
+    too_short = n < wanted
+    if effect is None or (too_short and effect.outcome != "worse"):
+        return EqualTime("no statement", say("not_trained_longer", start=start, n=n, wanted=round(wanted)))
+    # The lead at equal steps, in steps of random: on the same line, with an exponent that cannot overflow.
     worth = math.expm1(min(-(verdict.mean or 0.0) / gained.mean(), 50.0))
-    known = {"took": took, "worth": worth, "most": n / steps - 1, "n": n if n < steps + took else None}
-    reference = float(later.loc[RANDOM].mean())
-    return EqualTime(effect.outcome, say("equal_time", start=start, effect=effect, reference=reference, **known))
+    sentence = say(
+        "equal_time",
+        start=start,
+        effect=effect,
+        reference=float(later.loc[RANDOM].mean()),
+        took=took,
+        worth=worth,
+        most=n / steps - 1,
+        n=n if too_short else None,
+    )
+    return EqualTime(effect.outcome, sentence)
 
 
 def facts(table: pd.DataFrame, settings: Mapping[str, Any]) -> str:
@@ -382,53 +500,59 @@ def forgotten(table: pd.DataFrame) -> dict[str, Forgotten]:
     if RANDOM not in least.index:
         return {}
     differences = effects(_judged(least), RANDOM)
-    judged = {}
+    by_start = {}
     for start in table[table["counts"] & table["rise"].notna()]["start"].unique():
         if start == RANDOM or is_judged(start):
-            means = least.reindex(list(dict.fromkeys([start, RANDOM]))).dropna(axis=1).mean(axis=1)
-            judged[start] = Forgotten(means[start], means[RANDOM], differences.get(start))
-    return judged
+            # Means over the seeds that both have. A start that never reaches the loss has no row: `reindex` puts NaN.
+            pair = list(dict.fromkeys([start, RANDOM]))
+            means = least.reindex(pair).dropna(axis=1).mean(axis=1)
+            by_start[start] = Forgotten(means[start], means[RANDOM], differences.get(start))
+    return by_start
 
 
 def equal_loss(table: pd.DataFrame, above: float = _EQUAL_LOSS) -> pd.DataFrame:
     """Arrange the least rise of the loss on other text at equal task loss: a row for each start, a column for a seed.
 
-    Of the runs of a start and a seed that end at most `above`, a share, over random's best with that seed, the one
-    counts that raises the loss on other text least; so for random, too. Runs that were evaluated at several strengths
-    of their adapter count at any strength, between two of them on a line. Empty where no run of random counts.
+    The task loss that a run must reach is random's at its best rate with the same seed, or up to a share `above`
+    higher. Of the runs of a start with a seed that reach it, the one counts that raises the loss on other text least.
+    The same holds for random itself. Runs that were evaluated at several strengths of their adapter count at any
+    strength; between two of them losses are interpolated. The table is empty where no run of random counts.
     """
     target, runs = by_seed(table), table[table["counts"] & table["rise"].notna()]
     if RANDOM not in target.index or runs.empty:
         return pd.DataFrame()
-    limits = (1 + above) * runs["seed"].map(target.loc[RANDOM])
+    limits = (1 + above) * runs["seed"].map(target.loc[RANDOM])  # NaN, which nothing is below, if random lacks the seed
     least = [_least_rise(run, limit) for (_, run), limit in zip(runs.iterrows(), limits, strict=True)]
-    lowest = runs.assign(least=least).dropna(subset="least")
-    return lowest.groupby(["start", "seed"], sort=False)["least"].min().unstack()
+    reached = runs.assign(least=least).dropna(subset="least")
+    return reached.groupby(["start", "seed"], sort=False)["least"].min().unstack()
 
 
 def _least_rise(run: pd.Series, limit: float) -> float:
     """Return the least rise of the loss on other text at which a run's task loss is within a limit; NaN if none is."""
-    if not isinstance(run["dial"], list):
-        return float(run["rise"]) if run["loss"] <= limit else math.nan
-    strengths, losses, retained = np.array(run["dial"]).T
-    between = np.linspace(strengths[0], strengths[-1], 301)
-    within = np.interp(between, strengths, losses) <= limit
-    rises = np.interp(between, strengths, retained)[within] - run["retained_before"]
-    return float(rises.min()) if len(rises) else math.nan
+    if isinstance(run["dial"], list):
+        strengths, losses, retained = np.array(run["dial"]).T  # strengths x 3 -> three rows
+        between = np.linspace(strengths[0], strengths[-1], 301)
+        within = np.interp(between, strengths, losses) <= limit
+        rises = np.interp(between, strengths, retained)[within] - run["retained_before"]
+        if len(rises):
+            return float(rises.min())
+    elif run["loss"] <= limit:
+        return float(run["rise"])
+    return math.nan
 
 
 def data_needed(table: pd.DataFrame) -> list[str]:
     """Compare each start with statistics of fewer batches with the same start with most, each at its own best rate."""
-    losses, said = by_seed(table), []
+    losses, sentences = by_seed(table), []
     varied = table[table["best"] & table["batches"].gt(0)]
     for name, runs in varied.groupby("any_batches", sort=False):
-        numbers = dict(zip(runs["start"], map(int, runs["batches"]), strict=True))  # from few to many
+        numbers = dict(zip(runs["start"], map(int, runs["batches"]), strict=True))  # from few to many, as the table is
         most = list(numbers)[-1]
         reference = float(losses.loc[most].mean())
         for start, effect in effects(losses.loc[list(numbers)], most).items():
             batches = {"fewer": numbers[start], "most": numbers[most]}
-            said.append(say("data_needed", start=name, **batches, effect=effect, reference=reference))
-    return said
+            sentences.append(say("data_needed", start=name, **batches, effect=effect, reference=reference))
+    return sentences
 
 
 @dataclass(frozen=True)
@@ -438,9 +562,9 @@ class Summary:
     title: str  # task and model
     facts: str  # what was trained, on what, and how long
     answer: str  # which start to use
-    caveats: list[str]  # what changes the meaning of that, a sentence each
-    start: str | None  # its name; None if the runs do not say yet
-    command: str | None  # makes its adapter; None if no command does
+    caveats: list[str]  # what changes the meaning of the answer, a sentence each
+    start: str | None  # name of the start to use; None if the runs do not say yet
+    command: str | None  # makes the adapter of that start; None if no command does
     headline: str  # the verdicts in one sentence, and how many runs ended how
     headroom: str  # how much of what full fine-tuning gains random gains already
     verdicts: list[Verdict]  # one for each start other than random, in order
@@ -458,14 +582,16 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
     table = run_table(records, settings.get("starts") or [])
     judged = verdicts(table)
     timed = equal_time(table, judged)
-    said, start, caveats = answer(table, judged, timed, settings)
-    starts = [one for one in table["start"].unique() if one != FULL]
+    advice, start, caveats = answer(table, judged, timed, settings)
     outcomes, statuses = Counter(verdict.outcome for verdict in judged), dict(table["status"].value_counts())
-    dialled = any(isinstance(dial, list) for dial in table["dial"])
+    alphas = {}
+    for name in table["start"].unique():
+        if name != FULL:  # it has no adapter
+            alphas[name] = Variant.parse(name).alpha or settings.get("lora_alpha", math.nan)
     return Summary(
         title=" · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")])),
         facts=facts(table, settings),
-        answer=said,
+        answer=advice,
         caveats=caveats,
         start=start,
         command=make_command(start, settings, best_rates(table).get(start or "")),
@@ -473,14 +599,18 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         headroom=headroom(table, judged),
         verdicts=judged,
         as_recommended=as_recommended(table, settings),
-        equal_time=[found.sentence for found in timed.values()],
-        forgetting=[
-            say("forgetting", start=name, it=found, dialled=dialled)
-            for name, found in forgotten(table).items()
-            if name != RANDOM
-        ],
+        equal_time=[at_equal_time.sentence for at_equal_time in timed.values()],
+        forgetting=_forgetting(table),
         data_needed=data_needed(table),
         notes=notes(table, settings),
-        alphas={name: Variant.parse(name).alpha or settings.get("lora_alpha", math.nan) for name in starts},
+        alphas=alphas,
         table=table,
     )
+
+
+def _forgetting(table: pd.DataFrame) -> list[str]:
+    """Write what each start forgets at equal task loss, in sentences that compare it with random."""
+    dialled = any(isinstance(dial, list) for dial in table["dial"])
+    by_start = forgotten(table)
+    by_start.pop(RANDOM, None)
+    return [say("forgetting", start=start, it=lost, dialled=dialled) for start, lost in by_start.items()]
