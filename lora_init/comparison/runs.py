@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -83,11 +84,9 @@ class RunPlan:
             raise LoraInitError(
                 "{learning_rates} and {seeds}: expected numbers.", learning_rates=list(rates), seeds=list(seeds)
             )
-        if (
-            not (rates or self.recommended)
-            or len(set(rates)) < len(rates)
-            or not all(0.0 < rate <= 1.0 for rate in rates)
-        ):
+        any_rate = rates or self.recommended
+        in_range = all(0.0 < rate <= 1.0 for rate in rates)
+        if not any_rate or len(set(rates)) < len(rates) or not in_range:
             raise LoraInitError(
                 "{learning_rates}: expected positive numbers up to 1, each once.", learning_rates=list(rates)
             )
@@ -99,25 +98,36 @@ class RunPlan:
             )
 
     def settings(self) -> dict[str, Any]:
-        """Return it in plain values."""
-        packages = {str(one): one.start.package for one in self.starts if one.start and one.start.package}
-        return asdict(self) | {"starts": [*map(str, self.starts)]} | ({"packages": packages} if packages else {})
+        """Return the plan in plain values."""
+        packages = {}
+        for variant in self.starts:
+            if variant.start and variant.start.package:  # a start that another package brings
+                packages[str(variant)] = variant.start.package
+        values = asdict(self) | {"starts": [*map(str, self.starts)]}
+        if packages:
+            values["packages"] = packages
+        return values
 
     def compared(self, ranks_cost_the_same: bool) -> list[Variant]:
-        """List the starts, and after them the same with what makes them comparable.
+        """List the starts, and after them those that are run once more with equal parameters.
 
         Where a rank costs more parameters in one layer than in another, starts that move ranks, or train no A, are also
-        run with as many as `random` has.
+        run with as many parameters as `random` has.
         """
-        equal = [start for start in self.starts if start.differs_in_parameters(ranks_cost_the_same)]
-        return list(dict.fromkeys([*self.starts, *(replace(start, equal_parameters=True) for start in equal)]))
+        equalized = []
+        for start in self.starts:
+            if start.differs_in_parameters(ranks_cost_the_same):
+                equalized.append(replace(start, equal_parameters=True))
+        return list(dict.fromkeys([*self.starts, *equalized]))  # they may have been asked for, too
 
     def runs(self, starts: Sequence[Variant], records: Mapping[Run, Record]) -> list[Run]:
         """List all runs in the order to do them in, those that have ended among them. Rates are added as runs end."""
         grids = {start: self._grid(start, records) for start in starts}
-        rates = sorted({rate for grid in grids.values() for rate in grid})
-        # Seed by seed, so that what is there when it is stopped can be paired.
-        sweep = [Run(x, seed, rate) for seed in self.swept for rate in rates for x in starts if rate in grids[x]]
+        rates: set[float] = set().union(*grids.values())
+        sweep = []
+        for seed in self.swept:  # seed by seed, so that a comparison that is stopped has pairs
+            for rate in sorted(rates):
+                sweep += [Run(start, seed, rate) for start in starts if rate in grids[start]]
         waiting = {run.start for run in sweep if run not in records}
         best = {start: self._best(start, grids[start], records) for start in starts}
         return list(dict.fromkeys(sweep + self._after_sweep(starts, waiting, best)))
@@ -129,15 +139,21 @@ class RunPlan:
         runs = []
         for seed in self.seeds[len(self.swept) :]:
             for start in starts:
-                if start in waiting or best[start]:
-                    rates = [None if start in waiting else best[start], *self._rate_of_its_own(start)]
-                    runs += [Run(start, seed, rate) for rate in rates]
+                rate = best[start]
+                if start in waiting:  # the best so far may not stay the best
+                    rate = None
+                elif rate is None:  # no rate is stable, and the start has no other seeds
+                    continue
+                # Its own predicted rate on all seeds: the report judges each start at it, untuned.
+                runs += [Run(start, seed, each) for each in (rate, *self._rate_of_its_own(start))]
         return runs
 
     @property
     def swept(self) -> Sequence[int]:
         """The seeds that every rate is run with."""
-        return self.seeds if self.sweep == "full" else self.seeds[:SWEEP_SEEDS]
+        if self.sweep == "full":
+            return self.seeds
+        return self.seeds[:SWEEP_SEEDS]
 
     @property
     def extends(self) -> bool:
@@ -147,22 +163,40 @@ class RunPlan:
     def given_rates(self, start: Variant) -> list[float]:
         """List the rates that are tried with a start in any case."""
         if self.learning_rates:
-            return sorted(float(f"{rate / 10:.4g}") if start.base == FULL else rate for rate in self.learning_rates)
-        factors = (1 / APART, 1, APART) if self.tuned or start == REFERENCE else (1,)
-        return [float(f"{rate * factor:.2g}") for rate in self._rate_of_its_own(start) for factor in factors]
+            rates = list(self.learning_rates)
+            if start.base == FULL:  # rounded: 0.003 / 10 is 0.00030000000000000003
+                rates = [float(f"{rate / 10:.4g}") for rate in rates]
+            return sorted(rates)
+        factors: tuple[float, ...] = (1,)
+        if self.tuned or start == REFERENCE:
+            factors = (1 / APART, 1, APART)
+        own = self._rate_of_its_own(start)
+        if not own:
+            return []
+        return [float(f"{own[0] * factor:.2g}") for factor in factors]
 
     def _rate_of_its_own(self, start: Variant) -> list[float]:
-        """Return the rate that a pass predicts for a start or for what it varies; for `full` a tenth of random's."""
+        """Return the rate that a pass predicts for a start or for what it varies; for `full` a tenth of random's.
+
+        The list has one rate, or none if no pass was made for the start.
+        """
         if start.base == FULL and RANDOM in self.recommended:
             return [float(f"{self.recommended[RANDOM] / 10:.2g}")]
         rate = self.recommended.get(str(start), self.recommended.get(start.base))
-        return [] if rate is None else [rate]
+        if rate is None:
+            return []
+        return [rate]
 
     def _grid(self, start: Variant, records: Mapping[Run, Record]) -> list[float]:
-        """List the rates to try with a start, as far as the runs that ended tell."""
+        """List the rates to try with a start, as far as the runs that ended tell.
+
+        The additions are computed again from the given rates at each call, so they depend on the records alone.
+        """
         grid = given = self.given_rates(start)
-        for _ in range(2 * self.extend if self.extends and len(given) > 1 else 0):
-            runs = [Run(start, seed, rate) for seed in self.swept for rate in grid]
+        if not self.extends or len(given) < 2:  # of a single rate nobody asks whether another were better
+            return grid
+        for _ in range(2 * self.extend):  # as often on either side at most
+            runs = self._runs_at(start, self.swept, grid)
             if not all(run in records for run in runs):
                 break
             more = self._next_rates(grid, given, self._best(start, grid, records), [records[run] for run in runs])
@@ -175,16 +209,22 @@ class RunPlan:
         self, grid: list[float], given: list[float], best: float | None, records: Iterable[Record]
     ) -> list[float]:
         """Add half a decade on the side where the best rate is at the edge; below, too, where rates are unstable."""
+        n_below, n_above = bisect_left(grid, given[0]), len(grid) - bisect_right(grid, given[-1])
+        # Where no rate is stable, a lower one may be; where all failed for another reason, it would not help.
         too_high = best is None and any(record["status"] == "unstable" for record in records)
-        if (best == grid[0] or too_high) and sum(rate < given[0] for rate in grid) < self.extend:
+        if (best == grid[0] or too_high) and n_below < self.extend:
             return [half_decade(grid[0], up=False), *grid]
-        if best == grid[-1] and sum(rate > given[-1] for rate in grid) < self.extend:
+        if best == grid[-1] and n_above < self.extend:
             return [*grid, half_decade(grid[-1], up=True)]
         return grid
 
     def _best(self, start: Variant, rates: Iterable[float], records: Mapping[Run, Record]) -> float | None:
-        runs = [Run(start, seed, rate) for seed in self.seeds for rate in rates]
+        runs = self._runs_at(start, self.seeds, rates)
         return choose_rate(records[run] for run in runs if run in records)
+
+    @staticmethod
+    def _runs_at(start: Variant, seeds: Iterable[int], rates: Iterable[float]) -> list[Run]:
+        return [Run(start, seed, rate) for seed, rate in product(seeds, rates)]
 
 
 def choose_rate(records: Iterable[Record]) -> float | None:
@@ -193,15 +233,23 @@ def choose_rate(records: Iterable[Record]) -> float | None:
     The mean is over the seeds that all rates have (with `halving` the seeds of the sweep), or over each one's own.
     A rate with an unstable run is not chosen; None if there is no other.
     """
-    records = list(records)
-    unstable = {record["learning_rate"] for record in records if _status(record) == "unstable"}
-    losses: dict[float, dict[int, float]] = {}
+    losses: dict[float, dict[int, float]] = {}  # by rate and seed
+    unstable = set()
     for record in records:
-        if _status(record) == "finished" and record["learning_rate"] not in unstable:
-            losses.setdefault(record["learning_rate"], {})[record["seed"]] = record["selection_loss"]
-    shared: set[int] = set.intersection(*map(set, losses.values())) if losses else set()
-    means = {rate: fmean(own[seed] for seed in shared or own) for rate, own in losses.items()}
-    return min(means, key=lambda rate: (means[rate], rate), default=None)
+        rate, status = record["learning_rate"], _status(record)
+        if status == "unstable":
+            unstable.add(rate)
+        elif status == "finished":
+            losses.setdefault(rate, {})[record["seed"]] = record["selection_loss"]
+    for rate in unstable:  # also if it finished with other seeds
+        losses.pop(rate, None)
+    if not losses:
+        return None
+    shared = set.intersection(*map(set, losses.values()))
+    means = {}
+    for rate, own in losses.items():
+        means[rate] = fmean(own[seed] for seed in shared or own)
+    return min(means, key=lambda rate: (means[rate], rate))  # of equal ones the lower rate
 
 
 def half_decade(rate: float, up: bool) -> float:
@@ -211,12 +259,17 @@ def half_decade(rate: float, up: bool) -> float:
         >>> half_decade(1e-3, up=True), half_decade(3e-3, up=True), half_decade(1e-4, up=False)
         (0.003, 0.01, 3e-05)
     """
-    in_the_middle = 10 ** (math.log10(rate) % 1) > 2.9  # 3e-4, between two powers of ten
-    factor = 10 / 3 if in_the_middle == up else 3.0
-    return float(f"{rate * factor if up else rate / factor:.4g}")
+    # The grid is 1, 3, 10, 30: its steps are 3 and 10 / 3 in turn, and the leading digit tells which one is next. Of
+    # rates as 3e-4, rounded, that digit may be 2.999.
+    in_the_middle = 10 ** (math.log10(rate) % 1) > 2.9
+    if up:
+        factor = 10 / 3 if in_the_middle else 3.0
+        return float(f"{rate * factor:.4g}")
+    factor = 3.0 if in_the_middle else 10 / 3
+    return float(f"{rate / factor:.4g}")
 
 
-METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "MCC"}  # and what they are called
+METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "MCC"}  # names in records, and in the report
 _NUMBERS = [
     *METRICS, "plain_loss", "float_loss", "selection_loss", "loss", "first_loss", "retained_before", "retained_after",
     "trainable_parameters", "a_scale", "gamma", "initialisation_seconds", "training_seconds", "peak_memory_bytes",
@@ -233,45 +286,49 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
 
     Rows go by start (random first, then as in `starts`, each before what is scaled or resized of it), rate and seed.
     Columns are the fields of `RunRecord`, its metrics, what its `Variant` says, and what is computed here: `loss` is
-    the final one to report, NaN unless finished; `counts` whether no run of that rate was unstable; `best` whether
-    the rate is also the start's best, by the mean loss on the examples to select by.
+    the final one to report, NaN unless finished; `counts` whether the run finished and no run of that rate was
+    unstable; `best` whether the rate is also the start's best, by the mean loss on the examples to select by.
     """
     rows = [_row(record) for record in records]
-    bases = [RANDOM, *(Variant.parse(start).base for start in starts), *(row["base"] for row in rows)]
+    bases = [RANDOM]  # in the order of the table; `index` finds the first of several
+    bases += [Variant.parse(start).base for start in starts]
+    bases += [row["base"] for row in rows]
     order = itemgetter("any_batches", "batches", "learning_rate", "seed")
     rows.sort(key=lambda row: (bases.index(row["base"]), *order(row)))
     table = pd.DataFrame(rows, columns=_COLUMNS)
-    table[_NUMBERS] = table[_NUMBERS].astype(float)
+    table[_NUMBERS] = table[_NUMBERS].astype(float)  # None becomes NaN
     table["rise"] = table["retained_after"] - table["retained_before"]
     unstable = table["status"].eq("unstable").groupby([table["start"], table["learning_rate"]]).transform("any")
     table["counts"] = table["status"].eq("finished") & ~unstable.astype(bool)
-    best = {start: choose_rate(own) for start, own in groupby(rows, key=lambda row: row["start"])}
+    best = {start: choose_rate(own) for start, own in groupby(rows, key=itemgetter("start"))}  # neighbors, as sorted
     table["best"] = table["counts"] & table["learning_rate"].eq(table["start"].map(best))
     return table
 
 
 def _status(record: Mapping[str, Any]) -> str:
     """Return how a run ended; one that finished without a finite loss was unstable."""
-    losses = [*(record.get("report_loss") or [None]), record.get("selection_loss")]
+    losses = [*(record.get("report_loss") or [None]), record.get("selection_loss")]  # JSON has null for NaN
     finite = all(loss is not None and math.isfinite(loss) for loss in losses)
-    return "unstable" if record["status"] == "finished" and not finite else str(record["status"])
+    if record["status"] == "finished" and not finite:
+        return "unstable"
+    return str(record["status"])
 
 
 def _row(record: Record) -> dict[str, Any]:
     """Flatten a record."""
-    losses, kept = record.get("report_loss") or [], record.get("retain_loss") or [None, None]
-    status, start = _status(record), Variant.parse(record["start"])
+    losses, retained = record.get("report_loss") or [None], record.get("retain_loss") or [None, None]
+    status, variant = _status(record), Variant.parse(record["start"])
     return {
         **record,
-        "base": start.base,
-        "any_batches": str(replace(start, batches=None)),  # what differs in these alone has the same
-        "batches": start.batches or 0,
+        "base": variant.base,
+        "any_batches": str(replace(variant, batches=None)),  # starts that differ in these alone have the same
+        "batches": variant.batches or 0,  # a number, as rows are sorted by it
         **(record.get("metrics") or {}),
         "status": status,
-        "first_loss": losses[0] if losses else None,
-        "loss": losses[-1] if status == "finished" else None,
-        "retained_before": kept[0],
-        "retained_after": kept[1],
+        "first_loss": losses[0],
+        "loss": losses[-1] if status == "finished" else None,  # of a run that ended early it is no final one
+        "retained_before": retained[0],
+        "retained_after": retained[1],
     }
 
 
@@ -288,6 +345,7 @@ def best_rates(table: pd.DataFrame) -> dict[str, float]:
 def by_seed(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
     """Arrange what was measured at the best rates: a row for each start, a column for each seed."""
     best = table[table["best"]]
+    # `pivot` sorts by name; the order of the table is that of the report.
     return best.pivot(index="start", columns="seed", values=column).reindex(best["start"].unique())
 
 
@@ -295,8 +353,10 @@ SETTINGS_FILE, RUNS = "settings.json", "runs"
 PACKED = "runs.jsonl"  # runs in one file, a line each, as `benchmarks.evidence` leaves them; new ones get files in RUNS
 BEST, BEST_RUN = "best", "run.json"  # the directory of the best adapter, and in it the record of its run
 FORMAT = 3
-# More of these may be asked of a directory that has some: they shape no single run.
+# Lists that may grow from call to call: they shape no single run.
 _GROWING = ("starts", "learning_rates", "seeds")
+# Settings that may differ from call to call: which runs are done, how they were asked for, and circumstances, which the
+# notes of a report mention where they differ.
 _FREE = (
     "sweep",
     "extend",
@@ -327,24 +387,29 @@ class RunDirectory:
         """Keep a run that ended; it is on the disk, whole, when this returns."""
         run = Run.of(record)
         for other, theirs in self.records.items():
+            # The whole comparison rests on this: with one seed all starts see the same batches in the same order.
+            # A run that ended early, or trains longer, has another hash all the same.
             finished = record["status"] == theirs["status"] == "finished"
-            alike = other.seed == run.seed and theirs["evaluation_points"][-1:] == record["evaluation_points"][-1:]
-            if finished and alike and theirs["data_order"] != record["data_order"]:
+            same_length = theirs["evaluation_points"][-1:] == record["evaluation_points"][-1:]
+            comparable = finished and other.seed == run.seed and same_length
+            if comparable and theirs["data_order"] != record["data_order"]:
                 raise LoraInitError(
                     f"{run.title} saw other data than {other.title}. The data or the library changed between runs; "
                     "start again in another directory."
                 )
         kept = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON has no NaN
         write_whole(self.path / RUNS / run.file, f"{json.dumps(kept)}\n".encode())
-        self.records[run] = kept
+        self.records[run] = kept  # as it will be read again
 
 
 def check_there(path: Path) -> None:
     """Check that a comparison may be written here: one is there, or nothing."""
     check_output(path, "folder")
+    if not path.is_dir() or (path / SETTINGS_FILE).exists():
+        return
     # Names with a dot belong to the lock and to temporary files that a kill has left.
-    there = path.iterdir() if path.is_dir() and not (path / SETTINGS_FILE).exists() else ()
-    if {entry.name for entry in there if not entry.name.startswith(".")} - {RUNS, "statistics"}:  # of measured rates
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+    if names - {RUNS, "statistics"}:  # statistics for measured rates are there before the settings
         raise LoraInitError(
             f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. Name another directory."
         )
@@ -356,20 +421,30 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
     check_there(path)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, "Wait until that comparison has ended, or name another directory."):
-        there = peek(path, settings)
+        ended = peek(path, settings)
         (path / RUNS).mkdir(exist_ok=True)
         merged = dict(settings)
         if (path / SETTINGS_FILE).exists():
-            old = read_settings(path)
-            merged |= {name: list(dict.fromkeys([*old[name], *merged[name]])) for name in _GROWING}
-            merged |= {name: old.get(name, {}) | merged.get(name, {}) for name in _HASHES if name in {**old, **merged}}
+            merged |= _merge_growing(read_settings(path), settings)
         write_whole(path / SETTINGS_FILE, (json.dumps(merged, indent=2) + "\n").encode())
-        yield RunDirectory(path, merged, there)
+        yield RunDirectory(path, merged, ended)
+
+
+def _merge_growing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge what was asked for before with what is asked for now, so that the report knows of all runs."""
+    merged: dict[str, Any] = {}
+    for name in _GROWING:
+        merged[name] = list(dict.fromkeys([*old[name], *new[name]]))
+    for name in _HASHES:
+        if name in old or name in new:
+            merged[name] = old.get(name, {}) | new.get(name, {})
+    return merged
 
 
 def peek(path: Path, settings: Mapping[str, Any]) -> dict[Run, Record]:
     """Read the runs in a directory, if there are any, and change nothing."""
     if (path / SETTINGS_FILE).exists():
+        # Through JSON, since what was read from the file has lists for tuples and text for keys.
         _check_same(path, read_settings(path), json.loads(json.dumps(settings)))
     return {Run.of(record): record for record in read_runs(path)}
 
@@ -394,9 +469,12 @@ def read_runs(path: Path) -> list[Record]:
     Of two records of a run the one in `runs` counts: it is the later one.
     """
     packed = path / PACKED
-    lines = packed.read_bytes().splitlines() if packed.exists() else []
-    texts = [(f"{packed}, line {number}", "line", line) for number, line in enumerate(lines, 1)]
-    texts += [(str(file), "file", file.read_bytes()) for file in sorted((path / RUNS).glob("*.json"))]
+    texts = []  # where each stands, what it is, and the text itself
+    if packed.exists():
+        for number, line in enumerate(packed.read_bytes().splitlines(), 1):
+            texts.append((f"{packed}, line {number}", "line", line))
+    for file in sorted((path / RUNS).glob("*.json")):
+        texts.append((str(file), "file", file.read_bytes()))
     records: dict[Run, Record] = {}
     for where, kind, text in texts:
         try:
@@ -408,18 +486,21 @@ def read_runs(path: Path) -> list[Record]:
 
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    differing = [
-        f"{name} was {shorten(repr(old.get(name)), 120)}, now {shorten(repr(new.get(name)), 120)}"
-        for name in dict.fromkeys([*new, *old])
-        if name not in (*_GROWING, *_FREE, *_HASHES) and old.get(name) != new.get(name)
-    ]
+    differing = []
+    for name in dict.fromkeys([*new, *old]):  # a setting that only one of them has differs, too, unless it is None
+        before, now = old.get(name), new.get(name)
+        if name not in (*_GROWING, *_FREE, *_HASHES) and before != now:
+            differing.append(f"{name} was {shorten(repr(before), 120)}, now {shorten(repr(now), 120)}")
     if differing:
         raise LoraInitError(
             f"{path} has runs of another configuration: {'; '.join(differing)}. "
             "Name another directory, or use the settings of this one."
         )
-    hashes = [(name, which, now) for name in _HASHES for which, now in new.get(name, {}).items()]
-    changed = [which for name, which, now in hashes if old.get(name, {}).get(which, now) != now]
+    changed = []
+    for name in _HASHES:
+        for which, now in new.get(name, {}).items():
+            if old.get(name, {}).get(which, now) != now:  # a key that is new may be added
+                changed.append(which)
     if changed:
         raise LoraInitError(
             f"{path} has runs of which this was other content: {', '.join(changed)}. New ones could not be compared "
