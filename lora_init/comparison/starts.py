@@ -46,9 +46,10 @@ from lora_init.statistics.statistics import Provenance, Statistics
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
+    from lora_init.adapters.adapter_init import AdapterInit
     from lora_init.bank.store import Bank
 
-# Says to a pass and to `mean_loss` that the loss is the very one that training minimizes.
+# Tells a pass and `mean_loss` that the loss is the very one that training minimizes.
 AS_TRAINED: dict[str, Any] = {"forward": batch_loss, "loss": lambda loss, batch: loss}
 OwnStart: TypeAlias = "tuple[str, str | Path | Callable[[nn.Module, int], PeftModel]]"
 
@@ -72,7 +73,7 @@ def _no_data(*_: object) -> NoReturn:
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class PreparedModel:
     """A model with an adapter that is ready to train, as `prepare` returns it."""
 
     # The model with the adapter; for `full` the model itself, in float32. The plain model inside it is the one
@@ -91,27 +92,28 @@ class Prepared:
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each layer that has an adapter."""
-        if not hasattr(self.peft_model, "peft_config"):
+        if not self._has_adapter:
             return {}
         return {name: int(next(iter(layer.r.values()))) for name, layer in adapter_layers(self.peft_model).items()}
 
     @property
     def a_scale(self) -> float:
-        """Root mean square of the norms of all rows of A."""
-        weights = a_weights(self.peft_model).values() if hasattr(self.peft_model, "peft_config") else []
+        """Root mean square of the norms of all rows of A; 0 without an adapter."""
+        if not self._has_adapter:
+            return 0.0
+        weights = a_weights(self.peft_model).values()  # rank x inputs each
         energy = sum(float(weight.detach().double().square().sum()) for weight in weights)
-        return math.sqrt(energy / max(1, sum(len(weight) for weight in weights)))
+        return math.sqrt(energy / max(1, sum(map(len, weights))))
+
+    @property
+    def _has_adapter(self) -> bool:
+        return hasattr(self.peft_model, "peft_config")  # `full` has none
 
 
 def read_start(start: str | OwnStart) -> Variant:
-    """Read the name of a start, or of a pair of one's own."""
+    """Read the name of a start, or a pair of a new name and where the user's own start comes from."""
     if isinstance(start, tuple):
-        name, source = start if len(start) == 2 else ("", None)
-        variant = Variant.parse(name if isinstance(name, str) else "")
-        if not variant.base or variant.start is not None:
-            raise LoraInitError(f"start {start!r}: a pair is needed, of a new name and a directory or a function.")
-        if not callable(source) and not (Path(str(source)).expanduser() / WEIGHTS_FILE).is_file():
-            raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
+        variant = _read_own(start)
     else:
         variant = Variant.parse(start)
         if variant.start is None:
@@ -125,34 +127,54 @@ def read_start(start: str | OwnStart) -> Variant:
     return variant
 
 
+def _read_own(pair: tuple[Any, ...]) -> Variant:
+    name, source = "", None
+    if len(pair) == 2 and isinstance(pair[0], str):
+        name, source = pair
+    variant = Variant.parse(name)
+    if not variant.base or variant.start is not None:  # a name of ours would have two meanings
+        raise LoraInitError(f"start {pair!r}: a pair is needed, of a new name and a directory or a function.")
+    if not callable(source) and not (Path(str(source)).expanduser() / WEIGHTS_FILE).is_file():
+        raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
+    return variant
+
+
 def check_quantized(starts: Iterable[Variant], is_quantized: bool, has_float: bool) -> None:
-    """Check that starts can have a base that is quantized, or is not."""
-    for start, known in ((one, one.start) for one in starts if one.start):
-        full = start.base == FULL
-        corrects = known.corrects(is_quantized)
+    """Check that each start can be made on this base, which is quantized or not."""
+    for variant in starts:
+        start = variant.start
+        if start is None:  # the user's own: its function decides
+            continue
+        # Full training has the float model in place of the quantized one.
+        full = variant.base == FULL
+        corrects = start.corrects(is_quantized)
         if corrects and not is_quantized:
-            raise LoraInitError(f"start '{start}' corrects a quantized base. Load it so: {{quantize}}.", quantize="nf4")
+            raise LoraInitError(
+                f"start '{variant}' corrects a quantized base. Load it so: {{quantize}}.", quantize="nf4"
+            )
         if (corrects or (is_quantized and full)) and not has_float:
             raise LoraInitError(
-                f"start '{start}' needs the model before it was quantized. Name its directory by {{weights}}.",
+                f"start '{variant}' needs the model before it was quantized. Name its directory by {{weights}}.",
                 weights=...,
             )
-        if is_quantized and known.changes_base and not corrects and not full:
-            raise LoraInitError(f"start '{start}' changes base weights, and these are quantized. Leave it out.")
+        if is_quantized and start.changes_base and not corrects and not full:
+            raise LoraInitError(f"start '{variant}' changes base weights, and these are quantized. Leave it out.")
 
 
 def hash_own(source: str | Path | Callable[..., Any]) -> str:
-    """Hash the files of an adapter, to notice another one under the same name; of a function, give its name."""
+    """Hash the files of an adapter, to notice another one under the same name; of a function, return its name."""
     if callable(source):
         function = getattr(source, "func", source)  # of a partial
         return str(getattr(function, "__qualname__", type(function).__name__))
-    files = [Path(source) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    content = b""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        content += (Path(source) / name).read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
-class Basis:
-    """The model that an adapter is put on, and the data that starts are made from."""
+class StartInputs:
+    """What a start is made from: the model that the adapter is put on, its shape, a seed, and data."""
 
     model: Any  # the plain model
     shape: AdapterShape  # layers, rank and scaling
@@ -164,7 +186,7 @@ class Basis:
     # which tell prompts by them
     batches: Iterable[Mapping[str, Tensor]] = ()
     # Returns batches that the statistics are not from. Starts that step take the size of their step by the loss on them
-    aside: Callable[[], Sequence[Any]] = _no_data
+    held_out: Callable[[], Sequence[Any]] = _no_data
     bank: Bank | None = None  # for starts from a bank; its prompts are embedded by the base model
     errors: QuantizationErrors | None = None  # what quantization took from the weights, if the model is quantized
     # Where a start of one's own comes from: an adapter directory, the same for every seed, or a function of the
@@ -172,7 +194,7 @@ class Basis:
     own: Any = None
 
 
-def prepare(variant: Variant, basis: Basis) -> Prepared:
+def prepare(variant: Variant, inputs: StartInputs) -> PreparedModel:
     """Put the adapter of a start on a model: the same layers and the same scaling lora_alpha / rank for every start.
 
     `docs/comparing-starts.md` says what each start is; `full` has no adapter and trains all weights. B = 0 and the
@@ -193,30 +215,50 @@ def prepare(variant: Variant, basis: Basis) -> Prepared:
 
     If a start does not apply, the model is unchanged.
     """
-    recipe, corrects = variant.recipe, variant.start is not None and variant.start.corrects(basis.errors is not None)
-    basis = replace(basis, shape=replace(basis.shape, lora_alpha=variant.alpha or basis.shape.lora_alpha))
-    changes = variant.start is None or (variant.changes_base and not corrects)  # one's own may do anything
-    restore = remember(basis.model, weights=changes)
+    if variant.alpha:  # `NAME+32-alpha`
+        inputs = replace(inputs, shape=replace(inputs.shape, lora_alpha=variant.alpha))
+    restore = remember(inputs.model, weights=_may_change_weights(variant, inputs))
     try:
-        by_data = recipe if recipe and recipe.reads_data else None
-        stats = basis.statistics(by_data.center, by_data.needs_gradient) if by_data else _blank(basis)
-        began = time.perf_counter()
+        stats = _statistics_for(variant, inputs)
+        began = time.perf_counter()  # statistics have seconds of their own
         # Whatever a start draws, training begins with the same random state.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(basis.seed)
-            start = variant.start
-            peft_model, gamma = _put(start, variant, basis, stats) if start else _put_own(variant, basis)
-    except BaseException:
+            torch.manual_seed(inputs.seed)
+            if variant.start is None:
+                peft_model, gamma = _put_own(variant, inputs)
+            else:
+                peft_model, gamma = _put(variant.start, variant, inputs, stats)
+    except BaseException:  # Ctrl-C, too: the next run needs the plain model
         restore()
         raise
-    return Prepared(peft_model, time.perf_counter() - began, gamma, restore)
+    return PreparedModel(peft_model, time.perf_counter() - began, gamma, restore)
+
+
+def _may_change_weights(variant: Variant, inputs: StartInputs) -> bool:
+    """Return whether the weights of the model have to be kept, to put them back."""
+    if variant.start is None:  # the user's function may do anything
+        return True
+    return variant.changes_base and not variant.start.corrects(inputs.errors is not None)
+
+
+def _statistics_for(variant: Variant, inputs: StartInputs) -> Statistics:
+    """Collect the statistics that a start needs; those of one that reads no data hold the layers alone."""
+    recipe = variant.recipe
+    if recipe is None or not recipe.reads_data:
+        return _blank(inputs)
+    return inputs.statistics(recipe.center, recipe.needs_gradient)
 
 
 def a_weights(peft_model: PeftModel) -> dict[str, Tensor]:
     """Find A of each layer that has one, [r, d_in]; embeddings keep theirs elsewhere, convolutions as [r, c, k, k]."""
-    found = {name: layer.lora_A for name, layer in adapter_layers(peft_model).items() if len(layer.lora_A)}
-    weights = {name: next(iter(adapters.values())).weight for name, adapters in found.items()}
-    return {name: weight for name, weight in weights.items() if weight.dim() == 2}
+    weights = {}
+    for name, layer in adapter_layers(peft_model).items():
+        if not len(layer.lora_A):  # an embedding's
+            continue
+        weight = next(iter(layer.lora_A.values())).weight
+        if weight.dim() == 2:
+            weights[name] = weight
+    return weights
 
 
 def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:
@@ -227,31 +269,34 @@ def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def _blank(basis: Basis, variance: float = 0.0) -> Statistics:
+def _blank(inputs: StartInputs, variance: float = 0.0) -> Statistics:
     """Make statistics that know nothing but the layers' widths, for starts that need no data; all directions alike."""
-    model, shape = basis.model, basis.shape
-    modules = shape.target_modules if isinstance(shape.target_modules, str) else sorted(shape.target_modules)
+    model, shape = inputs.model, inputs.shape
+    modules = shape.target_modules
+    if not isinstance(modules, str):
+        modules = sorted(modules)
     targets = find_targets(model, modules, task_type=shape.task_type)
     made_for = Provenance("", type(model).__name__, "", modules, task_type=shape.task_type, rank=shape.rank)
-    none = torch.empty(0, dtype=torch.float64)
+    groups = {}
+    for name, target in targets.layers.items():
+        # No direction is known, 0 x inputs, of no row: all variance is in the rest, alike in all directions.
+        width, no_values = target.in_features, torch.empty(0, dtype=torch.float64)
+        groups[name] = Spectrum(torch.empty(0, width), no_values, variance * width, torch.zeros(width), 0)
     return Statistics(
-        groups={
-            name: Spectrum(torch.empty(0, width), none, variance * width, torch.zeros(width), 0)
-            for name, width in ((name, target.in_features) for name, target in targets.layers.items())
-        },
-        group_of={name: name for name in targets.layers},
+        groups=groups,
+        group_of={name: name for name in targets.layers},  # each layer alone: none was seen to read another's input
         targets=targets.layers,
         unsupported=targets.unsupported,
         provenance=made_for,
     )
 
 
-def _ranks_of(variant: Variant, recipe: Recipe, basis: Basis, stats: Statistics) -> RankAllocation:
+def _ranks_of(variant: Variant, recipe: Recipe, inputs: StartInputs, stats: Statistics) -> RankAllocation:
     """Allocate the ranks of a recipe: as many ranks, or as many parameters, as `random` has."""
-    rank, equal = basis.shape.rank, variant.equal_parameters
+    rank, equal = inputs.shape.rank, variant.equal_parameters
     targets = [stats.targets[name] for name in stats]
     of_policy: dict[str, Any] = dict(rho=recipe.rho, policy=recipe.policy)
-    if equal and recipe.freeze_a:  # the statistics are for twice the rank
+    if equal and recipe.freeze_a:  # all layers get one rank, and the statistics are for at most twice that of `random`
         alike = min(2 * rank, rank_with_frozen_a(targets, rank))
         ranks = RankAllocation(dict.fromkeys(stats, alike), rank)
     elif equal:
@@ -264,57 +309,59 @@ def _ranks_of(variant: Variant, recipe: Recipe, basis: Basis, stats: Statistics)
 
 
 @singledispatch
-def _put(start: Start, variant: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
+def _put(start: Start, variant: Variant, inputs: StartInputs, stats: Statistics) -> tuple[PeftModel, float | None]:
     """Put a start on the model. Ours is built from statistics, and steps as far as lowers the loss most."""
     assert variant.recipe is not None  # made by us
-    own = InitConfig(
+    config = InitConfig(
         start=variant.recipe.start,
-        shape=Shape(lora_alpha=basis.shape.lora_alpha, freeze_a=variant.recipe.freeze_a),
-        run=PassOptions(seed=basis.seed, **AS_TRAINED),
+        shape=Shape(lora_alpha=inputs.shape.lora_alpha, freeze_a=variant.recipe.freeze_a),
+        run=PassOptions(seed=inputs.seed, **AS_TRAINED),
     )
-    ranks = _ranks_of(variant, variant.recipe, basis, stats)
-    aside = basis.aside() if own.start.takes_step else ()
-    init = build(basis.model, stats, ranks, own, aside, basis.errors)
-    return init.apply(basis.model), init.gamma
+    ranks = _ranks_of(variant, variant.recipe, inputs, stats)
+    held_out: Sequence[Any] = ()
+    if config.start.takes_step:
+        held_out = inputs.held_out()
+    init = build(inputs.model, stats, ranks, config, held_out, inputs.errors)
+    return init.apply(inputs.model), init.gamma
 
 
 @_put.register(BankWay)
-def _(start: BankWay, variant: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
+def _(start: BankWay, variant: Variant, inputs: StartInputs, stats: Statistics) -> tuple[PeftModel, float | None]:
     from lora_init.bank.embeddings import embed
     from lora_init.bank.start import start_from_bank
 
-    if basis.bank is None or basis.bank.encoder:
+    if inputs.bank is None or inputs.bank.encoder:
         raise LoraInitError(
             "a start from a bank needs {bank}, whose prompts are embedded by the base model itself.", bank=...
         )
-    shape, loss_of = basis.shape, partial(mean_loss, batches=basis.aside(), **AS_TRAINED)
+    shape, loss_of = inputs.shape, partial(mean_loss, batches=inputs.held_out(), **AS_TRAINED)
     init = start_from_bank(
-        basis.bank, basis.model, embed(basis.model, basis.batches), loss_of, start.way,
+        inputs.bank, inputs.model, embed(inputs.model, inputs.batches), loss_of, start.way,
         rank=shape.rank, shape=Shape(lora_alpha=shape.lora_alpha),
     ).init  # fmt: skip
-    return init.apply(basis.model), init.gamma
+    return init.apply(inputs.model), init.gamma
 
 
 @_put.register(FullTraining)
-def _(start: FullTraining, variant: Variant, basis: Basis, stats: Statistics) -> tuple[Any, None]:
-    """Train the model itself: steps would be lost in the rounding of bfloat16."""
-    return basis.model.float().requires_grad_(True), None
+def _(start: FullTraining, variant: Variant, inputs: StartInputs, stats: Statistics) -> tuple[Any, None]:
+    """Train the model itself, in float32: steps would be lost in the rounding of bfloat16."""
+    return inputs.model.float().requires_grad_(True), None
 
 
-def _put_own(variant: Variant, basis: Basis) -> tuple[PeftModel, None]:
+def _put_own(variant: Variant, inputs: StartInputs) -> tuple[PeftModel, None]:
     """Put the user's adapter on the model: from a directory, or by a function that may raise what it likes."""
     from peft import PeftModel
 
-    name, model, source = variant.base, basis.model, basis.own
+    name, model, source = variant.base, inputs.model, inputs.own
     try:
         if not callable(source):
             return load_adapter(model, AdapterDirectory(source), trainable=True), None
-        peft_model = source(model, basis.seed)
+        peft_model = source(model, inputs.seed)
     except LoraInitError as error:
         raise error.within(f"start {name!r}") from error
     except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise LoraInitError(f"start {name!r}: its function raised {said}") from error
+        raised = f"{type(error).__name__}: {first_line(error)}"
+        raise LoraInitError(f"start {name!r}: its function raised {raised}") from error
     if not isinstance(peft_model, PeftModel) or peft_model.get_base_model() is not model:
         raise LoraInitError(
             f"start {name!r}: its function returned {type(peft_model).__name__}, expected a PeftModel around the model "
@@ -324,43 +371,50 @@ def _put_own(variant: Variant, basis: Basis) -> tuple[PeftModel, None]:
     return peft_model, None
 
 
-def _put_correction(basis: Basis) -> tuple[PeftModel, None]:
-    """Correct a quantized base as PEFT's start would: its own function needs a GPU, and leaves the scaling out.
+def _put_correction(inputs: StartInputs) -> tuple[PeftModel, None]:
+    """Correct a quantized base as PEFT's start would: PEFT's function needs a GPU, and leaves the scaling out.
 
-    Of inputs that are alike in all directions the best correction is from the singular triplets of W - Q, as PEFT takes
-    them.
+    Where inputs are alike in all directions, the best correction comes from the leading singular triplets of W - Q,
+    which are what PEFT takes.
     """
-    even, shape = _blank(basis, variance=1.0), basis.shape
-    init = build_adapter(even, shape.rank, CORRECTION, lora_alpha=shape.lora_alpha, errors=basis.errors)
-    return init.apply(basis.model), None
+    even, shape = _blank(inputs, variance=1.0), inputs.shape
+    init = build_adapter(even, shape.rank, CORRECTION, lora_alpha=shape.lora_alpha, errors=inputs.errors)
+    return init.apply(inputs.model), None
 
 
-@_put.register(PeftStart)
-def _(start: PeftStart, variant: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
-    """Start the adapter by PEFT, which changes the model's weights, but for those of a quantized base."""
-    from peft import get_peft_model
-
-    if start.corrects(basis.errors is not None):
-        return _put_correction(basis)
-    model = basis.model
-    shape = build_adapter(stats, basis.shape.rank, RANDOM, lora_alpha=basis.shape.lora_alpha)
-    check_fits(model, shape, "default")
-    for name, kind in shape.unsupported.items():
+def _check_peft_applies(start: PeftStart, model: nn.Module, init: AdapterInit) -> None:
+    """Check that PEFT can make its start on every layer that gets an adapter."""
+    check_fits(model, init, "default")
+    for name, kind in init.unsupported.items():
         raise LoraInitError(f"{start} is for linear layers, {name!r} is a {kind}. Leave it out of the targets.")
-    for name, target in shape.targets.items():
+    for name, target in init.targets.items():
         weight: Any = model.get_submodule(name).weight
+        # Quantized weights are subclasses of `nn.Parameter`, or hold integers.
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise LoraInitError(f"{start} takes weights apart, {name!r} is quantized. Load the model in float.")
         if target.kind == "Conv1D" and start.linear_only:
             raise LoraInitError(f"{start}: PEFT computes it for nn.Linear only, and {name!r} is a Conv1D.")
         narrow = min(target.in_features, target.out_features)
-        if shape.rank > narrow:
+        if init.rank > narrow:
             raise LoraInitError(
-                f"{start}: layer {name!r} has {narrow} singular vectors, and rank {shape.rank} asks for more."
+                f"{start}: layer {name!r} has {narrow} singular vectors, and rank {init.rank} asks for more."
             )
-    config = shape.to_peft_config()
+
+
+@_put.register(PeftStart)
+def _(start: PeftStart, variant: Variant, inputs: StartInputs, stats: Statistics) -> tuple[PeftModel, None]:
+    """Start the adapter by PEFT, which changes the model's weights, but for those of a quantized base."""
+    from peft import get_peft_model
+
+    if start.corrects(inputs.errors is not None):
+        return _put_correction(inputs)
+    model = inputs.model
+    # Ours at random gives PEFT's configuration, with the same layers and scaling as every other start.
+    ours = build_adapter(stats, inputs.shape.rank, RANDOM, lora_alpha=inputs.shape.lora_alpha)
+    _check_peft_applies(start, model, ours)
+    config = ours.to_peft_config()
     config.base_model_name_or_path = None
-    config.target_modules = exact_pattern(shape.targets)
+    config.target_modules = exact_pattern(ours.targets)
     config.init_lora_weights = start.name  # type: ignore[assignment]
     for name, value in start.settings.items():
         setattr(config, name, dict(value))
@@ -369,10 +423,10 @@ def _(start: PeftStart, variant: Variant, basis: Basis, stats: Statistics) -> tu
             # Advice on saving such an adapter, and on a flag that PEFT then sets correctly itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             if "inputs" in start.needed:
-                preprocess_corda(model, config, list(shape.targets), basis.batches)
+                preprocess_corda(model, config, list(ours.targets), inputs.batches)
             peft_model = get_peft_model(model, config)
     except Exception as error:
-        if isinstance(error, LoraInitError) or is_out_of_memory(error):
+        if isinstance(error, LoraInitError) or is_out_of_memory(error):  # `Workbench.carry_out` knows what to do
             raise
         raise LoraInitError(f"{start} does not apply here, PEFT says: {first_line(error)}") from error
     match_modes(peft_model)
@@ -394,17 +448,17 @@ def preprocess_corda(
     def run_model() -> None:
         for batch in batches:
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                kept = ids[mask.bool()][None]
+                kept = ids[mask.bool()][None]  # tokens -> 1 x tokens without padding
                 model(input_ids=kept, attention_mask=torch.ones_like(kept))
 
     # CorDA's hook drops the first axis. A layer that reads one row [1, d] per sequence, as BERT's pooler does, would
     # seem to read a single number: it is shown [1, 1, d]. What follows such a layer works on the last axis alone.
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args: (args[0][None], *args[1:]) if args[0].dim() == 2 else None
-        )
-        for name in layers
-    ]
+    def add_axis(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if args[0].dim() == 2:
+            return (args[0][None], *args[1:])
+        return None  # the layer reads what it was given
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(add_axis) for name in layers]
     try:
         with evaluating(model):
             corda.preprocess_corda(model, config, run_model)

@@ -7,7 +7,7 @@ import torch
 
 import lora_init
 from lora_init.comparison.set_up import Sources, set_up
-from lora_init.comparison.starts import AdapterShape, Basis, prepare
+from lora_init.comparison.starts import AdapterShape, StartInputs, prepare
 from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.training import Training
 from lora_init.comparison.variants import Variant
@@ -62,4 +62,4 @@ def set_up_bench(home, directory, model="llama", data="rows.jsonl", steps=6, **o
 
 def again(model, seed):
     """The random start under another name."""
-    return prepare(Variant("random"), Basis(model, AdapterShape(rank=2, lora_alpha=16), seed)).peft_model
+    return prepare(Variant("random"), StartInputs(model, AdapterShape(rank=2, lora_alpha=16), seed)).peft_model

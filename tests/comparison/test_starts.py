@@ -5,7 +5,7 @@ import torch
 
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
-from lora_init.comparison.starts import AdapterShape, Basis, a_weights, prepare, read_start
+from lora_init.comparison.starts import AdapterShape, StartInputs, a_weights, prepare, read_start
 from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
 from lora_init.starts.initializers import as_large_as_random, layer_generator
@@ -53,8 +53,8 @@ class Case:
         shape = AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type=self.task) | shape)
         batches = self.batches if batches is None else batches
         own = start[1] if isinstance(start, tuple) and len(start) == 2 else None
-        basis = Basis(self.model, shape, seed, self.statistics, batches, self.labelled, own=own)
-        return prepare(read_start(start), basis)
+        inputs = StartInputs(self.model, shape, seed, self.statistics, batches, self.labelled, own=own)
+        return prepare(read_start(start), inputs)
 
     def labelled(self):
         return [{"labels": torch.arange(len(b["input_ids"])) % 2, **b} for b in self.batches]
@@ -260,7 +260,7 @@ def test_corda_reads_the_rows_without_padding(case, monkeypatch):
 def test_starts_that_do_not_apply_say_why(start, model, options, message):
     with pytest.raises(LoraInitError, match=message):
         shape = AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type="CAUSAL_LM") | options)
-        prepare(Variant(start), Basis(model(), shape, 0))
+        prepare(Variant(start), StartInputs(model(), shape, 0))
 
 
 def test_loftq_rounds_the_base_and_release_brings_it_back(monkeypatch):
