@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from textwrap import wrap
@@ -20,7 +21,7 @@ from lora_init.starts.starts import FULL, RANDOM
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Told apart by every kind of colour vision: chosen so that the least distance of two, as seen with protanopia,
+# Distinct to every kind of color vision: chosen so that the least distance of two, as seen with protanopia,
 # deuteranopia or tritanopia too, is 30 in CIELAB, with a contrast of 3 on white.
 INK, RANDOM_COLOR = "#1a1a1a", "#444444"
 COLORS = ("#3803f1", "#d87917", "#7e3106", "#c075aa", "#4b88f7", "#65067c")
@@ -37,7 +38,7 @@ _LOOK: dict[Any, Any] = {
 
 
 class Look(NamedTuple):
-    """How a start is drawn: colour and marker are the start's, line and filling of the marker tell how it was run."""
+    """How a start is drawn: color and marker are the start's, line and filling of the marker tell how it was run."""
 
     color: str
     marker: str
@@ -46,18 +47,22 @@ class Look(NamedTuple):
 
 
 def looks(starts: Iterable[str]) -> dict[str, Look]:
-    """Return a colour and a marker for each start: six before a colour comes again, 42 before a pair.
+    """Return a color and a marker for each start: six starts before a color comes again, 42 before a pair does.
 
-    The same start run in other ways, as with matched scale or from other numbers of batches, differs in its line.
+    The same start run in other ways, as with another lora_alpha or from other numbers of batches, differs in its line.
     """
-    base_of = {name: Variant.parse(name).base for name in starts}
-    bases = [base for base in dict.fromkeys(base_of.values()) if base not in (RANDOM, FULL)]
-    own = {base: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, base in enumerate(bases)}
-    own |= {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}
+    own = {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}  # color and marker, by base
+    n_others = 0
+    n_ways: Counter[str] = Counter()  # in which each base has been run so far
     by_name: dict[str, Look] = {}
-    for name, base in base_of.items():
-        n_before = sum(base_of[other] == base for other in by_name)
-        by_name[name] = Look(*own[base], *_WAYS[n_before % len(_WAYS)])
+    for name in dict.fromkeys(starts):
+        base = Variant.parse(name).base
+        if base not in own:
+            # Numbers of colors and markers have no common factor, so a pair comes again after their product.
+            own[base] = COLORS[n_others % len(COLORS)], _MARKERS[n_others % len(_MARKERS)]
+            n_others += 1
+        by_name[name] = Look(*own[base], *_WAYS[n_ways[base] % len(_WAYS)])
+        n_ways[base] += 1
     return by_name
 
 
@@ -73,8 +78,9 @@ def pictures(summary: Summary) -> dict[str, dict[str, bytes]]:
         if best["evaluation_points"].map(len).max() > 2:  # from one point after the first no line can be drawn
             figures["learning_curves"] = _draw(panels, 1.9, lambda axes, s: _draw_curves(axes, s, best, styles))
         figures["learning_rates"] = _draw(panels, 1.9, lambda axes, s: _draw_rates(axes, s, runs, styles, top))
-    if any(verdict.mean is not None for verdict in summary.verdicts):
-        height = 1.2 + 0.4 * sum(verdict.mean is not None for verdict in summary.verdicts)
+    n_judged = sum(verdict.mean is not None for verdict in summary.verdicts)
+    if n_judged:
+        height = 1.2 + 0.4 * n_judged
         figures["differences"] = _draw([""], height, lambda axes, _: _draw_differences(axes, summary, styles))
     if any(isinstance(dial, list) for dial in best["dial"]):
         lines = frontiers(runs)
@@ -82,7 +88,7 @@ def pictures(summary: Summary) -> dict[str, dict[str, bytes]]:
     elif best["rise"].notna().any():
         counted = runs[runs["counts"]]
         figures["forgetting"] = _draw(panels, 2.1, lambda axes, s: _draw_forgetting(axes, s, counted, styles))
-    return {name: {kind: _saved(figure, kind) for kind in ("svg", "png")} for name, figure in figures.items()}
+    return {name: {"svg": _saved(figure, "svg"), "png": _saved(figure, "png")} for name, figure in figures.items()}
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
@@ -104,22 +110,27 @@ def _draw(names: Sequence[str], height: float, draw: Callable[[Any, str], None])
     rows = math.ceil(len(names) / columns)
     with matplotlib.rc_context(_LOOK):
         figure = Figure(figsize=(_PER_ROW * _WIDTH, rows * height + 0.4), layout="constrained")
+        # One vertical scale, so that panels can be compared.
         places = list(figure.subplots(rows, columns, squeeze=False, sharey=len(names) > 1).flat)
-        for name, axes in zip(names, places, strict=False):
+        for name, axes in zip(names, places, strict=False):  # a row may be left with a place that is empty
             draw(axes, name)
             axes.set_title("\n".join(wrap(name.replace("+", " +"), 22)))
         for axes in places[len(names) :]:
             axes.set_visible(False)
-        drawn = {label: line for axes in places for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        if len(drawn) > 1:
-            figure.set_figheight(figure.get_figheight() + 0.18 * len(drawn))
-            figure.legend(drawn.values(), drawn, loc="outside lower center", frameon=False)
+        line_of: dict[str, Any] = {}  # a start that is in several panels, as random, has one entry
+        for axes in places:
+            lines, labels = axes.get_legend_handles_labels()
+            line_of |= zip(labels, lines, strict=True)
+        if len(line_of) > 1:
+            figure.set_figheight(figure.get_figheight() + 0.18 * len(line_of))  # panels keep their height
+            figure.legend(line_of.values(), line_of, loc="outside lower center", frameon=False)
     return figure
 
 
 def _rate_limits(runs: pd.DataFrame) -> tuple[float, float]:
     """Find the losses to show by rate: not those so high that the others would look alike."""
     means = runs[runs["counts"]].groupby(["start", "learning_rate"])["loss"].mean()
+    # At most four times as far above the lowest mean as the median is.
     top = min(means.max(), means.min() + 4 * (means.median() - means.min()) or means.max())
     drawn = runs[runs["counts"] & ((runs["loss"] <= top) | runs["best"])]["loss"]
     return _with_room(drawn.min(), drawn.max(), 0.08)
@@ -146,7 +157,8 @@ def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> N
     """
     for name in _shown(best, start):
         runs = best[best["start"] == name]
-        curves = pd.DataFrame(runs["report_loss"].tolist(), columns=runs["evaluation_points"].iloc[0]).iloc[:, 1:]
+        points = runs["evaluation_points"].iloc[0]
+        curves = pd.DataFrame(runs["report_loss"].tolist(), columns=points).iloc[:, 1:]  # runs x points after the first
         color, _, line, _ = styles[name]
         axes.plot(curves.columns, curves.mean(), line, color=color, linewidth=1.5, label=name)
         axes.fill_between(curves.columns, curves.min(), curves.max(), color=color, alpha=0.2, linewidth=0)
@@ -171,8 +183,11 @@ def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limit
     rates = sorted(runs["learning_rate"].unique())
     axes.set_xscale("log")
     axes.set_xlim(rates[0] / 1.6, rates[-1] * 1.6)
-    ticks = _apart([*(best[name] for name in reversed(names)), *rates], (rates[-1] / rates[0]) ** 0.08)
-    axes.set_xticks(ticks, list(map(rate_text, ticks)), rotation=90 if len(ticks) > 3 else 0)
+    # The best rates first, that of the panel's own start before random's: of two that are near, the first is labeled.
+    first = [best[name] for name in reversed(names)]
+    ticks = _apart([*first, *rates], (rates[-1] / rates[0]) ** 0.08)
+    rotation = 90 if len(ticks) > 3 else 0  # more do not fit side by side
+    axes.set_xticks(ticks, list(map(rate_text, ticks)), rotation=rotation)
     axes.set_xticks([], minor=True)
     axes.set_ylim(*limits)
     _finish(axes, "learning rate", "final loss")
@@ -191,27 +206,30 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
     """Draw each start's difference to random with its interval, and every pair as a dot; left is better."""
     verdicts = [verdict for verdict in summary.verdicts if verdict.mean is not None]
     axes.axvline(0, color=INK, linewidth=0.8)
+    half_widths, farthest = [], 0.0
     for y, verdict in enumerate(verdicts):
         color, marker, *_ = styles[verdict.start]
         pairs = list(verdict.differences.values())
+        farthest = max([farthest, *map(abs, pairs)])
         axes.plot(pairs, [y + 0.22] * len(pairs), ".", color=color, markersize=4, alpha=0.7)
+        face = "none"  # a mean without an interval, of a single pair, is hollow
         if verdict.low is not None:
+            face = color
             axes.plot([verdict.low, verdict.high], [y, y], color=color, linewidth=1.8)
-        face = "none" if verdict.low is None else color
+        if verdict.detectable is not None:
+            half_widths.append(verdict.detectable)
         axes.plot([verdict.mean], [y], marker, color=color, markerfacecolor=face, markersize=6.5)
     # An interval that is far longer than usual leaves the picture, so that the others can be told apart.
-    usual = median([verdict.detectable for verdict in verdicts if verdict.detectable is not None] or [0.0])
-    farthest = max(abs(pair) for verdict in verdicts for pair in verdict.differences.values())
-    reach = 1.1 * max(4 * usual, farthest) or math.inf
+    reach = 1.1 * max(4 * median(half_widths or [0.0]), farthest) or math.inf  # all may be zero
     low, high = axes.get_xlim()
     axes.set_xlim(max(low, -reach), min(high, reach))
-    axes.set_ylim(len(verdicts) - 0.5, -0.6)
+    axes.set_ylim(len(verdicts) - 0.5, -0.6)  # the first start on top
     axes.set_yticks(range(len(verdicts)), [verdict.start.replace("+", "\n+") for verdict in verdicts])
     axes.locator_params(axis="x", nbins=4)
     _finish(axes, "final loss, start − random\n← start better · random better →")
     reference = verdicts[0].reference or math.nan
-    above = axes.secondary_xaxis("top", functions=(lambda x: 100 * x / reference, lambda x: x * reference / 100))
-    above.set_xlabel("per cent of random's loss")
+    per_cent = axes.secondary_xaxis("top", functions=(lambda x: 100 * x / reference, lambda x: x * reference / 100))
+    per_cent.set_xlabel("per cent of random's loss")
 
 
 def _draw_forgetting(axes: Any, start: str, runs: pd.DataFrame, styles: Styles) -> None:
@@ -236,15 +254,20 @@ def frontiers(runs: pd.DataFrame) -> pd.DataFrame:
 
     Columns are task losses, in per cent above random's at its best rate; see `equal_loss`.
     """
-    shares = [i / 200 for i in range(-10, 13)]
-    return pd.DataFrame({100 * share: equal_loss(runs, share).mean(axis=1, skipna=False) for share in shares})
+    columns = {}
+    for i in range(-10, 13):  # from 5 % below to 6 % above, by half a per cent
+        share = i / 200
+        # NaN where a seed does not reach the loss: a mean over the others would jump there.
+        columns[100 * share] = equal_loss(runs, share).mean(axis=1, skipna=False)
+    return pd.DataFrame(columns)
 
 
 def _draw_frontiers(axes: Any, names: Iterable[str], lines: pd.DataFrame, styles: Styles) -> None:
     """Draw what each start raises the loss on other text by at a task loss, at the best strength; down is better."""
     axes.axvline(0, color=INK, linewidth=0.6, linestyle=":")
-    for name in (name for name in names if name in lines.index):
-        axes.plot(lines.columns, lines.loc[name], styles[name].line, color=styles[name].color, label=name)
+    for name in names:
+        if name in lines.index:
+            axes.plot(lines.columns, lines.loc[name], styles[name].line, color=styles[name].color, label=name)
     axes.set_xlim(lines.columns[0], lines.columns[-1])
     _finish(axes, "task loss, %\nabove random's", "rise on other text")
 
