@@ -28,17 +28,24 @@ def read_choices(row: Mapping[str, Any], options: str, answer: str) -> tuple[lis
         >>> read_choices({"right": "no"}, "yes, no", "right")
         (['yes', 'no'], 1)
     """
-    choices = split_options(row[options] if options in row else options.split(","))
+    named: Any = options.split(",")  # the same for every row
+    if options in row:
+        named = row[options]
+    choices = split_options(named)
     right = find_answer(row[answer], choices)
-    return None if right is None or len(choices) < 2 else (choices, right)
+    if right is None or len(choices) < 2:  # with one option there is nothing to choose
+        return None
+    return choices, right
 
 
 def split_options(value: Any) -> list[str]:
     """Read options: a list, a mapping with a list under `text` (as on the hub), or a text with one option a line."""
     if isinstance(value, Mapping):
         value = value.get("text", [])
-    parts = value if isinstance(value, list) else str(value or "").splitlines()
-    return [str(part).strip() for part in parts if str(part).strip()]
+    if not isinstance(value, list):
+        value = str(value or "").splitlines()
+    stripped = [str(part).strip() for part in value]
+    return [part for part in stripped if part]
 
 
 def find_answer(value: Any, options: Sequence[str]) -> int | None:
@@ -50,13 +57,17 @@ def find_answer(value: Any, options: Sequence[str]) -> int | None:
     """
     text = str(value).strip().casefold()
     lowered = [option.casefold() for option in options]
-    if text in lowered:
+    if text in lowered:  # first, since options may be letters or numbers themselves
         return lowered.index(text)
     if len(text) == 1 and "a" <= text <= "z":
         position = ord(text) - ord("a")
+    elif text.isdecimal():
+        position = int(text)
     else:
-        position = int(text) if text.isdecimal() else len(options)
-    return position if position < len(options) else None
+        return None
+    if position >= len(options):
+        return None
+    return position
 
 
 CAUSAL_LM, CLASSIFICATION, MULTIPLE_CHOICE = "causal-lm", "classification", "multiple-choice"
@@ -106,9 +117,10 @@ class Task:
         """
         rng = random.Random(seed)
         batches: list[list[Item]] = []
+        # Epoch by epoch: the batches of a run with fewer steps are the first ones of a longer run.
         while len(batches) < steps:
             epoch = rng.sample(self.train, len(self.train))
-            whole = epoch[: len(epoch) // batch_size * batch_size]
+            whole = epoch[: len(epoch) // batch_size * batch_size]  # another example is left out in each epoch
             batches += group_by_length(whole, batch_size, rng.randrange(2**31), item_length)
         return batches[:steps]
 
@@ -169,9 +181,13 @@ def fold_sizes(loading: LoadingOptions, n_prompts: int) -> tuple[int, int]:
     """
     report, selection = loading.report_samples, loading.selection_samples
     if report is None:
-        share = n_prompts // 3 if selection is None else 2 * (n_prompts - selection) // 5
+        share = n_prompts // 3
+        if selection is not None:
+            share = 2 * (n_prompts - selection) // 5
         report = max(1, min(REPORT, share))
-    return report, max(1, min(SELECTION, (n_prompts - report) // 4)) if selection is None else selection
+    if selection is None:  # a quarter of what is left: of two thirds, a sixth of all
+        selection = max(1, min(SELECTION, (n_prompts - report) // 4))
+    return report, selection
 
 
 def load_task(
@@ -194,42 +210,37 @@ def load_task(
     usable = data.usable(
         _columns(reader, loading, names), partial(_read, reader=reader, loading=loading), loading.data_seed, left_out
     )
-    elsewhere: set[str] = set()  # prompts of the folds before
-    distinct, ahead = _distinct(usable), list[tuple[str, Item]]()
+    # Rows are read as they are asked for: of large data, no more than the folds need.
+    distinct, first = _distinct(usable), list[tuple[str, Item]]()
     if loading.report_samples is None or loading.selection_samples is None:
-        ahead = _until(distinct, 2 * (REPORT + SELECTION))
-    n_report, n_selection = fold_sizes(loading, len({prompt for prompt, _ in ahead}))
+        # With so many prompts both folds have their full size, see `fold_sizes`.
+        first = _until(distinct, 2 * (REPORT + SELECTION))
+    n_report, n_selection = fold_sizes(loading, len({prompt for prompt, _ in first}))
+    used: set[str] = set()  # prompts of the folds before
+    rest = _without_prompts(chain(first, distinct), used, left_out)
 
-    def fresh() -> Iterator[tuple[str, Item]]:
-        for prompt, item in chain(ahead, distinct):
-            if prompt in elsewhere:
-                left_out["with a prompt of another fold"] += 1
-            else:
-                yield prompt, item
-
-    rest = fresh()
-
-    def fold(count: int) -> list[Item]:
+    def take(count: int) -> list[Item]:
+        """Take a fold off the rows that are left. Within a fold a prompt may come again."""
         drawn = list(islice(rest, max(count, 0)))
-        elsewhere.update(prompt for prompt, _ in drawn)
+        used.update(prompt for prompt, _ in drawn)
         return [item for _, item in drawn]
 
-    report, selection, train = map(fold, (n_report, n_selection, loading.train_samples))
+    report, selection, train = map(take, (n_report, n_selection, loading.train_samples))
     counted = f"{name}: {len(train)} examples to train on, {len(selection)} to select by and {len(report)} to report"
     skipped = [f"{count} left out {why}" for why, count in left_out.items()]
     if len(train) < batch_size or len(selection) < n_selection:
-        left = f" ({', '.join(skipped)})" if skipped else ""
+        reasons = ""
+        if skipped:
+            reasons = f" ({', '.join(skipped)})"
         raise LoraInitError(
-            f"{counted}; expected {batch_size} or more, {n_selection} and {n_report}{left}. "
+            f"{counted}; expected {batch_size} or more, {n_selection} and {n_report}{reasons}. "
             "Lower --report-samples, --selection-samples or --batch-size, raise --train-samples, or use more data."
         )
     if len(report) < FEW and loading.report_samples is None:
         warn(f"{counted}. So few decide nothing but large differences. Use more data.")
     described = ", ".join([f"{counted} of {len(data.table)}", *_how_read(reader, loading), *skipped])
     padding, title = padding_token(tokenizer), loading.name or name
-    spelled_out = not loading.options or all(
-        _has_text(row, loading.options, loading.answer) for row in islice(data.table, 100)
-    )
+    spelled_out = _is_spelled_out(islice(data.table, 100), loading)
     classes, rows_of = tuple(reader.rows_of), reader.rows_of
     return Task(
         kind, train, selection, report, classes, padding, loading.normalize, described, title, rows_of, spelled_out
@@ -244,8 +255,10 @@ def _check_sizes(**folds: int | None) -> None:
 
 def _columns(reader: Reader, loading: LoadingOptions, names: Sequence[str]) -> list[str]:
     """List the columns to read, with options and answer of a multiple choice."""
-    of_choice = [loading.answer, loading.options] if loading.options else []
-    return [*reader.columns, *(column for column in of_choice if column in names)]
+    columns = [*reader.columns]
+    if loading.options:  # which need not be a column
+        columns += [column for column in (loading.answer, loading.options) if column in names]
+    return columns
 
 
 def _how_read(reader: Reader, loading: LoadingOptions) -> Iterator[str]:
@@ -258,7 +271,7 @@ def _how_read(reader: Reader, loading: LoadingOptions) -> Iterator[str]:
 
 
 def _distinct(usable: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:
-    """Leave out what has the tokens of an example before."""
+    """Leave out what has the tokens of an example before: shortened texts may be alike."""
     seen: set[tuple[int, ...]] = set()
     for prompt, item in usable:
         if tuple(item.tokens[0]) not in seen:
@@ -275,9 +288,30 @@ def _until(rows: Iterator[tuple[str, Item]], n_prompts: int) -> list[tuple[str, 
     return taken
 
 
+def _without_prompts(
+    rows: Iterable[tuple[str, Item]], used: set[str], left_out: Counter[str]
+) -> Iterator[tuple[str, Item]]:
+    """Leave out rows whose prompt is in a fold before; `used` grows while this is read."""
+    for prompt, item in rows:
+        if prompt in used:
+            left_out["with a prompt of another fold"] += 1
+        else:
+            yield prompt, item
+
+
+def _is_spelled_out(rows: Iterable[Mapping[str, Any]], loading: LoadingOptions) -> bool:
+    """Return whether the column of the answer has the right option's text in all these rows."""
+    if not loading.options:
+        return True
+    return all(_has_text(row, loading.options, loading.answer) for row in rows)
+
+
 def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
     choices = read_choices(row, options, answer)
-    return choices is None or str(row[answer]).strip() == choices[0][choices[1]]
+    if choices is None:  # a row that is left out says nothing
+        return True
+    texts, right = choices
+    return str(row[answer]).strip() == texts[right]
 
 
 def _read(row: Mapping[str, Any], reader: Reader, loading: LoadingOptions) -> tuple[str, Item] | str:
@@ -287,17 +321,22 @@ def _read(row: Mapping[str, Any], reader: Reader, loading: LoadingOptions) -> tu
     if example is None or isinstance(tokens, str):
         return str(tokens)
     if loading.options is None:
-        return example.prompt, Item(tokens, answer=None if loading.label is None else tokens[1][0])
-    read = read_choices(row, loading.options, loading.answer)
-    if read is None:
+        if loading.label is None:
+            return example.prompt, Item(tokens)
+        return example.prompt, Item(tokens, answer=tokens[1][0])  # the labels of a classification are its class
+    choices = read_choices(row, loading.options, loading.answer)
+    if choices is None:
         return "whose answer is none of the options"
-    options, right = read
-    choices = [reader({**row, loading.answer: option}) for option in options]
-    # A shortened option would be likelier than it is.
-    whole = tuple(choice for choice in choices if not isinstance(choice, str) and len(choice[0]) < reader.limit)
-    if len(whole) < len(options):
+    options, right = choices
+    encoded = []
+    for option in options:  # the row as it reads if this option were the answer
+        choice = reader({**row, loading.answer: option})
+        # A shortened option would be likelier than it is; at the limit it may have been shortened.
+        if not isinstance(choice, str) and len(choice[0]) < reader.limit:
+            encoded.append(choice)
+    if len(encoded) < len(options):
         return f"with {reader.limit} or more tokens"
-    return example.prompt, Item(whole[right], whole, right)
+    return example.prompt, Item(encoded[right], tuple(encoded), right)
 
 
 def _kind(loading: LoadingOptions, names: Sequence[str], name: str) -> str:

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from lora_init.collection.losses import EVALUATION_BATCH, batch_loss, class_logi
 from lora_init.comparison.tasks import CLASSIFICATION, MULTIPLE_CHOICE, Item, Task, item_length
 from lora_init.errors import LoraInitError, is_number
 from lora_init.layers.running import evaluating, on_device_of
+from lora_init.loading.reader import Encoded
 
 _STATUS = Path("/proc/self/status")
 
@@ -39,8 +41,12 @@ def peak_bytes() -> int:
     """Read the peak since `reset_peak`: allocated on the GPU if there is one, else resident memory; 0 if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text()) if _STATUS.exists() else None
-    return int(match[1]) * 1024 if match else 0
+    if not _STATUS.exists():
+        return 0
+    match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+    if match is None:
+        return 0
+    return int(match[1]) * 1024
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,28 @@ def evaluate(model: nn.Module, task: Task, items: Sequence[Item], with_metrics: 
         return _score_classes(model, task, items)
     if task.kind != MULTIPLE_CHOICE or not with_metrics:
         return Score(_mean(sequence_losses(model, [item.tokens for item in items], task.padding)), None)
-    sequences = [choice for item in items for choice in item.choices]
-    scored = iter(sequence_losses(model, sequences, task.padding))
-    predicted, right = [], []
+    sequences: list[Encoded] = []  # all options of all examples, so that they are scored in full batches
     for item in items:
-        options = [next(scored) for _ in item.choices]
-        losses = [loss / count if task.normalize else loss for loss, count in options]
-        predicted.append(losses.index(min(losses)))
-        right.append(options[item.answer or 0])
-    truth = [item.answer or 0 for item in items]
+        sequences += item.choices
+    scored = iter(sequence_losses(model, sequences, task.padding))
+    truth, predicted, right = [], [], []
+    for item in items:
+        answer = item.answer or 0
+        options = list(islice(scored, len(item.choices)))  # sum of losses and number of tokens, for each
+        truth.append(answer)
+        predicted.append(_most_probable(options, task.normalize))
+        # The loss is that of the right options, the examples as they are trained on.
+        right.append(options[answer])
     return Score(_mean(right), metrics(truth, predicted))
+
+
+def _most_probable(options: Sequence[tuple[float, int]], normalize: bool) -> int:
+    """Return the position of the option with the lowest loss; of equal ones the first."""
+    losses = []
+    for loss, count in options:
+        # Not normalized, a long option loses by its length: each of its tokens adds to the sum.
+        losses.append(loss / count if normalize else loss)
+    return losses.index(min(losses))
 
 
 def _mean(sums: Sequence[tuple[float, int]]) -> float:
@@ -90,7 +108,7 @@ def metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
 
 
 def _score_classes(model: nn.Module, task: Task, items: Sequence[Item]) -> Score:
-    items = sorted(items, key=item_length)
+    items = sorted(items, key=item_length)  # so that batches have little padding
     loss, truth, predicted = 0.0, [], []
     with evaluating(model), torch.inference_mode():
         for start in range(0, len(items), EVALUATION_BATCH):
@@ -131,7 +149,8 @@ class Training:
         """
         warm = round(self.warmup * self.steps)
         if step < warm:
-            return (step + 1) / warm
+            return (step + 1) / warm  # never zero: the first step counts
+        # The scheduler asks for the factor after the last step, too: all steps may be warm-up.
         return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
@@ -182,56 +201,62 @@ def train(
     decides.
     """
     torch.manual_seed(seed)
-    run, digest, order = TrainingResult(), hashlib.sha256(), task.order(seed, training.steps, training.batch_size)
+    result, digest, order = TrainingResult(), hashlib.sha256(), task.order(seed, training.steps, training.batch_size)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)
     texts = random.Random(seed).sample(list(replay), len(replay))
     model.train()
-    _evaluate(run, model, task, 0, last=False)
+    _evaluate(result, model, task, 0, last=False)
     for step, items in enumerate(order, 1):
-        if _diverged(run, plain_loss):
+        if _diverged(result, plain_loss):
             break
         started = time.perf_counter()
-        parts = [(task.batch(items), 1.0)] + ([(texts[step % len(texts)], REPLAYED)] if texts else [])
+        weighted: list[tuple[Mapping[str, torch.Tensor], float]] = [(task.batch(items), 1.0)]
+        if texts:  # they come again when all were trained on
+            weighted.append((texts[step % len(texts)], REPLAYED))
         optimizer.zero_grad(set_to_none=True)
-        for batch, weight in parts:
+        for batch, weight in weighted:  # one after the other: gradients add up, and memory holds one graph
             for tensor in batch.values():
                 digest.update(tensor.numpy().tobytes())
             loss = batch_loss(model, send_to_device(batch, parameters[0].device))
             (weight * loss).backward()  # type: ignore[no-untyped-call]
-            run.training_loss += [float(loss.detach())] * (weight == 1.0)
+            if weight == 1.0:  # the loss on the task, without that of the replayed text
+                result.training_loss.append(float(loss.detach()))
         norm = float(nn.utils.clip_grad_norm_(parameters, _CLIP))
-        if not (math.isfinite(run.training_loss[-1]) and math.isfinite(norm)):
-            run.error = f"loss {run.training_loss[-1]:.3g}, gradient {norm:.3g} in step {step}"
+        # Before the step, which would write NaN into the weights.
+        if not (math.isfinite(result.training_loss[-1]) and math.isfinite(norm)):
+            result.error = f"loss {result.training_loss[-1]:.3g}, gradient {norm:.3g} in step {step}"
             break
         optimizer.step()
         schedule.step()
-        run.training_seconds += time.perf_counter() - started
+        result.training_seconds += time.perf_counter() - started
         on_step()
         if step in training.evaluation_points:
-            _evaluate(run, model, task, step, last=step == len(order))
-    run.status = "unstable" if run.error or _diverged(run, plain_loss) else "finished"
-    if run.status == "finished":
-        run.selection_loss = evaluate(model, task, task.selection).loss
-    run.data_order = digest.hexdigest()[:32]
-    return run
+            _evaluate(result, model, task, step, last=step == len(order))
+    if result.error or _diverged(result, plain_loss):
+        result.status = "unstable"
+    else:
+        result.selection_loss = evaluate(model, task, task.selection).loss
+    result.data_order = digest.hexdigest()[:32]
+    return result
 
 
-def _evaluate(run: TrainingResult, model: nn.Module, task: Task, step: int, last: bool) -> None:
+def _evaluate(result: TrainingResult, model: nn.Module, task: Task, step: int, last: bool) -> None:
     score = evaluate(model, task, task.report, with_metrics=last)
-    run.evaluation_points.append(step)
-    run.report_loss.append(score.loss)
-    run.metrics = score.metrics
+    result.evaluation_points.append(step)
+    result.report_loss.append(score.loss)
+    result.metrics = score.metrics
 
 
-def _diverged(run: TrainingResult, plain_loss: float) -> bool:
+def _diverged(result: TrainingResult, plain_loss: float) -> bool:
     """Return whether the loss is far above the plain model's, and note why."""
-    recent = run.training_loss[-_WINDOW:]
-    mean = statistics.fmean(recent) if len(recent) == _WINDOW else 0.0
-    for name, value in (("loss", run.report_loss[-1]), ("training loss", mean)):
+    recent, mean = result.training_loss[-_WINDOW:], 0.0
+    if len(recent) == _WINDOW:
+        mean = statistics.fmean(recent)
+    for name, value in (("loss", result.report_loss[-1]), ("training loss", mean)):
         if not value <= _FAR * plain_loss + _SLACK:  # NaN, too
-            after = len(run.training_loss)
-            run.error = f"{name} {value:.3g} after step {after}, {plain_loss:.3g} for the plain model"
+            after = len(result.training_loss)
+            result.error = f"{name} {value:.3g} after step {after}, {plain_loss:.3g} for the plain model"
             return True
     return False
