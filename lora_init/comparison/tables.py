@@ -41,13 +41,20 @@ def run_tables(summary: Summary) -> dict[str, pd.DataFrame]:
         table = part.table(summary)
         if "start" not in table.columns:
             table = table.fillna("–").rename_axis("start").reset_index()
-        table = table.loc[:, (table != "–").any()]
-        tables |= {name: table} if table.shape[1] > 1 else {}
+        table = table.loc[:, (table != "–").any()]  # without the columns that say nothing
+        if table.shape[1] > 1:  # more than the names of the starts
+            tables[name] = table
     return tables
 
 
 def _written(values: pd.Series, write: str) -> pd.Series:
-    return values.map(lambda value: "–" if math.isnan(value) else format(value, write))
+    return values.map(lambda value: _number_cell(value, write))
+
+
+def _number_cell(value: float, write: str) -> str:
+    if math.isnan(value):
+        return "–"
+    return format(value, write)
 
 
 def _differences(summary: Summary) -> pd.DataFrame:
@@ -73,46 +80,68 @@ def _rates(summary: Summary) -> pd.DataFrame:
     runs = summary.table
     cells, best, means = {}, best_rates(runs), rate_means(runs)
     for (start, rate), own in runs.groupby(["start", "learning_rate"], sort=False):
-        star = "*" if best.get(start) == rate else ""
-        cells[start, rate] = _rate_cell(own) or f"{number(means[start, rate])}{star}"
-    table = pd.Series(cells).unstack().reindex(index=runs["start"].unique())
+        cell = _no_mean_cell(own)
+        if not cell:
+            cell = number(means[start, rate])
+            if best.get(start) == rate:
+                cell += "*"
+        cells[start, rate] = cell
+    table = pd.Series(cells).unstack().reindex(index=runs["start"].unique())  # `unstack` sorts by name
     return table.sort_index(axis="columns").rename(columns=rate_text)
 
 
-def _rate_cell(runs: pd.DataFrame) -> str:
+def _no_mean_cell(runs: pd.DataFrame) -> str:
+    """Write why the runs of a rate have no mean; empty if they have one."""
     ended = runs["status"].value_counts()
-    if "unstable" in ended:
+    if "unstable" in ended:  # a single one is enough for the rate not to count
         return f"unstable, {ended['unstable']} of {ended['unstable'] + ended.get('finished', 0)}"
-    return "" if "finished" in ended else "failed"
+    if "finished" not in ended:
+        return "failed"
+    return ""
 
 
 def _best(summary: Summary) -> pd.DataFrame:
     runs = summary.table
     losses, best = by_seed(runs), runs[runs["best"]].groupby("start", sort=False)
-    target = runs[runs["counts"] & runs["start"].eq(RANDOM)]["loss"].min()
-    gammas = {start: ", ".join(f"{g:g}" for g in sorted(own["gamma"].dropna().unique())) for start, own in best}
+    target = runs[runs["counts"] & runs["start"].eq(RANDOM)]["loss"].min()  # NaN without random
+    gammas, steps = {}, {}
+    for start, own in best:
+        gammas[start] = _gammas_cell(own)
+        steps[start] = _steps_cell(own, target)
     return pd.DataFrame(
         {
             "rate": best["learning_rate"].first().map(rate_text),
-            "lora_alpha": pd.Series(summary.alphas).map(lambda alpha: "–" if math.isnan(alpha) else f"{alpha:g}"),
+            "lora_alpha": _written(pd.Series(summary.alphas), "g"),
             "runs": losses.count(axis=1).map(str),
             "mean loss": losses.mean(axis=1).map(number),
             "lowest to highest": losses.min(axis=1).map(number) + " to " + losses.max(axis=1).map(number),
-            "steps to random's best": pd.Series({start: _steps_cell(own, target) for start, own in best}),
+            "steps to random's best": pd.Series(steps),
             "loss at step 0": best["first_loss"].mean().map(number),
-            "gamma": pd.Series(gammas).replace("", "–"),
+            "gamma": pd.Series(gammas),
         },
-        losses.index,
+        losses.index,  # which leaves out what has no run that counts
     )
+
+
+def _gammas_cell(runs: pd.DataFrame) -> str:
+    """Write the gammas of a start, which differ by seed; most starts have none."""
+    gammas = sorted(runs["gamma"].dropna().unique())
+    return ", ".join(f"{gamma:g}" for gamma in gammas) or "–"
 
 
 def _steps_cell(runs: pd.DataFrame, target: float) -> str:
     """Return at which evaluation each run of a start is first as good as the target."""
-    steps = []
+    if math.isnan(target):
+        return "–"
+    cells = []
     for points, losses in zip(runs["evaluation_points"], runs["report_loss"], strict=True):
-        reached = [step for step, loss in zip(points, losses, strict=True) if loss <= target]
-        steps.append(str(reached[0]) if reached else "never")
-    return "–" if math.isnan(target) else ", ".join(steps)
+        cell = "never"
+        for step, loss in zip(points, losses, strict=True):
+            if loss <= target:
+                cell = str(step)
+                break
+        cells.append(cell)
+    return ", ".join(cells)
 
 
 def _metrics(summary: Summary) -> pd.DataFrame:
@@ -120,9 +149,11 @@ def _metrics(summary: Summary) -> pd.DataFrame:
     for metric, name in METRICS.items():
         values = by_seed(summary.table, metric)
         columns[name] = _written(values.mean(axis=1), ".3f")
-        differences = effects(values, RANDOM)
-        said = {start: f"{x.low:+.3f} to {x.high:+.3f}".replace("-", "−") for start, x in differences.items()}
-        columns[f"{name}, start − random"] = pd.Series(said, values.index, dtype=object)
+        intervals = {}
+        for start, effect in effects(values, RANDOM).items():
+            intervals[start] = f"{effect.low:+.3f} to {effect.high:+.3f}".replace("-", "−")
+        # An empty mapping would make a column of floats, which takes no dash.
+        columns[f"{name}, start − random"] = pd.Series(intervals, values.index, dtype=object)
     return pd.DataFrame(columns)
 
 
@@ -136,7 +167,7 @@ def _cost(summary: Summary) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "parameters": _written(means["trainable_parameters"], ",.0f"),
-            "scale of A": means["a_scale"].where(means["a_scale"] > 0).map(number),
+            "scale of A": means["a_scale"].where(means["a_scale"] > 0).map(number),  # `full` has no A
             "start, s": _written(means["initialisation_seconds"], ",.1f"),
             "start, in steps": _written(took.reindex(means.index), ",.1f"),
             "training, s": _written(means["training_seconds"], ",.1f"),
@@ -157,16 +188,17 @@ def _forgetting(summary: Summary) -> pd.DataFrame:
 
 
 def _frontiers(summary: Summary) -> pd.DataFrame:
+    by_start = {}
+    # Adapters that were evaluated at one strength alone have the table of forgetting.
+    if any(isinstance(dial, list) for dial in summary.table["dial"]):
+        by_start = forgotten(summary.table)
     rows = {}
-    for start, lost in forgotten(summary.table).items():
-        rows[start] = {"rise on other text": number(lost.rise, "+")}
+    for start, lost in by_start.items():
+        row = rows[start] = {"rise on other text": number(lost.rise, "+")}
         if lost.effect:
-            ends = (lost.effect.low, lost.effect.high)
-            rows[start] |= {"start − random": number(lost.effect.mean, "+")}
-            rows[start] |= {"interval": " to ".join(number(end, "+") for end in ends)}
-    dialled = any(isinstance(dial, list) for dial in summary.table["dial"])
-    columns = ["rise on other text", "start − random", "interval"]
-    return pd.DataFrame.from_dict(rows if dialled else {}, orient="index", columns=columns)
+            row["start − random"] = number(lost.effect.mean, "+")
+            row["interval"] = f"{number(lost.effect.low, '+')} to {number(lost.effect.high, '+')}"
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["rise on other text", "start − random", "interval"])
 
 
 def _every_run(summary: Summary) -> pd.DataFrame:

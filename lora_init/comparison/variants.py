@@ -39,32 +39,43 @@ class Variant:
             LoraInitError: A setting is given twice.
         """
         base, ways = name, dict[str, int]()
+        # From the end, as the name of a start of the user's may have a plus itself.
         while match := _WAY.search(base):
-            number, kind = match.groups()
-            if (kind or "equal_parameters") in ways:
+            number, kind = match.groups()  # of `+equal-parameters` both are None
+            way = kind or "equal_parameters"
+            if way in ways:
                 raise LoraInitError(
                     f"start {name!r}: what follows a plus can be said once, such as eva+32-alpha+16-batches."
                 )
-            ways[kind or "equal_parameters"] = int(number) if number else True
+            ways[way] = int(number) if number else True
             base = base[: match.start()]
         return cls(base, **ways)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        numbers = {"alpha": self.alpha, "batches": self.batches, "steps": self.steps}
-        ways = [f"+{number}-{kind}" for kind, number in numbers.items() if number is not None]
-        return "".join([self.base, *ways, "+equal-parameters" if self.equal_parameters else ""])
+        # In one order, so that a variant has one name, by which runs are told apart.
+        name = self.base
+        for kind, number in (("alpha", self.alpha), ("batches", self.batches), ("steps", self.steps)):
+            if number is not None:
+                name += f"+{number}-{kind}"
+        if self.equal_parameters:
+            name += "+equal-parameters"
+        return name
 
     @property
     def recipe(self) -> Recipe | None:
         """How its adapter is built; None if `build_adapter` does not make it."""
-        return find_recipe(self.base) if self.base in compared_names() else None
+        if self.base not in compared_names():
+            return None
+        return find_recipe(self.base)
 
     @property
     def start(self) -> Start | None:
         """What the registry knows of it; None if it is the user's own."""
-        if self.recipe is not None:
+        if self.recipe is not None:  # several names may be recipes of one start, as `eva` and `eva-rho1` are
             return self.recipe.start
-        return find_start(self.base) if self.base in compared_names() else None
+        if self.base not in compared_names():
+            return None
+        return find_start(self.base)
 
     @property
     def is_plain(self) -> bool:
@@ -78,9 +89,12 @@ class Variant:
 
     def differs_in_parameters(self, ranks_cost_the_same: bool) -> bool:
         """Return whether it trains another number of parameters than `random`, so that it is run with as many, too."""
-        if self.recipe is None or self.equal_parameters:  # itself run beside another
+        recipe = self.recipe
+        if recipe is None or self.equal_parameters:  # one with equal parameters is that other run itself
             return False
-        return self.recipe.freeze_a or (self.recipe.moves_ranks and self.recipe.resized and not ranks_cost_the_same)
+        if recipe.freeze_a:  # it trains B alone
+            return True
+        return recipe.moves_ranks and recipe.resized and not ranks_cost_the_same
 
     def init_options(self) -> list[str] | None:
         """Return the options with which `lora-init init` makes its adapter; None if it does not make that one.
@@ -89,27 +103,39 @@ class Variant:
             >>> Variant("eva-rho1").init_options(), Variant("pissa").init_options()
             (['--method', 'eva', '--rho', '1'], None)
         """
-        options, recipe = [*(self.start.init_options if self.start else ())], self.recipe
+        if self.start is None:
+            return None
+        options, recipe = list(self.start.init_options), self.recipe
         if recipe is None:
-            return options if options and self.is_plain else None
+            if not options or not self.is_plain:
+                return None
+            return options
         if not recipe.is_made_by_init or self.equal_parameters:
             return None
-        switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.freeze_a
-        return [*options, "--rho", f"{recipe.rho:g}", *switches]
+        options += ["--rho", f"{recipe.rho:g}"]
+        if not recipe.center:
+            options.append("--no-center")
+        if recipe.freeze_a:
+            options.append("--freeze-a")
+        return options
 
 
 REFERENCE = Variant(RANDOM)  # which all are compared with
 
 
 def by_batches(starts: Iterable[Variant], numbers: Sequence[int]) -> list[Variant]:
-    """Put in the place of each start from data, without a number of batches of its own, the same with each number.
+    """Replace each start from data that has no number of batches of its own by the same start with each number.
 
     Example:
         >>> [str(one) for one in by_batches([Variant("random"), Variant("eva", alpha=32)], [4, 16])]
         ['random', 'eva+32-alpha+4-batches', 'eva+32-alpha+16-batches']
     """
+    if len(numbers) < 2:  # one number is a setting of all runs, and no part of a name
+        return list(starts)
     varied: list[Variant] = []
     for start in starts:
-        as_it_is = len(numbers) < 2 or start.recipe is None or not start.recipe.reads_data or start.batches
-        varied += [start] if as_it_is else [replace(start, batches=n) for n in numbers]
+        if start.recipe is None or not start.recipe.reads_data or start.batches:
+            varied.append(start)
+        else:
+            varied += [replace(start, batches=n) for n in numbers]
     return varied

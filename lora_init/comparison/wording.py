@@ -23,7 +23,9 @@ def number(value: float | None, sign: str = "") -> str:
         >>> number(0.25), number(-0.25, "+"), number(None)
         ('0.2500', '−0.2500', '–')
     """
-    return "–" if value is None or math.isnan(value) else f"{value:{sign}.4f}".replace("-", "−")
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:{sign}.4f}".replace("-", "−")
 
 
 def percent(part: float, sign: str = "") -> str:
@@ -34,7 +36,8 @@ def percent(part: float, sign: str = "") -> str:
         ('0.05 %', '−1.2 %', '+0.05 %')
     """
     value = 100 * part
-    return f"{value:{sign}.{1 if abs(value) >= 1 else 2}f} %".replace("-", "−")
+    digits = 1 if abs(value) >= 1 else 2
+    return f"{value:{sign}.{digits}f} %".replace("-", "−")
 
 
 def share(part: float) -> str:
@@ -55,29 +58,38 @@ def in_words(start: str) -> str:
         ('eva', 'eva with lora_alpha 32 and as many parameters as random (eva+32-alpha+equal-parameters)')
     """
     variant = Variant.parse(start)
-    how = [f"lora_alpha {variant.alpha}"] * bool(variant.alpha)
-    how += ["as many parameters as random"] * variant.equal_parameters
-    how += [f"statistics of {variant.batches} batches"] * bool(variant.batches)
-    return f"{variant.base} with {' and '.join(how)} ({start})" if how else start
+    settings = []
+    if variant.alpha:
+        settings.append(f"lora_alpha {variant.alpha}")
+    if variant.equal_parameters:
+        settings.append("as many parameters as random")
+    if variant.batches:
+        settings.append(f"statistics of {variant.batches} batches")
+    if not settings:
+        return start
+    return f"{variant.base} with {' and '.join(settings)} ({start})"
 
 
 def say(sentence: str, **facts: Any) -> str:
     """Fill facts into a macro of `sentences.jinja`."""
-    text = getattr(_environment(html=False).get_template("sentences.jinja").module, sentence)(**facts)
-    return " ".join(text.split())
+    macro = getattr(_environment(html=False).get_template("sentences.jinja").module, sentence)
+    text = macro(**facts)
+    return " ".join(text.split())  # a template has lines of its own, a sentence has none
 
 
 def fill(content: dict[str, Any]) -> str:
     """Fill content into `report.md`."""
     text = _environment(html=False).get_template("report.md").render(content)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"  # parts that are left out leave gaps
 
 
 def page_of(title: str, text: str, pictures: Mapping[str, bytes]) -> str:
-    """Make one page of Markdown, with its pictures, SVG by the name in the text, inside."""
+    """Make one HTML page of Markdown that contains its pictures; `pictures` has SVG by the name in the text."""
+    # No HTML of the text's own: names of starts and error texts are anybody's.
     body = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table").render(text)
     for name, svg in pictures.items():
-        body = body.replace(f'src="{name}"', f'src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"')
+        data = base64.b64encode(svg).decode()
+        body = body.replace(f'src="{name}"', f'src="data:image/svg+xml;base64,{data}"')
     return _environment(html=True).get_template("report.html").render(title=title, body=body)
 
 
@@ -86,7 +98,7 @@ def _environment(html: bool) -> Environment:
     environment = Environment(
         loader=PackageLoader("lora_init.comparison"),
         autoescape=html,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a fact that a sentence lacks is an error, not a gap
         trim_blocks=True,
         lstrip_blocks=True,
     )
