@@ -32,14 +32,16 @@ from lora_init.errors import LoraInitError, first_line, in_one_line
 from lora_init.progress import time_left
 
 AHEAD = 1000  # runs that wait in the queue of an executor at most
-PATIENCE = 120.0  # seconds without the end of a first run, after which its queue is spoken of
+PATIENCE = 120.0  # seconds without the end of a first run, after which the user is told to look at the queue
 
 
 @dataclass(frozen=True)
 class Worker:
-    """Does runs."""
+    """Something that does runs: this process, or an executor."""
 
-    submit: Callable[..., Any]  # begins a run, by its title, and to keep or not; returns a future, None if not now
+    # Takes a run, its title, and whether to keep its adapter. Begins the run, and returns a future; None if the worker
+    # takes no more now
+    submit: Callable[..., Any]
     at_once: int = 1  # runs that it takes before one has ended
     nodes: Callable[[], Mapping[Any, str]] = dict  # machines at work, key to name, as far as they are known
     close: Callable[[], None] = lambda: None  # ends all, at once
@@ -56,7 +58,7 @@ def here(bench: Workbench, show: bool) -> Worker:
     def submit(run: Run, title: str, keep: bool = False) -> Future[Any]:
         future, steps = Future[Record](), bench.training.steps
         with tqdm(desc=title, total=steps, unit="step", leave=False, disable=not show) as bar:
-            future.set_result(bench.carry_out(run, bar.update, keep))
+            future.set_result(bench.carry_out(run, bar.update, keep))  # what it raises is raised here, as it should be
         return future
 
     return Worker(submit)
@@ -81,22 +83,22 @@ def elsewhere(executor: Any, job: Job, is_ours: bool, at_once: int | None = None
         raise LoraInitError(
             f"a start cannot be sent to a worker: {first_line(error)} Define its function in a module of its own."
         ) from error
-    open_ones = set[Future[Any]]()
+    pending = set[Future[Any]]()
 
     def submit(run: Run, title: str, keep: bool = False) -> Future[Any] | None:
-        others = len(open_ones)
+        n_others = len(pending)  # counted before, as one may end while this is submitted
         try:
             future: Future[Any] = executor.submit(carry_out, job, run, keep, uuid4().hex)
         except Exception as error:
-            if others:  # a queue may take no more of one user, until another run has ended
+            if n_others:  # a queue may take no more of one user, until another run has ended
                 return None
             raise LoraInitError(f"{title}: it cannot be submitted: {first_line(error)}") from error
-        open_ones.add(future)
-        future.add_done_callback(open_ones.discard)
+        pending.add(future)
+        future.add_done_callback(pending.discard)
         return future
 
     def close() -> None:
-        for future in [*open_ones]:
+        for future in [*pending]:  # a copy: a canceled future discards itself from the set
             future.cancel()
         if is_ours:
             executor.shutdown(wait=False, cancel_futures=True)
@@ -104,36 +106,43 @@ def elsewhere(executor: Any, job: Job, is_ours: bool, at_once: int | None = None
     return Worker(submit, at_once or AHEAD, getattr(executor, "nodes", dict), close)
 
 
-_one = threading.Lock()  # a run changes the model and seeds what is random, and an executor's process may have threads
+# One run at a time: it changes the model and seeds what is random, and an executor's process may have threads.
+_one_run = threading.Lock()
 _benches: dict[str, Workbench] = {}  # in another process: the workbench of the comparison it works for, by its key
 
 
 def carry_out(job: Job, run: Run, keep: bool, call: str) -> Record | tuple[Exception, str]:
-    """Carry out a run in a process of an executor. What it raises is returned, as what an executor raises is its own.
+    """Carry out a run in a process of an executor.
 
-    `call` is another each time: Dask takes equal calls for one.
+    What the run raises is returned, with its traceback as text. So whatever the executor raises is about its processes,
+    and the run may be done again. `call` is another each time: Dask takes equal calls for one.
     """
-    node = None if platform.node() == job.node else platform.node()
+    node = None if platform.node() == job.node else platform.node()  # the comparison's own machine needs no name
     try:
-        with _one, warnings.catch_warnings():
+        with _one_run, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the first process has shown them
             torch.set_num_threads(job.threads)
             if job.key not in _benches:
-                _benches.clear()
+                _benches.clear()  # of a comparison before, whose model would stay in memory
                 _benches[job.key] = _set_up(job)
             record: Record = _benches[job.key].carry_out(run, keep=keep) | {"node": node}
             return record
     except Exception as error:
-        named = error.within(f"node {node}") if node and isinstance(error, LoraInitError) else error
-        return named, traceback.format_exc()
+        written = traceback.format_exc()
+        if node and isinstance(error, LoraInitError):
+            return error.within(f"node {node}"), written
+        return error, written
 
 
 def _set_up(job: Job) -> Workbench:
     """Make the workbench, and check that its runs can be compared with those of other processes."""
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bench = job.make()
-    here, expected = describe(bench, job.expected["model"]), job.expected
-    if differing := [f"{n} is {here[n]!r}, not {expected[n]!r}" for n in here if here[n] != expected[n]]:
+    differing = []
+    for name, value in describe(bench, job.expected["model"]).items():
+        if value != job.expected[name]:
+            differing.append(f"{name} is {value!r}, not {job.expected[name]!r}")
+    if differing:
         raise LoraInitError(
             f"{'; '.join(differing)}. All nodes need the same versions, model, data and kind of device."
         )
@@ -150,21 +159,22 @@ def come_back(future: Future[Any]) -> Record | str:
     """Return the record of a run, or why there is none: the process that did it is gone, and it may be done again."""
     try:
         outcome: Record | tuple[Exception, str] = future.result()
-    except LoraInitError:
+    except LoraInitError:  # from `processes`: a worker that cannot start will not start the next time either
         raise
     except Exception as error:
         return f"{in_one_line(error).partition('. ')[0].rstrip('.')}."
     if isinstance(outcome, tuple):
-        raise outcome[0] from RuntimeError(outcome[1])
+        raised, written = outcome
+        raise raised from RuntimeError(written)  # a traceback itself cannot be sent
     return outcome
 
 
-Begun = tuple[Callable[[], Any], Callable[[], Any]]
+Begun = tuple[Callable[[], Any], Callable[[], Any]]  # what waits for the result of a call, and what ends the call
 
 
 @dataclass(eq=False)
 class Remote(Executor):
-    """An executor of a function that begins a call, and returns what waits for its result, and what ends it.
+    """An executor made of a function, `begin`, that begins a call elsewhere and returns how to wait for it and end it.
 
     A thread waits for each call. A future that is canceled ends its call, even one that runs.
     """
@@ -177,21 +187,25 @@ class Remote(Executor):
         """Begin a call."""
         future, (result, end) = Future[Any](), self.begin(function, *arguments)
 
-        def settle() -> None:
+        # The future counts as waiting until its result is there: one that runs could not be canceled.
+        def wait_for_result() -> None:
             try:
-                outcome, error = result(), None
-            except Exception as raised:
-                outcome, error = None, raised
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error) if error else future.set_result(outcome)
+                outcome = result()
+            except Exception as error:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            else:
+                if future.set_running_or_notify_cancel():
+                    future.set_result(outcome)
 
-        def ended(future: Future[Any]) -> None:
+        def end_if_canceled(future: Future[Any]) -> None:
             if future.cancelled():
                 with suppress(Exception):  # it may have ended meanwhile
                     end()
 
-        future.add_done_callback(ended)
-        threading.Thread(target=settle, daemon=True).start()
+        future.add_done_callback(end_if_canceled)
+        # A daemon: a call that nobody waits for any more keeps no interpreter from ending.
+        threading.Thread(target=wait_for_result, daemon=True).start()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -202,7 +216,8 @@ class Remote(Executor):
 def processes(n: int) -> Remote:
     """Make an executor of processes of this machine for n calls at once, the i-th with the i-th GPU if there are any.
 
-    One that is killed costs its call alone; a `ProcessPoolExecutor` of several would lose the others' calls, too.
+    Each process is a pool of its own. One that is killed costs its call alone; a `ProcessPoolExecutor` of several would
+    lose the others' calls, too.
     """
     idle, pools = [*range(n)], dict[int, tuple[ProcessPoolExecutor, Future[int]]]()  # with the id of the process
 
@@ -225,7 +240,7 @@ def processes(n: int) -> Remote:
                 return future.result()
             except BrokenProcessPool:
                 del pools[place]
-                if number.exception() is None:
+                if number.exception() is None:  # it had started, and told its id: it was killed in its call
                     raise
                 raise LoraInitError(
                     "a worker ended while it started. In a script of your own, call compare() under "
@@ -234,12 +249,12 @@ def processes(n: int) -> Remote:
             finally:
                 idle.append(place)
 
-        return result, lambda: None
+        return result, lambda: None  # a call is ended with its process, see `end`
 
     def end() -> None:
         for pool, number in [*pools.values()]:
             with suppress(BrokenProcessPool, ProcessLookupError):
-                os.kill(number.result(), signal.SIGKILL)
+                os.kill(number.result(), signal.SIGKILL)  # a pool would wait for the call that runs
             pool.shutdown()
 
     return Remote(begin, end=end)
@@ -254,6 +269,7 @@ def _begin(place: int) -> None:
 
 
 def _end_with_parent() -> None:
+    """Wait for the end of the process that started this one, which may be killed, and end with it."""
     parent: Any = multiprocessing.parent_process()
     parent.join()
     os._exit(1)
@@ -271,29 +287,33 @@ def run_all(
     Failed runs get one more chance each time this is called. A worker that dies costs its run, which is done again; a
     second time it counts as failed.
     """
-    for run in [run for run, record in log.records.items() if record["status"] == "failed"]:
-        del log.records[run]
-    runs, told = _Running(log, worker, budget, say), 0
-    patience = PATIENCE if worker.queues else None
+    for run, record in [*log.records.items()]:
+        if record["status"] == "failed":
+            del log.records[run]
+    runs, n_reported, patience = _Running(log, worker, budget, say), 0, None
+    if worker.queues:
+        patience = PATIENCE
+    # What is due may depend on every run that ends: best rates decide on later runs. So it is asked anew each time.
     while True:
-        planned, decided = due(log.records)
-        for line in decided[told:]:
+        planned, decisions = due(log.records)
+        for line in decisions[n_reported:]:
             say(line)
-        told = max(told, len(decided))
+        n_reported = max(n_reported, len(decisions))
         left = [run for run in planned if run not in log.records]
         runs.begin(left, len(planned))
-        if not runs.of:
+        if not runs.begun:
             if left:
                 say(f"The time is out with {len(left)} runs left; the same command goes on from there.")
             return
-        done = wait(runs.of, runs.longest_wait(patience), FIRST_COMPLETED).done
+        done = wait(runs.begun, runs.longest_wait(patience), FIRST_COMPLETED).done
         if patience and not done:
             say("No run has come back yet: look whether the cluster has begun one. Ctrl-C ends the wait.")
-        patience = None
+        patience = None  # that is said once
         runs.watch_nodes()
         n_left = len(left)
         for future in done:
-            n_left -= runs.take_in(future, n_left - 1)
+            if runs.take_in(future, n_left - 1):
+                n_left -= 1
 
 
 class _Running:
@@ -301,37 +321,43 @@ class _Running:
 
     def __init__(self, log: RunDirectory, worker: Worker, budget: RunBudget, say: Callable[[str], None]) -> None:
         self.log, self.worker, self.budget, self.say = log, worker, budget, say
-        self.of: dict[Future[Any], tuple[Run, str]] = {}  # each with its title
+        self.begun: dict[Future[Any], tuple[Run, str]] = {}  # each with its title
         self.lost = Counter[Run]()  # how often its worker has died
         self.nodes = worker.nodes()
-        known = [record["run_seconds"] or 0.0 for record in log.records.values() if "run_seconds" in record]
-        self.seconds = known[-20:]
-        self.ended, self.began = 0, 0.0  # runs, since when
+        seconds = [record["run_seconds"] or 0.0 for record in log.records.values() if "run_seconds" in record]
+        self.seconds = seconds[-20:]  # of the last ones, which tell most of the next
+        self.n_ended, self.began = 0, 0.0  # in this call: how many, since when
 
     def begin(self, left: Sequence[Run], n_planned: int) -> None:
         """Begin as many of the runs that are left as the worker takes and the time allows."""
-        begun = {run for run, _ in self.of.values()}
-        expected = fmean(self.seconds) if self.seconds else 0.0
+        runs_begun = {run for run, _ in self.begun.values()}
+        expected = fmean(self.seconds) if self.seconds else 0.0  # of a first run nothing is known: it is begun
         for run in left:
-            if run.learning_rate is None or run in begun:
+            if run.learning_rate is None or run in runs_begun:  # its rate depends on runs that have not ended
                 continue
             fits = self.budget.fits(expected * (1 + _times_longer(run, self.log)))  # 1 for the best adapter
-            if len(self.of) >= self.worker.at_once or not fits:
+            if len(self.begun) >= self.worker.at_once or not fits:
                 break
-            title = f"run {n_planned - len(left) + len(self.of) + 1}/{n_planned} {run.title}"
+            title = f"run {n_planned - len(left) + len(self.begun) + 1}/{n_planned} {run.title}"
             future = self.worker.submit(run, title)
             if future is None:
                 break
-            self.of[future] = run, title
+            self.begun[future] = run, title
+        # Here a run ends in time or was not begun; in a queue nobody knows when it begins.
         if self.worker.queues and not self.budget.fits(0.0):
-            for future in [future for future in self.of if future.cancel()]:
-                del self.of[future]
+            for future in [*self.begun]:
+                if future.cancel():
+                    del self.begun[future]
 
     def longest_wait(self, patience: float | None) -> float | None:
         """Return the seconds to wait for the end of a run at most; None without a limit."""
-        limits = [patience] if patience else []
+        limits = []
+        if patience:
+            limits.append(patience)
         if self.budget.seconds:
-            limits += [left] if (left := self.budget.seconds - self.budget.spent) > 0 else []
+            left = self.budget.seconds - self.budget.spent
+            if left > 0:  # once the time is out, what runs is waited for
+                limits.append(left)
         return min(limits, default=None)
 
     def watch_nodes(self) -> None:
@@ -343,9 +369,9 @@ class _Running:
 
     def take_in(self, future: Future[Any], n_left: int) -> bool:
         """Keep the record of a run that has ended, after which so many are left; False if it is done again."""
-        run, title = self.of.pop(future)
+        run, title = self.begun.pop(future)
         record = come_back(future)
-        if isinstance(record, str):
+        if isinstance(record, str):  # why there is none
             self.lost[run] += 1
             if self.lost[run] < 2:
                 self.say(f"{title}: the worker that did it is gone; it is done again. {record}")
@@ -353,8 +379,10 @@ class _Running:
             record = _given_up(run, record, self.log)
         self.log.add(record)
         self.seconds.append(record["run_seconds"] or 0.0)
-        self.ended, self.began = self.ended + 1, self.began or time.monotonic() - self.seconds[-1]
-        seconds_left = n_left * (time.monotonic() - self.began) / self.ended  # if they end as fast as those before
+        self.n_ended += 1
+        if not self.began:  # when the first one to end began: before that, runs may have waited in a queue
+            self.began = time.monotonic() - self.seconds[-1]
+        seconds_left = n_left * (time.monotonic() - self.began) / self.n_ended  # if they end as fast as those before
         self.say(f"{title}: {_ended(record, seconds_left, len(self.nodes))}")
         return True
 
@@ -374,8 +402,13 @@ def _times_longer(run: Run, log: RunDirectory) -> float:
 
 def _ended(record: Mapping[str, Any], seconds_left: float, n_nodes: int) -> str:
     """Report how a run ended, and how long those that are left may take."""
-    losses = record["report_loss"]
-    how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if record["status"] == "finished" else record["error"]
-    where = f" on {record['node']}" if record.get("node") else ""
-    nodes = f"; nodes at work: {n_nodes}" if n_nodes else ""
-    return f"{record['status']}, {how}, {record['run_seconds'] or 0:.0f} s{where}{time_left(seconds_left)}{nodes}"
+    losses, how = record["report_loss"], record["error"]
+    if record["status"] == "finished":
+        how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    line = f"{record['status']}, {how}, {record['run_seconds'] or 0:.0f} s"
+    if record.get("node"):
+        line += f" on {record['node']}"
+    line += time_left(seconds_left)
+    if n_nodes:
+        line += f"; nodes at work: {n_nodes}"
+    return line
