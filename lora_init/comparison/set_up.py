@@ -29,7 +29,7 @@ STRENGTHS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # that a trained adapter is evalu
 
 @dataclass(frozen=True)
 class Sources:
-    """What starts are made from."""
+    """What starts are made from, apart from the model and the data."""
 
     statistics_batches: int  # see `Workbench`
     starts: Sequence[Variant] = ()  # those to make
@@ -49,23 +49,26 @@ def set_up(
     task = load_task(data, source.tokenizer, options, training.batch_size, source.classes).cut(*folds)
     classifies = task.kind == CLASSIFICATION
     retain, replay = _load_texts(options, source.tokenizer, training.batch_size, classifies)
-    dtype = "float32" if classifies and options.dtype == "auto" else options.dtype  # for the head
-    load = partial(
-        _load, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,
-        dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
+    # A function, since full training of a quantized model loads the float one for each of its runs.
+    load = partial(_load, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code)
+    if classifies:
+        load = partial(load, task_type="SEQ_CLS", n_labels=len(task.classes))
+        if options.dtype == "auto":  # the head is trained whole
+            load = partial(load, dtype="float32")
     loaded = load(model, quantize=options.quantize)
     float_model = partial(load, str(options.weights or model)) if has_float else None
     if classifies:
         check_modules_to_save(loaded.model, (), loaded.task_type, loaded.drawn)
-        if loaded.model.dtype != torch.float32:
+        if loaded.model.dtype != torch.float32:  # where --dtype says so
             raise LoraInitError("{dtype}: the head of a classifier is trained whole, in float32.", dtype=options.dtype)
     shape = replace(shape, task_type=loaded.task_type)
-    if bank is not None:
+    if bank is not None:  # its adapters are of one model
         bank.check_base(fingerprint(loaded.model), type(loaded.model).__name__)
+    # Without other text there is nothing to weigh the task against.
+    strengths = STRENGTHS if retain and options.dial else ()
     return Workbench(
         loaded, task, retain, directory, shape, training, sources.statistics_batches, sources.own, bank,
-        float_model, options.weights, STRENGTHS if retain and options.dial else (), replay,
+        float_model, options.weights, strengths, replay,
     )  # fmt: skip
 
 
@@ -79,6 +82,7 @@ def _check_source(
             "models, or classifiers with --label COLUMN."
         )
     source.check_quantized(options.quantize)
+    # The layers can be checked on a model without weights, before those are read; not every model can be made so.
     if (empty := source.empty()) is not None:
         check_targets(empty, find_targets(empty, shape.target_modules, task_type=source.task_type), shape.rank)
     is_quantized = options.quantize is not None or getattr(source.config, "quantization_config", None) is not None
@@ -104,9 +108,13 @@ def _load_texts(
     if options.replay is not None:
         if classifies:
             raise LoraInitError("replay is for language models: a classifier has no loss on text. Leave it out.")
+        # One text beside each step, so batches of one.
         replay = load_other(options.replay, tokenizer, batch_size=1, max_length=options.max_length)
     return retain, replay
 
 
-def _load(model: str, *, task_type: str | None, trust_remote_code: bool, **options: Any) -> LoadedModel:
-    return open_model(model, task_type=task_type, trust_remote_code=trust_remote_code).load(**options)
+def _load(
+    model: str, *, trust_remote_code: bool, task_type: str | None = None, n_labels: int | None = None, **options: Any
+) -> LoadedModel:
+    opened = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
+    return opened.load(n_labels=n_labels, **options)

@@ -25,7 +25,7 @@ class Size:
     steps: int = 100
     report: int = REPORT  # examples at most
     selection: int = SELECTION
-    seeds: int = 5  # that the time must be enough for; more are added while it lasts
+    seeds: int = 5  # that the time must be enough for; more are added while time is left
     starts: int = 2  # that are compared with random, where they were left open
     tuned: bool = True  # whether these are run at all learning rates, and not at the rate of a forward pass alone
 
@@ -57,32 +57,46 @@ class RequestedSize:
     def training(self, size: Size = SIZES[0]) -> Training:
         """Return how every run trains."""
         steps = self.steps or size.steps
-        quarters = [round(steps * i / 4) for i in (1, 2, 3)] if size == SIZES[0] else []
-        points = quarters if self.evaluation_points is None else self.evaluation_points
+        points = self.evaluation_points
+        if points is None:
+            points = []
+            if size == SIZES[0]:  # a smaller size has no time for a curve
+                points = [round(steps * i / 4) for i in (1, 2, 3)]
         return Training(steps, self.batch_size, self.warmup, sorted({0, steps, *points}))
 
     def folds(self, size: Size) -> tuple[int | None, int | None]:
-        """Return how many examples to report and to select by there may be at most."""
+        """Return how many examples to report and to select by there may be at most; None for what was asked for."""
         report = size.report if self.loading.report_samples is None else None
-        return report, size.selection if self.loading.selection_samples is None else None
+        selection = size.selection if self.loading.selection_samples is None else None
+        return report, selection
 
     def lay_out(self, bench: Workbench, plan: RunPlan, size: Size) -> tuple[Workbench, RunPlan]:
         """Return the workbench and the plan of a comparison of this size."""
-        first = DEFAULT_FOR_CLASSES if bench.task.kind == CLASSIFICATION else DEFAULT
-        bases = list(dict.fromkeys([RANDOM, first, *(start.base for start in plan.starts)]))[: 1 + size.starts]
-        starts = [start for start in plan.starts if self.starts is not None or start.base in bases]
+        starts = list(plan.starts)
+        if self.starts is None:
+            bases = self._first_bases(bench, plan, size)
+            starts = [start for start in starts if start.base in bases]
         training = self.training(size)
         if self.rates:
             rates = {name: rate.of_steps(training.steps).rate for name, rate in self.rates.items()}
             plan = replace(plan, learning_rates=[], recommended=rates)
+        # What was measured before training is of other examples.
         bench = replace(bench, task=bench.task.cut(*self.folds(size)), training=training, _before={})
         return bench, replace(plan, starts=starts, tuned=size.tuned or bool(plan.learning_rates))
+
+    @staticmethod
+    def _first_bases(bench: Workbench, plan: RunPlan, size: Size) -> list[str]:
+        """List the starts that a comparison of this size has, the recommended one for the task first after random."""
+        recommended = DEFAULT_FOR_CLASSES if bench.task.kind == CLASSIFICATION else DEFAULT
+        bases = [RANDOM, recommended, *(start.base for start in plan.starts)]
+        return list(dict.fromkeys(bases))[: 1 + size.starts]
 
 
 def fit(lay_out: Callable[[Size], tuple[Workbench, RunPlan]], pace: Pace, budget: RunBudget, is_open: bool) -> Size:
     """Return the largest size that comes to an answer in the time that is left.
 
-    If the least takes longer it is refused, unless the steps were asked for: its runs may be done in several calls.
+    If the smallest size takes longer, it is refused, unless the steps were asked for (`is_open` is false): the runs of
+    such a comparison may be done in several calls.
     """
     for size in SIZES:
         needed = _seconds_to_answer(*lay_out(size), size.seeds, pace)
@@ -109,19 +123,22 @@ def _levers(bench: Workbench, plan: RunPlan, needed: float, pace: Pace) -> str:
     """Write what would save time, the most first."""
     seeds, half = SIZES[-1].seeds, bench.training.steps // 2
     shorter = replace(bench, training=replace(bench.training, steps=half, evaluation_points=[0, half]))
-    one = replace(plan, learning_rates=[*plan.learning_rates, 1e-3][:1])
-    less = {
-        "a single one of {learning_rates}": _seconds_to_answer(bench, one, seeds, pace),
+    single_rate = replace(plan, learning_rates=[*plan.learning_rates, 1e-3][:1])  # any rate: its number alone counts
+    seconds_with = {
+        "a single one of {learning_rates}": _seconds_to_answer(bench, single_rate, seeds, pace),
         "{seeds}": _seconds_to_answer(bench, plan, seeds - 1, pace),
         "{steps}": _seconds_to_answer(shorter, plan, seeds, pace),
     }
-    saved = {name: 1.1 * (needed - left) for name, left in sorted(less.items(), key=lambda item: item[1])}
-    return ", ".join(f"{name} saves {duration(time)}" for name, time in saved.items())
+    phrases = []
+    for name, seconds in sorted(seconds_with.items(), key=lambda item: item[1]):
+        phrases.append(f"{name} saves {duration(1.1 * (needed - seconds))}")
+    return ", ".join(phrases)
 
 
 def _seconds_to_answer(bench: Workbench, plan: RunPlan, n_seeds: int, pace: Pace) -> float:
     """Estimate the runs on so many seeds, a rate beyond the edge, random for twice the steps, and the best adapter."""
     plan = replace(plan, seeds=plan.seeds[:n_seeds])
     runs = plan.runs(plan.starts, {})
+    # A rate beyond the edge is swept, random for twice the steps counts as two runs a seed, and the adapter as one.
     n_runs = len(runs) + SWEEP_SEEDS + 2 * len(plan.seeds) + 1
     return n_runs * seconds_of_run(bench, pace) + seconds_of_statistics(bench, pace, runs)
