@@ -22,9 +22,11 @@ _COLORS = "YlGnBu"
 
 def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:
     """Draw a cell for each layer with its rank in it, blocks from top to bottom."""
-    grid = rank_grid(ranks)
-    least, most = (grid.min(axis=None), grid.max(axis=None)) if grid.notna().any(axis=None) else (1.0, 1.0)
-    span = (most - least) or 1.0
+    grid = rank_grid(ranks)  # blocks x kinds of layers, NaN where there is no adapter
+    least = most = 1.0
+    if grid.notna().any(axis=None):
+        least, most = grid.min(axis=None), grid.max(axis=None)
+    span = (most - least) or 1.0  # of equal ranks it is zero, and colors need some
     # The lightest tenth is left out, so that white stays for layers without an adapter.
     ends = {"vmin": least - 0.1 * span, "vmax": least + span}
     cells = axes.pcolormesh(grid, cmap=_COLORS, edgecolors="#dddddd", linewidth=0.4, **ends)
@@ -32,8 +34,8 @@ def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:
         color = "white" if cells.norm(rank) > 0.675 else "black"  # the contrast is 4.5 at least
         text = "·" if math.isnan(rank) else f"{rank:.0f}"
         axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=color)
-    axes.invert_yaxis()
-    places = np.arange(len(grid.columns)) + 0.5
+    axes.invert_yaxis()  # the first block on top
+    places = np.arange(len(grid.columns)) + 0.5  # the middle of each cell
     axes.set_xticks(places, grid.columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=8, parse_math=False)
     axes.set_yticks(np.arange(len(grid)) + 0.5, grid.index, fontsize=7)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)

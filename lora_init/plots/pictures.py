@@ -45,35 +45,39 @@ def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> P
         raise LoraInitError("the plan gives no layer any rank, so there is nothing to draw.")
     plan.check(stats)
     kind = path.suffix.lower()[1:]
-    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format")) if kind == "svg" else {}
+    metadata: dict[str, None] = {}
+    if kind == "svg":  # None leaves a field out
+        metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
     buffer = io.BytesIO()
     # Text as text and no date, so that the same plan gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora_init", "font.family": "sans-serif"}):
-        make_figure(plan, stats).savefig(buffer, format=kind, metadata=nothing)
-    write_whole(path, buffer.getvalue())
+        make_figure(plan, stats).savefig(buffer, format=kind, metadata=metadata)
+    write_whole(path, buffer.getvalue())  # whole or not at all
     return path
 
 
 def budget_curves(plan: RankAllocation, stats: Statistics) -> dict[str, dict[int, float]]:
     """Plan for budgets from an eighth of the plan's parameters to eight times as many, as far as components reach.
 
-    For each policy what is explained, by parameters. Rank limits, ties and exclusions are the plan's; so is rho,
+    Return what each policy explains, by parameters. Rank limits, ties and exclusions are the plan's; so is rho,
     relative to the average rank of each budget, if it is 2 at least: at 1 there is nothing to decide.
     """
     settings = {**plan.settings, "rho": max(SPARE, plan.settings.get("rho", SPARE))}
-    spectra = stack_spectra(stats, [name for name in plan if name not in set(plan.excluded)])
-    exists = int((spectra.widths * spectra.collected).sum())
-    budgets = np.geomspace(max(plan.parameters / 8, 1), min(plan.parameters * 8, exists), 20)
+    excluded = set(plan.excluded)
+    spectra = stack_spectra(stats, [name for name in plan if name not in excluded])
+    # Parameters of all components that were collected: no plan can have more.
+    available = int((spectra.widths * spectra.collected).sum())
+    budgets = np.geomspace(max(plan.parameters / 8, 1), min(plan.parameters * 8, available), 20)
     curves: dict[str, dict[int, float]] = {name: {} for name, policy in POLICIES.items() if not policy.needs_gradient}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of budgets that nobody asked for
         for policy, curve in curves.items():
             for budget in budgets:
                 try:
-                    at = allocate_ranks(stats, parameters=int(budget), policy=policy, **settings)
+                    budgeted = allocate_ranks(stats, parameters=int(budget), policy=policy, **settings)
                 except LoraInitError:  # below what min_rank or the cheapest step costs: no point there
                     continue
-                curve[at.parameters] = at.explained_variance
+                curve[budgeted.parameters] = budgeted.explained_variance  # at what was spent, not at what was given
     return curves
 
 
@@ -95,7 +99,7 @@ def _draw_spectra(axes: Any, kind: str, layers: Mapping[int, str], plan: RankAll
     for block, name in layers.items():
         color = colormaps["cividis"](0.85 * max(block, 0) / max(*layers, 1))  # the last tints vanish on white
         i, rank = spectra.names.index(name), plan[name]
-        shares = spectra.reached[i, : spectra.collected[i] + 1]
+        shares = spectra.reached[i, : spectra.collected[i] + 1]  # after 0, 1, 2 and more components
         axes.plot(range(len(shares)), shares, color=color, linewidth=0.7, alpha=0.55)
         axes.plot([rank], [shares[rank]], "o", color=color, markersize=4, markeredgecolor="black", markeredgewidth=0.5)
     average = sum(plan[name] for name in layers.values()) / len(layers)
@@ -121,6 +125,7 @@ def draw_budget_curve(axes: Any, plan: RankAllocation, curves: Mapping[str, Mapp
     )  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(count)
+    # Between powers of ten, 2 and 5 alone have a label.
     axes.xaxis.set_minor_formatter(lambda value, _: count(value) if f"{value:e}"[0] in "25" else "")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("adapter parameters", fontsize=9)
@@ -138,7 +143,7 @@ def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
     shown = list(kinds.items())[:_MOST_KINDS]
     map_width, map_height = map_size(plan)
     columns = 4 if map_height < 9 else 2  # inches: beside a tall map, spectra go in a tall stack
-    rows = -(-len(shown) // columns)
+    rows = -(-len(shown) // columns)  # rounded up
     width, height = 2.4 * columns + 0.6, 1.9 * rows + 4.2
     figure = Figure(figsize=(map_width + width, max(map_height, height)), dpi=110, layout="constrained")
     left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[map_width, width]))
@@ -147,13 +152,14 @@ def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
     upper, lower = right.subfigures(2, 1, height_ratios=[1.9 * rows, 3.4])
     axes = upper.subplots(rows, columns, sharey=True, squeeze=False)
     spectra = stack_spectra(stats, list(plan))
-    for place, (kind, layers) in zip(axes.flat, shown, strict=False):
+    for place, (kind, layers) in zip(axes.flat, shown, strict=False):  # the last row may have places that stay empty
         _draw_spectra(place, kind, layers, plan, spectra)
     for place in axes.flat[len(shown) :]:
         place.set_visible(False)
-    left_out = f"; {len(kinds) - len(shown)} more kinds not shown" if len(kinds) > len(shown) else ""
     title = "Variance explained by the first components: a line per block, from blue to yellow; a dot at its rank"
-    upper.suptitle(textwrap.fill(title + left_out, int(12 * width)), fontsize=10)
+    if len(kinds) > len(shown):
+        title += f"; {len(kinds) - len(shown)} more kinds not shown"
+    upper.suptitle(textwrap.fill(title, int(12 * width)), fontsize=10)
     upper.supxlabel("components", fontsize=9)
     draw_budget_curve(lower.add_subplot(), plan, budget_curves(plan, stats))
     title = "Variance explained for the parameters spent, by policy, under the same limits"
