@@ -246,16 +246,12 @@ def compare(
 
 
 def _shows_progress(progress: bool | None) -> bool:
-    if progress is None:
-        return sys.stderr.isatty()
-    return progress
+    return sys.stderr.isatty() if progress is None else progress
 
 
 def _sweep_by_default(budget: RunBudget) -> str:
     """Choose to try all rates with all seeds where that is quick and nothing limits it."""
-    if torch.cuda.is_available() and not budget.limited:
-        return "full"
-    return "halving"
+    return "full" if torch.cuda.is_available() and not budget.limited else "halving"
 
 
 def _kept_size(directory: Path) -> Size | None:
@@ -269,9 +265,7 @@ def _kept_size(directory: Path) -> Size | None:
 
 
 def _classes_in_words(rows_of: Mapping[str, int]) -> str:
-    if not rows_of:  # a task without classes
-        return ""
-    return f"; {classes_in_words(rows_of)}"
+    return f"; {classes_in_words(rows_of)}" if rows_of else ""
 
 
 def _ranks_cost_the_same(targets: Mapping[str, Target]) -> bool:
@@ -311,9 +305,7 @@ def _read_seeds(seeds: int | Sequence[int] | None, budget: RunBudget) -> list[in
     """Read which seeds, or how many; by default five, and under a limit as many as it may spend."""
     if seeds is None:
         seeds = STAGES[-1] if budget.limited else 5
-    if isinstance(seeds, int):
-        return list(range(seeds))
-    return _listed(seeds)
+    return list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
 
 
 def _read_rates(learning_rates: Any) -> list[Any]:
@@ -339,9 +331,7 @@ def _find_executor(workers: int | None, given: Any, gpus: float, directory: Path
         raise LoraInitError("{gpus_per_run}: expected a share of one GPU, or a whole number.", gpus_per_run=gpus)
     if workers:
         return processes(workers)
-    if given is None:
-        return None
-    return open_executor(given, gpus, directory)
+    return None if given is None else open_executor(given, gpus, directory)
 
 
 def _read_starts(
@@ -407,15 +397,11 @@ def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | Non
     check_number("extend", extend, 0, whole=True)
     if steps is not None:
         check_number("steps", steps, 1, whole=True)
-    if points is None:
-        return None
-    return _listed(points)
+    return None if points is None else _listed(points)
 
 
 def _read_batches(given: int | Sequence[int]) -> list[int]:
-    if isinstance(given, int):
-        given = [given]
-    batches = list(given)
+    batches = [given] if isinstance(given, int) else list(given)
     all_numbers = all(is_number(n) for n in batches)  # before `min`, which cannot order numbers and words
     if not batches or not all_numbers or min(batches) < 1 or len(set(batches)) < len(batches):
         raise LoraInitError("{statistics_batches}: expected numbers of batches, each once.", statistics_batches=batches)
@@ -511,6 +497,4 @@ def _init_command(model: str, data: str | Path, options: LoadingOptions, bench: 
 def model_name(model: str) -> str:
     """Name a model without the path to it: settings are shared."""
     path = Path(model).expanduser()
-    if not path.is_dir():  # a hub id
-        return model
-    return path.absolute().name
+    return path.absolute().name if path.is_dir() else model

@@ -81,9 +81,8 @@ def _judge(
             # Of a single pair this is all that is known; of more, the effect takes its place.
             verdict = replace(verdict, differences=differences, mean=float(pairs.iloc[0]))
     if effect:
-        closed = None
-        if left > effect.detectable:  # NaN, without full fine-tuning, is not above anything
-            closed = -effect.mean / left
+        # Without full fine-tuning `left` is NaN, which is not above anything.
+        closed = -effect.mean / left if left > effect.detectable else None
         verdict = replace(
             verdict,
             outcome=effect.outcome,
@@ -228,9 +227,7 @@ def _hardly_learned(table: pd.DataFrame) -> list[str]:
     for start, own in few.iterrows():
         if any(own):
             counts.append((start, own.sum(), losses.loc[start].count()))
-    if not counts:
-        return []
-    return [say("hardly_learned", counts=counts)]
+    return [say("hardly_learned", counts=counts)] if counts else []
 
 
 def _lost(table: pd.DataFrame) -> list[str]:
@@ -391,9 +388,7 @@ def as_recommended(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str
     differences = effects(pd.concat([losses.drop(index=rows.index), rows]), RANDOM)
     for start in rows.index:
         facts_of_start = {"start": start, "rate": rates[start], "is_best": best[start] == rates[start]}
-        reference = math.nan
-        if start in differences:
-            reference = float(losses.loc[RANDOM].mean())
+        reference = float(losses.loc[RANDOM].mean()) if start in differences else math.nan
         sentences.append(say("as_recommended", **facts_of_start, effect=differences.get(start), reference=reference))
     return sentences
 

@@ -72,15 +72,11 @@ def look_ahead(
     may_add = _may_add(plan, names, planned, ended, any_judged=bool(judged))
     of_run = seconds_of_run(bench, pace)
     seconds = len(left) * of_run + seconds_of_statistics(bench, pace, left)
-    n_dialed = 0
-    for run in left:  # the same condition as in `Workbench`
-        if not run.start.changes_base and run.start.base != FULL:
-            n_dialed += 1
+    # The same condition as in `Workbench`.
+    n_dialed = sum(not run.start.changes_base and run.start.base != FULL for run in left)
     # A longer run of random is counted with twice the steps, the least that `longer_random` asks for.
     most = seconds + sum(may_add.values()) * of_run + may_add["longer"] * bench.training.steps * pace.step
-    scatter = _SCATTER
-    if bench.task.kind == CLASSIFICATION:
-        scatter = _SCATTER_OF_CLASSES
+    scatter = _SCATTER_OF_CLASSES if bench.task.kind == CLASSIFICATION else _SCATTER
     differences = {}
     for n in sorted({len(seeds), _ENOUGH_SEEDS}):
         in_deviations = detectable(len(judged), n)
@@ -126,13 +122,12 @@ def _may_add(
     plan: RunPlan, names: Sequence[Variant], planned: Sequence[Run], ended: Mapping[Run, Record], any_judged: bool
 ) -> dict[str, int]:
     """Count the runs that may be added to those planned, by what they are for."""
-    n_rates = n_longer = 0
-    if plan.extends:  # counted for one side
-        n_rates = plan.extend * len(plan.swept) * len(names)
-    if any_judged:  # one for each seed, should a start be better
-        n_longer = len(plan.seeds)
-    later = set(plan.runs(names, ended)).difference(planned)  # under a limit, the seeds of later stages
-    return {"rates": n_rates, "seeds": len(later), "longer": n_longer}
+    later = set(plan.runs(names, ended)).difference(planned)
+    return {
+        "rates": plan.extend * len(plan.swept) * len(names) if plan.extends else 0,  # counted for one side
+        "seeds": len(later),  # under a limit, those of later stages
+        "longer": len(plan.seeds) if any_judged else 0,  # one for each seed, should a start be better
+    }
 
 
 def measure(bench: Workbench) -> Pace:

@@ -151,9 +151,7 @@ class RunPlan:
     @property
     def swept(self) -> Sequence[int]:
         """The seeds that every rate is run with."""
-        if self.sweep == "full":
-            return self.seeds
-        return self.seeds[:SWEEP_SEEDS]
+        return self.seeds if self.sweep == "full" else self.seeds[:SWEEP_SEEDS]
 
     @property
     def extends(self) -> bool:
@@ -167,13 +165,9 @@ class RunPlan:
             if start.base == FULL:  # rounded: 0.003 / 10 is 0.00030000000000000003
                 rates = [float(f"{rate / 10:.4g}") for rate in rates]
             return sorted(rates)
-        factors: tuple[float, ...] = (1,)
-        if self.tuned or start == REFERENCE:
-            factors = (1 / APART, 1, APART)
+        factors = (1 / APART, 1, APART) if self.tuned or start == REFERENCE else (1,)
         own = self._rate_of_its_own(start)
-        if not own:
-            return []
-        return [float(f"{own[0] * factor:.2g}") for factor in factors]
+        return [float(f"{own[0] * factor:.2g}") for factor in factors] if own else []
 
     def _rate_of_its_own(self, start: Variant) -> list[float]:
         """Return the rate that a pass predicts for a start or for what it varies; for `full` a tenth of random's.
@@ -183,9 +177,7 @@ class RunPlan:
         if start.base == FULL and RANDOM in self.recommended:
             return [float(f"{self.recommended[RANDOM] / 10:.2g}")]
         rate = self.recommended.get(str(start), self.recommended.get(start.base))
-        if rate is None:
-            return []
-        return [rate]
+        return [] if rate is None else [rate]
 
     def _grid(self, start: Variant, records: Mapping[Run, Record]) -> list[float]:
         """List the rates to try with a start, as far as the runs that ended tell.
@@ -309,9 +301,7 @@ def _status(record: Mapping[str, Any]) -> str:
     """Return how a run ended; one that finished without a finite loss was unstable."""
     losses = [*(record.get("report_loss") or [None]), record.get("selection_loss")]  # JSON has null for NaN
     finite = all(loss is not None and math.isfinite(loss) for loss in losses)
-    if record["status"] == "finished" and not finite:
-        return "unstable"
-    return str(record["status"])
+    return "unstable" if record["status"] == "finished" and not finite else str(record["status"])
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -272,9 +272,7 @@ def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:
 def _blank(inputs: StartInputs, variance: float = 0.0) -> Statistics:
     """Make statistics that know nothing but the layers' widths, for starts that need no data; all directions alike."""
     model, shape = inputs.model, inputs.shape
-    modules = shape.target_modules
-    if not isinstance(modules, str):
-        modules = sorted(modules)
+    modules = shape.target_modules if isinstance(shape.target_modules, str) else sorted(shape.target_modules)
     targets = find_targets(model, modules, task_type=shape.task_type)
     made_for = Provenance("", type(model).__name__, "", modules, task_type=shape.task_type, rank=shape.rank)
     groups = {}
@@ -318,9 +316,7 @@ def _put(start: Start, variant: Variant, inputs: StartInputs, stats: Statistics)
         run=PassOptions(seed=inputs.seed, **AS_TRAINED),
     )
     ranks = _ranks_of(variant, variant.recipe, inputs, stats)
-    held_out: Sequence[Any] = ()
-    if config.start.takes_step:
-        held_out = inputs.held_out()
+    held_out = inputs.held_out() if config.start.takes_step else ()
     init = build(inputs.model, stats, ranks, config, held_out, inputs.errors)
     return init.apply(inputs.model), init.gamma
 

@@ -52,9 +52,7 @@ def _written(values: pd.Series, write: str) -> pd.Series:
 
 
 def _number_cell(value: float, write: str) -> str:
-    if math.isnan(value):
-        return "–"
-    return format(value, write)
+    return "–" if math.isnan(value) else format(value, write)
 
 
 def _differences(summary: Summary) -> pd.DataFrame:
@@ -95,9 +93,7 @@ def _no_mean_cell(runs: pd.DataFrame) -> str:
     ended = runs["status"].value_counts()
     if "unstable" in ended:  # a single one is enough for the rate not to count
         return f"unstable, {ended['unstable']} of {ended['unstable'] + ended.get('finished', 0)}"
-    if "finished" not in ended:
-        return "failed"
-    return ""
+    return "" if "finished" in ended else "failed"
 
 
 def _best(summary: Summary) -> pd.DataFrame:

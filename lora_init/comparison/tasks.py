@@ -28,14 +28,10 @@ def read_choices(row: Mapping[str, Any], options: str, answer: str) -> tuple[lis
         >>> read_choices({"right": "no"}, "yes, no", "right")
         (['yes', 'no'], 1)
     """
-    named: Any = options.split(",")  # the same for every row
-    if options in row:
-        named = row[options]
-    choices = split_options(named)
+    choices = split_options(row[options] if options in row else options.split(","))
     right = find_answer(row[answer], choices)
-    if right is None or len(choices) < 2:  # with one option there is nothing to choose
-        return None
-    return choices, right
+    # With one option there is nothing to choose.
+    return None if right is None or len(choices) < 2 else (choices, right)
 
 
 def split_options(value: Any) -> list[str]:
@@ -65,9 +61,7 @@ def find_answer(value: Any, options: Sequence[str]) -> int | None:
         position = int(text)
     else:
         return None
-    if position >= len(options):
-        return None
-    return position
+    return position if position < len(options) else None
 
 
 CAUSAL_LM, CLASSIFICATION, MULTIPLE_CHOICE = "causal-lm", "classification", "multiple-choice"
@@ -181,9 +175,7 @@ def fold_sizes(loading: LoadingOptions, n_prompts: int) -> tuple[int, int]:
     """
     report, selection = loading.report_samples, loading.selection_samples
     if report is None:
-        share = n_prompts // 3
-        if selection is not None:
-            share = 2 * (n_prompts - selection) // 5
+        share = n_prompts // 3 if selection is None else 2 * (n_prompts - selection) // 5
         report = max(1, min(REPORT, share))
     if selection is None:  # a quarter of what is left: of two thirds, a sixth of all
         selection = max(1, min(SELECTION, (n_prompts - report) // 4))
@@ -229,9 +221,7 @@ def load_task(
     counted = f"{name}: {len(train)} examples to train on, {len(selection)} to select by and {len(report)} to report"
     skipped = [f"{count} left out {why}" for why, count in left_out.items()]
     if len(train) < batch_size or len(selection) < n_selection:
-        reasons = ""
-        if skipped:
-            reasons = f" ({', '.join(skipped)})"
+        reasons = f" ({', '.join(skipped)})" if skipped else ""
         raise LoraInitError(
             f"{counted}; expected {batch_size} or more, {n_selection} and {n_report}{reasons}. "
             "Lower --report-samples, --selection-samples or --batch-size, raise --train-samples, or use more data."

@@ -44,9 +44,7 @@ def peak_bytes() -> int:
     if not _STATUS.exists():
         return 0
     match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
-    if match is None:
-        return 0
-    return int(match[1]) * 1024
+    return int(match[1]) * 1024 if match else 0
 
 
 @dataclass(frozen=True)
@@ -251,9 +249,8 @@ def _evaluate(result: TrainingResult, model: nn.Module, task: Task, step: int, l
 
 def _diverged(result: TrainingResult, plain_loss: float) -> bool:
     """Return whether the loss is far above the plain model's, and note why."""
-    recent, mean = result.training_loss[-_WINDOW:], 0.0
-    if len(recent) == _WINDOW:
-        mean = statistics.fmean(recent)
+    recent = result.training_loss[-_WINDOW:]
+    mean = statistics.fmean(recent) if len(recent) == _WINDOW else 0.0
     for name, value in (("loss", result.report_loss[-1]), ("training loss", mean)):
         if not value <= _FAR * plain_loss + _SLACK:  # NaN, too
             after = len(result.training_loss)

@@ -64,18 +64,14 @@ class Variant:
     @property
     def recipe(self) -> Recipe | None:
         """How its adapter is built; None if `build_adapter` does not make it."""
-        if self.base not in compared_names():
-            return None
-        return find_recipe(self.base)
+        return find_recipe(self.base) if self.base in compared_names() else None
 
     @property
     def start(self) -> Start | None:
         """What the registry knows of it; None if it is the user's own."""
         if self.recipe is not None:  # several names may be recipes of one start, as `eva` and `eva-rho1` are
             return self.recipe.start
-        if self.base not in compared_names():
-            return None
-        return find_start(self.base)
+        return find_start(self.base) if self.base in compared_names() else None
 
     @property
     def is_plain(self) -> bool:
@@ -107,9 +103,7 @@ class Variant:
             return None
         options, recipe = list(self.start.init_options), self.recipe
         if recipe is None:
-            if not options or not self.is_plain:
-                return None
-            return options
+            return options if options and self.is_plain else None
         if not recipe.is_made_by_init or self.equal_parameters:
             return None
         options += ["--rho", f"{recipe.rho:g}"]

@@ -23,9 +23,7 @@ def number(value: float | None, sign: str = "") -> str:
         >>> number(0.25), number(-0.25, "+"), number(None)
         ('0.2500', '−0.2500', '–')
     """
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:{sign}.4f}".replace("-", "−")
+    return "–" if value is None or math.isnan(value) else f"{value:{sign}.4f}".replace("-", "−")
 
 
 def percent(part: float, sign: str = "") -> str:

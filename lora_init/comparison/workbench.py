@@ -57,9 +57,7 @@ if TYPE_CHECKING:
 def circumstances() -> dict[str, Any]:
     """Describe what may differ between runs that are compared: processor, threads, versions."""
     versions = {package: version(package) for package in ("torch", "transformers", "peft")}
-    device = processor()
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "threads": torch.get_num_threads(),
         "processor": device,
@@ -443,6 +441,4 @@ def _kind(center: bool, gradients: bool, n_batches: int | None) -> str:
 
 def _loss_of_pass(gradients: bool) -> dict[str, Any]:
     """Return the arguments that tell `collect` which loss its gradients are of."""
-    if not gradients:  # it refuses a loss that nothing is done with
-        return {}
-    return AS_TRAINED
+    return AS_TRAINED if gradients else {}  # it refuses a loss that nothing is done with
