@@ -222,7 +222,7 @@ def compare(
 
     settings = {**bench.settings(model_name(model)), **plan.settings(), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}
-    if size != SIZES[0]:  # nor do directories of comparisons without a limit have this key
+    if size != SIZES[0]:  # a comparison of full size has no such key
         settings["size"] = asdict(size)
     due = partial(budget.due, plan, plan.compared(_ranks_cost_the_same(targets)))
 

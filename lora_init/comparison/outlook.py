@@ -22,7 +22,7 @@ from lora_init.starts.starts import FULL
 # How far runs of one start scatter over seeds, as a share of the loss: the median of our comparisons, see
 # `benchmarks/results`; 0.2 to 1.6 % on language, 2 to 11 % on classes.
 _SCATTER, _SCATTER_OF_CLASSES = 0.005, 0.03
-_ENOUGH_SEEDS = 5  # as many as a comparison has by default: for fewer, it is told what these could show
+_ENOUGH_SEEDS = 5  # as many as a comparison has by default: with another number, what five could show is listed, too
 # A pass for statistics over a forward pass, and one with gradients.
 _PASS, _PASS_WITH_GRADIENTS = 1.2, 3.5
 

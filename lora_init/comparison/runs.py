@@ -69,7 +69,7 @@ class RunPlan:
 
     starts: Sequence[Variant]  # what is compared
     # tried for every start, and a tenth of them for `full`; empty for three around each start's rate in `recommended`.
-    # A single one is not asked whether another were better
+    # A single one is taken as it is, and no neighbor is tried
     learning_rates: Sequence[float]
     seeds: Sequence[int]  # each decides the order of the data and all that is random in a start
     sweep: str  # `"halving"` or `"full"`

@@ -293,7 +293,7 @@ def run_all(
     runs, n_reported, patience = _Running(log, worker, budget, say), 0, None
     if worker.queues:
         patience = PATIENCE
-    # What is due may depend on every run that ends: best rates decide on later runs. So it is asked anew each time.
+    # Every run that ends may change what is due, as best rates decide on later runs. So it is computed anew each time.
     while True:
         planned, decisions = due(log.records)
         for line in decisions[n_reported:]:
@@ -308,7 +308,7 @@ def run_all(
         done = wait(runs.begun, runs.longest_wait(patience), FIRST_COMPLETED).done
         if patience and not done:
             say("No run has come back yet: look whether the cluster has begun one. Ctrl-C ends the wait.")
-        patience = None  # that is said once
+        patience = None  # the advice is given once
         runs.watch_nodes()
         n_left = len(left)
         for future in done:
