@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
 
-_output = partial(Option, rich_help_panel="Output")
+_output = partial(Option, rich_help_panel="Output")  # shown by --help-all alone: see cli/help.py
 Coverage = Literal["every-layer", "total"]
 if TYPE_CHECKING:
     Policy: TypeAlias = str
@@ -39,7 +39,9 @@ else:  # the registries decide what there is
     Policy, Tool = Literal[policy_names()], Literal[tuple(TOOLS)]
 _BY_GRADIENT = ", ".join(name for name, policy in POLICIES.items() if policy.needs_gradient)
 
+# A plan has one budget; without any it is the rank that the statistics were collected for.
 _BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
+# What a variant of --compare may change. Others, such as --tie, have commas of their own, which separate changes here.
 _VARIED = (*_BUDGETS, "dtype", "coverage", "policy", "rho", "min_rank", "max_rank", "multiple_of", "allowed_ranks")
 
 
@@ -55,7 +57,8 @@ def read_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         pattern, colon, rest = text.partition(":")
         if not colon or not pattern.strip():
             raise LoraInitError(f"--override {text!r}: write it like '*.down_proj:max_rank=8'.")
-        overrides.setdefault(pattern.strip(), {}).update(_pairs(rest, f"--override {text!r}"))
+        # Given twice, a pattern collects the limits of both; of the same limit the later one counts.
+        overrides.setdefault(pattern.strip(), {}).update(_read_pairs(rest, f"--override {text!r}"))
     return overrides
 
 
@@ -70,33 +73,43 @@ def read_variants(texts: Sequence[str], base: Mapping[str, Any]) -> dict[str, di
     """
     variants = {}
     for text in texts:
-        change = _pairs(text if "=" in text else f"policy={text}", f"--compare {text!r}")
-        if "=" not in text and text not in policy_names():
+        is_policy = "=" not in text
+        change = _read_pairs(f"policy={text}" if is_policy else text, f"--compare {text!r}")
+        if is_policy and text not in policy_names():
             choose = did_you_mean(text, policy_names())
             raise LoraInitError(f"--compare {text!r}: expected a policy, or a change such as 'rank=8'. {choose}")
-        unknown = next((key for key in change if key not in _VARIED), None)
-        if unknown is not None:
-            raise LoraInitError(f"--compare {text!r}: {unknown!r} is unknown. {did_you_mean(unknown, _VARIED)}")
-        replaced = _BUDGETS if any(budget in change for budget in _BUDGETS) else ()
-        variants[text] = {key: value for key, value in base.items() if key not in replaced} | change
+        for key in change:
+            if key not in _VARIED:
+                raise LoraInitError(f"--compare {text!r}: {key!r} is unknown. {did_you_mean(key, _VARIED)}")
+        variant = dict(base)
+        if not change.keys().isdisjoint(_BUDGETS):
+            for budget in _BUDGETS:  # two budgets in one plan are refused by `allocate_ranks`
+                variant.pop(budget, None)
+        variants[text] = variant | change
     return variants
 
 
-def _pairs(text: str, where: str) -> dict[str, Any]:
+def _read_pairs(text: str, where: str) -> dict[str, Any]:
+    """Read `key=value` pairs that commas separate, with the keys as arguments of `allocate_ranks`."""
     pairs: dict[str, Any] = {}
     for part in text.split(","):
-        key, equals, value = (side.strip() for side in part.partition("="))
+        left, equals, right = part.partition("=")
+        key, value = left.strip().replace("-", "_"), right.strip()
         if not equals or not value:
             raise LoraInitError(f"{where}: {part.strip()!r} is not of the form key=value.")
-        key = key.replace("-", "_")
-        pairs[key] = tuple(map(_number, value.split("/"))) if key == "allowed_ranks" else _number(value)
+        if key == "allowed_ranks":  # the comma is taken, so its numbers have slashes between them
+            pairs[key] = tuple(_number(number) for number in value.split("/"))
+        else:
+            pairs[key] = _number(value)
     return pairs
 
 
 def _number(text: str) -> int | float | str:
-    """Read a number; what is none stays text, for allocate_ranks to read or to refuse."""
+    """Read a number. Anything else stays text, such as 2.5M, which `allocate_ranks` reads or refuses."""
+    if text.isdecimal():
+        return int(text)
     try:
-        return int(text) if text.isdecimal() else float(text)
+        return float(text)
     except ValueError:
         return text
 
@@ -104,7 +117,10 @@ def _number(text: str) -> int | float | str:
 def kind_totals(plan: RankAllocation) -> pd.DataFrame:
     """Sum a plan up by kind of layer, in model order: layers, least, most, total_rank, parameters, explained."""
     table, kinds = plan.to_pandas(), layer_grid(plan).by_kind
-    kind_of = {name: kind for kind, layers in kinds.items() for name in layers.values()}
+    kind_of: dict[str, str] = {}
+    for kind, layers in kinds.items():
+        kind_of |= dict.fromkeys(layers.values(), kind)
+    # layers -> kinds
     totals = table.groupby([kind_of[name] for name in table.index]).agg(
         layers=("rank", "size"),
         least=("rank", "min"),
@@ -113,27 +129,33 @@ def kind_totals(plan: RankAllocation) -> pd.DataFrame:
         parameters=("parameters", "sum"),
         explained=("explained_variance", "mean"),
     )
-    return totals.loc[list(kinds)]
+    return totals.loc[list(kinds)]  # groupby has sorted them by name
 
 
 def totals_against_uniform(plan: RankAllocation, stats: Statistics) -> list[tuple[str, ...]]:
     """Set what a plan costs and explains beside uniform ranks of the same sum: rows of name, plan, uniform ranks."""
     from lora_init.planning.allocate import allocate_ranks
 
+    # With the same sum of ranks the two plans differ only in which layers have them.
     with warnings.catch_warnings():  # where the data has too few directions was said when the plan was made
         warnings.simplefilter("ignore")
-        both = plan, allocate_ranks(stats, total_rank=plan.total_rank, policy="uniform", exclude=plan.excluded)
-    used = [[rank for rank in one.values() if rank] for one in both]
-    rows = {
-        "layers with an adapter": [f"{len(ranks)} of {len(plan)}" for ranks in used],
-        "rank": [f"{min(ranks)} to {max(ranks)}" for ranks in used],
-        "total rank": [f"{one.total_rank:,}" for one in both],
-        "parameters": [f"{one.parameters:,}" for one in both],
-        "MB in float32": [f"{one.megabytes():.2f}" for one in both],
-        "MB in bfloat16": [f"{one.megabytes('bfloat16'):.2f}" for one in both],
-        "variance explained, mean": [f"{one.explained_variance:.1%}" for one in both],
+        uniform = allocate_ranks(stats, total_rank=plan.total_rank, policy="uniform", exclude=plan.excluded)
+    of_plan, of_uniform = _totals(plan), _totals(uniform)
+    return [(name, text, of_uniform[name]) for name, text in of_plan.items()]
+
+
+def _totals(plan: RankAllocation) -> dict[str, str]:
+    """Return what a whole plan costs and explains, as the table shows it."""
+    used = [rank for rank in plan.values() if rank]
+    return {
+        "layers with an adapter": f"{len(used)} of {len(plan)}",
+        "rank": f"{min(used)} to {max(used)}",
+        "total rank": f"{plan.total_rank:,}",
+        "parameters": f"{plan.parameters:,}",
+        "MB in float32": f"{plan.megabytes():.2f}",
+        "MB in bfloat16": f"{plan.megabytes('bfloat16'):.2f}",
+        "variance explained, mean": f"{plan.explained_variance:.1%}",
     }
-    return [(name, *cells) for name, cells in rows.items()]
 
 
 def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
@@ -143,8 +165,20 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
 
     heads = ("", "this plan", "uniform ranks, same sum")
     totals = Cells([dict(zip(heads, row, strict=True)) for row in totals_against_uniform(plan, stats)])
-    kinds = Cells(
-        [
+    rows = {"plan": plan_text(plan), "spent": _spent(plan), "from": source_text(plan)}
+    for part in (rank_table(plan, console.width), "", _kinds_table(plan), "", totals, "", facts(rows)):
+        console.print(part)
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+    # A plan has no scaling yet. Every layer gets the same, whichever it is.
+    console.print(serving_note(plan, plan_config(plan, scaling=1.0)), markup=False)
+
+
+def _kinds_table(plan: RankAllocation) -> Cells:
+    """Show where the ranks of a plan go: a row for each kind of layer."""
+    rows = []
+    for kind in kind_totals(plan).itertuples():
+        rows.append(
             {
                 "layers": kind.Index,
                 "count": str(kind.layers),
@@ -154,15 +188,8 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
                 "share": f"{kind.parameters / plan.parameters:.1%}",
                 "explained": f"{kind.explained:.1%}",
             }
-            for kind in kind_totals(plan).itertuples()
-        ]
-    )
-    rows = {"plan": plan_text(plan), "spent": _spent(plan), "from": source_text(plan)}
-    for part in (rank_table(plan, console.width), "", kinds, "", totals, "", facts(rows)):
-        console.print(part)
-    for note in plan.notes:
-        console.print(f"note: {note}", markup=False)
-    console.print(serving_note(plan, plan_config(plan, scaling=1.0)), markup=False)
+        )
+    return Cells(rows)
 
 
 def _range(ranks: Sequence[int]) -> str:
@@ -171,21 +198,27 @@ def _range(ranks: Sequence[int]) -> str:
 
 
 def _spent(plan: RankAllocation) -> str:
+    """Write how much of its budget a plan spends: steps are whole, so some of it may be left."""
     budget = plan.budget
     if budget is None:
         return "by hand"
+    # This budget is a goal and not a limit: the least cost that reaches it, so the plan explains at least that much.
     if budget.unit == "variance":
-        where = "of the variance of the layer with least" if budget.coverage == "every-layer" else "of the variance"
+        where = "of the variance"
+        if budget.coverage == "every-layer":
+            where += " of the layer with least"
         return f"{plan.total_rank:,} ranks for {plan.spent:.2%} {where}; {budget.limit:.2%} asked for"
     return f"{plan.spent:,.0f} of {budget.limit:,.0f} {budget.unit} ({plan.spent / budget.limit:.2%})"
 
 
 def comparison_table(plans: Mapping[str, RankAllocation]) -> Cells:
     """Set plans side by side. MB is the file's in float32; least is what is explained in the layer with least."""
-    rows, first = [], next(iter(plans.values())).parameters
+    first, *_ = plans.values()  # the plan that the options ask for; the others are variants of it
+    rows = []
     for label, plan in plans.items():
         used = [rank for rank in plan.values() if rank]
-        least = min((plan.explained[name] for name in plan if name not in plan.excluded), default=0.0)
+        # An excluded layer takes no part, and would always be the one that is explained least, by nothing.
+        explained = [plan.explained[name] for name in plan if name not in plan.excluded]
         rows.append(
             {
                 "plan": label,
@@ -193,13 +226,19 @@ def comparison_table(plans: Mapping[str, RankAllocation]) -> Cells:
                 "layers": str(len(used)),
                 "total": f"{plan.total_rank:,}",
                 "params": f"{plan.parameters:,}",
-                "to first": f"{plan.parameters / first - 1:+.1%}",
+                "to first": f"{plan.parameters / first.parameters - 1:+.1%}",
                 "MB": f"{plan.megabytes():.2f}",
                 "explained": f"{plan.explained_variance:.2%}",
-                "least": f"{least:.1%}",
+                "least": f"{min(explained, default=0.0):.1%}",
             }
         )
     return Cells(rows)
+
+
+# What `allocate_ranks` takes where --dtype or --coverage are not given. The options themselves are None then, so that
+# `_check_budgets` can tell whether they were.
+_DTYPE: WrittenAs = "float32"
+_COVERAGE: Coverage = "every-layer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +246,7 @@ class PlanOptions:
     """What a plan is made by: the arguments of `allocate_ranks`, as the command line writes them."""
 
     title: ClassVar = "Limits"
+    # At most one of six. As text where a unit may follow the number, as in 2.5M.
     rank: Annotated[
         int | None, dict(help="Budget: average rank. Default: what the statistics are for.", first=True)
     ] = None
@@ -216,13 +256,16 @@ class PlanOptions:
     megabytes: Annotated[float | None, dict(help="Budget: 10^6 bytes of parameters in --dtype.", first=True)] = None
     variance: Annotated[float | None, dict(help="Budget: fewest ranks that explain this share.", first=True)] = None
     dtype: Annotated[
-        WrittenAs | None, dict(help="For --megabytes: type that the adapter is written in. Default: float32.")
+        WrittenAs | None, dict(help=f"For --megabytes: type that the adapter is written in. Default: {_DTYPE}.")
     ] = None
-    coverage: Annotated[Coverage | None, dict(help="For --variance: in which layers. Default: every-layer.")] = None
+    coverage: Annotated[Coverage | None, dict(help=f"For --variance: in which layers. Default: {_COVERAGE}.")] = None
+    # How much one more rank in a layer is worth.
     policy: Annotated[Policy, dict(help=f"What ranks compete by. With gradients: {_BY_GRADIENT}.", first=True)] = "eva"
+    # None, since the default depends on the policy: with the same rank everywhere another policy would decide nothing.
     rho: Annotated[
         float | None, dict(help="At most rho x average rank in a layer. Default: 1; 2 with a policy.", first=True)
     ] = None
+    # Limits hold whatever the budget and the policy are.
     min_rank: Annotated[int, dict(help="Smallest rank; 0 lets a layer go without.")] = 0
     max_rank: Annotated[int | None, dict(help="Largest rank.")] = None
     multiple_of: Annotated[int, dict(help="Ranks are multiples of this.")] = 1
@@ -231,17 +274,20 @@ class PlanOptions:
         None
     )
     uniform_per_kind: Annotated[bool, dict(help="One rank for each kind of layer.")] = False
+    # Later ones win where several patterns match a layer.
     override: Annotated[list[str] | None, dict(help="Limits, as '*.down_proj:max_rank=8'. Repeatable.")] = None
     exclude: Annotated[list[str] | None, dict(help="Layers that get no rank: name, ending or wildcard.")] = None
 
     def arguments(self) -> dict[str, Any]:
         """Read them as arguments of `allocate_ranks`."""
-        allowed = self.allowed_ranks
-        return {name: value for name, value in vars(self).items() if name != "override"} | {
-            "dtype": self.dtype or "float32",
-            "coverage": self.coverage or "every-layer",
+        arguments = dict(vars(self))
+        del arguments["override"]  # named for one limit, as it is typed; the argument is for all
+        if self.allowed_ranks is not None:
+            arguments["allowed_ranks"] = read_numbers("--allowed-ranks", self.allowed_ranks, int)
+        return arguments | {
+            "dtype": self.dtype or _DTYPE,
+            "coverage": self.coverage or _COVERAGE,
             "exclude": self.exclude or [],
-            "allowed_ranks": None if allowed is None else read_numbers("--allowed-ranks", allowed, int),
             "tie": [read_names(names) for names in self.tie or []],
             "overrides": read_overrides(self.override or []),
         }
@@ -273,6 +319,7 @@ def ranks(
     _refuse(
         tool and (compare or running.as_json), "--format prints one plan for one tool. Leave --compare and --json out."
     )
+    # All that is wrong with the words comes before torch is imported and the file is read.
     _check_budgets(options.dtype, options.coverage, [arguments, *variants.values()])
     _refuse(not tool and (lora_alpha is not None or use_rslora), "--lora-alpha and --use-rslora are for --format.")
     _check_outputs(output, plot, overwrite)
@@ -281,9 +328,11 @@ def ranks(
     from lora_init.statistics.statistics import Statistics
 
     stats = Statistics.load(statistics)
+    # The plan itself first: what is wrong with it is said before what is wrong with a variant.
     plan = allocate_ranks(stats, **arguments)
     plans = {_label(arguments, plan.rank): plan}
     plans |= {name: allocate_ranks(stats, **changed) for name, changed in variants.items()}
+    # Files first: they are complete even where whoever reads the tables leaves early, as `head` does.
     if output is not None:
         say(f"{save_plan(plan, output)}: written")
     if plot is not None:
@@ -294,18 +343,24 @@ def ranks(
         _print_for_tool(tool, stats, plan, output, lora_alpha, use_rslora)
         return
     several = [{"plan": label, **plan_to_dict(one)} for label, one in plans.items()]
-    model = stats.provenance.model_id or "MODEL"
-    kept = "" if output is None else f" --ranks {shlex.quote(str(output))}"
-    then = f"lora-init init {model} --statistics {shlex.quote(str(statistics))}{kept} -o adapter"
+    next_command = _init_command(stats.provenance.model_id, statistics, output)
 
     def show(console: Console, _: Any) -> None:
         if variants:
             console.print(comparison_table(plans))
         else:
             show_plan(console, plan, stats)
-        print_next(console, then)
+        print_next(console, next_command)
 
     print_result(several if variants else plan_to_dict(plan), show, written=output or plot)
+
+
+def _init_command(model: str, statistics: Path, plan: Path | None) -> str:
+    """Write the command that makes an adapter with the ranks: those of the plan, if it was kept."""
+    words = ["lora-init init", model or "MODEL", "--statistics", shlex.quote(str(statistics))]
+    if plan is not None:
+        words += ["--ranks", shlex.quote(str(plan))]
+    return " ".join([*words, "-o adapter"])
 
 
 def _print_for_tool(
@@ -315,8 +370,9 @@ def _print_for_tool(
     from lora_init.building.build import build_adapter
     from lora_init.planning.snippets import snippet
 
+    # An adapter is built for its scaling and its learning rate, which the tool's settings name.
     built = build_adapter(stats, plan, lora_alpha=lora_alpha, use_rslora=use_rslora)
-    path = str(output or "plan.json")
+    path = str(output or "plan.json")  # for those tools that read the plan itself
     typer.echo(snippet(plan, tool, built.lora_alpha, use_rslora, path, built.recommended, built.how_to_train), nl=False)
 
 
@@ -334,6 +390,7 @@ def _refuse(condition: object, message: str) -> None:
 def _check_outputs(output: Path | None, plot: Path | None, overwrite: bool) -> None:
     if output is not None:
         check_writable(output, overwrite, "plan")
+    # Nothing is written before both can be: a plan without its picture would be in the way of the same command again.
     if plot is not None:
         from lora_init.plots.pictures import picture_kind
 
@@ -343,5 +400,12 @@ def _check_outputs(output: Path | None, plot: Path | None, overwrite: bool) -> N
 
 
 def _label(arguments: dict[str, Any], default_rank: int) -> str:
-    kind, value = next(((k, arguments[k]) for k in _BUDGETS if arguments[k] is not None), ("rank", default_rank))
-    return f"{kind}={value}" + (f",policy={arguments['policy']}" if arguments["policy"] != "eva" else "")
+    """Name the plan of the options as a variant is named: by its budget, and by its policy if that is not EVA's."""
+    label = f"rank={default_rank}"
+    for budget in _BUDGETS:
+        if arguments[budget] is not None:
+            label = f"{budget}={arguments[budget]}"
+            break  # `allocate_ranks` has refused a second one
+    if arguments["policy"] != "eva":
+        label += f",policy={arguments['policy']}"
+    return label
