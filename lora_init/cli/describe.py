@@ -21,6 +21,8 @@ from lora_init.rates.learning_rate import LearningRate, training_in_words
 _MERGED_SAMPLES = 32  # examples at most, of which the divergence takes 512 tokens
 
 
+# Files that are inspected may come from anybody, and their fields have any type. One net around the reading is less
+# than a check at every field, and `LoraInitError`, which already says what is wrong, passes through.
 @contextmanager
 def damage_of(*paths: Path) -> Iterator[None]:
     """Raise that a file is damaged where what it says has another form than anything lora_init or PEFT writes."""
@@ -30,6 +32,7 @@ def damage_of(*paths: Path) -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         where = ", ".join(map(str, paths))
+        # With the name of the type, since a KeyError's text is a key alone.
         raise LoraInitError(f"{where} is damaged: {type(error).__name__} {first_line(error)} Make it again.") from error
 
 
@@ -43,25 +46,34 @@ def describe_fit(path: Path, base: str | None, engine: str | None) -> dict[str, 
 
 
 def describe_intruders(
-    path: Path, about: Mapping[str, Any], model: str | None, trust_remote_code: bool
+    path: Path, description: Mapping[str, Any], model: str | None, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Load the base model of an adapter directory, and count its intruder dimensions, layers in model order."""
     require("scipy")
-    if about["what"] != "adapter":
+    if description["what"] != "adapter":
         raise LoraInitError(
-            f"{path} is no adapter ({about['what']}), and --intruders is about a trained one. Name its directory."
+            f"{path} is no adapter ({description['what']}), and --intruders is about a trained one. Name its directory."
         )
-    source = model or about["base_model"]
+    source = model or description["base_model"]
     if not source:
         raise LoraInitError(f"{path} does not name its base model. Name it with --base.")
     with importing(source):
         from lora_init.loading.models import TASK_TYPES, load_model
         from lora_init.serving.intruders import THRESHOLD, K, intruder_dimensions
-    task_type = about["task_type"] if about["task_type"] in TASK_TYPES else None
+    # PEFT writes task types that no head of ours stands for; the checkpoint's own class decides then.
+    task_type = description["task_type"] if description["task_type"] in TASK_TYPES else None
     with busy(f"loading {source}"):
         loaded = load_model(source, task_type=task_type, device="cpu", trust_remote_code=trust_remote_code)
     with busy("decomposing the weights"):
         intruders = intruder_dimensions(loaded.model, path)
+    layers = {}
+    for name, layer in intruders.layers.items():
+        layers[name] = {
+            "count": layer.count,
+            "of": layer.of,
+            "energy_share": finite(layer.energy_share),
+            "least_similarity": finite(min(layer.similarities)),
+        }
     return {
         "model": source,
         "k": K,
@@ -70,15 +82,7 @@ def describe_intruders(
         "of": intruders.of,
         "energy_share": finite(intruders.energy_share),
         "skipped": dict(intruders.skipped),
-        "layers": {
-            name: {
-                "count": layer.count,
-                "of": layer.of,
-                "energy_share": finite(layer.energy_share),
-                "least_similarity": finite(min(layer.similarities)),
-            }
-            for name, layer in intruders.layers.items()
-        },
+        "layers": layers,
     }
 
 
@@ -103,8 +107,10 @@ def describe_merge(
     stats = None if statistics is None else Statistics.load(statistics)
     with busy(f"merging into {plain.source}"):
         layers = kept_by_merge(plain, trained, plan_merge(plain, trained), dtype, stats)
-    total, measured, lost = sum(layers.values(), Kept()), None, None
+    total = sum(layers.values(), Kept())  # adds the parts of the ratios, so that those are of the whole adapter
+    measured, lost = None, None
     if data is not None:
+        # In float32, so that what is measured is the rounding of the merge and not that of the pass.
         with busy(f"loading {plain.source}"):
             loaded = load_model(plain.source, dtype="float32")
         batches = load_batches(data, loaded.tokenizer, **vars(reading), samples=_MERGED_SAMPLES)
@@ -114,7 +120,9 @@ def describe_merge(
     return {
         "base": plain.source, "type": dtype, "statistics": stats is not None, "divergence": measured,
         "arrives": finite(total.arrives), "noise": finite(total.ratio), "advice": total.advice(lost),
-        "layers": {n: {"arrives": finite(one.arrives), "noise": finite(one.ratio)} for n, one in layers.items()},
+        "layers": {
+            name: {"arrives": finite(kept.arrives), "noise": finite(kept.ratio)} for name, kept in layers.items()
+        },
     }  # fmt: skip
 
 
@@ -125,6 +133,7 @@ def describe(path: str | Path, length: Length | None = None, base: str | None = 
     training. Of statistics only shapes are read.
     """
     path = Path(path).expanduser()
+    # A directory with an adapter in it is an adapter, whatever else stands beside it.
     if path.is_dir() and (path / "settings.json").is_file() and not (path / "adapter_config.json").is_file():
         require("scipy")  # for the intervals
         from lora_init.comparison.report import describe_directory
@@ -136,11 +145,13 @@ def describe(path: str | Path, length: Length | None = None, base: str | None = 
         raise LoraInitError(
             f"{path}: no such file or directory. Expected statistics, a plan, an adapter directory or a comparison."
         )
+    # Files are told apart by how they begin, since users name them as they like. A plan is JSON; a safetensors file
+    # begins with a length of eight bytes, and then JSON.
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith(b"{"):
         return _describe_plan(path)
-    if start[8:9] != b"{":  # a safetensors file begins with a length and JSON
+    if start[8:9] != b"{":
         raise LoraInitError(f"{path} is neither statistics nor a plan. Name what lora-init has written.")
     return _describe_statistics(path)
 
@@ -149,6 +160,7 @@ def _describe_plan(path: Path) -> dict[str, Any]:
     from lora_init.planning.plan import load_plan, plan_to_dict
 
     plan = load_plan(path)
+    # `asked` is the budget in words; the plan's own dict has its parts.
     return {"what": "plan", "path": str(path), **plan_to_dict(plan), "ranks": dict(plan), "asked": str(plan.budget)}
 
 
@@ -156,19 +168,21 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
     from lora_init.statistics.statistics import Statistics
 
     stats = Statistics.load(path)
-    layers = {
-        name: {
+    layers = {}
+    for name, target in stats.targets.items():
+        if name not in stats:
+            continue
+        group = stats.group_of[name]  # the layer whose spectrum this is: q_proj, k_proj and v_proj read one input
+        shares = stats.explained_variance_ratio(name).tolist()  # [k], falling
+        layers[name] = {
             "kind": target.kind,
             "in_features": target.in_features,
             "out_features": target.out_features,
-            "input_shared_with": stats.group_of[name],
+            "input_shared_with": group,
             "total_variance": stats.total_variance(name),
-            "explained_variance_ratio": [round(share, 6) for share in stats.explained_variance_ratio(name).tolist()],
-            "held_out": finite(stats.held_out.get(stats.group_of[name])),
+            "explained_variance_ratio": [round(share, 6) for share in shares],
+            "held_out": finite(stats.held_out.get(group)),
         }
-        for name, target in stats.targets.items()
-        if name in stats
-    }
     return {
         "what": "statistics",
         "path": str(path),
@@ -186,11 +200,18 @@ def _describe_adapter(path: Path, length: Length, base: str | None) -> dict[str,
     directory = AdapterDirectory(path)
     directory.check_values()
     config, shapes, origin, ranks = directory.config, directory.shapes, directory.origin, directory.ranks
-    rate = LearningRate.read(origin["rate"], **vars(length)) if "rate" in origin else None
-    untrained, asked = directory.is_untrained, origin.get("learning_rate")
+    rate, own_rate = None, origin.get("learning_rate")  # of the rule, and as `init --learning-rate` had it
+    if "rate" in origin:
+        rate = LearningRate.read(origin["rate"], **vars(length))
+    untrained = directory.is_untrained
+    train = None
+    # Without a record of ours nothing is known of how to train it.
+    if origin and (untrained or rate or own_rate):
+        train = training_in_words(rate, own_rate)
+    # Layers without an adapter count where engines want one in every layer of a kind.
     everywhere = _with_gaps(ranks) | dict.fromkeys(origin.get("left_out", ()), 0)
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
-    known = [name for name in origin.get("explained", {}) if name in ranks]
+    known = {name: ranks[name] for name in origin.get("explained", {}) if name in ranks}
     return {
         "what": "adapter",
         "path": str(path),
@@ -201,10 +222,11 @@ def _describe_adapter(path: Path, length: Length, base: str | None) -> dict[str,
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
         "target_parameters": config.get("target_parameters") or [],
+        # Without modules that were trained whole, such as a head.
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if ".lora_" in key),
-        "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
+        "ranks": known | ranks,
         "origin": origin or None,
-        "train": training_in_words(rate, asked) if origin and (untrained or rate or asked) else None,
+        "train": train,
         "dial": _describe_dial(path),
         "base_change": directory.base_change,
         "untrained": untrained,
@@ -219,6 +241,7 @@ def _describe_dial(path: Path) -> dict[str, Any] | None:
     from lora_init.keep.dialed import PICTURE_FILE
     from lora_init.serving.trained import DIAL_FILE
 
+    # An adapter that was trained on after the dial has kept its record, which is about other weights.
     if not is_as_written(path, DIAL_FILE):
         return None
     return {**read_json(path / DIAL_FILE), "picture": str(path / PICTURE_FILE)}
@@ -229,6 +252,9 @@ def _with_gaps(ranks: Mapping[str, int]) -> dict[str, int]:
     grid, whole = layer_grid(ranks), dict(ranks)
     for layers in grid.by_kind.values():
         block, name = next(iter(layers.items()))
-        gaps = [other for other in grid.blocks if other >= 0 and other not in layers]
-        whole |= {name.replace(f".{block}.", f".{other}.", 1): 0 for other in gaps if block >= 0}
+        if block < 0:  # outside any block, so no other block lacks it
+            continue
+        for other in grid.blocks:
+            if other >= 0 and other not in layers:
+                whole[name.replace(f".{block}.", f".{other}.", 1)] = 0
     return whole

@@ -52,31 +52,37 @@ def inspect(
     *,
     length: Length,
     reading: Reading,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: TrustRemoteCode = False,  # for --intruders, which loads the base
 ) -> None:
     """Print what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them.
 
     With --base or --engine the exit status is 1 if anything of an adapter would not be applied to its base.
     """
     _check_options(merge_type, data, statistics)
+    # With --intruders or --merge, --base names the model that they read, and asks for no check.
     checks = engine is not None or (base is not None and not (intruders or merge_type))
     descriptions = []
     for path in paths:
-        fit = {"fit": describe_fit(path, base, engine)} if checks else {}
+        fit = {}
+        if checks:
+            fit["fit"] = describe_fit(path, base, engine)
         with damage_of(path):
             descriptions.append(describe(path, length, base) | fit)
-    if not any(one.get("train") for one in descriptions):
+    # Whether the options about the training have a use is known only now.
+    if not any(description.get("train") for description in descriptions):
         refuse_idle(offered(Length), "only the rate of an adapter that is not trained yet depends on it")
-    for path, about in zip(paths, descriptions, strict=True):
+    for path, description in zip(paths, descriptions, strict=True):
+        # These read weights of a base, so they come after all that is quick to refuse.
         if intruders:
-            about["intruders"] = describe_intruders(path, about, base, trust_remote_code)
+            description["intruders"] = describe_intruders(path, description, base, trust_remote_code)
         if merge_type:
-            about["merge"] = describe_merge(path, merge_type, base, statistics, data, reading)
+            description["merge"] = describe_merge(path, merge_type, base, statistics, data, reading)
 
+    # Views read fields that `describe` passed on as they are, so a damaged one may first be noticed here.
     with damage_of(*paths):
-        several = descriptions if len(paths) > 1 else descriptions[0]
-        print_result(several, lambda console, _: _show_all(console, paths, descriptions))
-    if checks and not all(one["fit"]["fits"] for one in descriptions):
+        content: Any = descriptions if len(paths) > 1 else descriptions[0]
+        print_result(content, lambda console, _: _show_all(console, paths, descriptions))
+    if checks and not all(description["fit"]["fits"] for description in descriptions):
         raise SystemExit(FAILED)
 
 
@@ -89,5 +95,5 @@ def _check_options(merge_type: str | None, data: str | None, statistics: Path | 
 
 def _show_all(console: Console, paths: list[Path], descriptions: list[dict[str, Any]]) -> None:
     for path, description in zip(paths, descriptions, strict=True):
-        with damage_of(path):
+        with damage_of(path):  # the one that is damaged, not all of them
             show(console, description)
