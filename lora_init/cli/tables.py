@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Seven steps of ColorBrewer's YlGnBu, from light to dark: told apart by every kind of colour vision.
 _SCALE = ("#f4fbc0", "#cdebb4", "#7acbbc", "#35aac3", "#2075b3", "#243d98", "#081d58")
-_FIRST_DARK = 4
+_FIRST_DARK = 4  # from this step on, white digits are read more easily than black ones
 
 
 def _cell(rank: int, least: int, most: int) -> Text:
@@ -45,9 +45,11 @@ def rank_table(ranks: Mapping[str, int], width: int) -> Group:
 
     grid = layer_grid(ranks)
     label_width = max((len(kind) for kind in grid.kinds), default=0)
+    # All cells are as wide as the longest number, with a space before it.
     cell_width = max(len(str(number)) for number in (*ranks.values(), *grid.blocks, 0)) + 1
-    given = [rank for rank in ranks.values() if rank] or [0]
-    least, most = min(given), max(given)
+    # Colours begin at the smallest rank that is used: rank 0 has none.
+    used = [rank for rank in ranks.values() if rank] or [0]
+    least, most = min(used), max(used)
     per_band = max(1, (width - label_width) // cell_width)
     bands: list[Table | str] = []
     for start in range(0, len(grid.blocks), per_band):
@@ -55,13 +57,15 @@ def rank_table(ranks: Mapping[str, int], width: int) -> Group:
         band = Table(box=None, padding=0, pad_edge=False, show_edge=False)
         band.add_column("", no_wrap=True, min_width=label_width)
         for block in blocks:
-            band.add_column("" if block < 0 else f" {block}", justify="right", no_wrap=True)
+            header = "" if block < 0 else f" {block}"  # -1 stands for layers outside any block
+            band.add_column(header, justify="right", no_wrap=True)
         for kind in grid.kinds:
             names = [grid.cells.get((kind, block)) for block in blocks]
-            cells = [_cell(ranks[name], least, most) if name else "" for name in names]
-            if any(names):
-                band.add_row(kind, *cells)
-        bands += ["", band] if bands else [band]
+            if any(names):  # a band of blocks may have no layer of this kind
+                band.add_row(kind, *(_cell(ranks[name], least, most) if name else "" for name in names))
+        if bands:
+            bands.append("")
+        bands.append(band)
     return Group(*bands)
 
 
@@ -69,8 +73,9 @@ def heat_style(rank: int, least: int, most: int) -> str:
     """Name the rich style of a cell; rank 0 has no colour, so that layers without an adapter stand out."""
     if rank == 0:
         return "dim"
-    step = round((len(_SCALE) - 1) * (rank - least) / max(most - least, 1))
-    return f"{'white' if step >= _FIRST_DARK else 'black'} on {_SCALE[step]}"
+    step = round((len(_SCALE) - 1) * (rank - least) / max(most - least, 1))  # with equal ranks all cells are light
+    digits = "white" if step >= _FIRST_DARK else "black"
+    return f"{digits} on {_SCALE[step]}"
 
 
 def facts(pairs: Mapping[str, str]) -> Table:
@@ -101,9 +106,14 @@ class Cells:
         from rich.text import Text
 
         first, *others = self.rows[0] if self.rows else [""]
-        size = {name: 2 + max(map(len, (name, *(row[name] for row in self.rows)))) for name in (first, *others)}
+        size = {}
+        for name in (first, *others):
+            cells = [row[name] for row in self.rows]
+            size[name] = 2 + max(map(len, (name, *cells)))  # with the space between columns
         while others:
+            # The last column of a band has no space after it, hence the 2.
             band, left = [first], options.max_width + 2 - size[first]
+            # At least one column goes into each band, however narrow the terminal is, or this would never end.
             while others and (len(band) == 1 or size[others[0]] <= left):
                 left -= size[others[0]]
                 band.append(others.pop(0))
@@ -118,32 +128,52 @@ class Cells:
 def rows_read(made: Mapping[str, Any]) -> str:
     """Return what a pass has read, why it ended, and how much of the start other data would give again."""
     text = f"{made.get('n_samples', 0):,} in {made.get('n_batches')} batches, stopped: {made.get('stop_reason')}"
-    return f"{text}; on other data the start would keep {made['keeps']:.0%}" if made.get("keeps") is not None else text
+    if made.get("keeps") is not None:
+        text += f"; on other data the start would keep {made['keeps']:.0%}"
+    return text
 
 
 def finite(value: float | None) -> float | None:
     """Round a number for JSON; return None for NaN and infinity, which JSON lacks."""
-    return None if value is None or not math.isfinite(value) else round(value, 6)
+    if value is None or not math.isfinite(value):
+        return None
+    return round(value, 6)
 
 
 def correction_facts(correction: Mapping[str, Any]) -> dict[str, str]:
     """Return what quantization cost and what an adapter gives back, from `correction_of`."""
-    left = sorted((after / before if before else 1.0, name) for name, (before, after) in correction["errors"].items())
-    least, most = left[0], left[-1]
-    rows = {
-        "error of layers": f"{median(ratio for ratio, _ in left):.0%} of the error of the quantized weights is left "
-        f"(median), {least[0]:.0%} at least ({least[1]}), {most[0]:.0%} at most ({most[1]})"
-    }
-    losses, closed = correction["losses"], correction["share_closed"]
+    left = []
+    for name, (before, after) in correction["errors"].items():
+        ratio = after / before if before else 1.0  # a layer that was quantized exactly has no error to correct
+        left.append((ratio, name))
+    left.sort()
+    (least, least_name), (most, most_name) = left[0], left[-1]
+    layers = (
+        f"{median(ratio for ratio, _ in left):.0%} of the error of the quantized weights is left "
+        f"(median), {least:.0%} at least ({least_name}), {most:.0%} at most ({most_name})"
+    )
+    return {"loss": _correction_losses(correction["losses"], correction["share_closed"]), "error of layers": layers}
+
+
+def _correction_losses(losses: Mapping[str, float | None], closed: float | None) -> str:
+    """Write the losses of the float model, the quantized and the corrected one, and how much the last one won back."""
     if losses["quantised"] is None:
-        return {"loss": "not measured: without DATA no examples are set aside", **rows}
+        return "not measured: without DATA no examples are set aside"
     share = "quantization does not raise it" if closed is None else f"{closed:.0%} of the difference is closed"
-    words = ", ".join(f"{loss:.4g} {'in float' if kind == 'float' else kind}" for kind, loss in losses.items())
-    return {"loss": f"{words}: {share}", **rows}
+    words = []
+    for kind, loss in losses.items():
+        words.append(f"{loss:.4g} in float" if kind == "float" else f"{loss:.4g} {kind}")
+    return f"{', '.join(words)}: {share}"
 
 
 def quantization_name(settings: Mapping[str, Any]) -> str:
-    """Return the name of a quantization:  its library, and its kind or bits."""
-    kind = next((settings[key] for key in ("bnb_4bit_quant_type", "bits", "nbits") if settings.get(key)), None)
-    bits = next((f"{n} bits" for n in (4, 8) if settings.get(f"load_in_{n}bit")), "")
-    return f"{settings.get('quant_method', '')} {kind or bits}".strip()
+    """Return the name of a quantization: its library, and its kind or bits."""
+    library = settings.get("quant_method", "")
+    # Each library has its own key; the type of four bits says more than their number.
+    for key in ("bnb_4bit_quant_type", "bits", "nbits"):
+        if settings.get(key):
+            return f"{library} {settings[key]}".strip()
+    for bits in (4, 8):
+        if settings.get(f"load_in_{bits}bit"):
+            return f"{library} {bits} bits".strip()
+    return str(library).strip()
