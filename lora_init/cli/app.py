@@ -48,16 +48,23 @@ def _one_line_usage() -> Iterator[None]:
         # Of pydantic, which names neither value nor option.
         wrong: list[Any] = getattr(error.__cause__, "errors", list)()
         if wrong:
-            error.message = f"{wrong[0]['input']} {wrong[0]['msg'].removeprefix('Input ').partition(', unable')[0]}"
-        word, *choices = re.findall("'([^']*)'", error.message) if "is not one of" in error.message else [""]
-        if choices:
-            error.message = f"{word!r} is none of the choices. {did_you_mean(word, choices)}"
-        text, path = " ".join(error.format_message().split()), error.ctx.command_path if error.ctx else "lora-init"
-        print_error(f"{text if text.endswith(('.', '?')) else f'{text}.'} See {path} --help.")
+            reason = wrong[0]["msg"].removeprefix("Input ").partition(", unable")[0]
+            error.message = f"{wrong[0]['input']} {reason}"
+        # The text is all that says which word it is and which choices there are: 'evva' is not one of 'eva', 'random'.
+        if "is not one of" in error.message:
+            word, *choices = re.findall("'([^']*)'", error.message)
+            if choices:
+                error.message = f"{word!r} is none of the choices. {did_you_mean(word, choices)}"
+        text = " ".join(error.format_message().split())
+        if not text.endswith((".", "?")):
+            text += "."
+        command_path = error.ctx.command_path if error.ctx else "lora-init"
+        print_error(f"{text} See {command_path} --help.")
         raise typer.Exit(WRONG_USAGE) from None
 
 
 class _Commands(ListedCommands):
+    # Options of the program are read in the first, those of its commands in the second.
     def make_context(self, *words: Any, **more: Any) -> Any:
         with _one_line_usage():
             return super().make_context(*words, **more)
@@ -73,14 +80,14 @@ app = typer.Typer(
     help="Know the learning rate before you train, keep what the model knew, and serve what you trained.",
     epilog="Where to begin: lora-init. Options of a command: lora-init COMMAND --help.",
     invoke_without_command=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # one line, by `one_line_errors`; a traceback with -v is Python's own
+    rich_markup_mode=None,  # rich would draw boxes around the help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(value: bool) -> None:
+    if value:
         typer.echo(f"lora-init {lora_init.__version__}")
         raise typer.Exit
 
@@ -113,6 +120,7 @@ def _before(
         typer.echo(FOUR_THINGS)
 
 
+# What `env` prints, where it is installed or set.
 _PACKAGES = (
     "lora-init", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers", "numpy",
     "pandas", "typer", "matplotlib", "scikit-learn", "scipy", "gguf",
@@ -127,15 +135,20 @@ def env() -> None:
     """Print what a bug report needs: versions, processor, memory, GPUs, and variables that change what runs."""
     with busy("importing torch"):
         import torch
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    about = {
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        gpus.append(f"{gpu.name} {gpu.total_memory / 10**9:.0f} GB")
+    # From their metadata: importing them all would take long, and one that is broken would end the command.
+    versions = {package.name: package.version for package in distributions() if package.name in _PACKAGES}
+    content = {
         "python": platform.python_version(),
         "system": platform.platform(),
-        **{package.name: package.version for package in distributions() if package.name in _PACKAGES},
+        **versions,
         "torch": torch.__version__,  # says for which CUDA it was built, as its distribution need not
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} of them for torch",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 10**9:.0f} GB",
-        "gpus": ", ".join(f"{gpu.name} {gpu.total_memory / 10**9:.0f} GB" for gpu in gpus) or "none",
+        "gpus": ", ".join(gpus) or "none",
         **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
@@ -143,9 +156,10 @@ def env() -> None:
         console.print(facts(values))
         print_next(console, "LORA_INIT_DEBUG=1 lora-init COMMAND  # shows where an error comes from")
 
-    print_result(about, show)
+    print_result(content, show)
 
 
+# With the examples at the end of their helps; in the order of the list of commands.
 _COMMANDS: dict[Callable[..., None], str | None] = {
     init.init: init.EXAMPLE,
     inspect.inspect: inspect.EXAMPLE,
@@ -169,12 +183,12 @@ def main() -> None:
 
     In several processes all do the pass of `init`; everything else is done by the first, which alone writes and speaks.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters end jobs so; what Ctrl-C keeps is kept
     # Beside other work, threads that spin while they wait for each other took 3.3 times as long, and as much of the
     # processor. On an idle machine it makes no difference. OpenMP reads it when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if process_rank():
         silence()
-        if sys.argv[1:2] != ["init"]:
+        if sys.argv[1:2] != ["init"]:  # before the options are read, which the first process does for all
             return
     app()

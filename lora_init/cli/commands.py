@@ -7,7 +7,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from itertools import chain
 from typing import Annotated, Any
 
 import typer
@@ -46,19 +45,26 @@ def common_options(
     """Take in the options that every command has, and how each option of this one is written."""
     running.options = {}
     for parameter in context.command.params:
-        on = next((name for name in parameter.opts if name.startswith("--")), None)
-        if on is not None and parameter.name is not None:
-            running.options[parameter.name] = on, next(iter(parameter.secondary_opts), f"no {on}")
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    running.given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        long_names = [name for name in parameter.opts if name.startswith("--")]
+        if long_names and parameter.name is not None:  # arguments, such as MODEL, have none
+            on = long_names[0]
+            off = parameter.secondary_opts[0] if parameter.secondary_opts else f"no {on}"
+            running.options[parameter.name] = on, off
+    running.given = set()
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":  # by name, since typer has its own copy of the enum
+            running.given.add(name)
     running.quiet, running.as_json = quiet, as_json
     running.verbose = verbose or bool(os.environ.get("LORA_INIT_DEBUG"))
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function, with `common_options`; a dataclass stands for the options that its fields are."""
+    # typer makes options of a signature. The one that it sees here has an option for each field of the dataclasses;
+    # `run` puts them together again, so that the function gets the dataclasses that it declares.
     own = _parameters(function)
-    shared: dict[str, Any] = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
+    groups: dict[str, Any] = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
 
     @functools.wraps(function)
     def run(context: typer.Context, quiet: bool, verbose: bool, as_json: bool, help_all: bool, **options: Any) -> None:
@@ -67,19 +73,28 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             for name, what in WRITES.get(context.command.name or "", {}).items():
                 if options[name] is not None:
                     check_output(options[name], what)
-            wanted = {one.name: options.get(one.name) for one in fields(Wanted)}
-            running.wanted = None if options.get("options") else Wanted(**wanted)
-            for name, kind in shared.items():
+            running.wanted = None
+            if not options.get("options"):  # a multiple choice reads its columns by rules of its own
+                running.wanted = Wanted(**{one.name: options.get(one.name) for one in fields(Wanted)})
+            for name, kind in groups.items():
                 options[name] = kind(**{one.name: options.pop(one.name) for one in _options(kind)})
             function(**options)
 
-    groups = (_options(one.annotation) if one.name in shared else [one] for one in own)
-    parameters = [*chain.from_iterable(groups), *_parameters(common_options)]
-    for one in parameters:
-        if one.default is False and one.annotation.__metadata__[0].default is ...:  # a switch, without a --no-
-            one.annotation.__metadata__[0].default = f"--{one.name.replace('_', '-')}"  # where Option("--name") has it
+    parameters: list[inspect.Parameter] = []
+    for parameter in own:
+        if parameter.name in groups:
+            parameters += _options(parameter.annotation)
+        else:
+            parameters.append(parameter)
+    parameters += _parameters(common_options)
+    for parameter in parameters:
+        # A switch that is off has no --no- form, which typer leaves out where a name is given: as the "default" of
+        # the `Option`, since that is its first argument.
+        if parameter.default is False and parameter.annotation.__metadata__[0].default is ...:
+            parameter.annotation.__metadata__[0].default = f"--{parameter.name.replace('_', '-')}"
+    # By keyword only, or an option with a default could not stand before one without.
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [one.replace(kind=one.KEYWORD_ONLY) for one in parameters]
+        [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     return run
 
@@ -90,15 +105,19 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def _options(kind: Any) -> Iterator[inspect.Parameter]:
     """Yield as options the fields of a dataclass that say how: `kind` is the type of the text, `first` comes first."""
-    for one in _parameters(kind):
-        how = next(iter(getattr(one.annotation, "__metadata__", ())), None)
-        if isinstance(how, dict):
-            said = dict(how)
-            default, text = said.pop("default", one.default), said.pop("kind", one.annotation.__origin__)
-            panel = None if said.pop("first", False) else kind.title
-            yield one.replace(default=default, annotation=Annotated[text, Option(rich_help_panel=panel, **said)])
-        elif how is not None:
-            yield one
+    for parameter in _parameters(kind):
+        metadata = getattr(parameter.annotation, "__metadata__", ())
+        declared = metadata[0] if metadata else None
+        if isinstance(declared, dict):
+            settings = dict(declared)  # or the class would lose what is taken out
+            default = settings.pop("default", parameter.default)
+            text = settings.pop("kind", parameter.annotation.__origin__)
+            panel = None if settings.pop("first", False) else kind.title  # None is for the one screen of --help
+            option = Option(rich_help_panel=panel, **settings)
+            yield parameter.replace(default=default, annotation=Annotated[text, option])
+        elif declared is not None:  # an `Option` already, such as `TrustRemoteCode`
+            yield parameter
+        # Fields without an annotation of this kind are for Python alone.
 
 
 def offered(*kinds: Any) -> list[str]:

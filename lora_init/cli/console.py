@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # exit statuses; 128 + 2 is what a shell reports after SIGINT
 # Output that goes to a file or a pipe: wide enough for the ranks of 30 blocks.
 _PIPE_WIDTH = 100
 
@@ -41,26 +41,28 @@ def busy(text: str) -> Status:
     """Show on stderr what is going on, where that is a terminal; a context manager."""
     console = make_console(stderr=True)
     console.quiet = running.quiet
-    return console.status(text)
+    return console.status(text)  # prints nothing where stderr is no terminal
 
 
 def say(text: str) -> None:
     """Print one line to stderr; of several processes the first one does."""
     if not process_rank() and not running.quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)  # at once: a log is read while the command runs
 
 
 def print_error(text: str) -> None:
     """Print the one line that an error is, on stderr."""
+    # Each process of a launch may fail for a reason of its own, so all of them print it.
     rank = process_rank()
-    print(f"rank {rank}: error: {text}" if rank else f"error: {text}", file=sys.stderr, flush=True)
+    where = f"rank {rank}: " if rank else ""
+    print(f"{where}error: {text}", file=sys.stderr, flush=True)
 
 
 def print_result(content: Any, show: Callable[[Console, Any], None], written: object = False) -> None:
     """Print plain values as `--json` or `show` has them; with `-q` no summary of what was `written`."""
     if running.as_json:
         typer.echo(json.dumps(content, indent=2, allow_nan=False))
-    elif not (written and running.quiet):
+    elif not (written and running.quiet):  # what was asked for is printed in spite of -q
         show(make_console(), content)
 
 
@@ -85,6 +87,7 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if running.verbose:
             raise
+        # In the words of the command line: an error names `--rank 8` where Python's would be `rank=8`.
         print_error(explain(error, in_words))
         raise SystemExit(FAILED) from None
 
@@ -102,6 +105,8 @@ class Running:
     warned: set[str] = field(default_factory=set)  # warnings that were printed, in Python's words, as notes have them
 
 
+# One process runs one command, and what it is asked to print is needed in every corner: passed along, it would be an
+# argument of nearly every function here. `common_options` sets it.
 running = Running()
 
 
@@ -113,8 +118,10 @@ def given(arguments: Iterable[str]) -> list[str]:
 def refuse_idle(arguments: Iterable[str], why: str) -> None:
     """Refuse options that are on the command line and would say nothing."""
     idle = given(arguments)
-    if idle:
-        raise LoraInitError(f"{', '.join(idle)}: {why}. Leave {'it' if len(idle) == 1 else 'them'} out.")
+    if not idle:
+        return
+    them = "it" if len(idle) == 1 else "them"
+    raise LoraInitError(f"{', '.join(idle)}: {why}. Leave {them} out.")
 
 
 def in_words(name: str, value: Any) -> str:
@@ -122,10 +129,14 @@ def in_words(name: str, value: Any) -> str:
     if name not in running.options:
         return in_python(name, value)
     on, off = running.options[name]
-    if value is ... or isinstance(value, bool):
-        return off if value is False else on
-    words = [value] if isinstance(value, str) or not isinstance(value, Iterable) else value
-    return f"{on} {shlex.quote(','.join(str(word).removesuffix('.0') for word in words))}"
+    if value is ...:  # the option itself is meant, whatever its value
+        return on
+    if isinstance(value, bool):
+        return on if value else off
+    # Lists are typed with commas between their items. 8.0 was typed as 8.
+    items = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    text = ",".join(str(item).removesuffix(".0") for item in items)
+    return f"{on} {shlex.quote(text)}"
 
 
 @contextmanager
@@ -134,15 +145,18 @@ def _quiet_libraries() -> Iterator[None]:
     if running.verbose:
         yield
         return
-    said: set[str] = set()
+    printed: set[str] = set()
     running.warned.clear()
 
+    # Python prints a warning once for each line of code that warns; the same text may come from several.
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        text = message.spelled(in_words) if isinstance(message, Message) else " ".join(str(message).split())
-        if text not in said and not process_rank():
+        text = " ".join(str(message).split())
+        if isinstance(message, Message):
+            text = message.spelled(in_words)
+        if text not in printed and not process_rank():
             print(f"warning: {text}", file=sys.stderr, flush=True)
             running.warned.add(str(message))
-        said.add(text)
+        printed.add(text)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -158,6 +172,7 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
     from lora_init.loading.reader import check_columns
     from lora_init.loading.sources import check_data
 
+    # Importing torch takes seconds, and a misspelt name need not wait for it.
     if model is not None:
         check_model_source(model)
     if data is not None:
@@ -169,6 +184,7 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
     with busy("importing torch and transformers"):
         yield
         if not running.verbose:
+            # They write to stderr by logging and progress bars of their own, which no filter of warnings reaches.
             import transformers
 
             logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -178,6 +194,7 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
 
 def process_rank() -> int | None:
     """Return the number of this process in its launch; None if it is alone."""
+    # torchrun sets all four; a single one of them is no launch that could be joined.
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
         return None
@@ -187,6 +204,7 @@ def process_rank() -> int | None:
 def silence() -> None:
     """Print nothing more to stdout from this process: the first one prints the same."""
     sys.stdout.flush()
+    # The descriptor and not `sys.stdout` alone, so that libraries in C are silent, too.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

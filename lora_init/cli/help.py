@@ -22,6 +22,8 @@ _CLUTTER = [(r" range>", ">"), (r"; (x|\d+)[<>]=?.*?(?=\])", ""), (r"\s*\[(x|\d+
             (r"<list\[(\w+)\]>", r"<\1>")]  # fmt: skip
 
 
+# click breaks lines at hyphens, and would print lora- on one line and ga on the next. So the hyphens are replaced by
+# ones at which no line ends while it writes, and put back afterwards.
 class _Unbroken:
     """Writes the help with names in one piece."""
 
@@ -36,9 +38,13 @@ class ListedCommands(_Unbroken, TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write names and first sentences into the help."""
-        sentences = {name: " ".join((one.help or "").split()).partition(". ")[0] for name, one in self.commands.items()}
+        rows = []
+        for name, command in self.commands.items():
+            text = " ".join((command.help or "").split())
+            sentence = text.partition(". ")[0].rstrip(".")
+            rows.append((name, f"{sentence}."))
         with formatter.section("Commands"):
-            formatter.write_dl([(name, f"{text.rstrip('.')}.") for name, text in sentences.items()])
+            formatter.write_dl(rows)
 
 
 class GroupedCommand(_Unbroken, TyperCommand):
@@ -53,13 +59,14 @@ class GroupedCommand(_Unbroken, TyperCommand):
         whole = ctx.meta.get(_WHOLE, False)
         for title, rows in grouped_options(self, ctx, whole).items():
             with formatter.section(title):
+                # Only in the texts: options stand in a column of their own, which is not wrapped.
                 unbroken = [(words, re.sub(r"(?<=\w)-(?=\w)", _UNBROKEN, text)) for words, text in rows]
                 formatter.write_dl(unbroken, col_max=26)
 
 
-def print_whole(context: typer.Context, asked: bool) -> None:
-    """Print the help with every option, and exit, if that is asked for: a callback of --help-all."""
-    if asked and not context.resilient_parsing:
+def print_whole(context: typer.Context, value: bool) -> None:
+    """Print the help with every option, and exit, where --help-all is given, whose callback this is."""
+    if value and not context.resilient_parsing:  # which is on while a shell completes words
         context.meta[_WHOLE] = True
         typer.echo(context.get_help())
         raise typer.Exit
@@ -67,7 +74,7 @@ def print_whole(context: typer.Context, asked: bool) -> None:
 
 def is_further(parameter: Any) -> bool:
     """Return whether an option is in --help-all alone."""
-    return bool(getattr(parameter, "rich_help_panel", None))
+    return bool(getattr(parameter, "rich_help_panel", None))  # click's own, such as --help, have no such field
 
 
 def grouped_options(command: Any, ctx: Any, whole: bool = True) -> dict[str, list[tuple[str, str]]]:
@@ -82,23 +89,29 @@ def grouped_options(command: Any, ctx: Any, whole: bool = True) -> dict[str, lis
             title = "Arguments"
         elif not whole and is_further(parameter):
             continue
-        if record := parameter.get_help_record(ctx):
-            words, text = map(_plain, record)
-            if title == "Arguments":
-                name, *kind = words.split(" ")
-                words = " ".join([name.upper(), *kind])
-            choices = re.search(r" <(.*\|.*)>$", words)
-            if choices and len(words) > (_WIDEST if whole else _NARROW):  # too many to stand beside the option
-                words = words[: choices.start()] + " WORD"
-                text = f"{text}  Words: {choices[1].replace('|', ', ')}."
-            groups[title].append((words, text if whole else _short(text)))
+        record = parameter.get_help_record(ctx)
+        if not record:  # hidden ones have none
+            continue
+        words, text = _plain(record[0]), _plain(record[1])
+        if title == "Arguments":
+            name, *kind = words.split(" ")
+            words = " ".join([name.upper(), *kind])
+        choices = re.search(r" <(.*\|.*)>$", words)
+        widest = _WIDEST if whole else _NARROW
+        if choices and len(words) > widest:  # too many to stand beside the option
+            words = words[: choices.start()] + " WORD"
+            text = f"{text}  Words: {choices[1].replace('|', ', ')}."
+        if not whole:
+            text = _short(text)
+        groups[title].append((words, text))
     return {title: rows for title, rows in groups.items() if rows}
 
 
 def _short(text: str) -> str:
     """Leave the first sentence, and what is taken by default."""
     first, *others = re.split(r"(?<=[.;])\s+(?=[A-Z\[])", text)
-    return " ".join([first.rstrip(";"), *(one for one in others if one.startswith(("Default", "[", "Words")))])
+    defaults = [sentence for sentence in others if sentence.startswith(("Default", "[", "Words"))]
+    return " ".join([first.rstrip(";"), *defaults])
 
 
 def _plain(text: str) -> str:
