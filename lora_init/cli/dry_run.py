@@ -26,10 +26,11 @@ _OVERHEAD, _BACKWARD = 1.5, 3.0
 # Rows of float32 that an input's two halves and the batch between them take at most, in multiples of rank x rho
 # (measured: 8 in the first ten batches, 15 later).
 STATE = 15
-# The range that is shown is from the estimate over this to the estimate times it.
-_MARGIN = 1.5
+_MARGIN = 1.5  # the range that is shown is from the estimate over this to the estimate times it
 
 
+# Everything is counted on a model without weights, on the meta device: it has all modules and shapes, and takes neither
+# memory nor time. Only the speed of the machine is measured, by products of matrices in the type that a pass would use.
 def estimate(read: Opened, loading: LoadingQuantized, config: InitConfig, rho: float) -> dict[str, Any]:
     """Compute how many layers take an adapter, and what that and the pass would cost, in plain values.
 
@@ -40,7 +41,7 @@ def estimate(read: Opened, loading: LoadingQuantized, config: InitConfig, rho: f
     import transformers
 
     rank, opened, shape = config.ranks.rank, read.model, config.shape
-    batches: Batches | None = read.examples.batches
+    batches: Batches | None = read.examples.batches  # None where a statistics file is used as it is
     with torch.device("meta"):  # no weights
         loader = getattr(transformers, opened.auto_class)
         model = loader.from_config(opened.config, trust_remote_code=loading.trust_remote_code)
@@ -48,22 +49,29 @@ def estimate(read: Opened, loading: LoadingQuantized, config: InitConfig, rho: f
     targets.check_layers()
     place = find_device(loading.device)
     dtype = _dtype(model, opened.config, loading, place)
-    shared = {(name.rpartition(".")[0], target.in_features) for name, target in targets.layers.items()}
+    # Layers of one module that read the same width, such as q_proj, k_proj and v_proj, share an input's statistics.
+    inputs = set()
+    for name, target in targets.layers.items():
+        inputs.add((name.rpartition(".")[0], target.in_features))
     used = (batches or [])[: config.run.max_batches]
     tokens = sum(batch["input_ids"].numel() for batch in used)
-    operations = 2 * _n_multiplied(model) * tokens * (_BACKWARD if config.needs_gradient else 1.0)
+    operations = float(2 * _n_multiplied(model) * tokens)  # a product and a sum for each weight and token
+    if config.needs_gradient:
+        operations *= _BACKWARD
     weights_bytes = _weights_bytes(model, dtype, loading.quantize)
     per_second = _speed(dtype, place)
     return {
         "layers": len(targets.layers),
         "unsupported": dict(targets.unsupported),
-        "parameters": sum(one.parameters(rank, shape.freeze_a, shape.use_dora) for one in targets.layers.values()),
+        "parameters": sum(
+            target.parameters(rank, shape.freeze_a, shape.use_dora) for target in targets.layers.values()
+        ),
         "rank": rank,
         "data": batches.description if batches is not None else None,
         "batches": len(used),
         "tokens": tokens,
         "weights_bytes": weights_bytes,
-        "statistics_bytes": round(STATE * rank * rho * 4 * sum(width for _, width in shared)),
+        "statistics_bytes": round(STATE * rank * rho * 4 * sum(width for _, width in inputs)),
         "offloaded_bytes_read": weights_bytes * len(used),
         "operations": operations,
         "operations_per_second": per_second,
@@ -73,24 +81,35 @@ def estimate(read: Opened, loading: LoadingQuantized, config: InitConfig, rho: f
 
 def _dtype(model: Any, config: Any, loading: LoadingQuantized, place: torch.device) -> torch.dtype:
     """Find the type that the model would run in."""
+    dtype = getattr(config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
+    if not isinstance(dtype, torch.dtype):  # checkpoints that name none are in float32
+        dtype = torch.float32
     if loading.dtype != "auto":
-        dtype = getattr(torch, loading.dtype)
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
-    saved_in = getattr(config, "dtype", None)
-    dtype = saved_in if isinstance(saved_in, torch.dtype) else torch.float32
-    n_bytes = 0 if loading.quantize else 4 * sum(p.numel() for p in model.parameters())
-    return torch.float32 if is_better_in_float32(dtype, place, n_bytes) else dtype
+        return dtype
+    # `load` makes the same choice: a processor that emulates a narrow type is slower by it than in float32, if the
+    # weights fit in memory so. A quantized base has no float weights to widen.
+    n_bytes = 0 if loading.quantize else 4 * _n_parameters(model)
+    if is_better_in_float32(dtype, place, n_bytes):
+        return torch.float32
+    return dtype
+
+
+def _n_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _n_multiplied(model: Any) -> int:
     """Count the weights that a pass multiplies with: all matrices but embeddings, of which the last is not reached."""
-    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    ends = set()
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):  # which may be one matrix
+        if end is not None:
+            ends.add(id(end.weight))
     return sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in ends)
 
 
 def _weights_bytes(model: Any, dtype: torch.dtype, quantize: str | None) -> int:
     """Compute the size of the weights. Linear layers except the head are quantized."""
-    every: int = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    every = _n_parameters(model) * dtype.itemsize
     if quantize is None:
         return every
     head = model.get_output_embeddings()
@@ -101,30 +120,32 @@ def _weights_bytes(model: Any, dtype: torch.dtype, quantize: str | None) -> int:
 def _speed(dtype: torch.dtype, device: torch.device) -> float:
     """Measure the operations a second of a matrix product, for about a fifth of a second."""
     a = torch.ones(1024, 1024, dtype=dtype, device=device)
-    (a @ a).sum().item()
+    (a @ a).sum().item()  # the first product starts threads or a GPU, and is not counted
     start, n_products = time.perf_counter(), 0
     while time.perf_counter() - start < 0.2:
         (a @ a)[0, 0].item()  # which waits for a GPU
         n_products += 1
-    return 2 * 1024**3 * n_products / (time.perf_counter() - start)
+    return 2 * 1024**3 * n_products / (time.perf_counter() - start)  # n x n times n x n: n^3 products, as many sums
 
 
-def show_estimate(console: Console, about: Mapping[str, Any]) -> None:
+def show_estimate(console: Console, estimated: Mapping[str, Any]) -> None:
     """Print what `estimate` returned."""
-    kept = f", {len(about['unsupported'])} keep PEFT's own start" if about["unsupported"] else ""
-    weights, statistics, read = (
-        about[key] / 10**9 for key in ("weights_bytes", "statistics_bytes", "offloaded_bytes_read")
-    )
-    speed = about["operations_per_second"] / 10**9
+    layers = f"{estimated['layers']} take an adapter"
+    if estimated["unsupported"]:
+        layers += f", {len(estimated['unsupported'])} keep PEFT's own start"
+    # bytes -> GB, operations -> GFLOP
+    weights, statistics = estimated["weights_bytes"] / 10**9, estimated["statistics_bytes"] / 10**9
+    read = estimated["offloaded_bytes_read"] / 10**9
+    speed, seconds = estimated["operations_per_second"] / 10**9, estimated["seconds"]
     rows = {
-        "layers": f"{about['layers']} take an adapter{kept}",
-        "parameters": f"{about['parameters']:,} at rank {about['rank']} everywhere",
-        "data": about["data"] or "none: the statistics file is used as it is",
-        "pass": f"{about['batches']} batches at most, {about['tokens']:,} tokens",
+        "layers": layers,
+        "parameters": f"{estimated['parameters']:,} at rank {estimated['rank']} everywhere",
+        "data": estimated["data"] or "none: the statistics file is used as it is",
+        "pass": f"{estimated['batches']} batches at most, {estimated['tokens']:,} tokens",
         "memory": f"weights {weights:.2f} GB, statistics {statistics:.2f} GB, and the activations of one batch",
         "offloaded": f"{read:,.2f} GB to read, the weights once a batch, if device_map leaves them on disk",
-        "work": f"{about['operations'] / 10**12:,.2f} TFLOP in matrix products",
-        "time": f"{about['seconds'] / _MARGIN:,.0f} to {about['seconds'] * _MARGIN:,.0f} s on an idle machine at "
-        f"{speed:,.0f} GFLOP/s, several times that beside other work",
+        "work": f"{estimated['operations'] / 10**12:,.2f} TFLOP in matrix products",
+        "time": f"{seconds / _MARGIN:,.0f} to {seconds * _MARGIN:,.0f} s on an idle machine at {speed:,.0f} GFLOP/s, "
+        "several times that beside other work",
     }
     console.print(facts(rows))
