@@ -16,10 +16,11 @@ from lora_init.adapters.init_config import Reading
 from lora_init.cli.commands import command
 from lora_init.cli.console import busy, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands
-from lora_init.cli.options import MaxLength, TrustRemoteCode
+from lora_init.cli.options import BaseModel, MaxLength, TrainedAdapter, TrustRemoteCode
 from lora_init.cli.tables import Cells, facts, finite
 from lora_init.errors import LoraInitError
 from lora_init.files import check_output
+from lora_init.loading.examples import MAX_LENGTH
 from lora_init.starts.starts import FROM_BANK, BankWay
 
 if TYPE_CHECKING:
@@ -45,21 +46,22 @@ BankPath = Annotated[Path, Argument(help="Directory of the bank.", show_default=
 
 def add(
     bank: BankPath,
-    adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
+    adapter: TrainedAdapter,
     data: Annotated[str, Option(help="What it was trained on, as for init.", show_default=False)],
     statistics: Annotated[Path | None, Option(help="Statistics of this data, from init.")] = None,
     name: Annotated[str | None, Option(help="Name of the entry. Default: the directory's name.")] = None,
     task: Annotated[
         str | None, Option(help="What it was trained for; checkpoints of one training share it. Default: the name.")
     ] = None,
-    model: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
+    model: BaseModel = None,
     encoder: Annotated[
         str | None, Option(help="Sentence encoder for prompts. Default: the base model's middle layer.")
     ] = None,
     *,
     reading: Reading,
+    # As many as `MOST_PROMPTS`, in a module that imports torch.
     samples: Annotated[int, Option(min=2, help="Prompts to keep embeddings of.")] = 128,
-    max_length: MaxLength = 512,
+    max_length: MaxLength = MAX_LENGTH,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Add the trained ADAPTER to BANK, with embeddings of the prompts that it was trained on."""
@@ -72,36 +74,43 @@ def add(
         from lora_init.serving.base import read_base
         from lora_init.serving.trained import read_trained
         from lora_init.statistics.statistics import Statistics
+    # An entry is a file of this name, hence the few characters.
     name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", adapter.expanduser().resolve().name).strip("-_")
     check_name(name)
     trained = read_trained(adapter)
     check_plain_lora(trained)
-    there = open_bank(bank) if (bank.expanduser() / INDEX).is_file() else None
-    if there is None:
+    # All that can be refused is refused before the base is loaded.
+    encoder = encoder or ""  # the base model's middle layer
+    if (bank.expanduser() / INDEX).is_file():
+        existing = open_bank(bank)
+        if name in existing.entries:
+            raise LoraInitError(f"{bank} has an entry {name!r} already and replaces none. Pass another --name.")
+        encoder = encoder or existing.encoder  # embeddings of one bank are compared, so one encoder makes them
+    else:
         check_output(bank, "directory")
-    if there is not None and name in there.entries:
-        raise LoraInitError(f"{bank} has an entry {name!r} already and replaces none. Pass another --name.")
-    encoder = encoder or (there.encoder if there else "")
     source = model or trained.base
     if not source:
         raise LoraInitError(f"{adapter} does not name its base model. Name it with --model.")
-    read_base(source, trained)  # refuses another model
+    read_base(source, trained)  # refuses another model, by the headers of its files
     if statistics is not None:
         Statistics.load(statistics)  # refuses another file
+    # Before the base is loaded, so that a misspelt name is refused at once.
     embedder = read_encoder(encoder)
     with busy(f"loading {source}"):
         loaded = load_model(source, trust_remote_code=trust_remote_code)
     batches = load_batches(
         data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
     )
+    # Of the prompts alone: a new task may have no answers yet.
     with busy("embedding the prompts"):
         embeddings = embed(loaded.model, batches, loaded.tokenizer, embedder)
-    called = f"{type(loaded.model).__name__} {Path(source).name}"
-    new = Bank(bank.expanduser(), fingerprint(loaded.model), called, encoder)
-    data = batches.description
-    grown = add_entry(new, name, trained, embeddings, task=task or name, data=data, statistics=statistics)
-    summary = {"bank": str(grown.path), "entry": name, **asdict(grown.entries[name]), "tasks": len(grown.tasks)}
+    model_name = f"{type(loaded.model).__name__} {Path(source).name}"
+    # Without entries: `add_entry` reads those that are there, under a lock, and refuses another model or encoder.
+    new = Bank(bank.expanduser(), fingerprint(loaded.model), model_name, encoder)
+    read = batches.description
+    grown = add_entry(new, name, trained, embeddings, task=task or name, data=read, statistics=statistics)
     entry = grown.entries[name]
+    summary = {"bank": str(grown.path), "entry": name, **asdict(entry), "tasks": len(grown.tasks)}
     line = (
         f"{grown.path}: {name}, task {entry.task}, rank {entry.rank}, {entry.n_prompts} prompts. "
         f"In all {len(grown.entries)}, tasks: {len(grown.tasks)}."
@@ -115,28 +124,39 @@ def list_(bank: BankPath) -> None:
         from lora_init.bank.store import GENERATOR, open_bank
     opened = open_bank(bank)
     entries = {name: asdict(entry) for name, entry in opened.entries.items()}
+    generator = f"none: lora-init bank train {opened.path}"
+    if (opened.path / GENERATOR).is_file():
+        generator = "trained"
     head = {
         "bank": f"{opened.path}: {len(opened.entries)} adapters of {len(opened.tasks)} tasks",
         "base": opened.model,
         "prompts": f"embedded by {opened.encoder or 'the middle layer of the base'}",
-        "generator": "trained" if (opened.path / GENERATOR).is_file() else f"none: lora-init bank train {opened.path}",
+        "generator": generator,
     }
 
     def show(console: Console, _: Any) -> None:
-        rows = [
-            {"entry": name, "task": entry.task, "rank": str(entry.rank), "prompts": str(entry.n_prompts)}
-            | {"statistics": "yes" if entry.statistics_sha256 else "-", "data": entry.data.partition(":")[0]}
-            for name, entry in opened.entries.items()
-        ]
+        rows = []
+        for name, entry in opened.entries.items():
+            rows.append(
+                {
+                    "entry": name,
+                    "task": entry.task,
+                    "rank": str(entry.rank),
+                    "prompts": str(entry.n_prompts),
+                    "statistics": "yes" if entry.statistics_sha256 else "-",
+                    "data": entry.data.partition(":")[0],  # the name, before the numbers of its description
+                }
+            )
         console.print(facts(head), "", Cells(rows), markup=False)
         _show_next(console, opened)
 
-    about = {"bank": str(opened.path), "model": opened.model, "encoder": opened.encoder, "entries": entries}
-    print_result(about, show)
+    content = {"bank": str(opened.path), "model": opened.model, "encoder": opened.encoder, "entries": entries}
+    print_result(content, show)
 
 
 def train(
     bank: BankPath,
+    # The least is the largest rank that all adapters of the bank have.
     rank: Annotated[int | None, Option(min=1, help="Rank to generate. Default: the least in the bank.")] = None,
     steps: Annotated[int | None, Option(min=1, help="Steps of training. Default: 1600.")] = None,
     seed: Annotated[int, Option(min=0, help="Seed of all that is random.")] = 0,
@@ -146,7 +166,7 @@ def train(
         from lora_init.bank.generator import STEPS, train_generator
         from lora_init.bank.store import open_bank
     steps = steps or STEPS
-    every = max(1, steps // 8)
+    every = max(1, steps // 8)  # about eight lines in all
 
     def report(step: int, loss: float) -> None:
         if step % every == 0:
@@ -159,11 +179,13 @@ def train(
     summary = {"generator": str(path), "parameters": parameters, "explained": finite(generator.explained)}
     line = (
         f"{path}: {parameters:,} parameters. From prompts of its {len(opened.tasks)} tasks that it did not see it "
+        # Below zero where the mean of the bank would have been closer; that is nothing, too.
         f"reproduces {max(0.0, generator.explained):.0%} of what distinguishes their adapters."
     )
     print_result(summary, partial(_show, line, opened), written=True)
 
 
+# `partial` of these is what `print_result` calls; the values that it passes on are already in the line.
 def _show(line: str, bank: Bank, console: Console, _: Any) -> None:
     console.print(line, markup=False)
     _show_next(console, bank)
@@ -189,7 +211,7 @@ def read_encoder(name: str) -> LoadedModel | None:
 
 
 def start_from(
-    bank: Bank, similarity: str, loaded: LoadedModel, examples: Examples, config: InitConfig, there: Statistics | None
+    bank: Bank, similarity: str, loaded: LoadedModel, examples: Examples, config: InitConfig, stored: Statistics | None
 ) -> BankStart:
     """Make an adapter of the nearest ones in a bank, by the loss if there are labels.
 
@@ -200,12 +222,14 @@ def start_from(
     from lora_init.bank.start import start_from_bank
     from lora_init.collection.losses import mean_loss
 
-    assert isinstance(config.start, BankWay)
+    assert isinstance(config.start, BankWay)  # `init` has chosen it by --by, for mypy
     with busy(f"starting from {bank.path}"):
         embeddings = embed(loaded.model, examples.batches, loaded.tokenizer, read_encoder(bank.encoder))
-        order = neighbours(bank, embeddings, there, similarity)
-        labelled = any("labels" in batch for batch in examples.aside)
-        loss_of = partial(mean_loss, batches=[*examples.aside]) if labelled else None
+        order = neighbours(bank, embeddings, stored, similarity)
+        # Without labels there is no loss to choose a size by, and the adapters are taken at their full size.
+        loss_of = None
+        if any("labels" in batch for batch in examples.aside):
+            loss_of = partial(mean_loss, batches=[*examples.aside])
         return start_from_bank(
             bank, loaded.model, embeddings, loss_of, config.start.way, rank=config.ranks.rank, shape=config.shape,
             order=order,

@@ -31,10 +31,13 @@ def merge(
     overwrite: Annotated[bool, Option(help="Replace the file that is there.")] = False,
 ) -> None:
     """Merge statistics FILES of one model: shards of one data set, data that came later, or a mixture by weights."""
+    # What is wrong with the words comes before the import, which takes torch's seconds.
     check_writable(output, overwrite, "statistics file")
     shares = None if weights is None else read_numbers("--weights", weights, float)
     from lora_init.statistics.statistics import Statistics
 
+    # By default each row counts once, as in one pass over all the data. With weights a file counts as its share says,
+    # however many rows it has.
     parts = [Statistics.load(file) for file in files]
     merged = parts[0].merge(*parts[1:], weights=shares)
     print_result(describe(merged.save(output.expanduser())), show, written=True)

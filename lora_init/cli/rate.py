@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument
 
 from lora_init.adapters.init_config import Reading
 from lora_init.cli.console import busy, importing, print_next, print_result
-from lora_init.cli.options import Length, Loading, MaxLength
+from lora_init.cli.options import BaseModel, Length, Loading, MaxLength
 from lora_init.errors import LoraInitError
+from lora_init.loading.examples import MAX_LENGTH
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,11 +25,11 @@ $ lora-init rate adapter sums.jsonl --base MODEL --steps 300
 def rate(
     adapter: Annotated[Path, Argument(help="Directory of a LoRA adapter before training.", show_default=False)],
     data: Annotated[str, Argument(help="What it will be trained on, as for init.", show_default=False)],
-    base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
+    base: BaseModel = None,
     *,
     length: Length,
     reading: Reading,
-    max_length: MaxLength = 512,
+    max_length: MaxLength = MAX_LENGTH,
     loading: Loading,
 ) -> None:
     """Print the learning rate of an ADAPTER from a few forward passes, whoever made it."""
@@ -43,12 +44,14 @@ def rate(
     base = base or directory.base
     if not base:
         raise LoraInitError(f"{adapter} does not name its base model. Pass --base.")
-    if not loading.trust_remote_code:
+    if not loading.trust_remote_code:  # names of layers are those of a class that only the model's own code has
         check_fit(adapter, base).check()
+    # The rule is of B = 0, where the first steps change B alone. A start with another B is measured when it is made.
     if not directory.has_zeros:
         remedy = "`lora-init inspect` has its rate." if directory.is_start else "Name the adapter before its training."
         raise LoraInitError(f"{adapter}: B is not zero, and the rule is for adapters before training. {remedy}")
     source = open_model(base, trust_remote_code=loading.trust_remote_code)
+    # A few examples do: the rule takes a mean over their tokens and a geometric mean over the layers.
     batches = load_batches(
         data, source.tokenizer, **vars(reading), samples=64, max_length=max_length, seq2seq=source.seq2seq
     )
@@ -59,13 +62,14 @@ def rate(
             model, batches, steps=length.steps, epochs=length.epochs, train_batch_size=planned.batch_size,
             freeze_a=bool(directory.origin.get("freeze_a")),
         )  # fmt: skip
-    first, last = rule.layers[0], rule.layers[-1]
-    left_out = f"\n{len(rule.left_out)} layers say nothing, such as {rule.left_out[0]}." if rule.left_out else ""
+    first, last = rule.layers[0], rule.layers[-1]  # in the order of how far a step moves their outputs
     result = {
         "learning_rate": rule.rate, "range": rule.range, "steps": rule.steps, "epochs": rule.length.epochs,
         "moves_most": first, "moves_least": last, "left_out": [*rule.left_out],
     }  # fmt: skip
-    text = f"{rule}\nMoves most: {first}; least: {last}.{left_out}"
+    text = f"{rule}\nMoves most: {first}; least: {last}."
+    if rule.left_out:
+        text += f"\n{len(rule.left_out)} layers say nothing, such as {rule.left_out[0]}."
 
     def show(console: Console, _: Any) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
