@@ -109,9 +109,10 @@ else:
     __all__ = sorted(_HOMES)
 
     def __getattr__(name):
+        # `hasattr(lora_init, ...)` and star imports rely on this kind of error.
         if name not in _HOMES:
             raise AttributeError(f"module 'lora_init' has no attribute {name!r}")
         return getattr(_import_module(_HOMES[name]), name)
 
     def __dir__():
-        return [*__all__, "__version__"]
+        return [*__all__, "__version__"]  # completion in a shell shows what is public, before it is imported

@@ -26,13 +26,18 @@ EXTRAS = {
 }
 
 
+# The same checks serve Python, the command line and trainers, and each names options in its own way: `rank=8`,
+# `--rank 8`. So a message keeps its options apart from its text, and is put into words only where it is shown.
 Spell = Callable[[str, Any], str]  # writes an option, by name and value, in the words of whoever is spoken to
 
 
 def in_python(name: str, value: Any) -> str:
     """Write an option as an argument: `rank=8`, and `rank=` where the value is `...`."""
-    shown = str(value) if isinstance(value, PurePath) else repr(value)
-    return f"{name}=" + ("" if value is ... else shown)
+    if value is ...:  # the option is meant, whatever its value
+        return f"{name}="
+    if isinstance(value, PurePath):  # PosixPath('a') is nothing that anybody typed
+        return f"{name}={value}"
+    return f"{name}={value!r}"
 
 
 class Message(Exception):
@@ -49,11 +54,14 @@ class Message(Exception):
 
     def spelled(self, spell: Spell) -> str:
         """Write it, with options as `spell` does, in one line; a name that stands in a value stays."""
+        # Not by `str.format`: a value may have braces of its own, and all are replaced in one go, so that a name in
+        # braces within a value stays.
         options = {f"{{{name}}}": spell(name, value) for name, value in self.options.items()}
         names = "|".join(map(re.escape, options)) or "(?!)"  # which matches nothing
         return " ".join(re.sub(names, lambda match: options[match[0]], self.text).split())
 
 
+# Also a ValueError, which is what Python's own functions raise where an argument is wrong.
 class LoraInitError(Message, ValueError):
     """Says where something is wrong, what was got and expected, and what to do about it, in one line."""
 
@@ -72,13 +80,15 @@ def warn(text: str, **options: Any) -> str:
 
     That is what `skip_file_prefixes` of Python 3.12 is for.
     """
+    # The outermost frame of this package is looked for, and not the first one outside: libraries that we call may call
+    # us back, as hooks are, and their line says nothing to the user.
     frame, level, outermost = inspect.currentframe(), 1, 1
     while frame is not None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] == "lora_init":
             outermost = level
         frame, level = frame.f_back, level + 1
     message = LoraInitWarning(text, **options)
-    warnings.warn(message, stacklevel=outermost + 1)
+    warnings.warn(message, stacklevel=outermost + 1)  # the frame that called the outermost one
     return str(message)
 
 
@@ -93,10 +103,13 @@ def explain(error: BaseException, spell: Spell = in_python) -> str:
         return error.spelled(spell)
     if is_out_of_memory(error):
         return "out of memory. Try a smaller --batch-size or --max-length, or --dtype bfloat16."
-    if isinstance(error, ImportError) and (library := (error.name or "").partition(".")[0]) in EXTRAS:
-        return _how_to_install(library)
+    if isinstance(error, ImportError):
+        library = (error.name or "").partition(".")[0]
+        if library in EXTRAS:
+            return _how_to_install(library)
     reason = first_line(error)
     if isinstance(error, OSError):
+        # Those of the system have both. transformers and the hub raise some that have a text alone.
         if error.filename is not None and error.strerror:
             return f"{error.filename}: {error.strerror}."
         return reason
@@ -105,14 +118,15 @@ def explain(error: BaseException, spell: Spell = in_python) -> str:
 
 def require(*libraries: str) -> None:
     """Check, before the work, that libraries of `EXTRAS` are installed."""
-    missing = [name for name in libraries if find_spec(name) is None]
+    missing = [name for name in libraries if find_spec(name) is None]  # without importing them
     if missing:
         raise LoraInitError(_how_to_install(*missing))
 
 
 def _how_to_install(*libraries: str) -> str:
     extras = {EXTRAS[name] for name in libraries}
-    extras -= {"plots"} if "compare" in extras else set()  # which it includes
+    if "compare" in extras:
+        extras.discard("plots")  # which it includes
     are, them = ("which is", "it") if len(libraries) == 1 else ("which are", "them")
     command = f"pip install 'lora-init[{','.join(sorted(extras))}]'"
     return f"this needs {', '.join(libraries)}, {are} not installed. Install {them}: {command}"
@@ -121,8 +135,13 @@ def _how_to_install(*libraries: str) -> str:
 def require_version(library: str, release: str, what: str) -> None:
     """Check, before the work, that a library is as new as one feature needs, such as `"0.19"`."""
     installed = version(library)
-    if [int(part) for part in installed.split(".")[:2]] < [int(part) for part in release.split(".")]:
+    # As numbers, since "0.9" is older than "0.19". Parts after the first two may have letters, as in 0.19.0.dev0.
+    if _numbers(installed.split(".")[:2]) < _numbers(release.split(".")):
         raise LoraInitError(f"{what} needs {library} {release} or newer, and {installed} is installed.")
+
+
+def _numbers(parts: Iterable[str]) -> list[int]:
+    return [int(part) for part in parts]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -134,15 +153,20 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """
     import difflib
 
-    names = {name.lower(): name for name in choices}
+    names = {name.lower(): name for name in choices}  # upper and lower case are no difference to a reader
     close = difflib.get_close_matches(str(word).lower(), names, n=1)
-    return (f"Did you mean {names[close[0]]}? " if close else "") + f"Choose from {', '.join(names.values())}."
+    text = f"Choose from {', '.join(names.values())}."
+    if close:
+        text = f"Did you mean {names[close[0]]}? {text}"
+    return text
 
 
 def first_line(error: BaseException) -> str:
     """Shorten what another library says to its first line, at most 300 characters, ending in a full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _shortened(lines[0] if lines else type(error).__name__)
+    for line in str(error).splitlines():
+        if line.strip():
+            return _shortened(line.strip())
+    return _shortened(type(error).__name__)  # some say nothing, such as an AssertionError
 
 
 def in_one_line(error: BaseException) -> str:
@@ -151,8 +175,11 @@ def in_one_line(error: BaseException) -> str:
 
 
 def _shortened(text: str) -> str:
-    text = text if len(text) <= 300 else text[:297] + "..."
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+    if len(text) > 300:
+        text = text[:297] + "..."
+    if not text.endswith((".", "!", "?")):
+        text += "."
+    return text
 
 
 def is_number(value: Any) -> bool:
@@ -165,8 +192,10 @@ def check_number(
 ) -> None:
     """Refuse what is no finite number of at least `least`, or `above` it, or is not `whole` where that is meant."""
     fits = is_number(value) and (isinstance(value, Integral) or not whole)
+    # The comparison refuses NaN, too. 2**63 is the first whole number that torch cannot hold.
     if not fits or not least <= value < 2**63 or (above and value == least):
-        kind, bound = "whole number" if whole else "number", "above" if above else "of at least"
+        kind = "whole number" if whole else "number"
+        bound = "above" if above else "of at least"
         raise LoraInitError(f"{{{name}}}, expected a {kind} {bound} {least:g}.{hint}", **{name: value})
 
 

@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 from lora_init.errors import LoraInitError
 
 Made = TypeVar("Made")
-# How a file of each kind begins. Only a file of the same kind may be replaced.
+# How a file of each kind begins. Only a file of the same kind may be replaced: --output may have been mistyped, and
+# neither somebody's data nor a picture of theirs is lost by that.
 _BEGINNINGS = {
     "plan": rb'\{\s*"format": "lora_init\.plan"',
     "statistics file": rb'.{8}\{.*"format":"lora_init\.statistics"',  # safetensors: a length, then JSON
@@ -31,7 +32,8 @@ _BEGINNINGS = {
     "HTML page": rb"<!(?i:doctype html)",
     "GGUF file": rb"GGUF",
 }
-# What a terminal obeys, but tab and ends of lines.
+# What a terminal obeys, but tab and ends of lines. Files may be from anybody, and a name in one of them could clear the
+# screen.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
@@ -51,6 +53,7 @@ def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
     path = Path(path).expanduser()
     check_output(path, "file")
     if path.exists():
+        # The kind comes first: --overwrite does not help with a file of another one.
         if not re.match(_BEGINNINGS[kind], _beginning(path), re.DOTALL):
             raise LoraInitError(f"{path} exists and is no {kind}, so it is never replaced. Choose another name.")
         if not overwrite:
@@ -63,6 +66,7 @@ def check_output(path: Path, what: str) -> None:
     Whether something that is there may be replaced is for `check_writable` and `check_free`. Empty is for any of them.
     """
     path = path.expanduser()
+    # `.`, `..` and `/` have no name of their own under which something new could be put in their place.
     if what in ("file", "directory", "") and not path.name:
         raise LoraInitError(f"output '{path}': this directory itself cannot be written anew. Name one in it.")
     if what == "file" and not path.parent.is_dir():
@@ -77,17 +81,17 @@ def check_output(path: Path, what: str) -> None:
 def check_place(path: Path) -> None:
     """Write a file of 4 KiB beside a path and remove it: permissions do not tell of a disk that is full or read-only.
 
-    Beside it, or in the nearest directory above that exists.
+    Where that directory does not exist yet, in the nearest one above it.
     """
     place = next(parent for parent in path.absolute().parents if parent.exists())
     probe = _temporary(place / path.name, "tmp")
     try:
-        probe.write_bytes(bytes(4096))
+        probe.write_bytes(bytes(4096))  # an empty file fits on a full disk, too
     except OSError as error:
         reason = error.strerror or error
         raise LoraInitError(f"{path}: {place} cannot be written to ({reason}). Choose another place.") from error
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # it may be half there, or not at all
             probe.unlink()
 
 
@@ -95,6 +99,7 @@ def _beginning(path: Path) -> bytes:
     """Read what tells the kind of a file: the first 4 KiB, of a safetensors file the whole header."""
     with path.open("rb") as file:
         start = file.read(4096)
+        # A header with thousands of layers is longer than that, and its `format` may stand at the end.
         length = int.from_bytes(start[:8], "little")
         if start[8:9] == b"{" and length <= _LONGEST_HEADER:
             start += file.read(length)
@@ -102,11 +107,15 @@ def _beginning(path: Path) -> bytes:
 
 
 def _temporary(path: Path, ending: str) -> Path:
-    """Name a file or directory beside a path that says which process of which machine made it, for `_sweep`."""
+    """Name a file or directory beside a path after the process and the machine that make it, for `_sweep`."""
+    # Beside it, since a file can be renamed in one step only within its file system. With a dot in front, so that
+    # neither `ls` nor a pattern such as *.safetensors shows it.
     return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}-{uuid.uuid4().hex[:8]}.{ending}")
 
 
 def _machine() -> str:
+    # Several machines may share a directory, and the numbers of another one's processes mean nothing here. As a
+    # checksum, which has none of the hyphens and dots of a machine's name.
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
@@ -116,18 +125,18 @@ def _sweep(path: Path, ending: str) -> None:
     with suppress(OSError):  # no directory, or one that may not be listed
         for entry in os.scandir(path.parent):  # a comparison may have thousands
             match = pattern.fullmatch(entry.name)
-            if match is None or _runs(int(match[1])):
+            if match is None or _runs(int(match[1])):  # a process that runs is still writing
                 continue
-            left = Path(entry)
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
+            leftover = Path(entry)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
             else:
-                left.unlink(missing_ok=True)
+                leftover.unlink(missing_ok=True)  # another process may sweep, too
 
 
 def _runs(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 is not sent: it asks whether one could be
     except ProcessLookupError:
         return False
     except PermissionError:  # it is another user's
@@ -137,7 +146,7 @@ def _runs(pid: int) -> bool:
 
 @contextmanager
 def locked(path: Path, remedy: str) -> Iterator[None]:
-    """Keep other processes that ask for the same file or directory out; they get a line that says who has it.
+    """Keep other processes away from the same file or directory; they get a line that says who has it.
 
     The kernel holds the lock, so it goes with the process, however that ends.
     """
@@ -165,14 +174,14 @@ def new_file(path: Path) -> Iterator[Path]:
     _sweep(path, "tmp")
     try:
         yield fresh
-        fresh.replace(path)
+        fresh.replace(path)  # in one step: a reader sees the old file or the new one
     except OSError as error:
         raise LoraInitError(
             f"{path}: cannot be written: {error.strerror or error}. Nothing was changed; free some space or choose "
             "another place."
         ) from error
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # it has its name by now, unless something was raised
             fresh.unlink()
 
 
@@ -181,7 +190,7 @@ def write_whole(path: Path, content: bytes) -> None:
     with new_file(path) as fresh, fresh.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # before the renaming, which may reach the disk earlier than the content
 
 
 @contextmanager
@@ -201,6 +210,8 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
         fresh.mkdir()
         yield fresh
         check_free(directory, overwrite, marker, replaceable)  # another process may have written meanwhile
+        # A directory that is not empty cannot be replaced in one step, so there are two. Between them the old one has
+        # the name `old`, from which it is brought back if the second fails.
         if final.exists():
             final.rename(old)
         fresh.rename(final)
@@ -222,9 +233,11 @@ def check_free(path: str | Path, overwrite: bool, marker: str, replaceable: Coll
     """Check that `new_directory` may write here, and can, so that nobody finds out after the work."""
     final = Path(path).expanduser().resolve()
     check_output(Path(path).expanduser(), "directory")
-    if final.is_mount():
+    if final.is_mount():  # it cannot be renamed, as a volume of a container
         raise LoraInitError(f"{path} is a mount point, which cannot be replaced. Name a directory in it.")
-    present = sorted(entry.name for entry in final.iterdir()) if final.is_dir() else []
+    present = []
+    if final.is_dir():
+        present = sorted(entry.name for entry in final.iterdir())
     if not present:
         return
     if not overwrite:
@@ -243,16 +256,23 @@ def check_free(path: str | Path, overwrite: bool, marker: str, replaceable: Coll
         )
     others = [name for name in present if name not in replaceable]
     if others:
+        examples = ", ".join(others[:3])
+        if len(others) > 3:
+            examples += ", ..."
         raise LoraInitError(
-            f"{path} holds more than an adapter ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), which "
+            f"{path} holds more than an adapter ({examples}), which "
             "overwriting would delete. Choose another directory, or delete this one yourself."
         )
 
 
 def digests_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """Hash the files of these names that a directory has."""
-    there = (directory / name for name in names)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in there if path.is_file()}
+    digests = {}
+    for name in names:
+        path = directory / name
+        if path.is_file():
+            digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
 def is_as_written(directory: Path, record: str) -> bool:
@@ -261,7 +281,9 @@ def is_as_written(directory: Path, record: str) -> bool:
     PEFT saves into the same directory without a word, and leaves the record of what was there.
     """
     path = directory / record
-    digests = read_json(path).get("sha256", {}) if path.is_file() else None
+    if not path.is_file():
+        return False
+    digests = read_json(path).get("sha256", {})  # a record without hashes decides nothing
     return isinstance(digests, dict) and digests_of(directory, digests) == digests
 
 
@@ -278,12 +300,15 @@ def _shown(value: Any) -> Any:
         return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", value)
     if isinstance(value, dict):
         return {_shown(key): _shown(item) for key, item in value.items()}
-    return [_shown(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return value
 
 
 def read_fields(kind: type[Made], values: Mapping[str, Any]) -> Made:
     """Make a dataclass of values from JSON; those that it does not know, of other versions, are left alone."""
     hints = get_type_hints(kind)
+    # Types are checked here, once, so that code which computes with a field need not expect a text in it.
     for name, hint in hints.items():
         if name in values and not is_of(values[name], hint):
             raise ValueError(f"{kind.__name__} has {name}={values[name]!r}")
@@ -293,13 +318,13 @@ def read_fields(kind: type[Made], values: Mapping[str, Any]) -> Made:
 def is_of(value: Any, hint: Any) -> bool:
     """Check whether a value from JSON is of a type such as `list[str] | None`."""
     origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(is_of(value, one) for one in inner)
+    if origin in (Union, UnionType):  # Optional[X] is the first, X | None the second
+        return any(is_of(value, part) for part in inner)
     if origin is list:
-        return isinstance(value, list) and all(is_of(each, inner[0]) for each in value)
-    if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(is_of(each, inner[1]) for each in value.values())
-    if hint is float:
+        return isinstance(value, list) and all(is_of(item, inner[0]) for item in value)
+    if origin in (dict, Mapping):  # keys of JSON are texts
+        return isinstance(value, dict) and all(is_of(item, inner[1]) for item in value.values())
+    if hint is float:  # JSON writes 1.0 as 1 where another program has saved it
         return isinstance(value, (int, float))
     return hint is Any or isinstance(value, hint)
 
@@ -309,6 +334,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        # A file of JSON lines is no damaged file: it is data that somebody took for a plan or an adapter.
         if getattr(error, "msg", "") == "Extra data":
             raise LoraInitError(f"{path} holds more than one JSON object, as data on JSON lines do.") from error
         raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error

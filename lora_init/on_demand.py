@@ -14,5 +14,6 @@ ON_DEMAND = {
 
 def on_demand(name: str) -> Any:
     """Import what is registered under a name."""
+    # By text: an import statement, even in a function, would tie the middle to packages that may be taken out.
     module, _, attribute = ON_DEMAND[name].partition(":")
     return getattr(import_module(module), attribute)

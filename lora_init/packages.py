@@ -38,6 +38,7 @@ class Group:
         Raises:
             LoraInitError: Several packages have it, or the block failed.
         """
+        # Which one is loaded would depend on the order of installation, so none is.
         entry, *others = self.entries[name]
         where = f"{self.kind} {name!r} of {package_of(entry)}"
         if others:
@@ -52,13 +53,15 @@ class Group:
     def warn_of(self, name: str) -> None:
         """Warn of those that cannot be had, since their name is ours."""
         for entry in self.entries.get(name, ()):
-            text = f"{self.kind} {name!r} of {package_of(entry)} is not used: this name is lora_init's own."
-            warn(text)
+            # Ours win, so that what a name means does not depend on which packages are installed.
+            warn(f"{self.kind} {name!r} of {package_of(entry)} is not used: this name is lora_init's own.")
 
 
 def package_of(entry: EntryPoint) -> str:
     """Return name and version of the package that an entry point is in."""
-    return "an unknown package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+    if entry.dist is None:
+        return "an unknown package"
+    return f"{entry.dist.name} {entry.dist.version}"
 
 
 def check_takes(function: Any, where: str, *arguments: str) -> None:
@@ -70,6 +73,6 @@ def check_takes(function: Any, where: str, *arguments: str) -> None:
     except (TypeError, ValueError):  # some that are written in C do not say
         return
     try:
-        taken.bind(*arguments)
+        taken.bind(*arguments)  # as a call would, without one: names stand for the values
     except TypeError as error:
         raise LoraInitError(f"{where} takes {taken}, and is called with ({', '.join(arguments)}).") from error

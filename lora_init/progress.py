@@ -17,6 +17,7 @@ class Progress:
     def ended(self, text: str, parts: float = 1.0) -> None:
         """Count parts that ended, and print the line about them."""
         self._done += parts
+        # The mean over all parts so far, since single ones differ.
         each = (time.monotonic() - self._began) / self._done
         self._say(text + time_left((self._parts - self._done) * each))
 

@@ -22,7 +22,9 @@ def version_of(tensor: Any) -> int:
     torch counts it for autograd and shows it nowhere else; since 0.4. Without it a tensor that was changed in place
     counts as read already: decline to share rows between layers instead.
     """
-    return 0 if tensor.is_inference() else int(tensor._version)
+    if tensor.is_inference():
+        return 0
+    return int(tensor._version)
 
 
 def goes_backward() -> bool:
@@ -51,8 +53,9 @@ def forget_loader(accelerator: Any, loader: Any) -> None:
     `free_memory` forgets all; since 0.5. Without it a trainer's checkpoint has one more loader: look for what
     `prepare_data_loader` appends to.
     """
+    # Of an accelerator without the list nothing is forgotten, and nothing is raised: see above what that means.
     loaders = getattr(accelerator, "_dataloaders", [])
-    loaders[:] = [other for other in loaders if other is not loader]
+    loaders[:] = [other for other in loaders if other is not loader]  # in place, since accelerate holds this list
 
 
 def cells_of(function: FunctionType) -> list[tuple[CellType, Any]]:
@@ -61,11 +64,11 @@ def cells_of(function: FunctionType) -> list[tuple[CellType, Any]]:
     Of Python's data model; since 3.8 values of cells can be set. Without it a collator that counts in such a variable
     counts what a pass has read.
     """
-    found = []
+    cells = []
     for cell in function.__closure__ or ():
-        with suppress(ValueError):
-            found.append((cell, cell.cell_contents))
-    return found
+        with suppress(ValueError):  # an empty one: its variable was not set yet
+            cells.append((cell, cell.cell_contents))
+    return cells
 
 
 def has_added_adapter(model: Any) -> bool:
@@ -113,4 +116,7 @@ def usage_error() -> Any:
     """
     from typer import BadParameter
 
-    return next(kind for kind in BadParameter.__mro__ if kind.__name__ == "UsageError")
+    for kind in BadParameter.__mro__:
+        if kind.__name__ == "UsageError":
+            return kind
+    raise LookupError("typer.BadParameter is no UsageError")
