@@ -53,7 +53,7 @@ class Message(Exception):
         super().__init__(self.spelled(in_python))
 
     def spelled(self, spell: Spell) -> str:
-        """Write it, with options as `spell` does, in one line; a name that stands in a value stays."""
+        """Return the message in one line, with each option as `spell` writes it."""
         # Not by `str.format`: a value may have braces of its own, and all are replaced in one go, so that a name in
         # braces within a value stays.
         options = {f"{{{name}}}": spell(name, value) for name, value in self.options.items()}
@@ -66,7 +66,7 @@ class LoraInitError(Message, ValueError):
     """Says where something is wrong, what was got and expected, and what to do about it, in one line."""
 
     def within(self, where: str = "", remedy: str = "", **options: Any) -> LoraInitError:
-        """Return the same with a place before it, and what else to do about it."""
+        """Return the same error with a place before its text, and a remedy after it."""
         text = f"{where}: {self.text}" if where else self.text
         return LoraInitError(f"{text} {remedy}", **self.options | options)
 
@@ -162,7 +162,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten what another library says to its first line, at most 300 characters, ending in a full stop."""
+    """Return the first line of another library's error, at most 300 characters, ending in a full stop."""
     for line in str(error).splitlines():
         if line.strip():
             return _shortened(line.strip())
@@ -170,7 +170,7 @@ def first_line(error: BaseException) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Join all lines of what another library says, at most 300 characters, ending in a full stop."""
+    """Join all lines of another library's error, at most 300 characters, ending in a full stop."""
     return _shortened(" ".join(str(error).split()) or type(error).__name__)
 
 
@@ -183,14 +183,14 @@ def _shortened(text: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a real number, as of Python or numpy, and no truth value."""
+    """Return whether a value is a real number, of Python or numpy; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_number(
     name: str, value: Any, least: float = 0, *, whole: bool = False, above: bool = False, hint: str = ""
 ) -> None:
-    """Refuse what is no finite number of at least `least`, or `above` it, or is not `whole` where that is meant."""
+    """Refuse anything but a finite number of at least `least`; with `above` a larger one, with `whole` a whole one."""
     fits = is_number(value) and (isinstance(value, Integral) or not whole)
     # The comparison refuses NaN, too. 2**63 is the first whole number that torch cannot hold.
     if not fits or not least <= value < 2**63 or (above and value == least):

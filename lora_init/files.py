@@ -39,14 +39,14 @@ _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
 def as_path(value: Any, needed: str) -> Path:
-    """Return a path of the caller's; refuse what is none, such as a model."""
+    """Return a path that the caller passed; refuse anything that is none, such as a model."""
     if not isinstance(value, (str, os.PathLike)):
         raise LoraInitError(f"{needed} is needed, as a path, and got {type(value).__name__}.")
     return Path(value).expanduser()
 
 
 def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
-    """Find out, before the work, whether a command may write a file of its own to this path.
+    """Check, before the work, that a command may write its file to this path.
 
     An existing file is replaced only if `overwrite`, and only if it is of the same kind, one of `_BEGINNINGS`.
     """
@@ -96,7 +96,7 @@ def check_place(path: Path) -> None:
 
 
 def _beginning(path: Path) -> bytes:
-    """Read what tells the kind of a file: the first 4 KiB, of a safetensors file the whole header."""
+    """Read the part that shows what kind a file is: the first 4 KiB, of a safetensors file the whole header."""
     with path.open("rb") as file:
         start = file.read(4096)
         # A header with thousands of layers is longer than that, and its `format` may stand at the end.
@@ -306,7 +306,7 @@ def _shown(value: Any) -> Any:
 
 
 def read_fields(kind: type[Made], values: Mapping[str, Any]) -> Made:
-    """Make a dataclass of values from JSON; those that it does not know, of other versions, are left alone."""
+    """Make a dataclass of values from JSON; keys that it does not know, of other versions, are ignored."""
     hints = get_type_hints(kind)
     # Types are checked here, once, so that code which computes with a field need not expect a text in it.
     for name, hint in hints.items():

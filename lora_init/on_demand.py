@@ -1,4 +1,4 @@
-"""What few use, each behind a line here: no package in the middle imports it, and without it all else works."""
+"""Features that few use, each registered here: no package in the middle imports them, and all else works without."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Group:
             raise LoraInitError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
 
     def warn_of(self, name: str) -> None:
-        """Warn of those that cannot be had, since their name is ours."""
+        """Warn about entry points of a name that lora_init has itself: they are not used."""
         for entry in self.entries.get(name, ()):
             # Ours win, so that what a name means does not depend on which packages are installed.
             warn(f"{self.kind} {name!r} of {package_of(entry)} is not used: this name is lora_init's own.")

@@ -1,4 +1,4 @@
-"""What this package takes of other libraries that they do not call public: nothing else does, see its test.
+"""The only place that uses what other libraries do not call public; a test holds that.
 
 Each function has one use. If a new release breaks one, its test names it.
 """

@@ -1,4 +1,4 @@
-"""The command line: `lora-init`, its commands, and `env`, what a bug report needs to say."""
+"""The command line: `lora-init`, its commands, and `env`, which prints what a bug report needs."""
 
 from __future__ import annotations
 

@@ -64,7 +64,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     # typer makes options of a signature. The one that it sees here has an option for each field of the dataclasses;
     # `run` puts them together again, so that the function gets the dataclasses that it declares.
     own = _parameters(function)
-    groups: dict[str, Any] = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
+    groups: dict[str, Any] = {}
+    for parameter in own:
+        if is_dataclass(parameter.annotation):
+            groups[parameter.name] = parameter.annotation
 
     @functools.wraps(function)
     def run(context: typer.Context, quiet: bool, verbose: bool, as_json: bool, help_all: bool, **options: Any) -> None:
@@ -75,9 +78,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                     check_output(options[name], what)
             running.wanted = None
             if not options.get("options"):  # a multiple choice reads its columns by rules of its own
-                running.wanted = Wanted(**{one.name: options.get(one.name) for one in fields(Wanted)})
+                running.wanted = Wanted(**{field.name: options.get(field.name) for field in fields(Wanted)})
             for name, kind in groups.items():
-                options[name] = kind(**{one.name: options.pop(one.name) for one in _options(kind)})
+                options[name] = kind(**{field: options.pop(field) for field in offered(kind)})
             function(**options)
 
     parameters: list[inspect.Parameter] = []
@@ -104,7 +107,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _options(kind: Any) -> Iterator[inspect.Parameter]:
-    """Yield as options the fields of a dataclass that say how: `kind` is the type of the text, `first` comes first."""
+    """Yield the fields of a dataclass that are options. `kind` is the type of what is typed, `first` is for --help."""
     for parameter in _parameters(kind):
         metadata = getattr(parameter.annotation, "__metadata__", ())
         declared = metadata[0] if metadata else None
@@ -122,4 +125,7 @@ def _options(kind: Any) -> Iterator[inspect.Parameter]:
 
 def offered(*kinds: Any) -> list[str]:
     """Return the names of those fields of these dataclasses that the command line offers."""
-    return [one.name for kind in kinds for one in _options(kind)]
+    names = []
+    for kind in kinds:
+        names += [parameter.name for parameter in _options(kind)]
+    return names

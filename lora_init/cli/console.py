@@ -38,7 +38,7 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def busy(text: str) -> Status:
-    """Show on stderr what is going on, where that is a terminal; a context manager."""
+    """Return a context manager that shows on stderr what is going on, if that is a terminal."""
     console = make_console(stderr=True)
     console.quiet = running.quiet
     return console.status(text)  # prints nothing where stderr is no terminal
@@ -94,7 +94,7 @@ def one_line_errors() -> Iterator[None]:
 
 @dataclass
 class Running:
-    """The command that runs: its options by the name of the argument, as switched on and off, and how much it says."""
+    """The command that runs: how its options are typed, by argument, on and off; and how much it prints."""
 
     options: dict[str, tuple[str, str]] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)  # arguments that are on the command line
@@ -116,7 +116,7 @@ def given(arguments: Iterable[str]) -> list[str]:
 
 
 def refuse_idle(arguments: Iterable[str], why: str) -> None:
-    """Refuse options that are on the command line and would say nothing."""
+    """Refuse options that are on the command line and would have no effect."""
     idle = given(arguments)
     if not idle:
         return
@@ -125,7 +125,7 @@ def refuse_idle(arguments: Iterable[str], why: str) -> None:
 
 
 def in_words(name: str, value: Any) -> str:
-    """Write an option as the command that runs does: `--rank 64`, `--overwrite`, `--no-center`; others as arguments."""
+    """Write an option as it is typed: `--rank 64`, `--overwrite`, `--no-center`; as an argument if there is none."""
     if name not in running.options:
         return in_python(name, value)
     on, off = running.options[name]

@@ -25,7 +25,7 @@ _MERGED_SAMPLES = 32  # examples at most, of which the divergence takes 512 toke
 # than a check at every field, and `LoraInitError`, which already says what is wrong, passes through.
 @contextmanager
 def damage_of(*paths: Path) -> Iterator[None]:
-    """Raise that a file is damaged where what it says has another form than anything lora_init or PEFT writes."""
+    """Raise that a file is damaged, where its content has a form that neither lora_init nor PEFT writes."""
     try:
         yield
     except LoraInitError:
@@ -89,7 +89,7 @@ def describe_intruders(
 def describe_merge(
     path: Path, dtype: str, base: str | None, statistics: Path | None, data: str | None, reading: Reading
 ) -> dict[str, Any]:
-    """Compute what is there of an adapter after a merge that is rounded to a type, layer by layer; measure it on data.
+    """Compute how much of an adapter is left after a merge that is rounded to a type, by layer; measure it on data.
 
     The base's weights are read tensor by tensor, and loaded only where there are data.
     """
@@ -127,7 +127,7 @@ def describe_merge(
 
 
 def describe(path: str | Path, length: Length | None = None, base: str | None = None) -> dict[str, Any]:
-    """Read what statistics, a plan, an adapter or a comparison are and hold, as plain values.
+    """Read what statistics, a plan, an adapter or a comparison hold, as plain values.
 
     Any LoRA directory of PEFT will do; where it comes from is known only if lora_init made it, before or after
     training. Of statistics only shapes are read.

@@ -137,7 +137,7 @@ def dial(
 
 
 def _check_options(data: str | None, keep: str | None, strength: float | None) -> None:
-    """Refuse options that need data where there are none, and the task's own data as text to keep."""
+    """Refuse options that need DATA if there is none, and the task's own data as text to keep."""
     if data is None and (strength is None or keep is not None):
         reason = "strengths are chosen on its task" if strength is None else "--keep is measured beside the task"
         raise LoraInitError(f"{reason}: name DATA, or --strength 0.8 alone for that strength in all layers.")

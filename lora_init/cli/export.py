@@ -106,7 +106,7 @@ def export(
     if len(places) == 1:
         print_result(summaries[0], lambda console, values: _show(console, exports[0], values.get("losses")), True)
         return
-    show = partial(_show_all, exports, _base_named([places[one.path] for one in exports], base))
+    show = partial(_show_all, exports, _base_named([places[exported.path] for exported in exports], base))
     print_result(summaries, show, written=True)
     if len(exports) < len(places):
         raise SystemExit(FAILED)

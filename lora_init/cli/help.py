@@ -16,7 +16,7 @@ _PANELS = (
 _WHOLE = "lora_init.whole_help"
 _UNBROKEN = "\u2011"  # a hyphen at which no line ends, in place of those within names, such as lora-ga
 _WIDEST, _NARROW = 70, 40  # columns of an option and what it takes, in --help-all and in --help
-# What is said of a number or a default in the form of Python or of a range.
+# How click writes a number, a range or a default, and what is shown instead.
 _CLUTTER = [(r" range>", ">"), (r"; (x|\d+)[<>]=?.*?(?=\])", ""), (r"\s*\[(x|\d+)[<>]=?[^\]]*\]", ""),
             (r"\[default: \((.*?)\)\]", r"[default: \1]"), (r"<list\[Path\]>", "<path>"),
             (r"<list\[(\w+)\]>", r"<\1>")]  # fmt: skip

@@ -161,7 +161,7 @@ _WITH_BANK = ("task_type", "lora_alpha", "gamma", "weights", "unchecked", "seed"
 
 
 def _check_words(method: str | None, data: str | None, from_bank: FromBank, learning_rate: float | None) -> None:
-    """Refuse options that do not go together, or would say nothing."""
+    """Refuse options that do not go together, or would have no effect."""
     # One without the other would be a start from nowhere, or a bank that nobody reads.
     if (method == FROM_BANK) != (from_bank.bank is not None) or (method == FROM_BANK and data is None):
         raise LoraInitError("--method from-bank and --bank go together, and need DATA: examples of the new task.")

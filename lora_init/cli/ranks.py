@@ -342,7 +342,7 @@ def ranks(
     if tool is not None:
         _print_for_tool(tool, stats, plan, output, lora_alpha, use_rslora)
         return
-    several = [{"plan": label, **plan_to_dict(one)} for label, one in plans.items()]
+    several = [{"plan": label, **plan_to_dict(each)} for label, each in plans.items()]
     next_command = _init_command(stats.provenance.model_id, statistics, output)
 
     def show(console: Console, _: Any) -> None:
@@ -378,8 +378,8 @@ def _print_for_tool(
 
 def _check_budgets(dtype: str | None, coverage: str | None, plans: Sequence[Mapping[str, Any]]) -> None:
     """Refuse what only some budgets read, where no plan has one of them."""
-    _refuse(dtype and not any(one.get("megabytes") for one in plans), "--dtype is for --megabytes.")
-    _refuse(coverage and not any(one.get("variance") for one in plans), "--coverage is for --variance.")
+    _refuse(dtype and not any(plan.get("megabytes") for plan in plans), "--dtype is for --megabytes.")
+    _refuse(coverage and not any(plan.get("variance") for plan in plans), "--coverage is for --variance.")
 
 
 def _refuse(condition: object, message: str) -> None:

@@ -150,7 +150,7 @@ def load_named(
 def collect_named(
     names: Names, model: nn.Module, examples: Examples, config: InitConfig, stored: Statistics | None, rho: float
 ) -> tuple[Statistics, InitConfig]:
-    """Use the statistics file, or go on with it, or make it."""
+    """Use the statistics file as it is, continue it, or make it."""
     if stored is not None and names.data is None:
         _check_made_for(stored, model, config)
         _say_used(stored)
@@ -174,7 +174,7 @@ def collect_named(
 
 
 def find_statistics(names: Names, config: InitConfig) -> Statistics | None:
-    """Read the statistics file if it is there; refuse to go without data where it does not replace them."""
+    """Read the statistics file if it exists; refuse a command without DATA if it does not."""
     if config.sample.label is not None and config.run.token_mask == "labels":
         raise LoraInitError(f"--label {config.sample.label}: a class is no --token-mask labels. Leave it out.")
     file = names.file
@@ -224,7 +224,7 @@ def _time_written(file: Path | None) -> int | None:
 
 @contextmanager
 def _saying_what_is_kept(file: Path | None) -> Iterator[None]:
-    """Print what is kept of a pass that did not come to its end."""
+    """Print what is kept of a pass that was stopped."""
     try:
         yield
     except (KeyboardInterrupt, Exception) as stop:

@@ -1,4 +1,4 @@
-"""What `lora-init init` says of the adapter that it wrote, as plain values and in words."""
+"""The summary of the adapter that `lora-init init` wrote, as plain values and in words."""
 
 from __future__ import annotations
 

@@ -116,7 +116,11 @@ def verify(
             results[directory] = _verify_one(directory, loaded, prompts, server, served[directory], n)
     # What an export lost is no fault of the server.
     bad_verdicts = {verification.verdict for verification in results.values()} - {AS_TRAINED, AS_EXPORTED}
-    wrong = [one for one in names if one in failures.texts or results[one].verdict in bad_verdicts]
+    # Those that could not be asked, and those of which something else is served.
+    wrong = []
+    for directory in names:
+        if directory in failures.texts or results[directory].verdict in bad_verdicts:
+            wrong.append(directory)
     if wrong:
         next_command = f"lora-init inspect {shlex.quote(str(wrong[0]))} --base {shlex.quote(source)}"
     else:
@@ -245,7 +249,7 @@ def _request(url: str, model: str, as_chat: bool) -> str:
 
 def _check_adapters(directories: list[Path]) -> None:
     """Refuse to ask about nothing; where some are adapters, the others are reported beside them."""
-    if not any((one.expanduser() / "adapter_config.json").is_file() for one in directories):
+    if not any((directory.expanduser() / "adapter_config.json").is_file() for directory in directories):
         raise LoraInitError(f"{directories[0]} is no adapter directory: it has no adapter_config.json.")
 
 
