@@ -106,11 +106,11 @@ def _read_pairs(text: str, where: str) -> dict[str, Any]:
 
 def _number(text: str) -> int | float | str:
     """Read a number. Anything else stays text, such as 2.5M, which `allocate_ranks` reads or refuses."""
-    if text.isdecimal():
-        return int(text)
     try:
+        if text.isdecimal():
+            return int(text)
         return float(text)
-    except ValueError:
+    except ValueError:  # Python reads no number of more than 4,300 digits either
         return text
 
 

@@ -51,7 +51,7 @@ class Opened:
 
 def are_of_classes(names: Names, stored: Statistics | None) -> bool:
     """Return whether there are statistics of classes, and no data."""
-    if names.data is not None or stored is None:
+    if names.data is not None or not stored:
         return False
     # The start that is recommended for classes needs gradients.
     return stored.provenance.gradients and "classes" in stored.provenance.settings
@@ -73,7 +73,7 @@ def check_named(
     find_device(device)  # refuses a GPU that is not there
     # A pass keeps more directions than the rank, so that a plan may give a layer more than the average.
     ranks, rho_of_file = config.ranks, SPARE
-    if stored is not None:
+    if stored:
         rho_of_file = stored.provenance.rho or SPARE
     if names.ranks_from is None:
         plan = None
