@@ -109,7 +109,7 @@ def explain(error: BaseException, spell: Spell = in_python) -> str:
             return _how_to_install(library)
     reason = first_line(error)
     if isinstance(error, OSError):
-        # Those of the system have both. transformers and the hub raise some that have a text alone.
+        # Errors from the system have both. transformers and the hub raise some that have a text alone.
         if error.filename is not None and error.strerror:
             return f"{error.filename}: {error.strerror}."
         return reason

@@ -64,7 +64,7 @@ def _one_line_usage() -> Iterator[None]:
 
 
 class _Commands(ListedCommands):
-    # Options of the program are read in the first, those of its commands in the second.
+    # The first reads options of the program, the second reads options of its commands.
     def make_context(self, *words: Any, **more: Any) -> Any:
         with _one_line_usage():
             return super().make_context(*words, **more)

@@ -110,7 +110,7 @@ def describe_merge(
     total = sum(layers.values(), Kept())  # adds the parts of the ratios, so that those are of the whole adapter
     measured, lost = None, None
     if data is not None:
-        # In float32, so that what is measured is the rounding of the merge and not that of the pass.
+        # In float32, so that only the merge rounds, and not the pass that measures it.
         with busy(f"loading {plain.source}"):
             loaded = load_model(plain.source, dtype="float32")
         batches = load_batches(data, loaded.tokenizer, **vars(reading), samples=_MERGED_SAMPLES)

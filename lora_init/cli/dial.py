@@ -152,7 +152,7 @@ def _check_options(data: str | None, keep: str | None, strength: float | None) -
 def replay(
     model: Annotated[str, Argument(help="Directory or hub id of the model.", show_default=False)],
     output: Annotated[Path, Option("--output", "-o", help="JSON lines to write.", show_default=False)],
-    # The defaults are those of `lora_init.replay`, whose module imports torch.
+    # `lora_init.replay` has the same defaults; its module imports torch.
     n: Annotated[int, Option("--n", min=1, help="Number of texts.")] = 256,
     length: Annotated[int, Option(min=1, help="Tokens of a text, of an answer at most.")] = 64,
     seed: Annotated[int, Option(min=0, help="Seed of what is drawn.")] = 0,

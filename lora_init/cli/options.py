@@ -45,7 +45,7 @@ WrittenAs = Literal["float32", "float16", "bfloat16"]
 MaxLength = Annotated[int, Option(rich_help_panel="Data", **as_declared(Sample, "max_length"))]
 
 
-# Fields are annotated as those of `init_config` are, see there; `cli/commands.py` makes options of them.
+# Fields are annotated as in `init_config`, see there; `cli/commands.py` makes options of them.
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """How the weights of a model are read."""

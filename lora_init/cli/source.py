@@ -204,7 +204,7 @@ def _check_made_for(stats: Statistics, model: nn.Module, config: InitConfig) -> 
     # The fingerprint is of weights alone; the same weights compute something else under another config.
     if odd := differing_config(made.settings, model_config(model)):
         raise LoraInitError(f"{stats.path} was made from this model with {odd}. Make it anew: name DATA.")
-    # Only a type that was typed: by default the model has that of its checkpoint, and the file is used all the same.
+    # Only a type that was typed: by default the checkpoint decides, and the file is used all the same.
     if given(("dtype",)) and made.settings.get("dtype", dtype_of(model)) != dtype_of(model):
         raise LoraInitError(f"{stats.path} was made in {made.settings['dtype']}. Leave --dtype out, or name DATA.")
     targets = find_targets(model, **vars(config.layers))

@@ -147,7 +147,7 @@ def show_bank_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 def _notes(built: AdapterInit, ranks: RankAllocation) -> list[str]:
     notes = []
-    # These depend on the options of the adapter, those of `Statistics` and of the plan on what was found.
+    # These depend on the options of the adapter; notes of the statistics and the plan depend on what was measured.
     if built.start.needs_gradient:  # of 256 examples, a third held out, labels made a held-out loss 20 % lower
         notes.append("it has seen the labels of these examples: judge what you train from it by others.")
     if built.use_dora and ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes"):

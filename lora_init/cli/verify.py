@@ -116,7 +116,7 @@ def verify(
             results[directory] = _verify_one(directory, loaded, prompts, server, served[directory], n)
     # What an export lost is no fault of the server.
     bad_verdicts = {verification.verdict for verification in results.values()} - {AS_TRAINED, AS_EXPORTED}
-    # Those that could not be asked, and those of which something else is served.
+    # Adapters that could not be asked about, or in whose place something else is served.
     wrong = []
     for directory in names:
         if directory in failures.texts or results[directory].verdict in bad_verdicts:
@@ -191,7 +191,7 @@ def _bases_of(served: Iterable[Path], base: str | None, trusted: bool, failures:
 def _asks_as_chat(server: Server, model: str, prefers_chat: bool) -> bool:
     """Return whether a server gives log-probabilities of chats or of texts, the preferred form first."""
     for as_chat in (prefers_chat, not prefers_chat):
-        # An answer without log-probabilities is empty, and so is that of a server that has no such address.
+        # The result is empty if the answer has no log-probabilities, or if the server has no such address.
         if server.ask(model, _HELLO[as_chat]):
             return as_chat
     raise LoraInitError(f"{server.url} gives no log-probabilities, neither of texts nor of chats.")
