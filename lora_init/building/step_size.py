@@ -113,24 +113,24 @@ def _lowest(measure: Callable[[float], float], first: float) -> float:
     return min((best, best * 2.0, best / 2.0), key=measure)  # of equal losses the first, `best`
 
 
-def most_aside(batch_size: int) -> int:
+def most_held_out(batch_size: int) -> int:
     """Return how many examples are held out where there are plenty: four batches, and at least 16."""
     return max(_N_BATCHES * batch_size, LEAST)
 
 
-def n_aside(n_examples: int, batch_size: int) -> int:
-    """Return how many examples are held out: `most_aside`, but at most a quarter of those that there are.
+def n_held_out(n_examples: int, batch_size: int) -> int:
+    """Return how many examples are held out: `most_held_out`, but at most a quarter of those that there are.
 
     Example:
-        >>> [n_aside(n, batch_size=4) for n in (256, 40, 2)], n_aside(256, batch_size=1)
+        >>> [n_held_out(n, batch_size=4) for n in (256, 40, 2)], n_held_out(256, batch_size=1)
         ([16, 8, 1], 16)
     """
-    n = min(most_aside(batch_size), n_examples // 4)
+    n = min(most_held_out(batch_size), n_examples // 4)
     return max(1, n // batch_size * batch_size or n)  # whole batches, if there is one
 
 
-def set_aside(batches: Iterable[Any], more: Iterable[Any] = ()) -> tuple[list[Any], Iterable[Any]]:
-    """Hold out `n_aside` examples for the search; return batches of them, and of the others for the statistics.
+def hold_out(batches: Iterable[Any], more: Iterable[Any] = ()) -> tuple[list[Any], Iterable[Any]]:
+    """Hold out `n_held_out` examples for the search; return batches of them, and of the others for the statistics.
 
     They are taken from `more`, if enough, else the first of all. No example is in both: equal tokens are one example.
     A batch whose values are not one for each example is taken whole and counts as 4. A lone batch serves both.
@@ -143,7 +143,7 @@ def set_aside(batches: Iterable[Any], more: Iterable[Any] = ()) -> tuple[list[An
         known, new = _names_in(_named(batches)), _names_in(spare)
         new -= known
         total = len(known) + len(new)
-        if len(new) >= min(LEAST, n_aside(total, len(spare[0][1]))):
+        if len(new) >= min(LEAST, n_held_out(total, len(spare[0][1]))):
             _warn_of_few(len(new), total)
             return _once(spare, new), batches
     # A generator: of a stream no more is read than what is needed now, the rest while the statistics are collected.
@@ -151,7 +151,7 @@ def set_aside(batches: Iterable[Any], more: Iterable[Any] = ()) -> tuple[list[An
     head, different = _read_enough(stream)
     if not head:
         return [], []
-    chosen = set(islice(different, n_aside(len(different), len(head[0][1]))))
+    chosen = set(islice(different, n_held_out(len(different), len(head[0][1]))))
     _warn_of_few(len(chosen), len(different))
     rest = list(_without(head, chosen))
     if not rest:  # a lone batch, or copies of one
@@ -179,7 +179,7 @@ def _read_enough(stream: Iterator[_Named]) -> tuple[list[_Named], dict[Any, None
     for batch, examples in stream:
         head.append((batch, examples))
         different |= dict.fromkeys(examples)
-        if len(different) >= 4 * most_aside(len(head[0][1])):
+        if len(different) >= 4 * most_held_out(len(head[0][1])):
             break
     return head, different
 

@@ -228,8 +228,8 @@ def start_from(
         order = neighbours(bank, embeddings, stored, similarity)
         # Without labels there is no loss to choose a size by, and the adapters are taken at their full size.
         loss_of = None
-        if any("labels" in batch for batch in examples.aside):
-            loss_of = partial(mean_loss, batches=[*examples.aside])
+        if any("labels" in batch for batch in examples.held_out):
+            loss_of = partial(mean_loss, batches=[*examples.held_out])
         return start_from_bank(
             bank, loaded.model, embeddings, loss_of, config.start.way, rank=config.ranks.rank, shape=config.shape,
             order=order,

@@ -81,7 +81,7 @@ def dial(
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.adapters.peft_model import with_adapter
         from lora_init.files import check_free
-        from lora_init.keep.dial import KEPT_BATCH, Rule, check_dialable, check_enough, turn
+        from lora_init.keep.dial import KEPT_BATCH, Rule, check_dialable, check_enough, choose_dial
         from lora_init.keep.dialed import OURS, Dial, write_dialed
         from lora_init.loading.batches import load_batches, load_other
         from lora_init.loading.models import open_model
@@ -121,7 +121,7 @@ def dial(
             check_enough(kept.n, f"--keep {keep}")
         loaded = loading.load(source)
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
-            dialed = turn(model, rule, batches, kept, source.tokenizer, seed, say)
+            dialed = choose_dial(model, rule, batches, kept, source.tokenizer, seed, say)
     path = write_dialed(output, trained, plain, dialed, overwrite, alpha_pattern)
     summary = {"written": str(path)} | dialed.summary()
     # As it was written: how it is exported depends on what it holds, such as an alpha_pattern.

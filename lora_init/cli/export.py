@@ -96,7 +96,10 @@ def export(
         except LoraInitError as error:
             if len(places) == 1:  # a single one ends the command, as errors of other commands do
                 raise
-            summaries.append(_failure(error, directory, place))
+            failed = _failure(error, directory, place)
+            if data is not None:  # all rows of the table have the same columns
+                failed["losses"] = None
+            summaries.append(failed)
             continue
         exports.append(exported)
         summary = exported.to_dict()
@@ -281,5 +284,6 @@ def _row(summary: Mapping[str, Any]) -> dict[str, str]:
     smaller = summary["smaller"]
     row["at the next smaller rank"] = "rank {}: {:.2%}".format(*smaller) if smaller else ""
     if "losses" in summary:
-        row["loss before, after"] = "{:.4f}, {:.4f}".format(*summary["losses"])
+        losses = summary["losses"]
+        row["loss before, after"] = "{:.4f}, {:.4f}".format(*losses) if losses else ""
     return row

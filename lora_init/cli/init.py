@@ -149,7 +149,7 @@ def init(
     # With DATA the ranks are known only now: they are made from what the pass has measured.
     planned = plan or allocate_ranks(stats, config.ranks.rank, config.ranks.rho)
     with busy(f"computing the start {config.start.name}"):
-        built = pipeline.build(loaded.model, stats, planned, config, opened.examples.aside)
+        built = pipeline.build(loaded.model, stats, planned, config, opened.examples.held_out)
     built = replace(built, learning_rate=learning_rate, length=opened.length)
     if not process_rank():
         built.save_pretrained(output, overwrite=overwrite, model=loaded.model)

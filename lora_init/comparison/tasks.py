@@ -155,8 +155,6 @@ class LoadingOptions:
     trust_remote_code: bool = False  # allow code that comes with the model
 
 
-Loading = LoadingOptions  # the name that `benchmarks/` and the tests of options import
-
 REPORT, SELECTION = 256, 128
 # With fewer examples to report only large differences mean anything.
 FEW = 100

@@ -21,7 +21,7 @@ import lora_init
 from lora_init.adapters.measured_rate import measure_rate
 from lora_init.building.pipeline import split
 from lora_init.building.quantized import QuantizationErrors
-from lora_init.building.step_size import n_aside
+from lora_init.building.step_size import n_held_out
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import text_loss
 from lora_init.collection.processes import digest_of
@@ -276,7 +276,7 @@ class Workbench:
     def _n_held_out(self) -> int:
         """Count the batches that the size of a step is measured on."""
         size = self.training.batch_size
-        return max(1, n_aside(len(self.task.train), size) // size)
+        return max(1, n_held_out(len(self.task.train), size) // size)
 
     def _fill(
         self, record: RunRecord, run: Run, on_step: Callable[[], None], files: dict[str, bytes] | None
@@ -346,7 +346,7 @@ class Workbench:
             return collected[-1]
 
         def held_out_batches() -> Sequence[Any]:
-            return split(self._batches(seed, 0, n), self._batches(seed, n, self._n_held_out())).aside
+            return split(self._batches(seed, 0, n), self._batches(seed, n, self._n_held_out())).held_out
 
         loaded = self.loaded
         if variant.base == FULL and self.float_model is not None:

@@ -247,7 +247,7 @@ def dial(
             )
         dialed = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
     else:
-        dialed = turn(model, rule, batches, keep, tokenizer, seed, say)
+        dialed = choose_dial(model, rule, batches, keep, tokenizer, seed, say)
     # Into B and not into `scaling`, which is not saved: PEFT computes it anew from the configuration.
     for at, b in _outputs(model).items():
         b.data *= dialed.strengths[at]
@@ -266,7 +266,7 @@ def _check_scalable(layers: Mapping[str, Any], where: str) -> None:
             )
 
 
-def turn(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, seed: int, say: Say) -> Dial:
+def choose_dial(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, seed: int, say: Say) -> Dial:
     """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
     shifted = shifts_labels(model)
     task = _read(as_batches(batches, model, seed), "batches", shifted)

@@ -25,7 +25,7 @@ def test_what_a_step_is_measured_on_is_no_part_of_the_statistics(n, left):
     config = choose(InitConfig.from_arguments("test", "lora-one", samples=256, batch_size=4), classifies=False)
     batches, beyond = read(rows, byte_tokenizer(), config, seq2seq=False, known=())
     found = split(batches, beyond)
-    assert [sum(len(b["input_ids"]) for b in part) for part in (found.aside, found.batches)] == [16, left]
+    assert [sum(len(b["input_ids"]) for b in part) for part in (found.held_out, found.batches)] == [16, left]
     if left < 256:  # a statistics file of the whole sample is another one
         assert found.batches.settings["set aside"] == 16 and found.data == f"{batches.description}, 16 set aside"
     else:

@@ -9,7 +9,7 @@ import lora_init
 from lora_init import find_step_size, mean_loss
 from lora_init.adapters.card import start_in_words
 from lora_init.building.build import build_adapter
-from lora_init.building.step_size import set_aside
+from lora_init.building.step_size import hold_out
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from tests.collection.made import labelled
@@ -105,7 +105,7 @@ def numbered(n, size=4):
 @pytest.mark.parametrize(("n", "expected"), [(17, 4), (20, 4), (40, 8), (64, 16), (257, 16)])
 def test_a_quarter_is_set_aside_until_it_is_sixteen(n, expected):
     with pytest.warns(UserWarning, match=f"on {expected} of {n} different") if expected < 16 else nullcontext():
-        aside, others = set_aside(iter(numbered(n)))
+        aside, others = hold_out(iter(numbered(n)))
     aside, others = rows_of(aside), rows_of(others)
     assert len(aside) == expected and aside + others == rows_of(numbered(n))
 
@@ -114,7 +114,7 @@ def test_no_example_is_on_both_sides_however_often_it_is_there():
     # 16 different ones, eight times each, padded in two ways
     batches = [of((1, i % 8), (2, i % 8), width=2 + i // 8 % 2) for i in range(64)]
     with pytest.warns(UserWarning, match="on 4 of 16 different examples"):
-        aside, others = set_aside(batches)
+        aside, others = hold_out(batches)
     aside, others = rows_of(aside), rows_of(others)
     assert len(aside) == len(set(aside)) == 4 and len(others) == 12 * 8
     assert not set(aside) & set(others) and len(set(others)) == 12
@@ -123,12 +123,12 @@ def test_no_example_is_on_both_sides_however_often_it_is_there():
 def test_batches_without_rows_are_set_aside_whole():
     """Pictures cut into patches, say: not one for each example."""
     batches = [{"input_ids": torch.ones(2, 3), "pixel_values": torch.ones(7, 3)} for _ in range(40)]
-    aside, others = set_aside(iter(batches))
+    aside, others = hold_out(iter(batches))
     assert [id(one) for one in (*aside, *others)] == [id(one) for one in batches] and len(aside) == 4
     with pytest.warns(UserWarning, match="on 1 of 4 different examples"):
-        aside, others = set_aside(batches[:1])
+        aside, others = hold_out(batches[:1])
     assert aside == list(others) == batches[:1]
-    assert set_aside([]) == ([], [])
+    assert hold_out([]) == ([], [])
 
 
 def modes(model):

@@ -86,7 +86,7 @@ def test_the_seed_draws_the_task_and_the_text_to_keep(place, tmp_path, monkeypat
         seen.append([sorted(row.tolist() for batch in some for row in batch["input_ids"]) for some in (task, kept)])
         raise LoraInitError("enough")
 
-    monkeypatch.setattr("lora_init.keep.dial.turn", read)
+    monkeypatch.setattr("lora_init.keep.dial.choose_dial", read)
     words = ["dial", place / "trained", place / "task.txt", "--keep", place / "text.txt", "--samples", 37]
     for seed in (0, 0, 1):
         assert_one_line_error(run(*words, "-o", tmp_path / "kept", "--seed", seed), "enough")

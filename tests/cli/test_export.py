@@ -55,6 +55,16 @@ def test_several_are_written_beside_each_other(trained, tmp_path):
     assert mixed[0]["error"] == 0.0 and "no adapter_model.safetensors" in mixed[1]["failed"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_losses_of_those_that_are_written_stand_beside_one_that_failed(trained, tmp_path, order):
+    broken = train(tmp_path / "base", tmp_path / "broken", target_modules=["q_proj"], r=2)
+    (broken / "adapter_model.safetensors").unlink()
+    options = "-o", tmp_path / "served", "--data", tmp_path / "data.jsonl"
+    done = run("export", *[trained, broken][::order], *options)
+    assert done.exit_code == 1 and "loss before, after" in done.stdout, done.output
+    assert "failed" in done.stdout and "no adapter_model.safetensors" in done.stderr
+
+
 @pytest.mark.parametrize("options, message", [
     (["--engine", "lama.cpp"], "engine 'lama.cpp' is unknown. Did you mean llama.cpp?"),
     (["--engine", "mlx", "--keep-ranks"], "mlx takes one rank for all layers."),
