@@ -96,10 +96,7 @@ def export(
         except LoraInitError as error:
             if len(places) == 1:  # a single one ends the command, as errors of other commands do
                 raise
-            failed = _failure(error, directory, place)
-            if data is not None:  # all rows of the table have the same columns
-                failed["losses"] = None
-            summaries.append(failed)
+            summaries.append(_failure(error, directory, place, measured=data is not None))
             continue
         exports.append(exported)
         summary = exported.to_dict()
@@ -157,8 +154,11 @@ def _base_named(directories: Sequence[Path], base: str | None) -> str | None:
     return "" if len(bases) == 1 else None
 
 
-def _failure(error: LoraInitError, directory: Path, place: Path) -> dict[str, Any]:
-    """Print why one of several adapters was not written; return its summary, in which all else is empty."""
+def _failure(error: LoraInitError, directory: Path, place: Path, measured: bool) -> dict[str, Any]:
+    """Print why one of several adapters was not written; return its summary, in which all else is empty.
+
+    It has the keys that the others have, as the table needs: also the losses, where they are `measured`.
+    """
     from lora_init.serving.export import Exported
 
     text = explain(error, in_words)
@@ -166,6 +166,8 @@ def _failure(error: LoraInitError, directory: Path, place: Path) -> dict[str, An
         text = f"{directory}: {text}"
     print_error(text)
     empty = {field.name: None for field in fields(Exported)}
+    if measured:
+        empty["losses"] = None
     return empty | {"path": str(place), "failed": text}
 
 
