@@ -68,6 +68,12 @@ def test_without_arguments_it_prints_four_things_to_do_and_their_commands():
         _COMMANDS[name].make_context(name, rest)
 
 
+def test_a_group_of_commands_without_a_word_lists_its_commands():
+    done = run("bank")
+    assert done.exit_code == 2 and done.stderr.startswith("Usage: lora-init bank") and "error: " not in done.stderr
+    assert all(re.search(rf"^  {name} ", done.stderr, re.MULTILINE) for name in ("add", "list"))
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["init", "--help"], ["inspect", "--help"], ["init"], ["--nonsense"]]
 )

@@ -53,6 +53,13 @@ def test_several_are_written_beside_each_other(trained, tmp_path):
     mixed = json.loads(run("export", trained, others[2], "-o", tmp_path / "mixed", "--json").stdout)
     assert mixed[0].keys() == mixed[1].keys() and mixed[0]["failed"] is None and mixed[1]["error"] is None
     assert mixed[0]["error"] == 0.0 and "no adapter_model.safetensors" in mixed[1]["failed"]
+    # The loss of the one that can be read is measured all the same.
+    (others[2] / "adapter_config.json").write_text("{")
+    words = ["export", others[2], trained, "-o", tmp_path / "measured", "--data", tmp_path / "data.jsonl", "--json"]
+    measured = run(*words, "--samples", 4)
+    assert measured.exit_code == 1, measured.output
+    failed, read = json.loads(measured.stdout)
+    assert "adapter_config.json" in failed["failed"] and read["failed"] is None and len(read["losses"]) == 2
 
 
 @pytest.mark.parametrize("order", [1, -1])

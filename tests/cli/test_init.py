@@ -266,6 +266,10 @@ def test_without_data_a_file_serves_another_rank(command, tmp_path, monkeypatch)
         raise AssertionError("collected again")
 
     monkeypatch.setattr("lora_init.building.pipeline.collect", never)
+    dry = [*without_data(command), "--statistics", file, "--overwrite", "--dry-run"]
+    said, shown = json.loads(run(*dry, "--json").stdout), run(*dry).stdout
+    assert [said[key] for key in ("data", "batches", "tokens", "operations")] == [None, 0, 0, 0]
+    assert "none: the statistics file is used as it is" in shown
     result = run(*without_data(command), "--statistics", file, "--rank", 2, "--overwrite")
     assert result.exit_code == 0, result.stderr
     assert f"{file}: used as it is" in result.stderr

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import BatchEncoding
 
-from lora_init import find_targets
+from lora_init import collect, find_targets
 from lora_init.collection.activations import ActivationHooks
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import call_model
 from tests.collection.made import recorded, run
-from tests.conftest import MODELS, batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.conftest import MODELS, batches_for, refused, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 
 def watched(model, targets="all-linear"):
@@ -74,6 +74,23 @@ def test_equal_values_in_two_tensors_are_two_groups():
 
     _, hooks = rows_of(Copies(), torch.randn(5, 4))
     assert hooks.group_of == {"a": "a", "b": "b", "c": "c"}
+
+
+def test_layers_that_read_one_tensor_in_one_batch_and_two_in_another_are_refused():
+    """Their rows would be mixed: what one of them read in the second batch would count for the other."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x if len(x) > 3 else x * 2)
+
+    long, short = torch.randn(5, 4), torch.randn(3, 4)
+    said = "layers 'a' and 'b' read the same tensor in batches before, and not in this one"
+    refused(said, collect, Gated(), [long, short], rank=1)
+    assert set(collect(Gated(), [short, long], rank=1).group_of.values()) == {"a", "b"}  # negative: the other way round
 
 
 def test_cross_attention_takes_the_encoders_mask_even_at_equal_lengths():

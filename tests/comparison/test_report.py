@@ -81,6 +81,34 @@ def test_text_from_users_is_text_everywhere(full):
     assert all(r"\|\*\_" in row for row in hostile)
 
 
+SECTIONS = {
+    "Difference to random": "start, difference, in per cent, interval, detectable, pairs, verdict",
+    "At equal steps": "",
+    "At equal total time": "",
+    "Forgetting at equal task loss": "",
+    "Learning curves": "",
+    "Final loss by learning rate": "start, 1e-4, 3e-4, 1e-3, 3e-3",
+    "Each start at its best rate": "start, rate, lora_alpha, runs, mean loss, lowest to highest, steps to random's "
+    "best, loss at step 0",
+    "Metrics": "start, accuracy, accuracy, start − random, macro F1, macro F1, start − random, MCC, MCC, start − "
+    "random",
+    "Cost": "start, parameters, scale of A, start, s, start, in steps, training, s, peak, MB",
+    "Forgetting": "start, retained before, retained after, change",
+    "Every run": "start, rate, seed, status, loss, accuracy, macro F1, MCC, retained, training, s",
+    "Settings": "setting, value",
+}
+
+
+def test_each_section_and_column_has_the_name_by_which_a_reader_finds_it(full):
+    """A change of a name shows here: scripts read the tables, and pages of this project point to sections."""
+    markdown = (full[1] / "report.md").read_text().replace("\\_", "_")
+    found = {}
+    for section in markdown.split("\n## ")[1:]:
+        head = next((line for line in section.splitlines() if line.startswith("|")), "")
+        found[section.partition("\n")[0]] = ", ".join(cell.strip() for cell in head.split("|")[1:-1])
+    assert found == SECTIONS and list(found) == list(SECTIONS)
+
+
 # best/: the trained adapter of the best start, the very one of its run, never replaced unasked
 
 

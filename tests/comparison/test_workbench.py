@@ -11,7 +11,7 @@ from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
 from tests.commands import save_model
 from tests.comparison.made import compare, set_up_bench, without_clock
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 
 
 def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
@@ -84,6 +84,18 @@ def test_statistics_of_a_first_try_are_taken_for_the_same_alone(home, undisturbe
     found = compare(home, tmp_path / "out", **SECOND)
     assert found.settings["recommended"] == undisturbed.settings["recommended"]
     assert without_clock(found.records) == without_clock(undisturbed.records)
+
+
+def test_a_comparison_does_not_go_on_with_the_same_weights_that_compute_otherwise(home, undisturbed):
+    """Under the same name: the configuration of the model was edited between two calls."""
+    config = home / "llama" / "config.json"
+    text = config.read_text()
+    config.write_text((home / "rotated" / "config.json").read_text())
+    try:
+        said = r"other content: .*rope_theta"
+        refused(said, compare, home, undisturbed.directory, **SECOND)
+    finally:
+        config.write_text(text)
 
 
 def test_rates_are_measured_on_the_head_that_is_trained(home, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -83,6 +84,25 @@ def test_each_name_in_a_list_has_to_match():
         warnings.simplefilter("error")
         find_targets(tiny_llama(), ["q_proj", "layers.1.mlp.up_proj"], exclude_modules=["lm_head"])
         find_targets(tiny_llama(), r".*(q_proj|none)", exclude_modules=r".*\.7\..*")
+
+
+class OfDimensions(nn.Module):
+    """A module with a parameter of each number of dimensions, which is no linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        for n in range(1, 5):
+            setattr(self, f"p{n}", nn.Parameter(torch.ones(*range(2, 2 + n))))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_a_parameter_is_a_weight_where_it_has_two_or_three_dimensions(n):
+    model = nn.ModuleDict({"own": OfDimensions(), "layer": nn.Linear(4, 4)})
+    if n in (2, 3):
+        assert list(find_targets(model, ["layer"], target_parameters=[f"own.p{n}"]).layers) == ["layer"]
+    else:
+        said = rf"selects 'own\.p{n}' of shape \(2,.*which is no weight"
+        refused(said, find_targets, model, ["layer"], target_parameters=[f"own.p{n}"])
 
 
 def test_mistakes_get_one_clear_line():
