@@ -196,6 +196,13 @@ def test_the_share_of_the_headroom_that_a_start_closes_is_said():
     assert small.verdicts[0].closed is None and "of the headroom" not in run_tables(small)["differences"]
 
 
+def test_the_headroom_is_of_the_seeds_that_both_have():
+    """Seeds differ far more than starts do, so a seed that is missing on one side must not count on the other."""
+    runs = [run for run in with_headroom(0.05, 0.04) if (run["start"], run["seed"]) != ("full", 2)]
+    (eva,) = summarise(runs, settings()).verdicts
+    assert eva.closed == pytest.approx(-eva.mean / 0.05, rel=1e-6)
+
+
 # Forgetting and cost
 
 

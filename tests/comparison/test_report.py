@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lora_init.comparison import workbench
 from lora_init.comparison.findings import summarise
-from lora_init.comparison.report import write_report
-from lora_init.comparison.runs import Run
+from lora_init.comparison.report import keep_best, write_report
+from lora_init.comparison.runs import Run, RunDirectory
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.training import evaluate
 from tests.comparison.made import compare, set_up_bench
@@ -133,6 +133,28 @@ def test_the_adapter_of_the_best_start_is_kept_once_and_not_replaced(home, tmp_p
     assert f"holds eva, 0.01, seed {kept['seed']} and stays; the best is now random, 0.01, seed" in lines[-1]
     after = {file.name: file.read_bytes() for file in (out / "best").iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"run.json"}
+
+
+class Chosen(Exception):
+    """Which run is trained once more."""
+
+
+class Chooser:
+    """A worker that trains nothing."""
+
+    def submit(self, run, title, keep):
+        raise Chosen(run.seed, keep)
+
+
+def test_the_run_that_is_kept_is_chosen_by_the_examples_to_select_by(tmp_path):
+    """Those to report are looked at by nobody before the report, or the figure of what is kept would be too good."""
+    runs = planted({"eva": -0.01}, rates=(1e-3,))
+    for run in runs:
+        run["selection_loss"] += {0: 0.1, 1: 0.0, 2: 0.2}[run["seed"]]
+        run["report_loss"] = [loss + {0: 0.0, 1: 0.2, 2: 0.1}[run["seed"]] for loss in run["report_loss"]]
+    log = RunDirectory(tmp_path, settings(), {Run.of(run): run for run in runs})
+    with pytest.raises(Chosen, match=r"^\(1, True\)$"):
+        keep_best(log, Chooser(), print)
 
 
 def test_a_run_has_one_mean_in_all_tables(tmp_path):

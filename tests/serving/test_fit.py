@@ -556,6 +556,18 @@ def test_no_renaming_is_proposed_where_more_than_names_is_wrong(bases, tmp_path,
     refused("", export_adapter, directory, tmp_path / "b", "vllm", rename=True)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_no_two_tensors_are_given_one_name(bases, tmp_path, kept):
+    """Each could be renamed alone; together the later one would take the place of the other, without a word."""
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    short, twice = named(rf"^{PREFIX}", ""), named("^", PREFIX)
+    change(directory, lambda tensors: (tensors if kept else twice(tensors)) | short(tensors))
+    found = check_fit(directory)
+    assert found.misfits and not found.can_rename and not found.renames
+    refused("", export_adapter, directory, tmp_path / "b", rename=True)
+    assert not (tmp_path / "b").exists()
+
+
 class Silent:
     """A server that has every adapter, and is not asked."""
 

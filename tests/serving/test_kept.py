@@ -12,15 +12,20 @@ from lora_init.serving.kept import ROUNDINGS, Kept, divergence, kept_by_merge
 from lora_init.serving.trained import read_trained
 from tests.commands import save_model
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.layers.made import BOTH, mixtral
 from tests.serving.made import load
+from tests.versions import needs_experts_by_peft
 
 KINDS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
+MADE = {"llama": tiny_llama, "gpt2": tiny_gpt2, "mixtral": mixtral}
 
 
 def make(tmp_path, kind="llama", size=1.0, dtype=torch.bfloat16):
     """Write a base and an adapter whose change is about `size` of the weights."""
-    base = save_model((tiny_llama() if kind == "llama" else tiny_gpt2()).to(dtype), tmp_path / "base")
-    model = get_peft_model(load(base).float(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=KINDS[kind]))
+    base = save_model(MADE[kind]().to(dtype), tmp_path / "base")
+    more = {} if kind in KINDS else dict(target_parameters=BOTH)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=KINDS.get(kind, ["q_proj"]), **more)
+    model = get_peft_model(load(base).float(), config)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -58,6 +63,18 @@ def test_it_is_what_rounding_leaves_of_the_sum(kind, dtype, tmp_path):
         assert found[name].ratio == pytest.approx(float(noise), rel=1e-2)  # the change is a difference of float32
         seen += 1
     assert seen == len(found) == 4
+
+
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("mixtral", marks=needs_experts_by_peft)])
+def test_the_change_is_all_of_the_update_in_however_many_tensors_a_weight_is_kept(kind, tmp_path):
+    """A checkpoint has a tensor for each expert; the model, one parameter for all of them."""
+    directory, _ = make(tmp_path, kind)
+    found, layers = kept(directory, "bfloat16"), read_trained(directory).layers
+    assert found.keys() == layers.keys()
+    for name, layer in layers.items():
+        a, b = (part.double() for part in layer.weights.of_experts(layer.experts or 1))
+        update = (layer.scaling * b @ a).square().sum()
+        assert found[name].change == pytest.approx(float(update), rel=1e-3)
 
 
 def test_a_change_below_the_rounding_is_warned_of(tmp_path):

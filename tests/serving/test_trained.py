@@ -26,7 +26,9 @@ def test_a_started_adapter_with_zero_ranks_keeps_its_outputs(base, tmp_path):
     torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(model.eval()), atol=1e-5, rtol=1e-5)
 
 
-def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path):
+@pytest.mark.parametrize("factor", [1, 4])
+def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path, factor):
+    """Also where it was saved with another lora_alpha than its start, and a B that makes up for it."""
     start = train(base, tmp_path / "start", r=5, target_modules=["q_proj", "down_proj"])
     (start / "lora_init.json").write_text('{"method": "lora-ga"}')
     model = load(base)
@@ -36,6 +38,9 @@ def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path):
         if "lora_" in name:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "trained")
+    set_alpha(tmp_path / "trained", factor * config_of(start)["lora_alpha"])
+    file = tmp_path / "trained" / "adapter_model.safetensors"
+    save_file({key: one / factor if "lora_B" in key else one for key, one in load_file(file).items()}, file)
     exported = export_adapter(tmp_path / "trained", tmp_path / "served", start=start)
     assert exported.rank == 16  # twice 5, rounded up
     assert (logits(model) - logits(load(base))).abs().max() > 0.01

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lora_init
@@ -14,7 +14,7 @@ from lora_init import LoraInitError
 from lora_init.cli import verify as verify_command
 from lora_init.serving import server
 from tests import commands
-from tests.commands import run
+from tests.commands import run, tokenizer_of
 from tests.conftest import refused, tiny_llama
 from tests.serving.engine import FAULTS, Engine, changed, without, word_tokenizer
 
@@ -22,6 +22,7 @@ from tests.serving.engine import FAULTS, Engine, changed, without, word_tokenize
 assert_one_line_error = partial(commands.assert_one_line_error, code=2)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = ["q_proj", "v_proj", "up_proj"]
+WORDS = ["user", "assistant", *(f"w{i}" for i in range(58))]
 ADAPTERS = {
     "plain": dict(r=8, lora_alpha=16),
     "ranks": dict(r=8, lora_alpha=16, rank_pattern={"v_proj": 2, "layers.0.mlp.up_proj": 3},
@@ -88,6 +89,23 @@ def test_a_planted_fault_is_named(fault, home, tmp_path):
 def test_a_right_adapter_is_served_as_trained(name, dtype, home):
     done = ask(home, name, served(home, home / name, dtype=dtype))
     assert done.exit_code == 0 and done.stdout.startswith("served as trained"), done.output
+
+
+def test_a_text_that_two_tokens_have_is_not_taken_for_one_of_them(home):
+    """Engines that tell tokens by their text alone: a space within a token is written in two ways."""
+    tokenizer, prompts = tokenizer_of([*WORDS[:-2], " w0", "▁w0"]), ["w1 w2 w3", "w4 w5"]
+    numbers = tokenizer.convert_tokens_to_ids([" w0", "▁w0"])
+    assert numbers == [62, 63]
+    model = AutoModelForCausalLM.from_pretrained(home / "base")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base"), home / "plain").eval()
+
+    @torch.no_grad()
+    def served(prompt):
+        values = adapted(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].log_softmax(-1).tolist()
+        return {" w0" if i in numbers else tokenizer.decode([i]): value for i, value in enumerate(values)}
+
+    found = lora_init.verify(home / "plain", model, tokenizer, prompts, served)
+    assert found.verdict == "served as trained" and found.residual < 1e-4 and found.values == 2 * (64 - 2), found
 
 
 @pytest.mark.parametrize("most", [1, 2])

@@ -372,6 +372,30 @@ def test_a_step_goes_by_all_examples_and_by_texts_weighed_a_quarter(tmp_path, to
             torch.testing.assert_close(trained[name], parameter.detach() - parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_processes_that_share_out_the_texts_of_a_step_have_the_gradient_of_one(share, tmp_path, tokenizer, monkeypatch):
+    """Their gradients are averaged: with half of the examples and half of the texts each, the mean is as before."""
+
+    def gradient(n_processes, rank):
+        adapted = model()
+        adapted.get_base_model().model.layers[0].self_attn.q_proj.lora_B.default.weight.data.fill_(0.1)
+        callback = lora_init.StartCallback(samples=8, replay=share)
+        made = trainer(tmp_path, adapted, per_device_train_batch_size=8 // n_processes, processing_class=tokenizer)
+        made.state.max_steps = 1
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingArguments, "world_size", n_processes)
+            patch.setattr(TrainingArguments, "process_index", rank)
+            callback.texts = texts
+            callback.on_step_begin(made.args, made.state, made.control, model=adapted)
+        return {name: one.grad for name, one in adapted.named_parameters() if one.grad is not None}
+
+    texts = replayed(model(), tokenizer, 4, 42, 1)
+    alone, first, second = gradient(1, 0), gradient(2, 0), gradient(2, 1)
+    assert any(one.abs().max() > 0 for one in alone.values())
+    for name, expected in alone.items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, expected, rtol=1e-4, atol=1e-7)
+
+
 class Replays(lora_init.StartCallback):
     """Count the texts of each step: the model is called on each batch of data, and once more where there are texts."""
 
