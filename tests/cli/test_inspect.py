@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lora_init
-from tests.commands import assert_one_line_error, run
+from tests.commands import assert_one_line_error, run, save_model
 from tests.comparisons import broken, planted, write
 from tests.conftest import tiny_llama
+from tests.serving.made import train
 
 QV = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
@@ -44,6 +45,16 @@ def test_inspect_statistics(made, home):
     assert layer["explained_variance_ratio"] == pytest.approx(
         stats["model.layers.1.self_attn.k_proj"].explained_variance_ratio.tolist(), abs=1e-6
     )
+
+
+def test_the_layers_that_a_merge_disturbs_most_are_named_the_most_first(tmp_path):
+    base = save_model(tiny_llama(initializer_range=0.3), tmp_path / "base")
+    trained = train(base, tmp_path / "trained", target_modules=["q_proj", "v_proj"])
+    merge = ["inspect", trained, "--merge", "int8"]
+    layers = json.loads(run(*merge, "--json").stdout)["merge"]["layers"]
+    first = sorted(layers, key=lambda name: layers[name]["noise"], reverse=True)[:3]
+    shown = ", ".join(f"{name} {layers[name]['noise']:.2g}" for name in first)
+    assert len(layers) == 4 and f"noisiest {shown} advice " in " ".join(run(*merge).stdout.split())
 
 
 def test_inspect_an_adapter(made, home):

@@ -1,15 +1,19 @@
 """compare() end to end on a tiny model: what it makes, that it goes on after a kill, and what it may claim."""
 
 import dataclasses
+import shlex
 import signal
 
 import pytest
+import typer
 
 import lora_init
 from lora_init import Start
+from lora_init.cli.app import app as cli
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import read_runs
 from lora_init.comparison.tables import run_tables
+from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import TrainingResult
 from lora_init.comparison.workbench import RunRecord
 from lora_init.errors import LoraInitError
@@ -63,6 +67,18 @@ def test_every_run_is_there_with_every_key(full):
     assert {start for start in starts if "+equal" in start} == {
         f"{x}+equal-parameters" for x in ("eva-rho2", "eva-frozen-a")
     }
+
+
+def test_the_command_that_is_proposed_makes_an_adapter_as_the_runs_did(full, home):
+    """What a run reads and what shapes it, where the defaults of the two commands differ, too."""
+    name, *proposed = shlex.split(full[0].settings["init"])[1:]
+    init = typer.main.get_command(cli).commands[name]
+    read = init.make_context(name, [*proposed, "-o", "out"]).params
+    assert (read["model"], read["data"]) == (str(home / "llama"), str(home / "rows.jsonl"))
+    made = dict(template="{passage}", completion=" {answer}", batch_size=4, rank=2, target_modules="all-linear")
+    alike = ("max_length", "split", "subset", "format", "label", "dtype", "quantize", "trust_remote_code")
+    made |= {name: getattr(Loading(), name) for name in alike}
+    assert {name: read[name] for name in made} == made
 
 
 def test_without_the_dial_adapters_are_evaluated_as_trained(full, home, tmp_path):
