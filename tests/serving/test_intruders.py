@@ -1,5 +1,7 @@
 """Intruder dimensions: against brute force, against PEFT's criterion, and where their number was planted."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -72,6 +74,10 @@ def test_of_a_base_in_16_bits_the_merge_is_not_rounded():
         delta = layer.scaling["default"] * b @ a
         similarities, *_ = brute_force(layer.base_layer.weight.detach(), delta)
         assert found.layers[name].similarities == pytest.approx(similarities, abs=1e-4)
+    wide = intruder_dimensions(copy.deepcopy(model).float())
+    for name, layer in wide.layers.items():
+        assert found.layers[name].similarities == pytest.approx(layer.similarities, abs=1e-6)
+        assert found.layers[name].energies == pytest.approx(layer.energies, rel=1e-5)
 
 
 @needs_intruders
