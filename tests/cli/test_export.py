@@ -1,11 +1,13 @@
 """`lora-init export`: what it prints, that its errors are one line, and the losses it measures."""
 
 import json
+from pathlib import Path
 
 import pytest
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from lora_init.serving.export import Exported
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import tiny_bert, tiny_llama
 from tests.serving.made import ADAPTERS, train
@@ -119,3 +121,57 @@ def test_models_that_write_no_text_are_offered_no_engine_of_text(task, kind, loa
         fitting.save_pretrained(tmp_path / "fitting")
         done = run(*merge, tmp_path / "fitting")
         assert done.exit_code == 0 and "warning" not in done.stderr, done.output
+
+
+# What is printed of an export, line by line: each fact adds its own line, or changes it.
+
+PLAIN = dict(
+    path=Path("out"), engine=None, rank=8, scaling=2.0, command="serve it", parameters=12345, n_bytes=1_260_000
+)
+WRITTEN = ["written out: 1.26 MB", "rank 8, scaling 2, 12,345 parameters", "", "serve it"]
+LINES = {
+    "plain": ({}, WRITTEN),
+    "merged": (dict(rank=0), [WRITTEN[0], *WRITTEN[2:]]),
+    "filled up": (dict(added=("a", "b")), [
+        *WRITTEN[:2], "added 2 layers that do nothing, because others of their kind have an adapter", *WRITTEN[2:]]),
+    "compressed": (dict(errors={"a": 0.01, "b": 0.03, "c": 0.02}, error=0.0234), [
+        *WRITTEN[:2], "error 2.34% of the update; of 3 compressed layers b has most, 3.00%", *WRITTEN[2:]]),
+    "at most": (dict(smaller=(4, 0.0567)), [
+        *WRITTEN[:2], "smaller rank 4 would lose 5.67% of the update", *WRITTEN[2:]]),
+    "corrected": (dict(error_share=3.0), [
+        *WRITTEN[:2], "quantized base rounding its weights moved them 3 times as far as the adapter does",
+        *WRITTEN[2:]]),
+    "corrected far": (dict(error_share=3.21), [
+        *WRITTEN[:2], "quantized base rounding its weights moved them 3.21 times as far as the adapter does: on float "
+        "weights it is not what was trained", *WRITTEN[2:]]),
+    "intruders": (dict(intruders=(7, 2)), [*WRITTEN[:2], "intruders 7 before, 2 after", *WRITTEN[2:]]),
+    "notes": (dict(notes=("one", "two")), [*WRITTEN[:2], "note: one", "note: two", *WRITTEN[2:]]),
+    "asked about": (dict(verify="lora-init verify out"), [*WRITTEN, "lora-init verify out"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_each_fact_of_an_export_has_its_line(case, trained, tmp_path, monkeypatch):
+    facts, expected = LINES[case]
+    monkeypatch.setattr("lora_init.serving.export.export_adapter", lambda *_, **__: Exported(**PLAIN | facts))
+    monkeypatch.setenv("COLUMNS", "200")
+    done = run("export", trained, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines == expected
+
+
+def test_a_table_of_exports_has_a_cell_for_each_fact(trained, tmp_path, monkeypatch):
+    made = iter([
+        Exported(**PLAIN | dict(path=tmp_path / "out" / "trained", error=0.0123, smaller=(4, 0.0567))),
+        Exported(**PLAIN | dict(path=tmp_path / "out" / "other", rank=0, n_bytes=2_000_000)),
+    ])  # fmt: skip
+    monkeypatch.setattr("lora_init.serving.export.export_adapter", lambda *_, **__: next(made))
+    other = train(tmp_path / "base", tmp_path / "other", target_modules=["q_proj"])
+    done = run("export", trained, other, "-o", tmp_path / "out")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[:3] == [
+        ["adapter", "rank", "MB", "update", "lost", "at", "the", "next", "smaller", "rank"],
+        ["trained", "8", "1.26", "1.23%", "rank", "4:", "5.67%"],
+        ["other", "merged", "2.00", "0.00%"],
+    ]

@@ -6,6 +6,7 @@ Where a sentence depends on something, it is printed here with and without it.
 import pytest
 
 from lora_init.cli.views import show
+from lora_init.keep.dialed import Dial
 from tests.printed import changed, printed
 
 
@@ -127,6 +128,8 @@ ERRORS = (
 )
 FIT = dict(model_class="LlamaForCausalLM", base="tiny", engine=None, misfits=[], fits=True, tensors=8, lines=[],
            notes=["a note"], renames={})  # fmt: skip
+DIALED = Dial.unmeasured("one strength, 0.8", {"h.0.up": 0.8, "h.1.up": 0.8}).to_dict()
+DIALED |= {"picture": "my adapter/dial.png"}
 NOISES = dict(a=0.1, b=0.4, c=0.3, d=0.2)
 MERGE = dict(base="tiny", type="int8", statistics=False, divergence=None, arrives=0.987, noise=0.123,
              advice="Merge: all.", layers={name: {"noise": one} for name, one in NOISES.items()})  # fmt: skip
@@ -163,8 +166,8 @@ CHANGES = {
                ["rows 1,234 in 5 batches, stopped: converged; on other data the start would keep 87%"]),
     "not centered": (STATISTICS, dict(center=False), ["decomposition centered (PCA)"],
                      ["decomposition not centered (second moment)"]),
-    "without spectrum": (STATISTICS, dict(unsupported={"embed": "Embedding"}, notes=["a note"]), [],
-                         ["a note", "embed: no spectrum, Embedding."]),
+    "without spectrum": (STATISTICS, dict(unsupported={"embed": "Embedding"}, notes=["[b]one[/b]"]), [],
+                         ["[b]one[/b]", "embed: no spectrum, Embedding."]),
     "by hand": (PLAN, dict(budget=None), ["policy eva, asked for rank 8"], ["policy by hand"]),
     "of statistics": (PLAN, dict(provenance=dict(model_class="Llama", model_id="tiny", data="chat"), notes=["a note"]),
                       ["model any", "data not described"], ["model Llama tiny", "data chat", "a note"]),
@@ -209,6 +212,9 @@ CHANGES = {
     "for PEFT": (ADAPTER, dict(export=None), [NEXT], ["Next: load it with PEFT, which alone takes it"]),
     "on a changed base": (ADAPTER, dict(export="", base_change="lora-ga"), [NEXT],
                           ["Next: lora-init export 'my adapter' --start DIRECTORY -o 'my adapter-served'"]),
+    "dialed": (ADAPTER, dict(dial=DIALED), [], [
+        "strength 0.8 in all layers", "chosen by one strength, 0.8", "measured on nothing: no data were given",
+        "picture my adapter/dial.png"]),
     "intruders": (ADAPTER, dict(intruders=INTRUDERS), [], OF_INTRUDERS),
     "merged": (ADAPTER, dict(merge=MERGE), [], OF_MERGE),
     "merged where data are": (ADAPTER, dict(merge=MERGE | dict(statistics=True)), [], [
@@ -236,6 +242,12 @@ CHANGES = {
         MISFITS.replace("tiny", "tiny in vllm"), "a note",
         "Next: lora-init export 'my adapter' --start DIRECTORY --engine vllm -o 'my adapter-served'"]),
     "engine alone": (ADAPTER, misfit("engine", engine="vllm"), [], [MISFITS.replace("tiny", "tiny in vllm"), "a note"]),
+    "exported for another engine": (
+        ADAPTER, dict(exported=dict(serve="vllm serve x", verify="")) | misfit("engine", engine="vllm"), [START], [
+        "start not kept by an export: see the adapter as it was trained", MISFITS.replace("tiny", "tiny in vllm"),
+        "a note"]),
+    "to train for another engine": (ADAPTER, dict(untrained=True, train="t") | misfit("engine", engine="vllm"), [], [
+        MISFITS.replace("tiny", "tiny in vllm"), "a note"]),
     "no proposal": (RUNS, dict(command=""), ["Next: lora-init init 'my model' d"], ["Next: lora-init compare m d"]),
     "no command": (RUNS, dict(command="", settings={}), ["Next: lora-init init 'my model' d"],
                    ["Next: lora-init compare MODEL DATA -o runs"]),

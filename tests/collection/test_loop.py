@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_init import collect, principal_angles
 from lora_init.collection.collect import Interrupted
-from lora_init.collection.loop import GroupRecord, Halves, falls_sharply
+from lora_init.collection.loop import MIN_BATCHES, Collected, GroupRecord, Halves, falls_sharply, is_enough
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests import reference
 from tests.collection.made import low_rank_inputs, two_layers
@@ -57,6 +57,28 @@ def test_what_the_whole_keeps_follows_from_how_its_halves_agree():
     record = Halves([SimpleNamespace(agreement=lambda other, rank: 0.6)] * 2)
     record.compare(4)
     assert record.reliability == pytest.approx(2 * 0.6 / 1.6)  # Spearman and Brown
+
+
+# How well each of the batches after the first two was captured, against the rows before it; the later half counts.
+STEADY = [0.5] * 4 + [1.0] * 4
+
+
+@pytest.mark.parametrize(("keeps", "relative", "enough"), [
+    (1.0, STEADY, True),
+    (0.951, STEADY, True),
+    (0.949, STEADY, False),  # another sample would give another start
+    (1.0, [1.0] * (MIN_BATCHES - 2), True),
+    (1.0, [1.0] * (MIN_BATCHES - 3), False),  # too few to tell
+    (1.0, [1.0] * 4 + [0.951] * 4, True),
+    (1.0, [1.0] * 4 + [0.949] * 4, False),  # later batches are captured worse than those before
+    (1.0, [1.0] * 4 + [1.051] * 4, False),  # or better, as the components follow them
+    (1.0, [1.0] * 4 + [0.951, 0.951, 1.049, 1.049], True),
+    (1.0, [1.0] * 4 + [0.949, 0.949, 1.051, 1.051], False),  # a rise by more than twice the tolerance
+    (1.0, [1.0] * 4 + [1.1, 1.1, 0.9, 0.9], True),  # a fall is no sign that the components follow
+    (1.0, [1.0] * 4 + [0.8, 1.2, 0.8, 1.2], True),  # single batches differ
+])  # fmt: skip
+def test_data_are_enough_where_halves_agree_and_later_batches_bring_nothing_new(keeps, relative, enough):
+    assert is_enough(keeps, relative, 0.05) is enough
 
 
 def test_a_share_falls_sharply_by_a_quarter_and_by_five_deviations():
@@ -169,3 +191,19 @@ def test_halves_of_processes_merge_into_halves(counts):
     assert few + many == 100 * sum(counts) and many - few <= 100 * (sum(counts) % 2)
     one.compare(4)
     assert one.reliability > 0.9
+
+
+def test_what_processes_found_is_put_together_as_one_would_have_found_it():
+    """Layers that ran in one of them alone are taken over, others merged; what is counted adds up, time does not."""
+    rows = torch.randn(4, 100, 32, generator=torch.Generator().manual_seed(0))
+    one = Collected({"a": record(rows[0]), "b": record(rows[1])}, n_labels=3, group_of={"a": "a", "a2": "a", "b": "b"})
+    other = Collected({"b": record(rows[2]), "c": record(rows[3])}, n_labels=4, group_of={"b": "b", "c": "c", "a": "c"})
+    one.sums.update({("inputs", "a"): 1.0, ("tokens", "a"): 5.0})
+    other.sums.update({("inputs", "a"): 2.0, ("tokens", "c"): 7.0})
+    one.n_batches, other.n_batches, one.empty, other.empty, one.bad, other.bad = [2], [1], ["x"], ["y"], ["p"], ["q"]
+    one.seconds, other.seconds = (dict(forward=1.0, data=4.0), dict(forward=3.0, data=2.0))
+    one.merge(other)
+    assert {name: halves.n_samples for name, halves in one.groups.items()} == {"a": 100, "b": 200, "c": 100}
+    assert (one.n_labels, one.n_batches, one.empty, one.bad) == (7, [2, 1], ["x", "y"], ["p", "q"])
+    assert one.sums == {("inputs", "a"): 3.0, ("tokens", "a"): 5.0, ("tokens", "c"): 7.0}
+    assert one.group_of == {"a": "a", "a2": "a", "b": "b", "c": "c"} and one.seconds == dict(forward=3.0, data=4.0)
