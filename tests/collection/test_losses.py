@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init.collection.losses import batch_loss, count_labels
+from lora_init import mean_loss
+from lora_init.collection.losses import (
+    EVALUATION_BATCH,
+    batch_loss,
+    count_labels,
+    sequence_losses,
+    text_loss,
+    token_losses,
+)
 from lora_init.loading.batches import pad_batch
-from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
+from tests.conftest import batches_for, refused, tiny_bert, tiny_gpt2, tiny_llama
 
 
 def answered():
@@ -46,3 +54,60 @@ def test_without_labels_examples_are_counted():
     assert count_labels(model, torch.ones(5, 2)) == 5
     assert count_labels(model, (torch.ones(4, 2), 3)) == 4
     assert count_labels(model, {"x": torch.ones(3, 2)}) == 3
+
+
+def by_hand(model, ids, labels):
+    """The losses of the labelled tokens of a row, one by one, from all logits of the row alone, in float64."""
+    with torch.no_grad():
+        scores = model(torch.tensor([ids])).logits[0].float().double().log_softmax(-1)
+    return [-float(scores[i - 1, label]) for i, label in enumerate(labels) if i and label != -100]
+
+
+def sequences(n=EVALUATION_BATCH + 5):
+    """Of different lengths, in no order; labels begin anywhere, also at the first token, and have gaps."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(3, 64, (4 + (7 * i) % 11,), generator=generator).tolist() for i in range(n)]
+    return [(ids, [-100 if (i + j) % 3 == 0 or j < i % 4 else one for j, one in enumerate(ids)]) for i, ids in
+            enumerate(drawn)]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_sequence_has_its_own_loss_whatever_is_beside_it_and_in_which_order(make):
+    model = make().train()  # with dropout, as in GPT-2: losses are of the model at rest
+    found = sequence_losses(model, sequences(), padding=0)
+    assert all(module.training for module in model.modules())
+    model.eval()
+    for (loss, count), (ids, labels) in zip(found, sequences(), strict=True):
+        expected = by_hand(model, ids, labels)
+        assert count == len(expected) and loss == pytest.approx(sum(expected), rel=1e-4)
+
+
+def test_the_loss_of_texts_is_a_mean_over_their_tokens_and_not_over_batches():
+    model, rows = tiny_llama().train(), sequences(7)
+    batches = [pad_batch(rows[:1], 0), pad_batch(rows[1:], 0)]
+    losses = [loss for row in rows for loss in by_hand(model, *row)]
+    assert text_loss(model, batches) == pytest.approx(sum(losses) / len(losses), rel=1e-5) and model.training
+
+
+def test_losses_of_a_model_in_16_bits_are_in_32():
+    """Summed in 16 bits, a thousand tokens would have two digits."""
+    model, batch = tiny_llama(initializer_range=0.3).bfloat16(), pad_batch(sequences(4), 0)
+    losses, labelled = token_losses(model, batch)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    targets = batch["labels"][:, 1:]
+    expected = nn.functional.cross_entropy(logits.mT, targets, reduction="none")[:, -losses.shape[1] :]
+    assert losses.dtype == torch.float32 and torch.equal(labelled, targets[:, -losses.shape[1] :] != -100)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_loss_counts_each_batch_once_and_passes_over_those_without_a_label():
+    model, (one, other, none) = tiny_llama().train(), batches_for("llama", n_batches=3)
+    none["labels"] = torch.full_like(none["labels"], -100)
+    expected = (mean_loss(model, [one]) + mean_loss(model, [other])) / 2
+    assert mean_loss(model, [one, none, other]) == pytest.approx(expected, rel=1e-6) and model.training
+    refused("there is no batch with a label to measure the loss on", mean_loss, model, [none])
+    refused("there is no batch with a label to measure the loss on", mean_loss, model, [])
+    refused(r"mean_loss\(\) takes a model in this place and got list", mean_loss, [one], model)
+    refused(
+        "a batch has no labels, so its loss is unknown", mean_loss, tiny_bert(None), [{"input_ids": one["input_ids"]}]
+    )
