@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lora_init.cli.tables import Cells, rank_table
+from lora_init.cli.tables import Cells, facts, heat_style, rank_table
 
 ROWS = [
     {"start": start, "difference": "−0.0043", "interval": "−0.48 % to +0.27 %", "verdict": "no difference shown"}
@@ -31,3 +31,36 @@ def test_a_table_of_ranks_in_bands_has_each_row_where_it_has_layers():
     bands = " ".join(line.split()[0] if line.strip() else "|" for line in lines).split(" | ")
     assert len(bands) > 1 and lines[0].strip()
     assert [band.split()[1:] for band in (bands[0], bands[-1])] == [["up", "first"], ["up", "last"]]
+
+
+def test_the_least_rank_is_the_lightest_and_layers_without_one_have_no_color():
+    """A layer of rank 0 has no adapter, so it is no end of the scale."""
+    ranks = {"h.0.up": 0, "h.1.up": 4, "h.2.up": 8, "h.3.up": 16}
+    console = Console(file=io.StringIO(), width=60)
+    styles = {segment.text.strip(): str(segment.style) for segment in console.render(rank_table(ranks, 60))}
+    assert styles["·"] == "dim" and [styles[one] for one in ("4", "16")] == [heat_style(1, 1, 2), heat_style(2, 1, 2)]
+    assert styles["4"] != styles["8"] != styles["16"] and all("on #" in styles[one] for one in ("4", "8", "16"))
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_table_of_one_row_or_none_is_one(n):
+    out = io.StringIO()
+    Console(file=out, width=100).print(Cells(ROWS[:n]))
+    assert len(out.getvalue().splitlines()) == 2 * n
+
+
+def laid_out(thing, width):
+    out = io.StringIO()
+    Console(file=out, width=width).print(thing)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_columns_stand_below_each_other_to_the_character():
+    """Names on the left and never broken, long values folded beside them; numbers on the right."""
+    assert laid_out(facts({"a": "x", "longer": "one [b]path[/b]/that/is/long"}), 24) == [
+        "a       x", "longer  one", "        [b]path[/b]/that", "        /is/long",
+    ]  # fmt: skip
+    rows = [{"start": "a", "loss": "0.5"}, {"start": "longer", "loss": "10.25"}]
+    assert laid_out(Cells(rows), 40) == ["start    loss", "a         0.5", "longer  10.25"]
+    ranks = {"h.0.up": 4, "h.1.up": 16, "h.10.up": 8, "h.0.down": 2}
+    assert laid_out(rank_table(ranks, 40), 40) == ["     0  1 10", "up   4 16  8", "down 2"]

@@ -308,6 +308,16 @@ def test_killed_anywhere_it_goes_on_from_a_whole_file(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["stats"]  # what the killed have left is swept up
 
 
+@pytest.mark.parametrize(("every", "often"), [(60.0, False), (-1.0, True)])
+def test_a_file_is_written_about_once_a_minute_and_at_the_end(every, often, tmp_path, monkeypatch):
+    """Each write takes the whole of the statistics to the disk: after every batch, that would be most of the pass."""
+    written, real = [], Statistics.save
+    monkeypatch.setattr(loop, "SAVE_EVERY", every)
+    monkeypatch.setattr(Statistics, "save", lambda self, path, *more: written.append(1) or real(self, path, *more))
+    collect(MODELS["llama"](), batches_for("llama", n_batches=6), ["q_proj"], rank=2, statistics=tmp_path / "stats")
+    assert (len(written) > 3) if often else len(written) == 1
+
+
 def _go_on(file, kill_at):
     loop.SAVE_EVERY = 0.0
     synced, read, fsync = [], [], os.fsync
