@@ -62,5 +62,29 @@ def test_columns_stand_below_each_other_to_the_character():
     ]  # fmt: skip
     rows = [{"start": "a", "loss": "0.5"}, {"start": "longer", "loss": "10.25"}]
     assert laid_out(Cells(rows), 40) == ["start    loss", "a         0.5", "longer  10.25"]
+    more = Cells([row | {"n": "1"} for row in rows])
+    assert laid_out(more, 16) == laid_out(more, 40) == ["start    loss  n", "a         0.5  1", "longer  10.25  1"]
+    assert len(laid_out(more, 15)) == 6  # the last column goes below
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    assert laid_out(facts({"base model of it": long}), 24)[0] == "base model of it  one"
     ranks = {"h.0.up": 4, "h.1.up": 16, "h.10.up": 8, "h.0.down": 2}
     assert laid_out(rank_table(ranks, 40), 40) == ["     0  1 10", "up   4 16  8", "down 2"]
+
+
+def luminance(color):
+    """Relative luminance of sRGB, by WCAG 2."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_a_larger_rank_is_darker_and_its_number_is_in_what_stands_out_from_it():
+    lights, texts = [], []
+    for style in (heat_style(rank, 1, 7) for rank in range(1, 8)):
+        text, color = style.split(" on ")
+        assert len(color) == 7
+        lights.append(luminance(color))
+        texts.append(text)
+    assert lights == sorted(lights, reverse=True) and len(set(lights)) == 7
+    assert texts == ["white" if 1.05 / (one + 0.05) > (one + 0.05) / 0.05 else "black" for one in lights]
+    assert heat_style(0, 1, 7) == "dim" and heat_style(3, 3, 3) == heat_style(1, 1, 7)
