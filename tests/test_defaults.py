@@ -13,6 +13,7 @@ import typer
 import lora_init
 from lora_init.cli.app import app
 
+AGAIN = "If that is meant, run `python -m tests.test_defaults`."
 KEPT = Path(__file__).with_name("defaults.json")
 
 
@@ -51,9 +52,9 @@ def defaults():
 
 def test_who_leaves_an_option_out_gets_what_it_was():
     kept, now = json.loads(KEPT.read_text(encoding="utf-8")), defaults()
-    assert now.keys() == kept.keys()
+    assert now.keys() == kept.keys(), AGAIN
     for name, given in kept.items():
-        assert now[name] == given, name
+        assert now[name] == given, f"{name}. {AGAIN}"
 
 
 if __name__ == "__main__":
