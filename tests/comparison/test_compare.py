@@ -13,7 +13,7 @@ from lora_init.cli.app import app as cli
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import read_runs
 from lora_init.comparison.tables import run_tables
-from lora_init.comparison.tasks import Loading
+from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.training import TrainingResult
 from lora_init.comparison.workbench import RunRecord
 from lora_init.errors import LoraInitError
@@ -77,7 +77,7 @@ def test_the_command_that_is_proposed_makes_an_adapter_as_the_runs_did(full, hom
     assert (read["model"], read["data"]) == (str(home / "llama"), str(home / "rows.jsonl"))
     made = dict(template="{passage}", completion=" {answer}", batch_size=4, rank=2, target_modules="all-linear")
     alike = ("max_length", "split", "subset", "format", "label", "dtype", "quantize", "trust_remote_code")
-    made |= {name: getattr(Loading(), name) for name in alike}
+    made |= {name: getattr(LoadingOptions(), name) for name in alike}
     assert {name: read[name] for name in made} == made
 
 
