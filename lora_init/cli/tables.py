@@ -169,11 +169,12 @@ def _correction_losses(losses: Mapping[str, float | None], closed: float | None)
 def quantization_name(settings: Mapping[str, Any]) -> str:
     """Return the name of a quantization: its library, and its kind or bits."""
     library = settings.get("quant_method", "")
-    # Each library has its own key; the type of four bits says more than their number.
+    # Each library has its own key. The type of four bits says more than their number, and eight have its default, too.
+    if settings.get("load_in_8bit"):
+        return f"{library} 8 bits".strip()
     for key in ("bnb_4bit_quant_type", "bits", "nbits"):
         if settings.get(key):
             return f"{library} {settings[key]}".strip()
-    for bits in (4, 8):
-        if settings.get(f"load_in_{bits}bit"):
-            return f"{library} {bits} bits".strip()
+    if settings.get("load_in_4bit"):
+        return f"{library} 4 bits".strip()
     return str(library).strip()

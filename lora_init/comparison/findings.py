@@ -341,8 +341,8 @@ def _next_extend(table: pd.DataFrame, edges: Mapping[str, str], settings: Mappin
     extend = settings.get("extend", 0)
     for start, edge in edges.items():
         tried, (lowest, highest) = table[table["start"] == start]["learning_rate"], _first_ends(start, settings)
-        # A margin, since rates are rounded when they are planned.
-        added = {"lowest": tried < 0.999 * lowest, "highest": tried > 1.001 * highest}[edge]
+        # Rates are rounded to two digits when they are planned, by up to 5 %, and those added are a factor of 3 away.
+        added = {"lowest": tried < lowest / 1.5, "highest": tried > highest * 1.5}[edge]
         if tried[added].nunique() >= extend:
             return int(extend) + 2
     return None

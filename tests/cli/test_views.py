@@ -270,6 +270,7 @@ def test_inspect_prints_what_a_fact_changes_and_no_other_line(case):
 
 @pytest.mark.parametrize(("settings", "name"), [
     (NF4, "bitsandbytes nf4"), (INT8, "bitsandbytes 8 bits"), (INT4, "gptq 4"),
+    (INT8 | {"bnb_4bit_quant_type": "fp4"}, "bitsandbytes 8 bits"),
     (dict(quant_method="bitsandbytes", load_in_4bit=True), "bitsandbytes 4 bits"), (dict(quant_method="hqq"), "hqq"),
     (dict(quant_method="hqq", nbits=2), "hqq 2")])  # fmt: skip
 def test_a_quantization_is_named_by_its_library_and_its_kind_or_bits(settings, name):

@@ -40,6 +40,20 @@ def test_a_planted_winner_wins_through_noise_that_seeds_share(sign, word):
     assert stats.ttest_ind(ours, base).pvalue > 0.5  # unpaired, nothing would show
 
 
+@pytest.mark.parametrize(("added", "extend"), [([], None), ([1.8e-4], 3)])
+def test_rates_that_are_rounded_as_they_are_planned_are_not_taken_for_added_ones(added, extend):
+    """A third of 1.6e-3 is planned as 5.3e-4. Interrupted there, the same command goes on."""
+    losses = {4.8e-3: 0.3, 1.6e-3: 0.2, 5.3e-4: 0.17, **dict.fromkeys(added, 0.16)}
+    runs = [
+        record(name, rate, seed, loss)
+        for name in ("random", "eva")
+        for seed in range(3)
+        for rate, loss in losses.items()
+    ]
+    found = summarise(runs, settings(learning_rates=None, extend=1, recommended={"random": 1.6e-3, "eva": 1.6e-3}))
+    assert "is the lowest tried" in found.answer and ("--extend 3" in found.answer) == (extend == 3), found.answer
+
+
 def test_the_same_run_twice_is_no_winner():
     assert judged([0.1, 0.2], [0.1, 0.2]).outcome == "no difference shown"
 
