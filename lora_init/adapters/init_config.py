@@ -280,7 +280,8 @@ class InitConfig:
         parts = {}
         for name, part in self._parts():
             own = {option.name: changes[option.name] for option in fields(part) if option.name in changes}
-            parts[name] = replace(part, **own)
+            if own:  # the others were checked as they were made
+                parts[name] = replace(part, **own)
         return replace(self, **parts)
 
     @classmethod

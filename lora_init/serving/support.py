@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -75,12 +75,12 @@ def serving_note(
 
 def _which_take(ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     """Write which engines take plain LoRA of these ranks as it is, and which need an export."""
-    room = max(*ranks.values(), int(config.get("r") or 0))  # engines read `r`, whatever patterns say
+    alike = _Uniformity.of(ranks, config)
     ready, never, others = [PEFT.title], [], []
     for engine in ENGINES.values():
-        reason = why_not_as_it_is(engine, ranks, config)
+        reason = _why_not(engine, ranks, config, alike)
         if not reason:
-            ready.append(engine.name_with(room))
+            ready.append(engine.name_with(alike.largest))
         elif reason == _NO_EXPERTS:
             never.append(engine.title)
         else:
@@ -122,23 +122,39 @@ def _rarest_extra(config: Mapping[str, Any], tensors: Iterable[str]) -> str | No
 
 def why_not_as_it_is(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
     """Describe what in ranks and scalings an engine does not take as it is; empty if it takes all."""
-    most = max(ranks.values(), default=0)
-    named = int(config.get("r") or most)  # patterns may give every layer another rank
-    # Before the first return: a damaged pattern is refused, whatever the engine.
-    scales_alike = "lora_alpha" not in config or _scales_alike(config, ranks, named)
-    whole = not config.get("layers_to_transform") and named == most  # blocks of which no name is known lack theirs
-    is_uniform = whole and _one_rank_a_kind(ranks, most)
+    return _why_not(engine, ranks, config, _Uniformity.of(ranks, config))
+
+
+@dataclass(frozen=True)
+class _Uniformity:
+    """In what the layers of an adapter are alike: computed once, and held against every engine."""
+
+    largest: int  # rank that an engine must have room for
+    scalings: bool  # whether all layers have the scaling of the config
+    ranks: bool  # whether of each kind of layers all have the rank of the config, or none has an adapter
+
+    @classmethod
+    def of(cls, ranks: Mapping[str, int], config: Mapping[str, Any]) -> _Uniformity:
+        """Compare the layers. Raises an error for a damaged pattern, whatever the engine."""
+        most = max(ranks.values(), default=0)
+        named = int(config.get("r") or most)  # patterns may give every layer another rank
+        one_scaling = "lora_alpha" not in config or _scales_alike(config, ranks, named)
+        whole = not config.get("layers_to_transform") and named == most  # blocks of which no name is known lack theirs
+        return cls(max(most, named), one_scaling, whole and _one_rank_a_kind(ranks, most))
+
+
+def _why_not(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any], alike: _Uniformity) -> str:
     if not engine.reads:
         return "reads no directory of PEFT"
     if of_experts := _why_not_experts(engine, ranks, config):
         return of_experts
-    if not engine.allows(max(most, named)):
-        return f"takes {engine.allowed}, and this is {max(most, named)}"
+    if not engine.allows(alike.largest):
+        return f"takes {engine.allowed}, and this is {alike.largest}"
     if config.get("use_rslora") and "use_rslora" not in engine.reads:
         return "does not read use_rslora"
-    if not scales_alike:
+    if not alike.scalings:
         return "reads one scaling, and here layers have their own"
-    if not is_uniform and "rank_pattern" not in engine.reads:
+    if not alike.ranks and "rank_pattern" not in engine.reads:
         return "takes one rank for every layer of a kind"
     return ""
 
