@@ -65,4 +65,5 @@ def check(entry, call, options, probes, base=None):
         records = without(record, left_out), without(other_record, left_out)
         if digest_of(result) == digest_of(other_result) and digest_of(records[0]) == digest_of(records[1]):
             idle.append(name)
-    assert not idle, f"{entry} takes {', '.join(idle)} and does nothing with it"
+    remedy = "hand it to what it is for; if a statistics file hides it, add it to the settings in `collect`"
+    assert not idle, f"{entry} takes {', '.join(idle)} and does nothing with it: {remedy}"
