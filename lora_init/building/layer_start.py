@@ -149,7 +149,10 @@ def _call_function(start: Start, layer: LayerToStart) -> LoraWeights:
         else:
             got.append(type(value).__name__)
     if got != expected:
-        raise LoraInitError(f"{where}: its function returned {got}, expected {what} of shape {expected}.")
+        remedy = ""
+        if start.b_is_zero and len(got) == 2:
+            remedy = " To return A and B, set b_is_zero=False in its Start."
+        raise LoraInitError(f"{where}: its function returned {got}, expected {what} of shape {expected}.{remedy}")
     # Finite after the conversion: float64 has numbers that float32 has not.
     a, b = (tensor.detach().float() for tensor in (*values, torch.empty(0))[:2])
     if not bool(a.isfinite().all() and b.isfinite().all()):

@@ -36,10 +36,11 @@ class Start:
             is imported when it is first used. None for kinds that are made in another way.
         directions: What of the statistics bounds the rank: a spectrum, whose components are counted, or a number.
             None if any rank can be had.
-        b_is_zero: Whether B is zero, so that the adapter changes nothing until it is trained.
+        b_is_zero: Whether B is zero, so that the adapter changes nothing until it is trained. False where the function
+            returns A and B.
         corrects_base: Whether s B A is subtracted from the base weights.
         gamma: Default of the number that B A is divided by, for starts whose step has a size of its own: the best is
-            searched by `find_step_size`, from this one on, unless the base is corrected.
+            searched by `find_step_size`, from this one on, unless the base is corrected. Of no effect where B is zero.
         one_rank: Whether all layers must have the rank that was collected for.
         matched: Whether A has a size of its own on purpose. Else, where B is zero, `build_adapter` gives A x the size
             that it has with `random`.

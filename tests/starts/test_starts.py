@@ -25,9 +25,11 @@ def test_importing_the_registry_takes_no_torch():
 
 def test_the_registry_knows_what_functions_take():
     named = [start for start in STARTS if start.takes]
-    assert len(named) == len([start for start in STARTS if start.function])
+    unnamed = [start.name for start in STARTS if start.function and not start.takes]
+    assert not unnamed, f"add takes= to the Start of {', '.join(unnamed)}: the parameters of its function"
     for start in named:
-        assert start.takes == tuple(signature(load_function(start.function)).parameters), start.name
+        parameters = tuple(signature(load_function(start.function)).parameters)
+        assert start.takes == parameters, f"takes= of the start {start.name} must be {parameters}"
 
 
 def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights():
@@ -66,7 +68,7 @@ def test_a_start_of_another_package_is_built_and_named_in_the_origin(packages, s
     (lambda spectrum, rank: torch.full((rank, spectrum.components.shape[1]), torch.nan), "returned NaN or inf"),
     (lambda spectrum, rank: torch.full((rank, spectrum.components.shape[1]), 1e300, dtype=torch.float64),
      "too large for float32"),
-    (lambda spectrum, rank: (spectrum.components[:rank],) * 2, "expected A of shape"),
+    (lambda spectrum, rank: (spectrum.components[:rank],) * 2, "expected A of shape .* set b_is_zero=False"),
     (lambda spectrum, rank: sys.exit(7), "its function raised SystemExit: 7"),
     (lambda spectrum, rank: 1 / 0, "its function raised ZeroDivisionError: division by zero"),
     (lambda spectra, rank: spectra, "its function asks for spectra, and there is spectrum, gradient"),
