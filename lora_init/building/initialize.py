@@ -129,8 +129,8 @@ def initialize(
         # After the rate was set, so that only a rate of the caller's can be far off.
         for text in init.rate.far_off(integration.learning_rate, integration.optimizer, integration.schedule):
             warn(text)
-    if init_config.run.progress is not False and integration.trainer.is_world_process_zero():
-        _print_made(init, integration.trainer.args.per_device_train_batch_size, time.perf_counter() - began)
+    if init_config.run.progress is not False and integration.is_main_process:
+        _print_made(init, integration.batch_size, time.perf_counter() - began)
     return adapted
 
 

@@ -11,7 +11,8 @@ from lora_init.trainers.trainers import TrainerIntegration
 from lora_init.trainers.trl import TRLIntegration
 
 # By a module of the classes of what is given, so that no library is imported that is not in use; the first that fits.
-# So a narrower name comes before a wider one: GRPOTrainer is of TRL, too.
+# So a narrower name comes before a wider one: GRPOTrainer is of TRL, too. A name ends with a dot, see `_find`. What is
+# not found here is taken for a model or `Trainer` of transformers.
 HANDLES = {LIBRARY: SentenceHandle}
 TRAINERS = {
     LIBRARY: SentenceIntegration,
@@ -22,7 +23,7 @@ TRAINERS = {
 
 
 def is_trainer(given: Any) -> bool:
-    """Return whether this is a trainer and no model, without importing transformers."""
+    """Return whether this is a trainer, of any library, and no model; without importing transformers."""
     return hasattr(given, "get_train_dataloader") and hasattr(given, "train_dataset")
 
 

@@ -35,7 +35,13 @@ _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image"
 
 
 class TrainerIntegration:
-    """A trainer before `train()`, and the handle of its model."""
+    """A trainer before `train()`, and the handle of its model.
+
+    This class is for a `Trainer` of transformers and classes made from it. The subclass of a library overrides what is
+    different there: `batches`; `forward` for another loss, with `gives_loss` if it returns the loss that is trained by;
+    `find_handle` where the model is inside another object. For a trainer that is not made from transformers' it also
+    overrides `opened`, `check`, `hand_over`, `set_rate` and the properties: they read what a `Trainer` has.
+    """
 
     advice = "Check columns and collator; remove_unused_columns=False keeps what a collator reads."
 
@@ -73,6 +79,16 @@ class TrainerIntegration:
     def gives_loss(self) -> bool:
         """Whether `forward` gives the loss that is trained by."""
         return self.has_plain_loss
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process reports, of all that train together."""
+        return bool(self.trainer.is_world_process_zero())
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples in a batch of one process."""
+        return int(self.trainer.args.per_device_train_batch_size)
 
     @property
     def is_measured(self) -> bool:
