@@ -219,7 +219,8 @@ def collect(
     # A list that names every linear layer means the same as "all-linear", and leaves out the same experts.
     if target_modules == ALL_LINEAR or {*linear_layers(model, modules)} <= {*targets.layers}:
         left_out = warn_of_experts_left_out(modules, targets.layers)
-    # The file knows no scalars of numpy.
+    # Two passes are one if these are the same. So an option is among them at its default, too: what a file does not say
+    # counts as the same. The file knows no scalars of numpy.
     settings = {
         **getattr(batches, "settings", {}),  # how `load_batches` made them
         "dtype": dtype_of(model),
