@@ -335,7 +335,7 @@ def best_rates(table: pd.DataFrame) -> dict[str, float]:
 def by_seed(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
     """Arrange what was measured at the best rates: a row for each start, a column for each seed."""
     best = table[table["best"]]
-    # `pivot` sorts by name; the order of the table is that of the report.
+    # `pivot` sorts by name; the table has the order of the report.
     return best.pivot(index="start", columns="seed", values=column).reindex(best["start"].unique())
 
 

@@ -219,7 +219,7 @@ def train(
                 digest.update(tensor.numpy().tobytes())
             loss = batch_loss(model, send_to_device(batch, parameters[0].device))
             (weight * loss).backward()  # type: ignore[no-untyped-call]
-            if weight == 1.0:  # the loss on the task, without that of the replayed text
+            if weight == 1.0:  # the loss on the task, without the loss on the replayed text
                 result.training_loss.append(float(loss.detach()))
         norm = float(nn.utils.clip_grad_norm_(parameters, _CLIP))
         # Before the step, which would write NaN into the weights.

@@ -135,7 +135,7 @@ def carry_out(job: Job, run: Run, keep: bool, call: str) -> Record | tuple[Excep
 
 
 def _set_up(job: Job) -> Workbench:
-    """Make the workbench, and check that its runs can be compared with those of other processes."""
+    """Make the workbench, and check that its runs can be compared with other processes' runs."""
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bench = job.make()
     differing = []

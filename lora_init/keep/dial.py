@@ -128,7 +128,7 @@ class Rule:
         return []
 
     def broken(self, task: Mapping[str, Change], keep: Mapping[str, Change]) -> list[str]:
-        """Return a note if the limit, which held on the examples to choose by, is broken on those of the report."""
+        """Return a note if the limit, which held on the examples to choose by, is broken on the report's examples."""
         measured = ""
         if self.lose is not None:
             lost = task["chosen"].loss / task[BEST].loss - 1.0

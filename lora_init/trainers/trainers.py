@@ -130,7 +130,7 @@ class TrainerIntegration:
         return rate
 
     def set_rate(self, rate: float) -> None:
-        """Set the rate in the arguments, and in those of an optimizer that the trainer was given with its own."""
+        """Set the rate in the trainer's arguments, and in the optimizer's where it was given one with arguments."""
         self.trainer.args.learning_rate = rate
         if given := getattr(self.trainer, "optimizer_cls_and_kwargs", None):
             # Another dictionary: the caller may use theirs for a second trainer.

@@ -46,7 +46,7 @@ class TRLIntegration(TrainerIntegration):
             _check_head(self.handle.model, config.given.get("target_modules", ()), self.name)
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """Read batches; of those of DPOTrainer both answers count."""
+        """Read batches; both answers in a batch of DPOTrainer count."""
         for batch in super().batches(loader):
             # The mask marks the answers: prompts and padding are left out.
             if "labels" not in batch and "completion_mask" in batch:
