@@ -96,7 +96,7 @@ def find_step_size(
     if not is_finite or not (gamma or loss < before):
         raise NoStepError(
             f"method {init.method!r}: the loss is {before:.4g} for the plain model and {loss:.4g} after the step with "
-            f"{{gamma}}, the best that was found. Take a start with B = 0, or pass another.",
+            f"{{gamma}}, the best that was found. Take a start with B = 0, or pass another gamma.",
             gamma=best,
         )
     return replace(build(best), losses=(before, loss))

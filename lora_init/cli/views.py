@@ -277,7 +277,7 @@ def _fit_view(fit: Mapping[str, Any]) -> list[Any]:
     else:
         # A line stands for all tensors that have one fault, so there may be fewer lines than names.
         names = {misfit["where"] for misfit in fit["misfits"]}
-        verdict = f"no: {len(names)} names below"
+        verdict = f"no: {len(names)} {'name' if len(names) == 1 else 'names'} below"
     misfits = [f"misfit: {line}" for line in fit["lines"]]
     return ["", facts({"fits": f"{base}: {verdict}"}), *misfits, *fit["notes"]]
 
