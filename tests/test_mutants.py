@@ -92,7 +92,8 @@ def test_lines_are_noted_with_the_tests_that_run_them_also_after_an_interruption
     (root / "sitecustomize.py").write_text(covering.SITE)
     about = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE", "PYTEST"))}
     paths = [root, Path(covering.__file__).parents[1], *filter(None, sys.path)]
-    about |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "COVERED": str(data), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    about |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "COVERED": str(data)}
+    about["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take half of the time
     for some, status in (["tests/test_half.py::test_half"], 0), ([], 0), ([], 5):  # the third time none is left
         words = ["-q", "-p", "benchmarks.covering", "-p", "no:cacheprovider", *some]
         done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=root, env=about, check=False)
