@@ -14,6 +14,7 @@ derives how a rate scales with width and rank, without the constant.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, warn
 from lora_init.layers.grid import layers_in
 from lora_init.rates.training_length import BATCH_SIZE, TrainingLength
 
@@ -68,15 +69,23 @@ def is_adamw(optimizer: str) -> bool:
     return re.fullmatch(f"(paged_?|anyprecision|fused)?adamw?{kinds}", optimizer.lower()) is not None
 
 
-def check_measured(optimizer: str, is_plain_loss: bool, trainer: str) -> None:
-    """Refuse to set a rate where none was measured."""
+def check_measured(optimizer: str, is_plain_loss: bool, trainer: str, model: Any) -> None:
+    """Refuse to set a rate where none was measured; warn of a model that reads no text, by its own loss."""
     if not is_adamw(optimizer):
         what = f"the optimizer {optimizer}"
     elif not is_plain_loss:
         what = f"the loss of {trainer}"
     else:
+        if not reads_text(model):
+            name = type(model).__name__
+            warn(f"learning_rate='measured': rates were measured on models of text, and {name} reads none: tune it.")
         return
     raise LoraInitError(f"learning_rate='measured': no rate was measured for {what}. Leave it out, and tune it.")
+
+
+def reads_text(model: Any) -> bool:
+    """Return whether a model takes tokens, as those do that rates were measured for."""
+    return "input_ids" in inspect.signature(type(model).forward).parameters
 
 
 class Response(NamedTuple):

@@ -18,7 +18,7 @@ from lora_init.adapters.model_handles import ModelHandle, handle_of
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import call_model
 from lora_init.loading.models import task_of
-from lora_init.rates.learning_rate import check_measured, schedule_of
+from lora_init.rates.learning_rate import check_measured, reads_text, schedule_of
 from lora_init.rates.training_length import TrainingLength
 from lora_init.starts.starts import DEFAULT
 from lora_init.third_party_internals import forget_loader
@@ -93,7 +93,7 @@ class TrainerIntegration:
     @property
     def is_measured(self) -> bool:
         """Whether rates were measured for what it trains: models of text, by their own loss."""
-        return self.has_plain_loss and "input_ids" in inspect.signature(type(self.handle.model).forward).parameters
+        return self.has_plain_loss and reads_text(self.handle.model)
 
     @cached_property
     def length(self) -> TrainingLength | None:
@@ -146,7 +146,7 @@ class TrainerIntegration:
 
     def check_rate(self) -> None:
         """Refuse to set a rate for an optimizer, or a loss, that none was measured for."""
-        check_measured(self.optimizer, self.has_plain_loss, self.name)
+        check_measured(self.optimizer, self.has_plain_loss, self.name, self.handle.model)
 
     def _has_own(self, method: str) -> bool:
         """Return whether a method of the trainer is of one's own, and not of a library that is known here."""

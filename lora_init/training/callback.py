@@ -199,7 +199,8 @@ class StartCallback(TrainerCallback):
                     )
                 # Before the pass, which is what takes long.
                 if self.measured:
-                    check_measured(type(optimizer).__name__, is_plain_loss, f"a trainer with {type(args).__name__}")
+                    name = f"a trainer with {type(args).__name__}"
+                    check_measured(type(optimizer).__name__, is_plain_loss, name, handle.model)
                     _check_one_rate(optimizer)
                     _check_schedule(rest.get("lr_scheduler"))
                 # The first batch was read to see what it has, and is learned from, too.

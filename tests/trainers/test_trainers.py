@@ -13,9 +13,10 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
+from lora_init.errors import LoraInitWarning
 from lora_init.trainers.trainers import TrainerIntegration
 from tests.commands import tokenizer_of
-from tests.conftest import refused, tiny_bert, tiny_llama
+from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
 from tests.trainers.made import CHAT, WORDS, chats, of_class, plain, seen_by, sentences, settings
 
 # These trainers take the rates that a tiny model learns at.
@@ -328,6 +329,14 @@ def test_a_rate_is_not_set_where_none_was_measured(kind, tmp_path, tokenizer):
     refused(f"learning_rate='measured': no rate was measured {said}", lora_init.initialize, trainer, rank=4,
             learning_rate="measured")  # fmt: skip
     assert trainer.args.learning_rate == 1e-2
+
+
+def test_a_rate_that_was_measured_on_text_is_set_for_images_with_a_word(tmp_path):
+    rows = [{"pixel_values": torch.rand(1, 16, 16), "labels": i % 3} for i in range(16)]
+    trainer = Trainer(tiny_vit(), TrainingArguments(tmp_path, max_steps=2, report_to="none"), train_dataset=rows)
+    with pytest.warns(LoraInitWarning, match="measured on models of text, and ViTForImageClassification"):
+        lora_init.initialize(trainer, rank=2, method="random", learning_rate="measured", progress=False)
+    assert trainer.args.learning_rate != 5e-5
 
 
 class OwnSchedule(Trainer):
