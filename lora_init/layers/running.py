@@ -74,9 +74,15 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
         inputs = _keywords(model, batch, parameters, with_labels)
         _check_keywords(model, inputs, parameters)
         return model(**inputs)
+    if batch is None:
+        raise _no_input(model)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return model(*batch)
     return model(batch)
+
+
+def _no_input(model: nn.Module) -> LoraInitError:
+    return LoraInitError(f"the batch holds no input of {type(model).__name__}. Check its columns, or the collator.")
 
 
 def _keywords(
@@ -91,6 +97,8 @@ def _keywords(
     own_labels = "labels" in parameters and not isinstance(model, PreTrainedModel)
     if not (with_labels or decoder_reads_labels or own_labels):
         inputs.pop("labels", None)
+    if not inputs:
+        raise _no_input(model)
     if "use_cache" in parameters:
         inputs.setdefault("use_cache", False)  # a batch that asks for one gets it
     return inputs

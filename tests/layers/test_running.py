@@ -1,12 +1,18 @@
 """How a model is run."""
 
+import pytest
 import torch
 
 from lora_init.layers.running import call_model
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 
 
 def test_keys_and_values_are_kept_only_if_the_batch_asks_for_them():
     batch = {"input_ids": torch.tensor([[3, 4, 5]])}
     assert call_model(tiny_llama(), batch).past_key_values is None
     assert call_model(tiny_llama(), batch | {"use_cache": True}).past_key_values is not None
+
+
+@pytest.mark.parametrize("batch", [None, {}, {"labels": torch.tensor([[3, 4, 5]])}])
+def test_a_batch_without_inputs_is_refused(batch):
+    refused("the batch holds no input of LlamaForCausalLM", call_model, tiny_llama(), batch)
