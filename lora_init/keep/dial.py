@@ -84,6 +84,8 @@ class Rule:
             if name == "strength" and value > STRONGEST:
                 text = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
                 warn(text, strength=value)
+        if not isinstance(self.uniform, bool):
+            raise LoraInitError("{uniform}, expected True or False.", uniform=self.uniform)
         if self.uniform and self.strength is not None:
             raise LoraInitError("{strength} is one for all layers already. Leave {uniform} out.", **vars(self))
         if not given:

@@ -444,6 +444,10 @@ def test_one_strength_needs_no_data_and_with_data_reports_both_ends():
     refused("needs batches of the task", dial, model)
 
 
+def test_uniform_is_true_or_false():
+    refused("uniform='no', expected True or False", dial, trained_model()[0], batches_for("llama"), uniform="no")
+
+
 def test_a_list_is_read_whole_and_of_a_loader_the_first_batches():
     model, batches = trained_model(dtype=torch.float32)
     many, keep = [batch for batch in batches for _ in range(20)], batches_for("llama", n_batches=4, seed=1)
