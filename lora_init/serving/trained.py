@@ -300,6 +300,10 @@ def _problem_of(tensors: Mapping[str, Tensor]) -> str:
     ends = ends_of(tensors)
     for end in ends:
         if end not in tensors:
+            # PEFT loads names with the adapter's own name in them, as the parameters of a model have it.
+            for other in tensors:
+                if other.startswith(end.removesuffix("weight")):
+                    return f"has {other} for {end}. `lora-init export --rename` writes names that fit."
             return f"has no {end}. The adapter is incomplete; save it again."
     for end in tensors:
         if end not in (*ends, MAGNITUDE):

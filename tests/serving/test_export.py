@@ -132,6 +132,15 @@ def test_intruders_are_reduced_as_peft_does_it(base, tmp_path):
     assert (logits(load(base), tmp_path / "served") - logits(load(base), trained)).abs().max() > 0.01
 
 
+def test_names_with_the_adapters_own_name_in_them_are_told_of_rename(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    tensors = load_file(trained / "adapter_model.safetensors")
+    named = {key.replace(".weight", ".default.weight"): tensor for key, tensor in tensors.items()}
+    save_file(named, trained / "adapter_model.safetensors")
+    refused("has lora_A.default.weight for lora_A.weight. `lora-init export --rename`", trained, tmp_path / "served")
+    export_adapter(trained, tmp_path / "served", rename=True)
+
+
 def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     trained, output = train(base, tmp_path / "trained", **ADAPTERS["plain"]), tmp_path / "served"
     refused("engine 'vlm' is unknown. Did you mean vllm", trained, output, "vlm")
