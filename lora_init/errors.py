@@ -187,6 +187,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def check_switches(**switches: Any) -> None:
+    """Refuse what is neither True nor False: a text such as "no" would count as true."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise LoraInitError(f"{{{name}}}, expected True or False.", **{name: value})
+
+
 def check_number(
     name: str, value: Any, least: float = 0, *, whole: bool = False, above: bool = False, hint: str = ""
 ) -> None:

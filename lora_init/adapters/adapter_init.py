@@ -25,7 +25,7 @@ from lora_init.adapters.peft_model import (
     is_filled,
     remove_adapters,
 )
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, check_switches
 from lora_init.layers.grid import layers_in
 from lora_init.layers.targets import HEADS, Target, file_prefixes, trains_new_head
 from lora_init.layers.wrappers import unwrapped
@@ -228,6 +228,7 @@ class AdapterInit(Shape):
                 ranks or scaling; or a layer of the plan is missing or has other widths, or is quantized and should
                 change, or the base weights should and the adapter is from `add_adapter`.
         """
+        check_switches(correct_base=correct_base)
         plain: Any = model
         if isinstance(model, nn.Module):
             plain = unwrapped(model)
@@ -275,6 +276,7 @@ class AdapterInit(Shape):
             LoraInitError: The directory exists or cannot be written, or weights of the model are needed and no model
                 was given.
         """
+        check_switches(overwrite=overwrite)
         if model is not None:
             model = unwrapped(model)
         config = self._config(model) | {"inference_mode": True}  # as PEFT writes it for every saved adapter

@@ -26,7 +26,7 @@ from typing import (
     get_type_hints,
 )
 
-from lora_init.errors import LoraInitError, check_number, did_you_mean
+from lora_init.errors import LoraInitError, check_number, check_switches, did_you_mean
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import BATCH_SIZE, FORMATS, MAX_LENGTH, SAMPLES
 from lora_init.planning.policies import RHO
@@ -84,17 +84,14 @@ def _least(part: Any) -> dict[str, tuple[bool, float]]:
 
 
 class _Checked:
-    """Refuses numbers below the declared minimum, as the command line does, and switches that are no True or False.
-
-    A text such as "no" would count as true.
-    """
+    """Refuses numbers below the declared minimum, as the command line does, and switches that are no True or False."""
 
     def __post_init__(self) -> None:
         part: Any = type(self)
         for option in fields(part):
             value = getattr(self, option.name)
-            if isinstance(option.default, bool) and not isinstance(value, bool):
-                raise LoraInitError(f"{{{option.name}}}, expected True or False.", **{option.name: value})
+            if isinstance(option.default, bool):
+                check_switches(**{option.name: value})
         for name, (whole, least) in _least(part).items():
             value = getattr(self, name)
             if value is not None:  # None stands for a default that is found later

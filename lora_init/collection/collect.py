@@ -23,7 +23,7 @@ from lora_init.collection.loop import TOLERANCE, Collected, Pass, progress_bar, 
 from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, read_settings
-from lora_init.errors import LoraInitError, check_number, explain, warn
+from lora_init.errors import LoraInitError, check_number, check_switches, explain, warn
 from lora_init.files import check_writable, locked
 from lora_init.layers.grid import one_line_each, some, span
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint, model_config
@@ -205,7 +205,7 @@ def collect(
     _check_numbers(
         rank=rank, max_batches=max_batches, rho=rho, tolerance=tolerance, seed=seed, skip_bad_batches=skip_bad_batches
     )
-    _check_options(center, gradients, forward, loss)
+    _check_options(center, gradients, overwrite, forward, loss)
     # Autocast as the caller has it now: from here on it is on for the model alone.
     model, precision = unwrapped(model), Precision()
     if task_type is None and task_of(model) in HEADS:
@@ -280,12 +280,9 @@ def collect(
         raise Interrupted(getattr(stop, "statistics", None)) from None
 
 
-def _check_options(center: bool, gradients: bool, forward: Forward | None, loss: Loss | None) -> None:
+def _check_options(center: bool, gradients: bool, overwrite: bool, forward: Forward | None, loss: Loss | None) -> None:
     """Refuse flags that are none, functions that cannot be called as a pass does, and a loss that nothing reads."""
-    for name, flag in (("center", center), ("gradients", gradients)):
-        # A text such as "no" would count as true.
-        if flag not in (True, False):
-            raise LoraInitError(f"{{{name}}}, expected True or False.", **{name: flag})
+    check_switches(center=center, gradients=gradients, overwrite=overwrite)
     if loss is not None and not gradients:
         raise LoraInitError("loss= is for {gradients}; without gradients no loss is computed.", gradients=True)
     if forward is not None:

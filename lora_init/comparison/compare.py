@@ -41,7 +41,7 @@ from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.variants import Variant, by_batches
 from lora_init.comparison.workbench import Workbench, circumstances
 from lora_init.comparison.workers import Job, Worker, describe, elsewhere, here, processes, run_all
-from lora_init.errors import LoraInitError, check_number, did_you_mean, is_number, require
+from lora_init.errors import LoraInitError, check_number, check_switches, did_you_mean, is_number, require
 from lora_init.files import as_path
 from lora_init.layers.targets import Target, find_targets
 from lora_init.loading.models import find_device
@@ -180,6 +180,7 @@ def compare(
     """
     # First all that can be refused from the arguments alone: to load the model and to run it take time.
     _check_model(model, rank)
+    check_switches(full=full, dry_run=dry_run)
     options = _read_options(loading)
     find_device(options.device)
     batches = _read_batches(statistics_batches)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers, adds_nothing
 from lora_init.collection.losses import token_losses
-from lora_init.errors import LoraInitError, check_number, warn
+from lora_init.errors import LoraInitError, check_number, check_switches, warn
 from lora_init.keep.dialed import BEST, UNIFORM, Change, Dial, Point, signed
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
@@ -84,8 +84,7 @@ class Rule:
             if name == "strength" and value > STRONGEST:
                 text = f"{{strength}}: above {STRONGEST:g} the dial itself chooses none; 1 is as trained."
                 warn(text, strength=value)
-        if not isinstance(self.uniform, bool):
-            raise LoraInitError("{uniform}, expected True or False.", uniform=self.uniform)
+        check_switches(uniform=self.uniform)
         if self.uniform and self.strength is not None:
             raise LoraInitError("{strength} is one for all layers already. Leave {uniform} out.", **vars(self))
         if not given:

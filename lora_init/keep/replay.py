@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lora_init.errors import LoraInitError, check_number
+from lora_init.errors import LoraInitError, check_number, check_switches
 from lora_init.layers.running import disabled, evaluating, restoring
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import check_tokenizer, pad_batch, padding_token
@@ -97,6 +97,7 @@ def _write(
 
     A caller that stops early closes the generator: only then do the model and the random state become as they were.
     """
+    check_switches(chat=chat)
     check_number("n", n, 1, whole=True)
     check_number("length", length, 1, whole=True)
     check_tokenizer(tokenizer)

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_init.errors import LoraInitError, check_number, first_line, warn
+from lora_init.errors import LoraInitError, check_number, check_switches, first_line, warn
 from lora_init.loading.examples import BATCH_SIZE, MAX_LENGTH, SAMPLES, Wanted
 from lora_init.loading.reader import IGNORED, Encoded, Reader, classes_in_words, open_reader
 from lora_init.loading.sources import MOST_STREAMED, Rows, read_rows
@@ -113,6 +113,7 @@ def load_batches(
     check_number("max_length", max_length, 2)
     check_number("seed", seed)
     check_number("offset", offset)
+    check_switches(seq2seq=seq2seq, needs_labels=needs_labels)
     if samples is not None:
         check_number("samples", samples, 1, hint=" None is for all.")
     _check_templates(template=template, completion=completion)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_init.errors import LoraInitError, check_number, warn
+from lora_init.errors import LoraInitError, check_number, check_switches, warn
 from lora_init.layers.grid import some
 from lora_init.planning.budgets import BoolArray, Budget, FloatArray, IntArray, choose_budget, costs
 from lora_init.planning.limits import Limits, allowed_by_unit, layer_limits, tie_layers
@@ -95,6 +95,7 @@ def allocate_ranks(
         rank=rank, total_rank=total_rank, parameters=parameters, fraction=fraction, megabytes=megabytes,
         variance=variance,
     )  # fmt: skip
+    check_switches(uniform_per_kind=uniform_per_kind)
     made = stats.provenance
     budget = choose_budget(budgets, len(limits), made.rank, made.n_parameters, dtype, coverage)
     spectra = stack_spectra(stats, list(limits))

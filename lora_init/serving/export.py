@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_init.adapters.directory import CARD_FILE, LORA_A, LORA_B, WEIGHTS_FILE, AdapterDirectory, card_header
-from lora_init.errors import LoraInitError, check_number, warn
+from lora_init.errors import LoraInitError, check_number, check_switches, warn
 from lora_init.files import (
     as_path,
     check_free,
@@ -144,6 +144,7 @@ def export_adapter(
         'vllm serve base --enable-lora --max-lora-rank 32 --lora-modules served=/home/user/served'
     """
     # What needs neither the adapter nor its base is refused first, and nothing is written before all else is done.
+    check_switches(keep_ranks=keep_ranks, rename=rename, overwrite=overwrite)
     wanted, size = find_engine(engine), _Size(rank, parameters, megabytes, keep_ranks, dtype)
     _check_options(engine, wanted, size, merge_into)
     path = check_output(output, engine, overwrite)

@@ -124,7 +124,8 @@ def verify(
     check_takes(served, "served=", "prompt")
     if base is not None:
         check_takes(base, "base=", "prompt")
-    with with_adapter(model, adapter) as peft_model:
+    # PEFT draws an A before it reads the adapter's: whoever trains goes on with the random numbers that they had.
+    with torch.random.fork_rng(devices=[]), with_adapter(model, adapter) as peft_model:
         local = Local(peft_model.eval(), tokenizer)
         faults = local.faults()
         plain, trained = local.run(prompts, faults[0]), local.run(prompts)  # [prompts, vocabulary]

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_init.errors import LoraInitError, check_number, explain, warn
+from lora_init.errors import LoraInitError, check_number, check_switches, explain, warn
 from lora_init.layers.running import evaluating
 from lora_init.serving.server import Server
 from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, check_prompts, diagnose
@@ -180,6 +180,7 @@ class ServingCallback(TrainerCallback):
         if not isinstance(watch, ServingWatch):
             raise LoraInitError(f"watch={watch!r}: a ServingWatch is needed.")
         check_number("every", every, 1, whole=True)
+        check_switches(stop=stop)
         self.watch, self.every, self.stop = watch, every, stop
         self.found: dict[int, Verification] = {}  # by step
         self._warned: set[str] = set()  # kinds of faults

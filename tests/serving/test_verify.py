@@ -144,6 +144,14 @@ def test_another_task_another_base_and_a_zero_adapter(dtype, home, tmp_path):
     assert len(engine.asked) == 1  # which tells the form of its answers
 
 
+def test_the_random_numbers_of_who_asks_go_on(home):
+    model = AutoModelForCausalLM.from_pretrained(home / "base")
+    before = torch.get_rng_state()
+    told = dict.fromkeys(range(64), -4.0)
+    lora_init.verify(home / "plain", model, word_tokenizer(), ["w1 w2 w3", "w4 w5"], lambda prompt: told)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("config", [{"lora_alpha": 0}, {"alpha_pattern": {"q_proj": 0}}], ids=str)
 def test_an_adapter_whose_scaling_is_zero_is_judged_too(config, home, tmp_path):
     """Somewhere, or everywhere."""
