@@ -210,6 +210,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out."""
     # By name and by text: torch has a class for CUDA only, and importing torch to look would be slow.
     text = str(error).lower()
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or any(sign in text for sign in signs)

@@ -155,13 +155,13 @@ class AdapterDirectory:
         keys = self.config.get("target_parameters")
         if not isinstance(keys, list):
             return []
-        parameters = set()
+        parameters: dict[str, None] = {}  # a set that keeps its order
         for key in map(str, keys):
             parameter = f"{module}.{key.rpartition('.')[2]}"
             # A key without a dot also ends the names of weights of plain layers.
             may_be_meant = "." in key or module.endswith("experts")
             if may_be_meant and f".{parameter}".endswith(f".{key}"):
-                parameters.add(parameter)
+                parameters[parameter] = None
         # PEFT wraps in the order of the module, where the second matrix of experts comes last.
         return sorted(parameters, key=lambda parameter: not parameter.endswith("down_proj"))
 

@@ -20,15 +20,14 @@ from torch.nn import functional as F
 from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers, check_fresh
 from lora_init.collection.activations import ActivationHooks, Sink
-from lora_init.collection.collect import check_batches
 from lora_init.collection.loop import row_norms
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.grid import layers_in
 from lora_init.layers.masks import NothingCountsError, TokenMasks
 from lora_init.layers.rows import check_peft, expert_group, experts_of
-from lora_init.layers.running import call_model, restoring
+from lora_init.layers.running import call_model, check_batches, restoring
 from lora_init.layers.targets import count_linear, new_heads, trains_new_head
-from lora_init.layers.wrappers import unwrapped, without_adapter
+from lora_init.layers.wrappers import is_below, plain_names, unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
 from lora_init.rates.learning_rate import LearningRate, Response, response, share_of
 from lora_init.rates.training_length import BATCH_SIZE, TrainingLength
@@ -115,10 +114,26 @@ def measure_rate(
     left_out = [name for name in layers if name not in responses] + unread_experts
     # PEFT trains the head of such a task whole, which often begins at random, and what else it is told to.
     task_type, trained_whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
-    new_head = trains_new_head(new_heads(base), task_type, trained_whole)
+    heads = new_heads(base)
+    new_head = trains_new_head(heads, task_type, trained_whole) or _trains_by_hand(base, heads)
     linear = [name for name, layer in layers.items() if adapter_name in layer.lora_A]  # and no embedding
     share = share_of(sum(map(layers_in, linear)), count_linear(base, layers, task_type))
     return LearningRate(responses, length, new_head, left_out, share)
+
+
+def _trains_by_hand(base: nn.Module, heads: Iterable[str]) -> bool:
+    """Check whether a matrix of one of these modules has a gradient, as after `requires_grad_()` on a head."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = plain_names(base)
+    adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
+    for head in heads:
+        if any(is_below(head, layer) for layer in adapted):  # A and B, in a user's own model
+            continue
+        parameters = modules[head].parameters(recurse=False)
+        if any(parameter.requires_grad and parameter.dim() > 1 for parameter in parameters):
+            return True
+    return False
 
 
 def _config_of(model: nn.Module, adapter_name: str) -> Any:

@@ -259,4 +259,5 @@ def _check_tokens(source: Any) -> None:
 
 def _is_conversation(value: Any) -> bool:
     """Return whether a value is a list of messages, as in data sets of chats."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and not any(isinstance(part, Tensor) for part in first.values())

@@ -233,7 +233,9 @@ def _adapter_view(adapter: Mapping[str, Any], width: int) -> list[Any]:
         from lora_init.keep.dialed import summary_of
 
         head |= summary_of(adapter["dial"]) | {"picture": adapter["dial"]["picture"]}
-    view = [head, "", rank_table(ranks, width), "", adapter["serving"]]
+    view = [head, "", rank_table(ranks, width)]
+    if adapter.get("fit", {"fits": True})["fits"]:  # who serves it would contradict a misfit
+        view += ["", adapter["serving"]]
     # These are there if options of `inspect` asked for them.
     if "intruders" in adapter:
         view += _intruder_view(adapter["intruders"], width)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lora_init
 from lora_init.collection.activations import ActivationHooks
@@ -29,7 +29,7 @@ from lora_init.layers.grid import one_line_each, some, span
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint, model_config
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.rows import warn_of_experts_left_out
-from lora_init.layers.running import Forward, call_model
+from lora_init.layers.running import Forward, call_model, check_batches
 from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, find_targets, linear_layers, new_heads
 from lora_init.layers.wrappers import (
     Precision,
@@ -453,29 +453,6 @@ def _check_types(model: Any, batches: Any) -> None:
             "plain model: take the adapter off (PEFT: unload(), diffusers: delete_adapters())."
         )
     check_batches(batches, "collect")
-
-
-def check_batches(batches: Any, taker: str) -> None:
-    """Refuse texts, a single batch and what is no iterable, as an argument of the function `taker`."""
-    first = None
-    if isinstance(batches, (list, tuple)) and batches:
-        first = batches[0]
-    if isinstance(first, str):
-        got = "texts"
-    elif (
-        isinstance(first, (int, float))  # the values of one batch
-        or isinstance(batches, (str, Path, Mapping, Tensor, nn.Module))
-        or hasattr(batches, "columns")  # a table of pandas
-        or not isinstance(batches, Iterable)
-    ):
-        got = f"a {type(batches).__name__}"
-    else:
-        got = ""
-    if got:
-        raise LoraInitError(
-            f"{taker} got {got} for the batches, expected an iterable of batches. Make them of texts and files with "
-            "load_batches, or give initialize() a tokenizer, too; put one batch into a list."
-        )
 
 
 def _check_numbers(**numbers: Any) -> None:

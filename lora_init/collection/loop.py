@@ -30,7 +30,7 @@ from lora_init.collection.backward import BackwardHooks
 from lora_init.collection.processes import Processes, Shard
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory, warn
 from lora_init.layers.masks import NothingCountsError
-from lora_init.layers.running import Forward
+from lora_init.layers.running import Forward, naming_strange_tokens
 from lora_init.layers.wrappers import run_eagerly
 from lora_init.statistics.gradient_spectrum import MeanGradient
 from lora_init.statistics.incremental_svd import IncrementalSVD
@@ -267,7 +267,8 @@ class Pass(Sink):
         collected, seconds = self.found, self.found.seconds
         start, before = time.perf_counter(), seconds["decomposition"]
         try:
-            self._n_labels = self._run(batch, self)
+            with naming_strange_tokens(name):
+                self._n_labels = self._run(batch, self)
             for layer, mean in collected.gradients.items():
                 with self._computing(layer):
                     mean.current.check_batch()
@@ -275,8 +276,6 @@ class Pass(Sink):
         except NothingCountsError as error:
             collected.empty.append(f"{name}: {error}")
             return False
-        except IndexError as error:
-            raise LoraInitError(f"{name}: {error}. Has it a token that is not in the model's vocabulary?") from error
         except (LoraInitError, MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise LoraInitError(f"{name}: out of memory. Use a smaller batch or shorter sequences.") from error

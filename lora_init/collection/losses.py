@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED, NothingCountsError, shifts_labels
-from lora_init.layers.running import Forward, call_model, evaluating, on_device_of
+from lora_init.layers.running import (
+    Forward,
+    call_model,
+    check_batches,
+    evaluating,
+    naming_strange_tokens,
+    on_device_of,
+)
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import pad_batch
 from lora_init.loading.reader import Encoded
@@ -79,11 +86,13 @@ def mean_loss(
     """
     if not isinstance(model, nn.Module):
         raise LoraInitError(f"mean_loss() takes a model in this place and got {type(model).__name__}.")
+    check_batches(batches, "mean_loss()")
     losses = []
     with evaluating(model):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             moved = on_device_of(model, batch)
-            with suppress(NothingCountsError):  # such a batch has no loss
+            # A batch of which nothing counts has no loss.
+            with suppress(NothingCountsError), naming_strange_tokens(f"batch {number}"):
                 count_labels(model, moved)
                 output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
                 value = loss(output, moved) if loss else own_loss(output)

@@ -22,7 +22,14 @@ from lora_init.errors import LoraInitError, check_number, check_switches, warn
 from lora_init.keep.dialed import BEST, UNIFORM, Change, Dial, Point, signed
 from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
-from lora_init.layers.running import call_model, evaluating, on_device_of, restoring
+from lora_init.layers.running import (
+    call_model,
+    check_batches,
+    evaluating,
+    naming_strange_tokens,
+    on_device_of,
+    restoring,
+)
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import as_batches, count_examples, group_by_length
 from lora_init.progress import Progress, Say
@@ -269,6 +276,7 @@ def _check_scalable(layers: Mapping[str, Any], where: str) -> None:
 
 def choose_dial(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, seed: int, say: Say) -> Dial:
     """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
+    check_number("seed", seed, -(2**63), whole=True)
     shifted = shifts_labels(model)
     task = _read(as_batches(batches, model, seed), "batches", shifted)
     n = count_examples(task)
@@ -289,7 +297,8 @@ def choose_dial(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer
             raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task. Pass text of another kind.")
     task_parts = _thirds(task, rule, seed, shifted)
     kept_parts = _thirds(kept, rule, seed, shifted)
-    dialed = _search(model, task_parts, kept_parts, rule, say)
+    with naming_strange_tokens("a batch"):
+        dialed = _search(model, task_parts, kept_parts, rule, say)
     return replace(dialed, read=(n, count_examples(kept)))
 
 
@@ -305,11 +314,14 @@ def _read(batches: Iterable[Any], what: str, shifted: bool) -> list[Any]:
     """Read the batches that have labels: all of a list, but only the first batches of a loader."""
     if batches is None:
         raise LoraInitError("dial() needs batches of the task, unless {strength} says what to do.", strength=...)
+    check_batches(batches, "dial()")
     if not isinstance(batches, Sequence):
         batches = islice(batches, _MOST_BATCHES)
     labelled, n_examples = [], 0
     for batch in batches:
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(batch, Mapping):
+            raise LoraInitError(f"{what}: a batch is a {type(batch).__name__}, expected a mapping with input_ids.")
+        labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise LoraInitError(f"{what}: a batch has no labels [batch, length], as a language model takes them.")
         if _has_label(batch, shifted):

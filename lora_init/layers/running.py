@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,40 @@ def on_device_of(model: nn.Module, batch: Any) -> Any:
     return send_to_device(batch, device)
 
 
+def check_batches(batches: Any, taker: str) -> None:
+    """Refuse texts, a single batch and what is no iterable, as an argument of the function `taker`."""
+    first = None
+    if isinstance(batches, (list, tuple)) and batches:
+        first = batches[0]
+    if isinstance(first, str):
+        got = "texts"
+    elif (
+        isinstance(first, (int, float))  # the values of one batch
+        or isinstance(batches, (str, Path, Mapping, Tensor, nn.Module))
+        or hasattr(batches, "columns")  # a table of pandas
+        or not isinstance(batches, Iterable)
+    ):
+        got = f"a {type(batches).__name__}"
+    else:
+        got = ""
+    if got:
+        raise LoraInitError(
+            f"{taker} got {got} for the batches, expected an iterable of batches. Make them of texts and files with "
+            "load_batches, or give initialize() a tokenizer, too; put one batch into a list."
+        )
+
+
+@contextmanager
+def naming_strange_tokens(where: str) -> Iterator[None]:
+    """Say what torch's error about an index means of a batch called `where`."""
+    try:
+        yield
+    except IndexError as error:
+        raise LoraInitError(
+            f"{where}: {error}. Has it a token or a label that is not in the model's vocabulary?"
+        ) from error
+
+
 def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
     """Run a model on a batch: a mapping goes in as keywords, a sequence as positions.
 
@@ -74,9 +109,11 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
         inputs = _keywords(model, batch, parameters, with_labels)
         _check_keywords(model, inputs, parameters)
         return model(**inputs)
-    if batch is None:
+    if batch is None or isinstance(batch, (str, int, float)):
         raise _no_input(model)
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
+    if isinstance(batch, Sequence):
+        if isinstance(model, PreTrainedModel) and batch and isinstance(batch[0], Mapping):
+            raise LoraInitError("a batch is a list of batches. Pass all of them in one list.")
         return model(*batch)
     return model(batch)
 

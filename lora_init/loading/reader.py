@@ -48,11 +48,11 @@ class Reader:
 
     def encode(self, example: Example | None, row: Mapping[str, Any]) -> Encoded | str:
         """Read a row whose text is known."""
-        encoded = None
-        if example is not None:
-            encoded = _encode(example, self.tokenizer, self.limit, self.seq2seq, ends=self.label is None)
-        if encoded is None:
+        if example is None:
             return "with an empty field"
+        encoded = _encode(example, self.tokenizer, self.limit, self.seq2seq, ends=self.label is None)
+        if encoded is None:
+            return "of which the tokenizer makes no token"
         ids, labels = encoded
         if self.label is not None:
             name = _class_of(row[self.label])

@@ -185,7 +185,8 @@ def _draw(loader: Any, epochs: float) -> _Drawn:
                 batches.append(_numbers(one))
                 n_drawn += len(batches[-1])
             played += part
-    return _Drawn(batches, played, _rows_of_an_item(loader, batches)) if played else _Drawn()
+        return _Drawn(batches, played, _rows_of_an_item(loader, batches))
+    return _Drawn()
 
 
 def _numbers(drawn: Any) -> list[Any]:

@@ -88,6 +88,7 @@ def test_each_process_says_what_is_wrong_with_it_and_all_end(home, tmp_path):
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller --batch-size"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller --batch-size"),
     (MemoryError(), "smaller --batch-size"),
+    (OSError(12, "Cannot allocate memory"), "smaller --batch-size"),
     (OSError(28, "No space left on device", "out/adapter_model.safetensors"),
      "out/adapter_model.safetensors: No space"),
     (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),

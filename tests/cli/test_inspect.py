@@ -218,6 +218,7 @@ def test_after_a_misfit_the_next_command_is_another_one_that_helps(home, tmp_pat
     names = {"path": path, "base": home / "model", "wide": tmp_path / "wide"}
     result = run("inspect", path, *(option.format(**names) for option in options))
     assert result.exit_code == 1, result.output
+    assert "this adapter as it is" not in " ".join(result.stdout.split())
     said = result.stdout[result.stdout.index("Next: ") :].splitlines()
     assert said == [f"Next: {expected.format(**names)}"]
     if said[0].startswith("Next: lora-init") and "DIRECTORY" not in said[0]:

@@ -3,6 +3,7 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas
 import pytest
@@ -274,6 +275,8 @@ def ask(prompt):
 
 ROWS = [{"text": "the cat sat"}] * 4
 CHATS = [{"messages": [{"role": "user", "content": "the cat"}]}] * 4
+TOKENS = {name: torch.ones(2, 4, dtype=torch.int64) for name in ("input_ids", "attention_mask", "labels")}
+STRANGE = TOKENS | dict.fromkeys(("input_ids", "labels"), torch.full((2, 4), 999))
 CALLS = {
     "rows without tokenizer": (
         lambda compare: lora_init.initialize(tiny_llama(), ROWS),
@@ -394,6 +397,48 @@ CALLS = {
     ),
     "one strength for all layers": (
         lambda compare: lora_init.dial(tiny_llama(), strength=0.5, uniform=True), "Leave uniform=True out",
+    ),
+    "the loss of a file": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), Path("rows.jsonl")), "got a PosixPath for the batches",
+    ),
+    "the loss of one batch": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), TOKENS), "mean_loss.. got a dict for the batches, expected",
+    ),
+    "the loss of texts": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), ["the cat"]), "mean_loss.. got texts for the batches",
+    ),
+    "the loss of texts of a loader": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), iter(["the cat"])), "the batch holds no input of Llama",
+    ),
+    "the loss of lists of batches": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), [[TOKENS]]), "a batch is a list of batches. Pass all of th",
+    ),
+    "a pass over lists of batches": (
+        lambda compare: lora_init.collect(tiny_llama(), [[TOKENS]]), "batch 0: a batch is a list of batches. Pass all",
+    ),
+    "a start from lists of batches": (
+        lambda compare: lora_init.initialize(tiny_llama(), [[TOKENS]]), "batch 0: a batch is a list of batches. Pass",
+    ),
+    "the loss of strange tokens": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS, STRANGE]),
+        "batch 1: .*Has it a token or a label that is not in the model's vocabulary",
+    ),
+    "the loss of a strange label": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS | {"labels": STRANGE["labels"]}]),
+        "batch 0: .*Has it a token or a label that is not in the model's vocabulary",
+    ),
+    "a dial by nothing": (
+        lambda compare: lora_init.dial(trained(), True, []), r"dial\(\) got a bool for the batches, expected",
+    ),
+    "a dial by texts": (
+        lambda compare: lora_init.dial(trained(), iter(["the cat"]), []), "batches: a batch is a str, expected a mapp",
+    ),
+    "a dial by strange tokens": (
+        lambda compare: lora_init.dial(trained(), [STRANGE] * 6, [TOKENS] * 6),
+        "a batch: .*Has it a token or a label that is not in the model's vocabulary",
+    ),
+    "a word for a seed": (
+        lambda compare: lora_init.dial(trained(), [TOKENS], [TOKENS], seed="1"), "seed='1', expected a whole number",
     ),
     "no directory for runs": (
         lambda compare: lora_init.compare("llama", "rows.jsonl", None), "output is needed, as a path, and got NoneType",

@@ -1,5 +1,6 @@
 """Rows of every source and form become batches with the right tokens and labels, and bad data one clear line."""
 
+import copy
 import json
 import re
 from collections import Counter
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lora_init import LoraInitError, load_batches
@@ -304,6 +305,14 @@ def test_tokenizer_limit_counts_and_nothing_on_it_changes(write):
     assert batches[0]["attention_mask"].tolist() == [[1, 1, 0, 0, 0, 0], [1] * 6]
     assert "at most 6 tokens" in batches.description
     assert tokenizer.pad_token is None and tokenizer.padding_side == tokenizer.truncation_side == "left"
+
+
+def test_a_text_of_which_the_tokenizer_makes_no_token_is_no_empty_field(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    batches = load_batches([{"text": "the cat"}, {"text": "\u200b"}, {"text": ""}], tokenizer)
+    assert "1 left out of which the tokenizer makes no token" in batches.description
+    assert "1 left out with an empty field" in batches.description
 
 
 def test_encoder_keeps_its_separator_when_cut(write):

@@ -596,3 +596,18 @@ def test_how_often_an_example_is_drawn_goes_with_the_length():
 def test_a_whole_number_of_a_settings_file_is_a_number_of_steps():
     assert TrainingLength(1e3, 8.0) == TrainingLength(1000, 8) and str(TrainingLength(1e3, 8.0)) == "1000 steps of 8"
     refused("steps=100.5, expected a whole number", TrainingLength, 100.5)
+
+
+def test_a_head_that_was_set_to_train_by_hand_is_new():
+    model = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"], bias="all"))
+    assert not learning_rate(model, [TOKENS], steps=100).new_head
+    model.get_base_model().classifier.requires_grad_(True)
+    found = learning_rate(model, [TOKENS], steps=100)
+    told = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
+    assert found.new_head and found.rate / learning_rate(told, [TOKENS], steps=100).rate == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_body_or_a_language_model_that_trains_whole_has_no_new_head():
+    model = llama_with()
+    model.requires_grad_(True)
+    assert not learning_rate(model, [TOKENS], steps=100).new_head

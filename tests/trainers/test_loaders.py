@@ -42,6 +42,19 @@ class Repeats(torch.utils.data.Sampler):
         return 16
 
 
+class Tires(Repeats):
+    """A sampler that raises within its second epoch: then each example is taken to come once in an epoch."""
+
+    epoch = 0
+
+    def __iter__(self):
+        self.epoch += 1
+        yield from range(8)
+        if self.epoch > 1:
+            raise RuntimeError("tired")
+        yield from range(8, 16)
+
+
 @pytest.mark.parametrize(
     ("sampler", "rows", "epochs"),
     [
@@ -56,6 +69,7 @@ class Repeats(torch.utils.data.Sampler):
         (lambda data: torch.utils.data.RandomSampler(range(8), num_samples=4), 8, 2.5),
         (torch.utils.data.RandomSampler, 16, 4),
         (lambda data: Repeats(), 4, 16),
+        (lambda data: Tires(), 16, 4),
     ],
 )
 def test_an_example_is_seen_as_often_as_its_sampler_draws_it(sampler, rows, epochs, tmp_path, tokenizer):
