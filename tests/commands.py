@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lora_init.cli import app as cli
+from tests.conftest import assert_options_are_written
 
 # The command is made of its declarations once, not for each call.
 typer.testing._get_command = cache(typer.testing._get_command)
@@ -48,3 +49,4 @@ def assert_one_line_error(result, *parts, code=1):
     assert result.stdout == ""
     for part in parts:
         assert part in lines[0], lines[0]
+    assert_options_are_written(lines[0])

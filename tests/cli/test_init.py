@@ -56,6 +56,9 @@ def test_every_way_makes_the_same_adapter_where_nothing_is_said_of_rho(command, 
     assert run("ranks", file, "--rank", 2, "--output", plan).exit_code == 0
     planned = ["init", home / "model", "--statistics", file, "--ranks", plan, "-o", tmp_path / "planned"]
     assert run(*planned).exit_code == 0
+    for option in ("--rank", "--rho"):
+        twice = run(*planned[:-1], tmp_path / "twice", option, 2)
+        assert_one_line_error(twice, "--ranks names a plan, which has all ranks. Leave --rank and --rho out.")
     loaded = load_model(str(home / "model"))
     batches = load_batches(home / "text.txt", loaded.tokenizer)
     stats = collect(loaded.model, batches, rank=2, progress=False)

@@ -440,6 +440,18 @@ CALLS = {
     "a word for a seed": (
         lambda compare: lora_init.dial(trained(), [TOKENS], [TOKENS], seed="1"), "seed='1', expected a whole number",
     ),
+    "a name for a model to start": (
+        lambda compare: lora_init.initialize("llama", [TOKENS]), r"initialize\(\) takes a model .* Load it by from_pre",
+    ),
+    "a number for a model to start": (
+        lambda compare: lora_init.initialize(5, [TOKENS]), r"initialize\(\) takes a model in this place and got int",
+    ),
+    "a name for a model to correct": (
+        lambda compare: lora_init.correct_base("llama", "a"), r"correct_base\(\) takes a model .* Load it by from_pre",
+    ),
+    "a name for a model to look through": (
+        lambda compare: lora_init.find_targets("llama"), r"find_targets\(\) takes a model in this place and got str",
+    ),
     "no directory for runs": (
         lambda compare: lora_init.compare("llama", "rows.jsonl", None), "output is needed, as a path, and got NoneType",
     ),

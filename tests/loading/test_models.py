@@ -118,3 +118,18 @@ def test_a_checkpoint_that_lacks_its_weights(tmp_path):
 def test_a_task_that_a_model_has_no_head_for(tmp_path):
     save_model(tiny_llama(), tmp_path)
     refused("for this task type: its kind has no head for it", load_model, str(tmp_path), task_type="SEQ_2_SEQ_LM")
+
+
+@pytest.mark.parametrize(("quantize", "placed"), [(None, False), ("nf4", True)])
+def test_quantized_weights_are_read_onto_the_device_since_they_cannot_move(quantize, placed, tmp_path, monkeypatch):
+    asked, read = {}, models._guarded
+
+    def note(source, load, **options):
+        if options.get("output_loading_info"):
+            asked.update(options)
+            raise LoraInitError("read far enough")
+        return read(source, load, **options)
+
+    monkeypatch.setattr(models, "_guarded", note)
+    refused("read far enough", load_model, save_model(tiny_llama(), tmp_path / "m"), device="cpu", quantize=quantize)
+    assert asked.get("device_map") == ({"": torch.device("cpu")} if placed else None)

@@ -1,8 +1,10 @@
 """PEFT's LoraConfig: its scaling, its patterns, and what is left out."""
 
+import re
+
 import pytest
 
-from lora_init.planning.lora_config import alpha_for, from_patterns, lora_config, scaling_of
+from lora_init.planning.lora_config import alpha_for, from_patterns, listed_or_pattern, lora_config, scaling_of
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -41,3 +43,9 @@ def test_keys_that_say_nothing_are_left_out():
 def test_a_key_with_an_alternative_is_one_key_as_in_peft():
     names = ["h.0.q_proj", "h.0.v_proj", "h.0.k_proj", "h.0.q_projection"]
     assert list(from_patterns({"q_proj|v_proj": 4}, names, 8).values()) == [4, 4, 8, 8]
+
+
+def test_one_other_layer_that_a_list_would_take_makes_a_pattern():
+    assert listed_or_pattern(["q"], ["out", "k"]) == ["q"]
+    pattern = listed_or_pattern(["q"], ["k", "more.q"])
+    assert isinstance(pattern, str) and [name for name in ("q", "k", "more.q") if re.fullmatch(pattern, name)] == ["q"]

@@ -611,3 +611,13 @@ def test_a_body_or_a_language_model_that_trains_whole_has_no_new_head():
     model = llama_with()
     model.requires_grad_(True)
     assert not learning_rate(model, [TOKENS], steps=100).new_head
+
+
+def test_a_layer_that_no_batch_runs_is_left_out_of_the_rate():
+    model = tiny_llama()
+    model.model.idle_proj = torch.nn.Linear(32, 32)
+    alone = learning_rate(llama_with("q_proj"), [TOKENS], steps=10)
+    with_idle = learning_rate(
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "idle_proj"])), [TOKENS], steps=10
+    )
+    assert [*with_idle.left_out] == ["model.idle_proj"] and with_idle.layers == alone.layers

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_init import LoraInitError, export_adapter
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.serving.export import check_before_loading
+from lora_init.serving.export import RECORD_FILE, check_before_loading
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise, refused, train
 
@@ -235,3 +235,19 @@ def test_convolutions_and_adapters_of_no_base_are_refused(tmp_path):
     model = get_peft_model(nn.Sequential(nn.Linear(3, 4)), LoraConfig(r=2, target_modules=["0"]))
     model.save_pretrained(tmp_path / "linear")
     refused("the adapter names no base model. Name it by base=", tmp_path / "linear", tmp_path / "served")
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": "vllm"}, {"rank": 2}, {"dtype": "bfloat16"}, {"merge": True}])
+def test_an_export_is_told_as_it_is_written(options, base, tmp_path):
+    train(base, tmp_path / "adapter", **ADAPTERS["rsLoRA with ranks"])
+    wanted = {"merge_into": base} if options.get("merge") else options
+    told = export_adapter(tmp_path / "adapter", tmp_path / "out", **wanted)
+    record = json.loads((tmp_path / "out" / RECORD_FILE).read_text())
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file() and file.name != RECORD_FILE]
+    assert told.n_bytes == sum(file.stat().st_size for file in files) == record["n_bytes"]
+    assert record["files"] == sorted({file.relative_to(tmp_path / "out").parts[0] for file in files})
+    assert {key: record[key] for key in told.to_dict()} == json.loads(json.dumps(told.to_dict()))
+    if "merge_into" not in wanted:
+        tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        assert told.parameters == sum(tensor.numel() for tensor in tensors.values())
+        assert told.rank == max(len(tensor) for key, tensor in tensors.items() if "lora_A" in key)

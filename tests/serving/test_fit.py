@@ -16,6 +16,7 @@ from lora_init import LoraInitError, check_fit, export_adapter
 from lora_init.adapters import directory as directory_room
 from lora_init.loading import checkpoint, models
 from lora_init.serving import server
+from lora_init.serving.fit import FitReport, Misfit
 from lora_init.serving.trained import read_trained
 from tests.commands import assert_one_line_error, run
 from tests.conftest import batches_for, refused, tiny_bert, tiny_gpt2, tiny_llama
@@ -638,3 +639,11 @@ def test_for_an_engine_the_tensors_are_counted_by_part(bases, tmp_path, engine, 
     n_blocks = sum("q_proj.lora_A" in key for key in load_file(tmp_path / "a/adapter_model.safetensors"))
     assert f"{2 * n_blocks} of attention" in found.notes[-1] and f"{4 * n_blocks} of experts" in found.notes[-1]
     assert found.notes[-1].endswith(said)
+
+
+@pytest.mark.parametrize(("n", "said"), [(1, ""), (2, " 1 more are alike."), (5, " 4 more are alike.")])
+def test_misfits_of_a_kind_are_one_line_with_their_number(n, said):
+    alike = tuple(Misfit("name", f"tensor {i}", "is not there.") for i in range(n))
+    other = Misfit("rank", "adapter_config.json", "has rank 4.")
+    found = FitReport("base", "LlamaForCausalLM", 9, (*alike, other))
+    assert found.lines == [f"tensor 0: is not there.{said}", "adapter_config.json: has rank 4."]

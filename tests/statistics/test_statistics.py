@@ -162,3 +162,11 @@ def test_numbers_that_no_pass_can_have_found_are_refused(path, part, change):
 def test_a_header_that_is_no_json_is_refused(path, header):
     changed(path, metadata={"header": header, "sha256": hashlib.sha256(header.encode()).hexdigest()})
     refused("header", Statistics.load, path)
+
+
+def test_a_notebook_shows_the_table_in_four_digits():
+    stats = collect(tiny_llama(), batches_for("llama"), rank=2, progress=False)
+    shown, table = stats._repr_html_(), stats.to_pandas()
+    assert "&lt;" not in shown and shown.startswith(f"<p>{stats!r}</p>")
+    for value in table["total_variance"]:
+        assert f"<td>{value:.4g}</td>" in shown
