@@ -157,6 +157,11 @@ MISSPELT = {
         named(r"model.layers.(\d).self_attn.q_proj", r"encoder.layer.\1.attention.self.query"),
         "no layer",
     ),
+    "the MLP, of which another layer has the nearer name": (
+        LLAMA,
+        named("self_attn.q_proj", "mlp.q_proj"),
+        "Nearest: model.layers.0.self_attn.q_proj",
+    ),
     "GPT-2's MLP": (GPT2, named("attn.c_attn", "mlp.c_attn"), "Nearest: transformer.h.0.attn.c_attn"),
     "one expert's": (
         MOE,

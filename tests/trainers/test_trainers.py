@@ -499,3 +499,19 @@ def test_it_ends_with_one_line_on_stderr(tmp_path, tokenizer, capsys):
     assert re.fullmatch(said + "Train with AdamW at .*", line)
     lora_init.initialize(sft(tmp_path, tokenizer), rank=4, progress=False)
     assert "batches of 4 examples" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("theirs", ["gaussian", "eva"])
+@pytest.mark.filterwarnings("ignore")
+def test_another_fresh_start_of_peft_gives_way_to_the_one_from_data(theirs, tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer, model=tiny_llama())
+    trainer.model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=theirs))
+    before = trainer.model.get_parameter(A).clone()
+    lora_init.initialize(trainer)
+    now = trainer.model.get_parameter(A)
+    assert not torch.allclose(now, before) and torch.allclose(
+        now @ now.T / (now @ now.T)[0, 0], torch.eye(2), atol=1e-3
+    )
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
