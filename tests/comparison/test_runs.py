@@ -263,3 +263,9 @@ def test_a_second_process_waits_for_nothing(tmp_path):
         assert process.wait(timeout=60) == 0
     keep(tmp_path, record())
     assert len(read_runs(tmp_path)) == 1
+
+
+def test_a_table_has_the_number_of_batches_that_a_start_learned_from():
+    table = run_table([record("eva+16-batches"), record("eva"), record("random")])
+    assert dict(zip(table["start"], table["batches"], strict=True)) == {"eva+16-batches": 16, "eva": 0, "random": 0}
+    assert {*table["any_batches"]} == {"eva", "random"}

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
-from lora_init.layers.running import call_model
+from lora_init.layers.running import call_model, on_device_of
 from tests.conftest import refused, tiny_llama
 
 
@@ -16,3 +17,14 @@ def test_keys_and_values_are_kept_only_if_the_batch_asks_for_them():
 @pytest.mark.parametrize("batch", [None, {}, {"labels": torch.tensor([[3, 4, 5]])}])
 def test_a_batch_without_inputs_is_refused(batch):
     refused("the batch holds no input of LlamaForCausalLM", call_model, tiny_llama(), batch)
+
+
+def test_a_batch_that_moves_itself_stays_with_the_caller_as_it_is():
+    class Moves(BatchEncoding):
+        def to(self, device):
+            self["input_ids"] = self["input_ids"] + 1
+            return self
+
+    batch = Moves({"input_ids": torch.tensor([[3, 4, 5]])})
+    moved = on_device_of(tiny_llama(), batch)
+    assert moved["input_ids"].tolist() == [[4, 5, 6]] and batch["input_ids"].tolist() == [[3, 4, 5]]

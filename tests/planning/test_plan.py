@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
@@ -32,13 +33,14 @@ def test_the_accounting_is_exact(ratios, widths):
 
 def same(one, other):
     assert dict(one) == dict(other) and list(one) == list(other)
-    for name in ("rank", "targets", "explained", "policy", "budget", "provenance", "excluded", "notes", "spent"):
+    for name in (*(each.name for each in fields(one) if each.name != "settings"), "spent"):
         assert getattr(one, name) == getattr(other, name), name
     assert one.settings["overrides"] == {"*.v_proj": {"max_rank": 1}}
 
 
 def test_a_plan_survives_its_file_copies_and_pickles(tmp_path):
     stats, plan = full_plan()
+    plan = replace(plan, unsupported={"embed": "Embedding"})
     loaded = load_plan(save_plan(plan, tmp_path / "plan.json"))
     for other in (loaded, copy.copy(plan), copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):  # noqa: S301
         same(plan, other)
@@ -84,3 +86,8 @@ def test_a_damaged_plan_is_refused(tmp_path, change, message):
 
 
 # --- In a notebook --------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_knows_the_layers_that_have_no_statistics():
+    stats = replace(full_plan()[0], unsupported={"embed": "Embedding"})
+    assert allocate_ranks(stats, rank=2).unsupported == {"embed": "Embedding"}

@@ -4,14 +4,17 @@ import math
 import re
 import warnings
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lora_init import export_adapter
+from lora_init.serving import writers
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.support import serving_note
+from tests.quick import ROOT
 from tests.serving.made import ADAPTERS, config_of, load, refused, train
 
 UNEVEN = dict(
@@ -188,3 +191,14 @@ def test_engines_take_only_what_they_scale_and_read_as_peft_does(name, base, tmp
 
     settings, note = NOTES[name]
     assert note in describe(train(base, tmp_path / "trained", **{"r": 8, "lora_alpha": 8} | settings))["serving"]
+
+
+def test_the_families_that_the_page_and_the_study_name_are_known_to_gguf_and_mlx():
+    (named,) = re.findall(r"GGUF and MLX know (.*?)\. \[Experts\]", (ROOT / "docs/serving.md").read_text("utf-8"))
+    page = {re.sub(r"[ -]|\(text\)", "", name) for name in re.split(", | and ", named)}
+    rows = (ROOT / "benchmarks/results/experts/table.md").read_text("utf-8").splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    study = {row[0] for row in cells if {"llama.cpp", "mlx"} & {*row[6].split(", ")}}
+    assert len(page) == 9 and len(study) > 12
+    assert {f"{family}ForCausalLM" for family in page | study} <= writers._ARCHITECTURES.keys()
+    assert {name for name, _ in writers._ARCHITECTURES.values()} <= {*gguf.MODEL_ARCH_NAMES.values()}

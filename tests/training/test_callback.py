@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import lora_init
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.keep.replay import replayed
 from tests.commands import save_model
 from tests.conftest import refused, tiny_llama
@@ -462,3 +462,12 @@ def test_a_frozen_a_stays_as_it_began(tmp_path):
     trainer(tmp_path, adapted, watch).train()
     for name, value in adapter_of(adapted).items():
         assert torch.equal(value, watch.begun[name]) == (".lora_A." in name), name
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (dict(lr_scheduler_type="constant"), r"with the schedule cosine and linear, and not with constant"),
+    (dict(optim="sgd"), r"measured for AdamW, and not for the optimizer SGD"),
+])  # fmt: skip
+def test_a_schedule_or_optimizer_that_the_rate_was_not_measured_with_is_named(settings, said, tmp_path):
+    with pytest.warns(LoraInitWarning, match=said):
+        trainer(tmp_path, model(), lora_init.StartCallback(samples=8), max_steps=1, **settings).train()
