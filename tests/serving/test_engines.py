@@ -4,7 +4,6 @@ import math
 import re
 import warnings
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -194,6 +193,7 @@ def test_engines_take_only_what_they_scale_and_read_as_peft_does(name, base, tmp
 
 
 def test_the_families_that_the_page_and_the_study_name_are_known_to_gguf_and_mlx():
+    gguf = pytest.importorskip("gguf")
     (named,) = re.findall(r"GGUF and MLX know (.*?)\. \[Experts\]", (ROOT / "docs/serving.md").read_text("utf-8"))
     page = {re.sub(r"[ -]|\(text\)", "", name) for name in re.split(", | and ", named)}
     rows = (ROOT / "benchmarks/results/experts/table.md").read_text("utf-8").splitlines()[2:]
