@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from lora_init import collect, find_targets
-from lora_init.collection.activations import ActivationHooks
+from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import call_model
 from tests.collection.made import recorded, run
@@ -203,3 +203,15 @@ def test_somebody_elses_forward_pass_is_not_touched():
         n_seen = len(seen)
         assert model(**batch).logits.shape == (4, 12, 64)
     assert len(seen) == n_seen == 8
+
+
+def test_the_input_of_a_layer_is_its_first_argument_or_the_first_tensor_that_is_named():
+    x, other = torch.ones(2), torch.zeros(2)
+    assert input_of("a", (x, other), {"scale": other}) is x
+    assert input_of("a", (), {"scale": 2.0, "x": x, "more": other}) is x
+    for args, named, kind in (
+        (([1.0],), {"x": x}, "list"),
+        ((None, x), {}, "NoneType"),
+        ((), {"scale": 2}, "NoneType"),
+    ):
+        refused(f"layer 'a': input of type {kind}, expected a tensor. Exclude this layer", input_of, "a", args, named)

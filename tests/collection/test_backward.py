@@ -167,6 +167,25 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradient_and_is_named():
     assert any("unused: the loss does not depend on its output" in note for note in stats.provenance.notes)
 
 
+def fails_backward(said):
+    """A loss whose backward pass raises, as on a GPU without room or at a layer without a gradient."""
+
+    def fail(gradient):
+        raise RuntimeError(said)
+
+    def loss(output, batch):
+        made = output.loss * 1.0
+        made.register_hook(fail)
+        return made
+
+    return loss
+
+
+def of_something_else(output, batch):
+    """A loss that wants a gradient, of nothing that the model has computed."""
+    return (output.loss.detach() * torch.ones((), requires_grad=True)).sum()
+
+
 def nothing_to_learn(batch):
     return {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
@@ -183,6 +202,11 @@ def without_labels(batch):
     (None, {"loss": lambda o, b: None}, "loss= returned NoneType for a loss, expected one number"),
     (None, {"loss": lambda o, b: o.loss.detach()}, "gives no gradient to any layer"),
     (None, {"gradients": False, "loss": lambda o, b: o.loss}, "loss= is for gradients=True"),
+    (None, {"loss": of_something_else}, "loss of LlamaForCausalLM does not depend on any of the targeted layers"),
+    (None, {"loss": fails_backward("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")},
+     r"^batch 0: out of memory\. Use a smaller batch"),
+    (None, {"loss": fails_backward("derivative is not implemented")},
+     r"^batch 0: the backward pass of LlamaForCausalLM failed: derivative is not implemented.* from the model in flo"),
 ])  # fmt: skip
 def test_what_cannot_be_learned_from_is_said(change, options, message):
     batches = [change(batch) if change else batch for batch in labelled("llama")]

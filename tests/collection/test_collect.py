@@ -167,6 +167,7 @@ def test_mistakes_get_one_clear_line():
     with pytest.raises(LoraInitError, match=r"loss= is 'mse', expected a function of \(output, batch\)"):
         collect(model, low_rank_inputs(2), rank=2, gradients=True, loss="mse")
     refused("collect got a list for the batches", collect, model, [1, 2], rank=2)
+    refused(r"collect got a str for the model, expected a torch.nn.Module\. Load it first", collect, "gpt2", [], rank=2)
     with pytest.raises(LoraInitError, match="batch 0: index out of range in self"):
         collect(tiny_llama(), [{"input_ids": torch.full((1, 4), 9999)}], rank=2)
 

@@ -1,5 +1,7 @@
 """The loss of a batch is what transformers computes, and labels are counted as it averages them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from lora_init.collection.losses import (
     EVALUATION_BATCH,
     batch_loss,
     count_labels,
+    own_loss,
     sequence_losses,
     text_loss,
     token_losses,
@@ -54,6 +57,14 @@ def test_without_labels_examples_are_counted():
     assert count_labels(model, torch.ones(5, 2)) == 5
     assert count_labels(model, (torch.ones(4, 2), 3)) == 4
     assert count_labels(model, {"x": torch.ones(3, 2)}) == 3
+    assert count_labels(model, {"scale": torch.tensor(7.0), "n": 7, "x": torch.ones(3, 2)}) == 3
+    for nothing_with_rows in ({"n": 7}, torch.tensor(7.0), [], "text"):
+        assert count_labels(model, nothing_with_rows) == 1
+
+
+def test_the_loss_of_an_output_is_its_own_or_none():
+    assert own_loss({"loss": 2.0}) == own_loss(SimpleNamespace(loss=2.0)) == 2.0
+    assert own_loss({"logits": 2.0}) is own_loss(SimpleNamespace(logits=2.0)) is own_loss((2.0,)) is None
 
 
 def by_hand(model, ids, labels):

@@ -1,5 +1,6 @@
 """Several processes find together what one finds alone, and end together."""
 
+import signal
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 
 from lora_init import Statistics, collect, principal_angles
+from lora_init.collection.processes import Processes
 from tests import reference
 from tests.collection.made import SETTINGS, all_rows, counts_of, exact, kept, llama, low_rank_inputs, two_layers
 from tests.conftest import batches_for, refused
@@ -220,3 +222,62 @@ def test_gradients_of_several_processes_are_those_of_one(size, tmp_path, gradien
         )
         torch.testing.assert_close(found.output_moment, expected.output_moment, rtol=1e-5, atol=1e-12)
         assert found.importance == pytest.approx(expected.importance, rel=1e-4)
+
+
+# What a process does alone, or would do beside others, in this one
+
+
+def test_ctrl_c_is_noted_and_raised_at_the_end_or_at_once_where_nobody_waits():
+    done = []
+    with pytest.raises(KeyboardInterrupt), Processes() as alone:
+        signal.raise_signal(signal.SIGINT)
+        done.append("noted")
+        with pytest.raises(KeyboardInterrupt), alone.interruptible():
+            done.append("begun in spite of it")
+    with pytest.raises(KeyboardInterrupt), Processes() as alone, alone.interruptible():
+        signal.raise_signal(signal.SIGINT)
+        done.append("gone on")
+    with pytest.raises(KeyboardInterrupt), Processes() as alone:
+        with alone.interruptible():
+            done.append("in time")
+        signal.raise_signal(signal.SIGINT)
+        done.append("noted again")
+    with pytest.raises(ValueError, match="first"), Processes() as alone:
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("first")
+    assert done == ["noted", "in time", "noted again"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_tensors_travel_by_gloo_whatever_the_default_group_is(backend, monkeypatch):
+    """A group of its own is made if the default one is of another backend, is used by all, and is taken back."""
+    asked, ours = [], "a group of gloo" if backend != "gloo" else None
+
+    def gather(values, value, group):
+        asked.append(group)
+        values[:] = [value, "theirs"]
+
+    stand_ins = dict(
+        is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2, get_backend=lambda: backend,
+        new_group=lambda backend: f"a group of {backend}", all_gather_object=gather,
+        broadcast_object_list=lambda values, source, group: asked.append(group), destroy_process_group=asked.append,
+    )  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.distributed, name, stand_in)
+    with pytest.raises(KeyError), Processes() as both:
+        assert both.gather("ours") == ["ours", "theirs"] and both.share("ours") == "ours"
+        raise KeyError
+    assert asked == [ours] * 2 + [ours] * (backend != "gloo")
+
+    def broken(backend):
+        raise RuntimeError("Connection closed by peer\nat socket.cpp:3")
+
+    monkeypatch.setattr(torch.distributed, "new_group", broken)
+    if backend != "gloo":
+        refused(
+            "^rank 0 waited for 1 other process, of which one has ended .*Connection closed by peer",
+            Processes().__enter__,
+        )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert Processes(alone=True).size == 1

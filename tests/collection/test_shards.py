@@ -1,11 +1,14 @@
 """Which batches a process reads, without a second process: a stand-in says what the others have."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from lora_init.collection.processes import digest_of, own_batches
+from tests.conftest import refused
 
 OURS, THEIRS = torch.ones(2), torch.zeros(2)
 
@@ -41,3 +44,42 @@ def test_a_batch_is_lent_where_one_process_has_none_and_another_has(ours, theirs
     shard = own_batches(processes, ours, [], in_step=True)
     assert processes.sent == sent and (shard.spare is spare if spare is None else torch.equal(shard.spare, spare))
     assert TwoProcesses(theirs).sent == [] and own_batches(TwoProcesses(theirs), ours, [], in_step=False).spare is None
+
+
+def test_a_pass_goes_on_where_each_process_was_and_with_as_many():
+    assert own_batches(TwoProcesses([THEIRS]), [OURS], [3, 4], in_step=False).start == 3
+    assert own_batches(TwoProcesses([OURS]), [OURS], [3, 4, 5], in_step=False).start == 12  # of one loader for all
+    for used in ([3], [3, 4, 5]):
+        said = f"was made by {len(used)} processes, each with data of its own, and this one by 2. Start as many as"
+        refused(said, own_batches, TwoProcesses([THEIRS]), [OURS], used, in_step=False)
+
+
+# In each row what is told apart; in one place what is the same in another form.
+DIGESTED = [
+    [(np.array([1, 2]), [1, 2]), np.array([2, 1]), np.array([1, 2, 3])],
+    [(np.float32(0.5), 0.5), np.float32(0.25)],
+    [({1, 2, 30}, {30, 2, 1}, frozenset({1, 2, 30})), {1, 2}, {12, 30}, set()],
+    [({0, 8}, {8, 0})],  # which go round in the order they came in
+    [([1, 23], (1, 23)), [12, 3], [1, [23]], [123]],
+    [({"a": 1},), {"a": 2}, {"b": 1}],
+    [(None,), "None", 0, False, b"0", "0"],
+    [(torch.ones(2, 3),), torch.ones(3, 2), torch.ones(6), torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3)],
+    [(torch.ones(2, dtype=torch.bfloat16),), torch.ones(2, dtype=torch.float16)],
+    [(SimpleNamespace(a=1), SimpleNamespace(a=1)), SimpleNamespace(a=2), SimpleNamespace()],
+    [(print, len), "print"],
+]
+
+
+@pytest.mark.parametrize("row", DIGESTED)
+def test_a_digest_is_of_what_a_batch_holds_whatever_holds_it(row):
+    alike, *others = row
+    digests = {digest_of(value) for value in alike}
+    assert len(digests) == 1 and len(digests | {digest_of(other) for other in others}) == 1 + len(others)
+    within = {digest_of({"x": [value]}) for value in alike}
+    assert len(within) == 1 and len(within | {digest_of({"x": [other]}) for other in others}) == 1 + len(others)
+
+
+def test_a_batch_that_holds_itself_has_a_digest():
+    batch = SimpleNamespace(x=1)
+    batch.whole = batch
+    assert digest_of(batch) != digest_of(SimpleNamespace(x=1))

@@ -318,6 +318,16 @@ def test_a_file_is_written_about_once_a_minute_and_at_the_end(every, often, tmp_
     assert (len(written) > 3) if often else len(written) == 1
 
 
+def test_a_file_that_cannot_be_written_is_a_warning_and_the_pass_goes_on(tmp_path, monkeypatch):
+    def full(self, path, *more):
+        raise LoraInitError(f"{path}: no space left.")
+
+    monkeypatch.setattr(Statistics, "save", full)
+    with pytest.warns(UserWarning, match=r"stats: no space left\. The statistics are not kept in that file"):
+        found = collect(model(), batches_for("llama"), statistics=tmp_path / "stats", **SETTINGS)
+    assert found.provenance.n_batches == 4 and not list(tmp_path.iterdir())
+
+
 def _go_on(file, kill_at):
     loop.SAVE_EVERY = 0.0
     synced, read, fsync = [], [], os.fsync
