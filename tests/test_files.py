@@ -168,3 +168,33 @@ def test_one_process_at_a_time_and_the_next_when_that_is_gone(tmp_path):
 def test_what_a_terminal_would_obey_is_shown(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"a\x1b[2J": ["\x9b1m", {"b": "one\n\ttwo é"}], "n": 1.5}))
     assert read_json(tmp_path / "a.json") == {"a\ufffd[2J": ["\ufffd1m", {"b": "one\n\ttwo é"}], "n": 1.5}
+
+
+@pytest.mark.parametrize("n_others", [1, 3, 4])
+def test_a_directory_with_more_in_it_is_not_replaced_and_what_it_has_is_named(n_others, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps({"sha256": {}}))
+    others = [f"other{i}" for i in range(n_others)]
+    for name in others:
+        (tmp_path / name).touch()
+    check_free(tmp_path, True, "record.json", ("record.json", *others))
+    listed = ", ".join(others[:3]) + ", ..." * (n_others == 4)
+    said = re.escape(f"holds more than an adapter ({listed}), which overwriting would delete")
+    refused(said, check_free, tmp_path, True, "record.json", ("record.json",))
+
+
+def test_a_mount_point_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    refused(f"^{tmp_path} is a mount point, which cannot be replaced. Name a directory in it", check_free, tmp_path,
+            True, "marker", ())  # fmt: skip
+    check_free(tmp_path / "in it", True, "marker", ())
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('{"a": 1}\n{"a": 2}\n', "a.json holds more than one JSON object, as data on JSON lines do"),
+    ('{"a": 1', "a.json is not JSON: .*The file is damaged"),
+    ("[1]", "a.json: expected a JSON object. The file is damaged"),
+    (b"\xff\xfe", "a.json is not JSON: .*The file is damaged"),
+])  # fmt: skip
+def test_a_file_that_is_no_json_object_is_told(text, said, tmp_path):
+    (tmp_path / "a.json").write_bytes(text.encode() if isinstance(text, str) else text)
+    refused(said, read_json, tmp_path / "a.json")

@@ -168,6 +168,12 @@ def test_typer_shows_the_error_that_all_wrong_words_are():
     assert issubclass(typer.BadParameter, error)
 
 
+def test_typer_without_that_error_is_told(monkeypatch):
+    monkeypatch.setattr("typer.BadParameter", ValueError)
+    with pytest.raises(LookupError, match=r"typer\.BadParameter is no UsageError"):
+        third_party_internals.usage_error()
+
+
 def test_add_adapter_leaves_a_mark_that_a_peft_model_has_not():
     from peft import LoraConfig, get_peft_model
 
