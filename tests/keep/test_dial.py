@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -13,6 +14,7 @@ from lora_init.keep.dial import (
     STRONGEST,
     Rule,
     change_of,
+    check_dialable,
     example_losses,
     fit_strengths,
     fits_of,
@@ -99,6 +101,36 @@ def test_a_fit_takes_the_steps_of_adam_on_the_true_gradient(kind):
             value.data.clamp_(0, STRONGEST)
     assert found == pytest.approx({name: value.item() for name, value in values.items()}, abs=1e-4)
     assert found != pytest.approx(start, abs=1e-2)
+
+
+def test_a_fit_begins_at_one_strength_for_all_layers_or_at_one_each():
+    model, batches = trained_model(dtype=torch.float32)
+    fit = partial(fit_strengths, model, batches[:1], batches[1:2], 0.5, steps=1)
+    one, each = fit(0.3), fit(dict.fromkeys(own_strengths(model), 0.3))
+    assert one == each and {round(abs(value - 0.3), 3) for value in one.values()} == {0.06}  # Adam's first step
+    assert fit() == fit(0.7)
+
+
+def test_what_has_no_loss_is_refused():
+    model, batches = trained_model(dtype=torch.float32)
+    without = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches]
+    refused(r"no token has a label, so there is no loss\. Check labels and max_length", example_losses, model, without)
+    assert example_losses(model, [without[0], batches[0]])[:, 1].tolist()[:4] == [0.0] * 4
+    model.get_base_model().lm_head.weight.data[0] = torch.inf
+    refused(
+        "the loss is NaN or infinite: training went wrong. Use an earlier checkpoint", example_losses, model, batches
+    )
+
+
+@pytest.mark.parametrize(("rank", "method"), [(8, ""), (4, "lora-ga"), (None, "lora-ga")])
+def test_the_origin_of_an_adapter_is_of_the_rank_that_it_began_with(rank, method):
+    """One that another tool has made smaller carries the record of its start, whose numbers it has no more."""
+    origin = {"method": "lora-ga"} | ({} if rank is None else {"rank": rank})
+    config = {"r": 4, "init_lora_weights": True, "auto_mapping": {"lora_init": origin}}
+    if method:
+        refused(f"^it began as {method}, which changes or corrects the base", check_dialable, config, (), "it")
+    else:
+        check_dialable(config, (), "it")
 
 
 def test_the_gradient_of_a_strength_is_that_of_finite_differences():

@@ -1,5 +1,7 @@
 """GRPO and RLOO: prompts, and answers that the model gives itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -96,3 +98,40 @@ def test_answers_are_sampled_as_the_trainer_samples_them(asked, backend, tmp_pat
 ])  # fmt: skip
 def test_starts_that_do_not_fit_are_refused(method, message, tmp_path):
     refused(message, lora_init.initialize, trainer_of("GRPO", tmp_path), method=method)
+
+
+def stand_in(**more):
+    """A trainer, as far as `answered` reads one, of a model that samples nothing: the likeliest token comes."""
+    tokenizer = bert_tokenizer()
+    settings = {"do_sample": False, "max_new_tokens": 4} | more
+    return SimpleNamespace(processing_class=tokenizer, args=SimpleNamespace(), generation_kwargs=settings)
+
+
+def test_each_prompt_is_answered_once_whatever_its_group_and_how_often_it_comes():
+    integration = object.__new__(PromptIntegration)
+    integration.trainer, integration.handle = stand_in(), SimpleNamespace(model=tiny_llama())
+    one, two = ([{"prompt": text}] * 3 for text in ("a b", "c"))
+    loader = [one + two, one + two, two + one, two, two, one]
+    sizes = [len(batch["input_ids"]) for batch in integration.batches(loader)]
+    assert sizes == [2, 2, 1, 1]  # what comes again at once is left out; in another order or later it counts
+
+
+def test_what_is_no_prompt_is_refused():
+    for prompts in ([None], ["a", None], ["a", [{"role": "user", "content": "a"}]], [[], 3]):
+        said = "^the batches of SimpleNamespace have no column prompt of texts or messages. Initialize the plain model"
+        refused(said, answered, prompts, stand_in(), tiny_llama())
+
+
+@pytest.mark.parametrize("ends", [None, "the first", "another"])
+def test_an_answer_lasts_to_its_first_end_or_is_whole_where_there_is_none(ends):
+    model, trainer = tiny_llama(), stand_in()
+    model.generation_config.eos_token_id = None
+    whole = answered(["a b", "c"], trainer, model)
+    answer = whole["input_ids"][:, -4:]
+    assert (whole["labels"][:, -4:] == answer).all() and (whole["labels"][:, :-4] == -100).all()
+    if ends is not None:  # of the trainer; the checkpoint's own where that has none
+        end = int(answer[0, 1] if ends == "the first" else answer.max() + 1)
+        trainer.generation_kwargs["eos_token_id"] = end
+        kept = (answered(["a b", "c"], trainer, model)["labels"] != -100).sum(1).tolist()
+        expected = [[*row.tolist(), end].index(end) + 1 for row in answer]
+        assert kept == [min(n, 4) for n in expected]

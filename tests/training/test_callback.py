@@ -304,6 +304,17 @@ def test_deepspeed_which_would_undo_a_start_is_refused(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
 
 
+def test_a_dial_among_several_processes_is_refused(tmp_path, monkeypatch):
+    callback = lora_init.StartCallback(samples=8, dial=True)
+    made = trainer(tmp_path, model(), callback, **EVALUATED)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    words = refused(
+        "", callback.on_train_begin, made.args, made.state, made.control, model=made.model,
+        train_dataloader=DataLoader(rows(), 4), optimizer=torch.optim.AdamW(made.model.parameters()),
+    )  # fmt: skip
+    assert words.startswith("dial works in one process. Leave it out, and take the command `lora-init dial` afterwards")
+
+
 @pytest.mark.parametrize("case", WRONG)
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_started_is_one_line_and_stays_as_it_was(tmp_path, case):
