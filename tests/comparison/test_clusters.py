@@ -400,3 +400,44 @@ def test_options_reach_slurm_and_a_share_of_a_gpu_reaches_ray(tmp_path, monkeypa
         monkeypatch.setitem(sys.modules, "ray", there)
         open_executor("ray", 0.5, tmp_path).submit(print).result()
         assert asked[-1] == {"num_cpus": 1, "num_gpus": share, "max_retries": 0}
+
+
+@pytest.mark.parametrize(("name", "where"), [
+    ("ray", "auto"), ("ray:10.0.0.1:6379", "10.0.0.1:6379"), ("ray://head:10001", "ray://head:10001"), ("open", None),
+])  # fmt: skip
+def test_ray_is_asked_for_the_address_that_was_named_and_once(name, where, tmp_path, monkeypatch):
+    asked = []
+    there = SimpleNamespace(
+        __spec__=1, is_initialized=lambda: name == "open", cluster_resources=dict,
+        init=lambda address, **options: asked.append(address),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", there)
+    open_executor("ray" if name == "open" else name, 1, tmp_path)
+    assert asked == ([] if where is None else [where])
+
+
+@pytest.mark.parametrize(("declared", "resources"), [
+    ([{}, {"GPU": 2.0}], {"GPU": 0.5}), ([{}, {"memory": 1}], None), ([], None),
+])  # fmt: skip
+def test_dask_is_asked_for_a_gpu_where_a_worker_has_one(declared, resources, tmp_path, monkeypatch):
+    asked = []
+
+    class Client:
+        def __init__(self, address, **options):
+            asked.append(address)
+
+        def scheduler_info(self, n_workers):
+            return {"workers": {i: {"resources": one, "host": f"node{i}"} for i, one in enumerate(declared)}}
+
+        def submit(self, function, *arguments, **options):
+            asked.append(options)
+            return SimpleNamespace(result=lambda: function(*arguments))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("distributed.Client", Client)
+    executor = open_executor("dask:tcp://here:1", 0.5, tmp_path)
+    assert executor.submit(max, 1, 2).result() == 2
+    assert asked == ["tcp://here:1", {"pure": False, "resources": resources}]
+    assert executor.nodes() == {i: f"node{i}" for i in range(len(declared))}

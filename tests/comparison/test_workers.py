@@ -20,7 +20,7 @@ from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.workers import Job, Worker, come_back, elsewhere, processes, run_all
 from lora_init.layers.targets import find_targets
 from tests.comparison.made import again, compare, set_up_bench, without_clock
-from tests.comparisons import record, settings
+from tests.comparisons import broken, record, settings
 from tests.conftest import refused
 from tests.processes import FORKS
 
@@ -179,3 +179,17 @@ def test_the_model_is_released_before_workers_load_theirs(home, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         compare(home, tmp_path / "out", workers=2)
     assert alive == [False]
+
+
+def test_how_a_run_ended_is_told():
+    done = record(run_seconds=2.0)
+    for one, n_nodes, line in (
+        (done, 0, "finished, loss 2.3000 -> 0.1700, 2 s; about 7 s left"),
+        (
+            done | {"node": "node-7"},
+            3,
+            "finished, loss 2.3000 -> 0.1700, 2 s on node-7; about 7 s left; nodes at work: 3",
+        ),
+        (broken("failed", "no room") | {"run_seconds": None}, 0, "failed, no room, 0 s; about 7 s left"),
+    ):
+        assert workers._ended(one, 7.0, n_nodes) == line
