@@ -1,11 +1,15 @@
 """Every start: the plain model's output before the first step, the counts that are promised, and the way back."""
 
+import hashlib
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
-from lora_init.comparison.starts import AdapterShape, StartInputs, a_weights, prepare, read_start
+from lora_init.comparison.starts import AdapterShape, StartInputs, a_weights, hash_own, prepare, read_start
 from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
 from lora_init.starts.initializers import as_large_as_random, layer_generator
@@ -321,3 +325,99 @@ def test_a_start_of_ones_own_from_a_directory(case, tmp_path):
 
 def fails(model, seed):
     raise KeyError("no such thing")
+
+
+def about_another(model, seed):
+    return own_function(tiny_llama(), seed)
+
+
+@pytest.mark.parametrize(("function", "message"), [
+    (fails, "start 'mine': its function raised KeyError: 'no such thing'"),
+    (lambda model, seed: None, "start 'mine': its function returned NoneType, expected a PeftModel around the model"),
+    (lambda model, seed: model, "start 'mine': its function returned LlamaForCausalLM, expected a PeftModel"),
+    (about_another, "start 'mine': its function returned PeftModel, expected a PeftModel around the model that it was"),
+])  # fmt: skip
+def test_a_function_that_makes_no_start_is_named_and_leaves_the_model(function, message):
+    case = Case("llama")
+    before = snapshot(case.model)
+    refused(f"^{message}", case.prepare, ("mine", function))
+    assert_same(before, snapshot(case.model))
+
+
+@pytest.mark.parametrize(("start", "inputs", "message"), [
+    ("eva", {}, "this start learns from data, and there is none"),
+    ("lora-one", {}, "this start learns from data, and there is none"),
+    ("corda", {}, "^start 'corda' reads data, and there is no batch"),
+    ("bank-nearest", {}, "^a start from a bank needs bank=, whose prompts are embedded by the base model itself"),
+    ("bank-nearest", {"bank": SimpleNamespace(encoder="another")}, "whose prompts are embedded by the base model its"),
+])  # fmt: skip
+def test_a_start_without_what_it_learns_from_is_refused(start, inputs, message):
+    model = tiny_llama()
+    before = snapshot(model)
+    asked = StartInputs(model, AdapterShape(rank=RANK, lora_alpha=8, task_type="CAUSAL_LM"), 0, **inputs)
+    refused(message, prepare, Variant(start), asked)
+    assert_same(before, snapshot(model))
+
+
+def test_ctrl_c_leaves_the_model():
+    case = Case("llama")
+    before = snapshot(case.model)
+    with pytest.raises(KeyboardInterrupt):
+        case.prepare("corda", batches=interrupted(case.batches))
+    assert_same(before, snapshot(case.model))
+
+
+class Packed(torch.nn.Parameter):
+    """Stands in for the classes of quantized weights."""
+
+
+@pytest.mark.parametrize("weight", [
+    Packed(torch.zeros(32, 32)), torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False),
+])  # fmt: skip
+def test_quantized_weights_are_not_taken_apart(weight):
+    model = tiny_llama()
+    model.model.layers[1].self_attn.o_proj.weight = weight
+    asked = StartInputs(model, AdapterShape(rank=RANK, lora_alpha=8, task_type="CAUSAL_LM"), 0)
+    said = "^start 'pissa' takes weights apart, 'model.layers.1.self_attn.o_proj' is quantized. Load the model in float"
+    refused(said, prepare, Variant("pissa"), asked)
+
+
+def test_what_peft_raises_is_named_and_a_lack_of_memory_is_what_it_was(monkeypatch):
+    def fail(model, config):
+        model.lm_head.weight.data.zero_()
+        raise next(errors)
+
+    errors = iter([ValueError("no such\nthing"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes.")])
+    monkeypatch.setattr("peft.get_peft_model", fail)
+    case = Case("llama")
+    before = snapshot(case.model)
+    refused("^start 'pissa' does not apply here, PEFT says: no such", case.prepare, "pissa")
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator"):  # the workbench knows what to do
+        case.prepare("pissa")
+    assert_same(before, snapshot(case.model))
+
+
+def test_a_is_found_where_it_is_a_matrix():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["embed_tokens", "v_proj"]))
+    names = [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
+    assert {name: tuple(a.shape) for name, a in a_weights(model).items()} == dict.fromkeys(names, (2, 32))
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Flatten(), torch.nn.Linear(4, 5))
+    assert [*a_weights(get_peft_model(layers, LoraConfig(r=2, target_modules=["0", "2"])))] == ["2"]
+
+
+def test_a_start_of_ones_own_is_known_by_its_files_or_its_name(tmp_path):
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "README.md": b"a"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    expected = hashlib.sha256(b"{}weights").hexdigest()[:16]
+    assert hash_own(tmp_path) == hash_own(str(tmp_path)) == expected
+    (tmp_path / "README.md").write_bytes(b"b")
+    assert hash_own(tmp_path) == expected
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(files[name] + b" ")
+        assert hash_own(tmp_path) != expected
+        (tmp_path / name).write_bytes(files[name])
+    assert hash_own(own_function) == hash_own(partial(own_function, seed=3)) == "own_function"
+    assert hash_own(Case.prepare) == "Case.prepare" and hash_own(torch.nn.ReLU()) == "ReLU"

@@ -181,3 +181,20 @@ def test_options(value, expected):
 )
 def test_the_right_one(value, expected):
     assert find_answer(value, ["red", "blue", "white"]) == expected
+
+
+@pytest.mark.parametrize(("answers", "spelled_out"), [
+    (["the", "none of them", "red"], True), (["none of them", " the ", "red"], True),
+    (["the", "none of them", "B"], False), (["A", "none of them", "B"], False),
+])  # fmt: skip
+def test_whether_the_right_options_are_spelled_out_is_told_by_rows_that_have_one(
+    answers, spelled_out, tmp_path, tokenizer
+):
+    rows = [
+        {"question": f"{word} run", "options": ["the", "red"], "answer": answers[i % 3]}
+        for i, word in enumerate(WORDS[:12])
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = LoadingOptions(template="{question}", options="options", selection_samples=1, report_samples=1)
+    task = load_task(tmp_path / "rows.jsonl", tokenizer, asked, 2)
+    assert task.spelled_out is spelled_out and "4 left out whose answer is none of the options" in task.data

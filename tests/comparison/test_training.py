@@ -12,8 +12,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_init.collection.losses import text_loss
+from lora_init.comparison import training
 from lora_init.comparison.tasks import LoadingOptions, load_task
-from lora_init.comparison.training import REPLAYED, Training, evaluate, metrics, train
+from lora_init.comparison.training import REPLAYED, Training, evaluate, metrics, peak_bytes, reset_peak, train
 from lora_init.loading.batches import pad_batch
 from tests.conftest import batches_for, refused, tiny_llama
 
@@ -113,6 +114,41 @@ def test_a_diverging_run_is_unstable_and_ends(task, growth, status):
     assert done.status == status
     if status == "unstable":
         assert "training loss" in done.error and "for the plain model" in done.error and len(done.training_loss) < 40
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_a_run_ends_before_a_step_that_would_write_nan(what, task):
+    model, steps = with_adapter(), []
+
+    def third(value):
+        steps.append(1)
+        return value * (math.nan if len(steps) == 3 else 1.0)
+
+    def spoil(module, arguments, output):
+        if module.training:
+            output.logits = third(output.logits)
+
+    if what == "gradient":
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).register_hook(third)
+    else:
+        model.base_model.model.register_forward_hook(spoil)
+    _, done = run(task, model=model)
+    assert done.status == "unstable" and len(done.training_loss) == 3 and done.evaluation_points == [0]
+    assert done.error == f"loss {done.training_loss[-1]:.3g}, gradient nan in step 3" and done.selection_loss is None
+    assert math.isnan(done.training_loss[-1]) == (what == "loss")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_where_the_system_does_not_say_the_peak_is_unknown(tmp_path, monkeypatch):
+    reset_peak()
+    assert peak_bytes() > 2**20 or not training._STATUS.exists()
+    monkeypatch.setattr(training, "_STATUS", tmp_path / "none")
+    reset_peak()
+    assert peak_bytes() == 0
+    for text, peak in (("Name:\tx\nVmHWM:\t   12 kB\nVmRSS:\t 3 kB\n", 12 * 1024), ("Name:\tx\n", 0)):
+        monkeypatch.setattr(training, "_STATUS", tmp_path / "status")
+        (tmp_path / "status").write_text(text)
+        assert peak_bytes() == peak
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -128,6 +128,59 @@ def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     assert without_clock([bench.carry_out(Run(Variant("eva"), 0, 1e-2))]) == without_clock([first])
 
 
+def test_what_is_no_fault_of_a_start_is_raised_and_what_is_makes_a_failed_run(home, tmp_path, monkeypatch):
+    bench, run = set_up_bench(home, tmp_path), Run(Variant("random"), 0, 1e-2)
+    before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
+    refused("^random, .*: its learning rate is not known yet. Do the runs before it first", bench.carry_out,
+            Run(Variant("random"), 0, None))  # fmt: skip
+
+    def fails(*arguments, **options):
+        raise next(errors)
+
+    full = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+    errors = iter(
+        [RuntimeError(full), MemoryError(), LoraInitError("no such layer."), RuntimeError("odd"), KeyError(3)]
+    )
+    monkeypatch.setattr(workbench, "train", fails)
+    for said in ("out of memory. Try a smaller", "out of memory. Try a smaller", "no such layer."):
+        record = bench.carry_out(run)
+        assert record["status"] == "failed" and record["error"].startswith(said) and record["plain_loss"] > 0
+    for kind in (RuntimeError, KeyError):
+        with pytest.raises(kind):
+            bench.carry_out(run)
+    assert all(torch.equal(value, before[name]) for name, value in bench.loaded.model.state_dict().items())
+
+
+@pytest.mark.parametrize("start", ["eva", "eva+2-batches", "eva-grad+3-batches", "eva-uncentred"])
+def test_statistics_are_kept_by_what_they_are_of(start, home, tmp_path, monkeypatch):
+    real, seen = workbench.collect, []
+    monkeypatch.setattr(workbench, "collect", lambda model, batches, *a, **k: seen.append(
+        (made := real(model, batches, *a, **k)).provenance.n_batches) or made)  # fmt: skip
+    bench = set_up_bench(home, tmp_path, steps=4)
+    bench.carry_out(Run(Variant.parse(start), 0, 1e-2))
+    (file,) = (tmp_path / "statistics").iterdir()
+    kind, n_batches = {
+        "eva": ("centred", 8), "eva+2-batches": ("centred-2", 2), "eva-grad+3-batches": ("centred-gradients-3", 3),
+        "eva-uncentred": ("uncentred", 8),
+    }[start]  # fmt: skip
+    assert file.name.rpartition("-")[0] == f"seed0-{kind}" and seen == [n_batches]
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("processor\t: 0\nmodel name\t: A: 1 GHz\nmodel name\t: B\n", "A: 1 GHz"), ("processor\t: 0\n", "z80"),
+    (None, "z80"),
+])  # fmt: skip
+def test_the_processor_is_named_by_the_system_or_else_by_its_kind(text, name, tmp_path, monkeypatch):
+    file = tmp_path / "cpuinfo"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(workbench, "Path", lambda path: file if path == "/proc/cpuinfo" else None)
+    monkeypatch.setattr("platform.machine", lambda: "z80")
+    for own in ("", "Zilog"):
+        monkeypatch.setattr("platform.processor", lambda own=own: own)
+        assert workbench.processor() == (own or name if name == "z80" else name)
+
+
 def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
     """A language model and a classifier; the steps begin below random, the base is put back after each."""
     starts = ("random", "eva", "eva-grad", "grad-a", "natural-gradient", "lora-ga", "lora-one", "gradient-ranks")
