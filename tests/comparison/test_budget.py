@@ -6,8 +6,8 @@ import pytest
 
 from lora_init.comparison.budget import STAGES, RunBudget, longer_runs, stops
 from lora_init.comparison.effects import effects
-from lora_init.comparison.findings import summarise
-from lora_init.comparison.runs import Run, RunPlan
+from lora_init.comparison.findings import equal_time, summarise
+from lora_init.comparison.runs import Run, RunPlan, run_table
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError
 from tests.comparisons import planted, record, settings
@@ -124,6 +124,20 @@ def test_the_verdict_at_equal_total_time():
     assert "it pays from 74 steps on" in said
     cheap = summarise(timed(3.0, 0.02), settings()).equal_time[0]
     assert cheap.startswith("At equal total time eva is still better than random: ")
+
+
+@pytest.mark.parametrize(("took", "longer", "outcome", "said"), [
+    (30.0, -0.01, "better", "eva is as at equal steps, since random gains nothing by more of them at its rate. "
+     "Its start takes as long as 30.0 steps."),
+    (900.0, 0.001, "no statement", "nothing can be said of eva, since random was trained for 120 steps, and could train"
+     " for 960."),
+    (900.0, 0.05, "worse", "random is better than eva"),  # too short, and lower all the same
+])  # fmt: skip
+def test_the_verdict_where_more_steps_do_not_decide(took, longer, outcome, said):
+    runs = timed(took, longer)
+    found = summarise(runs, settings())
+    assert f"At equal total time {said}" in found.equal_time[0]
+    assert equal_time(run_table(runs), found.verdicts)["eva"].outcome == outcome
 
 
 @pytest.mark.parametrize(("took", "steps"), [(10.0, 120), (60.0, 120), (61.0, 240), (900.0, 480)])

@@ -1,6 +1,7 @@
 """compare() end to end on a tiny model: what it makes, that it goes on after a kill, and what it may claim."""
 
 import dataclasses
+import re
 import shlex
 import signal
 
@@ -11,16 +12,22 @@ import lora_init
 from lora_init import Start
 from lora_init.cli.app import app as cli
 from lora_init.comparison import workbench
-from lora_init.comparison.runs import read_runs
+from lora_init.comparison.compare import Comparison, _init_command
+from lora_init.comparison.findings import summarise
+from lora_init.comparison.runs import Run, read_runs
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.training import TrainingResult
+from lora_init.comparison.variants import REFERENCE
 from lora_init.comparison.workbench import RunRecord
 from lora_init.errors import LoraInitError
 from tests.commands import WORDS
-from tests.comparison.made import again, compare, without_clock
+from tests.comparison.made import again, compare, set_up_bench, without_clock
+from tests.comparisons import planted, settings
 from tests.conftest import refused, tiny_llama
 from tests.processes import FORKS
+
+RUNS = [Run(REFERENCE, 9, 1e-3)]  # one more than those that ended
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +282,8 @@ def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_pat
     (dict(starts=["eva", "random", "eva"]), "expected names, each once"),
     (dict(starts=["random", ("eva", useless)]), "a new name"),
     (dict(starts=["random", ("mine", "nowhere")]), "start 'mine': nowhere is no adapter directory"),
+    (dict(starts=[("mine+32-alpha", useless)]), "start 'mine+32-alpha': what follows a plus says how a start is run"),
+    (dict(starts=["eva+400-batches"]), "start 'eva+400-batches': the training data make 21 batches for it."),
     (dict(rank=700), "rank=700 is larger than its input width"),
     (dict(rank=700, dry_run=True), "rank=700 is larger than its input width"),
     (dict(learning_rates=[-1e-3]), "learning_rates=[-0.001]: expected positive numbers"),
@@ -296,6 +305,49 @@ def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_pat
 def test_bad_input(home, tmp_path, changes, message):
     assert message in refused("", compare, home, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_named(tmp_path):
+    said = r"^compare\(\) takes a directory or hub id in this place and got a LlamaForCausalLM\."
+    refused(said, lora_init.compare, tiny_llama(), "rows.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("modules", "trusted"), [("all-linear", False), (["q_proj", "v_proj"], True)])
+def test_the_command_that_makes_an_adapter_has_what_was_asked_for(modules, trusted, home, tmp_path):
+    bench = set_up_bench(home, tmp_path)
+    bench = dataclasses.replace(bench, shape=dataclasses.replace(bench.shape, target_modules=modules))
+    options = LoadingOptions(template="{a b}", completion=" {c}", split="test", trust_remote_code=trusted)
+    words = shlex.split(_init_command("my model", "data", options, bench))
+    listed = modules if isinstance(modules, str) else "q_proj,v_proj"
+    assert words[:4] == ["lora-init", "init", "my model", "data"] and ("--trust-remote-code" in words) == trusted
+    for option, value in (
+        ("--target-modules", listed),
+        ("--template", "{a b}"),
+        ("--completion", " {c}"),
+        ("--split", "test"),
+        ("--rank", "2"),
+    ):
+        assert words[words.index(option) + 1] == value
+    assert not {"--label", "--subset", "--quantize"} & {*words}
+    letters = dataclasses.replace(bench, task=dataclasses.replace(bench.task, spelled_out=False))
+    assert _init_command("my model", "data", options, letters) is None
+
+
+def test_a_notebook_shows_the_differences_as_soon_as_there_are_any(tmp_path):
+    def shown(runs):
+        kept = {Run.of(run): run for run in runs}
+        summary = summarise(runs, settings())
+        return Comparison(tmp_path / "<out>", settings(), runs, [*kept, *RUNS], summary, [])._repr_html_()
+
+    runs = planted({"eva": -0.01})
+    before, after = shown([]), shown(runs)
+    assert before == f"<p>Comparison(0 of 1 runs in {tmp_path}/&lt;out&gt;: {summarise([], settings()).headline})</p>"
+    assert after.startswith(f"<p>Comparison(24 of 25 runs in {tmp_path}/&lt;out&gt;: ") and "<table" in after
+    heads, cells = (re.findall(f"<{tag}>(.*)</{tag}>", after) for tag in ("th", "td"))
+    assert (
+        'border="1"' not in after and heads[:2] == ["start", "difference"] and len(cells) == len(heads)
+    )  # no row numbers
+    assert cells[0] == "eva" and cells[-1] == "better"
 
 
 # What is said meanwhile, and what is kept beside the runs

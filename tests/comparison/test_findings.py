@@ -1,12 +1,16 @@
 """Verdicts, notes and tables of a comparison, from records with planted results."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from lora_init.comparison.findings import summarise
+from lora_init.comparison.findings import data_needed, summarise
+from lora_init.comparison.runs import run_table
 from lora_init.comparison.tables import run_tables
-from lora_init.comparison.wording import percent
+from lora_init.comparison.variants import Variant
+from lora_init.comparison.wording import in_words, percent
 from tests.comparisons import broken, planted, record, settings
 
 
@@ -52,6 +56,56 @@ def test_rates_that_are_rounded_as_they_are_planned_are_not_taken_for_added_ones
     ]
     found = summarise(runs, settings(learning_rates=None, extend=1, recommended={"random": 1.6e-3, "eva": 1.6e-3}))
     assert "is the lowest tried" in found.answer and ("--extend 3" in found.answer) == (extend == 3), found.answer
+
+
+@pytest.mark.parametrize(("best", "said"), [
+    (1e-4, "is the lowest tried"), (1e-2, "is the highest tried"),
+])  # fmt: skip
+def test_where_it_is_not_known_which_rates_were_added_the_command_is_still_named(best, said):
+    """A start whose rate could not be measured has no first ends."""
+    runs = [
+        record(name, rate, seed, 0.2 - 0.05 * (rate == best))
+        for name in ("random", "eva")
+        for seed in range(3)
+        for rate in (1e-4, 1e-3, 1e-2)
+    ]
+    asked = settings(learning_rates=None, recommended={}, extend=2)
+    found = summarise(runs, asked)
+    # Of rates above none all count as added: there are as many as may be, and more are asked for.
+    assert said in found.answer and ("--extend 4" in found.answer) == (best == 1e-2), found.answer
+
+
+def test_statistics_of_fewer_batches_are_compared_with_those_of_most():
+    shifts = {"eva+2-batches": 0.02, "eva+8-batches": 0.0, "eva+16-batches": -0.01, "orthogonal": 0.0}
+    found = data_needed(run_table(planted(shifts, rates=(1e-3,), spread=0.0001)))
+    assert [said.partition(":")[0] for said in found] == [
+        "eva with 2 batches instead of 16", "eva with 8 batches instead of 16",
+    ]  # fmt: skip
+    few, more = (float(re.search(r"differs by \+([\d.]+) %", said)[1]) for said in found)
+    assert (few, more) == pytest.approx((18.75, 6.25), abs=0.5) and "worse" in found[0]  # 0.03 and 0.01 above 0.16
+    assert data_needed(run_table(planted({"eva+2-batches": 0.02}, rates=(1e-3,)))) == []
+
+
+def test_a_start_is_said_with_how_it_is_run():
+    for name, words in (
+        ("eva", "eva"),
+        ("eva+16-batches", "eva with statistics of 16 batches (eva+16-batches)"),
+        ("eva+32-alpha+16-batches+equal-parameters",
+         "eva with lora_alpha 32 and as many parameters as random and statistics of 16 batches "
+         "(eva+32-alpha+16-batches+equal-parameters)"),
+    ):  # fmt: skip
+        assert in_words(name) == words
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("eva-uncentred", ["--method", "eva", "--rho", "2", "--no-center"]),
+    ("eva-frozen-a", ["--method", "eva", "--rho", "2", "--freeze-a"]),
+    ("random-frozen-a", ["--method", "random", "--rho", "1", "--freeze-a"]),
+    ("eva-rho1", ["--method", "eva", "--rho", "1"]),
+    ("eva+equal-parameters", None), ("mine", None), ("gradient-ranks", None), ("full", None), ("full+9-steps", None),
+])  # fmt: skip
+def test_the_options_that_make_a_start(name, options):
+    assert Variant.parse(name).init_options() == options
 
 
 def test_the_same_run_twice_is_no_winner():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import Future
 from html.parser import HTMLParser
 
 import pytest
@@ -15,7 +16,8 @@ from lora_init.comparison.runs import Run, RunDirectory
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.training import evaluate
 from tests.comparison.made import compare, set_up_bench
-from tests.comparisons import planted, settings, write
+from tests.comparisons import broken, planted, record, settings, write
+from tests.conftest import refused
 
 HOSTILE = '<script>alert("1")</script>|*_$x^2$'
 
@@ -155,6 +157,58 @@ def test_the_run_that_is_kept_is_chosen_by_the_examples_to_select_by(tmp_path):
     log = RunDirectory(tmp_path, settings(), {Run.of(run): run for run in runs})
     with pytest.raises(Chosen, match=r"^\(1, True\)$"):
         keep_best(log, Chooser(), print)
+
+
+class Done(Chooser):
+    """A worker whose training ends with this record or exception."""
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def submit(self, run, title, keep):
+        future = Future()
+        future.set_exception(self.outcome) if isinstance(self.outcome, Exception) else future.set_result(self.outcome)
+        return future
+
+
+def kept(folder, runs, worker, **changes):
+    """What is told while the best adapter is kept, and its files."""
+    lines = []
+    asked = settings(task_type="CAUSAL_LM", **changes)
+    keep_best(RunDirectory(folder, asked, {Run.of(run): run for run in runs}), worker, lines.append)
+    return lines, {file.name: file.read_text() for file in folder.glob("best/*")}
+
+
+def test_an_adapter_of_a_changed_base_is_not_kept(tmp_path):
+    lines, files = kept(tmp_path, planted({"pissa": -0.02}, rates=(1e-3,)), Chooser())
+    assert lines == ["pissa changes the weights of the model, so its trained adapter is not kept."] and not files
+    loftq = planted({"loftq": -0.02}, rates=(1e-3,))
+    assert kept(tmp_path, loftq, Chooser())[0][0].startswith("loftq changes the weights")
+    with pytest.raises(Chosen):  # where the base is quantized it changes no weight
+        kept(tmp_path, loftq, Chooser(), quantisation={"load_in_4bit": True})
+
+
+def test_a_best_adapter_that_cannot_be_made_is_told_and_leaves_nothing(tmp_path):
+    runs = planted({"eva": -0.02}, rates=(1e-3,))
+    said = "best died. The same command makes it. gone.$"
+    refused(f"^the worker that trained .*{said}", kept, tmp_path, runs, Done(RuntimeError("gone")))
+    for outcome in (broken("failed", "no room"), broken("unstable", "no room")):
+        assert kept(tmp_path, runs, Done(outcome)) == ([f"{tmp_path / 'best'} is not made: no room"], {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("model", "quantized"), [("tiny/model", {"load_in_4bit": True}), ("model", None)])
+def test_the_card_of_the_best_adapter_names_its_base_and_how_that_was_loaded(model, quantized, tmp_path):
+    done = record("eva", adapter={"adapter_config.json": b"{}"})
+    lines, files = kept(
+        tmp_path, planted({"eva": -0.02}, rates=(1e-3,)), Done(done), model=model, quantisation=quantized
+    )
+    assert not lines and set(files) == {"adapter_config.json", "run.json", "README.md"}
+    assert json.loads(files["run.json"]) == {key: value for key, value in done.items() if key != "adapter"}
+    assert re.findall("^base_model: .*", files["README.md"], re.M) == ["base_model: tiny/model"] * ("/" in model)
+    loaded = f"The base was quantized, and must be for this adapter: quantization_config={quantized}."
+    assert (loaded in files["README.md"]) == ("The base was quantized" in files["README.md"]) == bool(quantized)
+    assert "\nNone\n" not in files["README.md"]
 
 
 def test_a_run_has_one_mean_in_all_tables(tmp_path):

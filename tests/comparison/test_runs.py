@@ -1,5 +1,6 @@
 """Which runs there are, what makes them comparable, and their directory: whole files, never mixed, never lost."""
 
+import json
 import math
 import os
 import subprocess
@@ -246,6 +247,29 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     refused(r"thesis\.tex is a file, and a directory is needed", keep, tmp_path / "thesis.tex")
     assert peek(tmp_path, settings()) == {}
+
+
+def test_what_is_no_comparison_of_this_version_is_refused(tmp_path):
+    refused(r"settings\.json: no such file. Name the directory of a comparison", read_settings, tmp_path)
+    for version in (2, 4, None):
+        (tmp_path / "settings.json").write_text(json.dumps(settings(format=version)))
+        said = rf"is a comparison of another version \(format {version}, this one has 3\).*Name another directory"
+        refused(said, read_settings, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '"text"', '{"start": "eva", "seed": 0}', '{"start": 3, "seed": 0}'])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_damaged_run_is_named(packed, text, tmp_path):
+    whole = json.dumps(record())
+    if packed:
+        (tmp_path / "runs.jsonl").write_text(f"{whole}\n{text}\n")
+        said = r"runs\.jsonl, line 2: not a run \(.*\)\. Remove the line; the run is repeated"
+    else:
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "a.json").write_text(whole)
+        (tmp_path / "runs" / "b.json").write_text(text)
+        said = r"runs/b\.json: not a run \(.*\)\. Remove the file; the run is repeated"
+    refused(said, read_runs, tmp_path)
 
 
 def test_a_second_process_waits_for_nothing(tmp_path):

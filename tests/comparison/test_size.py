@@ -78,4 +78,5 @@ def test_a_comparison_in_a_limit_goes_on_at_its_size(home, tmp_path, monkeypatch
 
 def test_a_refused_limit_says_what_each_lever_saves(lay_out):
     said = refused("there is no answer", fit, lay_out, SLOW, RunBudget(1.0), True)
+    assert fit(lay_out, SLOW, RunBudget(1.0), False) is SIZES[0]  # of a comparison whose steps were asked for
     assert re.search(r"seeds=2 saves [\d.]+ \w+", said) and re.search(r"steps=12 saves [\d.]+ \w+", said)
