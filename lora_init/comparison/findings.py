@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lora_init.comparison.effects import Effect, Outcome, effects, unlike_spreads
-from lora_init.comparison.runs import APART, best_rates, by_seed, run_table
+from lora_init.comparison.runs import APART, best_rates, by_seed, predicted_rate, run_table
 from lora_init.comparison.tasks import FEW
 from lora_init.comparison.variants import Variant
 from lora_init.comparison.wording import rate_text, say
@@ -353,9 +353,10 @@ def _first_ends(start: str, settings: Mapping[str, Any]) -> tuple[float, float]:
     if given := settings.get("learning_rates"):
         scale = 0.1 if start == FULL else 1.0
         return min(given) * scale, max(given) * scale
-    if predicted := (settings.get("recommended") or {}).get(start):
-        return predicted / APART, predicted * APART
-    return 0.0, 0.0
+    predicted = predicted_rate(Variant.parse(start), settings.get("recommended") or {})
+    if predicted is None:
+        return 0.0, 0.0
+    return predicted / APART, predicted * APART
 
 
 def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: float | None = None) -> str | None:

@@ -170,13 +170,8 @@ class RunPlan:
         return [float(f"{own[0] * factor:.2g}") for factor in factors] if own else []
 
     def _rate_of_its_own(self, start: Variant) -> list[float]:
-        """Return the rate that a pass predicts for a start or for what it varies; for `full` a tenth of random's.
-
-        The list has one rate, or none if no pass was made for the start.
-        """
-        if start.base == FULL and RANDOM in self.recommended:
-            return [float(f"{self.recommended[RANDOM] / 10:.2g}")]
-        rate = self.recommended.get(str(start), self.recommended.get(start.base))
+        """Return a list of the rate that a pass predicts for a start, or of none if no pass was made for it."""
+        rate = predicted_rate(start, self.recommended)
         return [] if rate is None else [rate]
 
     def _grid(self, start: Variant, records: Mapping[Run, Record]) -> list[float]:
@@ -217,6 +212,20 @@ class RunPlan:
     @staticmethod
     def _runs_at(start: Variant, seeds: Iterable[int], rates: Iterable[float]) -> list[Run]:
         return [Run(start, seed, rate) for seed, rate in product(seeds, rates)]
+
+
+def predicted_rate(start: Variant, recommended: Mapping[str, float]) -> float | None:
+    """Find the rate that a pass predicts for a start or for what it varies; for `full` a tenth of random's.
+
+    `recommended` has the rates that were measured, by name. None if there is none for the start.
+    """
+    if start.base == FULL and RANDOM in recommended:
+        return float(f"{recommended[RANDOM] / 10:.2g}")
+    # Nothing is measured with equal parameters: their rate is that of the start with its lora_alpha and its batches.
+    for measured in (start, replace(start, equal_parameters=False), Variant(start.base)):
+        if str(measured) in recommended:
+            return recommended[str(measured)]
+    return None
 
 
 def choose_rate(records: Iterable[Record]) -> float | None:

@@ -58,6 +58,20 @@ def test_rates_that_are_rounded_as_they_are_planned_are_not_taken_for_added_ones
     assert "is the lowest tried" in found.answer and ("--extend 3" in found.answer) == (extend == 3), found.answer
 
 
+@pytest.mark.parametrize(("added", "extend"), [([], None), ([1.8e-4], 3)])
+@pytest.mark.parametrize("way", ["equal-parameters", "32-alpha", "32-alpha+equal-parameters"])
+def test_a_way_to_run_a_start_has_the_first_rates_of_what_was_measured(way, added, extend):
+    losses = {4.8e-3: 0.3, 1.6e-3: 0.2, 5.3e-4: 0.17, **dict.fromkeys(added, 0.16)}
+    runs = [
+        record(name, rate, seed, loss - 0.05 * (name != "random"))
+        for name in ("random", f"eva-rho2+{way}")
+        for seed in range(3)
+        for rate, loss in (losses if name != "random" else {1.6e-4: 0.3, 4.8e-4: 0.2, 1.6e-3: 0.3}).items()
+    ]
+    found = summarise(runs, settings(learning_rates=None, extend=1, recommended={"random": 4.8e-4, "eva-rho2": 1.6e-3}))
+    assert "is the lowest tried" in found.answer and ("--extend 3" in found.answer) == (extend == 3), found.answer
+
+
 @pytest.mark.parametrize(("best", "said"), [
     (1e-4, "is the lowest tried"), (1e-2, "is the highest tried"),
 ])  # fmt: skip

@@ -16,6 +16,7 @@ from lora_init.comparison.runs import (
     half_decade,
     open_runs,
     peek,
+    predicted_rate,
     read_runs,
     read_settings,
     run_table,
@@ -82,6 +83,28 @@ def test_without_a_list_each_start_has_three_rates_around_its_own():
     assert sorted(of_eva) == [*((seed, rate) for seed in (0, 1) for rate in (1e-3, 3e-3, 9e-3)), (2, 1e-3), (2, 3e-3),
                            (3, 1e-3), (3, 3e-3)]  # fmt: skip
     assert [run.learning_rate for run in planned if run.start == random and run.seed > 1] == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("name", [
+    "eva-rho2", "eva-rho2+32-alpha", "eva-rho2+4-batches", "eva-rho2+32-alpha+4-batches", "random-frozen-a", "full",
+])  # fmt: skip
+def test_a_start_with_equal_parameters_has_the_rates_that_it_has_without(name):
+    """What was measured is the start with its lora_alpha and batches. Without rates it would not be run at all."""
+    start = Variant.parse(name)
+    measured = {"random": 1e-3} | ({name: 2e-4} if name != "full" else {})
+    plan = RunPlan([REFERENCE, start], [], SEEDS, "halving", recommended=measured)
+    compared = plan.compared(ranks_cost_the_same=False)
+    assert compared[2:] == [replace(start, equal_parameters=True)] * (name != "full")
+    rate = 1e-4 if name == "full" else 2e-4
+    expected = [float(f"{rate * factor:.2g}") for factor in (1 / 3, 1, 3)]
+    for one in compared[1:]:
+        assert plan.given_rates(one) == expected
+    planned = plan.runs(compared, {})
+    assert {run.start for run in planned} == {*compared}
+    other = Variant.parse("eva-uncentred+8-alpha")
+    assert (
+        predicted_rate(other, {"eva-uncentred": 0.5, "eva": 0.1}) == 0.5 and predicted_rate(other, {"eva": 0.1}) is None
+    )
 
 
 def test_before_the_sweep_has_ended_the_rates_are_open():
