@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -118,6 +119,13 @@ def test_env_has_what_a_bug_report_needs():
     assert {"python", "system", "transformers", "peft", "datasets", "cores", "memory", "gpus"} <= set(about)
     shown = run("env").stdout
     assert "torch " in shown and shown.splitlines()[-1].startswith("Next: LORA_INIT_DEBUG=1 lora-init ")
+
+
+def test_env_names_each_gpu_with_its_memory(monkeypatch):
+    gpus = [SimpleNamespace(name=name, total_memory=size) for name, size in (("H100", 85.1e9), ("L4", 23.6e9))]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    assert json.loads(run("env", "--json").stdout)["gpus"] == "H100 85 GB, L4 24 GB"
 
 
 @pytest.mark.parametrize("name", ["init", "compare"])

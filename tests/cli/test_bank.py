@@ -49,6 +49,7 @@ def test_list_says_what_is_there(bank):
     assert done.exit_code == 0
     for part in ("2 adapters of 2 tasks", "LlamaForCausalLM", "middle layer of the base", "task-0", "rows.jsonl"):
         assert part in done.stdout
+    assert f"generator none: lora-init bank train {bank} " in " ".join(done.stdout.split())
     listed = json.loads(run("bank", "list", bank, "--json").stdout)
     assert list(listed["entries"]) == ["task-0", "task-1"] and listed["entries"]["task-0"]["n_prompts"] == 48
 
@@ -60,6 +61,7 @@ def test_each_way_writes_an_adapter_that_peft_loads(by, bank, home):
     if by == "generated":
         done = run("bank", "train", bank, "--steps", "8")
         assert done.exit_code == 0 and "step 8 of 8" in done.stderr and "parameters" in done.stdout
+        assert "generator trained " in " ".join(run("bank", "list", bank).stdout.split())
     done = start(home, bank, "--by", by, "--json", "--gamma", "1")
     assert done.exit_code == 0, done.stderr
     said = json.loads(done.stdout)

@@ -11,6 +11,7 @@ from lora_init.cli import app as cli
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import read_runs, read_settings
 from lora_init.comparison.workbench import Workbench
+from lora_init.errors import LoraInitError
 from tests.commands import WORDS
 from tests.comparisons import make_home
 from tests.processes import command_line, free_port
@@ -77,6 +78,19 @@ def test_options_reach_the_comparison(command, home, tmp_path):
     for part in (rows, "split seed 1", "at most 20 tokens", "answer position"):
         assert part in settings["data"]
     assert "8 of 8 examples" in settings["retain_data"]
+
+
+@pytest.mark.parametrize(("words", "progress"), [(["-q"], False), ([], None)])
+def test_quiet_takes_the_progress_away_and_else_the_terminal_decides(command, words, progress, monkeypatch):
+    got = {}
+
+    def stop(*_, **given):
+        got.update(given)
+        raise LoraInitError("stopped")
+
+    monkeypatch.setattr("lora_init.comparison.compare.compare", stop)
+    run(*command, *words, code=1)
+    assert got.get("progress") is progress
 
 
 def test_classes_are_counted_before_the_runs(home, tmp_path):

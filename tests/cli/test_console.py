@@ -134,6 +134,14 @@ def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
     assert capsys.readouterr().err == "warning: ours is long\n"
 
 
+@pytest.mark.parametrize(("columns", "width"), [(None, 100), ("60", 60)])
+def test_a_pipe_is_as_wide_as_the_ranks_of_a_model_unless_its_reader_says_how_wide(columns, width, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert console.make_console().width == width
+
+
 @pytest.mark.parametrize(("options", "in_python", "on_the_command_line"), [
     ({"overwrite": True}, "overwrite=True", "--overwrite"),
     ({"center": False}, "center=False", "--no-center"),

@@ -74,6 +74,15 @@ def test_losses_of_those_that_are_written_stand_beside_one_that_failed(trained, 
     assert "failed" in done.stdout and "no adapter_model.safetensors" in done.stderr
 
 
+def test_one_of_several_that_failed_is_named_once(trained, tmp_path):
+    narrow = train(tmp_path / "base", tmp_path / "narrow", target_modules=["q_proj"], r=2)
+    done = run("export", trained, narrow, "-o", tmp_path / "out", "--engine", "mlx", "--keep-ranks")
+    assert done.exit_code == 1
+    assert [line.partition(" takes one rank")[0] for line in done.stderr.splitlines()] == [
+        f"error: {directory}: mlx" for directory in (trained, narrow)
+    ]
+
+
 @pytest.mark.parametrize("options, message", [
     (["--engine", "lama.cpp"], "engine 'lama.cpp' is unknown. Did you mean llama.cpp?"),
     (["--engine", "mlx", "--keep-ranks"], "mlx takes one rank for all layers."),

@@ -61,6 +61,8 @@ def home(tmp_path_factory):
         ("nan", {}, {next(iter(tensors)): torch.tensor([[math.nan]])}),
         ("hollow", {}, dict.fromkeys(tensors)),
         ("spelled", {"r": "4"}, {}),
+        ("nameless", {"base_model_name_or_path": None}, {}),
+        ("elsewhere", {"base_model_name_or_path": "./bert"}, {}),
     ]:
         (home / name).mkdir()
         kept = {key: value for key, value in (tensors | changed).items() if value is not None}
@@ -232,6 +234,52 @@ COMMANDS = {
     "an adapter of NaN": (["inspect", "nan"], ".lora_A.weight has NaN or infinite numbers, as after a training that"),
     "an adapter of nothing": (["inspect", "hollow"], "adapter_model.safetensors holds no tensors."),
     "a rank in words": (["inspect", "spelled"], "damaged: r is '4', and a rank of at least 1 is expected."),
+    "a bank of no base": (
+        ["bank", "add", "out", "nameless", "--data", "text.jsonl"],
+        "nameless does not name its base model. Name it with --model.",
+    ),
+    "a rate of no base": (
+        ["rate", "nameless", "text.jsonl"], "nameless does not name its base model. Pass --base.",
+    ),
+    "intruders of no base": (
+        ["inspect", "nameless", "--intruders"], "nameless does not name its base model. Name it with --base.",
+    ),
+    "losses on two bases": (
+        ["export", "trained", "elsewhere", "-o", "out", "--data", "text.jsonl"],
+        "llama. Take those of one base, or name --base.",
+    ),
+    "one start for two": (
+        ["export", "trained", "spelled", "-o", "out", "--start", "trained"],
+        "--start is one adapter before its training. Export those that have one one by one.",
+    ),
+    "no data and no statistics": (
+        ["init", "llama", "-o", "out"], "DATA is missing. Name it, or name with --statistics a file that exists.",
+    ),
+    "no data and a file that is not there": (
+        ["init", "llama", "-o", "out", "--statistics", "none"],
+        "--statistics none: no such file. Name one that exists, or DATA to make it from.",
+    ),
+    **{
+        f"{number} for a rate": (
+            [*INIT, "--learning-rate", number], f"--learning-rate {number}: expected a number between 0 and 1",
+        )
+        for number in ("0", "1", "nan")
+    },
+    **{
+        f"{option} without a merge": (["inspect", "trained", option, file], "--data and --statistics are for --merge.")
+        for option, file in (("--data", "text.jsonl"), ("--statistics", "rank8.safetensors"))
+    },
+    **{
+        f"standard input for {option}": (
+            [*COMPARE[:2], "-", *COMPARE[3:], option, value],
+            "DATA '-': workers read the data, too, and standard input is read once. Name a file.",
+        )
+        for option, value in (("--workers", 2), ("--cluster", "ray"))
+    },
+    "neither statistics nor a plan": (
+        ["inspect", "garbage.safetensors"], "garbage.safetensors is neither statistics nor a plan. Name what",
+    ),
+    "nothing to inspect": (["inspect", "out.none"], "out.none: no such file or directory. Expected statistics, a"),
     "a list of options": (
         [*COMPARE, "--cluster", "slurm:options.yaml"], "options.yaml holds no options, such as `partition: gpu`.",
     ),
