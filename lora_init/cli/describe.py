@@ -170,8 +170,6 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
     stats = Statistics.load(path)
     layers = {}
     for name, target in stats.targets.items():
-        if name not in stats:
-            continue
         group = stats.group_of[name]  # the layer whose spectrum this is: q_proj, k_proj and v_proj read one input
         shares = stats.explained_variance_ratio(name).tolist()  # [k], falling
         layers[name] = {

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lora_init
-from lora_init import allocate_ranks, build_adapter, collect, load_batches
+from lora_init import Statistics, allocate_ranks, build_adapter, collect, load_batches
 from lora_init.collection.backward import NoGradientsError
+from lora_init.loading import models
 from lora_init.loading.models import load_model
+from lora_init.planning.plan import save_plan
 from lora_init.rates.learning_rate import rate_text
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import tiny_bert, tiny_llama
@@ -251,6 +253,43 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkey
     assert said["seconds"] > 0
     for part in ("layers ", "parameters ", "at rank 4 everywhere", "memory ", "offloaded ", "TFLOP", "GFLOP/s"):
         assert part in shown
+
+
+@pytest.mark.parametrize(("saved_in", "words", "instructions", "n_bytes"), [
+    (None, [], "AVX512", 4),  # a checkpoint that names no type is in float32
+    ("bfloat16", [], "AVX512", 2),
+    ("bfloat16", [], "AVX2", 4),  # which emulates it
+    ("bfloat16", ["--dtype", "float16"], "AVX2", 2),
+])  # fmt: skip
+def test_a_dry_run_counts_the_bytes_of_the_type_that_would_run(
+    command, home, tmp_path, monkeypatch, saved_in, words, instructions, n_bytes
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(models, "_memory", lambda: 10**9)
+    shutil.copytree(home / "model", tmp_path / "model")
+    config = json.loads((home / "model/config.json").read_text())
+    config.pop("dtype", config.pop("torch_dtype", None))
+    (tmp_path / "model/config.json").write_text(json.dumps(config | ({} if saved_in is None else {"dtype": saved_in})))
+    command[1] = tmp_path / "model"
+    said = json.loads(run(*command, "--dry-run", "--json", *words).stdout)
+    assert said["weights_bytes"] == n_bytes * sum(p.numel() for p in tiny_llama().parameters())
+
+
+def test_a_plan_that_gives_a_layer_more_has_a_pass_that_keeps_so_much(command, home, tmp_path):
+    file, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
+    source = load_model(str(home / "model"))
+    stats = collect(source.model, load_batches(home / "text.txt", source.tokenizer), rank=8, progress=False)
+    planned = allocate_ranks(stats, megabytes=0.004, dtype="bfloat16", rho=4)
+    save_plan(planned, plan)
+    done = run(*command[:-2], "--ranks", plan, "--statistics", file, "--use-dora", "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["ranks"] == dict(planned)
+    made = Statistics.load(file).provenance
+    assert made.rank == planned.rank and made.rho == max(planned.values()) / planned.rank > 1
+    notes = "\n".join(said["notes"])
+    assert f"{planned.budget} does not count DoRA's magnitudes." in notes
+    assert f"PEFT trains and saves float32; `lora-init export --dtype bfloat16` keeps {planned.budget}." in notes
 
 
 # The statistics file
