@@ -366,7 +366,7 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
 
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
-            raise LoraInitError(f"the data has no split {split!r}, only {', '.join(source)}.")
+            raise LoraInitError(f"the data has no split {split!r}, only {', '.join(source)}. Pass one of them alone.")
         source = source[split]
     if isinstance(source, datasets.Dataset):
         return source

@@ -1,9 +1,13 @@
 """`lora-init rate`, and what other commands refuse of an adapter or a rank before a model is loaded."""
 
+import json
+import shutil
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from lora_init.loading import models
 from tests.commands import assert_one_line_error, run, save_model
@@ -39,6 +43,18 @@ def folder(home, tmp_path_factory):
 def test_it_prints_the_rate_of_any_adapter_before_training(folder, home):
     result = run("rate", folder / "start", home / "text.txt", "--steps", 100)
     assert result.exit_code == 0 and result.stdout.startswith("Train with AdamW at "), result.output
+
+
+def test_layers_that_nothing_moves_are_counted(folder, home, tmp_path):
+    shutil.copytree(folder / "start", tmp_path / "start")
+    tensors = load_file(folder / "start/adapter_model.safetensors")
+    key = next(key for key in tensors if "layers.1.self_attn.q_proj.lora_A" in key)
+    save_file(tensors | {key: torch.zeros_like(tensors[key])}, tmp_path / "start/adapter_model.safetensors")
+    words = ["rate", tmp_path / "start", home / "text.txt", "--steps", 100]
+    done = run(*words)
+    assert "\n1 layers say nothing, such as model.layers.1.self_attn.q_proj.\n" in done.stdout, done.output
+    assert json.loads(run(*words, "--json").stdout)["left_out"] == ["model.layers.1.self_attn.q_proj"]
+    assert "say nothing" not in run("rate", folder / "start", *words[2:]).stdout
 
 
 # Words of a command: {home} has the model and data, adapters stand in the folder that is worked in.

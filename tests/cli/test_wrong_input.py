@@ -44,6 +44,7 @@ def home(tmp_path_factory):
     write("silent.jsonl", [*asked[:4], chat(("user", "the cat"), ("assistant",)), *asked[5:]])
     turns = [{"from": "human", "value": "the cat"}, {"from": "gpt"}]
     write("sharegpt.jsonl", [{"conversations": turns}])
+    write("told.jsonl", [{"conversations": [{"from": "narrator", "value": "the cat"}, *turns]}])
     write("pair.jsonl", [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in asked])
     write("scores.csv", ["text,score\n", *(f"the cat {word},{i % 10 / 10}\n" for i, word in enumerate(WORDS))])
     write("scores2.csv", ["sentence,score\n", *(f"the cat {word},{i % 3}\n" for i, word in enumerate(WORDS))])
@@ -109,6 +110,14 @@ COMMANDS = {
         "silent.jsonl, line 5: message 2, of 'assistant', has no content. Leave out the row.",
     ),
     "no value": (["init", "chat", "sharegpt.jsonl", "-o", "out"], "line 1: message 2, of 'assistant', has no content"),
+    "a model for data": (
+        ["init", "llama", "llama", "-o", "out"],
+        "data llama: this is the directory of a model. Name a file, or a folder of data.",
+    ),
+    "a narrator": (
+        ["init", "chat", "told.jsonl", "-o", "out"],
+        "told.jsonl, line 1: a message is from 'narrator', and expected is one of human, gpt, chatgpt, bot,",
+    ),
     "cut line": (["init", "llama", "cut.jsonl", "-o", "out"], "cut.jsonl, line 8 is not JSON: "),
     "cut file": (["init", "llama", "ended.jsonl", "-o", "out"], "ended.jsonl, line 8 is not JSON: Unterminated string"),
     "more than was collected": (

@@ -34,6 +34,42 @@ def test_prompt_and_completion_label_the_completion_across_the_seam(write):
     assert sorted(texts(batches, tokenizer, "labels")) == [" no<eos>", " yes<eos>"]
 
 
+# What axolotl and Stanford's own code write, character by character.
+ALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+    "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n"
+)
+ALPACA_ALONE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Response:\n"
+)
+
+
+@pytest.mark.parametrize(("row", "prompt"), [
+    ({"instruction": "Add.", "input": "2+2", "output": "4"}, ALPACA),
+    ({"instruction": "Add.", "input": "", "output": "4"}, ALPACA_ALONE),
+    ({"instruction": "Add.", "output": "4"}, ALPACA_ALONE),
+])  # fmt: skip
+def test_a_row_of_alpacas_is_written_as_others_write_it(tokenizer, row, prompt):
+    rows = [row, row | {"instruction": " "}, row | {"output": None}]
+    with pytest.warns(UserWarning, match="of the first 3 rows 2 left out with an empty field"):
+        batches = load_batches(rows, tokenizer)
+    assert texts(batches, tokenizer) == [prompt + "4<eos>"] and texts(batches, tokenizer, "labels") == ["4<eos>"]
+
+
+@pytest.mark.parametrize(("who", "role"), [
+    ("human", "user"), ("user", "user"), ("gpt", "assistant"), ("chatgpt", "assistant"), ("bot", "assistant"),
+    ("model", "assistant"), ("function_call", "assistant"), ("observation", "tool"), ("function_response", "tool"),
+    ("system", "system"), ("developer", "developer"),
+])  # fmt: skip
+def test_who_speaks_in_sharegpt_has_a_role_of_chat_templates(who, role):
+    tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
+    turns = [("user", "hi"), (who, "a word"), ("assistant", "well")]
+    rows = [{"conversations": [{"from": one, "value": text} for one, text in turns]}]
+    expected = "".join(f"<|im_start|>{one}\n{text}<|im_end|>\n" for one, text in [turns[0], (role, "a word"), turns[2]])
+    assert texts(load_batches(rows, tokenizer), tokenizer) == [expected]
+
+
 def test_messages_label_the_assistants_turns(write, tokenizer):
     tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
     rows = [

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import load_batches
+from lora_init.loading.hub import check_hub
 from lora_init.loading.models import check_model_source, open_model
 from lora_init.loading.sources import check_data
 from tests.conftest import refused
@@ -75,6 +77,44 @@ def test_without_a_network_a_cache_is_asked_alone(place, tmp_path, no_hub):
     check_data("owner/Name")
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
     refused(r"model 'owner/Name': .*HF_HUB_OFFLINE is set", check_model_source, "owner/Name")
+
+
+def test_a_model_that_only_the_cache_has_is_read_from_there(tmp_path, no_hub):
+    refused(r"^model 'owner/Name': no such file .* be reached: no route to the hub\.$", check_model_source, "owner/Name")
+    assert not constants.HF_HUB_OFFLINE
+    (tmp_path / "hub/models--owner--Name").mkdir(parents=True)
+    check_model_source("owner/Name")
+    assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(("error", "known"), [
+    (None, True),
+    (GatedRepoError, True),  # the download says what has to be accepted
+    (RepositoryNotFoundError, False),
+])  # fmt: skip
+@pytest.mark.parametrize("token", ["hf_secret", None])
+def test_a_hub_is_asked_once_with_the_users_token(error, known, token, no_hub, monkeypatch):
+    asked = {}
+
+    def judge(response):
+        if error is not None:
+            raise error.__new__(error)  # without a response, which is of another library by the release
+
+    session = SimpleNamespace(get=lambda url, **options: asked.update(options, url=url))
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: session)
+    monkeypatch.setattr("huggingface_hub.utils.hf_raise_for_status", judge)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    if known:
+        assert check_hub("owner/Name", "dataset")
+    else:
+        said = refused("^data 'owner/Name': no such file or folder, and the hub has nothing", check_hub, "owner/Name", "dataset")
+        assert "that you may read" in said and "hf_secret" not in said
+    assert asked["url"] == f"{constants.ENDPOINT}/api/datasets/owner/Name"
+    assert asked["headers"] == ({} if token is None else {"authorization": "Bearer hf_secret"})
+
+
+def test_a_name_that_no_repository_can_have_is_refused_without_asking(no_hub):
+    refused("^model 'a//b': no such file or folder, and the hub has nothing", check_hub, "a//b", "model")
 
 
 def test_a_hub_that_does_not_answer_is_one_line_in_python_too(tmp_path, no_hub, monkeypatch):

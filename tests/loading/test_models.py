@@ -1,5 +1,6 @@
 """Which class a checkpoint is loaded in, and for which of PEFT's tasks."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_init.errors import LoraInitError
 from lora_init.loading import models
-from lora_init.loading.checkpoint import find_tensors
-from lora_init.loading.models import load_model, task_and_class
+from lora_init.loading.checkpoint import INDEX_FILE, find_tensors
+from lora_init.loading.models import load_model, open_model, task_and_class
 from tests.commands import save_model
 from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
 
@@ -92,6 +93,16 @@ def test_a_quantized_checkpoint_has_no_float_weights(tmp_path):
     refused("hold no float weights", find_tensors, str(tmp_path))
 
 
+@pytest.mark.parametrize("weight_map", [{}, None, ["a"], {"w": "../x.safetensors"}, {"w": "one", "v": "/two"}])
+def test_an_index_that_leads_out_of_its_directory_is_refused(weight_map, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"w": torch.zeros(2, 3)}, tmp_path / "one")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"w": "one"}}))
+    assert {name: stored.shape for name, stored in find_tensors(str(tmp_path)).items()} == {"w": (2, 3)}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    refused(f"{INDEX_FILE} names no files of this directory. The file is damaged", find_tensors, str(tmp_path))
+
+
 @pytest.mark.parametrize("build", [tiny_llama, tiny_bert])  # transformers makes an empty tokenizer for the second
 def test_a_tokenizer_that_is_not_there(build, tmp_path):
     build().save_pretrained(tmp_path)
@@ -133,3 +144,67 @@ def test_quantized_weights_are_read_onto_the_device_since_they_cannot_move(quant
     monkeypatch.setattr(models, "_guarded", note)
     refused("read far enough", load_model, save_model(tiny_llama(), tmp_path / "m"), device="cpu", quantize=quantize)
     assert asked.get("device_map") == ({"": torch.device("cpu")} if placed else None)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(dtype="float31"), r"^dtype 'float31' is unknown. Did you mean float32\? Choose from auto, float32, bfloat16, float16\.$"),
+    (dict(quantize="nf5"), r"^quantize='nf5' is unknown. Did you mean nf4\? Choose from nf4, fp4, int8\.$"),
+    (dict(device="gpu"), "^device 'gpu' cannot be used here: expected auto, cpu, cuda, cuda:1 or mps.$"),
+])  # fmt: skip
+def test_an_option_that_is_none_is_refused_before_the_weights_are_read(options, message, tmp_path):
+    source = open_model(str(save_model(tiny_llama(), tmp_path)))
+    (tmp_path / "model.safetensors").unlink()
+    refused(message, source.load, **options)
+
+
+@pytest.mark.parametrize(("instructions", "dtype", "expected"), [
+    ("AVX2", "auto", torch.float32), ("AVX512", "auto", "auto"), ("AVX2", "bfloat16", torch.bfloat16),
+])  # fmt: skip
+def test_a_quantized_model_and_its_new_head_are_read_in_the_type_that_runs(
+    instructions, dtype, expected, tmp_path, monkeypatch
+):
+    """Quantized weights cannot change their type later, and a head that is drawn is not quantized."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    source = open_model(str(save_model(tiny_llama().to(torch.bfloat16), tmp_path)), task_type="SEQ_CLS")
+    read = {}
+
+    def stop(*_, **options):
+        read.update(options)
+        raise ValueError("stopped")
+
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", stop)
+    refused("stopped", source.load, dtype=dtype, device="cpu", quantize="nf4", n_labels=3)
+    assert read["dtype"] == expected and read["num_labels"] == 3
+    assert read["problem_type"] == "single_label_classification"
+    assert "score" in read["quantization_config"]["llm_int8_skip_modules"]
+    assert read["device_map"] == {"": torch.device("cpu")}
+    refused("stopped", source.load, dtype=dtype, device="cpu", quantize="nf4")
+    assert "llm_int8_skip_modules" not in read["quantization_config"]
+
+
+@pytest.mark.parametrize(("cuda", "mps", "rank", "expected"), [
+    (4, True, "5", "cuda:1"),  # of torchrun: each process has its own
+    (4, True, "", "cuda"),
+    (4, True, "two", "cuda"),
+    (0, True, "1", "mps"),
+    (0, False, "1", "cpu"),
+])  # fmt: skip
+def test_the_first_gpu_is_taken_and_under_torchrun_each_process_has_its_own(cuda, mps, rank, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    tried = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: tried.append(device))
+    assert models.find_device("auto") == torch.device(expected) and tried == [torch.device(expected)]
+
+
+def test_a_system_that_does_not_say_how_much_memory_it_has_keeps_half_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert models.is_better_in_float32(torch.bfloat16, torch.device("cpu"), 1000)
+
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(models.os, "sysconf", unknown)
+    assert not models.is_better_in_float32(torch.bfloat16, torch.device("cpu"), 1000)

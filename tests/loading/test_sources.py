@@ -119,7 +119,7 @@ def test_data_in_memory_streams_patterns_and_standard_input(write, tokenizer, tm
     path = write(rows)
     (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     write(rows[:2], "parts/a.jsonl"), write(rows[2:], "parts/b.jsonl")
-    monkeypatch.setattr("sys.stdin", io.StringIO(path.read_text()))
+    monkeypatch.setattr("sys.stdin", io.StringIO(path.read_text().replace("\n", "\n\n")))  # blank lines say nothing
     table = Dataset.from_list(rows)
     for source in (
         rows, table, table.to_iterable_dataset(), pandas.DataFrame(rows), datasets.DatasetDict(train=table), "-",
@@ -134,8 +134,10 @@ def test_data_in_memory_streams_patterns_and_standard_input(write, tokenizer, tm
         (1, 2): "data of type tuple: expected a path",
     }.items():
         refused(message, load_batches, source, tokenizer)
-    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "a"}\nnot json\n'))
-    refused("standard input, line 2 is not JSON", load_batches, "-", tokenizer)
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "a"}\n \nnot json\n'))
+    refused("standard input, line 3 is not JSON", load_batches, "-", tokenizer)
+    parts = datasets.DatasetDict(test=table, dev=table)
+    refused("the data has no split 'train', only test, dev. Pass one of them alone", load_batches, parts, tokenizer)
 
 
 def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, tokenizer):

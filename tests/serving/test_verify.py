@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init import LoraInitError
+from lora_init.adapters.init_config import Reading
 from lora_init.cli import verify as verify_command
 from lora_init.serving import server
 from tests import commands
@@ -172,6 +174,36 @@ def test_chats_are_asked_as_such(home):
     assert done.exit_code == 1 and done.stdout.startswith("another base or template"), done.output
     engine.generation_prompt, engine.paths = True, ["chat/completions"]  # then texts are what a user says
     assert ask(home, "plain", engine).exit_code == 0
+
+
+def test_a_base_that_cannot_compute_what_a_server_answers_is_named(home, tmp_path):
+    for name in ("bare", "classes"):
+        shutil.copytree(home / "base", tmp_path / name)
+    tokenizer_of(WORDS[2:]).save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare/chat_template.jinja").unlink()
+    config = json.loads((home / "base/config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "classes/config.json").write_text(json.dumps(config))
+    engine = served(home, home / "plain")
+    for name, paths, what in (
+        ("classes", ["completions"], "a LlamaForSequenceClassification"),
+        ("bare", ["chat/completions"], "without a chat template"),
+    ):
+        engine.paths = paths
+        done = ask(home, "plain", engine, "--base", tmp_path / name)
+        refusal = f"{str(tmp_path / name)!r} is {what}, so this server's log-probabilities cannot be computed here."
+        assert done.exit_code == 2 and done.stderr.splitlines()[-1] == f"error: {refusal}", done.output
+
+
+def test_a_chat_is_asked_up_to_its_first_answer_and_not_at_all_without_one(tmp_path):
+    turns = {"s": ("system", "w1"), "u": ("user", "w2"), "a": ("assistant", "w3")}
+    rows = [
+        {"messages": [dict(zip(("role", "content"), turns[letter], strict=True)) for letter in chat]}
+        for chat in ("ua", "u", "au", "suaua", "su", "uau")
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chats = verify_command._chats(str(tmp_path / "chats.jsonl"), Reading(), 5)
+    assert ["".join(message["role"][0] for message in chat) for chat in chats] == ["u", "su"]
+    assert verify_command._chats(str(tmp_path / "chats.jsonl"), Reading(template="{messages}"), 5) == []
 
 
 def test_chats_that_a_server_cannot_be_asked_are_named(home, monkeypatch):
