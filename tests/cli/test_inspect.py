@@ -111,7 +111,9 @@ def test_a_layer_without_an_adapter_counts_where_others_of_its_kind_have_one(hom
     """SGLang takes a kind of layer in every block or in none, and the directory lacks what has no adapter."""
     one, both = r".*layers\.0\.self_attn\.q_proj", r".*\.self_attn\.v_proj"
     for name, targets, taken in (("gap", f"({one}|{both})", False), ("whole", both, True)):
-        serving = json.loads(run("inspect", trained_like(home, tmp_path / name, target_modules=targets, r=8), "--json").stdout)["serving"]
+        serving = json.loads(
+            run("inspect", trained_like(home, tmp_path / name, target_modules=targets, r=8), "--json").stdout
+        )["serving"]
         assert ("SGLang" in serving.partition(" as it is. ")[0]) == taken, serving
 
 

@@ -15,6 +15,8 @@ from lora_init.cli.describe import describe
 from lora_init.collection.activations import ActivationHooks
 from lora_init.errors import LoraInitWarning
 from lora_init.layers.masks import TokenMasks
+from lora_init.layers.rows import routed
+from lora_init.layers.targets import read_target
 from tests.collection.made import run
 from tests.conftest import batches_for, refused, tiny_gpt2, tiny_llama
 from tests.layers.made import BOTH, MODELS, gpt_oss, mixtral
@@ -194,3 +196,25 @@ def test_mistakes_get_one_clear_line():
     with pytest.raises(LoraInitError, match=r"layer 'model.layers.0.mlp.experts.gate_up_proj' of the statistics"):
         build_adapter(stats, {name: 2 for name in stats if "experts" in name}).apply(tiny_gpt2())
     refused("leaves no layer", find_targets, model, ["q_proj"], exclude_modules=["q_proj"])
+
+
+def test_tokens_and_their_experts_are_found_among_whatever_a_module_is_called_with():
+    hidden, chosen = torch.randn(2, 3, 8), torch.randint(0, 4, (2, 3, 2))
+    weights = torch.rand(2, 3, 2)
+    for args, kwargs in (
+        ((hidden, chosen, weights), {}),
+        ((hidden,), dict(router_weights=weights, top_k_index=chosen)),
+        ((None, "x", hidden), dict(flag=True, top_k_index=chosen, other=chosen + 1)),
+    ):
+        rows, experts = routed("m", args, kwargs)
+        assert torch.equal(rows, hidden.flatten(0, 1)) and torch.equal(experts, chosen.flatten(0, 1))
+    for args in ((hidden,), (chosen,), (hidden[:1], chosen), (None,)):
+        said = "^'m': its module was not called with hidden states and the experts chosen for each. Leave it out of"
+        refused(said, routed, "m", args, {})
+
+
+def test_the_number_of_experts_is_read_back_from_what_files_have_of_a_layer():
+    found = find_targets(mixtral(), ["q_proj"], target_parameters=BOTH).layers
+    layer = next(target for name, target in found.items() if name.endswith("down_proj"))
+    assert layer.extras() == {"experts": 4}
+    assert read_target(layer.name, layer.kind, layer.in_features, layer.out_features, {"experts": 4}) == layer

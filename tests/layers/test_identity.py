@@ -125,3 +125,25 @@ def test_the_token_that_a_classifier_ends_a_row_by_counts():
     first, second, unknown = map(model_config, made)
     assert differing_config(first, second) == "pad_token_id of score 0 instead of 2"
     assert differing_config(first, unknown) == ""
+
+
+class Packed(torch.Tensor):
+    """A weight as some libraries keep it: nothing can be read of it before it is unpacked."""
+
+    def reshape(self, *shape):
+        raise NotImplementedError("no reshape of what is packed")
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_the_fingerprint_of_a_weight_in_a_class_of_its_own_is_that_of_its_numbers():
+    def layer(weight):
+        made = nn.Linear(2, 3, bias=False)
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        return made
+
+    weight = torch.arange(6.0).reshape(3, 2)
+    packed = layer(weight.as_subclass(Packed))
+    assert type(packed.weight) is Packed
+    assert fingerprint(packed) == fingerprint(layer(weight)) != fingerprint(layer(weight + 1))

@@ -188,3 +188,9 @@ def test_labels_on_padding_are_refused_where_a_loss_is_computed():
 def test_masks_of_another_shape_are_one_line(changes, token_mask, message):
     batch = {**batches_for("llama")[0], **changes}
     refused(re.escape(message), TokenMasks(tiny_llama(), token_mask).start, batch)
+
+
+def test_an_input_of_one_dimension_is_one_row():
+    masks = TokenMasks(tiny_llama(), "attention")
+    masks.start(batches_for("llama")[0])
+    assert torch.equal(masks.rows("a.layer", torch.arange(4.0)), torch.tensor([[0.0, 1.0, 2.0, 3.0]]))

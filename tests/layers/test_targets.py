@@ -10,6 +10,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_init import LoraInitError, find_targets
+from lora_init.layers import targets
+from lora_init.layers.targets import read_target
 from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
 
 ARGUMENTS = [
@@ -112,4 +114,29 @@ def test_mistakes_get_one_clear_line():
     refused("is not a regular expression", find_targets, model, "(")
     refused("leaves no layer", find_targets, model, ["q_proj"], exclude_modules=["self_attn.q_proj"])
     refused("a LlamaMLP, and an adapter needs a linear layer", find_targets, model, ["mlp"])
+    refused(r"^find_targets\(\) takes a model in this place and got str\.$", find_targets, "llama")
+    for names in (5, ["q_proj", 5]):
+        for argument in ("target_modules", "exclude_modules"):
+            said = rf"^{argument}=.*5\]?: expected a regular expression, or a list of names\.$"
+            refused(said, find_targets, model, **{argument: names})
     refused("linear layers are named: none", find_targets, nn.ModuleDict({"norm": nn.LayerNorm(3)}), ["q"])
+
+
+def test_an_expression_that_takes_exponential_time_is_refused_in_a_moment(monkeypatch):
+    monkeypatch.setattr(targets, "_PATIENCE", 0.01)
+    slow = r"(a|\w|.)+\.(a|\w|.)+!"
+    said = refused("was not matched with 'model.* within 0.01 s, as happens with", find_targets, tiny_llama(), slow)
+    assert said.startswith(f"target_modules={slow!r} ") and said.endswith("Write it without, or name layers.")
+    exclude = dict(exclude_modules=slow)
+    assert refused("within 0.01 s", find_targets, tiny_llama(), ["q_proj"], **exclude).startswith("exclude_modules=")
+
+
+@pytest.mark.parametrize(("build", "extras"), [
+    (lambda: nn.Conv2d(4, 6, (3, 2), groups=2), {"kernel": [3, 2], "groups": 2}),
+    (lambda: nn.Conv1d(4, 6, 3), {"kernel": [3], "groups": 1}),
+    (lambda: nn.Linear(4, 6), {}),
+])  # fmt: skip
+def test_a_layer_is_read_back_from_what_files_have_of_it(build, extras):
+    layer = find_targets(nn.ModuleDict({"own": build()}), ["own"]).layers["own"]
+    assert layer.extras() == extras
+    assert read_target("own", layer.kind, layer.in_features, layer.out_features, extras) == layer

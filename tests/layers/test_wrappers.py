@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_init import ExactPCA, collect, find_targets, principal_angles
 from lora_init.layers.identity import fingerprint
-from lora_init.layers.wrappers import plain_names, unwrapped
+from lora_init.layers.wrappers import Precision, plain_names, unwrapped
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "t5": tiny_t5}
@@ -190,3 +190,16 @@ def test_sequences_packed_into_one_row_give_the_rows_of_the_sequences(name):
         # The same rows, computed in matrices of another shape.
         assert stats.total_variance(layer) == pytest.approx(expected.total_variance(layer), rel=1e-4)
         torch.testing.assert_close(stats[layer].mean, expected[layer].mean, atol=1e-5, rtol=1e-3)
+
+
+def test_autocast_of_an_accelerator_is_switched_with_that_of_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda", 0))
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        precision = Precision()
+        with precision.off():
+            assert not torch.is_autocast_enabled("cuda")
+        assert torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", False)

@@ -80,7 +80,9 @@ def test_without_a_network_a_cache_is_asked_alone(place, tmp_path, no_hub):
 
 
 def test_a_model_that_only_the_cache_has_is_read_from_there(tmp_path, no_hub):
-    refused(r"^model 'owner/Name': no such file .* be reached: no route to the hub\.$", check_model_source, "owner/Name")
+    refused(
+        r"^model 'owner/Name': no such file .* be reached: no route to the hub\.$", check_model_source, "owner/Name"
+    )
     assert not constants.HF_HUB_OFFLINE
     (tmp_path / "hub/models--owner--Name").mkdir(parents=True)
     check_model_source("owner/Name")
@@ -107,7 +109,9 @@ def test_a_hub_is_asked_once_with_the_users_token(error, known, token, no_hub, m
     if known:
         assert check_hub("owner/Name", "dataset")
     else:
-        said = refused("^data 'owner/Name': no such file or folder, and the hub has nothing", check_hub, "owner/Name", "dataset")
+        said = refused(
+            "^data 'owner/Name': no such file or folder, and the hub has nothing", check_hub, "owner/Name", "dataset"
+        )
         assert "that you may read" in said and "hf_secret" not in said
     assert asked["url"] == f"{constants.ENDPOINT}/api/datasets/owner/Name"
     assert asked["headers"] == ({} if token is None else {"authorization": "Bearer hf_secret"})

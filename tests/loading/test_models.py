@@ -1,6 +1,7 @@
 """Which class a checkpoint is loaded in, and for which of PEFT's tasks."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_init.errors import LoraInitError
-from lora_init.loading import models
-from lora_init.loading.checkpoint import INDEX_FILE, find_tensors
+from lora_init.loading import checkpoint, models
+from lora_init.loading.checkpoint import INDEX_FILE, find_parameter, find_tensors, read_parameter
 from lora_init.loading.models import load_model, open_model, task_and_class
 from tests.commands import save_model
 from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
@@ -208,3 +209,25 @@ def test_a_system_that_does_not_say_how_much_memory_it_has_keeps_half_precision(
 
     monkeypatch.setattr(models.os, "sysconf", unknown)
     assert not models.is_better_in_float32(torch.bfloat16, torch.device("cpu"), 1000)
+
+
+def test_a_parameter_that_a_checkpoint_has_in_parts_is_put_together(tmp_path, monkeypatch):
+    """Wherever a conversion puts an entry, it is read from there: here the odd rows, and the even ones transposed."""
+
+    def saved(model, name, tensor):
+        return {"odd": tensor[1::2].flip(0), "even": tensor[::2].T.contiguous()}
+
+    monkeypatch.setattr(checkpoint, "as_saved", saved)
+    weight = torch.arange(20.0).reshape(5, 4)
+    (tmp_path / "config.json").write_text("{}")
+    save_file(
+        {name: part.to(torch.bfloat16) for name, part in saved(None, "", weight).items()},
+        tmp_path / "model.safetensors",
+    )
+    tensors, model = find_tensors(str(tmp_path)), tiny_llama()
+    stored = find_parameter(tensors, model, "w", (5, 4))
+    read = read_parameter(stored, (5, 4))
+    assert {one.name for one in stored} == {"odd", "even"} and read.dtype == torch.float32 and torch.equal(read, weight)
+    flipped = tensors | {"even": replace(tensors["even"], shape=(3, 4))}
+    for other in ({"odd": tensors["odd"]}, flipped):  # a part is not there, or laid out in another way
+        assert find_parameter(other, model, "w", (5, 4)) == {}

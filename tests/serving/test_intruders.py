@@ -1,12 +1,15 @@
 """Intruder dimensions: against brute force, against PEFT's criterion, and where their number was planted."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import lora_init
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.layers.targets import find_targets
 from lora_init.serving.intruders import intruder_dimensions, left_singular_vectors
@@ -159,6 +162,47 @@ def test_what_cannot_be_examined():
     weight = model.model.layers[0].self_attn.q_proj.base_layer.weight
     model.model.layers[0].self_attn.q_proj.base_layer.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
     refused("q_proj' is quantized", intruder_dimensions, peft_model)
+
+
+def test_an_embedding_has_no_singular_vectors_to_compare_and_is_left_out():
+    found = intruder_dimensions(with_adapter(tiny_llama(), ["q_proj"]))
+    both = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
+    examined = intruder_dimensions(both)
+    assert examined.skipped == {"model.embed_tokens": "Embedding"} and found.skipped == {}
+    assert examined.layers.keys() == found.layers.keys()
+
+
+def test_a_weight_of_nan_has_no_singular_vectors():
+    peft_model = with_adapter(tiny_llama())
+    weight = peft_model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    for number in (torch.nan, torch.inf):
+        weight.data[0, 0] = number
+        refused("layers.0.self_attn.q_proj': its weights have NaN or inf, so", intruder_dimensions, peft_model)
+
+
+@needs_intruders
+def test_what_peft_cannot_reduce_is_refused(tmp_path):
+    for name, make, targets in (("gpt2", tiny_gpt2, ["c_attn"]), ("llama", tiny_llama, ["q_proj"])):
+        model = make()
+        model.save_pretrained(tmp_path / name)
+        model = with_adapter(model, targets, fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM")
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / name)
+        model.save_pretrained(tmp_path / f"{name} adapter")
+
+    def reduce(name, model, **options):
+        return lora_init.export_adapter(
+            tmp_path / f"{name} adapter", tmp_path / "out", reduce_intruders=model, **options
+        )
+
+    refused(
+        "layer 'transformer.h.0.attn.c_attn' is a Conv1D: PEFT reduces linear layers alone", reduce, "gpt2", tiny_gpt2()
+    )
+    refused("reduce_intruders= takes the base model and got str. Load it first", reduce, "llama", "llama")
+    config = json.loads((tmp_path / "llama adapter/adapter_config.json").read_text()) | {"init_lora_weights": "pissa"}
+    (tmp_path / "llama adapter/adapter_config.json").write_text(json.dumps(config))
+    shutil.copytree(tmp_path / "llama adapter", tmp_path / "start")
+    said = "PEFT cannot load an adapter that needs its start. Export it first, then reduce that"
+    refused(said, reduce, "llama", tiny_llama(), start=tmp_path / "start")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 import lora_init
 from lora_init import LoraInitError, export_adapter
 from lora_init.adapters.directory import AdapterDirectory
+from lora_init.serving import kept as kept_room
 from lora_init.serving.base import plan_merge, read_base
 from lora_init.serving.kept import ROUNDINGS, Kept, divergence, kept_by_merge
 from lora_init.serving.trained import read_trained, with_parameters
@@ -125,3 +126,37 @@ def test_the_divergence_is_that_of_the_merged_model(tmp_path):
     assert found["float16"].merged < found["bfloat16"].merged < found["nf4"].merged < found["nf4"].base
     with pytest.raises(LoraInitError, match="no example has a token with a label"):
         divergence(load(base).float(), AdapterDirectory(directory), [], "nf4")
+
+
+@pytest.mark.parametrize(("along", "noise", "lost", "first"), [
+    (1.0, 0.0, None, "Merge:"),
+    (0.5, 1.0, None, "Merge:"),
+    (0.49, 0.0, None, "Keep the adapter, or merge in a wider type:"),
+    (0.5, 1.1, None, "Measure on data before you merge:"),
+    (0.0, 9.0, 0.001, "Merge:"),  # what was measured decides, where it was
+    (1.0, 0.0, kept_room._LITTLE + 0.001, "Merge in a wider type where you can:"),
+    (1.0, 0.0, kept_room._MUCH + 0.001, "Keep the adapter, or merge in a wider type:"),
+])  # fmt: skip
+def test_the_advice_goes_by_what_arrives_and_then_by_what_was_measured(along, noise, lost, first):
+    merge = Kept(1.0, along, noise)
+    assert merge.advice(lost).startswith(f"{first} ")
+    assert merge.is_doubtful == (along < 0.5 or noise > 1.0)
+
+
+def test_the_divergence_is_over_as_many_tokens_as_are_enough(tmp_path, monkeypatch):
+    directory, base = make(tmp_path)
+    monkeypatch.setattr(kept_room, "_MOST_TOKENS", 15)
+    ids = torch.randint(3, 23, (6, 6))  # two rows of five predicted tokens a batch
+    read = []
+
+    def batches():
+        for part in ids.split(2):
+            read.append(len(part))
+            yield {"input_ids": part, "labels": part}
+
+    class Again:
+        def __iter__(self):
+            return batches()
+
+    assert divergence(load(base).float(), AdapterDirectory(directory), Again(), "float16").tokens == 15
+    assert len(read) == 3 * 2  # with the adapter, without, and merged: the third batch is not read

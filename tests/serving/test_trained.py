@@ -2,16 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lora_init import build_adapter, correct_base, export_adapter
-from lora_init.serving.trained import read_trained
+from lora_init import build_adapter, collect, correct_base, export_adapter
+from lora_init.layers.targets import Target
+from lora_init.serving.trained import OTHER_UPDATES, Trained, read_trained, with_parameters
 from tests.adapters.made import made_up_statistics
-from tests.conftest import tiny_llama
+from tests.conftest import batches_for, tiny_llama
+from tests.conftest import refused as one_line
 from tests.serving.made import ADAPTERS, config_of, load, logits, randomise, refused, train
 
 
@@ -82,7 +86,25 @@ def set_type(directory, dtype):
     save_file(tensors, directory / "adapter_model.safetensors")
 
 
+def set_key(directory, **config):
+    (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | config))
+
+
+def overflow(directory):
+    """float16 holds B, and not what B is under the scaling of the other layers."""
+    tensors = {key: tensor.half() for key, tensor in load_file(directory / "adapter_model.safetensors").items()}
+    next(tensor for key, tensor in tensors.items() if "0.self_attn.q_proj.lora_B" in key)[0, 0] = 6e4
+    save_file(tensors, directory / "adapter_model.safetensors")
+    set_key(directory, alpha_pattern={"layers.0.self_attn.q_proj": 80})
+
+
 BROKEN = {
+    **{
+        key: (partial(set_key, **{key: {"any": 1}}), f"was trained with {key}; only plain LoRA, rsLoRA and DoRA are ex")
+        for key in OTHER_UPDATES
+    },
+    "beyond its type": (overflow, "q_proj': torch.float16 cannot hold it under one scaling for all layers"),
+    "a rank in words": (lambda d: set_key(d, rank_pattern={"q_proj": "four"}), "rank_pattern is {'q_proj': 'four'}"),
     "alpha of 0": (lambda d: set_alpha(d, 0), "lora_alpha is 0, expected between"),
     "infinite alpha": (lambda d: set_alpha(d, math.inf), "lora_alpha is inf, expected"),
     "alpha is no number": (lambda d: set_alpha(d, math.nan), "lora_alpha is nan, expected"),
@@ -110,6 +132,75 @@ def test_a_broken_adapter_is_one_line_and_nothing_is_written(name, base, tmp_pat
     damage, message = BROKEN[name]
     damage(trained)
     refused(message, trained, tmp_path / "served")
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    """A base, and two starts whose base must give them up; the second has the name of PEFT's own adapter."""
+    home = tmp_path_factory.mktemp("starts")
+    tiny_llama().save_pretrained(home / "base")
+    batches = [batch | {"labels": batch["labels"]} for batch in batches_for("llama")]
+    for name, n in (("start", 4), ("default", 2)):
+        stats = collect(load(home / "base"), batches[:n], ["q_proj", "v_proj"], rank=2, gradients=True, progress=False)
+        build_adapter(stats, 2, "lora-ga").save_pretrained(home / name)
+    return home
+
+
+def started(home, name, move=0.05):
+    """Train from a start, by numbers in place of training."""
+    model = load(home / "base")
+    correct_base(model, home / name)
+    model = PeftModel.from_pretrained(model, home / name, is_trainable=True).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.add_(move * torch.randn_like(parameter))
+    return model
+
+
+def test_what_peft_converted_is_exported_if_it_is_what_was_trained(starts, tmp_path):
+    def convert(model, by, name):
+        model.save_pretrained(tmp_path / name, path_initial_model_for_weight_conversion=str(starts / by))
+        return tmp_path / name
+
+    model = started(starts, "start")
+    export_adapter(convert(model, "start", "right"), tmp_path / "served", base=str(starts / "base"))
+    expected = logits(model)
+    assert (expected - logits(load(starts / "base"))).abs().max() > 0.01
+    torch.testing.assert_close(logits(load(starts / "base"), tmp_path / "served"), expected, atol=1e-4, rtol=1e-4)
+    for by, trained, said in (
+        ("start", started(starts, "default"), "was converted from another start than its own. Export what was trained"),
+        ("start", started(starts, "start", move=0.0), "adds nothing: it was never trained, or converted from a direct"),
+        ("default", started(starts, "default"), "adds nothing: .* Save it without a conversion, and name the start by"),
+    ):
+        refused(said, convert(trained, by, f"{by} {said[:8]}"), tmp_path / "other", base=str(starts / "base"))
+
+
+def test_a_start_that_is_not_the_adapters_own_is_not_subtracted(starts, tmp_path):
+    model = started(starts, "start")
+    model.save_pretrained(tmp_path / "trained")
+    there = tmp_path / "trained", tmp_path / "served"
+    refused("default' holds other numbers than those that this adapter began with", *there, start=starts / "default")
+    dora = train(starts / "base", tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+    set_key(dora, init_lora_weights="pissa")
+    refused(r"start=.*: an adapter with DoRA cannot give up", dora, tmp_path / "served", start=starts / "start")
+    plain = tmp_path / "plain"
+    build_adapter(made_up_statistics(tiny_llama()), 2).save_pretrained(plain)
+    fits = "plain fits the plain base already, since its start left that alone or PEFT has converted it"
+    refused(fits, plain, tmp_path / "served", start=starts / "start", base=str(starts / "base"))
+
+
+def test_a_parameter_that_the_file_has_nothing_for_is_named(starts):
+    """`target_parameters` may select more than was saved."""
+    pair = {"lora_A.weight": torch.ones(2, 8), "lora_B.weight": torch.ones(8, 2)}
+    trained = Trained({"r": 2, "lora_alpha": 2}, {}, {}, {}, {"experts": pair})
+    here, missing = Target("experts.down_proj", "", 8, 8), Target("experts.gate_proj", "", 8, 8)
+    assert list(with_parameters(trained, {"experts": here}).layers) == ["experts"]
+    said = "target_parameters selects 'experts.gate_proj', and adapter_model.safetensors holds nothing for it. The ada"
+    one_line(said, with_parameters, trained, {"experts": here, "experts.base_layer": missing})
+    one_line(
+        "adapter_config.json is damaged", with_parameters, replace(trained, config={"r": 2, "lora_alpha": "x"}), {}
+    )
 
 
 def test_reading_scales_as_peft_does(base, tmp_path):
