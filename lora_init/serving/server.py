@@ -69,12 +69,14 @@ class Server:
                 raise self._which_model(f"no model {given!r}", parents)
         chosen = [model] if model else _candidates(name, parents)
         if len(chosen) != 1:
-            raise self._which_model("several models" if parents else "no models", parents)
+            raise self._which_model("several models", parents)
         choice = chosen[0]
         # The base: the one that is named, else the adapter's by the server's list, else the only other model.
         return choice, base or parents[choice] or _only_model_beside(choice, parents)
 
     def _which_model(self, what: str, parents: Mapping[str, Any]) -> LoraInitError:
+        if not parents:
+            return LoraInitError(f"{self.url} has no models. Start it with the adapter.")
         return LoraInitError(f"{self.url} has {what}. Name one by {{model}}: {', '.join(parents)}.", model=...)
 
     def ask(self, model: str, prompt: Any) -> dict[int | str, float]:

@@ -36,8 +36,8 @@ def test_prompt_and_completion_label_the_completion_across_the_seam(write):
 
 # What axolotl and Stanford's own code write, character by character.
 ALPACA = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
-    "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n"
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n"
 )
 ALPACA_ALONE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

@@ -13,6 +13,10 @@ from lora_init import LoraInitError, export_adapter
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.serving.export import RECORD_FILE, check_before_loading
 from tests.conftest import tiny_gpt2, tiny_llama
+
+
+from lora_init.serving.export import check_before_loading
+from tests.conftest import tiny_gpt2, tiny_llama, tiny_t5
 from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise, refused, train
 
 
@@ -43,9 +47,12 @@ def test_a_bias_beside_an_adapter_is_merged(tmp_path):
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_gpt2_with_transposed_weights(tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gpt2_with_transposed_weights(use_dora, tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "base")
-    settings = dict(target_modules=["c_attn", "c_proj"], rank_pattern={"c_attn": 2}, fan_in_fan_out=True)
+    settings = dict(
+        target_modules=["c_attn", "c_proj"], rank_pattern={"c_attn": 2}, fan_in_fan_out=True, use_dora=use_dora
+    )
     trained = train(tmp_path / "base", tmp_path / "trained", **settings)
     export_adapter(trained, tmp_path / "served", keep_ranks=True)
     export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
@@ -110,10 +117,13 @@ def test_a_merge_goes_file_by_file_and_takes_the_tokenizer_along(base, tmp_path,
     from lora_init.serving import base as base_room
 
     (base / "tokenizer.json").write_text("{}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
     trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
     monkeypatch.setattr(base_room, "SHARD_BYTES", 20_000)
     export_adapter(trained, tmp_path / "merged", merge_into=str(base))
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2 and (tmp_path / "merged/tokenizer.json").exists()
+    assert (tmp_path / "merged/additional_chat_templates/tools.jinja").read_text() == "{{ messages }}"
     torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(load(base), trained), atol=1e-5, rtol=1e-5)
 
 
@@ -178,6 +188,13 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     refused("has no layer 'model.layers.0.mlp.down_proj'", trained, output, start=pissa)
     activated = train(base, tmp_path / "activated", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
     refused("aLoRA .* merged it would not", activated, output, merge_into=str(base))
+    lengths = train(base, tmp_path / "lengths", target_modules=["embed_tokens", "q_proj"], use_dora=True)
+    said = r"^DoRA on an embedding gives lengths to columns, so it is not merged here. PEFT's merge_and_unload\(\)"
+    refused(said, lengths, output, merge_into=str(base))
+    some = train(base, tmp_path / "some", target_modules=["q_proj"], use_dora=True)
+    with_plain = load_file(some / "adapter_model.safetensors")
+    with_plain.pop(next(key for key in with_plain if "magnitude" in key))
+    save_file(with_plain, some / "adapter_model.safetensors")
     refused("vllm does not take alora_invocation_tokens. Serve it with PEFT", activated, output, "vllm")
 
 
@@ -251,3 +268,14 @@ def test_an_export_is_told_as_it_is_written(options, base, tmp_path):
         tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
         assert told.parameters == sum(tensor.numel() for tensor in tensors.values())
         assert told.rank == max(len(tensor) for key, tensor in tensors.items() if "lora_A" in key)
+
+
+def test_a_weight_that_others_share_is_not_merged(tmp_path):
+    tiny_t5().save_pretrained(tmp_path / "base")
+    model = get_peft_model(tiny_t5(), LoraConfig(r=2, target_modules=["shared", "q"], task_type="SEQ_2_SEQ_LM"))
+    randomise(model)
+    model.save_pretrained(tmp_path / "trained")
+    refused(
+        "'shared.weight' is also decoder.embed_tokens.weight, encoder.embed_tokens.weight.* Serve model and adapter",
+        tmp_path / "trained", tmp_path / "merged", merge_into=str(tmp_path / "base"),
+    )  # fmt: skip
