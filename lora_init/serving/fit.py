@@ -442,7 +442,7 @@ class _Fit:
         if new == key or (new is None and core.replace(".base_layer", "") in self.n_experts):
             problem = f"its layer is there, and {CONFIG_FILE} does not select it (target_modules and the like)."
             return Misfit("config", key, problem), None
-        if _expert_in(key) >= 0:
+        if _expert_in(key) >= 0 and self.n_experts:
             problem = f"is of one expert, and the base has its experts fused{self._other_experts()}"
             return Misfit("name", key, problem), new
         nearest = new or self._nearest_layer(core)
@@ -451,12 +451,10 @@ class _Fit:
     def _other_experts(self) -> str:
         """End the sentence on an adapter whose experts are single: what to do, or how many it has and the base has."""
         # The experts that the file names are counted from 0.
-        there, here = 1 + max(map(_expert_in, self.adapter.header)), max(self.n_experts.values(), default=0)
+        there, here = 1 + max(map(_expert_in, self.adapter.header)), max(self.n_experts.values())
         if here == there:
             return ". Load it with PEFT and save it again."
-        if here:
-            return f": {here}, and the adapter has {there}."
-        return "."
+        return f": {here}, and the adapter has {there}."
 
     def _stranger_beside_lora(self, key: str, shape: Sequence[int]) -> tuple[Misfit, str | None]:
         """Describe a tensor that is no part of A or B, as of a module that was trained whole."""

@@ -148,7 +148,7 @@ def test_quantized_weights_are_read_onto_the_device_since_they_cannot_move(quant
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(dtype="float31"), r"^dtype 'float31' is unknown. Did you mean float32\? Choose from auto, float32, bfloat16, "),
+    (dict(dtype="float31"), r"^dtype 'float31' is unknown. Did you mean float32\? Choose from auto, float32, "),
     (dict(quantize="nf5"), r"^quantize='nf5' is unknown. Did you mean nf4\? Choose from nf4, fp4, int8\.$"),
     (dict(device="gpu"), "^device 'gpu' cannot be used here: expected auto, cpu, cuda, cuda:1 or mps.$"),
 ])  # fmt: skip

@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ from safetensors.torch import load_file
 
 from lora_init import export_adapter
 from lora_init.serving import writers
+from lora_init.serving.base import read_base
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.support import serving_note
+from lora_init.serving.trained import read_trained
+from lora_init.serving.writers import gguf_names
+from tests.conftest import refused as one_line
 from tests.quick import ROOT
 from tests.serving.made import ADAPTERS, config_of, load, refused, train
 
@@ -202,3 +207,14 @@ def test_the_families_that_the_page_and_the_study_name_are_known_to_gguf_and_mlx
     assert len(page) == 9 and len(study) > 12
     assert {f"{family}ForCausalLM" for family in page | study} <= writers._ARCHITECTURES.keys()
     assert {name for name, _ in writers._ARCHITECTURES.values()} <= {*gguf.MODEL_ARCH_NAMES.values()}
+
+
+def test_a_layer_without_a_name_in_gguf_is_named(base, tmp_path):
+    pytest.importorskip("gguf")
+    trained = read_trained(train(base, tmp_path / "trained", target_modules=["q_proj"]))
+    model = read_base(str(base), trained)
+    assert gguf_names(trained, model)["model.layers.1.self_attn.q_proj"] == "blk.1.attn_q.weight"
+    (name, layer), *_ = trained.layers.items()
+    other = replace(trained, layers={**trained.layers, name.replace("q_proj", "z_proj"): layer})
+    said = "layer 'model.layers.0.self_attn.z_proj' of LlamaForCausalLM has no name in GGUF. Use merge_into="
+    one_line(said, gguf_names, other, model)

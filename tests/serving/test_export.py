@@ -12,10 +12,6 @@ from torch import nn
 from lora_init import LoraInitError, export_adapter
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.serving.export import RECORD_FILE, check_before_loading
-from tests.conftest import tiny_gpt2, tiny_llama
-
-
-from lora_init.serving.export import check_before_loading
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_t5
 from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise, refused, train
 
@@ -191,10 +187,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     lengths = train(base, tmp_path / "lengths", target_modules=["embed_tokens", "q_proj"], use_dora=True)
     said = r"^DoRA on an embedding gives lengths to columns, so it is not merged here. PEFT's merge_and_unload\(\)"
     refused(said, lengths, output, merge_into=str(base))
-    some = train(base, tmp_path / "some", target_modules=["q_proj"], use_dora=True)
-    with_plain = load_file(some / "adapter_model.safetensors")
-    with_plain.pop(next(key for key in with_plain if "magnitude" in key))
-    save_file(with_plain, some / "adapter_model.safetensors")
     refused("vllm does not take alora_invocation_tokens. Serve it with PEFT", activated, output, "vllm")
 
 

@@ -168,6 +168,11 @@ MISSPELT = {
         named("experts.lora", "experts.0.up.lora"),
         "of one expert, and the base has its experts fused",
     ),
+    "one expert's of a base without experts": (
+        LLAMA,
+        named(r"mlp\.up_proj|self_attn\.q_proj", "mlp.experts.3.up_proj"),
+        "LlamaForCausalLM has no layer of this name. Nearest: model.layers.0.mlp.up_proj.",
+    ),
     "experts of another block": (MOE, named("mlp.experts", "ffn.experts"), "has no layer of this name"),
     "vision tower of another": (VISION, named("vision_tower", "visual.blocks"), "has no layer of this name"),
 }
@@ -514,6 +519,22 @@ def test_a_base_of_another_architecture_or_other_weights_is_named(bases, tmp_pat
     assert not found.stops and found.notes == ()
     with pytest.warns(match="Is it the same base?") if expected else nullcontext():
         export_adapter(tmp_path / "a", tmp_path / "b", base=str(tmp_path / base))
+
+
+def test_the_revision_of_a_base_in_the_hubs_cache_is_compared(bases, tmp_path):
+    """The cache names a snapshot by its commit; of a branch, or of a folder of one's own, nothing is known."""
+    here, other = "a" * 40, "b" * 40
+    shutil.copytree(bases / "llama", tmp_path / here)
+    directory = adapter(bases, "llama", tmp_path / "adapter", **QV)
+    for revision, base, said in (
+        (other, tmp_path / here, [f"adapter_config.json: names revision {other}, and this is {here}."]),
+        (here, tmp_path / here, []),
+        ("main", tmp_path / here, []),
+        (other, bases / "llama", []),
+    ):
+        change(directory, revision=revision)
+        found = check_fit(directory, base)  # a path, as Python has it
+        assert [line for line in found.lines if "revision" in line] == said and not found.stops
 
 
 def test_a_base_that_is_not_here_is_named(bases, tmp_path):
