@@ -303,6 +303,17 @@ def test_inspect_a_field_that_is_damaged(made, tmp_path, field, value, said):
     assert_one_line_error(run("inspect", tmp_path), said)
 
 
+@pytest.mark.parametrize("record", [
+    {"explained": 5}, {"left_out": 5}, {"provenance": "x"}, {"rate": "x"}, {"explained": {"a": "b"}},
+])  # fmt: skip
+def test_inspect_a_record_of_another_form(made, tmp_path, record):
+    for part in (made / "out").iterdir():
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    whole = json.loads((tmp_path / "lora_init.json").read_text())
+    (tmp_path / "lora_init.json").write_text(json.dumps(whole | record))
+    assert_one_line_error(run("inspect", tmp_path), str(tmp_path), "is damaged: ", "Make it again.")
+
+
 def test_inspect_a_plan(made, tmp_path):
     assert run("ranks", made / "s.safetensors", "--parameters", "6k", "-o", tmp_path / "plan.json").exit_code == 0
     result = run("inspect", tmp_path / "plan.json")
