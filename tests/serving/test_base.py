@@ -12,7 +12,7 @@ from lora_init.serving.base import _places, build_base, merged, plan_merge, read
 from lora_init.serving.engines import find_engine
 from lora_init.serving.support import check_engine
 from lora_init.serving.trained import read_trained, with_parameters
-from tests.conftest import refused
+from tests.conftest import refused, tiny_llama
 from tests.layers.made import BOTH, mixtral
 from tests.serving.made import randomise, train
 from tests.versions import needs_experts_by_peft
@@ -32,6 +32,15 @@ def test_the_class_of_a_base_is_the_tasks_or_the_checkpoints_and_one_without_a_c
     assert type(build_base({}, str(base), config)).__name__ == "LlamaModel"
     monkeypatch.setattr("lora_init.serving.base.on_meta", lambda model_class, config: None)
     refused("'x' is of a class that transformers does not know. Name the base by base=", build_base, {}, "x", config)
+
+
+def test_a_base_that_lacks_a_layer_of_the_adapter_is_refused(base, tmp_path):
+    trained = read_trained(train(base, tmp_path / "trained", target_modules=["q_proj"]))
+    for name, changes in (("shorter", dict(num_hidden_layers=2)), ("wider", dict(hidden_size=48))):
+        tiny_llama(**changes).save_pretrained(tmp_path / name)
+        layer = f"model.layers.{2 if name == 'shorter' else 0}.self_attn.q_proj"
+        said = f"the adapter's layer '{layer}' is not in LlamaForCausalLM '.*{name}' with its widths. .* (base=)"
+        refused(said.replace("(", r"\(").replace(")", r"\)"), read_base, str(tmp_path / name), trained)
 
 
 def test_a_copied_weight_that_the_checkpoint_lacks_is_not_compared(base, tmp_path):
