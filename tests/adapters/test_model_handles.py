@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 import lora_init
-from lora_init.adapters.peft_model import adapter_layers
+from lora_init.adapters.peft_model import adapter_layers, fill_in_place
 from tests.conftest import batches_for, refused, tiny_llama
 from tests.trainers.made import CONFIG, add_adapter
 
@@ -102,3 +102,16 @@ def test_transformers_saves_and_loads_what_was_filled(tmp_path):
     again.load_adapter(str(tmp_path / "adapter"))
     batch = batches_for("llama")[0]
     assert torch.equal(model.eval()(**batch).logits, again.eval()(**batch).logits)
+
+
+def test_a_start_whose_b_is_not_zero_is_filled_in_with_it():
+    stats = lora_init.collect(
+        tiny_llama(), batches_for("llama"), ["q_proj", "v_proj"], rank=4, gradients=True, progress=False
+    )
+    init = lora_init.build_adapter(stats, 4, "lora-one", lora_alpha=8)
+    model = fresh()
+    fill_in_place(model, init)
+    for name, layer in adapter_layers(model).items():
+        a, b = init.weights[name]
+        assert b.any()
+        assert torch.equal(layer.lora_A["default"].weight, a) and torch.equal(layer.lora_B["default"].weight, b)

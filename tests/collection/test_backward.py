@@ -4,8 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from lora_init.collection.activations import ActivationHooks
+from lora_init.collection.backward import BackwardHooks
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
+from lora_init.layers import wrappers
+from lora_init.layers.masks import TokenMasks
+from lora_init.layers.running import call_model
 from tests.collection.made import counts_of, exact, labelled
 from tests.conftest import MODELS, batches_for, refused, tiny_llama
 
@@ -227,3 +232,16 @@ def test_a_layer_whose_input_is_changed_afterwards_is_named():
 
     with pytest.raises(LoraInitError, match="layer 'b': what it read was changed in place afterwards"):
         collect(Changing(), [torch.randn(7, 6)], rank=2, gradients=True, loss=lambda o, b: o.square().mean())
+
+
+def test_a_sharded_model_holds_its_parts_alone_before_gradients_are_switched_off(monkeypatch):
+    class Sharded(nn.Linear):
+        def reshard(self):
+            asked.append(self.weight.requires_grad)
+
+    asked = []
+    monkeypatch.setattr(wrappers, "_fsdp_module", lambda: Sharded)
+    model = nn.Sequential(Sharded(4, 4), nn.Linear(4, 2))
+    with BackwardHooks(ActivationHooks(model, {"1": model[1]}, TokenMasks(model, "attention")), {}, call_model):
+        assert asked == [True] and not model[0].weight.requires_grad
+    assert model[0].weight.requires_grad
