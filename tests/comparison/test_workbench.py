@@ -204,3 +204,10 @@ def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
         learning_rates=(1e-3,),
     )  # fmt: skip
     assert {record["status"] for record in classes.records} == {"finished"}
+
+
+def test_statistics_of_a_seed_say_what_they_were_made_of(home, tmp_path):
+    bench = set_up_bench(home, tmp_path)
+    made = bench.statistics(2, center=False, gradients=True, n_batches=1).provenance
+    assert (made.seed, made.center, made.gradients, made.n_batches, made.rank) == (2, False, True, 1, bench.shape.rank)
+    assert made.data.endswith("training examples in the order of seed 2")

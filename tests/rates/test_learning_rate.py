@@ -621,3 +621,9 @@ def test_a_layer_that_no_batch_runs_is_left_out_of_the_rate():
         get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "idle_proj"])), [TOKENS], steps=10
     )
     assert [*with_idle.left_out] == ["model.idle_proj"] and with_idle.layers == alone.layers
+
+
+def test_no_more_than_eight_batches_are_read():
+    left = [TOKENS] * 20
+    learning_rate(llama_with("q_proj"), (left.pop() for _ in range(20)), steps=10)
+    assert len(left) == 20 - 8
