@@ -27,7 +27,7 @@ from lora_init.layers.masks import NothingCountsError, TokenMasks
 from lora_init.layers.rows import check_peft, expert_group, experts_of
 from lora_init.layers.running import call_model, check_batches, restoring
 from lora_init.layers.targets import count_linear, new_heads, trains_new_head
-from lora_init.layers.wrappers import is_below, plain_names, unwrapped, without_adapter
+from lora_init.layers.wrappers import plain_names, unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
 from lora_init.rates.learning_rate import LearningRate, Response, response, share_of
 from lora_init.rates.training_length import BATCH_SIZE, TrainingLength
@@ -128,7 +128,8 @@ def _trains_by_hand(base: nn.Module, heads: Iterable[str]) -> bool:
     modules = plain_names(base)
     adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
     for head in heads:
-        if any(is_below(head, layer) for layer in adapted):  # A and B, in a user's own model
+        # A and B of a layer in a user's own model; the layer itself, inside PEFT's, is a head like any other.
+        if any(head.startswith(f"{layer}.lora_") for layer in adapted):
             continue
         parameters = modules[head].parameters(recurse=False)
         if any(parameter.requires_grad and parameter.dim() > 1 for parameter in parameters):

@@ -607,6 +607,13 @@ def test_a_head_that_was_set_to_train_by_hand_is_new():
     assert found.new_head and found.rate / learning_rate(told, [TOKENS], steps=100).rate == pytest.approx(1.0, rel=0.2)
 
 
+def test_a_head_with_an_adapter_on_it_is_new_if_its_own_weight_was_set_to_train_by_hand():
+    model = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query", "classifier"]))
+    adapted = learning_rate(model, [TOKENS], steps=100)
+    model.get_base_model().classifier.base_layer.requires_grad_(True)
+    assert not adapted.new_head and learning_rate(model, [TOKENS], steps=100).new_head
+
+
 def test_a_body_or_a_language_model_that_trains_whole_has_no_new_head():
     model = llama_with()
     model.requires_grad_(True)
