@@ -115,7 +115,11 @@ def measure_rate(
     # PEFT trains the head of such a task whole, which often begins at random, and what else it is told to.
     task_type, trained_whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
     heads = new_heads(base)
-    new_head = trains_new_head(heads, task_type, trained_whole) or _trains_by_hand(base, heads)
+    new_head = _trains_by_hand(base, heads)
+    # An adapter that is loaded to be served trains nothing yet, and a body alone has no head yet.
+    is_trained = any(_weights_of(layers[name], adapter_name)[1].requires_grad for name in responses)
+    if not (is_trained and heads):
+        new_head = new_head or trains_new_head(heads, task_type, trained_whole)
     linear = [name for name, layer in layers.items() if adapter_name in layer.lora_A]  # and no embedding
     share = share_of(sum(map(layers_in, linear)), count_linear(base, layers, task_type))
     return LearningRate(responses, length, new_head, left_out, share)

@@ -607,6 +607,15 @@ def test_a_head_that_was_set_to_train_by_hand_is_new():
     assert found.new_head and found.rate / learning_rate(told, [TOKENS], steps=100).rate == pytest.approx(1.0, rel=0.2)
 
 
+def test_a_head_that_was_frozen_by_hand_is_not_new():
+    model = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
+    trained = learning_rate(model, [TOKENS], steps=100)
+    model.get_base_model().classifier.requires_grad_(False)
+    assert trained.new_head and not learning_rate(model, [TOKENS], steps=100).new_head
+    model.requires_grad_(False)  # as an adapter is loaded to be served: then its config says what is trained
+    assert learning_rate(model, [TOKENS], steps=100).new_head
+
+
 def test_a_head_with_an_adapter_on_it_is_new_if_its_own_weight_was_set_to_train_by_hand():
     model = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query", "classifier"]))
     adapted = learning_rate(model, [TOKENS], steps=100)
