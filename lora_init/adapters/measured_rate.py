@@ -112,20 +112,20 @@ def measure_rate(
         freeze_a = bool(carried(config.to_dict()).get("freeze_a"))
     responses, unread_experts = measure_responses(base, layers, batches, adapter_name, freeze_a)
     left_out = [name for name in layers if name not in responses] + unread_experts
-    # PEFT trains the head of such a task whole, which often begins at random, and what else it is told to.
     task_type, trained_whole = getattr(config, "task_type", None), getattr(config, "modules_to_save", None) or ()
+    # Heads, which often begin at random, are trained whole by PEFT, or by hand; the parameters say so. But an adapter
+    # that is loaded to be served trains nothing yet, and a body alone has no head yet: there the config says it.
     heads = new_heads(base)
-    new_head = _trains_by_hand(base, heads)
-    # An adapter that is loaded to be served trains nothing yet, and a body alone has no head yet.
-    is_trained = any(_weights_of(layers[name], adapter_name)[1].requires_grad for name in responses)
-    if not (is_trained and heads):
-        new_head = new_head or trains_new_head(heads, task_type, trained_whole)
+    if heads and any(_weights_of(layers[name], adapter_name)[1].requires_grad for name in responses):
+        new_head = _any_trains(base, heads)
+    else:
+        new_head = trains_new_head(heads, task_type, trained_whole)
     linear = [name for name, layer in layers.items() if adapter_name in layer.lora_A]  # and no embedding
     share = share_of(sum(map(layers_in, linear)), count_linear(base, layers, task_type))
     return LearningRate(responses, length, new_head, left_out, share)
 
 
-def _trains_by_hand(base: nn.Module, heads: Iterable[str]) -> bool:
+def _any_trains(base: nn.Module, heads: Iterable[str]) -> bool:
     """Check whether a matrix of one of these modules has a gradient, as after `requires_grad_()` on a head."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
