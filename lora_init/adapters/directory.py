@@ -282,7 +282,6 @@ def _form_of(path: Path) -> str:
             keys = [*read_header(file)]
             if keys:
                 return form_of(keys)
-            break  # one file tells enough
     if path.is_file():
         return "is a file"
     return ""

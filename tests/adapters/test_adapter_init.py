@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from peft import PeftModel
 from torch import nn
 
 from lora_init import LoraInitError, build_adapter, collect
+from lora_init.adapters.card import correction_of, start_in_words
 from lora_init.adapters.directory import AdapterDirectory
+from lora_init.starts.starts import find_start
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, uneven
 from tests.conftest import MODELS, batches_for, refused, tiny_bert, tiny_llama
 from tests.versions import NO_CONFIG
@@ -293,3 +297,45 @@ def test_mistakes_get_one_clear_line(tmp_path):
         init.save_pretrained(tmp_path / "adapter")
     with pytest.raises(LoraInitError, match="'nowhere' is no module of LlamaForCausalLM"):
         build_adapter(stats, 2, modules_to_save=["nowhere"]).apply(model)
+
+
+@pytest.mark.parametrize("freeze_a", [False, True])
+def test_the_table_has_a_row_for_each_layer_with_what_is_known_of_it(freeze_a):
+    stats = made_up_statistics(tiny_llama(), task_type="CAUSAL_LM")
+    init = build_adapter(stats, uneven(stats), freeze_a=freeze_a)
+    unknown = [*init.weights][-1]
+    init = replace(init, explained={name: share for name, share in init.explained.items() if name != unknown})
+    table = init.to_pandas()
+    assert table.index.name == "layer" and [*table.index] == [*init.weights] and 1 < len(table) < len(stats)
+    columns = ["kind", "in_features", "out_features", "rank", "parameters", "explained_variance"]
+    assert [*table.columns] == columns
+    for name, row in table.iterrows():
+        module, (a, b) = tiny_llama().get_submodule(name), init.weights[name]
+        trained = b.numel() if freeze_a else a.numel() + b.numel()
+        assert [*row[columns[:5]]] == ["Linear", module.in_features, module.out_features, len(a), trained]
+        # The made-up variances are 8, 7, ..., half of the whole variance.
+        share = sum(range(8, 8 - len(a), -1)) / 72
+        assert row["explained_variance"] == pytest.approx(share) or name == unknown
+    assert table["explained_variance"].isna().sum() == 1
+    html = init._repr_html_()
+    assert html.startswith(f"<p>{init!r}</p><table") and "border=" not in html
+    assert all(name in html for name in init.weights) and f"<td>{table['explained_variance'].iloc[0]:.3f}</td>" in html
+
+
+def test_a_long_table_is_cut_where_a_notebook_shows_it():
+    stats = made_up_statistics(tiny_llama(num_hidden_layers=4))
+    init = build_adapter(stats, 2)
+    assert len(init.to_pandas()) == 28 and init._repr_html_().count("model.layers.") == 20
+
+
+@pytest.mark.parametrize(("losses", "exact", "share", "words"), [
+    (None, 2.0, None, "took from its weights$"),
+    ((3.0, 2.25), None, None, r"took from its weights \(loss 3 -> 2.25\)$"),
+    ((3.0, 2.25), 2.0, 0.75, r"\(loss 3 -> 2.25, 75% of the way to the loss before it was quantized\)$"),
+    ((2.0, 1.5), 2.0, None, r"\(loss 2 -> 1.5\)$"),  # quantization cost nothing: no share, and no division by zero
+])  # fmt: skip
+def test_what_a_correction_gives_back_is_a_share_of_what_was_lost(losses, exact, share, words):
+    init = build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), 2)
+    init = replace(init, start=find_start("qera"), losses=losses, exact_loss=exact)
+    assert init.share_closed == share and correction_of(init).get("share_closed") == share
+    assert re.search(words, start_in_words(init))
