@@ -11,6 +11,8 @@ from lora_init.adapters.config import _DROPPED, _SELECTION
 from lora_init.adapters.init_config import Shape
 from lora_init.adapters.peft_model import adapter_layers
 from tests.conftest import batches_for, refused, tiny_llama
+from tests.layers.made import BOTH, mixtral
+from tests.versions import needs_experts_by_peft
 
 SHAPE = dict(lora_alpha=9, lora_dropout=0.1, use_rslora=True, modules_to_save=["lm_head"])
 # What selects layers in PEFT's words, and a list of names that selects the same ones.
@@ -73,6 +75,22 @@ def test_rank_0_may_be_given_to_layers_that_a_config_does_not_select(stats):
 def test_a_config_that_names_no_layers_selects_those_of_the_statistics(stats):
     config = LoraConfig(r=3, lora_alpha=16)
     assert build_adapter(stats, config=config).ranks == build_adapter(stats, 3).ranks
+
+
+@needs_experts_by_peft
+def test_a_config_selects_fused_experts_by_the_names_of_parameters():
+    stats = collect(mixtral(), batches_for("llama", 2), ["q_proj"], rank=2, target_parameters=BOTH)
+    experts = [name for name in stats if ".experts." in name]
+    assert len(experts) == 4 and len(stats) == 6
+    first = ["layers.0.mlp.experts.gate_up_proj"]
+    for config, expected in (
+        (LoraConfig(r=2, target_parameters=BOTH), set(experts)),
+        (LoraConfig(r=2, target_parameters=["experts.down_proj"]), {name for name in experts if "down" in name}),
+        (LoraConfig(r=2, target_modules=["q_proj"], target_parameters=first), {*stats} - {*experts} | {experts[0]}),
+        (LoraConfig(r=2, target_modules=["q_proj"]), {*stats} - {*experts}),
+        (LoraConfig(r=2), {*stats}),
+    ):
+        assert {*build_adapter(stats, 2, config=config).weights} == expected
 
 
 REFUSED = [

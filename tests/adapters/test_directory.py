@@ -47,7 +47,9 @@ def test_what_is_no_adapter_is_named_by_the_first_file_that_tells(tmp_path):
 
 def test_a_converted_adapter_corrects_no_error_any_more(tmp_path):
     """Converting doubles the rank, by which it is known: the record of the start tells the rank of the start."""
-    init = replace(build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), 2), errors={"q": (3.0, 1.0)}, error_size=2.5)
+    init = replace(
+        build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), 2), errors={"q": (3.0, 1.0)}, error_size=2.5
+    )
     init.save_pretrained(tmp_path / "start")
     assert AdapterDirectory(tmp_path / "start").error_size == 2.5
     path = tmp_path / "start" / "adapter_config.json"

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from lora_init import build_adapter
+from lora_init.adapters.directory import AdapterDirectory
+from lora_init.adapters.peft_model import adapter_layers, check_modules_to_save, fill_in_place, with_adapter
 from lora_init.planning.allocate import RankAllocation
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, same, snapshot, uneven
-from tests.conftest import MODELS, batches_for, refused, tiny_gpt2, tiny_llama
+from tests.conftest import MODELS, batches_for, refused, tiny_bert, tiny_gpt2, tiny_llama
 
 peft = pytest.importorskip("peft")
 
@@ -83,6 +85,14 @@ def test_dora_keeps_the_output_too(name):
     assert sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n) == init.n_parameters()
 
 
+def with_part_of(wrap):
+    """Make a Llama with one layer in something."""
+    model = tiny_llama()
+    name = "model.layers.0.self_attn.q_proj"
+    model.set_submodule(name, wrap(model.get_submodule(name)))
+    return model
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -96,6 +106,8 @@ class Experts(nn.Module):
     (lambda: tiny_llama(num_hidden_layers=1), r"'model.layers.1.self_attn.q_proj' .* not in LlamaForCausalLM"),
     (lambda: tiny_llama(intermediate_size=64), r"gate_proj': the stat.* Linear 32 -> 48, .* Linear 32 -> 64"),
     (tiny_gpt2, "layer 'model.layers.0.self_attn.q_proj' of the statistics .* is not in GPT2LMHeadModel"),
+    (lambda: with_part_of(lambda layer: nn.Embedding(32, 32)), "have Linear 32 -> 32, LlamaForCausalLM has Embedding"),
+    (lambda: with_part_of(torch.compile), r"parts that are compiled or wrapped, as 'model\.layers\..*_orig_mod' is"),
 ])  # fmt: skip
 def test_another_model_is_refused_and_left_alone(other, message):
     init = build_adapter(made_up_statistics(tiny_llama()), 4)
@@ -109,10 +121,89 @@ def test_a_model_that_has_an_adapter_is_refused():
     model = tiny_llama()
     init = build_adapter(made_up_statistics(model), 4)
     peft_model = init.apply(model)
-    for again in (peft_model, model):
-        refused("already has an adapter", init.apply, again)
+    for again, remover in ((peft_model, r"unload\(\) or merge_and_unload\(\)"), (model, r"delete_adapter\(\)")):
+        words = f"{type(again).__name__} already has an adapter. Call its {remover} first, or give apply"
+        refused(words, init.apply, again)
+    model.delete_adapters = lambda names: None  # as models of diffusers have it
+    refused(r"Call its delete_adapters\(\) first", init.apply, model)
+    del model.delete_adapters
     restored = peft_model.unload()
     assert isinstance(init.apply(restored), peft.PeftModel)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "lora_", "a", "ra"])
+def test_a_name_of_an_adapter_that_peft_would_lose_is_refused(name):
+    """PEFT looks for its prefix in the keys of a file, and torch takes no dot in the name of a module."""
+    model = tiny_llama()
+    init = build_adapter(made_up_statistics(model, ["q_proj"]), 2)
+    refused(f"^adapter_name={name!r}: use a word without dots that is not a part of 'lora_'", init.apply, model, name)
+    assert [*init.apply(model, "other").peft_config] == ["other"]
+
+
+def test_another_convolution_is_described_by_its_kernel():
+    def net(width=8, **options):
+        return nn.Sequential(nn.Conv2d(4, width, (3, 5), **options), nn.ReLU())
+
+    init = build_adapter(made_up_statistics(net(), ["0"]), 2)
+    assert "0" in adapter_layers(init.apply(net()))
+    ours = r"have Conv2d 4 -> 8, kernel 3x5, groups 1, Sequential has Conv2d 4 -> "
+    refused(ours + "6, kernel 3x5, groups 1. Apply", init.apply, net(6))
+    refused(ours + "8, kernel 3x5, groups 2. Apply", init.apply, net(groups=2))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (
+        dict(target_modules=["model.layers.0.self_attn.q_proj"]),
+        "^PEFT adapted other layers of LlamaForCausalLM than planned; first of 1 differences: 'model.layers.1.self_a",
+    ),
+    (dict(r=3, lora_alpha=6), "^layer 'model.layers.0.self_attn.q_proj': PEFT gave rank 3 and scaling 2, planned 2 an"),
+    (dict(lora_alpha=6), "^layer 'model.layers.0.self_attn.q_proj': PEFT gave rank 2 and scaling 3, planned 2 and 2"),
+])  # fmt: skip
+def test_what_peft_makes_otherwise_than_planned_is_refused_and_taken_off(change, words, monkeypatch):
+    model = tiny_llama()
+    init = build_adapter(made_up_statistics(model, ["q_proj"]), 2)
+    config = init.to_peft_config(model)
+    assert config.r == 2 and config.lora_alpha == 4
+    vars(config).update(change)
+    monkeypatch.setattr(type(init), "to_peft_config", lambda self, model=None: config)
+    before = snapshot(model)
+    refused(words, init.apply, model)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a")
+def test_two_adapters_on_a_model_are_one_too_many_to_fill():
+    model = tiny_llama()
+    init = build_adapter(made_up_statistics(model, ["q_proj"]), 2)
+    for name in ("first", "second"):
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+        peft.inject_adapter_in_model(config, model, name)  # as add_adapter does
+    refused("^LlamaForCausalLM has the adapters first, second, and one is expected", fill_in_place, model, init)
+
+
+def test_an_adapter_of_another_model_is_refused_and_leaves_it_as_it_was(tmp_path):
+    build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), 2).save_pretrained(tmp_path / "start")
+    model = tiny_gpt2()
+    before, directory = snapshot(model), AdapterDirectory(tmp_path / "start")
+    words = "start cannot be put on GPT2LMHeadModel: .* Name the model it was made for.$"
+    refused(words, with_adapter(model, directory).__enter__)
+    assert same(before, snapshot(model))
+
+
+def test_random_weights_that_an_adapter_would_not_hold_are_refused():
+    """PEFT saves the classifier of this task by itself; BERT's pooler, which a checkpoint may lack, it does not."""
+    model, drawn = tiny_bert(), ["bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.weight"]
+    words = (
+        "^the weights of bert.pooler.dense are new and random, and an adapter holds only the weights of classifier and "
+        "score. Take them along: modules_to_save='bert.pooler.dense'."
+    )
+    refused(words, check_modules_to_save, model, [], "SEQ_CLS", drawn)
+    refused(
+        "^the weights of bert.pooler.dense,spare are", check_modules_to_save, model, [], "SEQ_CLS", ["spare.w", *drawn]
+    )
+    check_modules_to_save(model, ["pooler"], "SEQ_CLS", drawn)
+    check_modules_to_save(model, [], "SEQ_CLS", drawn[2:])
+    check_modules_to_save(model, [], "CAUSAL_LM", drawn)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])

@@ -379,6 +379,34 @@ def test_an_embedding_and_an_adapter_on_other_layers_are_left_out(llama, tokens)
     assert not second.left_out and {name.split(".")[-1] for name in second.layers} == {"up_proj"}
 
 
+def test_a_parameter_whose_input_no_hook_sees_is_left_out(llama, tokens):
+    """PEFT adapts any parameter by its name; what it multiplies is known of experts alone."""
+    config = LoraConfig(r=2, target_modules=["up_proj"], target_parameters=["q_proj.weight"])
+    found = learning_rate(get_peft_model(llama, config), [tokens], steps=48)
+    parameters = [f"model.layers.{block}.self_attn.q_proj.weight" for block in (0, 1)]
+    assert found.left_out == parameters and {name.split(".")[-1] for name in found.layers} == {"up_proj"}
+    alone = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"]))
+    refused("^the adapter is of embeddings or parameters whose A no hook sees", learning_rate, alone, [tokens])
+
+
+def test_a_batch_without_a_token_that_counts_is_passed_over(tokens):
+    blank = tokens | {"attention_mask": torch.zeros(4, 12, dtype=torch.long)}
+    adapted = llama_with()
+    found = learning_rate(adapted, [blank, tokens, blank], steps=48)
+    assert found.responses == learning_rate(adapted, [tokens], steps=48).responses
+    refused("no batch has a token that counts", learning_rate, adapted, [blank])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("MPS backend out of memory"), KeyboardInterrupt()])
+def test_a_lack_of_memory_keeps_its_own_error(error, tokens, monkeypatch):
+    """The entrances have a line for it that says what to try."""
+    adapted = llama_with()
+    monkeypatch.setattr(LlamaModel, "forward", lambda *args, **named: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)) as caught:
+        learning_rate(adapted, [tokens])
+    assert caught.value is error
+
+
 def own_classifier():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 3)).double()
