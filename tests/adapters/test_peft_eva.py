@@ -7,16 +7,18 @@ import warnings
 
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import eva as theirs
 from torch import nn
 
 import lora_init
 from lora_init.adapters import peft_eva as ours
+from lora_init.errors import LoraInitWarning
 from lora_init.planning.lora_config import from_patterns
 from lora_init.statistics.spectrum import principal_angles
-from tests.conftest import batches_for, tiny_llama
+from tests.adapters.made import same, snapshot
+from tests.conftest import batches_for, refused, tiny_llama
 from tests.processes import run
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -125,6 +127,60 @@ def test_they_leave_the_same_model(adjust):
     assert 0 < len(mine.rank_pattern) < len(other.rank_pattern)
 
 
+def of_both(name, *arguments, **options):
+    """Call PEFT's function and ours, on models of their own that `arguments` make; return what each refuses it with."""
+    refused_with = []
+    for module in (theirs, ours):
+        with pytest.raises(ValueError) as caught:
+            quietly(getattr(module, name), *(make() for make in arguments), **options)
+        refused_with.append(str(caught.value))
+    return refused_with
+
+
+def two_active():
+    model = wrap(tiny_llama(), config())
+    model.add_adapter("other", config())
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+def other_start():
+    return get_peft_model(tiny_llama(), LoraConfig(target_modules=PROJECTIONS))
+
+
+NAMED = {"prepare_layer_inputs_fn": {"nowhere": theirs.prepare_layer_inputs_fn_language_modeling}}
+
+
+@pytest.mark.parametrize(("name", "arguments", "options", "words"), [
+    ("get_eva_state_dict", [tiny_llama, list], {}, "^peft_config is required if model is not a PeftModel$"),
+    ("get_eva_state_dict", [tiny_llama, list, config], {}, "^dataloader is empty$"),
+    ("get_eva_state_dict", [tiny_llama, lambda: batches_for("llama", 1), config], NAMED,
+     "^prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: .*nowhere"),
+    ("initialize_lora_eva_weights", [tiny_llama, list], {}, "^model must be a PeftModel$"),
+    ("initialize_lora_eva_weights", [two_active, list], {}, "only works with a single active adapter$"),
+    ("initialize_lora_eva_weights", [other_start, list], {}, "can only be used with `init_lora_weights='eva'`$"),
+    ("initialize_lora_eva_weights", [lambda: wrap(tiny_llama(), config())], {},
+     "^dataloader is required if eva_state_dict is not provided$"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*(eva initialization|[Mm]ultiple|second|already)")
+def test_what_peft_refuses_is_refused_in_its_words(name, arguments, options, words):
+    for said in of_both(name, *arguments, **options):
+        assert re.search(words, said)
+
+
+def test_without_a_config_of_eva_pefts_defaults_count():
+    """A config without one is not changed, whether it is an argument or the model's."""
+    batches, defaults = batches_for("llama", 2), EvaConfig()
+    wanted = quietly(ours.get_eva_state_dict, structured_llama(), batches, config(defaults.rho, defaults.tau))
+    for wrapped in (False, True):
+        model, given = structured_llama(), config(defaults.rho, defaults.tau)
+        if wrapped:
+            model = wrap(model, given)
+        given.eva_config = None
+        state = quietly(ours.get_eva_state_dict, model, batches, *([] if wrapped else [given]))
+        assert given.eva_config is None and ranks(state) == ranks(wanted)
+
+
 # The settings do what they say ---------------------------------------------------------------------------------------
 
 
@@ -214,6 +270,162 @@ def test_functions_of_the_callers_decide_about_rows():
     assert len(prepared) == 6 and {Q, K, V} <= set(
         names
     )  # each layer by its own name, though q, k and v read one input
+
+
+def test_functions_of_single_layers_are_found_by_either_name_and_the_other_layers_count_whole():
+    """The plain name, and the one that a PeftModel has; of a batch all tokens count where no function is named."""
+    model, batches = structured_llama(), batches_for("llama", 6, batch_size=8)
+    others = Q.replace("q_proj", "k_proj")
+    for prefix in ("", PREFIX):
+        functions = {prefix + Q: lambda inputs, batch, name: inputs[0][:, 0]}
+        state = quietly(
+            ours.get_eva_state_dict, model, batches, config(1.0, tau=1.0, r=3, target_modules=["q_proj", "k_proj"]),
+            prepare_layer_inputs_fn=functions,
+        )  # fmt: skip
+        for layer, keep in (
+            (Q, lambda b: torch.arange(12).expand(8, 12) == 0),
+            (others, lambda b: b["input_ids"] > -1),
+        ):
+            exact = exact_components(embedding_rows(model, batches, keep), 3)
+            assert principal_angles(state[layer], exact).max() < 0.02
+    whole = quietly(ours.get_eva_state_dict, model, batches, config(1.0, tau=1.0, r=3), prepare_layer_inputs_fn=None)
+    assert principal_angles(whole[Q], exact).max() < 0.02
+
+
+@pytest.mark.parametrize("wanted", ["all-linear", "All-Linear", None])
+def test_all_linear_layers_are_those_of_the_body(wanted):
+    """PEFT's EVA takes the words for a pattern, which matches no layer. None are all, the output embedding too."""
+    given = config(target_modules=PROJECTIONS)
+    given.target_modules = wanted
+    state = quietly(ours.get_eva_state_dict, tiny_llama(), batches_for("llama", 2), given)
+    assert len(state) == (15 if wanted is None else 14) and ("lm_head" in state) == (wanted is None)
+    assert given.target_modules == wanted
+
+
+def test_what_no_layer_can_learn_from_is_one_line():
+    batches = batches_for("llama", 2)
+    refused(
+        r"^no layer of LlamaForCausalLM is targeted by \{'nowhere'\}\.", ours.get_eva_state_dict, tiny_llama(), batches,
+        config(target_modules=["nowhere"]),
+    )  # fmt: skip
+    assert ours.get_eva_state_dict(tiny_llama(), batches, config(target_modules=["embed_tokens"])) == {}
+    for batch in batches:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    words = "^no layer received rows: the masks keep no token, .* or set use_label_mask=False.$"
+    refused(words, quietly, ours.get_eva_state_dict, tiny_llama(), batches, config())
+    assert quietly(ours.get_eva_state_dict, tiny_llama(), batches, config(eva={"use_label_mask": False}))
+
+
+def test_the_bound_on_batches_is_said_where_it_ends_the_pass(monkeypatch):
+    monkeypatch.setattr(ours, "MAX_BATCHES", 9)
+    batches, calls = batches_for("llama", 12), []
+    with pytest.warns(
+        UserWarning, match=r"^tau=0\.9999 was not reached in 9 batches: .* would keep \d+% on other data"
+    ):
+        quietly(
+            ours.get_eva_state_dict,
+            counted(tiny_llama(), calls),
+            batches,
+            config(tau=0.9999, target_modules=["q_proj"]),
+        )
+    assert len(calls) == 9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoraInitWarning)
+        quietly(
+            ours.get_eva_state_dict, tiny_llama(), batches[:8], config(tau=0.9999, target_modules=["q_proj"])
+        )  # the data end first
+        quietly(ours.get_eva_state_dict, tiny_llama(), batches, config(tau=0.0, target_modules=["q_proj"]))
+
+
+def test_labels_count_too_where_peft_looks_for_them_among_the_attributes(monkeypatch):
+    """PEFT before 0.20 writes `hasattr(batch, "labels")`, which is false of a dict."""
+
+    def older(batch, peft_config):
+        assert isinstance(batch, dict) and not hasattr(batch, "nowhere")
+        mask = batch.get("attention_mask").bool()
+        if hasattr(batch, "labels"):
+            mask = mask & (batch.labels != -100)
+        return mask.nonzero()
+
+    batches = batches_for("llama", 2)
+    for batch in batches:
+        batch["labels"][batch["input_ids"] < 24] = -100
+    unlabelled = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+    wanted = [
+        quietly(ours.get_eva_state_dict, structured_llama(), data, config(1.0, target_modules=["q_proj"]))
+        for data in (batches, unlabelled)
+    ]
+    monkeypatch.setattr(ours, "prepare_model_inputs_fn_language_modeling", older)
+    for data, state in zip((batches, unlabelled), wanted, strict=True):
+        found = quietly(
+            ours.get_eva_state_dict,
+            structured_llama(),
+            data,
+            config(1.0, target_modules=["q_proj"]),
+            prepare_model_inputs_fn=older,
+        )
+        assert principal_angles(found[Q], state[Q]).max() < 1e-3
+    assert principal_angles(wanted[0][Q], wanted[1][Q]).max() > 0.1
+
+
+@pytest.fixture
+def eva_state():
+    return {name: torch.eye(rank, 32) for name, rank in ((Q, 3), (K, 5))}
+
+
+def test_layers_that_the_state_dict_does_not_name_are_pefts_and_named(eva_state):
+    """A module that is trained whole stays, and so does an embedding, which has no A of the usual kind."""
+    settings = config(target_modules=["q_proj", "k_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    model = wrap(tiny_llama(), settings)
+    batch = batches_for("llama", 1)[0]
+    with torch.no_grad():
+        before = model(**batch).logits
+    with pytest.warns(UserWarning) as caught:
+        ours.initialize_lora_eva_weights(model, eva_state_dict=eva_state)
+    (said,) = [str(one.message) for one in caught if isinstance(one.message, LoraInitWarning)]
+    others = ["model.embed_tokens", *(name.replace("layers.0", "layers.1") for name in (Q, K))]
+    assert "initialized with init_lora_weights=True" in said and str(others) in said
+    assert f"'{Q}'" not in said
+    layers = layers_of(model)
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {**dict.fromkeys(others, 4), Q: 3, K: 5}
+    for name, a in eva_state.items():
+        assert torch.equal(layers[name].lora_A["default"].weight, a)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("lm_head.modules_to_save.default" in name for name in trained)
+    assert torch.equal(model(**batch).logits, before)
+
+
+def test_an_adapter_of_embeddings_alone_stays_pefts():
+    model = wrap(tiny_llama(), config(target_modules=["embed_tokens"]))
+    with pytest.warns(UserWarning, match=r"state_dict: \['model.embed_tokens'\]"):
+        ours.initialize_lora_eva_weights(model, eva_state_dict={})
+    assert [*layers_of(model)] == ["model.embed_tokens"]
+
+
+@pytest.mark.parametrize(("shape", "words"), [
+    ((3, 31), rf"^layer '{Q}': the eva state_dict has a tensor of shape \(3, 31\), expected \[rank, 32\]"),
+    ((32,), rf"^layer '{Q}': the eva state_dict has a tensor of shape \(32,\), expected \[rank, 32\]"),
+])  # fmt: skip
+def test_a_tensor_that_does_not_fit_its_layer_is_refused(shape, words, eva_state):
+    model = wrap(tiny_llama(), config())
+    before = snapshot(model)
+    refused(words, ours.initialize_lora_eva_weights, model, eva_state_dict=eva_state | {Q: torch.ones(shape)})
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_failure_in_the_middle_leaves_the_adapter_that_was_there(error, eva_state, monkeypatch):
+    model = wrap(tiny_llama(), config(modules_to_save=["lm_head"]))
+    before, patterns = snapshot(model), dict(model.peft_config["default"].rank_pattern)
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(PeftModel, "add_adapter", fail)
+    with pytest.raises(type(error)) as caught:
+        ours.initialize_lora_eva_weights(model, eva_state_dict=eva_state)
+    assert caught.value is error and same(before, snapshot(model))
+    assert model.peft_config["default"].rank_pattern == patterns
 
 
 # Where PEFT is wrong -------------------------------------------------------------------------------------------------
