@@ -1,6 +1,7 @@
 """The ways from a bank to a start: each finds the task it is for, and an unrelated bank is refused."""
 
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -13,13 +14,17 @@ from lora_init.bank.generator import balanced, load_generator, train_generator
 from lora_init.bank.mixture import MOST_PASSES, find_weights, stack
 from lora_init.bank.similarity import neighbours
 from lora_init.bank.start import mixed_adapter, start_from_bank
+from lora_init.bank.store import add_entry, open_bank
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
-from lora_init.serving.trained import Layer
+from lora_init.loading.models import LoadedModel
+from lora_init.serving.trained import Layer, read_trained
 from lora_init.statistics.statistics import Provenance
+from lora_init.statistics.tensorfile import TensorFile, write_tensors
 from tests.bank import made
-from tests.conftest import refused
+from tests.conftest import refused, tiny_bert, tiny_t5
+from tests.loading.made import bert_tokenizer, byte_tokenizer
 
 
 def update(layer):
@@ -39,6 +44,61 @@ def test_embeddings_are_of_prompts_alone():
     assert torch.equal(embed(model, batches), embed(model, other))
     states = model.model(batches[0]["input_ids"][:1, :6], output_hidden_states=True).hidden_states
     assert torch.allclose(embed(model, batches)[0], states[1][0].mean(0), atol=1e-6)
+
+
+def bert():
+    return LoadedModel(tiny_bert(None), bert_tokenizer(), None, False)
+
+
+def test_an_encoder_reads_the_text_of_the_prompts():
+    """By its own tokens, and its last layer; nothing that is special to the base's tokenizer is in the text."""
+    tokenizer, encoder = byte_tokenizer(), bert()
+    ids = torch.tensor([tokenizer("<|im_start|>a b c")["input_ids"] + [7]])
+    labels = torch.full_like(ids, -100)
+    labels[0, -1] = 7
+    found = embed(made.base(), [{"input_ids": ids, "labels": labels}], tokenizer, encoder)
+    read = encoder.tokenizer("a b c", return_tensors="pt")
+    states = encoder.model(**read, output_hidden_states=True).hidden_states
+    assert torch.allclose(found[0], states[-1][0].mean(0), atol=1e-6)
+
+
+def test_an_encoder_decoder_embeds_by_its_encoder():
+    model, ids = tiny_t5(), torch.randint(3, 64, (1, 9))
+    states = model.encoder(ids, output_hidden_states=True).hidden_states
+    found = embed(model, [{"input_ids": ids}])
+    assert len(states) == 3 and torch.allclose(found[0], states[1][0].mean(0), atol=1e-6)
+
+
+class Silent(torch.nn.Module):
+    def forward(self, input_ids, attention_mask, output_hidden_states):
+        return input_ids
+
+
+IDS = {"input_ids": torch.randint(3, 64, (2, 5))}
+
+
+def of_nan():
+    model = made.base()
+    model.model.embed_tokens.weight.data[:] = math.nan
+    return model
+
+
+@pytest.mark.parametrize(("model", "batches", "message"), [
+    (made.base, [], "^there is no prompt to embed: .* Pass at least one example"),
+    (made.base, [IDS["input_ids"]], "^a batch has no input_ids, and a bank embeds text"),
+    (made.base, [{"pixel_values": torch.ones(1, 3)}], "^a batch has no input_ids, and a bank embeds text"),
+    (of_nan, [IDS], "^LlamaForCausalLM makes NaN or inf of a prompt"),
+    (Silent, [IDS], "^Silent returns no hidden states to embed prompts by. Pass an encoder"),
+])  # fmt: skip
+def test_what_cannot_be_embedded_is_one_line(model, batches, message):
+    refused(message, embed, model(), batches)
+
+
+def test_the_nan_of_an_encoder_is_named_as_its_own():
+    ids = torch.tensor([byte_tokenizer()("a b")["input_ids"]])
+    encoder = bert()
+    encoder.model.embeddings.word_embeddings.weight.data[:] = math.inf
+    refused("^BertModel makes NaN", embed, made.base(), [{"input_ids": ids}], byte_tokenizer(), encoder)
 
 
 @pytest.mark.parametrize("task", [0, 1, 2])
@@ -72,6 +132,22 @@ def test_statistics_find_the_nearest_too(similarity, trained, tmp_path):
     assert found[0].task == "task2" and 1.0 >= found[0].overlap > found[1].overlap
     with pytest.raises(LoraInitError, match="compares statistics, and there are none"):
         neighbours(bank, embed(made.base(), made.batches(2)), None, similarity)
+
+
+def test_statistics_that_cannot_be_compared_are_refused(trained, tmp_path):
+    file, embeddings = tmp_path / "q.safetensors", embed(made.base(), made.batches(1))
+    stats = collect(made.base(), made.batches(1), ["q_proj"], rank=2, statistics=file)
+    other = collect(made.base(), made.batches(1), ["v_proj"], rank=2)
+    bank = made.add(tmp_path / "bank", 0, trained["task0"], statistics=file)
+    assert neighbours(bank, embeddings, stats, "subspaces")[0].overlap > 0
+    refused("^the statistics of entry 'task0' are about other layers", neighbours, bank, embeddings, other, "both")
+    strange = replace(stats, provenance=replace(stats.provenance, fingerprint="0" * 32))
+    for similarity in ("embeddings", "subspaces"):
+        words = "^the statistics are of another model (.*) than .*bank"
+        refused(words, neighbours, bank, embeddings, strange, similarity)
+    bank = made.add(tmp_path / "bank", 1, trained["task1"])
+    refused("^entry 'task1' of .*bank has no statistics. Compare", neighbours, bank, embeddings, stats, "subspaces")
+    assert [one.overlap for one in neighbours(bank, embeddings, stats)] == [None, None]
 
 
 def test_a_stack_is_the_weighted_sum(bank):
@@ -232,6 +308,7 @@ def test_the_adapter_is_one_that_peft_trains(bank, tmp_path):
 @pytest.mark.parametrize(("by", "more", "message"), [
     ("neerest", {}, "by='neerest' is unknown. Did you mean nearest"),
     ("generated", {}, "has no generator yet. Train it: lora-init bank train"),
+    ("mixture", dict(aside=None), "^a mixture is chosen by the loss on labelled examples, and there are none. Take ne"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(by, more, message, bank):
     refused(message, start, bank, 1, by, **more)
@@ -244,3 +321,32 @@ def test_a_generator_needs_adapters_of_the_same_layers(bank, tmp_path):
     get_peft_model(made.base(), config).save_pretrained(tmp_path / "other")
     bank = made.add(bank.path, 1, tmp_path / "other", name="other")
     refused("adapts other layers than the first", train_generator, bank, steps=1)
+
+
+def test_a_generator_learns_from_what_differs_between_tasks(trained, tmp_path):
+    path = tmp_path / "bank"
+    bank = made.add(path, 0, trained["task0"])
+    refused("bank has one task, and a generator learns from what differs. Add another", train_generator, bank, steps=1)
+    bank = made.add(path, 0, trained["task0-early"], name="more")  # of the same task
+    refused("bank has one task, and", train_generator, bank, steps=1)
+    same = made.add(tmp_path / "same", 0, trained["task0"])
+    same = made.add(tmp_path / "same", 1, trained["task0"])
+    refused("^the adapters of .*same are all the same. A generator", train_generator, same, steps=1)
+    bank = made.add(path, 1, trained["task1"])
+    single = bank.embeddings("task1")[:1]
+    bank = add_entry(bank, "single", read_trained(trained["task2"]), single, task="task2", data="")
+    refused("^entry 'single' of .*bank has a single prompt. Add it with more", train_generator, bank, steps=1)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(fingerprint="0" * 32), "^.*generator.safetensors is for another base model. Train it again: lora-init bank"),
+    (dict(shapes={"q": [2, 4, 5]}), "weights instead of 18"),
+])  # fmt: skip
+def test_a_generator_that_does_not_fit_the_bank_is_refused(change, message, with_generator, tmp_path):
+    path = tmp_path / "bank"
+    shutil.copytree(with_generator.path, path)
+    file = path / "generator.safetensors"
+    written = TensorFile(file, "lora_init.generator", 1)
+    tensors = {name: written.tensor(name) for name in written.header["digests"]}
+    write_tensors(file, "lora_init.generator", 1, written.header | change, tensors)
+    refused(message, load_generator, open_bank(path))

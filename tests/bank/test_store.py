@@ -47,6 +47,24 @@ def test_another_base_is_refused(bank, trained):
     assert open_bank(bank.path) == bank
 
 
+def test_prompts_embedded_otherwise_are_refused(bank, trained, tmp_path):
+    words = "^.*bank embeds prompts by its base, got org/encoder.$"
+    refused(words, made.add, bank.path, 1, trained["task1"], name="new", encoder="org/encoder")
+    assert open_bank(bank.path) == bank
+    made.add(tmp_path / "by", 1, trained["task1"], encoder="org/encoder")
+    refused("by embeds prompts by org/encoder, got the base", made.add, tmp_path / "by", 2, trained["task2"])
+
+
+def test_an_index_of_another_format_is_refused(tmp_path):
+    """Before its entries are looked at, whose form nobody knows then."""
+    whole = {"format": "lora_init.bank", "version": 1, "entries": 3}
+    for change in ({"format": "lora_init.plan"}, {"version": 2}, {"format": None}):
+        (tmp_path / "bank.json").write_text(json.dumps(whole | change))
+        refused("bank.json is of another format than lora_init.bank 1. Give another directory", open_bank, tmp_path)
+    (tmp_path / "bank.json").write_text(json.dumps(whole))
+    refused("bank.json is damaged", open_bank, tmp_path)
+
+
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda path: (path / "task1.safetensors").unlink(), "task1.safetensors is missing or not what was added"),
     (lambda path: (path / "task1.safetensors").write_bytes(b"x" * 100), "is missing or not what was added"),
