@@ -143,6 +143,26 @@ def test_fewer_directions_than_rank_leave_a_multiple_of_a_convolutions_groups():
     lora_layers(init.apply(model))["0"](torch.randn(1, 4, 6))
 
 
+@pytest.mark.parametrize("thing", [tiny_llama, lambda: "stats.safetensors"])
+def test_build_adapter_takes_statistics_first(thing):
+    said = refused(r"^build_adapter\(\) takes statistics first and got a", build_adapter, thing(), 4)
+    assert type(thing()).__name__ in said and "Statistics.load() reads a file" in said
+
+
+def test_a_correction_needs_the_error_of_each_layer():
+    stats = made_up_statistics(tiny_llama(), ["q_proj"])
+    first, second = stats
+    errors = {first: torch.randn(32, 32)}
+    for given, missing in ((None, first), ({}, first), (errors, second)):
+        words = (
+            f"^layer '{missing}': start 'qera' corrects what quantization took from its weight. Pass errors=, such as"
+        )
+        refused(words, build_adapter, stats, 2, "qera", errors=given)
+    wide = errors | {second: torch.randn(32, 48)}
+    words = f"^layer '{second}': its error is {re.escape('[32, 48], expected [32, 32]')}, all finite"
+    refused(words, build_adapter, stats, 2, "qera", errors=wide)
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_initialize_does_all_of_it_in_one_call(name):
     batches = batches_for(name, 6)

@@ -9,8 +9,10 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
 from lora_init import LoraInitError, Statistics, initialize, load_batches
+from tests.collection.made import labelled
 from tests.conftest import refused, tiny_bert, tiny_llama
 from tests.loading.made import bert_tokenizer, byte_tokenizer
+from tests.trainers.made import plain
 
 ROWS = [{"question": f"what is {i}", "answer": f"it is {i * i}"} for i in range(12)]
 READING = dict(template="{question}?", completion=" {answer}", samples=8)
@@ -109,3 +111,22 @@ def test_a_lora_config_says_what_the_adapter_is_like():
         if "lora_A" in name:  # directions of the data
             gram = parameter @ parameter.T
             assert torch.allclose(gram / gram[0, 0], torch.eye(3), atol=1e-3), name
+
+
+def test_what_a_trainer_brings_itself_is_refused_beside_it(tmp_path):
+    trainer = plain(tmp_path, byte_tokenizer(), llama())
+    refused(
+        "^config= is for a plain model. Give it to the trainer, as peft_config.$", initialize, trainer, config=asked()
+    )
+    refused("^tokenizer= is for batches of your own. Leave it out.$", initialize, trainer, tokenizer=byte_tokenizer())
+    assert trainer.model.__class__.__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(("name", "start"), [("default", "START"), ("other", "START/other")])
+def test_a_start_that_changed_the_base_says_what_to_keep_of_it(name, start):
+    """PEFT saves an adapter of another name into a folder of that name."""
+    with pytest.warns(UserWarning, match="method='lora-ga' changed the base weights") as caught:
+        options = dict(rank=2, target_modules=["q_proj"], method="lora-ga")
+        initialize(llama(), labelled("llama", n_batches=2), adapter_name=name, **options)
+    (said,) = [str(one.message) for one in caught if "changed the base" in str(one.message)]
+    assert f"`lora-init export --start {start}` needs that" in said

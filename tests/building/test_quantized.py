@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_init
 from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
-from lora_init.building.quantized import loss_or_distance, with_losses
+from lora_init.building.quantized import loss_or_distance, read_product, with_losses
+from lora_init.layers.targets import Target
 from lora_init.loading.models import QUANTIZATIONS, load_model
 from tests.collection.made import PackedLinear
 from tests.commands import save_model
@@ -168,6 +169,74 @@ def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
     model.save_pretrained(saved)
     refused("is quantized", QuantizationErrors, model, find_targets(model).layers, saved)
     refused("is quantized already", load_model, str(save_model(model, saved)), quantize="nf4")
+
+
+class Raises(nn.Linear):
+    def forward(self, x):
+        raise RuntimeError("no kernel for this processor")
+
+
+class Squares(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
+class Narrow(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)[:, :3]
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    (Raises, "^here: what it multiplies by cannot be read: no kernel for this processor.$"),
+    (Squares, "^here: it does not compute the product of its input with a matrix, .* Leave it out of the targets.$"),
+    (Narrow, "^here: it does not compute the product"),
+    (nn.Linear, None),
+])  # fmt: skip
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_that_computes_no_product_is_refused_and_keeps_its_bias(kind, message, bias):
+    model = nn.Sequential(kind(4, 6, bias))
+    target, before = find_targets(nn.Sequential(nn.Linear(4, 6))).layers["0"], model[0].bias
+    if message is None:
+        torch.testing.assert_close(read_product(model[0], target, torch.float32, "here"), model[0].weight)
+        model[0].weight.data[2, 3] = torch.nan
+        message = "^here: it does not compute the product"
+    refused(message, read_product, model[0], target, torch.float32, "here")
+    assert model[0].bias is before and (before is not None) == bias
+
+
+def test_what_has_no_whole_matrix_is_refused_before_anything_is_read(directory):
+    model = plain()
+    model.conv = nn.Conv2d(3, 4, 2)
+    said = "^layer 'conv', a Conv2d: only linear layers can be corrected. Leave it out of the targets.$"
+    refused(said, QuantizationErrors, model, find_targets(model, ["conv"]).layers, directory)
+    experts = {"experts": Target("experts", "Parameter", 8, 8, experts=2)}
+    refused("^layer 'experts', a Parameter: only linear", QuantizationErrors, model, experts, directory)
+    model.lm_head.weight.full_tensor = lambda: None  # as torch's DTensor has it, of which a process holds a part
+    said = "^processes hold a part of each weight, and errors are read from whole ones. Use one.$"
+    refused(said, QuantizationErrors, model, find_targets(model).layers, directory)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_a_loss_the_distance_to_the_outputs_of_the_whole_weights_counts(masked, directory):
+    """One minus the cosine, of each token that is no padding, by hand."""
+    model, batches = plain(), batches_for("llama", 2)
+    layer = PackedLinear(model.get_submodule(DOWN))
+    layer.qweight //= 20
+    layer.qweight *= 20
+    model.set_submodule(DOWN, layer)
+    errors = QuantizationErrors(model, {DOWN: find_targets(model, [DOWN]).layers[DOWN]}, directory)
+    data, cosines = [], []
+    for batch in batches:
+        data.append({"input_ids": batch["input_ids"]} | ({"attention_mask": batch["attention_mask"]} if masked else {}))
+        with torch.no_grad():
+            got, wanted = (one(**data[-1]).logits for one in (model, plain()))
+        kept = batch["attention_mask"].bool() if masked else torch.ones_like(batch["input_ids"]).bool()
+        cosines.append(torch.cosine_similarity(got[kept], wanted[kept], dim=-1))
+    expected = 1 - float(torch.cat(cosines).mean())
+    assert expected > 1e-4
+    distance = loss_or_distance(model, errors, data)
+    assert distance(model) == pytest.approx(expected, rel=1e-3) and 0.0 <= distance(plain()) < 1e-6
+    refused("^no batch is left to measure the loss on. Give more examples.$", loss_or_distance, model, errors, [])
 
 
 def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):

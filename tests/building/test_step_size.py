@@ -131,5 +131,44 @@ def test_batches_without_rows_are_set_aside_whole():
     assert hold_out([]) == ([], [])
 
 
+def unmasked(*rows):
+    return {"input_ids": torch.tensor(rows)}
+
+
+def with_picture(*numbers):
+    """Pictures of 2 x 2 numbers and a label each, so nothing that is text."""
+    pixels = torch.tensor(numbers, dtype=torch.float32)[:, None, None].expand(-1, 2, 2)
+    return {"pixel_values": pixels, "labels": torch.tensor([n % 2 for n in numbers])}
+
+
+@pytest.mark.parametrize("make", [
+    lambda i: unmasked((1, i), (2, i)), lambda i: with_picture(i, i + 8), lambda i: with_picture(i + 0.5, -i - 1)
+])  # fmt: skip
+def test_examples_without_a_mask_are_the_same_if_all_their_numbers_are(make):
+    """16 different ones, four times each, in batches of two: none may be on both sides."""
+    batches = [make(i % 8) for i in range(32)]
+    first = next(iter(batches[0]))
+    with pytest.warns(UserWarning, match="on 4 of 16 different examples"):
+        aside, others = hold_out(iter(batches))
+    aside, others = ([row.flatten().tolist() for batch in part for row in batch[first]] for part in (aside, others))
+    assert len(aside) == 4 and len(others) == 12 * 4 and not any(row in others for row in aside)
+    assert aside == [row.flatten().tolist() for batch in batches[:2] for row in batch[first]]
+
+
+def test_a_picture_with_two_labels_is_two_examples():
+    batches = [{"pixel_values": torch.ones(2, 2), "labels": torch.tensor([0, 1])} for _ in range(5)]
+    with pytest.warns(UserWarning, match="on 1 of 2 different examples"):
+        aside, others = hold_out(batches)
+    assert [batch["labels"].tolist() for batch in aside] == [[0]]
+    assert [batch["labels"].tolist() for batch in others] == [[1]] * 5
+
+
+@pytest.mark.parametrize("make", [lambda: torch.ones(3, 4), lambda: (torch.ones(3, 4), torch.ones(3)), dict])
+def test_batches_of_no_known_form_are_set_aside_whole(make):
+    batches = [make() for _ in range(40)]
+    aside, others = hold_out(iter(batches))
+    assert [id(one) for one in (*aside, *others)] == [id(one) for one in batches] and len(aside) == 4
+
+
 def modes(model):
     return [module.training for module in model.modules()]

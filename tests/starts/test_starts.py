@@ -11,7 +11,16 @@ import torch
 
 from lora_init import Start, build_adapter, collect, initialize
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.starts.starts import STARTS, buildable, changes_base, load_function, start_names
+from lora_init.starts.starts import (
+    BANK_WAYS,
+    STARTS,
+    buildable,
+    changes_base,
+    find_recipe,
+    find_start,
+    load_function,
+    start_names,
+)  # fmt: skip
 from tests.conftest import batches_for, refused, tiny_llama
 
 RANK = 3
@@ -78,6 +87,35 @@ def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(pa
     packages(theirs=Start("theirs", "", function=function))
     said = refused(said, build_adapter, stats, RANK, "theirs")
     assert "'theirs'" in said and "an unknown package" in said
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), KeyboardInterrupt()])
+def test_a_lack_of_memory_in_a_start_of_another_package_keeps_its_error(packages, stats, error):
+    def fail(rank):
+        raise error
+
+    packages(theirs=Start("theirs", "", function=fail))
+    with pytest.raises(type(error)) as caught:
+        build_adapter(stats, RANK, "theirs")
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("thing", [leading, "eva", Start("none", "without a function")])
+def test_what_is_no_start_with_a_function_is_refused_by_its_entry(packages, stats, thing):
+    packages(theirs=thing)
+    words = "'theirs' of an unknown package: theirs:THING is no lora_init.Start with a function.$"
+    refused(words, build_adapter, stats, RANK, "theirs")
+
+
+def test_an_unknown_start_is_named_with_the_nearest_one():
+    refused("^start 'evva' is unknown. Did you mean eva. Choose from eva, ", find_start, "evva")
+    refused("^start 'evva' is unknown", find_recipe, "evva")
+
+
+@pytest.mark.parametrize("way", ["nearest", "mixture", "generated", "mean"])
+def test_a_start_from_a_bank_is_made_by_the_options_that_it_names(way):
+    start = find_start(f"bank-{way}")
+    assert start is BANK_WAYS[way] and start.init_options == ("--method", "from-bank", "--by", way, "--bank", "BANK")
 
 
 @pytest.mark.parametrize(
