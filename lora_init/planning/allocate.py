@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -361,11 +362,16 @@ def make_steps(
     unit, rank = unit[~first], rank[~first]
     width = rank - previous
     total = np.concatenate([np.zeros((n_units, 1)), np.cumsum(gain, axis=1)], axis=1)
-    # A step of one rank takes its worth as it is: a difference of sums would blur ties by a rounding error.
-    block = np.where(width == 1, gain[unit, rank - 1], total[unit, rank] - total[unit, previous])
-    priority = block / (width * weight[unit])
-    for i in np.flatnonzero((unit[1:] == unit[:-1]) & (priority[1:] > priority[:-1])):
-        priority[i + 1] = priority[i]  # rounding again: means of equal numbers over blocks of unequal width
+    # A step of one rank, or of ranks of one worth, takes that worth as it is: a difference of sums would blur ties by a
+    # rounding error.
+    first_gain, last_gain = gain[unit, previous], gain[unit, rank - 1]
+    mean = (total[unit, rank] - total[unit, previous]) / (width * weight[unit])
+    priority = np.where(first_gain == last_gain, last_gain / weight[unit], mean)
+    # Rounding again: means of nearly equal numbers over blocks of unequal width may rise, and a step would then come
+    # before its turn.
+    ends = np.searchsorted(unit, np.arange(n_units + 1))
+    for begin, end in itertools.pairwise(ends.tolist()):
+        priority[begin:end] = np.minimum.accumulate(priority[begin:end])
     return Steps(unit_of, start, unit, rank, width, width * unit_cost[unit], priority)
 
 

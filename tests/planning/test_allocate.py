@@ -58,6 +58,33 @@ def test_a_layer_may_get_nothing_and_layers_with_one_input_tie():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("allowed", "total", "expected"), [
+    ((1, 3, 4, 5, 7, 8, 10), 6, (5, 1, 0)),
+    ((3, 4, 5, 6, 9, 10, 11, 12), 16, (12, 4, 0)),
+    ((2, 3, 7, 9, 12), 11, (9, 2, 0)),
+])  # fmt: skip
+def test_directions_of_equal_worth_are_taken_in_their_order(allowed, total, expected):
+    """A mean over three equal numbers may be larger by its rounding than one over two: no rank may be passed over."""
+    stats = statistics([[1 / 16] * 12] * 3)
+    for worth in range(3, 100, 4):
+        rule = dict(policy=lambda name, spectrum, worth=worth: [worth / 100] * 12)
+        plan = allocate_ranks(stats, total_rank=total, rho=12, allowed_ranks=allowed, **rule)
+        assert tuple(plan.values()) == expected, worth
+
+
+@pytest.mark.parametrize(("worth", "allowed", "rank"), [
+    (0.830631441271759, (1, 2, 3, 4, 6, 7, 9), 5),
+    (0.7955683661434495, (1, 2, 4, 5, 7, 9, 10), 6),
+    (0.8131231184406524, (1, 2, 4, 6, 7, 9), 4),
+])  # fmt: skip
+def test_no_rank_that_is_allowed_is_passed_over_where_numbers_fall_by_a_rounding_error(worth, allowed, rank):
+    def rule(name, spectrum):
+        return [worth - 1e-16 * i for i in range(12)]
+
+    plan = allocate_ranks(statistics([[1 / 16] * 12] * 3), rank=rank, rho=3, allowed_ranks=allowed, policy=rule)
+    assert {*plan.values()} <= {0, *allowed} and plan.total_rank <= 3 * rank
+
+
 # --- Policies -------------------------------------------------------------------------------------------------------
 
 
