@@ -90,3 +90,18 @@ def test_gora_needs_plain_weights(case):
         {n: stats[n] for n in stats}, {n: n for n in stats}, stats.targets, stats.provenance, gradients=gone
     )
     refused("worth nothing, since the weights are quantized", allocate_ranks, blind, rank=2, policy="gora")
+
+
+def test_gora_needs_the_weights_that_a_merge_does_not_have(case):
+    """A merge of one part with itself would count rows twice, so the parts are two."""
+    model, batches, _ = case
+    options = dict(rank=2, rho=3.0, gradients=True, tolerance=0.0)
+    parts = [
+        collect(model, part, ["q_proj"], data=str(i), **options) for i, part in enumerate((batches[:2], batches[2:]))
+    ]
+    merged = parts[0].merge(parts[1])
+    words = (
+        "^policy='gora': the importance of 'model.layers.0.self_attn.q_proj' is unknown. .* a merge of statistics does"
+    )
+    refused(words, allocate_ranks, merged, rank=2, policy="gora")
+    assert allocate_ranks(merged, rank=2, policy="gradient").total_rank == 4

@@ -3,16 +3,18 @@
 import copy
 import json
 import pickle
+import re
 from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
 
 from lora_init.errors import LoraInitError
+from lora_init.layers.targets import Target
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
-from lora_init.planning.plan import load_plan, save_plan
+from lora_init.planning.plan import load_plan, plan_config, save_plan
 from tests.conftest import refused
-from tests.planning.made import WIDE, distinct, explained, full_plan, laws, statistics, widths3
+from tests.planning.made import WIDE, distinct, explained, full_plan, laws, llama_like, statistics, widths3
 
 
 @laws
@@ -26,6 +28,42 @@ def test_the_accounting_is_exact(ratios, widths):
     table = plan.to_pandas()
     assert dict(table["rank"]) == dict(plan) and table["parameters"].sum() == plan.parameters
     assert table["explained_variance"].mean() == pytest.approx(plan.explained_variance)
+
+
+def test_a_plan_made_by_hand_knows_its_ranks_alone():
+    plan = RankAllocation({"h.0.up": 2, "h.1.up": 0}, 1)
+    words = "^the plan was made by hand and does not know enough about layer 'h.0.up'. Give targets= and explained= to"
+    for read in (lambda: plan.parameters, lambda: plan.explained_variance, plan.to_pandas, plan.megabytes):
+        refused(words, read)
+    assert plan.total_rank == plan.spent == 2
+    targets = {name: Target(name, "Linear", 8, 16) for name in plan}
+    known = RankAllocation(plan, 1, targets, {"h.0.up": 0.5})
+    assert known.parameters == 2 * (8 + 16) and known.to_pandas()["explained_variance"].isna().tolist() == [False, True]
+    refused("layer 'h.1.up'", lambda: known.explained_variance)  # the other share is not known
+
+
+def test_what_takes_no_part_explains_nothing():
+    """The mean is over the layers that take part, so over none it is zero."""
+    shares = {"h.0.up": 0.5, "h.1.up": 0.0}
+    for excluded, expected in (((), 0.25), (("h.1.up",), 0.5), (tuple(shares), 0.0)):
+        plan = RankAllocation(dict.fromkeys(shares, 0), 1, explained=shares, excluded=excluded)
+        assert plan.explained_variance == expected
+    assert RankAllocation({}, 1).explained_variance == 0.0
+
+
+def test_parameters_are_named_apart_from_modules():
+    """PEFT has an argument of its own for them; a layer without statistics says by its kind which it is."""
+    ranks = {"0.q_proj": 2, "0.experts.up": 2, "0.experts.gate": 0}
+    targets = {
+        "0.q_proj": Target("0.q_proj", "Linear", 8, 8),
+        "0.experts.up": Target("0.experts.up", "E", 8, 8, experts=4),
+    }
+    plan = RankAllocation(ranks, 2, targets, unsupported={"table": "Embedding", "0.experts.down": "Parameter"})
+    config = plan_config(plan, 2.0)
+    assert sorted(config["target_modules"]) == ["0.q_proj", "table"]
+    assert config["target_parameters"] == ["0.experts.up", "0.experts.down"]
+    by_hand = plan_config(RankAllocation(ranks, 2), 2.0)  # without targets all are taken for modules
+    assert sorted(by_hand["target_modules"]) == ["0.experts.up", "0.q_proj"] and "target_parameters" not in by_hand
 
 
 # --- The file -------------------------------------------------------------------------------------------------------
@@ -91,3 +129,12 @@ def test_a_damaged_plan_is_refused(tmp_path, change, message):
 def test_a_plan_knows_the_layers_that_have_no_statistics():
     stats = replace(full_plan()[0], unsupported={"embed": "Embedding"})
     assert allocate_ranks(stats, rank=2).unsupported == {"embed": "Embedding"}
+
+
+def test_a_notebook_shows_the_ranks_by_block_and_kind():
+    plan = allocate_ranks(llama_like(3), rank=4, exclude=["*.0.*.k_proj"])
+    html = plan._repr_html_()
+    assert "border=" not in html and "nan" not in html.lower()
+    cells = [int(cell) for cell in re.findall(r"<td>(\d+)</td>", html)]
+    assert len(cells) == 11 and sum(cells) == plan.total_rank and html.count("<td>·</td>") == 1
+    assert "<td>·</td>" in RankAllocation({"h.0.up": 3, "h.0.down": 1, "h.1.up": 2}, 2)._repr_html_()

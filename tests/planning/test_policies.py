@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from lora_init import Policy, allocate_ranks
+from lora_init import LoraInitError, Policy, allocate_ranks
 from lora_init.cli.ranks import read_variants
 from lora_init.planning.policies import POLICIES, find_policy, policy_names
 from tests.conftest import refused
@@ -48,3 +48,12 @@ def test_one_that_has_a_name_of_ours_is_not_used(packages):
     packages(eva=Policy(doubled))
     with pytest.warns(UserWarning, match="policy 'eva' of an unknown package is not used"):
         assert find_policy("eva") is POLICIES["eva"]
+
+
+def test_a_rule_of_ones_own_that_refuses_is_heard_in_its_own_words():
+    def rule(name, spectrum):
+        raise LoraInitError("this rule takes no {rank}.", rank=4)
+
+    assert refused("^this rule takes no rank=4.$", allocate_ranks, llama_like(2), rank=4, policy=rule)
+    named = "^layer 'model.layers.0.self_attn.q_proj': the policy raised ZeroDivisionError: division by zero"
+    refused(named, allocate_ranks, llama_like(2), rank=4, policy=lambda name, spectrum: 1 / 0)

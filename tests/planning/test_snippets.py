@@ -1,9 +1,11 @@
 """What a plan is in other tools' words, read back as these tools read it."""
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
@@ -125,6 +127,25 @@ def test_unknown_formats_and_empty_plans():
     nothing = replace(plan, ranks=dict.fromkeys(plan, 0))
     for tool in TOOLS:
         refused("no layer any rank", snippet, nothing, tool)
+
+
+@pytest.mark.parametrize(("lora_alpha", "use_rslora", "scaling"), [(7, False, "1.75"), (8.5, True, "4.25")])
+def test_axolotl_takes_whole_numbers_alone(lora_alpha, use_rslora, scaling):
+    """Of 4 ranks on average a scaling of 1.75 gives rank 3 an alpha of 5.25; where all have 4, alpha is as given."""
+    plan, _ = allocated(model_and_statistics()[1])
+    words = rf"^axolotl takes whole numbers for lora_alpha, and a scaling of {scaling} gives .*, such as lora_alpha=4 "
+    refused(words, snippet, plan, "axolotl", lora_alpha, use_rslora)
+    level = allocate_ranks(model_and_statistics()[1], rank=4)
+    assert yaml.safe_load(snippet(level, "axolotl", 7))["lora_alpha"] == 7
+    refused("^axolotl takes whole numbers", snippet, level, "axolotl", 7.5)
+
+
+def test_the_table_of_a_plan_is_read_back_as_the_plan():
+    plan, _ = allocated(model_and_statistics()[1])
+    text = snippet(plan, "csv")
+    back, table = pd.read_csv(io.StringIO(text), index_col="layer"), plan.to_pandas()
+    pd.testing.assert_frame_equal(back, table, atol=5e-7, rtol=0)  # six digits after the point
+    assert "\r" not in text and text.splitlines()[1].rpartition(",")[2] == f"{table['explained_variance'].iloc[0]:.6f}"
 
 
 def axolotl_reads(config):

@@ -1,9 +1,12 @@
 """Pictures of a plan: what is in them, for 2 to 80 blocks, and hostile names."""
 
+from dataclasses import replace
+
 import pytest
 
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
+from lora_init.plots import pictures
 from lora_init.plots.pictures import make_figure, save_picture
 from tests.conftest import refused
 from tests.planning.made import PLAIN, llama_like
@@ -32,6 +35,7 @@ def test_the_figure_has_all_layers_kinds_and_policies(n_blocks):
     assert ends == [(rank, pytest.approx(plan.explained[name])) for name, rank in plan.items() if "q_proj" in name]
     assert [line.get_label().split(":")[0] for line in curve.lines] == [*PLAIN, "this plan"]
     assert curve.lines[-1].get_xdata()[0] == plan.parameters
+    assert any(text.endswith("a dot at its rank") for text in titles(figure))  # no kind is left out
     caption = " ".join(figure.get_supxlabel().split())
     assert "policy eva, budget rank=4" in caption and "some/model on some data: 500 rows in 5 batches" in caption
     # Nothing overlaps: a cell is at least as high as its text.
@@ -47,11 +51,34 @@ def test_the_picture_has_its_text_as_text_and_is_the_same_each_time(tmp_path):
     assert text == save_picture(plan, stats, tmp_path / "again.svg").read_text(encoding="utf-8")
 
 
+def test_kinds_that_have_no_place_are_counted(monkeypatch):
+    stats = llama_like(2)
+    plan = allocate_ranks(stats, rank=4)
+    monkeypatch.setattr(pictures, "_MOST_KINDS", 3)
+    figure = make_figure(plan, stats)
+    assert (
+        len([axes for axes in every_axes(figure) if axes.get_visible()]) == 3 + 2
+    )  # beside the heat map and the curve
+    (title,) = (text for text in titles(figure) if text.startswith("Variance explained by the first"))
+    assert title.endswith("a dot at its rank; 1 more kinds not shown")
+
+
+def titles(figure):
+    subfigures = [*figure.subfigs]
+    for one in figure.subfigs:
+        subfigures += one.subfigs
+    return [" ".join(one.get_suptitle().split()) for one in subfigures]
+
+
 def test_bad_input(tmp_path):
     stats = llama_like(2)
     plan = allocate_ranks(stats, rank=4)
     refused(r"pictures are written as \.png, \.svg", save_picture, plan, stats, tmp_path / "plan.pdf")
     with pytest.raises(LoraInitError, match=r"made for some/model .* another"):
         save_picture(plan, llama_like(2, fingerprint="f2"), tmp_path / "plan.png")
+    nothing = replace(plan, ranks=dict.fromkeys(plan, 0))
+    words = "^the plan gives no layer any rank, so there is nothing to draw.$"
+    refused(words, save_picture, nothing, stats, tmp_path / "plan.png")
+    assert not list(tmp_path.iterdir())
     for ending in ("png", "svg"):
         refused("cannot be written: No such file", save_picture, plan, stats, tmp_path / "no" / f"plan.{ending}")

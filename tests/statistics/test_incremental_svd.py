@@ -1,5 +1,7 @@
 """The decompositions: against numpy and scikit-learn, by their laws, and on planted spectra."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -320,6 +322,13 @@ def test_other_misuse_is_refused(kind):
     refused("centered", decomposition.merge, kind(2, center=False).partial_fit(torch.randn(9, 6)))
     refused("width 5, expected 6", decomposition.merge, kind(2).partial_fit(torch.randn(9, 5)))
     refused("n_components=0", IncrementalSVD, 0)
+
+
+def test_of_no_rows_nothing_is_captured_and_of_constant_rows_all():
+    decomposition = IncrementalSVD(2)
+    assert math.isnan(decomposition.captured) and decomposition.n_samples == 0
+    assert math.isnan(decomposition.partial_fit(torch.zeros(0, 3)).captured)
+    assert decomposition.partial_fit(torch.ones(5, 3)).captured == 1.0
 
 
 def test_principal_angles_small_and_large():

@@ -12,6 +12,7 @@ from torch import nn
 import lora_init
 from lora_init import ExactPCA, IncrementalSVD, LoraInitError, Statistics, allocate_ranks, build_adapter, collect
 from lora_init.statistics.merging import mix
+from tests.adapters.made import made_up_statistics
 from tests.collection.made import counts_of, exact
 from tests.commands import tokenizer_of
 from tests.conftest import batches_for, refused, tiny_llama
@@ -216,6 +217,12 @@ def test_layers_that_ran_in_one_part_only_come_from_it():
     assert torch.equal(merged["right"].components, b["right"].components)
     assert all(math.isnan(share) for share in merged.held_out.values())
     assert merged["both"].n_samples == 120
+    # A root mean square over all rows, in the shares asked for; of one part alone its own.
+    (x_a, y_a), (x_b, y_b) = (part.sizes["both"] for part in (a, b))
+    assert merged.sizes["both"] == pytest.approx((0.1 * x_a + 0.9 * x_b, math.sqrt(0.1 * y_a**2 + 0.9 * y_b**2)))
+    assert all(merged.sizes[way] == pytest.approx(part.sizes[way]) for way, part in (("left", a), ("right", b)))
+    older = replace(b, sizes={})  # which lacks them: nothing is known of all rows of what it ran
+    assert {*a.merge(older).sizes} == {"left"}
     assert "part 1, right: never ran; PEFT's own initialization." in merged.provenance.notes
     assert list(b.merge(a)) == ["left", "both", "right"]
 
@@ -359,6 +366,14 @@ def test_parts_that_do_not_fit(shards, tmp_path):
             other.merge(a)
     files = [Statistics.load(one.save(tmp_path / name)) for one, name in ((a, "a"), (passed(center=False), "b"))]
     refused(r"b was made with center=False, \S*a with center=True", files[0].merge, files[1])
+
+
+def test_layers_of_another_width_are_other_layers():
+    one, other = (made_up_statistics(tiny_llama(intermediate_size=width), ["gate_proj"]) for width in (48, 64))
+    words = (
+        r"part 2 is not about the layers that part 1 is about: 0 are missing, 0 too many, 2 of another shape \(first: "
+    )
+    refused(words + "'model.layers.0.mlp.gate_proj'", one.merge, other)
 
 
 def test_what_is_no_statistics_is_named(shards):

@@ -8,11 +8,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lora_init import LoraInitError, Statistics, collect
-from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION
+from lora_init.layers.rows import expert_group
+from lora_init.layers.targets import Target
+from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION, Provenance, notes_on_experts
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
+from tests.adapters.made import made_up_statistics
 from tests.conftest import batches_for, refused, tiny_llama
+from tests.statistics.made import spectrum_of
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,42 @@ def test_everything_comes_back(stats, path):
         assert (back[name].total_variance, back[name].n_samples) == (stats[name].total_variance, stats[name].n_samples)
         assert torch.equal(back.explained_variance(name), stats[name].explained_variance)
         assert torch.equal(back.explained_variance_ratio(name), stats[name].explained_variance_ratio)
+
+
+def test_a_size_of_zero_is_one(path):
+    """Of a layer that reads zeros, or writes them."""
+    down = "model.layers.0.mlp.down_proj"
+    found = Statistics.load(rewritten(path, lambda header: header["sizes"].update({down: [0.0, 0.0]})))
+    assert found.sizes[down] == (0.0, 0.0)
+
+
+def test_convolutions_and_experts_come_back_as_they_were(tmp_path):
+    for model, options in (
+        (nn.Sequential(nn.Conv2d(4, 8, (3, 5), groups=2), nn.Conv1d(8, 6, 3)), dict(target_modules=["0", "1"])),
+        (nn.Sequential(nn.Linear(4, 8)), dict(target_modules=["0"])),
+    ):
+        stats = made_up_statistics(model, **options)
+        stats.targets["experts"] = Target("experts", "Parameter", 8, 6, experts=4)
+        stats.groups["experts"], stats.group_of["experts"] = spectrum_of(8), "experts"
+        assert Statistics.load(stats.save(tmp_path / "stats.safetensors")).targets == stats.targets
+
+
+def test_no_gradient_of_a_layer_that_is_none_and_of_one_without(stats):
+    """As any mapping says that it has no such key; that a layer has none is another thing."""
+    for read in (stats.gradient, stats.__getitem__):
+        with pytest.raises(KeyError, match="nowhere"):
+            read("nowhere")
+    refused("^these statistics have no gradients. Collect them with gradients=True", stats.gradient, next(iter(stats)))
+
+
+@pytest.mark.parametrize(("n_few", "shown"), [(8, "0, 1, 2, 3, 4, 5, 6, 7."), (9, "0, 1, 2, 3, 4, 5, 6, 7, ....")])
+def test_at_most_eight_experts_are_named(n_few, shown):
+    names = [expert_group("x", i) for i in range(12)]
+    groups = {"x": spectrum_of(8)} | {name: spectrum_of(8, n=7 + (i >= n_few)) for i, name in enumerate(names)}
+    target = Target("x", "Parameter", 8, 6, experts=12)
+    of_x = Statistics(groups, {"x": "x"}, {"x": target}, Provenance("", "", "", [], rank=4))
+    (note,) = notes_on_experts(of_x)
+    assert note == f"x: {n_few} of 12 experts read fewer than 8 rows and start from the rows of all experts: {shown}"
 
 
 def test_a_group_is_stored_once(stats, path):
@@ -141,6 +182,9 @@ def rewritten(path, change, tensors=None):
     lambda header: header["layers"]["model.layers.0.mlp.down_proj"].append({"experts": 20_000_000}),
     lambda header: header["layers"]["model.layers.0.mlp.down_proj"].append({"kernel": [3, 3]}),
     lambda header: header["layers"]["model.layers.0.mlp.down_proj"].__setitem__(3, 2**31 - 1),
+    lambda header: header["sizes"]["model.layers.0.mlp.down_proj"].__setitem__(0, -1.0),
+    lambda header: header["sizes"]["model.layers.0.mlp.down_proj"].__setitem__(1, math.inf),
+    lambda header: header["sizes"].update(elsewhere=[1.0, 1.0]),
 ])  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(path, change):
     refused("is not what was written", Statistics.load, rewritten(path, change))
