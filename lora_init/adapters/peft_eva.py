@@ -247,7 +247,7 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
     weights = {_plain(name): weight for name, weight in eva_state_dict.items()}
     modules = dict(model.get_base_model().named_modules())  # type: ignore[operator]
     layers = {name: layer for name, layer in adapter_layers(model).items() if adapter_name in layer.r}
-    _check_widths(weights, layers)  # the last step that may refuse: below the model changes
+    _check_shapes(weights, layers, adapter_name)  # the last step that may refuse: below the model changes
     old_ranks = from_patterns(config.rank_pattern, layers, config.r)
     ranks = {}
     for name, old_rank in old_ranks.items():
@@ -305,14 +305,19 @@ def _alphas(config: Any, old_ranks: Mapping[str, int], ranks: Mapping[str, int])
     return alphas
 
 
-def _check_widths(weights: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
-    """Refuse an A that is no matrix, or of another width than its layer's."""
+def _check_shapes(weights: Mapping[str, Tensor], layers: Mapping[str, Any], adapter_name: str) -> None:
+    """Refuse an A for an embedding, and one of another shape than its layer's but for the rank."""
     for name, layer in layers.items():
         weight = weights.get(name)
-        if weight is not None and (weight.dim() != 2 or weight.shape[1] != layer.in_features):
+        if weight is None:
+            continue
+        if not layer.lora_A:
+            raise LoraInitError(f"layer {name!r}: the eva state_dict has a tensor for an embedding. Leave it out.")
+        expected = layer.lora_A[adapter_name].weight.shape[1:]
+        if not weight.dim() or weight.shape[1:] != expected:
             raise LoraInitError(
                 f"layer {name!r}: the eva state_dict has a tensor of shape {tuple(weight.shape)}, expected "
-                f"[rank, {layer.in_features}]. Compute it on this model."
+                f"[rank, {', '.join(map(str, expected))}]. Compute it on this model."
             )
 
 

@@ -402,14 +402,21 @@ def test_an_adapter_of_embeddings_alone_stays_pefts():
     assert [*layers_of(model)] == ["model.embed_tokens"]
 
 
-@pytest.mark.parametrize(("shape", "words"), [
-    ((3, 31), rf"^layer '{Q}': the eva state_dict has a tensor of shape \(3, 31\), expected \[rank, 32\]"),
-    ((32,), rf"^layer '{Q}': the eva state_dict has a tensor of shape \(32,\), expected \[rank, 32\]"),
+@pytest.mark.parametrize(("name", "shape", "words"), [
+    (Q, (3, 31), r"a tensor of shape \(3, 31\), expected \[rank, 32\]. Compute it on this model.$"),
+    (Q, (32,), r"a tensor of shape \(32,\), expected \[rank, 32\]"),
+    (Q, (), r"a tensor of shape \(\), expected \[rank, 32\]"),
+    ("model.embed_tokens", (3, 64), "a tensor for an embedding. Leave it out.$"),
 ])  # fmt: skip
-def test_a_tensor_that_does_not_fit_its_layer_is_refused(shape, words, eva_state):
-    model = wrap(tiny_llama(), config())
-    before = snapshot(model)
-    refused(words, ours.initialize_lora_eva_weights, model, eva_state_dict=eva_state | {Q: torch.ones(shape)})
+def test_a_tensor_that_does_not_fit_its_layer_is_refused(name, shape, words, eva_state):
+    model = wrap(tiny_llama(), config(target_modules=["q_proj", "k_proj", "embed_tokens"]))
+    before, state = snapshot(model), eva_state | {name: torch.ones(shape)}
+    refused(
+        f"^layer '{name}': the eva state_dict has {words}",
+        ours.initialize_lora_eva_weights,
+        model,
+        eva_state_dict=state,
+    )
     assert same(before, snapshot(model))
 
 
