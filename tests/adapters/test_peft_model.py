@@ -1,6 +1,7 @@
 """The adapter on a model: exactly the planned layers, ranks and scalings, or the model as it was."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lora_init import build_adapter
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.adapters.peft_model import adapter_layers, check_modules_to_save, fill_in_place, with_adapter
 from lora_init.planning.allocate import RankAllocation
+from lora_init.starts.starts import find_start
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, same, snapshot, uneven
 from tests.conftest import MODELS, batches_for, refused, tiny_bert, tiny_gpt2, tiny_llama
 
@@ -179,6 +181,16 @@ def test_two_adapters_on_a_model_are_one_too_many_to_fill():
         config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
         peft.inject_adapter_in_model(config, model, name)  # as add_adapter does
     refused("^LlamaForCausalLM has the adapters first, second, and one is expected", fill_in_place, model, init)
+
+
+def test_a_start_that_changes_the_base_is_not_filled_in_place():
+    model = tiny_llama()
+    init = replace(build_adapter(made_up_statistics(model, ["q_proj"]), 2), start=find_start("lora-ga"))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]), model)
+    words = (
+        "^method='lora-ga' changes the base weights, and an adapter in LlamaForCausalLM is saved without them. Take a"
+    )
+    refused(words, fill_in_place, model, init)
 
 
 def test_an_adapter_of_another_model_is_refused_and_leaves_it_as_it_was(tmp_path):
