@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import glob
 import gzip
 import hashlib
 import io
@@ -128,6 +129,10 @@ def _read_table(source: Any, files: list[Path] | None, subset: str | None, split
         return label, _load(label, path=str(source), name=subset, split=split)
     if files and files[0].is_dir():
         folder = files[0].resolve()
+        if glob.has_magic(str(folder)):
+            raise LoraInitError(
+                f"{folder}: datasets takes this name for a pattern. Rename the folder, or name its files."
+            )
         label = f"{folder.name}/{configuration}"
         if split != "train":
             label += f", {split}"
@@ -244,8 +249,10 @@ def _opened_bytes(file: Path) -> Any:
 def _load(label: str, **arguments: Any) -> Any:
     import datasets
 
+    # What is a pattern to `datasets` is a name here: `[` in the name of a file or of a folder above it.
+    escaped = {key: [*map(glob.escape, files)] for key, files in arguments.items() if key == "data_files"}
     try:
-        table = datasets.load_dataset(**arguments)
+        table = datasets.load_dataset(**arguments | escaped)
         if arguments["path"] == "json":
             table = _as_written(table, arguments["data_files"])
         return table

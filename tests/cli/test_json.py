@@ -83,6 +83,20 @@ def all_printed(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_brackets_in_a_name_are_no_markup(tmp_path):
+    folder = tmp_path / "a[bold]b"
+    folder.mkdir()
+    prepare(folder)
+    names = 0
+    for name in ("init", "ranks", "merge", "inspect of a plan", "inspect of a trained adapter", "export",
+                 "dial --strength", "replay"):  # fmt: skip
+        result = run(*COMMANDS[name].format(folder).split())
+        assert result.exit_code == 0 and str(tmp_path / "ab") not in result.output, result.output
+        names += str(folder) in result.output
+    assert names >= 7
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_keys_stay_as_scripts_know_them(name, all_printed):
     assert all_printed[name] == json.loads(KEPT.read_text(encoding="utf-8"))[name], AGAIN

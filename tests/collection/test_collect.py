@@ -22,6 +22,8 @@ def test_works_on_every_architecture(name):
     stats = collect(model, batches_for(name), rank=2)
     assert stats.provenance.stop_reason == "exhausted"
     assert stats.provenance.n_batches == 4
+    seconds = stats.provenance.seconds.values()
+    assert sum(seconds) > 0 and all(round(value, 3) == value for value in seconds)
     for layer, spectrum in stats.items():
         assert spectrum.components.shape == (4, stats.targets[layer].in_features)
         torch.testing.assert_close(spectrum.components @ spectrum.components.T, torch.eye(4), atol=1e-5, rtol=0)

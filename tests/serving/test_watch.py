@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from lora_init import LoraInitError, ServingCallback, ServingWatch
 from lora_init.serving.server import Server
@@ -256,3 +256,15 @@ def test_wrong_use_is_one_line():
     refused("every=0", ServingCallback, ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}), every=0)
     with warnings.catch_warnings(), pytest.raises(LoraInitError, match="this LlamaForCausalLM has none"):
         ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}).note(tiny_llama(), 0)
+
+
+def test_each_kind_of_error_is_warned_of_once(tmp_path):
+    errors = [ValueError("one: 1"), ValueError("one: 2"), OSError("two: 1"), ValueError("one: 3"), OSError("two: 2")]
+    callback = ServingCallback(ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}), every=1)
+    callback.watch.check = lambda model, step: raising(errors[step])(None)
+    with pytest.warns(UserWarning) as said:
+        for step in range(len(errors)):
+            state = TrainerState(global_step=step + 1, is_world_process_zero=True)
+            callback.on_step_end(None, state, TrainerControl())
+    warned = [str(one.message).partition(": ")[0] for one in said]
+    assert warned == ["step 0", "step 2"]
