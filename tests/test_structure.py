@@ -176,3 +176,17 @@ def test_functions_unfold():
 
 def test_the_integration_of_any_trainer_knows_none_of_trl():
     assert not re.findall(r"TRL|[A-Z]{3}Trainer", (PACKAGE / "trainers/trainers.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", [*FILES, *(f"{name}.py" for name in sorted(ROOT_FILES))])
+def test_text_is_read_and_written_in_utf8_on_every_machine(file):
+    unsaid = []
+    for node in ast.walk(parsed(file)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        mode = [one.value for one in node.args if isinstance(one, ast.Constant)]
+        text = node.func.attr in ("read_text", "write_text") or (node.func.attr == "open" and "w" in mode)
+        said = any(keyword.arg == "encoding" for keyword in node.keywords) or "utf-8" in mode
+        if text and not said:
+            unsaid.append(node.lineno)
+    assert not unsaid

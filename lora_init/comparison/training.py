@@ -32,7 +32,7 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     elif _STATUS.exists():
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         except OSError:  # not allowed in some containers: then the process's peak is the answer
             return
 
@@ -43,7 +43,7 @@ def peak_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     if not _STATUS.exists():
         return 0
-    match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+    match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"))
     return int(match[1]) * 1024 if match else 0
 
 

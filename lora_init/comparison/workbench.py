@@ -68,7 +68,7 @@ def circumstances() -> dict[str, Any]:
 def processor() -> str:
     """Find the name of the processor: on another one, sums are rounded otherwise."""
     with suppress(OSError):  # there is no such file but on Linux
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

@@ -41,8 +41,6 @@ class Budget:
     @property
     def option(self) -> dict[str, Any]:
         """The argument that was given, as a message names it."""
-        if self.unit == "ranks":
-            return {self.kind: int(self.asked)}
         return {self.kind: self.asked}
 
     @property

@@ -1,5 +1,6 @@
 """The directory: what is added comes back, what is foreign or damaged is refused in one line, nothing is replaced."""
 
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from lora_init.bank.store import open_bank
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.serving.trained import read_trained
+from lora_init.statistics.tensorfile import write_tensors
 from tests.bank import made
 from tests.conftest import refused
 from tests.processes import FORKS
@@ -140,3 +142,13 @@ def test_two_processes_add_at_once(bank, trained):
         worker.join()
         assert worker.exitcode == 0
     assert set(open_bank(bank.path).entries) == {*bank.entries, *names}
+
+
+@pytest.mark.parametrize("header", [{}, {"scalings": {"up": "much"}}, {"scalings": [1]}])
+def test_an_entry_without_scalings_as_we_write_them_is_damaged(header, bank):
+    file = bank.path / "task1.safetensors"
+    write_tensors(file, "lora_init.bank_entry", 1, header | {"task": "task1"}, {})
+    index = json.loads((bank.path / "bank.json").read_text())
+    index["entries"]["task1"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (bank.path / "bank.json").write_text(json.dumps(index))
+    refused(r"task1\.safetensors.*a layer", open_bank(bank.path).layers, "task1")

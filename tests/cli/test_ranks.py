@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lora_init.cli.app import app
+from lora_init.cli.ranks import _kinds_table
 from lora_init.collection.collect import collect
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import load_plan
@@ -162,3 +164,22 @@ def test_each_row_of_a_comparison_shows_how_many_more_parameters_it_has(file):
     assert "to first" in heads
     for row, parameters in zip(rows, [first, *others], strict=True):
         assert f" {parameters / first - 1:+.1%} " in row
+
+
+def test_the_table_of_kinds_says_where_ranks_and_parameters_go(file):
+    stats = Statistics.load(file)
+    names = [name for name in stats if name.endswith(("q_proj", "down_proj"))]
+    (a, b), (c, d) = ([name for name in names if name.endswith(kind)] for kind in ("q_proj", "down_proj"))
+    plan = replace(
+        allocate_ranks(stats, rank=2), ranks=dict.fromkeys(stats, 0) | {a: 3, b: 3, c: 2, d: 5},
+        targets={name: stats.targets[name] for name in stats},
+    )  # fmt: skip
+    rows = {row["layers"]: row for row in _kinds_table(plan).rows}
+    cost = {name: sum((stats.targets[name].in_features, stats.targets[name].out_features)) for name in names}
+    assert plan.parameters == 3 * cost[a] + 3 * cost[b] + 2 * cost[c] + 5 * cost[d]
+    for kind, rank, total, parameters in (
+        ("q_proj", "3", "6", 6 * cost[a]), ("down_proj", "2-5", "7", 7 * cost[c]),
+    ):  # fmt: skip
+        row = next(row for name, row in rows.items() if kind in name)
+        assert (row["count"], row["rank"], row["total rank"]) == ("2", rank, total)
+        assert row["parameters"] == f"{parameters:,}" and row["share"] == f"{parameters / plan.parameters:.1%}"

@@ -445,3 +445,9 @@ def test_what_is_as_it_should_be_is_not_warned_of(tokenizer, rows, options):
 def test_rows_that_are_left_out_are_no_examples_of_the_training():
     rows = [{"text": "a b c d e f"}] * 4 + [{"text": ""}] * 6
     assert load_batches(rows, byte_tokenizer()).settings["rows"] == 4
+
+
+def test_a_description_says_what_was_passed_over(tokenizer):
+    rows = [{"text": f"the cat {i}"} for i in range(9)]
+    assert ", after the first 4, seed 3," in load_batches(rows, tokenizer, offset=4, samples=2, seed=3).description
+    assert "after the first" not in load_batches(rows, tokenizer, samples=2).description
