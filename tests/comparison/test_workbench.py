@@ -211,3 +211,6 @@ def test_statistics_of_a_seed_say_what_they_were_made_of(home, tmp_path):
     made = bench.statistics(2, center=False, gradients=True, n_batches=1).provenance
     assert (made.seed, made.center, made.gradients, made.n_batches, made.rank) == (2, False, True, 1, bench.shape.rank)
     assert made.data.endswith("training examples in the order of seed 2")
+    assert (
+        not {"own", "bank", "replay", "quantisation"} & bench.settings("llama").keys()
+    )  # of which it has none: older comparisons go on
