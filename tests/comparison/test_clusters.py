@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import dask as dask_itself
 import pytest
 import submitit
+import torch
 from distributed import LocalCluster
 from submitit.local.local import LocalJob
 from typer.testing import CliRunner
@@ -441,3 +442,11 @@ def test_dask_is_asked_for_a_gpu_where_a_worker_has_one(declared, resources, tmp
     assert executor.submit(max, 1, 2).result() == 2
     assert asked == ["tcp://here:1", {"pure": False, "resources": resources}]
     assert executor.nodes() == {i: f"node{i}" for i in range(len(declared))}
+
+
+def test_runs_of_one_process_take_turns(monkeypatch):
+    held, job = [], SimpleNamespace(node="", key="k", threads=torch.get_num_threads())
+    bench = SimpleNamespace(carry_out=lambda run, keep: held.append(workers._one_run.locked()) or {})
+    monkeypatch.setitem(workers._benches, "k", bench)
+    carry_out(job, Run(REFERENCE, 0, 1e-3), False, "")
+    assert held == [True] and not workers._one_run.locked()
