@@ -350,3 +350,9 @@ def test_a_generator_that_does_not_fit_the_bank_is_refused(change, message, with
     tensors = {name: written.tensor(name) for name in written.header["digests"]}
     write_tensors(file, "lora_init.generator", 1, written.header | change, tensors)
     refused(message, load_generator, open_bank(path))
+
+
+def test_prompts_are_embedded_without_dropout_and_the_mode_stays():
+    model = made.tiny_llama(attention_dropout=0.5)
+    expected = embed(model.eval(), made.batches(0))
+    assert torch.equal(embed(model.train(), made.batches(0)), expected) and model.training
