@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_init
 from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
+from lora_init.building import quantized
 from lora_init.building.quantized import loss_or_distance, read_product, with_losses
 from lora_init.layers.targets import Target
 from lora_init.loading.models import QUANTIZATIONS, load_model
@@ -271,3 +272,10 @@ def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):
     size = float(sum((init.scaling * (b @ a)).square().sum() for a, b in init.weights.values())) ** 0.5
     assert start_share == pytest.approx(init.error_size / size, rel=1e-4)
     assert merged.error_share > 0 and served.error_share > 0
+
+
+def test_a_matrix_is_read_in_parts_of_which_the_last_is_smaller(monkeypatch):
+    monkeypatch.setattr(quantized, "_ROWS", 3)
+    layer = torch.nn.Linear(8, 5, bias=False)
+    read = quantized._outputs_for_units(layer, 8, torch.float32, torch.device("cpu"))
+    assert torch.equal(read, layer.weight)

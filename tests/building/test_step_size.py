@@ -1,5 +1,6 @@
 """The size of a step: the best that a plain search finds, measured on the model that is then handed over."""
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +10,7 @@ import lora_init
 from lora_init import find_step_size, mean_loss
 from lora_init.adapters.card import start_in_words
 from lora_init.building.build import build_adapter
-from lora_init.building.step_size import hold_out
+from lora_init.building.step_size import _lowest, hold_out
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from tests.collection.made import labelled
@@ -172,3 +173,17 @@ def test_batches_of_no_known_form_are_set_aside_whole(make):
 
 def modes(model):
     return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize(("best", "measured"), [
+    (2.0**-5, {4, 1, 1 / 4, 1 / 16, 1 / 64, 1 / 8, 1 / 32}),
+    (2.0**3, {1, 4, 16, 8, 2}),
+])  # fmt: skip
+def test_the_walk_goes_by_quarters_and_looks_half_a_step_to_both_sides(best, measured):
+    seen = set()
+
+    def loss(gamma):
+        seen.add(gamma)
+        return abs(math.log2(gamma / best))
+
+    assert _lowest(loss, 1.0) == best and seen >= measured and not {1 / 2, 3} & seen

@@ -1,8 +1,11 @@
 """What `init`, a dry run and the outlook of a comparison print: each line, and what each fact changes."""
 
+from types import SimpleNamespace
+
+import pandas as pd
 import pytest
 
-from lora_init.cli.compare import show_outlook
+from lora_init.cli.compare import show_comparison, show_outlook
 from lora_init.cli.console import running
 from lora_init.cli.dry_run import show_estimate
 from lora_init.cli.summary import show_bank_summary, show_summary
@@ -129,3 +132,18 @@ def test_a_fact_changes_its_own_lines_and_no_other(case):
 def test_a_note_that_was_a_warning_is_not_printed_again(monkeypatch):
     monkeypatch.setattr(running, "warned", {"a note"})
     assert "note: a note" not in printed(show_summary, MADE)
+
+
+def test_a_comparison_says_all_that_was_found_in_its_order(monkeypatch):
+    tables = {"differences": pd.DataFrame([{"start": "eva[1]", "loss": "2 %"}]), "runs": pd.DataFrame([{"start": "x"}])}
+    monkeypatch.setattr("lora_init.comparison.tables.run_tables", lambda summary: tables)
+    found = SimpleNamespace(
+        answer="answer", caveats=["caveat"], notes=["note [b]"], facts="facts", headroom="headroom",
+        headline="headline",
+        verdicts=[SimpleNamespace(sentence="verdict")], as_recommended=["recommended"], equal_time=["time"],
+        forgetting=["forgets"], data_needed=["data"], command="lora-init compare",
+    )  # fmt: skip
+    assert [line for line in printed(show_comparison, found) if line] == [
+        "answer", "note: caveat", "note: note [b]", "facts", "headroom", "headline", "verdict", "recommended", "time",
+        "forgets", "data", "differences", "start loss", "eva[1] 2 %", "lora-init compare",
+    ]  # fmt: skip

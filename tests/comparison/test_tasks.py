@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from lora_init.comparison.tasks import LoadingOptions, find_answer, load_task, split_options
+from lora_init.comparison.tasks import Item, LoadingOptions, find_answer, item_length, load_task, split_options
 from lora_init.errors import LoraInitError
 from lora_init.loading.reader import IGNORED
 from tests.commands import WORDS
@@ -198,3 +198,7 @@ def test_whether_the_right_options_are_spelled_out_is_told_by_rows_that_have_one
     asked = LoadingOptions(template="{question}", options="options", selection_samples=1, report_samples=1)
     task = load_task(tmp_path / "rows.jsonl", tokenizer, asked, 2)
     assert task.spelled_out is spelled_out and "4 left out whose answer is none of the options" in task.data
+
+
+def test_an_example_is_as_long_as_its_tokens_whatever_its_labels():
+    assert item_length(Item(([5, 6, 7], [1]))) == 3 and item_length(Item(([5], [1, 2, 3]))) == 1
