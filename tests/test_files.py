@@ -198,3 +198,12 @@ def test_a_mount_point_is_not_replaced(tmp_path, monkeypatch):
 def test_a_file_that_is_no_json_object_is_told(text, said, tmp_path):
     (tmp_path / "a.json").write_bytes(text.encode() if isinstance(text, str) else text)
     refused(said, read_json, tmp_path / "a.json")
+
+
+def test_a_folder_that_may_not_be_listed_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    write_whole(tmp_path / "a.json", b"{}")
+    assert (tmp_path / "a.json").read_bytes() == b"{}"
