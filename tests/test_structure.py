@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -36,15 +37,23 @@ KNOW_PEFT = {"adapters", "building", "serving", "keep", "comparison"}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/**/*.py"))
 
 
-def parsed(file):
-    return ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+@cache
+def nodes(file, left_out=None):
+    """List the nodes of a file, of which a visitor may leave some out."""
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    return [*ast.walk(left_out().visit(tree) if left_out else tree)]
+
+
+@cache
+def modules(file, left_out=None):
+    """Collect the modules that a file takes names from."""
+    return {node.module for node in nodes(file, left_out) if isinstance(node, ast.ImportFrom) and node.module}
 
 
 def imports(file):
-    for node in ast.walk(parsed(file)):
-        if isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-        elif isinstance(node, ast.Import):
+    yield from modules(file)
+    for node in nodes(file):
+        if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
@@ -58,7 +67,7 @@ def test_imports_between_packages_go_one_way(file):
     """Nor does a string name a module higher up, for somebody else to import."""
     package = file.split("/")[0]
     ours = {name.split(".")[1] for name in imports(file) if name.startswith("lora_init.")}
-    constants = (node.value for node in ast.walk(parsed(file)) if isinstance(node, ast.Constant))
+    constants = (node.value for node in nodes(file) if isinstance(node, ast.Constant))
     ours |= {name for text in constants for name in re.findall(r"\blora_init\.(\w+)\.", str(text))} & {*MAY_IMPORT}
     assert ours <= MAY_IMPORT[package] | {package, *ROOT_FILES}
 
@@ -75,18 +84,14 @@ class _AtRunTime(ast.NodeTransformer):
     """Leave out what only type checkers import."""
 
     def visit_If(self, node):
-        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+        for_types = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        return None if for_types else self.generic_visit(node)
 
 
-def graph(prepare):
+def graph(left_out=None):
     """Map each file to those that it imports, also in a function."""
-    imported = {}
-    for file in FILES:
-        nodes = [node for node in ast.walk(prepare(parsed(file))) if isinstance(node, ast.ImportFrom) and node.module]
-        imported[file.removesuffix(".py").replace("/", ".")] = {
-            node.module.removeprefix("lora_init.") for node in nodes
-        }
-    return imported
+    imported = {file: {name.removeprefix("lora_init.") for name in modules(file, left_out)} for file in FILES}
+    return {file.removesuffix(".py").replace("/", "."): names for file, names in imported.items()}
 
 
 # Files of which one takes what the other makes, and names its type alone.
@@ -99,8 +104,8 @@ FOR_TYPES = {
 
 
 def test_files_import_each_other_in_no_circle_and_for_types_only_these():
-    TopologicalSorter(graph(_AtRunTime().visit)).prepare()  # raises CycleError, with the circle
-    every = graph(lambda tree: tree)
+    TopologicalSorter(graph(_AtRunTime)).prepare()  # raises CycleError, with the circle
+    every = graph()
     assert {(a, b) for a in every for b in every[a] if a < b and a in every.get(b, ())} == FOR_TYPES
 
 
@@ -121,9 +126,8 @@ def test_what_few_use_is_imported_when_it_is_used(rare):
     for file in FILES:
         package, module = file.split("/")[0], file.removesuffix(".py").replace("/", ".")
         if not f"{module}.".startswith(f"{rare}."):
-            at_import = {node.module for node in ast.walk(_AtImport().visit(parsed(file))) if hasattr(node, "module")}
+            at_import, runs = modules(file, _AtImport), modules(file, _AtRunTime)
             assert not any(f"{name}.".startswith(f"lora_init.{rare}.") for name in at_import)
-            runs = {node.module for node in ast.walk(_AtRunTime().visit(parsed(file))) if hasattr(node, "module")}
             assert package in FEW_USE[rare] or not any(f"{name}.".startswith(f"lora_init.{rare}.") for name in runs)
 
 
@@ -147,15 +151,14 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "starts/starts.py"])
 def test_names_of_starts_stand_in_the_registry_alone(file):
-    tree = parsed(file)
-    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    strings = {node.value for node in nodes(file) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert strings & {*compared_names(), FROM_BANK} <= OTHERWISE.get(file, set())
 
 
 def test_functions_below_the_public_ones_have_at_most_eight_parameters():
     found = {}
     for file in (file for file in FILES if not file.startswith("cli/")):
-        for node in ast.walk(parsed(file)):
+        for node in nodes(file):
             if isinstance(node, ast.FunctionDef) and node.name not in lora_init.__all__:
                 taken = [*node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
                 n = len([one for one in taken if one is not None and one.arg not in ("self", "cls")])
@@ -181,7 +184,7 @@ def test_the_integration_of_any_trainer_knows_none_of_trl():
 @pytest.mark.parametrize("file", [*FILES, *(f"{name}.py" for name in sorted(ROOT_FILES))])
 def test_text_is_read_and_written_in_utf8_on_every_machine(file):
     unsaid = []
-    for node in ast.walk(parsed(file)):
+    for node in nodes(file):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         mode = [one.value for one in node.args if isinstance(one, ast.Constant)]
