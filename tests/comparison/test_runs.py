@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -25,6 +23,7 @@ from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError
 from tests.comparisons import broken, record, settings
 from tests.conftest import refused
+from tests.processes import FORKS
 
 RATES, SEEDS = (1e-3, 1e-2), (0, 1, 2)
 
@@ -295,19 +294,24 @@ def test_a_damaged_run_is_named(packed, text, tmp_path):
     refused(said, read_runs, tmp_path)
 
 
+def hold(directory, link):
+    """Hold a comparison's directory until the other end of the link is closed."""
+    with open_runs(directory, settings()):
+        link.send("held")
+        with suppress(EOFError):
+            link.recv()
+
+
 def test_a_second_process_waits_for_nothing(tmp_path):
-    script = (
-        "import sys; from pathlib import Path; from tests.comparisons import settings\n"
-        "from lora_init.comparison.runs import open_runs\n"
-        "with open_runs(Path(sys.argv[1]), settings()):\n    print('held', flush=True); sys.stdin.read()\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as process:
-        assert process.stdout.readline() == "held\n"
+    here, there = FORKS.Pipe()
+    process = FORKS.Process(target=hold, args=(tmp_path, there), daemon=True)
+    process.start()
+    there.close()
+    with here:
+        assert here.recv() == "held"
         refused(rf"is in use by process {process.pid} on .*\. Wait until", keep, tmp_path)
-        process.stdin.close()
-        assert process.wait(timeout=60) == 0
+    process.join(60)
+    assert process.exitcode == 0
     keep(tmp_path, record())
     assert len(read_runs(tmp_path)) == 1
 
