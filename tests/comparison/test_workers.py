@@ -32,7 +32,7 @@ def alone(home, tmp_path_factory):
 
 @pytest.fixture
 def forks(monkeypatch):
-    """Workers that a server with all imports forks; `test_two_processes_give_the_numbers_of_one` spawns them."""
+    """Workers that a server with all imports forks; `test_a_process_that_begins_anew_gives_them_too` spawns one."""
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: FORKS)
 
 
@@ -45,13 +45,21 @@ def die(mark, model, seed):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(home, alone, tmp_path):
+def test_two_processes_give_the_numbers_of_one(forks, home, alone, tmp_path):
     found = compare(home, tmp_path / "out", learning_rates=[1e-2], seeds=3, workers=2)
     assert without_clock(read_runs(tmp_path / "out")) == without_clock(read_runs(alone.directory))
     assert [verdict.mean for verdict in found.summary.verdicts] == [v.mean for v in alone.summary.verdicts]
     assert (tmp_path / "out" / "best" / "adapter_model.safetensors").read_bytes() == (
         alone.directory / "best" / "adapter_model.safetensors"
     ).read_bytes()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_process_that_begins_anew_gives_them_too(home, alone, tmp_path):
+    found = compare(home, tmp_path / "out", starts=["random"], learning_rates=[1e-2], seeds=1, workers=2)
+    expected = [one for one in read_runs(alone.directory) if (one["start"], one["seed"]) == ("random", 0)]
+    assert without_clock(found.records) == without_clock(expected)
     assert not multiprocessing.active_children()
 
 
