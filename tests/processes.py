@@ -20,6 +20,14 @@ os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.processes_imports"])
 
+# The first lines of a program that reads `lora_init` again: from a folder, or with what is installed there.
+ANEW = """
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "lora_init"]:
+    del sys.modules[name]
+sys.path.insert(0, {folder!r})
+"""
+
 
 class Processes:
     """`size` processes that run `function(rank, size, folder, *arguments)`, which returns what JSON can hold.

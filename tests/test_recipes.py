@@ -2,13 +2,12 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lora_init
+from tests.processes import ANEW, command_line, free_port, run
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -66,10 +65,10 @@ def printed(tmp_path_factory):
         source = file.read_text(encoding="utf-8")
         assert source.count(line) == 1
         file.write_text(source.replace(line, f"{block}{line}"), encoding="utf-8")
-    command = [sys.executable, "-c", BEGIN + PROGRAM]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    (folder / "program.py").write_text(ANEW.format(folder=str(folder)) + BEGIN + PROGRAM)
+    ((code, out, err),) = run(command_line, 1, folder, str(folder / "program.py"), MASTER_PORT=free_port())
+    assert code == 0, err
+    return out.splitlines()
 
 
 def test_an_option_is_in_the_signature_the_help_the_check_and_the_record(printed):

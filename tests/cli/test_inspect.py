@@ -1,8 +1,8 @@
 """`lora-init inspect`: statistics, plans, adapters before and after training, and damaged ones."""
 
 import json
+import os
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lora_init
+from lora_init import cli
 from tests.commands import assert_one_line_error, run, save_model
 from tests.comparisons import broken, planted, write
 from tests.conftest import tiny_llama
+from tests.processes import Processes, free_port
 from tests.serving.made import train
 
 QV = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -263,13 +265,22 @@ def test_the_base_that_was_typed_is_the_one_in_the_commands(home, tmp_path):
         assert f"Next: vllm serve {home / 'model'} --enable-lora" in shown and f" --base {home / 'model'}\n" in shown
 
 
+def into_a_closed_pipe(rank, size, folder, *words):
+    """Exit code of a command whose reader has left; what it has not written yet is written at last, as at an exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout, sys.argv = os.fdopen(1, "w"), ["lora-init", *words]
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    sys.stdout.flush()
+    return ended.value.code
+
+
 def test_a_reader_that_leaves_early_sees_no_traceback(tmp_path):
     write(tmp_path / "runs", planted({"eva": -0.02}))
-    words = [sys.executable, "-m", "lora_init", "inspect", str(tmp_path / "runs")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 1
+    process = Processes(into_a_closed_pipe, 1, tmp_path, "inspect", str(tmp_path / "runs"), MASTER_PORT=free_port())
+    assert process.results() == [1] and process.stderr(0) == ""
 
 
 @pytest.mark.parametrize(("file", "content"), [

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.assets import EXAMPLES
+from tests.processes import ANEW, command_line, free_port
+from tests.processes import run as in_processes
 
 PROGRAM = """
-import sys, torch, lora_init
+import torch, lora_init
 from tests.conftest import batches_for, tiny_llama
 model, batches = tiny_llama(), batches_for("llama")
 stats = lora_init.collect(model, batches, rank=3)
@@ -25,7 +27,7 @@ for words in {commands}:
 
 
 @pytest.mark.slow
-def test_the_package_of_the_examples_installs_and_works_everywhere(home, tmp_path, monkeypatch):
+def test_the_package_of_the_examples_installs_and_works_everywhere(home, tmp_path):
     own, adapter, runs, file = tmp_path / "own", *(str(tmp_path / name) for name in ("adapter", "runs", "stats"))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", str(own), str(EXAMPLES / "own_start")], check=True)
@@ -37,10 +39,9 @@ def test_the_package_of_the_examples_installs_and_works_everywhere(home, tmp_pat
         ["inspect", adapter],
         ["compare", model, text, "-o", runs, "--starts", "random,tail", "--rank", "2", "--max-length", "16", *short],
     ]
-    monkeypatch.setenv("PYTHONPATH", f"{own}:{EXAMPLES.parent}")
-    program = PROGRAM.format(commands=commands)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    ended = [line for line in done.stdout.splitlines() if line.startswith(("CODE", "OUTSIDE"))]
-    assert ended == ["OUTSIDE True", "CODE init 0", "CODE ranks 0", "CODE inspect 0", "CODE compare 0"], done.stderr
-    assert "tail (own-start 0.1.0)" in done.stdout  # inspect
+    (tmp_path / "program.py").write_text(ANEW.format(folder=str(own)) + PROGRAM.format(commands=commands))
+    ((_, out, err),) = in_processes(command_line, 1, tmp_path, str(tmp_path / "program.py"), MASTER_PORT=free_port())
+    ended = [line for line in out.splitlines() if line.startswith(("CODE", "OUTSIDE"))]
+    assert ended == ["OUTSIDE True", "CODE init 0", "CODE ranks 0", "CODE inspect 0", "CODE compare 0"], err
+    assert "tail (own-start 0.1.0)" in out  # inspect
     assert json.loads((Path(runs) / "settings.json").read_text())["packages"] == {"tail": "own-start 0.1.0"}
