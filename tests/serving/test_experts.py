@@ -1,9 +1,11 @@
 """Adapters of fused experts (PEFT's `target_parameters`) are exported, also for engines, compressed and merged."""
 
+import copy
 import hashlib
 import math
 import re
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -65,16 +67,22 @@ def only(*names):
 
 
 def load(base):
+    return copy.deepcopy(_loaded(base))
+
+
+@cache
+def _loaded(base):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(base).eval()
 
 
 def train(base, directory, **settings):
-    """Make an adapter as PEFT saves it, with random numbers in place of training."""
-    model = adapted(load(base), **settings)
-    model.save_pretrained(directory)
-    return directory
+    """Copy an adapter as PEFT saves it, with random numbers in place of training; each is made once."""
+    made = base.with_name(hashlib.sha256(repr(settings).encode()).hexdigest())
+    if not made.exists():
+        adapted(load(base), **settings).save_pretrained(made)
+    return shutil.copytree(made, directory)
 
 
 def adapted(model, **settings):

@@ -1,5 +1,6 @@
 """Whether an adapter fits its base, by headers alone: 20 right pairs, 40 planted misfits, bad input, `--rename`."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -58,14 +59,16 @@ def bases(tmp_path_factory):
 
 
 def adapter(bases, name, directory, task_type="CAUSAL_LM", **settings):
-    """Make an adapter as PEFT saves it, of any class."""
-    model = BASES[name]()
-    model.name_or_path = str(bases / name)
+    """Copy an adapter as PEFT saves it, of any class; each is made once."""
     settings = dict(r=4, lora_alpha=8, task_type=task_type) | settings
-    model = get_peft_model(model, LoraConfig(**settings))
-    randomise(model)
-    model.save_pretrained(directory)
-    return directory
+    made = bases / "adapters" / hashlib.sha256(repr((name, settings)).encode()).hexdigest()
+    if not made.exists():
+        model = BASES[name]()
+        model.name_or_path = str(bases / name)
+        model = get_peft_model(model, LoraConfig(**settings))
+        randomise(model)
+        model.save_pretrained(made)
+    return shutil.copytree(made, directory)
 
 
 def change(directory, tensors=None, **config):
