@@ -89,7 +89,7 @@ def seeds(study: str, *names: str, rate: float | None = None) -> Any:
 
 def best_rate(study: str, *names: str) -> Any:
     """Return the learning rate that a start is compared at."""
-    return _each(names, lambda start: best_rates(_runs(study))[start])
+    return _each(names, lambda start: _best_rates(study)[start])
 
 
 def above(study: str, *names: str, of: str = RANDOM) -> Any:
@@ -99,7 +99,7 @@ def above(study: str, *names: str, of: str = RANDOM) -> Any:
 
 def above_at(study: str, rate: float, *names: str) -> Any:
     """Return how far a start ends at a rate above random at its best one, over the seeds that both have."""
-    return _each(names, lambda start: float(trade_off.points(_runs(study)).loc[(start, rate), "above"]))
+    return _each(names, lambda start: float(_points(study).loc[(start, rate), "above"]))
 
 
 def ends(start: str, *studies: str) -> tuple[Any, ...]:
@@ -138,8 +138,12 @@ def cost(name: str, setting: str = "smollm2") -> float:
 
 def verdicts_of_fourteen_starts(outcome: str | None = None) -> int:
     """Count the comparisons of `benchmarks.starts`: all, or those with an outcome."""
-    judged = [verdict for runs in starts.read_tasks().values() for verdict in verdicts(runs)]
-    return sum(outcome in (None, verdict.outcome) for verdict in judged)
+    return sum(outcome in (None, verdict.outcome) for verdict in _fourteen_starts())
+
+
+@cache
+def _fourteen_starts() -> list[Any]:
+    return [verdict for runs in starts.read_tasks().values() for verdict in verdicts(runs)]
 
 
 HOT = "random 3e-3"  # the arm that others are compared with
@@ -562,9 +566,19 @@ def _runs(study: str) -> pd.DataFrame:
     return table
 
 
+@cache
+def _best_rates(study: str) -> Any:
+    return best_rates(_runs(study))
+
+
+@cache
+def _points(study: str) -> pd.DataFrame:
+    return trade_off.points(_runs(study))
+
+
 def _chosen(study: str, start: str, rate: float | None) -> pd.DataFrame:
     runs = _runs(study)
-    rate = best_rates(runs)[start] if rate is None else rate
+    rate = _best_rates(study)[start] if rate is None else rate
     chosen = runs[runs["start"].eq(start) & runs["learning_rate"].eq(rate) & runs["status"].eq("finished")]
     if chosen.empty:
         raise KeyError(f"{study} has no finished run of {start} at {rate_text(rate)}")

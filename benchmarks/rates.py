@@ -137,6 +137,7 @@ def pairs(tokens: str = "attention", mean: str = "geometric mean") -> pd.DataFra
     return known.assign(rates=rates, change=np.exp(changes))
 
 
+@cache
 def errors(tokens: str = "attention", mean: str = "geometric mean", of_all: bool = True) -> pd.Series[float]:
     """Compute the log of predicted over best rate for each pair, constants made without its task.
 
