@@ -11,10 +11,10 @@ from tests.commands import WORDS, save_model
 from tests.conftest import tiny_bert, tiny_llama
 
 
-def make_home(home, n_rows=120):
+def make_home(home, n_rows=120, **sizes):
     """Write `llama`, `bert` and `rows.jsonl`: six words, three options of which the first word of the row is right."""
     torch.manual_seed(0)  # the same weights whatever ran before
-    save_model(tiny_llama(), home / "llama")
+    save_model(tiny_llama(**sizes), home / "llama")
     save_model(tiny_bert(), home / "bert")
     rng = random.Random(0)
     rows = []

@@ -75,7 +75,7 @@ def parameters(function):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("options")
-    save_model(tiny_llama(), home / "model")
+    save_model(tiny_llama(num_hidden_layers=1), home / "model")
     write_data(home)
     return home
 
@@ -287,7 +287,7 @@ def test_the_command_init(home, tmp_path, beside):
 
 @pytest.mark.slow
 def test_compare(tmp_path_factory):
-    home = make_home(tmp_path_factory.mktemp("comparison"), n_rows=60)
+    home = make_home(tmp_path_factory.mktemp("comparison"), n_rows=60, num_hidden_layers=1)
     places = iter(range(1000))
     base = SMALL | dict(starts=("random",), steps=2, seeds=1, learning_rates=[1e-2], evaluation_points=None)
 
