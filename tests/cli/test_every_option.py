@@ -38,12 +38,12 @@ IDS = torch.tensor([[*range(4 + i, 23), *range(4, 4 + i)] for i in range(19)])  
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Two bases, an adapter before and after its training, another one, statistics of two passes."""
+    """Two bases, an adapter before and after its training, another one, statistics of two passes over a deeper base."""
     home = tmp_path_factory.mktemp("options")
     write_data(home)
-    for seed, name in enumerate(("base", "other")):
+    for seed, (name, depth) in enumerate((("base", 1), ("other", 1), ("deep", 2))):
         torch.manual_seed(seed)
-        save_model(tiny_llama(initializer_range=0.3), home / name)  # so that rounding shows
+        save_model(tiny_llama(initializer_range=0.3, num_hidden_layers=depth), home / name)  # so that rounding shows
     for name, steps in (("start", 0), ("trained", 20), ("again", 10)):
         torch.manual_seed(2)
         config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -56,9 +56,10 @@ def home(tmp_path_factory):
         model.save_pretrained(home / name)
     backwards = [" ".join(reversed(line.split())) for line in (home / "text.txt").read_text().splitlines()]
     (home / "other.txt").write_text("\n".join(backwards))
-    for name, seed in (("first", 0), ("second", 1)):  # other rows, in part: those that begin alike are not merged
+    # Other rows, in part: those that begin alike are not merged.
+    for name, base, seed in (("first", "deep", 0), ("second", "deep", 1), ("of base", "base", 0)):
         made = run(
-            "init", home / "base", home / "rows.jsonl", "--template", "{passage}", "--rank", 4, "--samples", 24,
+            "init", home / base, home / "rows.jsonl", "--template", "{passage}", "--rank", 4, "--samples", 24,
             "--seed", seed, "--statistics", home / f"{name}.safetensors", "-o", home / name,
         )  # fmt: skip
         assert made.exit_code == 0, made.output
@@ -196,7 +197,7 @@ def test_inspect(home, tmp_path):
     whole = {"merge_type": "int8", "data": "{home}/rows.jsonl", "template": "{passage}"}
     probes = beside(whole) | {
         "intruders": Try(True), "merge_type": Try("int8"), "base": Try("{home}/other"), "engine": Try("vllm"),
-        "statistics": Try("{home}/first.safetensors", {"merge_type": "int8"}),
+        "statistics": Try("{home}/of base.safetensors", {"merge_type": "int8"}),
         "data": Try("{home}/text.txt", {"merge_type": "int8"}), "template": Try("{question}", whole),
         "steps": Free("of a start, below"), "epochs": Free("of a start, below"),
         "train_batch_size": Free("of a start, below"),
