@@ -277,9 +277,11 @@ def into_a_closed_pipe(rank, size, folder, *words):
     return ended.value.code
 
 
-def test_a_reader_that_leaves_early_sees_no_traceback(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--json"]])  # rich itself sees that the reader has left; `--json` goes without
+def test_a_reader_that_leaves_early_sees_no_traceback(more, tmp_path):
     write(tmp_path / "runs", planted({"eva": -0.02}))
-    process = Processes(into_a_closed_pipe, 1, tmp_path, "inspect", str(tmp_path / "runs"), MASTER_PORT=free_port())
+    words = ["inspect", str(tmp_path / "runs"), *more]
+    process = Processes(into_a_closed_pipe, 1, tmp_path, *words, MASTER_PORT=free_port())
     assert process.results() == [1] and process.stderr(0) == ""
 
 
