@@ -202,3 +202,10 @@ def test_whether_the_right_options_are_spelled_out_is_told_by_rows_that_have_one
 
 def test_an_example_is_as_long_as_its_tokens_whatever_its_labels():
     assert item_length(Item(([5, 6, 7], [1]))) == 3 and item_length(Item(([5], [1, 2, 3]))) == 1
+
+
+def test_the_seed_of_the_split_decides_which_examples_are_in_which_fold(home, tokenizer):
+    one, again, other = (load(home, tokenizer, completion=" {letter}", data_seed=seed) for seed in (1, 1, 2))
+    assert (one.train, one.selection, one.report) == (again.train, again.selection, again.report)
+    folds = [{tuple(item.tokens[0]) for item in task.report} for task in (one, other)]
+    assert len(folds[0]) == len(folds[1]) == 10 and folds[0] != folds[1]
