@@ -194,3 +194,7 @@ def test_an_input_of_one_dimension_is_one_row():
     masks = TokenMasks(tiny_llama(), "attention")
     masks.start(batches_for("llama")[0])
     assert torch.equal(masks.rows("a.layer", torch.arange(4.0)), torch.tensor([[0.0, 1.0, 2.0, 3.0]]))
+
+
+def test_a_mask_of_another_name_is_refused_as_it_was_given():
+    refused("token_mask='label': Did you mean labels", TokenMasks, tiny_llama(), "label")

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_init import LoraInitError, export_adapter
+from tests.conftest import assert_options_are_written
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 
@@ -65,6 +66,6 @@ ADAPTERS = {
 def refused(message, *arguments, **options):
     with pytest.raises(LoraInitError, match=message) as caught:
         export_adapter(*arguments, **options)
-    assert "\n" not in str(caught.value)
+    assert_options_are_written(str(caught.value))
     output = Path(arguments[1])
     assert not output.exists() and not [path for path in output.parent.iterdir() if path.name.startswith(".")]

@@ -135,3 +135,11 @@ def test_an_answer_lasts_to_its_first_end_or_is_whole_where_there_is_none(ends):
         kept = (answered(["a b", "c"], trainer, model)["labels"] != -100).sum(1).tolist()
         expected = [[*row.tolist(), end].index(end) + 1 for row in answer]
         assert kept == [min(n, 4) for n in expected]
+
+
+def test_what_follows_the_first_end_is_no_answer():
+    model, answers = tiny_llama(), torch.tensor([[5, 2, 6, 2], [5, 6, 7, 8]])
+    model.generate = lambda input_ids, **settings: torch.cat([input_ids, answers], 1)
+    batch = answered(["a b", "c"], stand_in(eos_token_id=2), model)
+    assert batch["labels"][:, -4:].tolist() == [[5, 2, -100, -100], [5, 6, 7, 8]]
+    assert batch["attention_mask"][:, -4:].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
