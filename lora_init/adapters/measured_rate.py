@@ -27,7 +27,7 @@ from lora_init.layers.masks import NothingCountsError, TokenMasks
 from lora_init.layers.rows import check_peft, expert_group, experts_of
 from lora_init.layers.running import call_model, check_batches, restoring
 from lora_init.layers.targets import count_linear, new_heads, trains_new_head
-from lora_init.layers.wrappers import plain_names, unwrapped, without_adapter
+from lora_init.layers.wrappers import plain_name, plain_names, run_eagerly, unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
 from lora_init.rates.learning_rate import LearningRate, Response, response, share_of
 from lora_init.rates.training_length import BATCH_SIZE, TrainingLength
@@ -155,7 +155,8 @@ def layers_of(model: Any, adapter_name: str) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         return {}
     layers = adapter_layers(unwrapped(model))
-    return {name: layer for name, layer in layers.items() if adapter_name in getattr(layer, "r", {})}
+    # By plain names, since a part of the model may be compiled: layers are counted, and tokens masked, by these.
+    return {plain_name(name): layer for name, layer in layers.items() if adapter_name in getattr(layer, "r", {})}
 
 
 # How a response is measured. A first step of Adam moves every entry of B by about the rate eta, whatever the gradient
@@ -254,7 +255,7 @@ def _run_batches(base: nn.Module, hooks: ActivationHooks, batches: Iterable[Any]
     """Run the model on the first batches; what it raises names the batch, but for a lack of memory."""
     for number, batch in enumerate(islice(batches, _MAX_BATCHES)):
         try:
-            with hooks.watch(batch, sums) as moved:
+            with hooks.watch(batch, sums) as moved, run_eagerly():
                 call_model(base, moved)
         except NothingCountsError:  # the next batch may have a token that counts
             continue

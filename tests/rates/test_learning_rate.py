@@ -611,6 +611,19 @@ def test_dora_has_the_rate_of_the_same_adapter_without_it_and_stays_dora():
     assert adapted.base_model.model[0].lora_variant
 
 
+def test_a_part_that_was_compiled_and_has_run_changes_no_rate():
+    def measured(compiled):
+        torch.manual_seed(0)
+        part = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query", "value"]))
+        if compiled:
+            part = torch.compile(part, backend="eager")
+            part(**TOKENS)  # its graph is from before the hooks
+        return learning_rate(Held(part), [TOKENS], steps=48)
+
+    plain, compiled = measured(False), measured(True)
+    assert (compiled.rate, compiled.share, compiled.layers) == (plain.rate, plain.share, plain.layers)
+
+
 def test_an_adapter_of_another_method_is_no_lora_adapter(tokens):
     other = get_peft_model(tiny_llama(), AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]))
     assert "has no LoRA adapter 'default'" in refused("", learning_rate, other, [tokens])
