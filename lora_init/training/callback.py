@@ -318,14 +318,17 @@ def _set_rate(rate: float, optimizer: Any, scheduler: Any, kwargs: Any) -> None:
         for name in ("lr", "initial_lr"):
             if name in group:
                 group[name] = group[name] * factor  # not in place: both may be one tensor
+    _set_shares(factor, schedule, kwargs)
+    # The share that a schedule ends at may be a part of the first step, too, as of cosine_warmup_with_min_lr.
+    for group, function in zip(optimizer.param_groups, getattr(schedule, "lr_lambdas", ()), strict=False):
+        group["lr"] = group["initial_lr"] * function(schedule.last_epoch)
     # By its state, which every schedule of torch gives and takes.
     state = schedule.state_dict()
-    lists = {}
-    for name in ("base_lrs", "_last_lr"):
-        if name in state:
-            lists[name] = [lr * factor for lr in state[name]]
-    schedule.load_state_dict(state | lists)
-    _set_shares(factor, schedule, kwargs)
+    if "base_lrs" in state:
+        state["base_lrs"] = [lr * factor for lr in state["base_lrs"]]
+    if "_last_lr" in state:
+        state["_last_lr"] = [group["lr"] for group in optimizer.param_groups]
+    schedule.load_state_dict(state)
 
 
 def _set_shares(factor: float, scheduler: Any, kwargs: Any) -> None:

@@ -131,6 +131,7 @@ def test_the_measured_rate_is_that_of_initialize_and_the_schedule_goes_by_it(tmp
     ("cosine_with_min_lr", {"lr_scheduler_kwargs": {"min_lr": 2e-4}}),
     ("cosine_with_min_lr", {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}),
     ("cosine_warmup_with_min_lr", {"lr_scheduler_kwargs": {"min_lr": 2e-4}, "warmup_steps": 1}),
+    ("cosine_warmup_with_min_lr", {"lr_scheduler_kwargs": {"min_lr": 2e-4}}),
     ("polynomial", {}), ("inverse_sqrt", {}),
 ])  # fmt: skip
 def test_a_measured_rate_is_logged_and_trained_as_if_it_had_been_set(schedule, more, tmp_path):
