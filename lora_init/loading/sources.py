@@ -202,7 +202,13 @@ def _find_files(source: Any) -> list[Path] | None:
     if path.exists():  # also a name with brackets, which would be a pattern
         return [path]
     # Sorted, since the order of a folder's files differs between machines, and the seed's sample with it.
-    matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    folder = path.parent
+    while not folder.exists():  # a folder that is there is a name, too
+        folder = folder.parent
+    try:
+        matches = sorted(folder.glob(str(path.relative_to(folder))))
+    except ValueError as error:  # as of "a**"
+        raise LoraInitError(f"data {str(source)!r}: {first_line(error)}.") from error
     if matches:
         return matches
     # A hub id is a name, or an owner and a name: anything else was meant as a path.

@@ -200,3 +200,12 @@ def test_a_name_that_would_be_a_pattern_is_a_name(name, tmp_path, tokenizer):
     (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     assert load_batches(folder / name, tokenizer).n == 1
     refused(r"a\[bold\]b: datasets takes this name for a pattern\. Rename", load_batches, folder, tokenizer)
+
+
+def test_a_folder_whose_name_would_be_a_pattern_is_a_name_before_a_pattern(tmp_path, tokenizer):
+    for folder, n in (("run[1]", 1), ("run1", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.txt").write_text("".join(f"the cat {i}\n" for i in range(n)))
+    assert load_batches(tmp_path / "run[1]" / "*.txt", tokenizer).n == 1
+    assert load_batches(tmp_path / "run?" / "*.txt", tokenizer).n == 2
+    refused(r"\*\*.txt': Invalid pattern", load_batches, tmp_path / "a**.txt", tokenizer)
