@@ -303,7 +303,8 @@ def _check_schedule(scheduler: Any) -> None:
     """Refuse schedules that hold rates of their own beside the optimizer's."""
     own = torch.optim.lr_scheduler
     made = made_by_torch(scheduler)
-    if isinstance(made, (own.OneCycleLR, own.CyclicLR, own.SequentialLR, own.ChainedScheduler)):
+    has_least_rate = bool(getattr(made, "eta_min", 0) or any(getattr(made, "min_lrs", ())))
+    if has_least_rate or isinstance(made, (own.OneCycleLR, own.CyclicLR, own.SequentialLR, own.ChainedScheduler)):
         raise LoraInitError(
             f"learning_rate='measured': {type(made).__name__} has rates of its own, which would stay. Take a schedule "
             "of transformers, or leave it out, and tune them."

@@ -183,6 +183,7 @@ def test_a_measured_rate_reaches_an_optimizer_whose_rate_is_not_the_trainers(tmp
 @pytest.mark.parametrize("schedule", [
     lambda adam: torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.LambdaLR(adam, lambda _: 1.0)]),
     lambda adam: torch.optim.lr_scheduler.OneCycleLR(adam, 1e-3, 3),
+    lambda adam: torch.optim.lr_scheduler.CosineAnnealingLR(adam, 3, eta_min=5e-3),
     lambda adam: torch.optim.lr_scheduler.CyclicLR(adam, 1e-4, 1e-3, cycle_momentum=False),
     lambda adam: torch.optim.lr_scheduler.SequentialLR(
         adam, [torch.optim.lr_scheduler.ConstantLR(adam), torch.optim.lr_scheduler.ConstantLR(adam)], [1]
