@@ -114,6 +114,8 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
     if isinstance(batch, Sequence):
         if isinstance(model, PreTrainedModel) and batch and isinstance(batch[0], Mapping):
             raise LoraInitError("a batch is a list of batches. Pass all of them in one list.")
+        if isinstance(model, PreTrainedModel) and batch and isinstance(batch[0], (list, tuple)):
+            raise LoraInitError("a batch has lists, expected tensors: return_tensors='pt'.")
         return model(*batch)
     return model(batch)
 

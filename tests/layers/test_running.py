@@ -28,3 +28,7 @@ def test_a_batch_that_moves_itself_stays_with_the_caller_as_it_is():
     batch = Moves({"input_ids": torch.tensor([[3, 4, 5]])})
     moved = on_device_of(tiny_llama(), batch)
     assert moved["input_ids"].tolist() == [[4, 5, 6]] and batch["input_ids"].tolist() == [[3, 4, 5]]
+
+
+def test_a_batch_of_lists_is_refused():
+    refused(r"a batch has lists, expected tensors: return_tensors='pt'", call_model, tiny_llama(), [[[3, 4], [5, 6]]])
