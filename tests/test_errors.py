@@ -6,7 +6,7 @@ import pytest
 
 import lora_init
 from lora_init import errors
-from lora_init.errors import LoraInitWarning, explain, require_version
+from lora_init.errors import LoraInitError, LoraInitWarning, explain, require_version
 from tests.conftest import refused, tiny_llama
 from tests.loading.made import byte_tokenizer
 
@@ -58,3 +58,8 @@ def test_releases_are_compared_as_numbers(installed, enough, monkeypatch):
     else:
         said = f"^this start needs peft 0.19 or newer, and {installed} is installed.$"
         refused(said, require_version, "peft", "0.19", "this start")
+
+
+def test_an_error_that_gets_a_place_and_a_remedy_keeps_its_options():
+    error = LoraInitError("{rank} is too much.", rank=8).within("layer 'q'", "Take {rho}.", rho=2)
+    assert str(error) == "layer 'q': rank=8 is too much. Take rho=2."

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lora_init.cli.app import app
-from lora_init.cli.ranks import _kinds_table
+from lora_init.cli.ranks import _kinds_table, read_overrides
 from lora_init.collection.collect import collect
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import load_plan
@@ -183,3 +183,8 @@ def test_the_table_of_kinds_says_where_ranks_and_parameters_go(file):
         row = next(row for name, row in rows.items() if kind in name)
         assert (row["count"], row["rank"], row["total rank"]) == ("2", rank, total)
         assert row["parameters"] == f"{parameters:,}" and row["share"] == f"{parameters / plan.parameters:.1%}"
+
+
+def test_a_pattern_that_is_given_twice_has_the_limits_of_both():
+    read = read_overrides(["*.v:max_rank=8", "*.q:max_rank=2", "*.v:multiple_of=4", "*.v:max_rank=6"])
+    assert read == {"*.v": {"max_rank": 6, "multiple_of": 4}, "*.q": {"max_rank": 2}}

@@ -1,10 +1,12 @@
 """report.html, report.md and pictures: every number is in them, nothing from outside; and the adapter in best/."""
 
 import json
+import math
 import re
 from concurrent.futures import Future
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -13,7 +15,7 @@ from lora_init.comparison import workbench
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import Run, RunDirectory
-from lora_init.comparison.tables import run_tables
+from lora_init.comparison.tables import _steps_cell, run_tables
 from lora_init.comparison.training import evaluate
 from tests.comparison.made import compare, set_up_bench
 from tests.comparisons import broken, planted, record, settings, write
@@ -216,3 +218,9 @@ def test_a_run_has_one_mean_in_all_tables(tmp_path):
     tables = run_tables(summarise(runs, settings(sweep="halving")))
     best, rates = (tables[name].set_index("start") for name in ("best", "learning_rates"))
     assert list(best["runs"]) == ["3", "3"] and [cell.rstrip("*") for cell in rates["1e-3"]] == list(best["mean loss"])
+
+
+def test_the_run_that_sets_the_target_reaches_it():
+    losses = [[3.0, 2.0, 1.0], [3.0, 1.0, 0.5], [3.0, 2.0, 2.0]]
+    runs = pd.DataFrame({"evaluation_points": [[0, 2, 4]] * 3, "report_loss": losses})
+    assert _steps_cell(runs, 1.0) == "4, 2, never" and _steps_cell(runs, math.nan) == "–"

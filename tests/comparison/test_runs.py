@@ -320,3 +320,10 @@ def test_a_table_has_the_number_of_batches_that_a_start_learned_from():
     table = run_table([record("eva+16-batches"), record("eva"), record("random")])
     assert dict(zip(table["start"], table["batches"], strict=True)) == {"eva+16-batches": 16, "eva": 0, "random": 0}
     assert {*table["any_batches"]} == {"eva", "random"}
+
+
+def test_a_loss_that_is_no_number_is_null_for_other_readers(tmp_path):
+    with open_runs(tmp_path / "runs", settings()) as runs:
+        runs.add(record(report_loss=[2.3, math.nan], evaluation_points=[0, 4], selection_loss=math.inf))
+    (file,) = (path for path in (tmp_path / "runs").rglob("*.json") if path.name != "settings.json")
+    assert "NaN" not in file.read_text() and "Infinity" not in file.read_text()

@@ -95,3 +95,11 @@ def test_what_cannot_write_is_refused(tokenizer, monkeypatch):
     refused("no chat template", replay, tiny_llama(), tokenizer, chat=True)
     monkeypatch.setattr(type(tokenizer), "decode", lambda *_, **__: " ")
     refused("only empty texts", replay, tiny_llama(), tokenizer, n=1)
+
+
+def test_the_models_own_way_of_writing_is_as_it_was(tokenizer):
+    model = tiny_llama()
+    model.generation_config.top_k = 7
+    before = model.generation_config
+    replay(model, tokenizer, n=2, length=4)
+    assert model.generation_config is before and before.top_k == 7

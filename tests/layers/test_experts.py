@@ -218,3 +218,16 @@ def test_the_number_of_experts_is_read_back_from_what_files_have_of_a_layer():
     layer = next(target for name, target in found.items() if name.endswith("down_proj"))
     assert layer.extras() == {"experts": 4}
     assert read_target(layer.name, layer.kind, layer.in_features, layer.out_features, {"experts": 4}) == layer
+
+
+def test_parameters_are_in_the_order_of_the_model_whatever_the_order_asked_for():
+    wanted = [find_targets(mixtral(), ["q_proj"], target_parameters=keys).layers for keys in (BOTH, BOTH[::-1])]
+    assert [*wanted[0]] == [*wanted[1]]
+
+
+def test_each_expert_draws_numbers_of_its_own():
+    stats = collect(mixtral(), batches(), rank=2, target_parameters=BOTH)
+    for name, layer in build_adapter(stats, 2, "random").weights.items():
+        if stats.targets[name].experts:
+            first, second = layer.a.unflatten(0, (-1, 2))[:2]
+            assert not torch.allclose(first, second)

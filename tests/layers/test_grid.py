@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_init.layers.grid import layer_grid
+from lora_init.layers.grid import layer_grid, layers_in
 from lora_init.layers.targets import find_targets
 from tests.conftest import MODELS
 
@@ -23,3 +23,8 @@ def test_kinds_that_end_alike_and_layers_outside_blocks():
     assert layer_grid(["enc.0.q", "dec.0.q"]).kinds == ["enc q", "dec q"]
     assert layer_grid(["h.0.q", "h.0.v", "h.1.q", "h.1.k", "h.1.v"]).kinds == ["q", "k", "v"]  # no rank for the first k
     assert layer_grid(["0.up", "1.up", "head"]).blocks == [-1, 0, 1]
+
+
+def test_gate_and_up_in_one_count_twice_in_experts_alone():
+    names = ("mlp.experts.gate_up_proj", "mlp.gate_up_proj", "mlp.experts.down_proj")
+    assert [layers_in(f"model.layers.0.{name}") for name in names] == [2, 1, 1]

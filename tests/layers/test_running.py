@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import BatchEncoding
 
-from lora_init.layers.running import call_model, on_device_of
+from lora_init.layers.running import call_model, disabled, on_device_of
 from tests.conftest import refused, tiny_llama
 
 
@@ -32,3 +33,13 @@ def test_a_batch_that_moves_itself_stays_with_the_caller_as_it_is():
 
 def test_a_batch_of_lists_is_refused():
     refused(r"a batch has lists, expected tensors: return_tensors='pt'", call_model, tiny_llama(), [[[3, 4], [5, 6]]])
+
+
+def test_what_is_frozen_is_frozen_after_the_adapter_was_off():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_B." in name)
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with disabled(model):
+        pass
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_init import LoraInitError, find_targets
 from lora_init.layers import targets
-from lora_init.layers.targets import read_target
+from lora_init.layers.targets import read_target, trains_new_head
 from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
 
 ARGUMENTS = [
@@ -140,3 +140,8 @@ def test_a_layer_is_read_back_from_what_files_have_of_it(build, extras):
     layer = find_targets(nn.ModuleDict({"own": build()}), ["own"]).layers["own"]
     assert layer.extras() == extras
     assert read_target("own", layer.kind, layer.in_features, layer.out_features, extras) == layer
+
+
+def test_a_body_alone_gets_the_head_of_its_task():
+    assert trains_new_head([], "SEQ_CLS", ()) and not trains_new_head([], "CAUSAL_LM", ())
+    assert not trains_new_head(["head"], "SEQ_CLS", ()) and trains_new_head(["head"], None, ["head"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lora_init.errors import LoraInitError
 from lora_init.loading import checkpoint, models
 from lora_init.loading.checkpoint import INDEX_FILE, find_parameter, find_tensors, read_parameter
-from lora_init.loading.models import load_model, open_model, task_and_class
+from lora_init.loading.models import classes_of, load_model, open_model, task_and_class
 from tests.commands import save_model
 from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
 
@@ -231,3 +231,8 @@ def test_a_parameter_that_a_checkpoint_has_in_parts_is_put_together(tmp_path, mo
     flipped = tensors | {"even": replace(tensors["even"], shape=(3, 4))}
     for other in ({"odd": tensors["odd"]}, flipped):  # a part is not there, or laid out in another way
         assert find_parameter(other, model, "w", (5, 4)) == {}
+
+
+def test_classes_are_in_the_order_of_the_outputs_however_the_file_has_them():
+    config = SimpleNamespace(id2label={2: "b", 0: "c", 1: "a"})
+    assert classes_of(config) == ("c", "a", "b") and classes_of(SimpleNamespace(id2label=None)) == ()

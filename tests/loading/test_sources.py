@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from lora_init import LoraInitError, load_batches
-from lora_init.loading.sources import read_rows
+from lora_init.loading.sources import _first_line_of, read_rows
 from tests.conftest import refused
 from tests.loading.made import texts
 
@@ -209,3 +209,9 @@ def test_a_folder_whose_name_would_be_a_pattern_is_a_name_before_a_pattern(tmp_p
     assert load_batches(tmp_path / "run[1]" / "*.txt", tokenizer).n == 1
     assert load_batches(tmp_path / "run?" / "*.txt", tokenizer).n == 2
     refused(r"\*\*.txt': Invalid pattern", load_batches, tmp_path / "a**.txt", tokenizer)
+
+
+def test_the_line_of_a_row_counts_blank_lines(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n\n\n{"text": "b"}\n')
+    assert (_first_line_of(file, 0), _first_line_of(file, 1), _first_line_of(file, 2)) == (1, 4, None)

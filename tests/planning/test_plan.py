@@ -138,3 +138,10 @@ def test_a_notebook_shows_the_ranks_by_block_and_kind():
     cells = [int(cell) for cell in re.findall(r"<td>(\d+)</td>", html)]
     assert len(cells) == 11 and sum(cells) == plan.total_rank and html.count("<td>·</td>") == 1
     assert "<td>·</td>" in RankAllocation({"h.0.up": 3, "h.0.down": 1, "h.1.up": 2}, 2)._repr_html_()
+
+
+def test_a_share_that_rounding_has_put_above_one_is_read(tmp_path):
+    plan = full_plan()[1]
+    name = next(iter(plan))
+    above = replace(plan, explained={**plan.explained, name: 1.0000000000000002})
+    assert load_plan(save_plan(above, tmp_path / "plan.json")).explained[name] > 1.0

@@ -684,3 +684,8 @@ def test_no_more_than_eight_batches_are_read():
     left = [TOKENS] * 20
     learning_rate(llama_with("q_proj"), (left.pop() for _ in range(20)), steps=10)
     assert len(left) == 20 - 8
+
+
+def test_how_often_an_example_is_drawn_is_read_again():
+    drawn = LearningRate(ONE, TrainingLength(100, 8, 40, seen=7.0))
+    assert LearningRate.read(drawn.stored()).length == drawn.length and drawn.length.epochs == 7.0

@@ -218,3 +218,8 @@ def test_a_layer_without_a_name_in_gguf_is_named(base, tmp_path):
     other = replace(trained, layers={**trained.layers, name.replace("q_proj", "z_proj"): layer})
     said = "layer 'model.layers.0.self_attn.z_proj' of LlamaForCausalLM has no name in GGUF. Use merge_into="
     one_line(said, gguf_names, other, model)
+
+
+def test_an_engine_gets_room_for_the_rank_of_the_config_where_no_layer_has_it():
+    config = {"r": 64, "lora_alpha": 64, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 8}}
+    assert "--max-lora-rank 64" in serving_note({"h.0.q_proj": 8, "h.1.q_proj": 8}, config)

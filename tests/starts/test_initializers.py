@@ -17,7 +17,7 @@ from lora_init.starts.initializers import (
     random_scaled,
     whitening_scale,
 )
-from lora_init.starts.starts import buildable, find_start
+from lora_init.starts.starts import buildable, changes_base, find_start
 from lora_init.statistics.spectrum import ExactPCA, Spectrum
 
 
@@ -143,3 +143,11 @@ def test_gaussian_is_pefts_draw():
     # The standard deviation of 8000 draws is off by 0.8 %.
     assert float(ours.std()) == pytest.approx(1 / 4, rel=0.05)
     assert float(theirs.std()) == pytest.approx(1 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("pissa", True), ("pissa_niter_4", True), ("PISSA_niter_16", True), ("olora", True), ("lora-ga", True),
+    ("eva", False), ("gaussian", False), ("orthogonal", False), ("full", False),
+])  # fmt: skip
+def test_a_start_changes_the_base_by_the_beginning_of_its_name(name, changes):
+    assert changes_base(name) is changes

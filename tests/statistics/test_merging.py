@@ -1,6 +1,7 @@
 """Statistics of several passes, merged: the reference is one pass over all rows, or the rows written out."""
 
 import math
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 import lora_init
 from lora_init import ExactPCA, IncrementalSVD, LoraInitError, Statistics, allocate_ranks, build_adapter, collect
+from lora_init.statistics import merging
 from lora_init.statistics.merging import mix
 from tests.adapters.made import made_up_statistics
 from tests.collection.made import counts_of, exact
@@ -450,3 +452,17 @@ def test_a_merged_training_has_the_rows_of_all_data(sources, rows):
         settings |= {"digest of the rows": file[0]} if file else {}
         parts.append(replace(made, provenance=replace(made.provenance, data=data, settings=settings)))
     assert parts[0].merge(*parts[1:]).provenance.settings.get("rows") == rows
+
+
+def test_the_part_without_gradients_is_named_by_its_number():
+    made = [
+        types.SimpleNamespace(
+            groups={"g": types.SimpleNamespace(n_components=2)},
+            provenance=types.SimpleNamespace(
+                n_samples=1, n_batches=1, stop_reason="exhausted", seed=0, data="d", gradients=has
+            ),
+        )
+        for has in (True, False)
+    ]
+    *_, said = merging._origins(made, None, 2)
+    assert said == "part 2 of 2 has no gradients, so the others' are left out."

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer
 
 import lora_init
+from lora_init.trainers.loaders import examples_of_a_step
 from lora_init.trainers.trainers import TrainerIntegration
 from tests.commands import tokenizer_of
 from tests.conftest import tiny_llama
@@ -541,3 +542,8 @@ def test_keys_that_are_lists_are_counted(tmp_path, tokenizer):
     trainer.get_train_dataloader = lambda: loader
     length = TrainerIntegration(trainer).length
     assert (length.rows, length.epochs, length.batch_size) == (16, 3.0, 4)
+
+
+def test_a_step_has_the_examples_of_all_processes():
+    args = types.SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=3, world_size=4)
+    assert examples_of_a_step(args) == 24
