@@ -255,10 +255,13 @@ def _opened_bytes(file: Path) -> Any:
 def _load(label: str, **arguments: Any) -> Any:
     import datasets
 
-    # What is a pattern to `datasets` is a name here: `[` in the name of a file or of a folder above it.
-    escaped = {key: [*map(glob.escape, files)] for key, files in arguments.items() if key == "data_files"}
+    # What is a pattern to `datasets` is a name here: `[` in the name of a file or of a folder above it, also of the
+    # current one.
+    names = dict(arguments)
+    if "data_files" in names:
+        names["data_files"] = [glob.escape(str(Path(file).absolute())) for file in names["data_files"]]
     try:
-        table = datasets.load_dataset(**arguments | escaped)
+        table = datasets.load_dataset(**names)
         if arguments["path"] == "json":
             table = _as_written(table, arguments["data_files"])
         return table

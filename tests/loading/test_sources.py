@@ -193,12 +193,14 @@ def test_how_many_rows_a_long_stream_has_is_unknown(n, rows, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows[1].csv", "what?.txt", "all*.json.gz"])
-def test_a_name_that_would_be_a_pattern_is_a_name(name, tmp_path, tokenizer):
+def test_a_name_that_would_be_a_pattern_is_a_name(name, tmp_path, tokenizer, monkeypatch):
     folder = tmp_path / "a[bold]b"
     folder.mkdir()
     text = "text\nthe cat\n" if "csv" in name else "the cat\n" if "txt" in name else '{"text": "the cat"}\n'
     (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     assert load_batches(folder / name, tokenizer).n == 1
+    monkeypatch.chdir(folder)
+    assert load_batches(name, tokenizer).n == 1
     refused(r"a\[bold\]b: datasets takes this name for a pattern\. Rename", load_batches, folder, tokenizer)
 
 
