@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -189,6 +190,6 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     lines += [serving, f"Load it: {summary['load']}"]
     # Some notes were printed as warnings while the command ran; nobody reads them twice.
     lines += [f"note: {note}" for note in summary["notes"] if note not in running.warned]
-    lines.append(f"Ranks, data and what they capture: lora-init inspect {directory}")
+    lines.append(f"Ranks, data and what they capture: lora-init inspect {shlex.quote(str(directory))}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     print_next(console, summary["next"])

@@ -147,3 +147,8 @@ def test_a_comparison_says_all_that_was_found_in_its_order(monkeypatch):
         "answer", "note: caveat", "note: note [b]", "facts", "headroom", "headline", "verdict", "recommended", "time",
         "forgets", "data", "differences", "start loss", "eva[1] 2 %", "lora-init compare",
     ]  # fmt: skip
+
+
+def test_a_command_for_a_directory_can_be_typed_as_it_is_printed():
+    *_, line, _ = printed(show_summary, MADE | dict(adapter="my out[b]"))
+    assert line == "Ranks, data and what they capture: lora-init inspect 'my out[b]'"
