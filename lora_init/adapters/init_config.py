@@ -88,10 +88,8 @@ class _Checked:
 
     def __post_init__(self) -> None:
         part: Any = type(self)
-        for option in fields(part):
-            value = getattr(self, option.name)
-            if isinstance(option.default, bool):
-                check_switches(**{option.name: value})
+        switches = [option.name for option in fields(part) if isinstance(option.default, bool)]
+        check_switches(**{name: getattr(self, name) for name in switches})
         for name, (whole, least) in _least(part).items():
             value = getattr(self, name)
             if value is not None:  # None stands for a default that is found later

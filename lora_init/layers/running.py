@@ -112,9 +112,10 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
     if batch is None or isinstance(batch, (str, int, float)):
         raise _no_input(model)
     if isinstance(batch, Sequence):
-        if isinstance(model, PreTrainedModel) and batch and isinstance(batch[0], Mapping):
+        first = batch[0] if batch and isinstance(model, PreTrainedModel) else None
+        if isinstance(first, Mapping):
             raise LoraInitError("a batch is a list of batches. Pass all of them in one list.")
-        if isinstance(model, PreTrainedModel) and batch and isinstance(batch[0], (list, tuple)):
+        if isinstance(first, (list, tuple)):
             raise LoraInitError("a batch has lists, expected tensors: return_tensors='pt'.")
         return model(*batch)
     return model(batch)
