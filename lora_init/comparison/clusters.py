@@ -50,8 +50,9 @@ def _dask(address: str, gpus: float, directory: Path) -> Executor:
     client: Any = Client(address, timeout=10, set_as_default=False)
 
     def nodes(what: str = "host") -> dict[Any, Any]:
-        workers = client.scheduler_info(n_workers=-1)["workers"]  # -1: all of them, and not the first few
-        return {key: worker[what] for key, worker in workers.items()}
+        # Not `client.scheduler_info`: it returns what the client asked for last, now and then without any worker.
+        state = client.sync(client.scheduler.identity, n_workers=-1)  # -1: all of them, and not the first few
+        return {key: worker[what] for key, worker in state["workers"].items()}
 
     # Dask knows of GPUs only where a worker was started with `--resources GPU=N`.
     resources = None

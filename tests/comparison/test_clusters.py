@@ -195,6 +195,17 @@ def test_an_engine_that_loses_a_process_in_the_middle_gives_the_numbers_of_one(e
 
 
 @pytest.mark.slow
+def test_dask_names_its_workers_also_while_its_client_looks_for_itself(dask, tmp_path, monkeypatch):
+    from distributed import Client
+
+    executor = open_executor(dask[0], 1, tmp_path)
+    looked = property(lambda client: {"workers": {}}, lambda client, state: None)
+    monkeypatch.setattr(Client, "_scheduler_identity", looked, raising=False)
+    with executor:
+        assert list(executor.nodes().values()) == ["127.0.0.1"] * 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["nodes", "dask", "jobs"])
 def test_ctrl_c_ends_what_runs_elsewhere(engine, home, tmp_path, request):
     executor, *_ = request.getfixturevalue(engine)
@@ -421,14 +432,18 @@ def test_ray_is_asked_for_the_address_that_was_named_and_once(name, where, tmp_p
     ([{}, {"GPU": 2.0}], {"GPU": 0.5}), ([{}, {"memory": 1}], None), ([], None),
 ])  # fmt: skip
 def test_dask_is_asked_for_a_gpu_where_a_worker_has_one(declared, resources, tmp_path, monkeypatch):
-    asked = []
+    asked, workers = [], list(enumerate(declared))
 
     class Client:
+        scheduler = SimpleNamespace(
+            identity=lambda n_workers: {"workers": {i: {"resources": r, "host": f"node{i}"} for i, r in workers}}
+        )
+
         def __init__(self, address, **options):
             asked.append(address)
 
-        def scheduler_info(self, n_workers):
-            return {"workers": {i: {"resources": one, "host": f"node{i}"} for i, one in enumerate(declared)}}
+        def sync(self, function, **options):
+            return function(**options)
 
         def submit(self, function, *arguments, **options):
             asked.append(options)
