@@ -26,7 +26,7 @@ from lora_init.layers.grid import layers_in
 from lora_init.layers.masks import NothingCountsError, TokenMasks
 from lora_init.layers.rows import check_peft, expert_group, experts_of
 from lora_init.layers.running import call_model, check_batches, restoring
-from lora_init.layers.targets import count_linear, new_heads, trains_new_head
+from lora_init.layers.targets import count_linear, new_heads, output_embedding, trains_new_head
 from lora_init.layers.wrappers import plain_name, plain_names, run_eagerly, unwrapped, without_adapter
 from lora_init.loading.batches import as_batches, load_batches
 from lora_init.rates.learning_rate import LearningRate, Response, response, share_of
@@ -116,7 +116,8 @@ def measure_rate(
     # Heads, which often begin at random, are trained whole by PEFT, or by hand; the parameters say so. But an adapter
     # that is loaded to be served trains nothing yet, and a body alone has no head yet: there the config says it.
     heads = new_heads(base)
-    if heads and any(_weights_of(layers[name], adapter_name)[1].requires_grad for name in responses):
+    is_body = not heads and output_embedding(base) is None
+    if not is_body and any(_weights_of(layers[name], adapter_name)[1].requires_grad for name in responses):
         new_head = _any_trains(base, heads)
     else:
         new_head = trains_new_head(heads, task_type, trained_whole)

@@ -25,6 +25,7 @@ from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.running import (
     call_model,
     check_batches,
+    check_labels,
     evaluating,
     naming_strange_tokens,
     on_device_of,
@@ -69,7 +70,7 @@ def _check_limit(name: str, value: Any) -> None:
         check_number(name, value, 0)
     # Above 1 a user probably meant per cent.
     if name == "lose" and value > 1.0:
-        raise LoraInitError(f"{{lose}} is {value:.0%} more loss. Write 2 % as 2% or 0.02.", lose=value)
+        raise LoraInitError(f"{{lose}} is {value:.0%} more loss. Write 2 % as 0.02.", lose=value)
 
 
 @dataclass(frozen=True)
@@ -324,6 +325,8 @@ def _read(batches: Iterable[Any], what: str, shifted: bool) -> list[Any]:
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise LoraInitError(f"{what}: a batch has no labels [batch, length], as a language model takes them.")
+        if shifted:
+            check_labels(batch.get("input_ids"), labels)
         if _has_label(batch, shifted):
             labelled.append(batch)
             n_examples += len(_examples(batch, shifted))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_init.errors import LoraInitError
-from lora_init.layers.masks import encoder_of
+from lora_init.layers.masks import encoder_of, shifts_labels
 
 Forward = Callable[[nn.Module, Any], Any]
 # On some processors a 4-bit layer of bitsandbytes packs its weight for inference in the first pass in evaluation mode,
@@ -95,7 +95,7 @@ def naming_strange_tokens(where: str) -> Iterator[None]:
         yield
     except IndexError as error:
         raise LoraInitError(
-            f"{where}: {error}. Has it a token or a label that is not in the model's vocabulary?"
+            f"{where}: {str(error).rstrip('.')}. Has it a token or a label that is not in the model's vocabulary?"
         ) from error
 
 
@@ -163,3 +163,14 @@ def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], parameters: Map
         if isinstance(ids, Tensor):
             got = f"{ids.dtype} {list(ids.shape)}"
         raise LoraInitError(f"input_ids of the batch are {got}, expected whole numbers [batch, length] in int64.")
+    if shifts_labels(model):
+        check_labels(ids, inputs.get("labels"))
+
+
+def check_labels(ids: Any, labels: Any) -> None:
+    """Refuse labels of a causal language model that its loss does not take, or that are not one for each token."""
+    if not (isinstance(ids, Tensor) and isinstance(labels, Tensor)):
+        return
+    if labels.shape != ids.shape or labels.dtype not in (torch.int64, torch.uint8):
+        got = f"{labels.dtype} {list(labels.shape)}"
+        raise LoraInitError(f"labels of the batch are {got}, expected {list(ids.shape)} as input_ids, in int64.")

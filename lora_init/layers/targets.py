@@ -86,7 +86,7 @@ def _fused_experts(modules: Mapping[str, nn.Module], adapted: Collection[str]) -
 def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Name the layers that `"all-linear"` means."""
     # PEFT leaves the head of a language model out. Models of other libraries have no such method.
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    output = output_embedding(model)
     return [name for name, module in modules.items() if is_linear(module) and module is not output]
 
 
@@ -168,13 +168,19 @@ HEADS = {
 }
 
 
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """Find the layer that a language model turns hidden states into logits with; None in other models."""
+    found: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return found
+
+
 def heads_of(model: nn.Module) -> list[str]:
     """Name the modules of a transformers model beside its body that have weights: a checkpoint of the body lacks them.
 
     Empty for a language model, whose output embedding is a part of the checkpoint.
     """
     model = unwrapped(model)
-    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+    if output_embedding(model) is not None:
         return []
     parts = [name for name, child in model.named_children() if _has_weights(child)]
     body = getattr(model, "base_model_prefix", "")
@@ -204,7 +210,7 @@ def new_heads(model: nn.Module) -> list[str]:
     for owner in owners:
         for head in (*heads_of(modules[owner]), *_added_by_subclass(modules[owner])):
             heads.append(f"{owner}.{head}".removeprefix("."))  # the model itself is called ""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    output = output_embedding(model)
     new = []
     for name, module in modules.items():
         in_checkpoint = any(is_below(name, owner) for owner in owners)

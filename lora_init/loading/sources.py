@@ -272,7 +272,12 @@ def _load(label: str, **arguments: Any) -> Any:
         reason = first_line(cause or error)
         if reason.startswith(_NOTHING):
             raise LoraInitError(f"{label}: {_EMPTY}") from error
-        _check_lines(arguments.get("data_files", ()))
+        files = arguments.get("data_files", ())
+        _check_lines(files)
+        # In the name of a file these begin a chain of addresses, or, of a compressed one, one of the internet.
+        marks = [mark for mark in ("::", "[", "]") if any(mark in str(file) for file in files)]
+        if marks:
+            reason = f"{reason.rstrip('.')}. If that is not the reason, leave {marks[0]!r} out of its name."
         raise LoraInitError(f"{label}: datasets cannot read it: {reason}") from error
 
 

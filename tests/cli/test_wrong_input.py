@@ -484,6 +484,28 @@ CALLS = {
         lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS | {"labels": STRANGE["labels"]}]),
         "batch 0: .*Has it a token or a label that is not in the model's vocabulary",
     ),
+    "the loss of fewer labels than tokens": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS | {"labels": TOKENS["labels"][:, 1:]}]),
+        r"labels of the batch are torch.int64 \[\d, \d+\], expected \[\d, \d+\] as input_ids, in int64",
+    ),
+    "the loss of labels in 32 bits": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS | {"labels": TOKENS["labels"].int()}]),
+        "labels of the batch are torch.int32 .*, in int64",
+    ),
+    "gradients of fractions for labels": (
+        lambda compare: lora_init.collect(
+            tiny_llama(), [TOKENS | {"labels": TOKENS["labels"].float()}], gradients=True
+        ),
+        "batch 0: labels of the batch are torch.float32 .*, in int64",
+    ),
+    "a dial by fewer labels than tokens": (
+        lambda compare: lora_init.dial(trained(), [TOKENS | {"labels": TOKENS["labels"][:, 1:]}] * 6, [TOKENS] * 6),
+        "labels of the batch are torch.int64 .* as input_ids",
+    ),
+    "a language model for a classifier": (
+        lambda compare: lora_init.initialize(tiny_llama(), [TOKENS], task_type="SEQ_CLS"),
+        "task_type='SEQ_CLS' trains a head, and LlamaForCausalLM has none. Leave it out, or load a model that has",
+    ),
     "a dial by nothing": (
         lambda compare: lora_init.dial(trained(), True, []), r"dial\(\) got a bool for the batches, expected",
     ),

@@ -204,6 +204,14 @@ def test_a_name_that_would_be_a_pattern_is_a_name(name, tmp_path, tokenizer, mon
     refused(r"a\[bold\]b: datasets takes this name for a pattern\. Rename", load_batches, folder, tokenizer)
 
 
+@pytest.mark.parametrize(("name", "mark"), [("rows[1].jsonl.gz", "'['"), ("a::b.jsonl", "'::'")])
+def test_a_name_that_datasets_does_not_read_is_told(name, mark, tmp_path, tokenizer, monkeypatch):
+    text = b'{"text": "the cat"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    monkeypatch.chdir(tmp_path)
+    assert refused("datasets cannot read it", load_batches, name, tokenizer).endswith(f"leave {mark} out of its name.")
+
+
 def test_a_folder_whose_name_would_be_a_pattern_is_a_name_before_a_pattern(tmp_path, tokenizer):
     for folder, n in (("run[1]", 1), ("run1", 2)):
         (tmp_path / folder).mkdir()

@@ -648,6 +648,17 @@ def test_a_head_that_was_set_to_train_by_hand_is_new():
     assert found.new_head and found.rate / learning_rate(told, [TOKENS], steps=100).rate == pytest.approx(1.0, rel=0.2)
 
 
+def test_a_language_model_trains_no_new_head_whatever_its_task_is_called():
+    rates = []
+    for task in ("CAUSAL_LM", "SEQ_CLS"):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["q_proj"], task_type=task)
+        rates.append(learning_rate(get_peft_model(tiny_llama(), config), [TOKENS], steps=100))
+    assert rates[0] == rates[1] and not rates[1].new_head
+    body = get_peft_model(tiny_llama().model, LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    assert learning_rate(body, [TOKENS], steps=100).new_head  # which it is yet to get
+
+
 def test_a_head_that_was_frozen_by_hand_is_not_new():
     model = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
     trained = learning_rate(model, [TOKENS], steps=100)
