@@ -127,7 +127,8 @@ class TokenMasks:
             return
         _check_mask_shape(batch.get("attention_mask"), tokens)
         per_token = self._encoder is None and (self.by_labels or self._shifted)
-        if per_token and isinstance(labels, Tensor) and labels.shape != tokens.shape:
+        # Labels of another kind, such as a class for each row, are for a model of one's own to take.
+        if per_token and isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape != tokens.shape:
             raise LoraInitError(f"{got}, and input_ids {tuple(tokens.shape)}: a label for each token is needed.")
 
     def stop(self) -> None:

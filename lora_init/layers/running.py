@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import encoder_of, shifts_labels
+from lora_init.layers.wrappers import unwrapped
 
 Forward = Callable[[nn.Module, Any], Any]
 # On some processors a 4-bit layer of bitsandbytes packs its weight for inference in the first pass in evaluation mode,
@@ -108,7 +109,13 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
         parameters = inspect.signature(model.forward).parameters
         inputs = _keywords(model, batch, parameters, with_labels)
         _check_keywords(model, inputs, parameters)
-        return model(**inputs)
+        try:
+            return model(**inputs)
+        except (RuntimeError, ValueError):
+            # Only now: what the labels are of is for a class of one's own to say, which may take others.
+            if shifts_labels(unwrapped(model)):
+                check_labels(inputs.get("input_ids"), inputs.get("labels"))
+            raise
     if batch is None or isinstance(batch, (str, int, float)):
         raise _no_input(model)
     if isinstance(batch, Sequence):
@@ -163,14 +170,12 @@ def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], parameters: Map
         if isinstance(ids, Tensor):
             got = f"{ids.dtype} {list(ids.shape)}"
         raise LoraInitError(f"input_ids of the batch are {got}, expected whole numbers [batch, length] in int64.")
-    if shifts_labels(model):
-        check_labels(ids, inputs.get("labels"))
 
 
 def check_labels(ids: Any, labels: Any) -> None:
     """Refuse labels of a causal language model that its loss does not take, or that are not one for each token."""
     if not (isinstance(ids, Tensor) and isinstance(labels, Tensor)):
         return
-    if labels.shape != ids.shape or labels.dtype not in (torch.int64, torch.uint8):
+    if labels.shape != ids.shape or labels.dtype != torch.int64:
         got = f"{labels.dtype} {list(labels.shape)}"
         raise LoraInitError(f"labels of the batch are {got}, expected {list(ids.shape)} as input_ids, in int64.")

@@ -488,9 +488,15 @@ CALLS = {
         lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS | {"labels": TOKENS["labels"][:, 1:]}]),
         r"labels of the batch are torch.int64 \[\d, \d+\], expected \[\d, \d+\] as input_ids, in int64",
     ),
-    "the loss of labels in 32 bits": (
-        lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS | {"labels": TOKENS["labels"].int()}]),
+    "the loss of labels in 32 bits, of several devices": (
+        lambda compare: lora_init.mean_loss(
+            torch.nn.DataParallel(tiny_llama()), [TOKENS | {"labels": TOKENS["labels"].int()}]
+        ),
         "labels of the batch are torch.int32 .*, in int64",
+    ),
+    "the loss of labels in 8 bits": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS | {"labels": TOKENS["labels"].to(torch.uint8)}]),
+        "labels of the batch are torch.uint8 .*, in int64",
     ),
     "gradients of fractions for labels": (
         lambda compare: lora_init.collect(

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
-from lora_init import mean_loss
+from lora_init import collect, mean_loss
 from lora_init.collection.losses import (
     EVALUATION_BATCH,
     batch_loss,
@@ -109,6 +111,29 @@ def test_losses_of_a_model_in_16_bits_are_in_32():
     expected = nn.functional.cross_entropy(logits.mT, targets, reduction="none")[:, -losses.shape[1] :]
     assert losses.dtype == torch.float32 and torch.equal(labelled, targets[:, -losses.shape[1] :] != -100)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+
+
+class Yes(LlamaForCausalLM):
+    """A language model of one's own that answers with yes (token 3) or no (token 4)."""
+
+    def forward(self, input_ids=None, labels=None, **options):
+        last = super().forward(input_ids, **options).logits[:, -1, 3:5]
+        if labels.is_floating_point():
+            return CausalLMOutput(loss=nn.functional.mse_loss(last.softmax(-1)[:, 0], labels))
+        return CausalLMOutput(loss=nn.functional.cross_entropy(last, labels))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.tensor([0.2, 0.9])])
+def test_a_language_model_of_ones_own_takes_what_labels_it_has(labels):
+    torch.manual_seed(0)
+    model, batch = Yes(tiny_llama().config).eval(), {"input_ids": torch.arange(12).reshape(2, 6), "labels": labels}
+    assert mean_loss(model, [batch]) == model(**batch).loss.item()
+    stats = collect(model, [batch], ["q_proj"], rank=16, gradients=True)
+    model(**batch).loss.backward()
+    for name in stats:  # of one batch: the gradient of the weight
+        found, exact = stats.gradient(name), model.get_submodule(name).weight.grad.double()
+        mean = found.left.double().T @ torch.diag(found.singular_values) @ found.right.double()
+        torch.testing.assert_close(mean, exact, rtol=0.0, atol=1e-5 * float(exact.norm()))
 
 
 def test_a_mean_loss_counts_each_batch_once_and_passes_over_those_without_a_label():
