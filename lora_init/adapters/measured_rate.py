@@ -116,8 +116,9 @@ def measure_rate(
     # Heads, which often begin at random, are trained whole by PEFT, or by hand; the parameters say so. But an adapter
     # that is loaded to be served trains nothing yet, and a body alone has no head yet: there the config says it.
     heads = new_heads(base)
-    is_body = not heads and output_embedding(base) is None
-    if not is_body and any(_weights_of(layers[name], adapter_name)[1].requires_grad for name in responses):
+    if not heads and output_embedding(base) is not None:
+        new_head = False
+    elif heads and any(_weights_of(layers[name], adapter_name)[1].requires_grad for name in responses):
         new_head = _any_trains(base, heads)
     else:
         new_head = trains_new_head(heads, task_type, trained_whole)

@@ -30,7 +30,7 @@ from lora_init.collection.losses import mean_loss
 from lora_init.collection.processes import Processes
 from lora_init.errors import LoraInitError, warn
 from lora_init.layers.masks import encoder_of
-from lora_init.layers.targets import HEADS, find_targets, heads_of, is_in, output_embedding
+from lora_init.layers.targets import HEADS, find_targets, heads_of, is_in, new_heads, output_embedding
 from lora_init.loading.batches import Batches, as_batches, load_batches
 from lora_init.loading.models import classes_of, task_of
 from lora_init.planning.allocate import allocate_ranks
@@ -140,7 +140,7 @@ def fit_to(
     task = config.layers.task_type or _task_for(model, classes)
     if config.layers.task_type is None and task not in HEADS:  # PEFT needs a task type for the sake of a head only
         task = None
-    if task in HEADS and output_embedding(model) is not None:
+    if task in HEADS and output_embedding(model) is not None and not new_heads(model):
         raise LoraInitError(
             f"{{task_type}} trains a head, and {type(model).__name__} has none. Leave it out, or load a model that "
             "has, such as AutoModelForSequenceClassification.",

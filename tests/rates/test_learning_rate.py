@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
+    LlamaForCausalLM,
     LlamaModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -23,7 +24,7 @@ from transformers import (
 )  # fmt: skip
 
 import lora_init
-from lora_init import build_adapter, collect, learning_rate
+from lora_init import build_adapter, collect, initialize, learning_rate
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.layers.rows import experts_of
 from lora_init.layers.targets import count_linear, find_targets
@@ -655,8 +656,25 @@ def test_a_language_model_trains_no_new_head_whatever_its_task_is_called():
         config = LoraConfig(r=4, target_modules=["q_proj"], task_type=task)
         rates.append(learning_rate(get_peft_model(tiny_llama(), config), [TOKENS], steps=100))
     assert rates[0] == rates[1] and not rates[1].new_head
+    model = get_peft_model(tiny_llama(), config).requires_grad_(False)  # as an adapter is loaded to be served
+    assert not learning_rate(model, [TOKENS], steps=100).new_head
     body = get_peft_model(tiny_llama().model, LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"))
     assert learning_rate(body, [TOKENS], steps=100).new_head  # which it is yet to get
+
+
+class Scored(LlamaForCausalLM):
+    """A language model with a head of one's own beside it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = nn.Linear(32, 2)
+
+
+def test_a_language_model_with_a_head_of_ones_own_may_be_a_classifier():
+    model = Scored(tiny_llama().config).eval()
+    adapted = initialize(model, [TOKENS], rank=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    assert learning_rate(adapted, [TOKENS], steps=100).new_head
+    assert adapted.base_model.model.score.modules_to_save["default"].weight.requires_grad
 
 
 def test_a_head_that_was_frozen_by_hand_is_not_new():
