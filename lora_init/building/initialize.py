@@ -173,6 +173,12 @@ def _print_made(init: AdapterInit, batch_size: int, seconds: float) -> None:
 def _applied(init: AdapterInit, handle: ModelHandle, adapter_name: str) -> Any:
     """Put the adapter on; warn of a start whose training is lost without what only the model has now."""
     adapted = handle.put(init, adapter_name)
+    new = [name for name in init.provenance.settings.get("heads", ()) if name in init.targets]
+    if 0 < len(new) < len(init.targets):  # where all are a user's own, they are the model, and no head of it
+        warn(
+            f"{', '.join(new)}: no part of the checkpoint's class, and only an adapter on it is trained. If its "
+            f"weights are random, train it whole: modules_to_save={new}."
+        )
     if init.corrects_base:
         start = "START"
         if adapter_name != "default":  # PEFT saves others into folders of their names

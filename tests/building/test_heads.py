@@ -131,3 +131,32 @@ def test_a_trainer_of_a_classifier_keeps_its_head(name, tmp_path):
     assert adapted.peft_config["default"].lora_alpha == 2
     trainer.train()
     assert_kept(adapted, tmp_path, batch)
+
+
+class Own(torch.nn.Module):
+    """A head of one's own on the body of a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = transformers.BertModel(transformers.BertConfig(**TEXT)), torch.nn.Linear(16, 3)
+
+    def forward(self, input_ids):
+        return self.head(self.body(input_ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(("targets", "whole", "is_told"), [
+    (None, None, True), (None, ["head"], False), (["query"], None, False), (["head"], None, False),
+])  # fmt: skip
+def test_a_head_of_ones_own_that_gets_an_adapter_is_told_of(targets, whole, is_told, recwarn):
+    """Its own weights are frozen and not saved: where they are random, the adapter is for another head next time."""
+    batch = {"input_ids": torch.arange(12).reshape(2, 6)}
+    initialize(Own().eval(), [batch], rank=1, target_modules=targets or "all-linear", modules_to_save=whole)
+    told = [str(one.message) for one in recwarn if "checkpoint's class" in str(one.message)]
+    assert (
+        told
+        == [
+            "head: no part of the checkpoint's class, and only an adapter on it is trained. If its weights are random, "
+            "train it whole: modules_to_save=['head']."
+        ]
+        * is_told
+    )
