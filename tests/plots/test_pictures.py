@@ -1,13 +1,14 @@
 """Pictures of a plan: what is in them, for 2 to 80 blocks, and hostile names."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.plots import pictures
-from lora_init.plots.pictures import make_figure, save_picture
+from lora_init.plots.pictures import budget_curves, make_figure, picture_kind, save_picture
 from tests.conftest import refused
 from tests.planning.made import PLAIN, llama_like
 
@@ -41,6 +42,55 @@ def test_the_figure_has_all_layers_kinds_and_policies(n_blocks):
     # Nothing overlaps: a cell is at least as high as its text.
     heights = figure.get_figheight() * 72 * 0.8 / n_blocks
     assert heights >= 7
+    # Beside a map that is taller than nine inches, panels stand two in a row, else four.
+    assert panels[0].get_subplotspec().get_gridspec().get_geometry() == ((2, 2) if n_blocks == 80 else (1, 4))
+    assert [*figure.get_size_inches()] == pytest.approx({2: [12.84, 6.1], 30: [12.84, 7.5], 80: [8.04, 16.0]}[n_blocks])
+
+
+def test_panels_show_what_is_explained_from_nothing_to_all_in_per_cent():
+    stats = llama_like(2)
+    plan = allocate_ranks(stats, rank=4, rho=2)
+    figure = make_figure(plan, stats)
+    _, *panels, curve = every_axes(figure)
+    for axes, kind in zip(panels, ("q_proj", "k_proj", "up_proj", "down_proj"), strict=True):
+        ranks = [rank for name, rank in plan.items() if name.endswith(f".{kind}")]
+        assert axes.get_title() == f"{kind}: average rank {sum(ranks) / 2:.1f}"
+        assert axes.get_ylim() == (0, 1.02) and axes.get_xlim()[0] == 0
+        assert axes.yaxis.get_major_formatter()(0.5) == "50%"
+        lines = axes.lines
+        assert [line.get_color() for line in lines[::2]] == [line.get_color() for line in lines[1::2]]
+        assert lines[0].get_color() != lines[2].get_color() and [line.get_marker() for line in lines[1::2]] == ["o"] * 2
+    assert curve.get_xscale() == "log" and (curve.get_xlabel(), curve.get_ylabel()) == (
+        "adapter parameters", "variance explained,\nmean over layers",
+    )  # fmt: skip
+    major, minor = curve.xaxis.get_major_formatter(), curve.xaxis.get_minor_formatter()
+    assert [major(1000), minor(2000), minor(5e6), minor(3000)] == ["1k", "2k", "5M", ""]
+    assert curve.yaxis.get_major_formatter()(0.25) == "25%"
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in curve.lines}
+    assert len(looks) == len(curve.lines) == len(curve.get_legend().get_texts()) == len(PLAIN) + 1
+    star = curve.lines[-1]
+    assert star.get_label() == f"this plan: 4.6k, {plan.explained_variance:.1%}" and star.get_marker() == "*"
+    assert star.get_xydata().tolist() == [[plan.parameters, plan.explained_variance]]
+
+
+def test_curves_have_what_each_policy_explains_from_an_eighth_of_the_parameters_to_all_components():
+    stats = llama_like(2)
+    limits = {"exclude": ["model.layers.1.mlp.up_proj"], "tie": ["q_proj", "k_proj"]}
+    plan = allocate_ranks(stats, rank=2, rho=3, **limits)
+    available = sum(8 * (target.in_features + target.out_features) for target in stats.targets.values()) - 8 * 192
+    curves = budget_curves(plan, stats)
+    assert [*curves] == PLAIN
+    for policy, curve in curves.items():
+        assert len(curve) > 10 and sorted(curve) == [*curve]
+        least = allocate_ranks(stats, parameters=plan.parameters // 8, policy=policy, rho=3, **limits)
+        assert (min(curve), max(curve)) == (least.parameters, available)
+        for parameters, explained in curve.items():
+            again = allocate_ranks(stats, parameters=parameters, policy=policy, rho=3, **limits)
+            assert (again.parameters, again.explained_variance) == (parameters, explained)
+    small = allocate_ranks(stats, rank=1)  # rho is 1, at which there is nothing to decide
+    curves = budget_curves(small, stats)
+    assert max(curves["eva"]) <= 8 * small.parameters
+    assert any(share != curves["uniform"].get(cost) for cost, share in curves["eva"].items())
 
 
 def test_the_picture_has_its_text_as_text_and_is_the_same_each_time(tmp_path):
@@ -48,6 +98,7 @@ def test_the_picture_has_its_text_as_text_and_is_the_same_each_time(tmp_path):
     plan = allocate_ranks(stats, rank=4)
     text = save_picture(plan, stats, tmp_path / "plan.svg").read_text(encoding="utf-8")
     assert "Rank of each layer" in text and "q_proj: average rank" in text
+    assert not [word for word in ("<dc:date", "<dc:creator", "<dc:type", "<dc:format") if word in text]
     assert text == save_picture(plan, stats, tmp_path / "again.svg").read_text(encoding="utf-8")
 
 
@@ -80,5 +131,6 @@ def test_bad_input(tmp_path):
     words = "^the plan gives no layer any rank, so there is nothing to draw.$"
     refused(words, save_picture, nothing, stats, tmp_path / "plan.png")
     assert not list(tmp_path.iterdir())
+    assert [picture_kind(Path(f"a.b{ending}")) for ending in (".PNG", ".svg")] == ["PNG picture", "SVG picture"]
     for ending in ("png", "svg"):
         refused("cannot be written: No such file", save_picture, plan, stats, tmp_path / "no" / f"plan.{ending}")

@@ -37,6 +37,8 @@ from lora_init.rates.learning_rate import (
     factor,
     response,
     schedule_of,
+    share_of,
+    training_in_words,
 )
 from lora_init.rates.training_length import TrainingLength
 from lora_init.statistics.spectrum import Sizes
@@ -82,7 +84,7 @@ def test_the_rate_solves_the_rule(scaling):
 
 
 def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs():
-    assert LearningRate(ONE, TrainingLength(48)).rate == pytest.approx(CHANGE / 2, rel=0.02)
+    assert LearningRate(ONE, TrainingLength(48)).rate == 2.9e-3 == CHANGE / 2
     of_both = {"layer": Response(2.0, 400.0)}  # A and B move alike: the power is the same
     for responses in (ONE, of_both):
         short, long, again = (
@@ -106,10 +108,17 @@ def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs():
     (500, {"epochs": 2, "batch_size": 32}, "32 steps of 32 (2 epochs of 500 examples in batches of 32)"),
     (500, {"steps": 40}, "40 steps of 8"),
     (900, {"steps": 480}, "480 steps of 8 (4.2 epochs of 900 examples)"),
-    (500, {"steps": 188, "epochs": 3}, "188 steps of 8 (3.0 epochs of 500 examples)"),
+    (500, {"steps": 186, "epochs": 3}, "186 steps of 8 (3.0 epochs of 500 examples)"),
+    (500, {"steps": 192, "epochs": 3}, "192 steps of 8 (3.0 epochs of 500 examples)"),
+    (500, {"steps": 31, "epochs": 0.5}, "31 steps of 8"),
+    (500, {"steps": 67, "epochs": 1.05}, "67 steps of 8 (1.1 epochs of 500 examples)"),
     (None, {}, "100 steps of 8 (assumed; say how many yours has)"),
     (None, {"steps": 30}, "30 steps of 8"),
     (None, {"steps": 375, "epochs": 3}, "375 steps of 8 (3.0 epochs of 1,000 examples)"),
+    (None, {"steps": 30, "epochs": 0.5}, "30 steps of 8"),
+    (1, {"epochs": 10_000}, "10000 steps of 8 (10000 epochs of 1 examples in batches of 8)"),
+    (8, {"steps": 9, "batch_size": 8}, "9 steps of 8 (9.0 epochs of 8 examples)"),
+    (7, {"epochs": 0.1}, "1 step of 8 (0.1 epochs of 7 examples in batches of 8)"),
     (4, {}, "1 step of 8 (an epoch of 4 examples in batches of 8)"),
 ])  # fmt: skip
 def test_a_length_is_completed_from_what_is_said(rows, said, expected):
@@ -117,7 +126,15 @@ def test_a_length_is_completed_from_what_is_said(rows, said, expected):
 
 
 @pytest.mark.parametrize(("rows", "said", "words"), [
-    (500, {"steps": 9, "epochs": 3}, "steps=9 and epochs=3 contradict: 3 epochs of 500 examples in batches of 8 are"),
+    (
+        500, {"steps": 185, "epochs": 3},
+        "steps=185 and epochs=3 contradict: 3 epochs of 500 examples in batches of 8 are 189 steps. Leave one of them "
+        "out.",
+    ),
+    (500, {"steps": 193, "epochs": 3}, "steps=193 and epochs=3 contradict: 3 epochs of 500 examples in batches of 8"),
+    (500, {"steps": 34, "epochs": 0.5}, "steps=34 and epochs=0.5 contradict: 0.5 epochs of 500 examples in batches of"),
+    (9, {"batch_size": 10}, "train_batch_size=10, and there are 9 examples. Take fewer, or more data."),
+    (500, {"epochs": 10_001}, "epochs=10001, expected a number above 0, 10,000 at most."),
     (None, {"epochs": 3}, "epochs=3: the number of examples is unknown, as of a stream. Say steps=, or both."),
     (100, {"batch_size": 128}, "train_batch_size=128, and there are 100 examples. Take fewer, or more data."),
     (500, {"epochs": 0}, "epochs=0, expected a number above 0, 10,000 at most."),
@@ -315,6 +332,23 @@ def test_the_rates_of_experts_by_collect_and_by_learning_rate_agree(tokens):
 def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, schedule, words):
     said = LearningRate(ONE, TrainingLength(48)).far_off(rate, optimizer, schedule)
     assert len(said) == bool(words) and all(line.startswith(words) for line in said)
+
+
+@pytest.mark.parametrize(("length", "least", "most"), [
+    (TrainingLength(48), 2.9e-3 / 3, 2.9e-3 * 3),
+    (TrainingLength(1250, rows=1000), 1.1e-4 / 4.47, 1.1e-4 * 4.47),  # of which no rate is known within three times
+])  # fmt: skip
+def test_a_rate_is_far_off_beyond_three_times_or_as_far_as_the_best_is_known(length, least, most):
+    rate = LearningRate(ONE, length)
+
+    def lines(learning_rate, schedule="cosine"):
+        return [line.partition(" is ")[0] for line in rate.far_off(learning_rate, "AdamW", schedule)]
+
+    for near in (least * 1.01, rate.rate, most * 0.99, None):
+        assert lines(near) == []
+    for far in (least * 0.99, most * 1.01):
+        assert lines(far) == ["learning_rate"]
+        assert [line[:17] for line in lines(far, "constant")] == ["the learning rate", "learning_rate"]
 
 
 @pytest.mark.parametrize(("name", "more", "made_by", "expected"), [
@@ -565,26 +599,96 @@ def test_epochs_that_are_said_are_those_that_the_rate_is_divided_by(rows, batch_
 
 
 @pytest.mark.parametrize(("length", "words"), [
-    (TrainingLength(48), "for 48 steps of 8. The best rate is likely between 1.4e-3 and 5.8e-3."),
-    (TrainingLength(18, why="an epoch"), "for 18 steps of 8 (an epoch). The best rate is likely between "),
-    (TrainingLength(20), " (extrapolated: measured were 24 to 1600 steps)."),
-    (TrainingLength(1900, 256), " (extrapolated: measured were 24 to 1600 steps and steps of at most 128 examples)."),
-    (TrainingLength(480, rows=900), "(4.2 epochs of 900 examples). The best rate is likely between 1.2e-4 and 1.1e-3."),
+    (TrainingLength(48), "2.9e-3 for 48 steps of 8. The best rate is likely between 1.4e-3 and 5.8e-3."),
+    (
+        TrainingLength(18, why="an epoch"),
+        "3.4e-3 for 18 steps of 8 (an epoch). The best rate is likely between 1.6e-3 and 7e-3 (extrapolated: measured "
+        "were 24 to 1600 steps).",
+    ),
+    (TrainingLength(24), "3.3e-3 for 24 steps of 8. The best rate is likely between 1.6e-3 and 6.7e-3."),
+    (TrainingLength(1600), "1.6e-3 for 1600 steps of 8. The best rate is likely between 5.9e-4 and 4.3e-3."),
+    (
+        TrainingLength(48, 128),
+        "7.3e-3 for 48 steps of 128. The best rate is not known for such a training, and likely between 1.5e-3 and "
+        "3.4e-2: try 3.4e-3 and 1.6e-2.",
+    ),
+    (
+        TrainingLength(1900, 256),
+        "5e-3 for 1900 steps of 256. The best rate is not known for such a training, and likely between 6.7e-4 and "
+        "3.7e-2: try 1.8e-3 and 1.4e-2 (extrapolated: measured were 24 to 1600 steps and steps of at most 128 "
+        "examples).",
+    ),
+    (
+        TrainingLength(480, rows=900),
+        "3.5e-4 for 480 steps of 8 (4.2 epochs of 900 examples). The best rate is likely between 1.2e-4 and 1.1e-3.",
+    ),
     (
         TrainingLength(1250, rows=1000),
-        "is not known for such a training, and likely between 2.5e-5 and 4.9e-4: try 5.2e-5 and 2.3e-4.",
+        "1.1e-4 for 1250 steps of 8 (10.0 epochs of 1,000 examples). The best rate is not known for such a training, "
+        "and likely between 2.5e-5 and 4.9e-4: try 5.2e-5 and 2.3e-4.",
     ),
 ])  # fmt: skip
-def test_the_sentence_names_the_length_the_range_and_what_is_extrapolated(length, words):
-    assert words in str(LearningRate(ONE, length))
+def test_the_sentence_names_the_rate_the_length_the_range_and_what_is_extrapolated(length, words):
+    rate, _, rest = words.partition(" for ")
+    assert str(LearningRate(ONE, length)) == f"Train with AdamW at {rate}, warm-up 10%, cosine, for {rest}"
+
+
+def test_a_trainer_is_told_rate_warm_up_schedule_and_optimizer():
+    expected = {"learning_rate": 2.9e-3, "warmup": 0.1, "schedule": "cosine", "optimizer": "AdamW"}
+    assert LearningRate(ONE, TrainingLength(48)).training == expected
+    asked = "Train with AdamW at 3e-4, warm-up 10%, cosine, as you asked for it."
+    assert training_in_words(LearningRate(ONE, TrainingLength(48)), 3e-4) == training_in_words(None, 3e-4) == asked
+
+
+@pytest.mark.parametrize(("response", "rate"), [(1e12, 5.8e-15), (1e-4, 58.0)])
+def test_a_rate_is_found_however_large_layers_are(response, rate):
+    assert LearningRate({"layer": Response(response, 0.0)}, TrainingLength(48)).rate == rate
+
+
+def test_fused_experts_count_as_the_two_layers_that_they_hold():
+    one, other = Response(1.0, 3.0), Response(64.0, 500.0)
+    fused = LearningRate({"mlp.experts.gate_up_proj": one, "up_proj": other}, TrainingLength(48))
+    apart = LearningRate({"gate": one, "up": one, "up_proj": other}, TrainingLength(48))
+    assert fused.rate == apart.rate == pytest.approx(CHANGE / 4, rel=0.05)
+
+
+def test_the_layer_that_moves_most_at_the_rate_comes_first():
+    layers = {"low": Response(1.0, 0.0), "by both": Response(2.0, 900.0), "by b": Response(3.0, 0.0)}
+    rate = LearningRate(layers, TrainingLength(48))
+    assert 1 / 900 < rate.rate < 2 / 900 * 10 and rate.layers == ["by both", "by b", "low"]
+    lower = LearningRate({name: Response(*pair) for name, pair in layers.items()}, TrainingLength(48, rows=8))
+    assert lower.rate < 1 / 900 and lower.layers == ["by b", "by both", "low"]
+
+
+def test_a_response_is_the_move_over_the_output():
+    sizes = Sizes(6.0, 4.0)  # input, output
+    assert response(sizes, 3.0, 8, 0.5) == (0.5 * 3.0 / 4.0, 0.5 * GROWTH * 8 * 6.0 / 2 / 4.0)
+    assert response(sizes, 3.0, 4, -0.5, freeze_a=True) == (0.5 * 2**0.25 * 3.0 / 4.0, 0.0)
+    for size, ax, scaling in ((0.0, 3.0, 0.5), (math.nan, 3.0, 0.5), (4.0, 0.0, 0.5), (4.0, 3.0, 0.0)):
+        assert response(Sizes(6.0, size), ax, 8, scaling) is None
+
+
+@pytest.mark.parametrize(("n_layers", "n_linear", "share"), [(0, 0, 1), (1, 99, 2 / 7), (3, 6, 0.5), (8, 6, 1)])
+def test_the_share_is_1_at_most_and_as_low_as_was_measured(n_layers, n_linear, share):
+    assert share_of(n_layers, n_linear) == share
+
+
+def test_a_rate_is_stored_as_plain_values_of_four_digits():
+    length = TrainingLength(100, 16, 1600, "why", 2.5)
+    assert LearningRate({"a": Response(1.23456, 7.0)}, length, True, ("x", "y"), 0.5).stored() == {
+        "responses": {"a": [1.235, 7.0]}, "steps": 100, "batch_size": 16, "rows": 1600, "why": "why", "seen": 2.5,
+        "new_head": True, "left_out": ["x", "y"], "share": 0.5,
+    }  # fmt: skip
 
 
 def test_the_range_widens_with_the_distance_from_what_was_measured():
     near, *far = (
-        LearningRate(ONE, length).within
-        for length in (TrainingLength(48), TrainingLength(480), TrainingLength(48, 64), TrainingLength(48, rows=100))
+        math.log(LearningRate(ONE, length).within) / 2
+        for length in (TrainingLength(48), TrainingLength(480), TrainingLength(48, 64), TrainingLength(48, rows=48))
     )
-    assert near == pytest.approx(2.0, rel=0.02) and min(far) > 1.05 * near
+    grown = [0.1 * math.log(10), 0.25 * math.log(8), 0.25 * math.log(8)]
+    assert near == pytest.approx(0.35) and far == pytest.approx([math.hypot(0.35, one) for one in grown])
+    near = math.exp(2 * near)
     new_head = LearningRate(ONE, TrainingLength(200, rows=533), new_head=True)
     assert new_head.within == pytest.approx(near, rel=0.02)
     assert new_head.range == pytest.approx([new_head.rate / near, new_head.rate * near], rel=0.05)
@@ -598,8 +702,10 @@ def test_a_record_keeps_the_length_and_takes_another():
     assert LearningRate.read(stored, epochs=2).length.steps == 240
     assert LearningRate.read(stored, train_batch_size=32).length.steps == 240  # the four epochs of the record
     assert LearningRate.read(stored | {"rows": None}, train_batch_size=32).length == TrainingLength(480, 32)
-    older = {name: value for name, value in stored.items() if name not in ("batch_size", "rows", "why")}
-    assert LearningRate.read(older).length == TrainingLength(480)
+    older = LearningRate.read({name: stored[name] for name in ("responses", "steps")})
+    assert older == LearningRate(ONE, TrainingLength(480))
+    short = LearningRate.read(replace(rate, length=TrainingLength(8, 16, 1600, seen=3.0)).stored(), train_batch_size=32)
+    assert short.length == TrainingLength(4, 32, 1600, "0.08 epochs of 1,600 examples in batches of 32", 3.0)
 
 
 def test_dora_has_the_rate_of_the_same_adapter_without_it_and_stays_dora():
