@@ -236,7 +236,7 @@ def _lost(table: pd.DataFrame) -> list[str]:
     unstable = table[table["status"] == "unstable"]
     for (start, rate), runs in unstable.groupby(["start", "learning_rate"], sort=False):
         errors: dict[str, None] = {}  # each once, in order
-        for error in runs["error"]:
+        for error in runs["error"].fillna(""):  # a record has null, the table None or NaN
             errors[str(error or "no finite loss").rstrip(".")] = None  # the sentence has a full stop of its own
         seeds = list(runs["seed"])
         sentences.append(say("unstable", start=start, learning_rate=rate, which=seeds, errors=list(errors)))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_init.comparison.findings import data_needed, summarise
+from lora_init.comparison.findings import data_needed, notes, summarise
 from lora_init.comparison.runs import run_table
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.variants import Variant
 from lora_init.comparison.wording import in_words, percent
-from tests.comparisons import broken, planted, record, settings
+from tests.comparisons import broken, exact, planted, record, settings
 
 
 def verdict(summary, label="eva"):
@@ -354,3 +354,127 @@ def test_where_runs_were_done_is_said_if_processors_differ():
     (note,) = [note for note in summarise(runs, settings()).notes if "Runs differ in" in note]
     assert "processor (A on the first machine: 1 runs, A on gpu-1: 1 runs, B on gpu-2: 2 runs)" in note
     assert not [note for note in summarise(runs[:2], settings()).notes if "Runs differ in" in note]
+
+
+# All that is said
+
+
+def test_each_sentence_from_its_first_word_to_its_last():
+    starts = ["random", "eva", "eva+2-batches", "pissa", "olora", "full", "nobody"]
+    rates = {"random": 1e-3, "eva": 1e-3, "pissa": 3e-3, "nobody": 1e-3}
+    asked = dict(starts=starts, seeds=[0, 1, 2, 3], init="lora-init init m d", recommended=rates, kind="causal-lm")
+    found = summarise(exact(), settings(**asked, folds={"report": 99}))
+    said = {name: value for name, value in vars(found).items() if name not in ("table", "verdicts")}
+    assert [verdict.sentence for verdict in found.verdicts] == [
+        "eva is better; its final loss is 9.5 % lower than random's (−0.0200; interval −9.5 % to −9.5 %; 3 runs of "
+        "each; eva at 1e-3, random at 1e-3). A difference of 0.00 % or more would have shown. It closes 50 % of the "
+        "headroom (50 % to 50 %).",
+        "eva+2-batches is better; its final loss is 4.8 % lower than random's (−0.0100; interval −4.8 % to −4.8 %; 3 "
+        "runs of each; eva+2-batches at 1e-3, random at 1e-3). A difference of 0.00 % or more would have shown. It "
+        "closes 25 % of the headroom (25 % to 25 %).",
+        "pissa is worse; its final loss is 4.8 % higher than random's (+0.0100; interval +4.8 % to +4.8 %; 3 runs of "
+        "each; pissa at 1e-3, random at 1e-3). A difference of 0.00 % or more would have shown. It closes −25 % of the "
+        "headroom (−25 % to −25 %). Keep in mind: it trains 1,300 parameters, 5.3 % more than random.",
+        "olora: no statement possible, since olora has no rate with a finished run and no unstable one.",
+    ]
+    assert said == {
+        "title": "Starts compared · siqa · tiny/model",
+        "facts": "tiny/model, rank 8, on siqa (causal-lm): 60 steps of 2 examples, 3 seeds, 53 runs. siqa.jsonl, 800 "
+        "rows.",
+        "answer": "Use eva at 1e-3: its final loss is 9.5 % lower than random's at 1e-3 (−0.0200). At random's task "
+        "loss it forgets less: the loss on other text changes by +0.0100, with random by +0.1000.",
+        "caveats": [],
+        "start": "eva",
+        "command": "lora-init init m d --samples 8 --max-batches 4 --lora-alpha 16 --method eva --rho 1 "
+        "--learning-rate 1e-3 --output adapter",
+        "headline": "4 compared with random: 2 better, 1 worse, 1 no statement. Runs: 49 finished, 2 unstable, 2 "
+        "failed.",
+        "headroom": "The plain model has a loss of 2.3000 (2.1000 before it was quantized), and random ends at 0.2100. "
+        "Full fine-tuning of the model before it was quantized ends at 0.1700, at 1e-4: −19.0 % against random (−19.0 "
+        "% to −19.0 %). So random goes 98 % of the way, and 19.0 % is left. A difference of 0.00 % or more would have "
+        "shown.",
+        "as_recommended": [
+            "eva at 1e-3, the measured rate: better; its final loss differs by −9.5 % (interval −9.5 % to −9.5 %). "
+            "That is the best of its rates.",
+            "pissa at 3e-3, the measured rate: worse; its final loss differs by +9.5 % (interval +9.5 % to +9.5 %).",
+        ],
+        # Random ends 0.03 lower after twice the steps: after 80 of them by 0.0125, and 0.02 are worth 59 % more steps.
+        "equal_time": [
+            "At equal total time eva is still better than random: the final loss of eva differs by −3.8 % (interval "
+            "−3.8 % to −3.8 %). Its start takes as long as 20.0 steps. Its lead is worth 59 % further steps of random: "
+            "it pays from 34 steps on, if that share is the same there.",
+            "At equal total time eva+2-batches is still better than random: the final loss of eva+2-batches differs by "
+            "−4.3 % (interval −4.3 % to −4.3 %). Its start takes as long as 1.5 steps. Its lead is worth 26 % further "
+            "steps of random: it pays from 6 steps on, if that share is the same there.",
+        ],
+        "forgetting": [
+            "Forgetting at equal task loss, eva: less than random. The loss on other text changes by +0.0100, with "
+            "random by +0.1000 (difference −0.0900, interval −0.0900 to −0.0900).",
+            "Forgetting at equal task loss, eva+2-batches: more than random. The loss on other text changes by "
+            "+0.1500, with random by +0.1000 (difference +0.0500, interval +0.0500 to +0.0500).",
+            "Forgetting at equal task loss, pissa: it reaches random's loss with too few seeds to tell.",
+        ],
+        "data_needed": [],
+        "notes": [
+            "Not run yet: nobody.",
+            "random, eva, eva+2-batches, pissa, full: no finished run with seed 3 at the best rate.",
+            "Every figure is from 99 examples. So few decide nothing but large differences.",
+            "eva is unstable at 1e-2 (seeds 0, 2: loss 9; no finite loss), so this rate is not averaged.",
+            "2 runs failed (no room): pissa, olora.",
+        ],
+        "alphas": dict.fromkeys(["random", "random+120-steps", "eva", "eva+2-batches", "pissa", "olora"], 16.0),
+    }  # fmt: skip
+
+
+def noted(records, **changes):
+    return notes(run_table(records), settings(**changes))
+
+
+def test_notes_tell_what_a_reader_could_be_misled_by():
+    runs = planted({"eva": 0.0})
+    assert (
+        noted(runs, folds={"report": 100}) == noted(runs) == noted(runs, seeds=[0, 1, 2, 3], budget={"time": 9}) == []
+    )
+    only = [run for run in runs if run["seed"] == 0]
+    assert noted(only, seeds=[0]) == ["Rates were chosen on a single seed, so another may well be better."]
+    assert noted([run for run in only if run["learning_rate"] == 1e-3], seeds=[0]) == []
+    assert noted([run for run in runs if run["start"] == "eva"])[0].startswith(
+        "Every start is compared with random, and"
+    )
+    small = (
+        "The limit of time made this a comparison of 60 steps a run{}. A lead is often larger after few steps: with "
+    )
+    small += "more time, name another directory."
+    assert noted(runs, size={"tuned": True}) == [small.format("")]
+    alone = ", with other starts than random at their measured rate alone"
+    assert noted(runs, size={"tuned": False}) == [small.format(alone)]
+    # The best start gains 2.13 on each seed, and eva half of that at least, or less.
+    few = "Learned less than half of what the best start with the same seed did: eva on 2 of 3 seeds."
+    for gain, told in ((1.07, []), (1.06, [few])):
+        slow = [record(seed=seed) for seed in range(3)]
+        slow += [record("eva", seed=seed, final=2.3 - gain if seed else 0.17) for seed in range(3)]
+        assert noted(slow) == told
+    # Where no start improves on the plain model, half of the best is nothing to go by.
+    ends = (("random", 3.0), ("eva", 4.0))
+    assert noted([record(start, seed=seed, final=end) for start, end in ends for seed in range(3)]) == []
+
+
+def test_of_what_runs_differ_in_each_value_is_counted():
+    def of(number, **versions):
+        about = {"processor": "A", "threads": number, "versions": {"torch": "2.1", **versions}}
+        return record(seed=number, circumstances=about)
+
+    runs = [of(1, peft="1"), of(2), of(2, peft="1") | {"start": "eva"}, record(seed=0)]  # of the last nothing is known
+    (note,) = (note for note in noted(runs) if "Runs differ" in note)
+    said = "Runs differ in threads (1: 1 runs, 2: 2 runs); peft (1: 2 runs, None: 1 runs), so equal ones may differ by "
+    assert note == f"{said}rounding."
+
+
+def test_an_advice_for_random_says_what_is_special_about_its_runs():
+    runs = planted({"eva": -0.01, "pissa": -0.02, "orthogonal": 0.0})
+    for run in runs:
+        if run["start"] == "random" and run["seed"] == 0:
+            run["report_loss"] = [*run["report_loss"][:-1], run["report_loss"][-1] + 2.0]
+    found = summarise(runs, settings())
+    assert found.start == "random" and len(found.caveats) == 1
+    assert found.caveats[0].startswith("Random's runs spread ") and found.caveats[0].endswith("not pooled with others.")
