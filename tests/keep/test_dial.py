@@ -1,6 +1,9 @@
 """Strengths do what merged weights do, their gradient is that of finite differences, and a model is left as it was."""
 
 import copy
+import math
+import re
+import warnings
 from collections import Counter
 from functools import partial
 from itertools import chain
@@ -15,6 +18,8 @@ from lora_init.keep.dial import (
     Rule,
     change_of,
     check_dialable,
+    check_enough,
+    choose_dial,
     example_losses,
     fit_strengths,
     fits_of,
@@ -22,7 +27,8 @@ from lora_init.keep.dial import (
     label_losses,
     strengths,
 )  # fmt: skip
-from lora_init.keep.dialed import Change, Point
+from lora_init.keep.dialed import Change, Dial, Point
+from lora_init.serving.trained import OTHER_UPDATES
 from tests.conftest import batches_for, refused, tiny_gpt2, tiny_llama, tiny_t5
 
 KINDS = {
@@ -131,6 +137,74 @@ def test_the_origin_of_an_adapter_is_of_the_rank_that_it_began_with(rank, method
         refused(f"^it began as {method}, which changes or corrects the base", check_dialable, config, (), "it")
     else:
         check_dialable(config, (), "it")
+
+
+def from_start(**origin):
+    return {"init_lora_weights": True, "r": 4, "auto_mapping": {"lora_init": origin}}
+
+
+BEGAN = "it began as {}, which changes or corrects the base: at strength 0 that is not your model. Convert it by"
+HEAD = "it holds {}, trained whole, which has no strength: the rest would not fit it at another. Dial adapters"
+NOT_DIALABLE = {
+    **{
+        key: ({key: {"any": 1}}, (), f"it has {key}, which has no strength that could be scaled alone. Use plain LoRA.")
+        for key in ("use_dora", "lora_bias", "ensure_weight_tying", *OTHER_UPDATES)
+    },
+    **{task: ({"task_type": task}, (), HEAD.format("a head")) for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")},
+    "whole": ({"task_type": "CAUSAL_LM"}, ("lm_head.weight", "more"), HEAD.format("lm_head.weight")),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, (), BEGAN.format("pissa_niter_4")),
+    "own": (from_start(method="olora", rank=4), (), BEGAN.format("olora")),
+    "corrects": (from_start(method="x", corrects_base=True), (), BEGAN.format("x")),
+    "quantized": (from_start(method="qera", error_size=0.5), (), BEGAN.format("qera")),
+    "nothing": ({"task_type": "CAUSAL_LM", "use_dora": False, "arrow_config": None}, (), ""),
+    "gaussian": ({"init_lora_weights": "gaussian"}, (), ""),
+    "no change": (from_start(method="eva", rank=4), (), ""),
+    "without a method": (from_start(), (), ""),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_DIALABLE)
+def test_an_adapter_that_is_more_than_a_factor_times_a_and_b_is_refused(kind):
+    config, whole, words = NOT_DIALABLE[kind]
+    if words:
+        refused(f"^{re.escape(words)}", check_dialable, config, whole, "it")
+    else:
+        check_dialable(config, whole, "it")
+
+
+@pytest.mark.parametrize(("n", "words"), [(0, "0 example"), (1, "1 example"), (2, "2 examples"), (5, "5 examples")])
+def test_too_few_examples_are_counted(n, words):
+    check_enough(6, "keep")
+    refused(f"^keep: {words}, and at least 6 are needed. Take 36 or more.$", check_enough, n, "keep")
+
+
+@pytest.mark.parametrize(("n", "texts", "size"), [(6, 6, 2), (16, 8, 2), (40, 20, 4)])
+def test_the_base_writes_half_as_many_texts_as_there_are_examples(n, texts, size, monkeypatch):
+    model, (batch, *_) = trained_model()
+    row, found = {key: value[:1] for key, value in batch.items()}, []
+
+    def write(*arguments):
+        found.append(arguments)
+        return [row] * texts
+
+    monkeypatch.setattr("lora_init.keep.dial.replayed", write)
+    monkeypatch.setattr("lora_init.keep.dial._search", lambda model, *parts: Dial("", None, (), (), {}, {}, parts[:2]))
+    dialed = choose_dial(model, Rule(strength=0.5), [row] * n, None, "a tokenizer", 7, print)
+    assert found == [(model, "a tokenizer", texts, 7, size, print)]
+    assert dialed.read == (n, texts) and dialed.examples == (
+        ([], [row] * n, [row] * n),
+        ([], [row] * texts, [row] * texts),
+    )
+
+
+def test_an_adapter_that_acts_in_one_layer_is_dialed():
+    model, _ = trained_model()
+    first, *others = (module for name, module in model.named_modules() if name.endswith("lora_B.default"))
+    for module in others:
+        module.weight.data.zero_()
+    before = first.weight.clone()
+    assert {*dial(model, strength=0.5).strengths.values()} == {0.5}
+    assert torch.equal(first.weight, before / 2)
 
 
 def test_the_gradient_of_a_strength_is_that_of_finite_differences():
@@ -292,17 +366,19 @@ def test_the_report_says_per_cent_and_where_a_limit_was_broken(monkeypatch):
 
 
 @pytest.mark.parametrize(("asked", "chosen", "rise", "words"), [
-    ({}, 2.05, 0.4, "measured is 2.5 % above the task's loss at the best strength, and 2 % was the limit"),
+    ({}, 2.05, 0.4, "2.5 % above the task's loss at the best strength, and 2 %"),
     ({}, 2.03, 0.4, ""),
-    ({"lose": 0.01}, 2.03, 0.4, "1.5 % above"),
-    ({"keep_within": 0.1}, 9.0, 0.4, "text to keep 0.400 above the base's loss, and 0.1 was the limit"),
-    ({"keep_within": 0.5}, 9.0, 0.4, ""),
+    ({"lose": 0.01}, 2.03, 0.4, "1.5 % above the task's loss at the best strength, and 1 %"),
+    ({"lose": 0.5}, 3.0, 0.4, ""),  # at the limit
+    ({"keep_within": 0.1}, 9.0, 0.4, "text to keep 0.400 above the base's loss, and 0.1"),
+    ({"keep_within": 0.4}, 9.0, 0.4, ""),
     ({"strength": 0.5}, 9.0, 0.4, ""),
 ])  # fmt: skip
 def test_a_limit_is_broken_where_the_report_is_beyond_it(asked, chosen, rise, words):
     task = {name: Change(loss, 0.0, 0.0) for name, loss in (("best", 2.0), ("trained", 2.1), ("chosen", chosen))}
     said = Rule(**asked).broken(task, {"chosen": Change(3.0, rise, 0.0)})
-    assert len(said) == bool(words) and words in "".join(said)
+    line = f"measured is {words} was the limit. Dial on more examples, or set a lower limit"
+    assert said == [line] * bool(words)
 
 
 def ratio(model, batches, strength=1.0):
@@ -324,6 +400,13 @@ def test_the_interval_is_that_of_a_bootstrap_over_examples():
     assert found.error == pytest.approx(1.96 * float(drawn.std()), rel=0.05)  # 4000 draws: 1 %
 
 
+def test_the_interval_of_few_examples_is_wider_and_of_one_is_none():
+    """Two examples of 2 and 4 labels, whose losses differ by 1 and 5: 6 / 6 a label, so that -1 and 1 are left."""
+    before, after = torch.tensor([[4.0, 2.0], [7.0, 4.0]]).double(), torch.tensor([[5.0, 2.0], [12.0, 4.0]]).double()
+    assert change_of(after, before) == Change(17 / 6, pytest.approx(1.0), pytest.approx(1.96 * 2 / 6))
+    assert change_of(after[:1], before[:1]) == Change(2.5, 0.5, 0.0)
+
+
 def point(strength, task, rise):
     return Point(strength, task, rise, None, {})
 
@@ -339,20 +422,44 @@ def test_rules_choose_what_they_say():
     assert chosen(keep_within=0.1) == 0.7 and chosen(keep_within=0.0) == 0.5
     assert Rule(keep_within=0.1).choose(9.0, points[2:]) == points[2]
     assert chosen(points[1:]) == 0.7 and chosen([point(0.6, 1.1, 0.0)]) == 0.5  # the first of them where one is
-    assert str(Rule()) == "the least forgetting at most 2 % above the task's loss at the best strength"
     with pytest.warns(UserWarning, match=r"strength=9: above 1\.5 the dial itself chooses none"):
         Rule(strength=9)
+    with warnings.catch_warnings(action="error"):  # at the ends of what is allowed
+        assert (Rule(strength=STRONGEST).strength, Rule(strength=0.001).strength) == (1.5, 0.001)
+        assert (Rule(lose=1.0).lose, Rule(keep_within=9.0).keep_within) == (1.0, 9.0)
     for wrong, words in (
         (dict(lose=-0.1), "at least 0"),
-        (dict(lose=2), "200% more loss"),
+        (dict(lose=2), "lose=2 is 200% more loss. Write 2 % as 2% or 0.02"),
+        (dict(lose=1.01), "101% more loss"),
+        (dict(strength=0.5, uniform=True), "strength=0.5 is one for all layers already. Leave uniform=True out"),
+        (dict(keep_within=-0.1), "at least 0"),
         (dict(lose="2"), "lose='2', expected a number"),
         (dict(strength=True), "strength=True, expected a number"),
         (dict(strength=0.0), "at least 0.001"),
         (dict(strength=1e-31), "at least 0.001"),
         (dict(keep_within=float("nan")), "expected a number of at least 0"),
-        (dict(lose=0.1, strength=1.0), "both given"),
+        (dict(lose=0.1, strength=1.0), "^lose= and strength= are both given. One of them says what is chosen"),
     ):
         refused(words, Rule, **wrong)
+
+
+LEAST = "the least forgetting at most {} % above the task's loss at the best strength"
+
+
+@pytest.mark.parametrize(("asked", "words", "limit"), [
+    ({}, LEAST.format(2), 2.04),
+    ({"lose": 0.125}, LEAST.format(12.5), 2.25),
+    ({"lose": 0}, LEAST.format(0), 2.0),
+    ({"keep_within": 0.25}, "the best task with text to keep at most 0.25 above the base's loss", math.inf),
+    ({"keep_within": 0.0}, "the best task with text to keep at most 0 above the base's loss", math.inf),
+    ({"strength": 0.125}, "strength 0.125, as asked", math.inf),
+])  # fmt: skip
+def test_a_rule_says_what_was_asked_limits_the_task_and_what_it_missed(asked, words, limit):
+    rule = Rule(**asked)
+    assert str(rule) == words and rule.limit([point(0.5, 2.5, 0.0), point(0.9, 2.0, 0.2)]) == pytest.approx(limit)
+    missed = ["no strength keeps what was asked for; the one that forgets least was taken"]
+    assert rule.missed(point(0.4, 9.0, 0.3)) == missed * ("keep_within" in asked)
+    assert rule.missed(point(0.4, 9.0, asked.get("keep_within", 0.3))) == []  # at the limit
 
 
 @pytest.mark.parametrize(("asked", "rises", "tried"), [
@@ -360,7 +467,8 @@ def test_rules_choose_what_they_say():
     ({}, [0.9, 0.5, 0.495], [0.3, 1.0, 3.0]),  # the third gains nothing
     ({}, [0.9, 0.95], [0.3, 1.0]),
     ({"keep_within": 0.3}, [0.9, 0.5, 0.2], [0.3, 1.0, 3.0]),
-    ({"keep_within": 0.95}, [0.9], [0.3]),
+    ({"keep_within": 0.9}, [0.9], [0.3]),
+    ({}, [-0.1, -0.105, -0.104], [0.3, 1.0, 3.0]),  # where nothing was forgotten, any fall is a gain
 ])  # fmt: skip
 def test_the_weight_of_text_to_keep_rises_until_the_rule_breaks_or_nothing_is_gained(asked, rises, tried, monkeypatch):
     model, _ = trained_model()
@@ -377,10 +485,15 @@ def test_the_weight_of_text_to_keep_rises_until_the_rule_breaks_or_nothing_is_ga
 
     monkeypatch.setattr("lora_init.keep.dial.fit_strengths", fit)
     limit = 3.1 - 0.35 if not asked else float("inf")
-    points = [*fits_of(model, [], [], Rule(**asked), limit, 1.0, measure)]
+    points = [*fits_of(model, [], [], Rule(**asked), limit, 1.0 if rises[0] > 0 else -0.1, measure)]
     assert weights == tried and [point.weight for point in points] == [one for one in tried for _ in range(2)]
     begun = [next(iter(layers.values())) for layers, _ in starts]
     assert begun == pytest.approx([0.7 - 0.1 * i for i in range(len(tried))])
+    begun_at = starts[0][0]
+    ends = [0.7 - 0.05 * i for i in range(1, 2 * len(tried) + 1)]  # half way first
+    assert [value for one in points for value in one.layers.values()] == pytest.approx(
+        [one for one in ends for _ in begun_at]
+    )
     assert [more for _, more in starts] == [()] + [(16, 0.05)] * (len(tried) - 1)
 
 

@@ -1,13 +1,16 @@
 """The base writes, the same under the same seed, and what it writes is read as data."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from lora_init import LoraInitError, load_batches
-from lora_init.keep.replay import replay, replayed, sample_texts
-from tests.commands import save_model
+from lora_init.keep import replay as room
+from lora_init.keep.replay import check_texts, replay, replayed, sample_texts
+from tests.commands import WORDS, save_model, tokenizer_of
 from tests.conftest import refused, tiny_gpt2, tiny_llama, tiny_t5
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -29,7 +32,7 @@ def test_of_an_adapted_model_the_base_writes(tokenizer):
             parameter.data.normal_()
     before = torch.random.get_rng_state()
     assert replay(model, tokenizer, n=20, length=12) == expected
-    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(before, torch.random.get_rng_state()) and model.training
     assert sum(len(batch["labels"]) for batch in load_batches(expected, tokenizer)) == 20
 
 
@@ -103,3 +106,72 @@ def test_the_models_own_way_of_writing_is_as_it_was(tokenizer):
     before = model.generation_config
     replay(model, tokenizer, n=2, length=4)
     assert model.generation_config is before and before.top_k == 7
+
+
+def written(monkeypatch, texts=None):
+    """Let `sample_texts` note what it is called with, and write these texts, or a word after each prompt."""
+    calls = []
+
+    def write(model, prompts, *rest):
+        calls.append((prompts, *rest))
+        return texts or [[5]] * len(prompts)
+
+    monkeypatch.setattr(room, "sample_texts", write)
+    return calls
+
+
+def test_all_questions_are_asked_before_one_comes_again(tokenizer, monkeypatch):
+    tokenizer.chat_template, calls, said = TEMPLATE, written(monkeypatch), []
+    model = tiny_llama()
+    model.generation_config.eos_token_id = [9, 7]
+    rows = replay(model, tokenizer, 97, 6, chat=True, say=said.append)
+    asked = [row["messages"][0]["content"] for row in rows]
+    assert len({*asked[:96]}) == 96 and asked[96] == asked[0] and asked[:2] == [
+        "Explain the sea.", "Write a short story about a journey.",
+    ]  # fmt: skip
+    assert rows[0]["messages"][1] == {"role": "assistant", "content": tokenizer.decode([5])}
+    assert [len(prompts) for prompts, *_ in calls] == [32] * 4
+    assert [[*rest] for _, *rest in calls] == [[6, tokenizer.pad_token_id, [2, 7, 9], True]] * 4
+    assert [line.partition(";")[0] for line in said] == [f"{n} of 97 texts written" for n in (32, 64, 96, 97)]
+
+
+def test_a_text_begins_with_a_token_that_both_model_and_tokenizer_have(monkeypatch):
+    calls, large = written(monkeypatch), tokenizer_of([*WORDS, *(f"w{i}" for i in range(200))])
+    for tokenizer, most in ((large, 63), (tokenizer_of(WORDS), 3 + len(WORDS))):
+        calls.clear()
+        batches = replayed(tiny_llama(), tokenizer, 300, 0, 128)
+        begun = {prompt[0] for prompts, *_ in calls for prompt in prompts}
+        assert max(begun) == most and min(begun) == 0
+        assert [len(batch["labels"]) for batch in batches] == [128, 128, 44]
+        texts = [[*prompt, 5] for prompts, *_ in calls for prompt in prompts][:300]
+        assert [row for batch in batches for row in batch["input_ids"].tolist()] == texts
+        assert all(torch.equal(batch["labels"], batch["input_ids"]) for batch in batches)
+        assert {
+            tuple(rest) for _, *rest in ((0, length, pad, *ends, stops) for _, length, pad, ends, stops in calls)
+        } == {(64, 0, 2, False)}
+
+
+def test_empty_texts_are_left_out_and_no_more_than_four_times_as_many_are_written(tokenizer, monkeypatch):
+    calls = written(monkeypatch, [[0]] * 31 + [[5]])  # padding is no text
+    monkeypatch.setattr(torch, "randint", lambda n, shape: torch.zeros(shape, dtype=torch.long))
+    assert replay(tiny_llama(), tokenizer, n=2) == [{"text": tokenizer.decode([5])}] and len(calls) == 1
+    calls.clear()
+    assert replay(tiny_llama(), tokenizer, n=17) == [{"text": tokenizer.decode([5])}] * 3 and len(calls) == 3
+
+
+@pytest.mark.parametrize(("chat", "longest"), [(False, 1), (True, 10)])
+def test_a_text_may_be_as_long_as_the_model_has_positions(chat, longest, tokenizer):
+    """The last token is drawn, and never read."""
+    tokenizer.chat_template = TEMPLATE
+    config = tiny_llama().config
+    most = 64 + 1 - longest
+    check_texts(config, tokenizer, most, chat)
+    said = f"length={most + 1}: with its beginning a text has 66 tokens, and the model takes 64"
+    refused(said, check_texts, config, tokenizer, most + 1, chat)
+    check_texts(SimpleNamespace(get_text_config=object), tokenizer, 10**6, chat)  # of a model without a limit
+
+
+@pytest.mark.parametrize("wrong", [dict(n=0), dict(n=1.5), dict(length=0), dict(length=2.5), dict(chat="no")])
+def test_numbers_that_no_text_can_have_are_refused(wrong, tokenizer):
+    ((name, value),) = wrong.items()
+    refused(f"{name}={value!r}, expected", replay, tiny_llama(), tokenizer, **wrong)

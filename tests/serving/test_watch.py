@@ -5,6 +5,7 @@ import threading
 import warnings
 from contextlib import ExitStack
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from lora_init import LoraInitError, ServingCallback, ServingWatch
 from lora_init.serving.server import Server
+from lora_init.serving.verify import Verification
+from lora_init.serving.watch import _stale
 from tests.conftest import refused, tiny_llama
 from tests.serving.engine import Engine, word_tokenizer
 
@@ -268,3 +271,103 @@ def test_each_kind_of_error_is_warned_of_once(tmp_path):
             callback.on_step_end(None, state, TrainerControl())
     warned = [str(one.message).partition(": ")[0] for one in said]
     assert warned == ["step 0", "step 2"]
+
+
+ASIDE = torch.tensor([[1.0, -1.0] * 3] * 2)  # of 12 values; off any way whose values come in pairs
+WAY = torch.tensor([[1.0, 1.0, 2.0, 2.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0, 1.0, 1.0]])  # 20 is its squared length
+AT_NOW = torch.ones(2, 6)
+
+
+def stale(off, ways, noise=0.001):
+    return _stale(AT_NOW + off, AT_NOW, {step: AT_NOW + way for step, way in ways.items()}, noise)
+
+
+@pytest.mark.parametrize(("along", "aside", "noise", "found"), [
+    (1.0, 0.0, 0.001, True),
+    (0.76, 0.0, 0.001, True),
+    (0.74, 0.0, 0.001, None),  # three quarters of the way
+    (1.29, 0.0, 0.001, True),
+    (1.31, 0.0, 0.001, None),  # three tenths beyond
+    (1.0, 1.79, 0.001, True),  # what is left over, squared, is less than 9 hundredths of the way: 1.8
+    (1.0, 1.81, 0.001, None),
+    (1.0, 1.81, 0.1, True),  # and four times what is of noise: 4 x 12 x 0.01
+    (1.0, 2.27, 0.1, True),
+    (1.0, 2.29, 0.1, None),
+    (1.0, 0.0, 0.446, True),  # noise, squared, is less than a hundredth: 0.2
+    (1.0, 0.0, 0.448, None),
+    (1.0, 1.79, None, True),
+    (1.0, 1.81, None, False),  # without the noise something else may fit as well
+    (1.0, 2.39, None, False),
+    (1.0, 2.41, None, None),
+    (0.0, 0.0, 0.001, None),
+])  # fmt: skip
+def test_an_answer_near_that_of_an_earlier_step_is_stale(along, aside, noise, found):
+    off = along * WAY + ASIDE * (aside / 12) ** 0.5
+    assert stale(off, {7: WAY}, noise) == (None if found is None else (7, 2, found))
+
+
+def test_the_step_that_explains_most_is_named_whatever_the_order():
+    ways = {1: 0.9 * WAY, 2: WAY, 3: 1.1 * WAY, 4: ASIDE}
+    for order in ([1, 2, 3, 4], [4, 3, 2, 1]):
+        assert stale(WAY, {step: ways[step] for step in order}) == (2, 2, True)
+        assert stale(1.2 * WAY, {step: ways[step] for step in order}) == (3, 2, True)
+    assert stale(WAY, {}) is None
+
+
+def test_some_prompts_alone_may_be_answered_as_by_an_earlier_step():
+    first = torch.tensor([[1.0], [0.0]])
+    assert stale(first * WAY, {5: WAY}) == (5, 1, True)
+    assert stale((1 - first) * WAY, {5: WAY, 6: ASIDE}) == (5, 1, True)
+    assert stale(-WAY, {5: WAY}) is None
+    off = WAY.where(torch.arange(6) < 4, torch.nan)  # values that were not returned count for nothing
+    assert stale(off, {5: WAY.where(torch.arange(6) < 4, 50.0)}) == (5, 2, True)
+
+
+def watching(monkeypatch, keep=2):
+    monkeypatch.setattr(ServingWatch, "_local", lambda self, model: model)
+    return ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}, keep=keep)
+
+
+def test_the_steps_that_were_noted_last_are_kept(monkeypatch):
+    watch, model = watching(monkeypatch), torch.nn.Identity()
+    model.run = len
+    for step in (1, 2, 1, 3):
+        watch.note(model, step)
+    assert watch._kept == {1: 8, 3: 8}
+    for many, keep in (([], 1), (PROMPTS, 0)):
+        refused(
+            f"^a watch needs a prompt and a step to keep, and got {len(many)} and keep={keep}",
+            ServingWatch, word_tokenizer(), many, lambda prompt: {}, keep=keep,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("verdict", "step", "zero", "saving", "said"), [
+    ("stale", 4, True, "steps", True), ("stale", 4, True, "no", True), ("stale", 4, False, "steps", False),
+    ("stale", 5, True, "steps", False), ("served as trained", 4, True, "steps", False),
+    ("cannot tell", 4, True, "steps", False), ("ignored", 6, True, "epoch", True),
+])  # fmt: skip
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_run_is_stopped_with_a_checkpoint_where_one_is_wanted(verdict, step, zero, saving, said, stop, monkeypatch):
+    watch, control, noted = watching(monkeypatch), TrainerControl(), []
+    watch.check = lambda model, step: Verification(verdict, f"{verdict} at {model} {step}", 1.0, 1.0, 1.0, 1, 1)
+    watch.note = lambda *arguments: noted.append(arguments)
+    callback = ServingCallback(watch, every=2, stop=stop)
+    args, state = SimpleNamespace(save_strategy=saving), TrainerState(global_step=step, is_world_process_zero=zero)
+    callback.on_step_begin(args, state, control, "model")
+    assert noted == [("model", step)] * zero
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            callback.on_step_end(args, state, control, "model")
+    text = f"step {step - 1}: the engine does not serve what is trained: {verdict} at model {step - 1}"
+    assert [str(one.message) for one in warned] == [text] * said
+    assert [*callback.found] == [step - 1] * (zero and step % 2 == 0)
+    assert control.should_training_stop == (said and stop)
+    assert control.should_save == (said and stop and saving != "no")
+
+
+def test_ten_steps_are_between_two_checks_unless_it_is_said(monkeypatch):
+    callback = ServingCallback(watching(monkeypatch))
+    assert (callback.every, callback.stop, ServingWatch(word_tokenizer(), PROMPTS, {}.get)._keep) == (10, False, 16)
+    refused("^watch='x': a ServingWatch is needed", ServingCallback, "x")
+    refused("stop='no', expected True or False", ServingCallback, callback.watch, stop="no")
