@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from lora_init import export_adapter
 from lora_init.serving import writers
 from lora_init.serving.base import read_base
-from lora_init.serving.engines import ENGINES
-from lora_init.serving.support import serving_note
+from lora_init.serving.engines import ENGINES, PEFT, check_rank, find_engine, vllm_rank
+from lora_init.serving.support import export_options, serving_note, why_not_as_it_is
 from lora_init.serving.trained import read_trained
 from lora_init.serving.writers import gguf_names
 from tests.conftest import refused as one_line
@@ -223,3 +223,95 @@ def test_a_layer_without_a_name_in_gguf_is_named(base, tmp_path):
 def test_an_engine_gets_room_for_the_rank_of_the_config_where_no_layer_has_it():
     config = {"r": 64, "lora_alpha": 64, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 8}}
     assert "--max-lora-rank 64" in serving_note({"h.0.q_proj": 8, "h.1.q_proj": 8}, config)
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, 513)])
+def test_vllm_makes_room_for_a_rank(rank, room):
+    assert vllm_rank(rank) == room
+    assert ENGINES["vllm"].name_with(rank) == f"vLLM (--max-lora-rank {room})" and PEFT.name_with(rank) == "PEFT"
+
+
+def test_a_rank_that_an_engine_does_not_take_is_refused_with_those_that_it_takes():
+    taken = {name: [rank for rank in range(1, 1000) if engine.allows(rank)] for name, engine in ENGINES.items()}
+    padded = [8, *range(16, 1000, 16)]
+    every = [*range(1, 1000)]
+    assert taken == dict.fromkeys(ENGINES, every) | {"vllm": every[:512], "tgi": padded, "lorax": padded}
+    for name, rank in ((None, 999), ("sglang", 999), ("vllm", 512), ("tgi", 8)):
+        check_rank(name, rank)
+    one_line("^vllm takes at most rank 512, and this is 513. Choose one by rank=", check_rank, "vllm", 513)
+    one_line("^tgi takes rank 8 or a multiple of 16, and this is 24. Choose one by rank=", check_rank, "tgi", 24)
+    assert find_engine(None) is PEFT and find_engine("mlx").title == "MLX"
+
+
+SINGLE = {"h.0.experts.1.up": 8, "h.0.experts.2.up": 8}
+ALIKE = {"h.0.q": 8, "h.1.q": 8}
+OWN, KIND = "reads one scaling, and here layers have their own", "takes one rank for every layer of a kind"
+
+
+@pytest.mark.parametrize(("engine", "ranks", "config", "why"), [
+    ("vllm", ALIKE, {}, ""),
+    ("mlx", ALIKE, {}, "reads no directory of PEFT"),
+    ("vllm", ALIKE, {"target_parameters": ["up"]}, "has a form of its own for experts, and drops or refuses PEFT's"),
+    ("tgi", SINGLE, {}, "takes no adapter of experts"),
+    ("llama.cpp", SINGLE, {}, "has a form of its own for experts"),
+    ("vllm", SINGLE, {}, ""),
+    ("tgi", {"h.0.q": 12}, {}, "takes rank 8 or a multiple of 16, and this is 12"),
+    ("sglang", ALIKE, {"use_rslora": True}, "does not read use_rslora"),
+    ("tgi", ALIKE, {"use_rslora": True, "r": 8, "lora_alpha": 16}, ""),
+    ("vllm", ALIKE, {"r": 8, "lora_alpha": 8, "alpha_pattern": {"h.1.q": 8}}, ""),
+    ("vllm", ALIKE, {"r": 8, "lora_alpha": 8, "alpha_pattern": {"h.1.q": 8.001}}, OWN),
+    ("vllm", {"h.0.q": 8, "h.1.q": 4}, {"r": 8, "lora_alpha": 8}, OWN),
+    ("vllm", {"h.0.q": 8, "h.1.q": 4}, {"r": 8, "lora_alpha": 8, "alpha_pattern": {"h.1.q": 4}}, ""),
+    ("sglang", {"h.0.q": 8, "h.1.q": 4}, {"r": 8, "lora_alpha": 8, "alpha_pattern": {"h.1.q": 4}}, KIND),
+    ("sglang", {"h.0.q": 8, "h.1.q": 0}, {"r": 8, "lora_alpha": 8}, KIND),
+    ("sglang", {"h.0.q": 8, "h.1.q": 8, "h.0.v": 0, "h.1.v": 0}, {"r": 8, "lora_alpha": 8}, ""),
+    ("sglang", {"h.0.q": 0}, {"r": 8, "lora_alpha": 8}, KIND),
+    ("sglang", ALIKE, {"layers_to_transform": [0, 1]}, KIND),
+    ("sglang", ALIKE, {"r": 16, "lora_alpha": 16, "alpha_pattern": {"q": 8}}, KIND),
+    ("tgi", ALIKE, {"r": 12}, "takes rank 8 or a multiple of 16, and this is 12"),
+])  # fmt: skip
+def test_why_an_engine_does_not_take_an_adapter_as_it_is(engine, ranks, config, why):
+    assert why_not_as_it_is(ENGINES[engine], ranks, config) == why
+
+
+AS_IT_IS = "PEFT takes this adapter as it is."
+TRAINED_WITH = f"{AS_IT_IS} It was trained with {{}}, which no other does."
+MERGE = "`lora-init export --merge-into MODEL`."
+
+
+@pytest.mark.parametrize(("config", "tensors", "note", "options"), [
+    ({}, ["base_model.model.h.0.q.lora_A.weight", "h.0.q.lora_B.weight", "h.0.q.lora_magnitude_vector",
+          "h.0.q.base_layer.weight"], None, "--engine vllm"),
+    ({"bias": "none", "use_dora": False}, [], None, "--engine vllm"),
+    ({"alora_invocation_tokens": [5]}, [], TRAINED_WITH.format("alora_invocation_tokens"), None),
+    ({"use_qalora": True, "use_dora": True}, [], TRAINED_WITH.format("use_qalora"), None),
+    ({"task_type": "TOKEN_CLS"}, [], f"{AS_IT_IS} It is of a classifier of tokens, and the engines of `lora-init "
+     "export` write text.", ""),
+    ({"use_dora": True}, [], f"{AS_IT_IS} MLX needs `lora-init export`. Others take no DoRA: {MERGE}", "--engine mlx"),
+    ({"target_parameters": ["up"]}, [], f"{AS_IT_IS} vLLM, SGLang, llama.cpp, Ollama and MLX need `lora-init export`. "
+     f"Others take no adapter of experts: {MERGE}", "--engine vllm"),
+    ({"target_parameters": ["up"], "use_dora": True}, [], f"{AS_IT_IS} MLX needs `lora-init export`. Others take no "
+     f"DoRA: {MERGE}", "--engine mlx"),
+    ({"bias": "all", "use_dora": True}, [], f"{AS_IT_IS} Others take no bias='all': {MERGE}", "--merge-into MODEL"),
+    ({}, ["base_model.model.lm_head.weight"], f"{AS_IT_IS} Others take no tensor 'lm_head.weight': {MERGE}",
+     "--merge-into MODEL"),
+])  # fmt: skip
+def test_who_takes_what_an_adapter_has_besides_a_and_b(config, tensors, note, options):
+    every = (
+        "PEFT, vLLM (--max-lora-rank 8), SGLang, llama.cpp, Ollama, TGI and LoRAX take this adapter as it is. MLX "
+        "needs `lora-init export`."
+    )
+    assert serving_note(ALIKE, config, tensors) == (note or every)
+    assert export_options(config, tensors) == options
+    before = (
+        "It began as pissa, which changes the base weights, so no engine takes it as it is. `lora-init export --start "
+        "DIRECTORY`, of the adapter before training, converts it."
+    )
+    assert serving_note(ALIKE, config, tensors, "pissa") == before
+
+
+def test_adapters_of_single_experts_are_noted_for_the_engines_that_take_none():
+    assert serving_note(SINGLE, {}) == (
+        "PEFT, vLLM (--max-lora-rank 8) and SGLang take this adapter as it is. llama.cpp, Ollama and MLX need "
+        "`lora-init export`. TGI and LoRAX take no adapter of experts: `lora-init export --merge-into MODEL`."
+    )

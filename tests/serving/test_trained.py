@@ -11,8 +11,25 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lora_init import build_adapter, collect, correct_base, export_adapter
+from lora_init.adapters.directory import start_digest
+from lora_init.files import digests_of
 from lora_init.layers.targets import Target
-from lora_init.serving.trained import OTHER_UPDATES, Trained, read_trained, with_parameters
+from lora_init.loading.models import QUANTIZATIONS
+from lora_init.serving.trained import (
+    EMBEDDING,
+    OTHER_UPDATES,
+    Layer,
+    Trained,
+    _problem_of,
+    note_of,
+    read_trained,
+    scalings,
+    strength_of,
+    subtract,
+    with_parameters,
+    zero_layers,
+)
+from lora_init.serving.trained import config_of as settings_of
 from tests.adapters.made import made_up_statistics
 from tests.conftest import batches_for, tiny_llama
 from tests.conftest import refused as one_line
@@ -213,3 +230,195 @@ def test_reading_scales_as_peft_does(base, tmp_path):
     updates = [model.get_base_model().get_submodule(name).get_delta_weight("default") for name in layers]
     size = math.sqrt(sum(float(update.double().square().sum()) for update in updates))
     assert math.isclose(read_trained(trained).update_size, size, rel_tol=1e-5)
+
+
+def pair(rank=2, d_in=3, d_out=4, scaling=1.0, **more):
+    a, b = torch.arange(1.0, 1 + rank * d_in).reshape(rank, d_in), torch.ones(d_out, rank)
+    return Layer(a, b, scaling, **more)
+
+
+def test_zeros_are_appended_and_another_scaling_goes_into_b():
+    one = Layer(torch.ones(2, 2, 3), torch.ones(2, 4, 2).bfloat16(), 3.0)
+    more = one.padded(3)
+    assert (one.experts, one.rank, one.widths, more.rank) == (2, 2, (3, 4), 3) and pair().experts == 0
+    assert torch.equal(more.a, torch.tensor([[1.0], [1], [0]]).expand(2, 3, 3))
+    assert torch.equal(more.b, torch.tensor([1.0, 1, 0]).bfloat16().expand(2, 4, 3))
+    assert one.rescaled(3.0) is one
+    other = one.rescaled(0.75)
+    assert (other.scaling, other.b.dtype) == (0.75, torch.float32) and other.a is one.a
+    assert torch.equal(other.b, torch.full((2, 4, 2), 4.0))
+
+
+def test_all_layers_get_the_scaling_that_most_have():
+    layers = {"a": pair(scaling=2.0), "b": pair(scaling=0.5, rank=3), "c": pair(scaling=0.5)}
+    trained = Trained({}, layers, {})
+    assert (trained.scaling, trained.rank, trained.n_parameters) == (2.0, 3, 2 * 14 + 21)
+    one = trained.with_one_scaling()
+    assert {name: layer.scaling for name, layer in one.layers.items()} == dict.fromkeys("abc", 0.5)
+    assert one.layers["b"] is layers["b"] and torch.equal(one.layers["a"].b, torch.full((4, 2), 4.0))
+    assert one.update_size == pytest.approx(trained.update_size)
+    assert trained.layers_beside(Trained({}, {"b": pair()}, {})) == ["a", "c"]
+
+
+def test_the_size_of_the_update_is_that_of_all_layers_and_experts():
+    layers = {"a": pair(scaling=-2.0), "b": Layer(torch.randn(3, 2, 5), torch.randn(3, 4, 2), 0.5)}
+    products = [layer.scaling * layer.b @ layer.a for layer in layers.values()]
+    expected = math.sqrt(sum(float(product.square().sum()) for product in products))
+    assert Trained({}, layers, {}).update_size == pytest.approx(expected)
+    assert Trained({}, {"a": replace(pair(), b=torch.zeros(4, 2))}, {}).update_size == 0.0
+
+
+@pytest.mark.parametrize(("layers", "nothing"), [
+    ([pair()], False),
+    ([pair(), pair(scaling=0.0)], False),
+    ([pair(scaling=0.0), replace(pair(), b=torch.zeros(4, 2)), replace(pair(), a=torch.zeros(2, 3))], True),
+])  # fmt: skip
+def test_an_adapter_adds_nothing_if_no_layer_does(layers, nothing):
+    assert Trained({}, dict(enumerate(layers)), {}).adds_nothing == nothing
+
+
+@pytest.mark.parametrize(("settings", "found"), [
+    (QUANTIZATIONS["nf4"], "nf4"),
+    (QUANTIZATIONS["int8"], "int8"),
+    (QUANTIZATIONS["nf4"] | {"more": 1}, "nf4"),
+    ({"quant_method": "gptq"}, ""),
+    (None, ""),
+    ("nf4", ""),
+])  # fmt: skip
+def test_how_the_base_was_quantized_is_read_of_the_record(settings, found):
+    config = {"auto_mapping": {"lora_init": {"provenance": {"quantisation": settings}}}}
+    assert Trained(config, {}, {}).quantized == found
+    for other in ({}, {"auto_mapping": {"lora_init": {}}}, {"auto_mapping": {"lora_init": {"provenance": None}}}):
+        assert Trained(other, {}, {}).quantized == ""
+
+
+A, B = torch.ones(2, 3), torch.ones(4, 2)
+PAIR = {"lora_A.weight": A, "lora_B.weight": B}
+NOT_READ = "which no plain LoRA has. Only lora_A and lora_B are read."
+PROBLEMS = [
+    (PAIR, ""),
+    ({"lora_embedding_A": A, "lora_embedding_B": B}, ""),
+    (PAIR | {"lora_magnitude_vector": torch.ones(4)}, ""),
+    ({"lora_B.weight": B}, "has no lora_A.weight. The adapter is incomplete; save it again."),
+    ({"lora_embedding_A": A}, "has no lora_embedding_B. The adapter is incomplete; save it again."),
+    (PAIR | {"lora_embedding_A": A, "lora_embedding_B": B}, f"has lora_A.weight, {NOT_READ}"),
+    (PAIR | {"lora_B.bias": torch.ones(4)}, f"has lora_B.bias, {NOT_READ}"),
+    ({"lora_A.x.weight": A, "lora_B.x.weight": B},
+     "has lora_A.x.weight for lora_A.weight. `lora-init export --rename` writes names that fit."),
+    (PAIR | {"lora_A.weight": torch.ones(2, 3, 1, 1)}, "is a convolution, which the engines read no adapter of. Call "
+     "PEFT's merge_and_unload() and serve the model that it returns."),
+    (PAIR | {"lora_B.weight": B.int()},
+     "is torch.int32, and A and B are float32, float16 or bfloat16. Save it again in one of these."),
+    (PAIR | {"lora_B.weight": B * math.inf},
+     "holds NaN or infinite numbers: its training went wrong. Save a checkpoint from before."),
+    *((PAIR | {"lora_B.weight": B.to(dtype)}, "") for dtype in (torch.float64, torch.float16, torch.bfloat16)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "problem"), PROBLEMS)
+def test_what_is_no_a_and_b_is_described(tensors, problem):
+    assert _problem_of(tensors) == problem
+
+
+@pytest.mark.parametrize(("config", "found"), [
+    ({"r": 8, "lora_alpha": 16}, {"h.up": 4.0, "h.down": 1.0}),
+    ({"r": 8}, {"h.up": 2.0, "h.down": 0.5}),  # 8 is PEFT's default
+    ({"lora_alpha": 16, "use_rslora": True}, {"h.up": 8.0, "h.down": 4.0}),
+    ({"lora_alpha": 16, "alpha_pattern": {"h.up": 2, "up": 3}}, {"h.up": 0.5, "h.down": 1.0}),
+])  # fmt: skip
+def test_scalings_are_of_layers_with_a_rank(config, found):
+    assert scalings(config, {"h.up": 4, "h.none": 0, "h.down": 16}) == found
+    one_line("^adapter_config.json is damaged: ", scalings, config | {"lora_alpha": "x", "alpha_pattern": {}}, {"a": 1})
+
+
+def test_layers_without_an_adapter_get_zeros_where_their_kind_has_one():
+    widths = {f"h.{i}.{kind}": (3, 4) for i in range(3) for kind in ("up", "emb", "head")}
+    layers = {"h.0.up": pair(scaling=3.0), "h.1.emb": pair(ends=EMBEDDING)}
+    trained = Trained({}, layers, {"base_model.model.h.2.up.bias": torch.ones(4)})
+    zeros = zero_layers(trained, widths)
+    assert [*zeros] == ["h.1.up"] and zeros["h.1.up"].scaling == 3.0
+    assert torch.equal(zeros["h.1.up"].a, torch.zeros(1, 3)) and torch.equal(zeros["h.1.up"].b, torch.zeros(4, 1))
+
+
+def test_what_a_start_began_with_is_appended_with_the_opposite_sign():
+    trained, start = (
+        Trained({}, {"h": pair(scaling=2.0)}, {}),
+        Trained({}, {"h": pair(3, scaling=0.5), "more": pair()}, {}),
+    )
+    both = subtract(trained, start, {}, "START").layers["h"]
+    before, after = start.layers["h"], trained.layers["h"]
+    assert both.rank == 5 and both.scaling == 2.0
+    torch.testing.assert_close(both.scaling * both.b @ both.a, 2 * after.b @ after.a - before.b @ before.a / 2)
+    digest = start_digest({name: layer.weights for name, layer in start.layers.items()})
+    assert subtract(trained, start, {"start": digest}, "START").layers["h"].rank == 5
+    one_line("^start='START' holds other numbers than those that", subtract, trained, start, {"start": "x"}, "START")
+    said = "^start='START' has no layer 'h' of these widths. It is another's start"
+    experts = Layer(torch.ones(1, 2, 3), torch.ones(1, 4, 2), 1.0)
+    for other in ({"more": pair()}, {"h": pair(d_in=4)}, {"h": pair(d_out=5)}, {"h": experts}):
+        one_line(said, subtract, trained, Trained({}, other, {}), {}, "START")
+
+
+def test_the_config_says_what_engines_and_peft_need_to_know():
+    kept = {
+        "alora_invocation_tokens": [1], "bias": "all", "ensure_weight_tying": True, "fan_in_fan_out": True,
+        "lora_bias": True, "lora_dropout": 0.5, "modules_to_save": ["head"], "revision": "main",
+        "task_type": "CAUSAL_LM", "trainable_token_indices": [2], "use_dora": True,
+    }  # fmt: skip
+    given = kept | {
+        "r": 9,
+        "lora_alpha": 9,
+        "use_rslora": True,
+        "rank_pattern": {"x": 1},
+        "base_model_name_or_path": "b",
+    }
+    experts = Layer(torch.ones(3, 4, 2), torch.ones(3, 5, 4), 2.0)
+    trained = Trained(given, {"h.up": pair(scaling=2.0), "h.experts.down": experts}, {})
+    written = settings_of(trained, ["up"])
+    assert {key: written.get(key) for key in kept} == kept and "auto_mapping" not in written
+    others = {key: value for key, value in written.items() if key not in kept}
+    assert others == {
+        "peft_type": "LORA", "base_model_name_or_path": "b", "r": 4, "lora_alpha": 8,
+        "rank_pattern": {"^(?:h\\.up)$": 2}, "alpha_pattern": {"^(?:h\\.up)$": 4}, "target_modules": ["up"],
+        "init_lora_weights": True, "target_parameters": ["h.experts.down"], "inference_mode": True,
+    }  # fmt: skip
+    theirs, ours = {"base_model_class": "LlamaModel"}, {"lora_init": {"method": "eva"}}
+    assert settings_of(replace(trained, config={"auto_mapping": theirs}), ["up"])["auto_mapping"] == theirs
+    assert "auto_mapping" not in settings_of(replace(trained, config={"auto_mapping": ours}), ["up"])
+
+
+def test_the_strengths_of_a_dial_are_told_while_its_record_fits(tmp_path):
+    chosen = {"strength": 0.625, "weight": None, "layers": {"a": 0.625, "b": 0.625}}
+    assert strength_of({"chosen": chosen}) == "0.625 in all layers"
+    chosen |= {"weight": 3.0, "layers": {"a": 0.25, "b": 1.0}}
+    said = "one for each of 2 layers, 0.25 to 1.00, mean 0.62"
+    assert strength_of({"chosen": chosen}) == said and note_of(tmp_path) == ()
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    digests = digests_of(tmp_path, ["adapter_model.safetensors"])
+    (tmp_path / "dial.json").write_text(json.dumps({"chosen": chosen, "sha256": digests}))
+    assert note_of(tmp_path) == (f"its strength is the dial's: {said}",)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"others")
+    assert note_of(tmp_path) == ()
+
+
+def test_all_tensors_have_the_names_that_peft_gives_them():
+    layers = {
+        "h.up": pair(magnitude=torch.ones(4)), "emb": pair(ends=EMBEDDING),
+        "h.experts.down": Layer(torch.arange(12.0).reshape(2, 2, 3), torch.arange(16.0).reshape(2, 4, 2), 1.0),
+    }  # fmt: skip
+    layers["h.up"] = replace(layers["h.up"].rescaled(0.5), a=layers["h.up"].a.half())
+    trained = Trained({}, layers, {"other": torch.ones(1)})
+    found, prefix = trained.tensors(), "base_model.model."
+    assert {name: (tensor.dtype, [*tensor.shape]) for name, tensor in found.items()} == {
+        "other": (torch.float32, [1]),
+        f"{prefix}h.up.lora_A.weight": (torch.float16, [2, 3]),
+        f"{prefix}h.up.lora_B.weight": (torch.float16, [4, 2]),
+        f"{prefix}h.up.lora_magnitude_vector": (torch.float32, [4]),
+        f"{prefix}emb.lora_embedding_A": (torch.float32, [2, 3]),
+        f"{prefix}emb.lora_embedding_B": (torch.float32, [4, 2]),
+        f"{prefix}h.experts.lora_A.weight": (torch.float32, [4, 3]),
+        f"{prefix}h.experts.lora_B.weight": (torch.float32, [4, 4]),
+    }
+    assert all(tensor.is_contiguous() for tensor in found.values())
+    assert torch.equal(found[f"{prefix}h.up.lora_B.weight"], torch.full((4, 2), 2.0).half())
+    assert found[f"{prefix}h.experts.lora_B.weight"][0].tolist() == [0.0, 8.0, 1.0, 9.0]  # by rank, then by expert
+    assert trained.other_shapes == {"other": torch.Size([1])}

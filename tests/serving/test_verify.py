@@ -1,6 +1,7 @@
 """`verify` names what a server does with an adapter: twelve planted faults, and none where there is none."""
 
 import json
+import math
 import re
 import shutil
 from functools import partial
@@ -15,10 +16,15 @@ from lora_init import LoraInitError
 from lora_init.adapters.init_config import Reading
 from lora_init.cli import verify as verify_command
 from lora_init.serving import server
+from lora_init.serving.engines import VLLM_RANKS
+from lora_init.serving.experts import misreadings
+from lora_init.serving.verify import Fault, Local, _most_telling, _variance_within_prompts, diagnose
 from tests import commands
 from tests.commands import run, tokenizer_of
 from tests.conftest import refused, tiny_llama
+from tests.layers.made import BOTH, mixtral
 from tests.serving.engine import FAULTS, Engine, changed, without, word_tokenizer
+from tests.versions import needs_experts_by_peft
 
 # What could not be asked is not what differs, which is 1.
 assert_one_line_error = partial(commands.assert_one_line_error, code=2)
@@ -369,3 +375,235 @@ def test_the_key_is_sent_and_never_shown(home, monkeypatch):
     assert_one_line_error(done, "answers 500", "... is what you sent")
     help_text = run("verify", "--help").output
     assert "LORA_INIT_API_KEY" in help_text and "wrong-key" not in help_text
+
+
+NAMES = [f"layers.{block}.{kind}" for block in range(2) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+EXPERTS = NAMES[1::2]  # by the name that a fault has
+
+
+class Sum:
+    """A model whose answers are a sum of what each layer adds, and what is asked of it."""
+
+    def __init__(self, effect=0.3):
+        generator = torch.Generator().manual_seed(0)
+        self.plain, parts = (torch.randn(*shape, 8, 30, generator=generator).double() for shape in ((), (4,)))
+        self.plain *= 3
+        self.parts = dict(zip(NAMES, parts * effect / rms(parts.sum(0)), strict=True))
+        self.sign, self.effect, self.asked = torch.randn(8, 30, generator=generator).double().sign(), effect, []
+        self.faults = [
+            Fault("ignored", "what answers is the base", dict.fromkeys(NAMES, 0.0)),
+            Fault("scaled", "by 2, alpha doubled", dict.fromkeys(NAMES, 2.0)),
+            Fault("a part is missing", "experts", dict.fromkeys(NAMES, 1.0) | dict.fromkeys(EXPERTS, 0.0)),
+        ]
+
+    def by(self, **factors):
+        """What is served with a factor on what the layers of a module add."""
+        return self.plain + sum(factors.get(name.split(".")[2], 1.0) * part for name, part in self.parts.items())
+
+    def run(self, fault):
+        self.asked.append(fault.reason)
+        return self.plain + sum(fault.factors.get(name, 1.0) * part for name, part in self.parts.items())
+
+    def judge(self, observed, noise=0.01, routed=False):
+        """Return the verdict, without the numbers behind it; of the base an engine tells some tokens alone."""
+        at_base = (self.plain + (noise or 0) * self.sign).where(torch.arange(30) < 20 * (noise is not None), torch.nan)
+        args = self.plain, self.by(), self.effect, self.faults, self.run, routed
+        found = diagnose(observed, at_base, *args)
+        text, _, numbers = found.text.rpartition(" (")
+        n, known = (
+            observed.isfinite(),
+            "noise not known: the base was not asked" if noise is None else f"noise {noise:.2g}",
+        )
+        assert numbers == (
+            f"{int(n.any(1).sum())} prompts, {int(n.sum())} values; effect of the adapter {self.effect:.2g}, {known})"
+        )
+        assert text.startswith(f"{found.verdict}: ") and (found.prompts, found.values) == (n.any(1).sum(), n.sum())
+        assert found.noise == (noise and pytest.approx(noise)) and found.effect == self.effect
+        assert found.residual == (pytest.approx(rms((observed - self.by())[n])) if n.any() else None)
+        return text
+
+
+def rms(values):
+    return float(values.square().mean().sqrt())
+
+
+COMPRESSED = "another adapter: this one compressed, or with layers changed or in other places"
+
+
+@pytest.mark.parametrize(("off", "noise", "text", "asks"), [
+    (0.0, 0.0, "served as trained: {} off", False),
+    (0.0151, 0.01, "served as trained: {} off", False),  # half of what is allowed: 3 noises, and 0.001 of the effect
+    (0.0152, 0.01, "served as trained: {} off", True),
+    (0.0302, 0.01, "served as trained: {} off", True),
+    (0.0304, 0.01, f"{COMPRESSED}; 99% fits, {{}} off", True),
+    (0.0599, None, "served as trained: {} off", False),  # a fifth of the effect
+    (0.0601, None, f"{COMPRESSED}, or another base or template; 96% fits, {{}} off", True),
+])  # fmt: skip
+def test_what_is_allowed_goes_by_the_noise_and_the_effect(off, noise, text, asks):
+    model = Sum()
+    assert model.judge(model.by() + off * model.sign, noise) == text.format(f"{off:.2g}")
+    assert bool(model.asked) == asks
+
+
+@pytest.mark.parametrize(("factors", "noise", "text"), [
+    (dict(self_attn=0.0, mlp=0.0), 0.01, "ignored: what answers is the base"),
+    (dict(self_attn=2.0, mlp=2.0), 0.01, "scaled: by 2, alpha doubled"),
+    (dict(self_attn=2.0, mlp=2.0), None, "scaled: by 2, alpha doubled"),
+    (dict(mlp=0.0), 0.01, "a part is missing: experts"),
+    (dict(mlp=-1.0), 0.01, ""),
+    (dict(self_attn=1.6), 0.01, "self_attn"),
+])  # fmt: skip
+def test_the_closest_fault_is_named_with_its_distance(factors, noise, text):
+    model = Sum()
+    served = model.by(**factors)
+    observed = served + 0.01 * model.sign
+    found, off = model.judge(observed, noise), rms(observed - model.by())
+    if ": " in text:
+        assert found == f"{text}; 0.01 off from it, {off:.2g} off from the adapter as trained"
+    else:
+        fits = max(0.0, 1 - (off / rms(observed - model.plain)) ** 2)
+        part = f"; {text} alone not as trained" if text else ""
+        what = COMPRESSED if fits > 0.5 else "another adapter: that of another task, say"
+        assert found == f"{what}{part}; {fits:.0%} fits, {off:.2g} off"
+
+
+@pytest.mark.parametrize(("factor", "what"), [(0.3, ""), (1.5, ""), (7.0, ""), (3.0, "experts "), (0.4, "experts ")])
+def test_a_factor_that_no_fault_has_is_searched(factor, what):
+    model = Sum()
+    parts = {name: part for name, part in model.parts.items() if not what or name in EXPERTS}
+    observed = model.by(**{module: factor for module in ("self_attn", "mlp") if not what or module == "mlp"})
+    observed = observed + 0.01 * model.sign
+    rest, found = observed - model.by() + sum(parts.values()), model.judge(observed)
+    best = float((rest * sum(parts.values())).sum() / sum(parts.values()).square().sum())  # by least squares
+    said = re.fullmatch(rf"scaled: {what}by ([\d.]+); (\S+) off from it, (\S+) off from the adapter as trained", found)
+    assert float(said[1]) == pytest.approx(best, rel=0.005)
+    assert float(said[2]) == pytest.approx(
+        rms(rest - best * sum(parts.values())), abs=0.003
+    )  # 2 ** power is not quite it
+    assert said[3] == f"{rms(observed - model.by()):.2g}"
+
+
+def test_as_much_as_tells_nothing_is_not_judged():
+    model, other = Sum(), Sum(effect=0.0)
+    assert other.judge(other.by()) == "cannot tell: the adapter changes nothing in PEFT either; is B zero?"
+    observed = model.by().where(torch.arange(8)[:, None] < 1, torch.nan)
+    assert model.judge(observed) == "cannot tell: hardly an answer has tokens that are the tokenizer's"
+    observed = model.by().where(torch.arange(8)[:, None] < 2, torch.nan)  # a fourth of the prompts
+    assert model.judge(observed) == "served as trained: 0 off"
+    assert model.judge(observed * torch.nan) == "cannot tell: hardly an answer has tokens that are the tokenizer's"
+    assert model.judge(model.by(), 0.16) == "cannot tell: the effect would have to be 0.32 at least"
+    assert model.judge(model.by(), 0.149) == "served as trained: 0 off"
+    large = Sum(effect=5.0)
+    most = (0.03 * float(large.plain[:, :20].var(1, correction=0).mean())) ** 0.5
+    assert large.judge(large.by(), 1.01 * most) == f"another base or template: the served base is {1.01 * most:.2g} off"
+    assert large.judge(large.by(), 0.99 * most) == "served as trained: 0 off"
+
+
+@pytest.mark.parametrize(("n", "noise", "routed", "fits"), [
+    (1, 0.01, True, True), (2, 0.01, True, False), (1, 0.01, False, False), (1, None, True, False),
+])  # fmt: skip
+def test_of_a_router_a_few_prompts_may_be_off(n, noise, routed, fits):
+    model = Sum()
+    observed = model.by() + 0.02 * model.sign
+    observed[:n] += 0.5 * model.sign[:n]
+    observed[7] = torch.nan
+    said = f"served as trained: 0.02 off, but for {n} of 7 prompts, whose tokens a router may have sent elsewhere"
+    assert (model.judge(observed, noise, routed) == said) == fits
+
+
+def test_prompts_are_asked_by_the_effect_of_the_adapter_and_last_where_a_text_ends():
+    effects, special = torch.tensor([0.1, 0.5, 0.3, 0.0, 0.3, 9.0]), torch.tensor([0, 2])
+    plain, trained = torch.zeros(6, 4), torch.zeros(6, 4)
+    plain[:, 1] = trained[:, 3] = 1.0
+    plain[1, 2] = trained[5, 0] = 2.0  # the end is the likeliest of one of the two
+    assert _most_telling(effects, plain, trained, special).tolist() == [2, 4, 0, 3, 5, 1]
+
+
+def test_values_vary_around_the_mean_of_their_prompt():
+    values = torch.tensor([[1.0, 3.0, 9.0], [10.0, 14.0, 0.0], [5.0, 0.0, 0.0]])
+    returned = torch.tensor([[True, True, False], [True, True, False], [True, False, False]])
+    assert _variance_within_prompts(values, returned) == 2.5  # of 1, 1, 4 and 4; with one value nothing varies
+    assert math.isnan(_variance_within_prompts(values, returned & returned[2]))
+
+
+def test_a_token_is_told_by_its_number_or_its_text():
+    local = object.__new__(Local)
+    local.size, local.tokenizer = 8, tokenizer_of(["a", "b"])
+    told = {"a": -1.0, 5: -2.0, "c": -3.0, 8: -4.0, -1: -5.0, "</s>": -6.0, 7: -7.0, 0: -8.0}
+    rows = local.observe({"x": told, "y": {}}.get, ["y", "x"])
+    nan = torch.nan
+    expected = torch.tensor([[nan] * 8, [-8.0, nan, -6.0, nan, -1.0, -2.0, nan, -7.0]])
+    torch.testing.assert_close(rows, expected, equal_nan=True)
+    assert local.observe(None, ["x"]).isnan().all()
+
+
+def listed(faults):
+    """The factors of each fault by its verdict and reason, in the order of the layers."""
+    found = {(fault.verdict, fault.reason): (*fault.factors.values(),) for fault in faults}
+    assert len(found) == len(faults)
+    return found
+
+
+def padded_to(room, *factors):
+    return ("scaled", f"ranks padded to {room} without their scaling"), tuple(round(one / room, 4) for one in factors)
+
+
+def test_faults_are_listed_for_each_way_to_read_scalings_and_for_each_part():
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 4})
+    faults = Local(get_peft_model(tiny_llama(num_hidden_layers=1), settings), None).faults()
+    layers = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
+    assert faults[0].verdict == "ignored" and all([*fault.factors] == layers for fault in faults)
+    assert all(fault.magnitudes and fault.experts is None for fault in faults)
+    patterns = "lora_alpha / r everywhere, patterns not read or ranks padded to 8 without their scaling"
+    assert listed(faults) == {
+        ("ignored", "what answers is the base"): (0, 0), ("scaled", "by 2, alpha doubled"): (2, 2),
+        ("scaled", patterns): (1, 0.5), **dict(padded_to(room, 8, 4) for room in VLLM_RANKS[1:]),
+        **{("a part is missing", part): (0, 1) for part in ("q_proj", "self_attn")},
+        **{("a part is missing", part): (1, 0) for part in ("up_proj", "mlp")},
+    }  # fmt: skip
+
+
+def test_faults_of_rslora_and_of_dora_are_listed_too():
+    settings = LoraConfig(r=16, lora_alpha=8, target_modules=["q_proj"], use_rslora=True, use_dora=True)
+    faults = Local(get_peft_model(tiny_llama(num_hidden_layers=1), settings), None).faults()
+    unread = "rsLoRA not read or lora_alpha over each layer's own rank or lora_alpha / r everywhere, patterns not read"
+    assert listed(faults) == {
+        ("ignored", "what answers is the base"): (0,), ("scaled", "by 2, alpha doubled"): (2,),
+        ("scaled", f"by 0.25, {unread} or ranks padded to 64 without their scaling"): (0.25,),
+        **{
+            ("scaled", f"by {16 / room:.3g}, ranks padded to {room} without their scaling"): (round(16 / room, 4),)
+            for room in VLLM_RANKS if room > 16 and room != 64
+        },
+        ("a part is missing", "the magnitudes of DoRA"): (1,),
+    }  # fmt: skip
+    assert [fault.reason for fault in faults if not fault.magnitudes] == ["the magnitudes of DoRA"]
+
+
+@needs_experts_by_peft
+def test_faults_of_experts_are_put_on_them_alone_and_taken_back():
+    settings = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], target_parameters=BOTH)
+    model = get_peft_model(mixtral(), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    local = Local(model, None)
+    blocks = [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    parts, found = ["q_proj", "self_attn", "experts", "gate_up_proj", "down_proj", *blocks], local.faults()
+    assert {*listed(found)} >= {("a part is missing", part) for part in parts} | {
+        ("scaled", f"{part} by {factor}") for part in parts for factor in (2, 0.5)
+    }
+    assert sum(fault.experts is not None for fault in found) == len(misreadings(4, True)) > 20 and local.routed
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scalings = [layer.scaling["default"] for layer in local.layers.values()]
+    for fault in found:
+        with local._under(fault):
+            changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+            factors = [
+                layer.scaling["default"] / one for layer, one in zip(local.layers.values(), scalings, strict=True)
+            ]
+        assert factors == [fault.factors.get(name, 1.0) for name in local.layers]
+        assert bool(changed) == (fault.experts is not None) and all(".experts." in name for name in changed)
+        if changed and fault.experts[0]:
+            assert all(".base_layer.lora_B" in name for name in changed) and len(changed) == 2  # of gate and up alone
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert [layer.scaling["default"] for layer in local.layers.values()] == scalings
