@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from lora_init import LoraInitError, export_adapter
-from lora_init.serving.compress import Factors, best_ranks, errors, factorise, truncate
-from lora_init.serving.trained import Layer, read_trained
-from tests.conftest import tiny_llama
+from lora_init.serving.compress import Factors, best_ranks, check_most_rank, errors, factorise, fit, truncate
+from lora_init.serving.trained import Layer, Trained, read_trained
+from tests.conftest import refused, tiny_llama
 from tests.serving.made import load, logits, randomise, train
 
 
@@ -60,6 +60,109 @@ def test_ranks_go_to_the_largest_singular_values():
         products = itertools.product(range(4), repeat=3)
         every = (dict(zip(factors, ranks, strict=True)) for ranks in products if sum(ranks) <= budget)
         assert errors(factors, chosen)[1] == pytest.approx(min(map(left, every)), abs=1e-4)
+
+
+def energies(**of_layers):
+    none = torch.zeros(0)
+    return {name: Factors(none, none, none, some) for name, some in of_layers.items()}
+
+
+@pytest.mark.parametrize(("budget", "kept", "found"), [
+    (0, (), (0, 0)),
+    (1, (), (1, 0)),  # of equal ones the first layer's
+    (1, ("b",), (0, 1)),
+    (2, ("b",), (1, 1)),
+    (3, ("b",), (2, 1)),  # the first rank alone is kept
+    (9, (), (2, 2)),
+])  # fmt: skip
+def test_first_ranks_of_kept_layers_come_first_and_then_the_largest(budget, kept, found):
+    factors = energies(a=(4.0, 1.0), b=(4.0, 1.0))
+    assert best_ranks(factors, {"a": 1, "b": 1}, budget, kept) == dict(zip("ab", found, strict=True))
+
+
+def test_errors_are_shares_of_each_layer_and_of_all():
+    factors = energies(x=(16.0, 9.0), y=(144.0,), zero=(0.0, 0.0))
+    assert errors(factors, {"x": 1, "y": 1, "zero": 0}) == ({"x": 0.6, "y": 0.0, "zero": 0.0}, pytest.approx(3 / 13))
+    assert errors(factors, {"x": 2, "y": 0, "zero": 0})[0] == {"x": 0.0, "y": 1.0, "zero": 0.0}
+    assert errors(energies(zero=(0.0,)), {"zero": 0}) == ({"zero": 0.0}, 0.0)
+
+
+def test_each_expert_is_cut_to_its_best_and_their_energies_add_up():
+    one = Layer(torch.randn(3, 4, 12), torch.randn(3, 9, 4), 0.7)
+    factors = factorise(one)
+    u, s, vh = torch.linalg.svd(0.7 * one.b @ one.a, full_matrices=False)
+    assert factors.energies == pytest.approx(s.square().sum(0)[:4].tolist(), rel=1e-4)
+    cut = truncate(one, factors, 2)
+    best = (u[..., :2] * s[:, None, :2]) @ vh[:, :2]
+    torch.testing.assert_close(cut.scaling * cut.b @ cut.a, best, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cut.a.norm(dim=2), cut.b.norm(dim=1))  # both of one size
+
+
+WIDTHS = {"h.0.up": (12, 9), "h.0.down": (9, 12), "h.1.up": (12, 9), "h.1.down": (9, 12), "h.1.other": (5, 5)}
+
+
+def in_two_layers(**more):
+    """An adapter of ranks 3 and 5, which stand in another order than the layers of the model."""
+    return Trained({}, {"h.1.up": layer(rank=3, **more), "h.0.down": layer(9, 12, rank=5, **more)}, {})
+
+
+@pytest.mark.parametrize(("rank", "most", "found"), [
+    (None, None, 8), (4, None, 4), (5, None, 5), (16, None, 16), (None, 84 * 9, 8), (None, 84 * 3 + 83, 3),
+    (None, 84, 1),
+])  # fmt: skip
+def test_one_rank_is_that_of_all_layers_of_a_kind_in_the_order_of_the_model(rank, most, found):
+    """A rank of the four layers that are there then costs 4 x (12 + 9) = 84 parameters."""
+    trained = in_two_layers()
+    fitted, lost, error = fit(trained, rank, most, False, WIDTHS)
+    assert [*fitted.layers] == [*WIDTHS][:4] and {one.rank for one in fitted.layers.values()} == {found}
+    assert {*lost} == {name for name, one in trained.layers.items() if one.rank > found} and bool(error) == bool(lost)
+    for name, one in fitted.layers.items():
+        before = trained.layers.get(name)
+        update = torch.zeros(one.widths[::-1]) if before is None else before.b @ before.a
+        assert lost.get(name, 0.0) == pytest.approx(
+            float((one.b @ one.a - update).norm() / (update.norm() or 1)), abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(("rank", "most", "found"), [(None, None, 8), (2, None, 4), (None, 21 * 4 + 20, 4)])
+def test_ranks_of_their_own_are_of_trained_layers_alone(rank, most, found):
+    trained = in_two_layers()
+    fitted, lost, error = fit(trained, rank, most, True, WIDTHS)
+    assert [*fitted.layers] == ["h.0.down", "h.1.up"] and sum(one.rank for one in fitted.layers.values()) == found
+    assert bool(lost) == bool(error) == (found < 8)
+    if not lost:
+        assert all(fitted.layers[name] is one for name, one in trained.layers.items())
+
+
+def test_layers_with_a_bias_or_magnitudes_keep_a_rank_and_get_no_neighbors():
+    plain = in_two_layers()
+    weak = {name: one if name == "h.1.up" else Layer(one.a * 1e-3, one.b, 1.0) for name, one in plain.layers.items()}
+    assert [*fit(Trained({}, weak, {}), 1, None, True, WIDTHS)[0].layers] == ["h.1.up"]
+    bias = {"base_model.model.h.0.down.base_layer.bias": torch.ones(12)}
+    assert [*fit(Trained({}, weak, bias), 1, None, True, WIDTHS)[0].layers] == ["h.0.down", "h.1.up"]
+    dora = {name: Layer(one.a, one.b, 1.0, magnitude=torch.ones(one.widths[1])) for name, one in weak.items()}
+    for keep_ranks in (False, True):
+        fitted, *_ = fit(Trained({}, dora, {}), 1, None, keep_ranks, WIDTHS)
+        assert [*fitted.layers] == ["h.0.down", "h.1.up"] and {one.rank for one in fitted.layers.values()} == {1}
+    said = "layer 'h.0.down' has a bias or magnitudes of its own, and the budget is below rank 1. Give more"
+    refused(said, fit, Trained({}, dora, {}), None, 41, True, WIDTHS)
+
+
+def test_a_budget_below_rank_1_is_refused_with_what_it_takes():
+    wide = {name: (1000 * d_in, d_out) for name, (d_in, d_out) in WIDTHS.items()}
+    trained = Trained({}, {"h.1.up": layer(12_000, 9)}, {})
+    said = "^a budget of 24,017 parameters: rank 1 in all 2 layers takes 24,018.$"
+    refused(said, fit, trained, None, 24_017, False, wide)
+    assert fit(trained, None, 24_018, False, wide)[0].rank == 1
+
+
+@pytest.mark.parametrize(("rank", "widest"), [(512, 32), (513, 32), (600, 600), (601, 600), (None, 1)])
+def test_no_rank_is_above_the_widest_layer_and_the_largest_that_vllm_has(rank, widest):
+    if rank is None or rank in (512, 600):
+        check_most_rank(rank, widest)
+    else:
+        said = f"^rank={rank}: no layer of this adapter can have more than rank {widest}. Choose less"
+        refused(said, check_most_rank, rank, widest)
 
 
 def test_a_budget_of_parameters_counts_what_a_rank_costs():

@@ -12,7 +12,13 @@ from torch import nn
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.layers.targets import find_targets
-from lora_init.serving.intruders import intruder_dimensions, left_singular_vectors
+from lora_init.serving.intruders import (
+    Intruders,
+    LayerIntruders,
+    _leading,
+    intruder_dimensions,
+    left_singular_vectors,
+)
 from tests.commands import save_model
 from tests.comparison.made import assert_same, snapshot
 from tests.conftest import refused, tiny_bert, tiny_gpt2, tiny_llama
@@ -215,3 +221,34 @@ def home(tmp_path_factory):
         targets = NAMES if name == "llama" else ["query", "dense"]
         with_adapter(model, targets, task_type=task).save_pretrained(home / f"{name}_adapter")
     return home
+
+
+def test_shares_are_of_the_energy_and_a_vector_at_the_threshold_is_none():
+    one = LayerIntruders((0.9, 0.5, 0.4, 0.0), (8.0, 4.0, 3.0, 1.0), 0.5)
+    none = LayerIntruders((0.9,), (16.0,), 0.5)
+    assert (one.of, one.count, one.energy_share, none.count, none.energy_share) == (4, 2, 0.25, 0, 0.0)
+    both = Intruders({"a": one, "b": none}, {})
+    assert (both.of, both.count, both.energy_share) == (5, 2, 0.125)
+    zeros = LayerIntruders((0.0,), (0.0,), 0.5)
+    assert zeros.energy_share == Intruders({"a": zeros}, {}).energy_share == Intruders({}, {}).energy_share == 0.0
+
+
+@pytest.mark.parametrize("wrong", [dict(k=0), dict(threshold=0.0), dict(threshold=1.01)])
+def test_numbers_that_no_vector_can_have_are_refused(wrong):
+    k, threshold = wrong.get("k", 10), wrong.get("threshold", 0.5)
+    said = f"^k={k}, threshold={threshold}; expected at least 1, and a cosine above 0.$"
+    refused(said, intruder_dimensions, planted(1), **wrong)
+    found = intruder_dimensions(planted(1), k=1, threshold=1.0)
+    assert (found.of, found.count) == (1, 1)
+
+
+@pytest.mark.parametrize("size", [127, 128, 160])
+def test_the_leading_vectors_are_the_same_by_lanczos_steps(size):
+    weight = torch.linalg.qr(torch.randn(170, size)).Q * torch.linspace(9, 1, size)
+    u, s, _ = torch.linalg.svd(weight, full_matrices=False)
+    vectors, values = _leading(weight, 3)
+    assert vectors.shape == (170, 3)
+    torch.testing.assert_close(values, s[:3])
+    torch.testing.assert_close((vectors * u[:, :3]).sum(0).abs(), torch.ones(3))
+    vectors, values = _leading(torch.zeros(170, size), 3)
+    assert vectors.shape == (170, 3) and values.tolist() == [0.0] * 3

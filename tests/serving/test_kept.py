@@ -9,7 +9,7 @@ from lora_init import LoraInitError, export_adapter
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.serving import kept as kept_room
 from lora_init.serving.base import plan_merge, read_base
-from lora_init.serving.kept import ROUNDINGS, Kept, divergence, kept_by_merge
+from lora_init.serving.kept import ROUNDINGS, Divergence, Kept, divergence, kept_by_merge
 from lora_init.serving.trained import read_trained, with_parameters
 from tests.commands import save_model
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -160,3 +160,39 @@ def test_the_divergence_is_over_as_many_tokens_as_are_enough(tmp_path, monkeypat
 
     assert divergence(load(base).float(), AdapterDirectory(directory), Again(), "float16").tokens == 15
     assert len(read) == 3 * 2  # with the adapter, without, and merged: the third batch is not read
+
+
+def test_kept_adds_up_and_of_no_change_all_arrives():
+    both = Kept(4.0, 1.0, 9.0) + Kept(12.0, 3.0, 27.0)
+    assert both == Kept(16.0, 4.0, 36.0) and (both.arrives, both.ratio) == (0.25, 1.5)
+    assert (Kept().arrives, Kept().ratio, Kept().is_doubtful) == (1.0, 0.0, False)
+
+
+@pytest.mark.parametrize(("merge", "lost", "advice"), [
+    (Kept(4.0, 4.0, 0.04), None, "Merge: 100.0% of the change arrives, under 0.1 times as much noise."),
+    (Kept(4.0, 3.0, 16.0), None,
+     "Measure on data before you merge: 75.0% of the change arrives, under 2 times as much noise."),
+    (Kept(4.0, 1.0, 4.0), None,
+     "Keep the adapter, or merge in a wider type: 25.0% of the change arrives, under 1 times as much noise."),
+    (Kept(1.0, 1.0, 0.0), 0.02, "Merge: answers move by 2.0% of what the adapter moves them."),
+    (Kept(1.0, 1.0, 0.0), 0.1,
+     "Merge in a wider type where you can: answers move by 10.0% of what the adapter moves them."),
+    (Kept(1.0, 1.0, 0.0), 0.11,
+     "Keep the adapter, or merge in a wider type: answers move by 11.0% of what the adapter moves them."),
+    (Kept(1.0, 1.0, 0.0), 0.0, "Merge: answers move by 0.0% of what the adapter moves them."),
+])  # fmt: skip
+def test_the_advice_is_one_line_with_its_numbers(merge, lost, advice):
+    assert merge.advice(lost) == advice
+
+
+def test_rounding_is_to_the_steps_of_each_type():
+    weight = torch.tensor([[254.0, 1.9, -3.1, 0.9], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(ROUNDINGS["int8"](weight), torch.tensor([[254.0, 2.0, -4.0, 0.0], [0.0] * 4]))
+    for dtype in ("bfloat16", "float16"):
+        random = torch.randn(3, 5)
+        assert torch.equal(ROUNDINGS[dtype](random), random.to(getattr(torch, dtype)).float())
+        assert ROUNDINGS[dtype](random).dtype == torch.float32
+
+
+def test_the_share_that_is_lost_is_of_what_the_adapter_does():
+    assert Divergence(0.5, 2.0, 3).lost == 0.25 and Divergence(0.5, 0.0, 3).lost is None
