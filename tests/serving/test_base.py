@@ -1,17 +1,32 @@
 """A base model without weights: its class, and where its tensors are in a checkpoint, whatever form that has."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
-from lora_init.serving.base import _places, build_base, merged, plan_merge, read_base, with_changed_copies
+from lora_init.serving.base import (
+    Base,
+    _class_for,
+    _places,
+    build_base,
+    is_for,
+    is_transposed,
+    merged,
+    plan_merge,
+    read_base,
+    widths_of,
+    with_changed_copies,
+)
 from lora_init.serving.engines import find_engine
 from lora_init.serving.support import check_engine
-from lora_init.serving.trained import read_trained, with_parameters
+from lora_init.serving.trained import Layer, Trained, read_trained, with_parameters
 from tests.conftest import refused, tiny_llama
 from tests.layers.made import BOTH, mixtral
 from tests.serving.made import randomise, train
@@ -104,3 +119,156 @@ def test_mlx_takes_dora_in_every_layer_or_in_none(base, tmp_path):
     mixed = replace(trained, layers={**trained.layers, name: replace(layer, magnitude=None)})
     said = "^mlx takes DoRA in every layer or in none. Use merge_into=, without an engine"
     refused(said, check_engine, "mlx", find_engine("mlx"), mixed, model)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def base_of(directory):
+    model = build_base({"task_type": "CAUSAL_LM"}, str(directory), AutoConfig.from_pretrained(directory))
+    return Base(str(directory), model, widths_of(model), {})
+
+
+def of_layers(*names, config=None, **more):
+    """An adapter of layers 32 wide, which adds one to each weight."""
+    return Trained(config or {}, {name: Layer(torch.ones(1, 32), torch.ones(32, 1), 1.0, **more) for name in names}, {})
+
+
+def rewrite(directory, change):
+    file = directory / "model.safetensors"
+    save_file({name: one.clone() for name, one in change(load_file(file)).items()}, file, {"format": "pt"})
+
+
+def without(*ends):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(ends)}
+
+
+@pytest.mark.parametrize("change", [
+    without("0.self_attn.q_proj.weight"),
+    lambda tensors: tensors | {f"{Q}.weight": torch.ones(32, 31)},
+    lambda tensors: tensors | {f"{Q}.weight": torch.ones(1, 32, 32)},
+])  # fmt: skip
+def test_a_weight_that_is_not_in_the_checkpoint_as_the_model_has_it_is_not_merged(change, base):
+    assert plan_merge(base_of(base), of_layers(Q))[f"{Q}.weight"].parameter == f"{Q}.weight"
+    rewrite(base, change)
+    said = (
+        f"^{str(base)!r} has no tensor '{Q}.weight' in its checkpoint, or in another form, so it is not merged here. PE"
+    )
+    refused(said, plan_merge, base_of(base), of_layers(Q))
+    refused("has no tensor 'x.weight' in its", plan_merge, base_of(base), of_layers("x"))
+
+
+@pytest.mark.parametrize(("changes", "config", "said"), [
+    (lambda tensors: tensors, {}, ""),
+    (lambda tensors: tensors, {"ensure_weight_tying": True}, "ensure_weight_tying keeps two adapters equal"),
+    (lambda tensors: {name.replace("embed_tokens", "wte"): one for name, one in tensors.items()}, {},
+     "'.*' has its tied embeddings under other names in its checkpoint"),
+])  # fmt: skip
+def test_tied_embeddings_have_a_source_each_or_are_not_merged(changes, config, said, tmp_path):
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    rewrite(tmp_path, changes)
+    first, last = "model.embed_tokens.weight", "lm_head.weight"
+    model = base_of(tmp_path)
+    assert model.tied and model.embedding_weights == (first, last)
+    trained = replace(of_layers(Q, config=config), others={f"base_model.model.{last}": torch.ones(64, 32)})
+    if said:
+        refused(f"^{said}, so it is not merged here. PEFT's merge_and_unload", plan_merge, model, trained)
+    else:
+        found = plan_merge(model, trained)
+        assert (found[last].name, found[last].parameter, found[first].parameter) == (first, last, "")
+    assert last not in plan_merge(model, of_layers(Q, config=config))  # nothing of them changes
+
+
+def test_a_weight_trained_in_another_size_is_refused_with_what_to_do(base):
+    for name, rows, how in (
+        ("model.embed_tokens", 70, r"After new tokens: call resize_token_embeddings\(\) on the base"),
+        ("lm_head", 70, r"After new tokens: call resize_token_embeddings\(\) on the base"),
+        ("model.norm", 7, r"Load it so \(num_labels=\)"),
+    ):
+        trained = replace(of_layers(Q), others={f"base_model.model.{name}.weight": torch.ones(rows, 32)})
+        shapes = r"\[\d+, 32\] in the adapter and \[(64, )?32\]"
+        said = f"^'{name}.weight' is {shapes} in '.*'. {how}, save it, and merge into that"
+        refused(said, plan_merge, base_of(base), trained)
+
+
+@needs_experts_by_peft
+def test_experts_that_are_not_all_there_or_have_lengths_are_not_merged(tmp_path):
+    mixtral().save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.experts.down_proj"
+    layers = {name: Layer(torch.ones(4, 1, 24), torch.ones(4, 32, 1), 1.0)}
+    model, trained = base_of(tmp_path), Trained({}, layers, {})
+    pieces = {place: one for place, one in plan_merge(model, trained).items() if one.parameter}
+    saved = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    assert {place: one.expert for place, one in pieces.items()} == {saved.format(i): i for i in range(4)}
+    assert {(one.parameter, one.piece) for one in pieces.values()} == {(name, saved.format(0))}
+    lengths = Trained({}, {name: replace(layers[name], magnitude=torch.ones(32))}, {})
+    refused(f"^DoRA: '.*' has '{name}' in another form in its checkpoint, so it is not", plan_merge, model, lengths)
+    rewrite(tmp_path, lambda tensors: tensors | {saved.format(3): torch.ones(32, 23)})
+    refused(f"^'.*' has no tensor '{name}' in its checkpoint, or in", plan_merge, base_of(tmp_path), trained)
+    rewrite(tmp_path, without("experts.3.w2.weight"))
+    refused(f"^'.*' has no tensor '{name}' in its checkpoint, or in", plan_merge, base_of(tmp_path), trained)
+
+
+def test_copies_are_compared_only_with_a_checkpoint_that_is_here_and_not_quantized(base):
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    trained = replace(of_layers(Q), copies={key: torch.zeros(64, 32)})
+    model = base_of(base)
+    assert {*with_changed_copies(trained, model).others} == {key}
+    assert with_changed_copies(trained, replace(model, source="somebody/else")) is trained
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert with_changed_copies(trained, model) is trained
+
+
+def test_a_copy_in_another_type_is_the_same_if_it_is_rounded_alone(base):
+    weight = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    for copied, changed in ((weight.bfloat16(), False), (weight[:-1], True), (weight + 1, True)):
+        trained = replace(of_layers(Q), copies={key: copied})
+        assert bool(with_changed_copies(trained, base_of(base)).others) == changed
+
+
+class Towers(torch.nn.Module):
+    def get_input_embeddings(self):
+        raise NotImplementedError
+
+
+def test_a_base_tells_its_class_and_its_embeddings():
+    config = SimpleNamespace(tie_word_embeddings=True, architectures=None)
+    towers = Towers()
+    towers.config = config
+    base = Base("x", towers, {}, {})
+    assert (base.embeddings, base.tied, base.architecture) == (("", ""), False, "Towers")
+    config.architectures = ["CLIPModel", "Other"]
+    assert base.architecture == "CLIPModel"
+    for tied in (False, True):
+        model = Base("x", tiny_llama(tie_word_embeddings=tied), {}, {})
+        assert (model.embeddings, model.tied) == (("model.embed_tokens", "lm_head"), tied)
+    assert not Base("x", tiny_llama(tie_word_embeddings=True).model, {}, {}).tied  # without an output embedding
+
+
+def test_widths_are_those_of_linear_layers_and_embeddings_however_they_are_stored():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Embedding(5, 6), torch.nn.Conv1d(3, 4, 1), Conv1D(7, 8))
+    assert widths_of(model) == {"0": (3, 4), "1": (5, 6), "3": (8, 7)}
+    assert [is_transposed(one) for one in model] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(("adapter", "saved", "name"), [
+    ({}, "LlamaForCausalLM", "None"),
+    ({"auto_mapping": {"base_model_class": "LlamaModel"}}, "LlamaForCausalLM", "LlamaModel"),
+    ({"task_type": "CAUSAL_LM", "auto_mapping": {"base_model_class": "LlamaModel"}}, "MistralForCausalLM",
+     "MistralForCausalLM"),
+    ({"task_type": "CAUSAL_LM"}, "LlamaModel", "AutoModelForCausalLM"),
+    ({"task_type": "SEQ_CLS"}, "LlamaForCausalLM", "AutoModelForSequenceClassification"),
+    ({"task_type": "OTHER"}, "LlamaForCausalLM", ""),
+])  # fmt: skip
+def test_the_class_that_a_task_asks_for_is_the_checkpoints_where_that_is_of_the_task(adapter, saved, name):
+    assert _class_for(adapter, saved, SimpleNamespace()) == name
+
+
+def test_a_class_is_for_the_models_of_its_configuration():
+    config = tiny_llama().config
+    classes = ["LlamaForCausalLM", "LlamaModel", "MistralModel", "LlamaConfig", "Nothing"]
+    assert [is_for(name, config) for name in classes] == [True, True, False, None, None]
+    outer = SimpleNamespace(get_text_config=lambda: config)  # of a multimodal model
+    assert is_for("LlamaModel", outer) is True and is_for("MistralModel", outer) is False

@@ -4,6 +4,7 @@ import math
 import re
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from lora_init import export_adapter
 from lora_init.serving import writers
 from lora_init.serving.base import read_base
 from lora_init.serving.engines import ENGINES, PEFT, check_rank, find_engine, vllm_rank
-from lora_init.serving.support import export_options, serving_note, why_not_as_it_is
-from lora_init.serving.trained import read_trained
+from lora_init.serving.support import _not_taken, export_options, serving_note, why_not_as_it_is
+from lora_init.serving.trained import EMBEDDING, Layer, Trained, read_trained
 from lora_init.serving.writers import gguf_names
 from tests.conftest import refused as one_line
 from tests.quick import ROOT
@@ -87,7 +88,9 @@ def llama_cpp(file):
     gguf = pytest.importorskip("gguf")
     reader = gguf.GGUFReader(file)
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    assert reader.fields["general.type"].contents() == "adapter"
+    told = {key: reader.fields[key].contents() for key in ("general.type", "general.architecture", "adapter.type")}
+    assert told == {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
+    assert {tensor.tensor_type for tensor in reader.tensors} == {gguf.GGMLQuantizationType.F32}
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     names = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     return {n: alpha / len(tensors[f"{n}.lora_a"]) * tensors[f"{n}.lora_b"] @ tensors[f"{n}.lora_a"] for n in names}
@@ -124,7 +127,10 @@ def test_mlx_gets_one_rank_and_scale_and_transposed_factors(settings, base, tmp_
     export_adapter(trained, tmp_path / "served", "mlx")
     config, tensors = config_of(tmp_path / "served"), load_file(tmp_path / "served/adapters.safetensors")
     parameters = config["lora_parameters"]
-    assert config["fine_tune_type"] == ("dora" if "use_dora" in settings else "lora")
+    assert config == {
+        "model": str(base), "fine_tune_type": "dora" if "use_dora" in settings else "lora", "num_layers": -1,
+        "lora_parameters": {key: parameters[key] for key in ("rank", "scale", "keys")} | {"dropout": 0.0},
+    }  # fmt: skip
     for name in parameters["keys"]:
         a, b = tensors.pop(f"{name}.lora_a"), tensors.pop(f"{name}.lora_b")
         assert a.shape[1] == b.shape[0] == parameters["rank"] and tensors.pop(f"{name}.m", None) is not settings
@@ -315,3 +321,76 @@ def test_adapters_of_single_experts_are_noted_for_the_engines_that_take_none():
         "PEFT, vLLM (--max-lora-rank 8) and SGLang take this adapter as it is. llama.cpp, Ollama and MLX need "
         "`lora-init export`. TGI and LoRAX take no adapter of experts: `lora-init export --merge-into MODEL`."
     )
+
+
+def test_rows_of_each_head_are_sorted_into_pairs():
+    rows = torch.arange(12.0)[:, None] + torch.tensor([0.0, 0.5])
+    order = [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert torch.equal(writers._in_pairs(rows, 2), rows[order])
+
+
+def test_rows_are_sorted_for_the_two_kinds_that_llama_cpp_has_other_pairs_of():
+    assert {name for name, sorts in writers._ARCHITECTURES.values() if sorts} == {"llama", "granitemoe"}
+    assert {name for name, sorts in writers._ARCHITECTURES.values() if not sorts}.isdisjoint({"llama", "granitemoe"})
+
+
+class Named:
+    """A base of this architecture and of these modules."""
+
+    def __init__(self, architecture, *modules):
+        self.source, self.architecture, self.model = "base", architecture, self
+        self.modules = modules
+
+    def named_modules(self):
+        return [(name, None) for name in self.modules]
+
+
+@pytest.mark.parametrize(("layers", "found"), [
+    (["h.0.q", "h.1.q"], ["q"]),
+    (["h.1.up", "h.0.q", "h.1.q"], ["q", "up"]),
+    (["h.0.q"], ["h.0.q"]),
+    (["h.0.q", "h.1.q", "h.0.experts.1.up"], ["q", "up"]),  # a single expert, which the base has no longer
+    (["head"], ["head"]),
+])  # fmt: skip
+def test_layers_are_named_by_their_ends_where_these_select_no_others(layers, found):
+    base = Named("", "", "h.0.q", "h.1.q", "h.1.up", "h", "head")
+    assert writers._target_modules(base, layers) == found
+
+
+def test_architectures_without_names_are_refused_with_those_that_are_known():
+    for name, where in (("Qwen3NextForCausalLM", writers.check_mlx), ("GPT2LMHeadModel", writers.gguf_names)):
+        if where is writers.gguf_names:
+            pytest.importorskip("gguf")
+        said = one_line(
+            f"^'base' is a {name}, whose names in GGUF and MLX are not known here", where, None, Named(name)
+        )
+        known = re.search("Known are (.*). For others use merge_into=, and the engine's own converter", said)[1]
+        without = {"Gemma4ForCausalLM", "Qwen3NextForCausalLM"} if where is writers.check_mlx else set()
+        assert {*known.split(", ")} == {*writers._ARCHITECTURES} - without
+    assert writers._names_in_gguf(Named("MistralForCausalLM")) == ("llama", True)
+
+
+def test_what_an_engine_does_not_take_of_an_adapter_is_listed():
+    one = Layer(torch.ones(1, 3), torch.ones(4, 1), 1.0)
+    layers = {
+        "h.0.up": replace(one, magnitude=torch.ones(4)), "emb": replace(one, ends=EMBEDDING), "head": one,
+        "h.experts.2.up": one, "h.experts.up": Layer(torch.ones(3, 1, 3), torch.ones(3, 4, 1), 1.0),
+        "router": Layer(torch.ones(1, 1, 3), torch.ones(1, 4, 1), 1.0),
+    }  # fmt: skip
+    config = {"alora_invocation_tokens": [1], "trainable_token_indices": [2], "bias": "all"}
+    trained = Trained(config, layers, {"base_model.model.norm.weight": torch.ones(1)})
+    base = SimpleNamespace(embeddings=("emb", "head"), tied=True)
+    router = "an adapter of the parameter 'router' of 1 experts"
+    others = [
+        "a tensor that is no adapter ('norm.weight', of modules_to_save or the like)",
+        "alora_invocation_tokens", "trainable_token_indices",
+    ]  # fmt: skip
+    embeddings = [
+        "an adapter of the embedding 'emb'",
+        "an adapter of 'head', whose weight is also the input embedding's",
+    ]
+    experts = ["an adapter of the expert 'h.experts.2.up'", "an adapter of the parameter 'h.experts.up' of 3 experts"]
+    assert [*_not_taken(ENGINES["tgi"], trained, base)] == ["DoRA", *embeddings, *experts, router, *others]
+    assert [*_not_taken(ENGINES["mlx"], trained, base)] == [*embeddings, router, *others]
+    base.tied = False
+    assert [*_not_taken(ENGINES["vllm"], trained, base)] == ["DoRA", embeddings[0], router, *others]

@@ -4,7 +4,9 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +19,16 @@ from lora_init import LoraInitError, check_fit, export_adapter
 from lora_init.adapters import directory as directory_room
 from lora_init.loading import checkpoint, models
 from lora_init.serving import server
-from lora_init.serving.fit import FitReport, Misfit
+from lora_init.serving.fit import (
+    FitReport,
+    Misfit,
+    _checkpoint_of,
+    _converted_by_peft,
+    _core,
+    _directory_of,
+    _expert_in,
+    _part_of,
+)
 from lora_init.serving.trained import read_trained
 from tests.commands import assert_one_line_error, run
 from tests.conftest import batches_for, refused, tiny_bert, tiny_gpt2, tiny_llama
@@ -676,3 +687,118 @@ def test_misfits_of_a_kind_are_one_line_with_their_number(n, said):
     other = Misfit("rank", "adapter_config.json", "has rank 4.")
     found = FitReport("base", "LlamaForCausalLM", 9, (*alike, other))
     assert found.lines == [f"tensor 0: is not there.{said}", "adapter_config.json: has rank 4."]
+
+
+REPORT = FitReport("base", "LlamaForCausalLM", 9)
+
+
+@pytest.mark.parametrize(("kinds", "renames", "stops", "can_rename"), [
+    ((), {}, False, False),
+    ((), {"a": "b"}, False, True),
+    (("base",), {}, False, False),
+    (("revision", "base"), {}, False, False),
+    (("name",), {"a": "b"}, True, True),
+    (("name",), {}, True, False),
+    (("name", "config", "engine"), {"a": "b"}, True, True),
+    (("name", "export"), {"a": "b"}, True, False),
+    (("base", "shape"), {"a": "b"}, True, False),
+])  # fmt: skip
+def test_what_stops_an_adapter_and_what_a_renaming_mends(kinds, renames, stops, can_rename):
+    misfits = tuple(Misfit(kind, f"at {kind}", "is wrong.") for kind in kinds)
+    report = replace(REPORT, misfits=misfits, renames=renames)
+    assert (report.stops, report.can_rename) == (stops, can_rename)
+    remedy = "`lora-init export --rename` writes names that fit."
+    lines = [f"at {kind}: is wrong." for kind in kinds]
+    assert report.lines == [*lines, *[remedy] * bool(lines and can_rename)]
+    assert report.to_dict() == {
+        "base": "base", "model_class": "LlamaForCausalLM", "tensors": 9, "renames": renames, "notes": (),
+        "fits": not kinds,
+        "misfits": tuple({"kind": kind, "where": f"at {kind}", "problem": "is wrong."} for kind in kinds),
+    }  # fmt: skip
+    if stops:
+        assert refused(".", report.check) == lines[0] + f" {remedy}" * can_rename
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report.check()
+    assert [str(one.message) for one in said] == [f"at {kind} is wrong. Is it the same base?" for kind in kinds]
+
+
+def test_a_renaming_is_given_where_nothing_else_is_wrong():
+    name, other = Misfit("name", "a", "is wrong."), Misfit("rank", "b", "has rank 4.")
+    misnamed = replace(REPORT, misfits=(name,), renames={"a": "b"})
+    assert misnamed.to_rename("here") == {"a": "b"}
+    refused("^b: has rank 4.$", replace(misnamed, misfits=(name, other)).to_rename, "here")
+    refused("^a: is wrong.$", replace(misnamed, renames={}).to_rename, "here")
+    said = "^rename: here has the names of LlamaForCausalLM. Leave rename out.$"
+    refused(said, REPORT.to_rename, "here")
+    with pytest.warns(match=r"^c of another\. Is it the same base\?$"):
+        both = replace(misnamed, misfits=(name, Misfit("base", "c", "of another.")))
+        assert both.to_rename("here") == {"a": "b"}
+
+
+@pytest.mark.parametrize(("key", "part"), [
+    ("model.layers.0.mlp.experts.down_proj", "experts"), ("h.0.self_attn.q_proj", "attention"),
+    ("encoder.0.Attention.q", "attention"), ("lm_head.lora_A", "head"), ("model.score.weight", "head"),
+    ("a.classifier.weight", "head"), ("model.embed_tokens", "embeddings"), ("transformer.wte.weight", "embeddings"),
+    ("mlp.gate.weight", "router"), ("mlp.router.weight", "router"), ("mlp.gate_proj.weight", "MLP"),
+    ("h.0.mlp.c_fc", "MLP"),
+])  # fmt: skip
+def test_a_tensor_is_of_the_part_that_its_name_tells(key, part):
+    assert _part_of(key) == part
+
+
+@pytest.mark.parametrize(("layer", "core"), [
+    ("base_model.model.model.layers.0.q", "layers.0.q"), ("model.language_model.layers.0.q", "layers.0.q"),
+    ("transformer.h.0.q", "h.0.q"), ("module.text_model.h.model.q", "h.model.q"),
+    ("_orig_mod.model.lm_head", "lm_head"), ("q", "q"),
+])  # fmt: skip
+def test_the_core_of_a_name_is_what_no_wrapper_has_put_before_it(layer, core):
+    assert _core(layer) == core
+
+
+@pytest.mark.parametrize(("key", "expert"), [
+    ("mlp.experts.12.up", 12), ("experts.0.up", 0), ("mlp.experts.up", -1), ("mlp.myexperts.3.up", -1), ("a.3.up", -1),
+])  # fmt: skip
+def test_which_expert_a_tensor_is_of_is_in_its_name(key, expert):
+    assert _expert_in(key) == expert
+
+
+def test_what_peft_converts_is_noted_with_how_engines_get_it():
+    said = "PEFT brings its names into the model's form; for"
+    assert _converted_by_peft({"a": "b"}) == f"{said} engines `lora-init export --rename` does."
+    single = {"a": "b", "experts.0.up": None}
+    assert _converted_by_peft(single) == f"{said} `lora-init export` load and save it by PEFT."
+
+
+def test_the_directory_of_a_base_is_its_own_or_one_in_the_hubs_cache(bases, tmp_path, monkeypatch):
+    asked, cached = [], [str(bases / "llama/config.json"), None, object(), ValueError()]
+
+    def look(source, name, revision):
+        asked.append((source, name, revision))
+        if isinstance(answer := cached.pop(0), ValueError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look)
+    revisions = (None, "", "main", 7)
+    found = [_directory_of("some/llama", revision) for revision in revisions]
+    assert found == [bases / "llama", None, None, None]
+    assert asked == [("some/llama", "config.json", revision) for revision in (None, None, "main", "7")]
+    assert _directory_of(str(bases / "gpt2"), None) == bases / "gpt2" and not cached
+
+
+def test_tensors_of_a_base_are_those_of_float_weights_in_safetensors(bases, tmp_path):
+    whole = checkpoint.find_tensors(str(bases / "llama"))
+    assert _checkpoint_of(str(bases / "llama"), None) == (bases / "llama", whole) and whole
+    assert _checkpoint_of(str(bases / "shards"), None)[1].keys() == whole.keys()
+    assert _checkpoint_of(str(tmp_path / "gone"), None) == (None, {})
+    shutil.copytree(bases / "llama", tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    assert _checkpoint_of(str(tmp_path / "base"), None) == (tmp_path / "base", {})
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    (tmp_path / "base/model.safetensors").unlink()
+    assert _checkpoint_of(str(tmp_path / "base"), None) == (tmp_path / "base", {})
+    (tmp_path / "base/model.safetensors").symlink_to("blob")
+    refused("has no model.safetensors", _checkpoint_of, str(tmp_path / "base"), None)

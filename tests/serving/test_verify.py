@@ -483,6 +483,12 @@ def test_a_factor_that_no_fault_has_is_searched(factor, what):
     assert said[3] == f"{rms(observed - model.by()):.2g}"
 
 
+def test_without_the_noise_a_tenth_of_what_is_served_may_be_left_by_a_fault():
+    model = Sum()
+    for off, said in ((0.059, "scaled: by 2, alpha doubled; 0.059 off"), (0.061, "another adapter: ")):
+        assert model.judge(model.by(self_attn=2.0, mlp=2.0) + off * model.sign, None).startswith(said)
+
+
 def test_as_much_as_tells_nothing_is_not_judged():
     model, other = Sum(), Sum(effect=0.0)
     assert other.judge(other.by()) == "cannot tell: the adapter changes nothing in PEFT either; is B zero?"

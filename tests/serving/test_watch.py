@@ -371,3 +371,56 @@ def test_ten_steps_are_between_two_checks_unless_it_is_said(monkeypatch):
     assert (callback.every, callback.stop, ServingWatch(word_tokenizer(), PROMPTS, {}.get)._keep) == (10, False, 16)
     refused("^watch='x': a ServingWatch is needed", ServingCallback, "x")
     refused("stop='no', expected True or False", ServingCallback, callback.watch, stop="no")
+
+
+class Policy(torch.nn.Module):
+    """What a watch takes of the model in PEFT: it answers with its weights, and without its adapter with none."""
+
+    routed = "routed"
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.plain, self.asked = torch.arange(16.0).reshape(2, 8), torch.ones(2, 8), []
+
+    def faults(self):
+        return ["ignored", "another"]
+
+    def run(self, prompts, fault=None):
+        assert not self.training
+        self.asked.append(fault)
+        return self.now if fault is None else self.plain
+
+    def observe(self, ask, prompts):
+        assert self.size == 8 if self.asked[-1:] == [None] else True
+        return ask
+
+
+@pytest.mark.parametrize(("verdict", "stale", "text"), [
+    ("ignored", (3, 2, True), "said"),  # an earlier step at which B was zero would fit as well
+    ("another adapter", None, "said"),
+    ("served as trained", (3, 2, False), "said"),
+    ("another adapter", (3, 2, False), "said; step 3 fits as well, and base= would tell them apart"),
+    ("another adapter", (3, 2, True), "stale: it is{} (said)"),
+    ("served as trained", (3, 1, True), "stale: 1 of 2 prompts are{} (said)"),
+])  # fmt: skip
+def test_a_step_is_judged_by_the_answers_that_were_noted(verdict, stale, text, monkeypatch):
+    text = text.format(" answered as by step 3, and step 5 was expected")
+    watch, model, asked = watching(monkeypatch, keep=3), Policy().train(), []
+    watch._ask, watch._base = "asked", "asked of the base"
+    found = Verification(verdict, "said", 1.0, 0.25, 1.0, 2, 16)
+    monkeypatch.setattr("lora_init.serving.watch.diagnose", lambda *arguments: asked.append(arguments) or found)
+    monkeypatch.setattr("lora_init.serving.watch._stale", lambda *arguments: asked.append(arguments) or stale)
+    for step in (3, 4):
+        watch.note(model, step)
+        model.now = model.now + 1
+    for _ in range(2):
+        asked.clear()
+        done = watch.check(model, 5)
+        assert (done.verdict, done.text) == (text.partition(":")[0] if text.startswith("stale") else verdict, text)
+    assert model.training and model.asked == [None, None, None, "ignored"]  # the base is asked once
+    observed, at_base, plain, now, effect, faults, _, routed = asked[0]
+    assert (observed, at_base, faults, routed) == ("asked", "asked of the base", model.faults(), "routed")
+    assert now is watch._kept[5] and plain is model.plain
+    assert effect == pytest.approx(float((now - 1).square().mean().sqrt()))
+    if verdict != "ignored":
+        assert asked[1] == ("asked", now, {3: watch._kept[3], 4: watch._kept[4]}, 0.25)
