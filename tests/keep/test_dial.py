@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from functools import partial
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from lora_init import LoraInitError, dial
 from lora_init.keep.dial import (
     STRONGEST,
     Rule,
+    _read,
+    _search,
+    _sequences,
+    _Thirds,
     change_of,
     check_dialable,
     check_enough,
@@ -623,3 +628,125 @@ def test_one_adapter_that_is_on_is_dialed_whatever_others_there_are():
     with model.disable_adapter(), pytest.raises(LoraInitError, match="'default' is disabled"):
         dial(model, strength=0.5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Searched:
+    """A model of two layers whose losses are simple sums of its strengths, and what a search asks of it."""
+
+    def __init__(self, monkeypatch, *fitted):
+        self.asked, self.parts, self.lines, self.limits = [], [], [], None
+        self.task, self.kept = (
+            _Thirds([f"{kind} fit"], [f"{kind} choose"], [f"{kind} report"]) for kind in ("task", "kept")
+        )
+
+        def losses(model, layers, task, kept):
+            assert (task, kept) in ((self.task.choose, self.kept.choose), (self.task.report, self.kept.report))
+            self.asked.append((task[0].split()[1], dict(layers)))
+            a, b = layers.values()
+            rows = [(2 + ((a + b) / 2 - 0.85) ** 2, 2.0)] * 3, [(1 + a * a, 4.0)] * 5
+            return tuple(torch.tensor([(loss * n, n) for loss, n in some], dtype=torch.float64) for some in rows)
+
+        def fits(model, task, keep, rule, limit, trained, measure):
+            assert (model, task, keep) == (self, self.task.fit, self.kept.fit)
+            self.limits = limit, trained
+            yield from (measure(dict(zip("ab", layers, strict=True)), weight) for layers, weight in fitted)
+
+        def progress(parts, say):
+            self.parts.append(parts)
+            return SimpleNamespace(ended=lambda text, n=1.0: (self.lines.append(text), self.parts.append(n)))
+
+        for name, function in (("_losses_at", losses), ("fits_of", fits), ("Progress", progress)):
+            monkeypatch.setattr(f"lora_init.keep.dial.{name}", function)
+        monkeypatch.setattr("lora_init.keep.dial._outputs", lambda model: dict.fromkeys("ab"))
+
+    def search(self, **asked):
+        return _search(self, self.task, self.kept, Rule(**asked), print)
+
+
+def near(strength, task, rise, weight=None, layers=None):
+    layers = layers or dict.fromkeys("ab", strength)
+    return Point(pytest.approx(strength), pytest.approx(task), pytest.approx(rise), weight, layers)
+
+
+ON_CURVE = [near(s, 2 + (s - 0.85) ** 2, s * s) for s in (0.0, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2)]
+MISSED = "no strength keeps what was asked for; the one that forgets least was taken"
+FITTED = ((0.25, 1.45), 0.3), ((0.0, 0.0), 1.0), ((0.2, 1.3), 3.0)
+
+
+def test_a_search_fits_each_layer_and_reports_what_else_there_was(monkeypatch):
+    """At one strength 0.7 is within 2 % of the best, 0.85; a fit whose strengths are zero is no choice."""
+    model = Searched(monkeypatch, *FITTED)
+    found = model.search()
+    assert [*found.curve] == ON_CURVE and model.limits == pytest.approx((2.04, 1.0))
+    first, last = (
+        near(0.85, 2.0, 0.0625, 0.3, {"a": 0.25, "b": 1.45}),
+        near(0.75, 2.01, 0.04, 3.0, {"a": 0.2, "b": 1.3}),
+    )
+    assert [*found.fitted] == [first, last] and found.chosen == last and found.rule == str(Rule())
+    losses = {"base": 2.7225, "trained": 2.0225, "uniform": 2.0225, "best": 2.0, "chosen": 2.01}
+    rises = {"base": 0.0, "trained": 1.0, "uniform": 0.49, "best": 0.7225, "chosen": 0.04}
+    for name, change in found.task.items():
+        assert change == Change(
+            pytest.approx(losses[name]), pytest.approx(losses[name] - 2.0225), pytest.approx(0, abs=1e-6)
+        )
+        kept = found.keep[name]
+        assert kept == Change(pytest.approx(1 + rises[name]), pytest.approx(rises[name]), pytest.approx(0, abs=1e-6))
+    assert {*found.task} == {*found.keep} == {*losses} and (found.examples, found.notes) == ((3, 5), ())
+    assert [part for part, _ in model.asked] == ["choose"] * 10 + ["report"] * 5
+    # One pass at strength 0, six of the curve, four for the report; for six fits three a step, and two readings.
+    assert model.parts == [1 + 6 + 4 + 6 * (2 + 3 * 24), *[1] * 7, *[1 + 3 * 24 / 2] * 3]
+    assert model.lines[:2] == ["strength 0: task 2.723", "strength 0.4: task 2.203, text to keep +0.160"]
+    assert model.lines[7] == "strength 0.85 on average, fitted with weight 0.3: task 2.000, text to keep +0.062"
+
+
+@pytest.mark.parametrize(("asked", "fitted", "chosen", "names", "notes"), [
+    (dict(uniform=True), (), 0.7, ["best"], []),
+    (dict(uniform=True, lose=0.0), (), 0.85, ["best"], []),
+    (dict(uniform=True, keep_within=0.5), (), 0.7, [], []),
+    (dict(uniform=True, keep_within=0.1), (), 0.4, [], [MISSED]),
+    (dict(keep_within=0.5), FITTED, 0.85, ["uniform"], []),
+    (dict(keep_within=0.5), (((0.1, 0.1), 0.3),), 0.7, ["uniform"], []),  # the best of all, fitted or not
+    (dict(keep_within=0.01), FITTED, 0.75, ["uniform"], [MISSED]),
+    (dict(), (((0.1, 0.1), 0.3),), 0.7, ["uniform", "best"], []),
+    (dict(strength=0.5), (), 0.5, [], []),
+    (dict(strength=1.0), (), 1.0, [], []),
+    (dict(strength=1.3), (), 1.3, [], []),
+])  # fmt: skip
+def test_a_search_chooses_by_the_rule(asked, fitted, chosen, names, notes, monkeypatch):
+    model = Searched(monkeypatch, *fitted)
+    found = model.search(**asked)
+    assert found.chosen.strength == pytest.approx(chosen)
+    assert {*found.task} == {"base", "trained", "chosen", *names}
+    assert [*found.notes] == notes
+    steps = sorted({0.0, chosen, 1.0}) if "strength" in asked else [point.strength for point in ON_CURVE]
+    assert [point.strength for point in found.curve] == steps
+    assert model.parts[0] == len(steps) + 4 + (0 if "strength" in asked or "uniform" in asked else 6 * 74)
+    trained = next(layers for part, layers in model.asked[::-1] if layers == {"a": 1.0, "b": 1.0})
+    assert trained and found.task["trained"].loss == pytest.approx(2.0225)
+
+
+def test_what_is_no_batch_of_a_language_model_is_named():
+    ids = torch.arange(8).reshape(2, 4)
+    for batches, said in (
+        (None, "^dial\\(\\) needs batches of the task, unless strength= says what to do"),
+        ([[1, 2]], "^keep: a batch is a list, expected a mapping with input_ids"),
+        ([{"input_ids": ids}], r"^keep: a batch has no labels \[batch, length\], as a language model takes them"),
+        ([{"input_ids": ids, "labels": ids[0]}], "^keep: a batch has no labels"),
+        ([{"input_ids": ids, "labels": ids.tolist()}], "^keep: a batch has no labels"),
+        ([{"input_ids": ids, "labels": ids}] * 2, "^keep: 4 examples, and at least 6 are needed"),
+    ):
+        refused(said, _read, batches, "keep", True)
+    first = torch.tensor([[5, -100, -100, -100]] * 6)  # which a model that shifts labels never predicts
+    assert len(_read([{"input_ids": first, "labels": first}], "keep", False)) == 1
+    refused("^keep: 0 example, and at least 6", _read, [{"input_ids": first, "labels": first}], "keep", True)
+
+
+def test_examples_are_told_by_their_tokens_and_labels_without_padding():
+    ids, labels = torch.tensor([[3, 4, 5], [6, 7, 0]]), torch.tensor([[-100, 4, 5], [6, 7, -100]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    whole = {"input_ids": ids, "labels": labels}
+    assert _sequences([whole | {"attention_mask": mask}]) == {(3, 4, 5, 4, 5), (6, 7, 6, 7)}
+    assert _sequences([whole]) == {(3, 4, 5, 4, 5), (6, 7, 0, 6, 7)}
+    assert _sequences([{"labels": labels}, whole]) == {
+        (-100, 4, 5, 4, 5), (6, 7, -100, 6, 7), (3, 4, 5, 4, 5), (6, 7, 0, 6, 7),
+    }  # fmt: skip

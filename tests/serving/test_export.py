@@ -2,6 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,26 @@ from torch import nn
 
 from lora_init import LoraInitError, export_adapter
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.serving.export import RECORD_FILE, check_before_loading
+from lora_init.loading.models import QUANTIZATIONS
+from lora_init.serving.compress import error_at
+from lora_init.serving.engines import ENGINES, PEFT, find_engine
+from lora_init.serving.export import (
+    RECORD_FILE,
+    Exported,
+    _check_options,
+    _check_start,
+    _command,
+    _next_smaller,
+    _notes,
+    _Size,
+    _verify,
+    check_before_loading,
+    command_for_all,
+    exported_as,
+    verify_for_all,
+)
+from lora_init.serving.trained import Layer, Trained
+from tests.conftest import refused as one_line
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_t5
 from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise, refused, train
 
@@ -112,13 +134,29 @@ def test_scalings_that_differ_are_not_rounded_before_the_merge(base, tmp_path):
 def test_a_merge_goes_file_by_file_and_takes_the_tokenizer_along(base, tmp_path, monkeypatch):
     from lora_init.serving import base as base_room
 
-    (base / "tokenizer.json").write_text("{}")
+    left = ["notes.bin", "a.pt", "a.pth", "a.gguf", "a.msgpack", "a.h5", "README.md", "b.index.json"]
+    for name in ("tokenizer.json", *left):
+        (base / name).write_text("{}")
+    (base / "original").mkdir()
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
     trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
     monkeypatch.setattr(base_room, "SHARD_BYTES", 20_000)
     export_adapter(trained, tmp_path / "merged", merge_into=str(base))
-    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2 and (tmp_path / "merged/tokenizer.json").exists()
+    files = sorted((tmp_path / "merged").glob("*.safetensors"))
+    assert [file.name for file in files] == [f"model-{i + 1:05}.safetensors" for i in range(len(files))] and files[3:]
+    index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
+    there = {name: file.name for file in files for name in load_file(file)}
+    assert (
+        index == {"metadata": {}, "weight_map": there} and there.keys() == load_file(base / "model.safetensors").keys()
+    )
+    sizes = [[one.nbytes for one in load_file(file).values()] for file in files]
+    assert all(sum(some) >= 20_000 > sum(some) - max(some) for some in sizes[:-1])
+    assert {path.name for path in (tmp_path / "merged").iterdir()} - {file.name for file in files} == {
+        "README.md", "additional_chat_templates", "config.json", "export.json", "generation_config.json",
+        "model.safetensors.index.json", "tokenizer.json",
+    }  # fmt: skip
+    assert (tmp_path / "merged/README.md").read_text() != "{}"
     assert (tmp_path / "merged/additional_chat_templates/tools.jinja").read_text() == "{{ messages }}"
     torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(load(base), trained), atol=1e-5, rtol=1e-5)
 
@@ -254,6 +292,21 @@ def test_an_export_is_told_as_it_is_written(options, base, tmp_path):
     record = json.loads((tmp_path / "out" / RECORD_FILE).read_text())
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file() and file.name != RECORD_FILE]
     assert told.n_bytes == sum(file.stat().st_size for file in files) == record["n_bytes"]
+    assert len({file.stat().st_mode for file in files}) == 1  # an engine may be another user
+    adapter, path = tmp_path / "adapter", tmp_path / "out"
+    load, verify = f"AutoModelForCausalLM.from_pretrained({str(base)!r})", ""
+    command = f"PeftModel.from_pretrained({load}, {str(path)!r})"
+    if options.get("merge"):
+        command = f"vllm serve {path}"
+        verify = f"lora-init verify {adapter} --url http://127.0.0.1:8000/v1 --model {path}"
+    elif "engine" in options:
+        command = f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules out={path}"
+        verify = f"lora-init verify {path} --url http://127.0.0.1:8000/v1 --model out"
+    assert (told.command, told.verify) == (command, verify)
+    what = "merged into its base model." if options.get("merge") else f"rank {told.rank} at most."
+    what += f" Compressed, at a relative error of {told.error:.2%}." if "rank" in options else ""
+    title, ready = "# A trained LoRA adapter, ready to serve\n\n", f"Exported by lora_init: {what}"
+    assert (path / "README.md").read_text().endswith(f"\n{title}{ready}\n\n```\n{command}\n```\n")
     assert record["files"] == sorted({file.relative_to(tmp_path / "out").parts[0] for file in files})
     assert {key: record[key] for key in told.to_dict()} == json.loads(json.dumps(told.to_dict()))
     if "merge_into" not in wanted:
@@ -271,3 +324,171 @@ def test_a_weight_that_others_share_is_not_merged(tmp_path):
         "'shared.weight' is also decoder.embed_tokens.weight, encoder.embed_tokens.weight.* Serve model and adapter",
         tmp_path / "trained", tmp_path / "merged", merge_into=str(tmp_path / "base"),
     )  # fmt: skip
+
+
+HERE = Path("/out/my dir")
+COMMANDS = {
+    "vllm": "vllm serve 'my base' --enable-lora --max-lora-rank 16 --lora-modules 'my dir'='/out/my dir'",
+    "sglang": "python -m sglang.launch_server --model-path 'my base' --enable-lora --max-lora-rank 16 --lora-paths "
+              "'my dir'='/out/my dir'",
+    "llama.cpp": "llama-server --model BASE.gguf --lora '/out/my dir'",
+    "ollama": "ollama create 'my dir' --file '/out/my dir'/Modelfile",
+    "tgi": "text-generation-launcher --model-id 'my base' --lora-adapters 'my dir'='/out/my dir'",
+    "lorax": "lorax-launcher --model-id 'my base' --adapter-id '/out/my dir' --adapter-source local",
+    "mlx": "mlx_lm.server --model 'my base' --adapter-path '/out/my dir'",
+}  # fmt: skip
+SERVERS = {
+    "vllm": "8000/v1 --model 'my dir'", "sglang": "30000/v1 --model 'my dir'", "llama.cpp": "8080/v1",
+    "ollama": "11434/v1 --model 'my dir':latest", "tgi": "3000/v1 --model 'my dir'",
+    "lorax": "3000/v1 --model '/out/my dir'", "mlx": "8080/v1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_command_serves_what_was_written_and_another_asks_about_it(engine):
+    one = ENGINES[engine]
+    assert _command(one, HERE, "my base", 12, {"task_type": "SEQ_CLS"}, {"score.weight": (3, 4)}) == COMMANDS[engine]
+    where = f"--url http://127.0.0.1:{SERVERS[engine]}"
+    ask = f"lora-init verify '/out/my dir' {where}"
+    assert _verify(one.server, HERE, Path("/trained"), True, False, None) == ask
+    assert _verify(one.server, HERE, Path("/trained"), False, False, None) == ""
+    other = f"lora-init verify /trained {where} --base 'my base'"
+    assert _verify(one.server, HERE, Path("/trained"), False, True, "my base") == other
+    assert _verify("", HERE, HERE, True, True, None) == ""
+    made = [Exported(Path(f"/out/{name}"), engine, rank, 1.0, f"serve it as {name}=/out/{name}")
+            for name, rank in (("a", 8), ("b", 16), ("c d", 4))]  # fmt: skip
+    several = {"tgi": ",", "vllm": " ", "sglang": " "}.get(engine)
+    expected = several and "serve it as " + several.join(["a=/out/a", "b=/out/b", "'c d'='/out/c d'"])
+    assert command_for_all(made) == (expected or "")
+    url = one.server.partition(" --model")[0]
+    assert verify_for_all(made) == f"lora-init verify /out/a /out/b '/out/c d' {url}"
+    assert verify_for_all(made, "b c") == f"{verify_for_all(made)} --base 'b c'"
+
+
+@pytest.mark.parametrize(("config", "shapes", "load"), [
+    ({}, {}, "AutoModelForCausalLM.from_pretrained('my base')"),
+    ({"task_type": "CAUSAL_LM"}, {"x.score.weight": (3, 4)}, "AutoModelForCausalLM.from_pretrained('my base')"),
+    ({"task_type": "SEQ_CLS"}, {"other": (5,), "x.score.weight": (3, 4), "y.score.weight": (9, 4)},
+     "AutoModelForSequenceClassification.from_pretrained('my base', num_labels=3)"),
+    ({"task_type": "TOKEN_CLS"}, {"x.classifier.weight": (7, 4)},
+     "AutoModelForTokenClassification.from_pretrained('my base', num_labels=7)"),
+    ({"task_type": "SEQ_CLS"}, {"x.classifier.bias": (7,)},
+     "AutoModelForSequenceClassification.from_pretrained('my base')"),
+    ({"auto_mapping": {"base_model_class": "LlamaModel"}}, {}, "AutoModel.from_pretrained('my base')"),
+    ({"task_type": "SEQ_2_SEQ_LM", "auto_mapping": None}, {}, "AutoModelForSeq2SeqLM.from_pretrained('my base')"),
+])  # fmt: skip
+def test_peft_is_told_the_class_and_the_labels(config, shapes, load):
+    assert _command(PEFT, HERE, "my base", 12, config, shapes) == f"PeftModel.from_pretrained({load}, '/out/my dir')"
+
+
+def test_a_file_is_served_under_its_name_without_the_ending():
+    assert _command(ENGINES["vllm"], Path("/a/b.gguf"), "c", 8, {}, {}).endswith("--lora-modules b=/a/b.gguf")
+    assert _command(ENGINES["vllm"], Path("/a/b.v1"), "c", 8, {}, {}).endswith("--lora-modules b.v1=/a/b.v1")
+
+
+def in_memory(rank, dtype=torch.float32, **config):
+    one = Layer(torch.randn(rank, 12).to(dtype), torch.randn(9, rank).to(dtype), 1.0)
+    return Trained(config, {"h": one}, {})
+
+
+@pytest.mark.parametrize(("asked", "engine", "dtype", "most"), [
+    ({}, "vllm", torch.float32, None),
+    (dict(rank=2), "vllm", torch.float32, None),
+    (dict(parameters="2k"), "vllm", torch.float32, 2000),
+    (dict(parameters=7), "llama.cpp", torch.bfloat16, 7),
+    (dict(megabytes=0.001), "vllm", torch.float32, 250),
+    (dict(megabytes=0.001), "vllm", torch.bfloat16, 500),
+    (dict(megabytes=0.001, dtype="bfloat16"), "vllm", torch.float32, 500),
+    (dict(megabytes=0.001, dtype="float32"), "vllm", torch.bfloat16, 250),
+    (dict(megabytes=0.0010019), "llama.cpp", torch.bfloat16, 250),  # whose form has a type of its own
+])  # fmt: skip
+def test_a_size_is_a_number_of_parameters(asked, engine, dtype, most):
+    size = _Size(**dict(rank=None, parameters=None, megabytes=None, keep_ranks=False, dtype=None) | asked)
+    assert size.most(ENGINES[engine], in_memory(2, dtype)) == most
+    assert size.limits == {name: value for name, value in asked.items() if name != "dtype"}
+    assert size.is_given == bool(asked) and replace(size, keep_ranks=True).is_given
+
+
+def test_the_next_smaller_rank_is_that_of_vllm_below_the_one_chosen():
+    for rank, chosen, below in ((10, 16, 8), (9, 320, 256), (16, 16, None), (5, 8, None), (20, 16, None)):
+        trained = in_memory(rank)
+        assert _next_smaller(trained, chosen) == (below and (below, error_at(trained, below)))
+
+
+def test_what_to_know_of_an_adapter_is_noted(tmp_path):
+    made = {"auto_mapping": {"lora_init": {"provenance": {"quantisation": QUANTIZATIONS["nf4"]}}}}
+    began, untrained = SimpleNamespace(path=tmp_path, error_size=0.0), Layer(torch.ones(1, 2), torch.zeros(2, 1), 1.0)
+    never = "B A is zero in every layer: the adapter was never trained, and changes nothing."
+    on = "it was made on a base in nf4: on another one, as --data measures it, it acts otherwise"
+    assert _notes(in_memory(1), began) == () and _notes(Trained({}, {"h": untrained}, {}), began) == (never,)
+    assert _notes(in_memory(1, **made), began) == (on,)
+    assert _notes(Trained(made, {"h": untrained}, {}), began) == (never, on)
+    began.error_size = 0.5  # its start is subtracted, or the base is quantized again
+    assert _notes(in_memory(1, **made), began) == ()
+
+
+@pytest.mark.parametrize(("origin", "base_change", "error_size", "start", "merge_into", "said"), [
+    ({}, "", 0.0, None, None, ""),
+    ({}, "", 0.0, None, "base", ""),
+    ({"method": "qera"}, "", 0.5, None, None, ""),
+    ({"method": "qera"}, "", 0.5, "START", "base", ""),
+    ({"method": "lora-ga"}, "lora-ga", 0.0, "START", None, ""),
+    ({}, "", 0.0, "START", None, ""),  # of which nothing is known
+    ({"method": "qera"}, "", 0.5, None, "base", "^PATH began by correcting the weights of a quantized base, and"),
+    ({"method": "eva"}, "", 0.0, "START", None, "^start='START': PATH fits the plain base already, since its"),
+])  # fmt: skip
+def test_a_start_is_named_where_it_is_needed_and_only_there(origin, base_change, error_size, start, merge_into, said):
+    began = SimpleNamespace(path="PATH", origin=origin, base_change=base_change, error_size=error_size)
+    if said:
+        one_line(said, _check_start, began, start, merge_into)
+    else:
+        _check_start(began, start, merge_into)
+
+
+@pytest.mark.parametrize(("engine", "merge_into", "asked", "said"), [
+    (None, "base", dict(keep_ranks=True), "^a merged model has no ranks and is for every engine: with merge_into= lea"),
+    ("vllm", "base", {}, "^a merged model has no ranks"),
+    (None, "base", dict(parameters=9), "^a merged model has no ranks"),
+    (None, "base", {}, ""),
+    (None, None, dict(keep_ranks=True, rank=3, dtype="float16"), ""),
+    ("sglang", None, dict(keep_ranks=True),
+     "^sglang takes one rank for all layers. Ranks of their own are for PEFT, vllm, llama.cpp, ollama.$"),
+    ("vllm", None, dict(rank=513), "^vllm takes at most rank 512"),
+    ("vllm", None, dict(parameters="x"), "^parameters='x': a whole number"),
+    (None, None, dict(megabytes=0), "^megabytes=0, expected a number above 0"),
+    (None, None, dict(rank=1, parameters=1, megabytes=1), "^rank=1 and parameters=1 and megabytes=1 are both given"),
+    ("ollama", None, dict(dtype="float16"), "^dtype='float16': Ollama reads float32 alone. Leave dtype away"),
+    (None, "base", dict(dtype="float16"), "^dtype='float16': a merged model has its own type. Leave dtype away"),
+])  # fmt: skip
+def test_options_that_contradict_each_other_are_refused(engine, merge_into, asked, said):
+    size = _Size(**dict(rank=None, parameters=None, megabytes=None, keep_ranks=False, dtype=None) | asked)
+    if said:
+        one_line(said, _check_options, engine, find_engine(engine), size, merge_into)
+    else:
+        _check_options(engine, find_engine(engine), size, merge_into)
+
+
+def test_an_export_that_was_moved_is_served_from_where_it_is(base, tmp_path):
+    trained = train(base, tmp_path / "trained", target_modules=["q_proj"])
+    export_adapter(trained, tmp_path / "first", "vllm")
+    here = (tmp_path / "first").rename(tmp_path / "here")
+    serve = f"--enable-lora --max-lora-rank 8 --lora-modules here={here}"
+    ask = f"lora-init verify {here} --url http://127.0.0.1:8000/v1 --model here"
+    assert exported_as(here) == {"command": f"vllm serve {base} {serve}", "verify": ask}
+    assert exported_as(here, str(base)) == exported_as(here)
+    assert exported_as(here, "other") == {"command": f"vllm serve other {serve}", "verify": f"{ask} --base other"}
+    change = config_of(here) | {"base_model_name_or_path": "--trust"}
+    (here / "adapter_config.json").write_text(json.dumps(change))
+    assert exported_as(here) == {"command": f"vllm serve BASE {serve}", "verify": f"{ask} --base BASE"}
+    record = json.loads((here / RECORD_FILE).read_text())
+    (here / RECORD_FILE).write_text(json.dumps(record | {"engine": "rm -rf"}))
+    assert exported_as(here) is None and exported_as(trained) is None
+
+
+def test_the_next_smaller_rank_is_told_where_no_size_was_asked(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks, first match wins"])  # of rank 9 at most
+    small = export_adapter(trained, tmp_path / "small", rank=8)
+    told = export_adapter(trained, tmp_path / "served")
+    assert told.rank == 16 and told.smaller == (8, pytest.approx(small.error)) and small.error > 0
+    assert small.smaller is None and not small.added
+    assert export_adapter(trained, tmp_path / "same", rank=16).smaller is None
