@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from lora_init import export_adapter
-from lora_init.serving import writers
+from lora_init.serving import experts, writers
 from lora_init.serving.base import read_base
 from lora_init.serving.engines import ENGINES, PEFT, check_rank, find_engine, vllm_rank
 from lora_init.serving.support import _not_taken, export_options, serving_note, why_not_as_it_is
@@ -21,6 +22,7 @@ from lora_init.serving.writers import gguf_names
 from tests.conftest import refused as one_line
 from tests.quick import ROOT
 from tests.serving.made import ADAPTERS, config_of, load, refused, train
+from tests.versions import older
 
 UNEVEN = dict(
     target_modules=r".*layers\.(0\.self_attn\.[qk]|[02]\.self_attn\.v)_proj|.*layers\.[12]\.mlp\.down_proj",
@@ -213,6 +215,12 @@ def test_the_families_that_the_page_and_the_study_name_are_known_to_gguf_and_mlx
     assert len(page) == 9 and len(study) > 12
     assert {f"{family}ForCausalLM" for family in page | study} <= writers._ARCHITECTURES.keys()
     assert {name for name, _ in writers._ARCHITECTURES.values()} <= {*gguf.MODEL_ARCH_NAMES.values()}
+
+
+@pytest.mark.skipif(older("transformers", "5.24"), reason="some came with it")
+def test_every_architecture_that_is_named_is_a_class_of_transformers():
+    named = {*writers._ARCHITECTURES, *writers._NOT_IN_MLX, *experts._FUSED_IN_VLLM, *experts._SAME_IN_MLX}
+    assert named - {*dir(transformers)} == {"ExaoneMoEForCausalLM"}  # as its older checkpoints have it
 
 
 def test_a_layer_without_a_name_in_gguf_is_named(base, tmp_path):

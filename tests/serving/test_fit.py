@@ -226,6 +226,16 @@ OTHERS = {
 }  # fmt: skip
 
 
+# What is said of each kind.
+WORDS = {
+    "name": "has no layer of this name. Nearest: |is of one expert, and the base has", "missing": "^is not in adapter_",
+    "config": "^its layer is there, and adapter_config.json does not select it|^does not go with",
+    "shape": r"^is \[.* fits .*: a base of another size", "rank": "^has .* rows of rank|^is of . experts, and",
+    "type": "^is .*, and A and B are", "vocabulary": "^is for .* tokens, and the vocabulary of the base has",
+    "engine": "`lora-init export --engine .*` writes what it takes", "export": "does not take|takes at most",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("case", [*NAMES, *MISSPELT, *OTHERS])
 def test_a_misfit_is_found(bases, tmp_path, case):
     row = (NAMES | MISSPELT).get(case)
@@ -236,6 +246,7 @@ def test_a_misfit_is_found(bases, tmp_path, case):
     change(tmp_path / "a", tensors, **{key: value for key, value in more.items() if key not in ("base", "engine")})
     found = check_fit(tmp_path / "a", None if base is None else str(bases / base), engine)
     assert any(expected in line for line in found.lines), found.lines
+    assert all(re.search(WORDS[one.kind], one.problem) for one in found.misfits), found.misfits
     assert all("\n" not in line for line in found.lines)
     assert bool(found.renames) == (case in NAMES)
     with pytest.raises(LoraInitError):
