@@ -337,7 +337,7 @@ def _read(batches: Iterable[Any], what: str, shifted: bool) -> list[Any]:
 def check_enough(n: int, what: str) -> None:
     """Refuse too few examples to deal out."""
     if n < _LEAST:
-        raise LoraInitError(f"{what}: {n} example{'s' * (n > 1)}, and at least {_LEAST} are needed. Take 36 or more.")
+        raise LoraInitError(f"{what}: {n} example{'s' * (n != 1)}, and at least {_LEAST} are needed. Take 36 or more.")
 
 
 def _thirds(batches: list[Any], rule: Rule, seed: int, shifted: bool) -> _Thirds:

@@ -177,7 +177,7 @@ def test_an_adapter_that_is_more_than_a_factor_times_a_and_b_is_refused(kind):
         check_dialable(config, whole, "it")
 
 
-@pytest.mark.parametrize(("n", "words"), [(0, "0 example"), (1, "1 example"), (2, "2 examples"), (5, "5 examples")])
+@pytest.mark.parametrize(("n", "words"), [(0, "0 examples"), (1, "1 example"), (2, "2 examples"), (5, "5 examples")])
 def test_too_few_examples_are_counted(n, words):
     check_enough(6, "keep")
     refused(f"^keep: {words}, and at least 6 are needed. Take 36 or more.$", check_enough, n, "keep")
@@ -592,6 +592,10 @@ def test_one_strength_needs_no_data_and_with_data_reports_both_ends():
     assert found.summary()["measured on"] == "nothing: no data were given"
     assert "task" not in found.to_dict()["chosen"] and {*found.strengths.values()} == {0.8}
     refused("needs batches of the task", dial, model)
+    for more in (dict(keep=batches), dict(tokenizer=print)):
+        said = "^strength=0.8 without batches measures nothing: leave keep= and tokenizer= out"
+        refused(said, dial, model, strength=0.8, **more)
+    refused("^seed='x', expected a whole number", dial, model, batches, batches, seed="x")
 
 
 def test_uniform_is_true_or_false():
@@ -738,7 +742,7 @@ def test_what_is_no_batch_of_a_language_model_is_named():
         refused(said, _read, batches, "keep", True)
     first = torch.tensor([[5, -100, -100, -100]] * 6)  # which a model that shifts labels never predicts
     assert len(_read([{"input_ids": first, "labels": first}], "keep", False)) == 1
-    refused("^keep: 0 example, and at least 6", _read, [{"input_ids": first, "labels": first}], "keep", True)
+    refused("^keep: 0 examples, and at least 6", _read, [{"input_ids": first, "labels": first}], "keep", True)
 
 
 def test_examples_are_told_by_their_tokens_and_labels_without_padding():

@@ -492,3 +492,17 @@ def test_the_next_smaller_rank_is_told_where_no_size_was_asked(base, tmp_path):
     assert told.rank == 16 and told.smaller == (8, pytest.approx(small.error)) and small.error > 0
     assert small.smaller is None and not small.added
     assert export_adapter(trained, tmp_path / "same", rank=16).smaller is None
+
+
+def test_what_no_loss_of_text_can_be_measured_of_is_refused_before_its_base_is_loaded(base, tmp_path, monkeypatch):
+    trained, asked = train(base, tmp_path / "trained", target_modules=["q_proj", "v_proj"]), []
+    fits = SimpleNamespace(check=lambda: None)
+    monkeypatch.setattr("lora_init.serving.export.compare", lambda *arguments: asked.append(arguments) or fits)
+    check_before_loading(AdapterDirectory(trained), "a base", 512)
+    said = "^rank=513: no layer of this adapter can have more than rank 32. Choose less"
+    one_line(said, check_before_loading, AdapterDirectory(trained), "a base", 513)
+    change = config_of(trained) | {"task_type": "QUESTION_ANS"}
+    (trained / "adapter_config.json").write_text(json.dumps(change))
+    said = f"^{trained} is of a model that finds answers, and the loss is that of text. Leave --data out.$"
+    one_line(said, check_before_loading, AdapterDirectory(trained), "a base", None)
+    assert asked == [(trained, "a base", None)] * 3

@@ -1,5 +1,7 @@
 """What a merge keeps of an adapter, against brute force, and what it does to the model's answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -91,6 +93,7 @@ def test_a_change_below_the_rounding_is_warned_of(tmp_path):
         export_adapter(small, tmp_path / "merged", merge_into=str(base))
     exact, base = make(tmp_path / "exact", size=0.001, dtype=torch.float32)
     assert kept(exact) == {}  # which export takes as nothing to warn of
+    assert len(kept(exact, "bfloat16")) == 4
     export_adapter(exact, tmp_path / "exact/merged", merge_into=str(base))
 
 
@@ -113,16 +116,19 @@ def test_with_statistics_it_counts_where_the_data_are(tmp_path):
 def test_the_divergence_is_that_of_the_merged_model(tmp_path):
     directory, base = make(tmp_path, size=2.0)
     ids = torch.randint(3, 23, (4, 12))
-    batches = [{"input_ids": ids, "labels": ids}]
+    labels = ids.masked_fill(torch.arange(12) < torch.tensor([[7], [0], [0], [0]]), -100)
+    batches = [{"input_ids": ids, "labels": labels}]
     found = {dtype: divergence(load(base).float(), AdapterDirectory(directory), batches, dtype) for dtype in ROUNDINGS}
     export_adapter(directory, tmp_path / "merged", merge_into=str(base))
     from peft import PeftModel
 
     with torch.no_grad():
         adapted = PeftModel.from_pretrained(load(base).float(), directory)(input_ids=ids).logits.log_softmax(-1)
-        merged = load(tmp_path / "merged").float()(input_ids=ids).logits.log_softmax(-1)
-    expected = (adapted.exp() * (adapted - merged)).sum(-1)[:, :-1].mean()
-    assert found["bfloat16"].merged == pytest.approx(float(expected), rel=1e-3) and found["bfloat16"].tokens == 44
+        merged, plain = (load(at).float()(input_ids=ids).logits.log_softmax(-1) for at in (tmp_path / "merged", base))
+    for others, divergent in ((merged, found["bfloat16"].merged), (plain, found["bfloat16"].base)):
+        expected = (adapted.exp() * (adapted - others)).sum(-1)[:, :-1][labels[:, 1:] != -100]
+        assert divergent == pytest.approx(float(expected.mean()), rel=1e-3) and len(expected) == 38
+    assert {one.tokens for one in found.values()} == {38}
     assert found["float16"].merged < found["bfloat16"].merged < found["nf4"].merged < found["nf4"].base
     with pytest.raises(LoraInitError, match="no example has a token with a label"):
         divergence(load(base).float(), AdapterDirectory(directory), [], "nf4")
@@ -196,3 +202,11 @@ def test_rounding_is_to_the_steps_of_each_type():
 
 def test_the_share_that_is_lost_is_of_what_the_adapter_does():
     assert Divergence(0.5, 2.0, 3).lost == 0.25 and Divergence(0.5, 0.0, 3).lost is None
+
+
+def test_a_weight_that_was_trained_whole_is_not_a_change_that_rounding_takes(tmp_path):
+    trained, base = read(make(tmp_path)[0])
+    whole = replace(trained, others={"base_model.model.lm_head.weight": torch.ones(64, 32)})
+    sources = plan_merge(base, whole)
+    assert sources["lm_head.weight"].parameter == "lm_head.weight"
+    assert kept_by_merge(base, whole, sources) == kept_by_merge(base, trained, plan_merge(base, trained))

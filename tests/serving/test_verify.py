@@ -16,6 +16,7 @@ from lora_init import LoraInitError
 from lora_init.adapters.init_config import Reading
 from lora_init.cli import verify as verify_command
 from lora_init.serving import server
+from lora_init.serving import verify as verify_room
 from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.experts import misreadings
 from lora_init.serving.verify import Fault, Local, _most_telling, _variance_within_prompts, diagnose
@@ -309,7 +310,9 @@ def test_a_function_is_asked_in_place_of_a_server(home):
     assert found.verdict == "served as trained" and found.residual < 1e-5 and (found.prompts, found.values) == (4, 256)
     assert dict(model.named_modules()) == before and not hasattr(model, "peft_config")
     assert all(torch.equal(state[key], t) for key, t in model.state_dict().items())
-    refused("verify needs a prompt", lora_init.verify, home / "ranks", model, engine.tokenizer, [], told("served"))
+    for asked, n in (([], 32), (prompts, 0)):
+        said = f"^verify needs a prompt, and got {len(asked)}, of which n={n} are asked"
+        refused(said, lora_init.verify, home / "ranks", model, engine.tokenizer, asked, told("served"), n=n)
     for wrong, said in (
         ("http://x", "served= is 'http://x', expected a function"),
         (lambda *, given: {}, r"served= takes \(\*, given\), and is called with \(prompt\)"),
@@ -613,3 +616,37 @@ def test_faults_of_experts_are_put_on_them_alone_and_taken_back():
             assert all(".base_layer.lora_B" in name for name in changed) and len(changed) == 2  # of gate and up alone
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert [layer.scaling["default"] for layer in local.layers.values()] == scalings
+
+
+def test_answers_are_those_of_each_prompt_alone_whatever_the_batches(monkeypatch):
+    tokenizer = word_tokenizer()
+    model = get_peft_model(tiny_llama(initializer_range=0.2), LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    chat = [{"role": "user", "content": "w5 w6"}]
+    prompts, texts = ["w1 w2 w3", "w4", chat, "w7 w8"], ["w1 w2 w3", "w4", "user w5 w6 assistant ", "w7 w8"]
+    calls = []
+    with torch.no_grad():
+        expected = [model(torch.tensor([tokenizer(one)["input_ids"]])).logits[0, -1].log_softmax(-1) for one in texts]
+        with model.disable_adapter():
+            plain = model(torch.tensor([tokenizer(texts[0])["input_ids"]])).logits[0, -1].log_softmax(-1)
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    local = Local(model, tokenizer)
+    for most, n in ((1, 4), (11, 2), (12, 2), (1024, 1)):  # the longest has four tokens
+        calls.clear()
+        monkeypatch.setattr(verify_room, "_TOKENS", most)
+        torch.testing.assert_close(local.run(prompts), torch.stack(expected), atol=1e-5, rtol=1e-5)
+        assert (len(calls), local.size) == (n, 64)
+    torch.testing.assert_close(local.run(prompts[:1], local.faults()[0])[0], plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(local.run(prompts)[0], expected[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("prompts", "said"), [
+    ("w1", "^prompts='w1': expected a list of texts or chats.$"),
+    ({"w1"}, "^prompts={'w1'}: expected a list of texts or chats.$"),
+    (["w1", 3], "^prompts has 3: expected texts, or chats as lists of messages.$"),
+])  # fmt: skip
+def test_what_is_no_list_of_prompts_is_refused(prompts, said):
+    refused(said, verify_room.check_prompts, prompts)
+    verify_room.check_prompts(["w1", [{"role": "user", "content": "w1"}]])
