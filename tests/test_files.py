@@ -1,31 +1,43 @@
 """Which files a command may write to, and what is read from those that come from elsewhere."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
 import re
 import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Optional
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lora_init import files
 from lora_init.errors import LoraInitError
 from lora_init.files import (
+    as_path,
     check_free,
+    check_output,
     check_writable,
     digests_of,
+    is_as_written,
+    is_of,
     locked,
     new_directory,
     new_file,
+    parse_json,
+    read_fields,
     read_json,
+    write_json,
     write_whole,
 )  # fmt: skip
 from tests.conftest import refused
 
-KINDS = ["plan", "statistics file", "PNG picture", "SVG picture", "HTML page"]
+KINDS = ["plan", "statistics file", "PNG picture", "SVG picture", "HTML page", "GGUF file"]
 
 
 def write(path, kind):
@@ -39,6 +51,7 @@ def write(path, kind):
                 "PNG picture": b"\x89PNG\r\n\x1a\n...",
                 "SVG picture": b'<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg></svg>',
                 "HTML page": b"<!DOCTYPE html>\n<html></html>",
+                "GGUF file": b"GGUF\3\0\0\0",
                 "rows": b"prompt,completion\n<svg>,lora_init.plan\n",
                 "nothing": b"",
                 "weights": b"",
@@ -207,3 +220,190 @@ def test_a_folder_that_may_not_be_listed_is_written_to_all_the_same(tmp_path, mo
     monkeypatch.setattr(os, "scandir", forbidden)
     write_whole(tmp_path / "a.json", b"{}")
     assert (tmp_path / "a.json").read_bytes() == b"{}"
+
+
+def test_a_path_is_a_text_or_a_path_below_the_home_where_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert as_path("~/a", "") == as_path(Path("~/a"), "") == tmp_path / "a" and as_path("a", "") == Path("a")
+    refused("^output is needed, as a path, and got int.$", as_path, 3, "output")
+    (tmp_path / "plan.json").write_text('{"format": "lora_init.plan"}')
+    refused("plan.json exists. Choose another", check_writable, "~/plan.json", False, "plan")
+    check_writable("~/plan.json", True, "plan")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    refused("^~/full has no marker, so", check_free, "~/full", True, "marker", ())
+    refused("full is a directory, and a file", check_output, Path("~/full"), "file")
+
+
+@pytest.mark.parametrize(("name", "refusing"), [
+    ("new", {}), ("file", dict.fromkeys(("directory", "folder"), "/file is a file, and a directory is needed.")),
+    ("folder", {"file": "/folder is a directory, and a file is needed."}),
+    ("none/new", {"file": "/none/new: there is no directory .*/none. Create it first."}),
+    (".", dict.fromkeys(("file", "directory", ""), "^output '.': this directory itself cannot be written anew. Name")),
+])  # fmt: skip
+def test_what_stands_in_the_way_depends_on_what_is_to_be_written(name, refusing, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    path = Path(name) if name == "." else tmp_path / name
+    for what in ("file", "directory", "folder", ""):
+        if what in refusing:
+            refused(refusing[what], check_output, path, what)
+        else:
+            check_output(path, what)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file", "folder"} and not [*Path().iterdir()]
+
+
+def test_a_folder_itself_is_tried_and_not_the_place_beside_it(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(files, "check_place", tried.append)
+    for what in ("folder", "directory", "file", ""):
+        check_output(tmp_path / "new", what)
+    assert tried == [tmp_path / "new" / "file", *[tmp_path / "new"] * 3]
+
+
+def test_only_what_dead_processes_of_this_machine_have_left_here_is_swept(tmp_path, monkeypatch):
+    ours, theirs = files._machine(), "00000000"
+    assert re.fullmatch("[0-9a-f]{8}", ours)
+    monkeypatch.setattr(files, "_runs", lambda pid: pid == 77)
+    dead = [f".out.5-{ours}-0123abcd.tmp", f".out.999999999-{ours}-0123abcd.tmp"]
+    kept = [
+        f".out.77-{ours}-0123abcd.tmp", f".out.5-{theirs}-0123abcd.tmp", f".out.5-{ours}-0123abcd.old",
+        f".out.5-{ours}-0123abc.tmp", f"out.5-{ours}-0123abcd.tmp", f".oat.5-{ours}-0123abcd.tmp",
+        f".out.1234567890-{ours}-0123abcd.tmp",
+    ]  # fmt: skip
+    for name in [*dead, *kept]:
+        (tmp_path / name).touch()
+    (tmp_path / f".out.6-{ours}-0123abcd.tmp").mkdir()
+    (tmp_path / f".out.6-{ours}-0123abcd.tmp" / "half").touch()
+    files._sweep(tmp_path / "out", "tmp")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(kept)
+    files._sweep(tmp_path / "none" / "out", "tmp")  # where nothing can be left
+
+
+@pytest.mark.parametrize(("error", "runs"), [(None, True), (ProcessLookupError, False), (PermissionError, True)])
+def test_a_process_of_somebody_else_runs(error, runs, monkeypatch):
+    asked = []
+
+    def kill(*words):
+        asked.append(words)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert files._runs(5) is runs and asked == [(5, 0)]  # 0 asks, and ends nothing
+
+
+@pytest.mark.parametrize(("kind", "name"), [("directory", "run/.lock"), ("file", ".run.lock")])
+def test_a_lock_lies_in_a_directory_and_beside_a_file(kind, name, tmp_path):
+    if kind == "directory":
+        (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run", ""):
+        said = (tmp_path / name).read_text()
+        assert re.fullmatch(rf"process {os.getpid()} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d", said)
+        for holder, shown in ((b"\xff", "another process"), (b"a\x1b[2J", "a\ufffd\\[2J")):
+            (tmp_path / name).write_bytes(holder)
+            refused(f"run is in use by {shown}. Wait.$", locked(tmp_path / "run", "Wait.").__enter__)
+    assert not (tmp_path / name).exists()
+    with pytest.raises(KeyError), locked(tmp_path / "run", ""):
+        raise KeyError
+    assert not (tmp_path / name).exists()
+
+
+def test_what_a_failing_disk_keeps_is_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "out"
+    path.write_text("old")
+    lines = [
+        r"out: cannot be written: No space left on device. Nothing was changed; free some space or choose another pl",
+        r"out: cannot be written: no reason. Nothing was changed; free some space or choose another directory.$",
+    ]
+    with pytest.raises(LoraInitError, match=lines[0]), new_file(path) as fresh:
+        fresh.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(LoraInitError, match=lines[1]), new_directory(path, False, "marker", ()) as fresh:
+        (fresh / "half").touch()
+        raise OSError("no reason")
+    assert [*tmp_path.iterdir()] == [path] and not [*path.iterdir()]
+
+
+def test_a_directory_that_is_replaced_has_only_what_is_new(tmp_path):
+    path, link = tmp_path / "deep" / "er" / "out", tmp_path / "link"
+    link.symlink_to(path, target_is_directory=True)
+    for content in ("first", "second"):
+        with new_directory(link, True, "marker", ("marker", "first", "second")) as fresh:
+            assert fresh.parent == path.parent and not [*fresh.iterdir()]
+            write_json(fresh / "marker", {})
+            (fresh / content).touch()
+    assert sorted(entry.name for entry in path.iterdir()) == ["marker", "second"] and link.is_symlink()
+    assert [*path.parent.iterdir()] == [path]
+    line = refused("pass overwrite", check_free, path, False, "marker", ())
+    assert line == f"{path} exists and is not empty. Choose another directory, or pass overwrite=True."
+
+
+def test_somebody_who_writes_there_meanwhile_keeps_what_was_written(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(LoraInitError, match="exists and is not empty"), new_directory(path, False, "m", ()) as fresh:
+        (fresh / "ours").touch()
+        path.mkdir()
+        (path / "theirs").touch()
+    assert [*tmp_path.iterdir()] == [path] and [one.name for one in path.iterdir()] == ["theirs"]
+
+
+def test_what_a_killed_process_had_moved_away_stays_until_the_new_one_is_there(tmp_path):
+    old = tmp_path / f".out.999999999-{files._machine()}-0123abcd.old"
+    old.mkdir()
+    with new_directory(tmp_path / "out", False, "marker", ()):
+        assert old.exists()
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_record_is_of_the_files_that_it_has_hashes_of(tmp_path):
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "folder").mkdir()
+    digests = {"a": hashlib.sha256(b"one").hexdigest()}
+    assert digests_of(tmp_path, ["a", "none", "folder"]) == digests
+    for record, as_written in (
+        ({"sha256": digests}, True), ({}, True), ({"sha256": digests | {"none": "0"}}, False), ({"sha256": []}, False),
+        ({"sha256": {"a": "0"}}, False),
+    ):  # fmt: skip
+        write_json(tmp_path / "record", record)
+        assert is_as_written(tmp_path, "record") is as_written, record
+    assert not is_as_written(tmp_path, "nothing")
+
+
+def test_json_is_written_to_be_read_by_people_and_read_with_care(tmp_path):
+    write_json(tmp_path / "a", {"é": [1]})
+    assert (tmp_path / "a").read_bytes() == b'{\n  "\\u00e9": [\n    1\n  ]\n}\n' and parse_json(b"[1]") == [1]
+    with pytest.raises(ValueError, match=r"^nested too deeply$"):
+        parse_json("[" * 100_000)
+
+
+@dataclass
+class Thing:
+    """What `read_fields` makes."""
+
+    size: float
+    names: list[str] | None = None
+
+
+def test_fields_are_read_by_their_types_and_those_of_other_versions_passed_over():
+    assert read_fields(Thing, {"size": 1, "names": ["a"], "other": 3}) == Thing(1, ["a"])
+    assert read_fields(Thing, {"size": 2.5}) == Thing(2.5)
+    for values, said in (({"size": "1"}, "size='1'"), ({"size": 1, "names": [1]}, r"names=\[1\]")):
+        with pytest.raises(ValueError, match=f"^Thing has {said}$"):
+            read_fields(Thing, values)
+
+
+@pytest.mark.parametrize(("hint", "fitting", "odd"), [
+    (list[str] | None, [None, [], ["a", "b"]], ["a", [1], ["a", 1], {}]),
+    (Optional[int], [None, 1], ["1", 1.5, [1]]),  # noqa: UP045 - another class at run time
+    (dict[str, list[int]], [{}, {"a": [1]}], [[], {"a": 1}, {"a": [1], "b": ["x"]}]),
+    (Mapping[str, float], [{"a": 1, "b": 0.5}], [{"a": 1, "b": "x"}, None]),
+    (float, [1, 1.5], ["1", None]), (int, [1], [1.5, "1"]), (str, ["a"], [1, None]), (Any, [None, 1, [1]], []),
+])  # fmt: skip
+def test_a_value_is_of_a_type_if_all_that_it_holds_is(hint, fitting, odd):
+    assert [is_of(value, hint) for value in fitting] == [True] * len(fitting)
+    assert [is_of(value, hint) for value in odd] == [False] * len(odd)

@@ -133,9 +133,6 @@ def test_prompt_and_completion_may_be_messages(write):
     assert texts(load_batches(write(rows), tokenizer), tokenizer, "labels") == ["hello<|im_end|>\n"]
 
 
-TOOLS = "{% if tools %}{{ 'tools: ' + tools | map(attribute='name') | join(',') + '\n' }}{% endif %}"
-
-
 def test_template_fills_columns_and_its_completion_gets_the_labels(write, tokenizer):
     path = write([{"passage": "Ice floats.", "question": "does ice float", "label": True, "a.b": "dotted"}])
     template = "{passage}\n{{Question}}: {question}?"
