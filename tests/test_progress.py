@@ -25,8 +25,8 @@ def test_each_part_counts_once_where_nothing_else_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize(("seconds", "text"), [
-    (0.0, "1 s"), (1.6, "2 s"), (59.4, "59 s"), (60.0, "1 min"), (90.0, "1.5 min"), (3599.0, "60 min"), (3600.0, "1 h"),
-    (5400.0, "1.5 h"), (36_000.0, "10 h"),
+    (0.0, "1 s"), (0.5, "1 s"), (1.6, "2 s"), (59.4, "59 s"), (60.0, "1 min"), (90.0, "1.5 min"), (3599.0, "60 min"),
+    (3600.0, "1 h"), (5400.0, "1.5 h"), (36_000.0, "10 h"),
 ])  # fmt: skip
 def test_a_time_has_the_largest_unit_that_it_fills(seconds, text):
     assert duration(seconds) == text and time_left(seconds) == (f"; about {text} left" if seconds else "")

@@ -185,7 +185,8 @@ def columns_of(source: str) -> list[str]:
         if not more and suffix in _DELIMITERS:
             return next(csv.reader(lines, delimiter=_DELIMITERS[suffix]), [])
         if not more and suffix == ".jsonl":
-            return list(dict(json.loads(next(lines, ""))))
+            row = json.loads(next(lines, ""))
+            return list(row) if isinstance(row, dict) else []
     return []
 
 

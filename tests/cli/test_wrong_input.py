@@ -49,6 +49,7 @@ def home(tmp_path_factory):
     write("scores.csv", ["text,score\n", *(f"the cat {word},{i % 10 / 10}\n" for i, word in enumerate(WORDS))])
     write("scores2.csv", ["sentence,score\n", *(f"the cat {word},{i % 3}\n" for i, word in enumerate(WORDS))])
     write("one.jsonl", texts[:1])
+    write("lists.jsonl", ["[1, 2]\n"] * 4)
     write("options.yaml", ["- partition\n"])
     write("garbage.safetensors", ["garbage"])
     write("nulls.jsonl", [{"text": None}] * 4)
@@ -118,6 +119,7 @@ COMMANDS = {
         ["init", "chat", "told.jsonl", "-o", "out"],
         "told.jsonl, line 1: a message is from 'narrator', and expected is one of human, gpt, chatgpt, bot,",
     ),
+    "lists for rows": (["init", "llama", "lists.jsonl", "-o", "out"], "lists.jsonl: its rows are numbers, texts or li"),
     "cut line": (["init", "llama", "cut.jsonl", "-o", "out"], "cut.jsonl, line 8 is not JSON: "),
     "cut file": (["init", "llama", "ended.jsonl", "-o", "out"], "ended.jsonl, line 8 is not JSON: Unterminated string"),
     "more than was collected": (

@@ -2,9 +2,12 @@
 
 import copy
 import json
+import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,6 +16,18 @@ from tokenizers import normalizers, processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lora_init import LoraInitError, load_batches
+from lora_init.loading.batches import (
+    Batches,
+    _Drawn,
+    check_tokenizer,
+    collate,
+    count_examples,
+    group_by_length,
+    load_other,
+    pad_batch,
+    padding_token,
+)
+from lora_init.loading.sources import read_rows
 from tests.conftest import refused
 from tests.loading.made import CHAT, bert_tokenizer, byte_tokenizer, texts
 from tests.versions import OLD_DATASETS
@@ -448,3 +463,158 @@ def test_a_description_says_what_was_passed_over(tokenizer):
     rows = [{"text": f"the cat {i}"} for i in range(9)]
     assert ", after the first 4, seed 3," in load_batches(rows, tokenizer, offset=4, samples=2, seed=3).description
     assert "after the first" not in load_batches(rows, tokenizer, samples=2).description
+
+
+def test_settings_have_all_that_decides_which_batches_these_are(tokenizer):
+    rows = [{"q": f"text {i}", "k": "ab"[i % 2]} for i in range(9)]
+    how = {"template": "{q}", "completion": " {k}", "max_length": 20, "samples": 4, "offset": 2, "batch_size": 3}
+    given = {name: np.int64(value) if isinstance(value, int) else value for name, value in how.items()}
+    digest = read_rows(rows).digest
+    expected = how | {"seed of the sample": 5, "rows": 9, "digest of the rows": digest}
+    found = load_batches(rows, tokenizer, seed=np.int64(5), **given)
+    assert found.settings == expected and json.dumps(found.settings) and (found.n, found.classes) == (4, ())
+    assert [type(value) for value in found.settings.values()] == [type(value) for value in expected.values()]
+    of_all = load_batches(rows, tokenizer, template="{q}", label="k", samples=None)
+    assert of_all.settings == {
+        "template": "{q}", "completion": None, "max_length": 512, "samples": None, "offset": 0, "batch_size": 8,
+        "seed of the sample": 0, "rows": 9, "digest of the rows": digest, "classes": ["a", "b"],
+    }  # fmt: skip
+    stream = load_batches(Dataset.from_list(rows).to_iterable_dataset(), tokenizer, template="{q}").settings
+    assert (stream["rows"], stream["digest of the rows"]) == (9, None)
+
+
+@pytest.mark.parametrize(("rows", "how", "words"), [
+    (numbered(9), {}, "9 of 9 examples, seed 0, at most 512 tokens, text"),
+    (numbered(9), {"offset": 2, "samples": 4, "seed": 3, "max_length": 7},
+     "4 of 9 examples, after the first 2, seed 3, at most 7 tokens, which 4 reach, text"),
+    ([*numbered(9), {"text": "text 1"}], {}, "10 of 10 examples, seed 0, at most 512 tokens, text, 1 duplicate"),
+    ([*numbered(9), *numbered(2), {"text": " "}], {},
+     "11 of 12 examples, seed 0, at most 512 tokens, text, 1 left out with an empty field, 2 duplicates"),
+    ([{"q": "x", "k": "a"}, {"q": "y", "k": "b"}] * 5, {"template": "{q}", "label": "k"},
+     "10 of 10 examples, seed 0, at most 512 tokens, template '{q}', label k, 2 classes (a 5, b 5), 8 duplicates"),
+    ([{"q": "x", "a": "1"}], {"template": "{q}", "completion": "{a}", "max_length": 4},
+     "1 of 1 examples, seed 0, at most 4 tokens, template '{q}' and completion '{a}'"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_a_description_says_all_that_was_drawn_and_left_out(rows, how, words, tokenizer):
+    assert load_batches(rows, tokenizer, **how).description == f"data in memory: {words}"
+
+
+def test_an_error_about_no_example_says_what_was_passed_over_and_left_out(tokenizer):
+    rows = [*numbered(2), {"text": " "}]
+    said = (
+        "^data in memory: no usable example among 3 rows read as text after the first 2 .1 left out with an empty field"
+    )
+    refused(rf"{said}\)\. Check the columns and max_length=\.$", load_batches, rows, tokenizer, offset=2)
+
+
+def short(n, length, repeated=0):
+    """Rows of some tokens, of which the first is repeated so often."""
+    rows = [{"text": f"{i:0{length - 1}d}"} for i in range(n - repeated)]
+    return rows + rows[:1] * repeated
+
+
+@pytest.mark.parametrize(("rows", "how", "said"), [
+    ([*numbered(9), {"text": ""}], {}, []),  # a tenth
+    ([*numbered(8), {"text": ""}], {}, ["of the first 9 rows 1 left out with an empty field; read as text."]),
+    ([{"prompt": "p", "completion": f"{i}" * (9 if i else 20)} for i in range(10)], {"max_length": 12}, []),
+    ([{"prompt": "p", "completion": f"{i}" * (9 if i else 20)} for i in range(9)], {"max_length": 12},
+     ["1 of 9 answers are cut off at 12 tokens. Raise max_length."]),
+    ([{"prompt": "p", "completion": f"{i}" * 20} for i in range(9)], {"max_length": 12, "needs_labels": False}, []),
+    ([{"prompt": "p", "completion": f"{i}" * 10} for i in range(9)], {"max_length": 12}, []),  # they end there
+    (short(4, 7), {"max_length": 7}, ["4 of 4 examples end at max_length=7 tokens. Raise it."]),
+    (short(4, 8), {"max_length": 8}, []),
+    ([*short(2, 7), {"text": "a"}, {"text": "b"}], {"max_length": 7}, []),  # half of them
+    (short(8, 9, repeated=4), {}, []), (short(8, 9, repeated=5), {}, ["5 duplicates among 8 examples."]),
+])  # fmt: skip
+def test_what_is_warned_of_begins_at_its_share(rows, how, said, tokenizer, recwarn):
+    load_batches(rows, tokenizer, **how)
+    assert [str(one.message) for one in recwarn] == [f"data in memory: {line}" for line in said]
+
+
+def test_what_was_drawn_is_counted():
+    examples = [([1, 2, 3], [-100, 2, 3]), ([1, 2, 3], [1, 2, 3]), ([1, 2, 3], [-100, 2, -100]), ([1, 2], [-100, 2])]
+    drawn = _Drawn([*examples, examples[0]], 2, Counter({"as a": 3, "as b": 1}), 3)
+    assert (drawn.n_read, drawn.n_full, drawn.n_duplicates) == (11, 4, 1)
+    assert drawn.skipped == "3 left out as a, 1 left out as b"
+    assert (drawn.count_cut(None), drawn.count_cut(3)) == (2, 0)  # two answers end in 3
+
+
+@pytest.mark.parametrize(("n", "size"), [(0, 4), (3, 4), (32, 4), (75, 4), (9, 1)])
+def test_a_pool_is_cut_by_length_and_its_batches_come_in_an_order_that_the_seed_draws(n, size):
+    lengths = [random.Random(n).randrange(99) for _ in range(n)]
+    groups, rng, expected = [*group_by_length(lengths, size, 7, lambda one: one)], random.Random(7), []
+    for start in range(0, n, 8 * size):
+        pool = sorted(lengths[start : start + 8 * size])
+        cut = [pool[i : i + size] for i in range(0, len(pool), size)]
+        rng.shuffle(cut)
+        expected += cut
+    assert groups == expected
+
+
+@pytest.mark.parametrize(
+    ("pad", "eos", "token"), [(0, 5, 0), (None, 5, 5), (None, 0, 0), (3, None, 3), (None, None, 0)]
+)
+def test_padding_is_what_the_tokenizer_pads_with_or_ends_by(pad, eos, token):
+    assert padding_token(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == token
+    assert padding_token(SimpleNamespace(pad_token_id=None)) == 0
+
+
+def test_a_name_is_no_tokenizer():
+    check_tokenizer(lambda text: [])
+    refused(
+        r"^tokenizer='llama': expected the model's, from AutoTokenizer.from_pretrained\(\)\.$", check_tokenizer, "llama"
+    )
+
+
+def as_lists(batch):
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    return {name: tensor.tolist() for name, tensor in batch.items()}
+
+
+def test_examples_of_a_batch_are_padded_on_the_right():
+    examples = [([5, 6, 7], [-100, 6, 7]), ([8], [8])]
+    tokens, mask = [[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]]
+    assert as_lists(pad_batch(examples, 9)) == {
+        "input_ids": tokens, "attention_mask": mask, "labels": [[-100, 6, 7], [8, -100, -100]],
+    }  # fmt: skip
+    of_classes = pad_batch([([5, 6, 7], [2]), ([8], [0])], 9, of_classes=True)
+    assert as_lists(of_classes) == {"input_ids": tokens, "attention_mask": mask, "labels": [2, 0]}
+    assert count_examples([of_classes, of_classes]) == Batches([of_classes]).n * 2 == 4
+
+
+def test_rows_of_any_columns_are_collated_by_what_they_hold():
+    rows = [
+        {"input_ids": [1, 2], "other": [3, 4], "label": 1, "x": [0.5, 1.5]},
+        {"input_ids": [5], "other": [6], "label": 0, "x": [2.5, 3.5]},
+    ]
+    found = collate(9, rows)
+    assert found.pop("x").tolist() == [[0.5, 1.5], [2.5, 3.5]]
+    assert as_lists(found) == {
+        "input_ids": [[1, 2], [5, 9]], "other": [[3, 4], [6, 0]], "labels": [1, 0], "attention_mask": [[1, 1], [1, 0]],
+    }  # fmt: skip
+    masked = collate(9, [{"input_ids": [1, 2], "attention_mask": [0, 1]}, {"input_ids": [5], "attention_mask": [1]}])
+    assert as_lists(masked) == {"input_ids": [[1, 2], [5, 9]], "attention_mask": [[0, 1], [1, 0]]}
+    assert as_lists(collate(9, [{"labels": [1]}, {"labels": [2, 3]}])) == {"labels": [[1, -100], [2, 3]]}
+    for odd in ([[0.5], [0.5, 1.5]], ["a", "b"], [None, None]):
+        said = "^column 'x' of the data set: .*[^.]. Expected numbers in each row, of one shape unless they are tokens"
+        refused(said, collate, 0, [{"x": value} for value in odd])
+
+
+@pytest.mark.parametrize(("how", "option", "said"), [
+    ({}, "retain_template", "or instruction and output, or text. Name one by retain_template=."),
+    ({}, "", "or instruction and output, or text. Rename one of them."),
+    ({"template": "{x}"}, "retain_template", "^retain_template='{x}': data in memory has no column 'x'. Its col"),
+])  # fmt: skip
+def test_an_error_about_other_text_names_the_option_of_its_template(how, option, said, tokenizer):
+    line = refused(said, load_other, [{"a": "x", "b": "y"}], tokenizer, option, **how)
+    assert "such as" not in line and " template" not in line
+    with pytest.raises(LoraInitError, match=r"^max_length=1, expected a number of at least 2\.$"):
+        load_other(numbered(2), tokenizer, option, max_length=1)
+
+
+def test_other_text_is_read_as_data_are(tokenizer):
+    rows = [{"a": f"x{i}"} for i in range(5)]
+    found = load_other(rows, tokenizer, "retain_template", template="{a}", samples=3, batch_size=2)
+    assert found.description == load_batches(rows, tokenizer, template="{a}", samples=3).description
+    assert [len(batch["labels"]) for batch in found] in ([2, 1], [1, 2])

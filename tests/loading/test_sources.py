@@ -3,14 +3,20 @@
 import gzip
 import io
 import json
+import logging
+import random
+from collections import Counter
+from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 import torch
 from datasets import Dataset
 
 from lora_init import LoraInitError, load_batches
-from lora_init.loading.sources import _first_line_of, read_rows
+from lora_init.loading import sources
+from lora_init.loading.sources import _first_line_of, check_data, columns_of, read_rows
 from tests.conftest import refused
 from tests.loading.made import texts
 
@@ -112,8 +118,6 @@ def test_a_record_with_too_many_fields_is_refused(tmp_path, tokenizer, content, 
 
 
 def test_data_in_memory_streams_patterns_and_standard_input(write, tokenizer, tmp_path, monkeypatch):
-    import pandas
-
     rows = [{"text": f"example {i}"} for i in range(5)]
     expected = sorted(row["text"] + "<eos>" for row in rows)
     path = write(rows)
@@ -225,3 +229,185 @@ def test_the_line_of_a_row_counts_blank_lines(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a"}\n\n\n{"text": "b"}\n')
     assert (_first_line_of(file, 0), _first_line_of(file, 1), _first_line_of(file, 2)) == (1, 4, None)
+
+
+@pytest.mark.parametrize(("names", "label"), [
+    (["a.jsonl"], "rows/a.jsonl"), (["a.jsonl", "b.jsonl"], "2 files"), (["."], "rows/"), (["*.jsonl"], "2 files"),
+    (["a.*"], "rows/a.jsonl"),
+])  # fmt: skip
+def test_data_are_called_by_what_says_most_without_the_path_to_them(names, label, write, tmp_path):
+    for name in "ab":
+        write([{"text": name}], f"rows/{name}.jsonl")
+    found = read_rows([tmp_path / "rows" / name for name in names] if len(names) > 1 else tmp_path / "rows" / names[0])
+    assert found.label == label
+    assert found.file == (
+        tmp_path / "rows" / "a.jsonl" if "a.jsonl" in label else tmp_path / "rows" if names == ["."] else None
+    )
+
+
+def test_what_a_folder_is_asked_for_is_a_part_of_its_name(write, tmp_path):
+    write([{"text": "a"}], "rows/test.jsonl")
+    assert read_rows(tmp_path / "rows", split="test").label == "rows/, test"
+
+
+@pytest.mark.parametrize(("source", "options", "line"), [
+    ("a.jsonl", {"split": "test"}, "split='test' is for {0}/a.jsonl."),
+    ("a.jsonl", {"subset": "x", "split": "test"}, "subset='x' is for {0}/a.jsonl."),
+    ([{"text": "a"}], {"subset": "x"}, "subset='x' is for files or data in memory."),
+])  # fmt: skip
+def test_files_and_data_in_memory_have_neither_subset_nor_split(source, options, line, write, tmp_path):
+    write([{"text": "a"}], "a.jsonl")
+    with pytest.raises(LoraInitError) as caught:
+        read_rows(tmp_path / source if isinstance(source, str) else source, **options)
+    there = "is for a folder or a data set on the hub, not for "
+    assert str(caught.value) == line.format(tmp_path).replace("is for ", there)
+
+
+@pytest.mark.parametrize(("name", "content", "columns"), [
+    ("a.csv", "text,b\n1,2\n", ["text", "b"]), ("a.tsv", "text\tb,c\n", ["text", "b,c"]), ("a.csv", "", []),
+    ("a.CSV", "\ufefftext\n", ["text"]), ("a.jsonl", '{"text": 1, "b": 2}\n{"c": 3}\n', ["text", "b"]),
+    ("a.jsonl", "[1]", []), ("a.jsonl", '["ab", "cd"]', []), ("a.jsonl", "3", []), ("a.jsonl", "no", []),
+    ("a.json", '{"text": 1}', []), ("a.txt", "text,b", []), ("a.csv.gz", "text,b\n", ["text", "b"]),
+    ("a.parquet", "x", []),
+])  # fmt: skip
+def test_columns_of_a_file_are_read_from_its_beginning(name, content, columns, tmp_path):
+    raw = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    assert columns_of(str(tmp_path / name)) == columns
+    assert columns_of(str(tmp_path)) == columns_of("owner/name") == []
+    (tmp_path / f"b{Path(name).suffix}").write_bytes(raw)
+    assert columns_of(str(tmp_path / "*")) == []  # of several nobody knows
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "./x", "~/x", "/none/x", "a/b/c", "x.CSV", "x.csv.gz", "none/x.txt"])
+def test_a_name_that_can_be_no_hub_id_is_of_a_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(f"^data '{name}': no such file or folder.$", read_rows, name)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "name", "owner/name.py"])
+def test_a_name_that_may_be_a_hub_id_is_asked_for(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(sources, "check_hub", lambda *words: asked.append(words) or True)
+    check_data(name)
+    assert asked == [(name, "dataset")]
+    monkeypatch.setattr(sources, "stay_offline", lambda: asked.append("offline"))
+    monkeypatch.setattr(sources, "check_hub", lambda *words: False)
+    check_data(name)
+    assert asked[1:] == ["offline"]
+
+
+def test_a_model_is_no_data(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    said = "^data .*/model: this is the directory of a model. Name a file, or a folder of data.$"
+    refused(said, check_data, str(tmp_path / "model"))
+
+
+def test_the_text_of_an_example_is_likely_in_the_longest_column_that_is_no_list():
+    row = {"id": 1, "b": "x" * 5, "a": "y" * 5, "long": "z" * 9, "many": ["w"] * 50, "map": {"k": "v" * 50}}
+    rows = read_rows([row] * 3)
+    assert rows.texts() == ["long", "a", "b", "id"] and rows.texts(but="long") == ["a", "b", "id"]
+    late = read_rows([{"a": "x", "b": ""}] * 100 + [{"a": "x", "b": "y" * 999}])
+    assert late.texts() == ["a", "b"]  # a hundred rows are looked at
+
+
+def test_rows_are_read_in_the_order_that_the_seed_draws_and_what_they_lack_is_counted():
+    rows, left_out = read_rows([{"text": str(i), "other": "x"} for i in range(20)]), Counter()
+    order = list(range(20))
+    random.Random(7).shuffle(order)
+
+    def read(row):
+        assert [*row] == ["text"]
+        return "odd" if int(row["text"]) % 2 else [row["text"]]
+
+    assert [*rows.usable(["text", "text"], read, 7, left_out)] == [[str(i)] for i in order if i % 2 == 0]
+    assert left_out == {"odd": 10}
+
+    def fail(row):
+        raise LoraInitError("{rank} is wrong.", rank=3)
+
+    refused(f"^data in memory, row {order[0] + 1}: rank=3 is wrong.$", next, rows.usable(["text"], fail, 7, left_out))
+
+
+def test_a_digest_is_of_sixteen_rows_from_all_over_the_data():
+    def digest(changed=None, n=20):
+        return read_rows([{"text": "other" if i == changed else "same", "b": 1} for i in range(n)]).digest
+
+    same = digest()
+    assert len(same) == 16 and same != digest(n=21)
+    assert [i for i in (0, 3, 4, 5, 9, 18, 19) if digest(i) != same] == [0, 3, 5, 18]
+
+
+def test_points_in_time_are_the_texts_that_are_in_the_file(tmp_path):
+    """`datasets` would make points in time of them, which the text of an example would have in another spelling."""
+    rows = [{"text": "a", "at": "2024-01-03T10:00:00"}, {"text": "b", "at": "2024-02-01T00:00:00"}]
+    lines, table = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    table.write_text(f" {json.dumps(rows)} ")
+    for source in (lines, table, [lines]):
+        assert read_rows(source).table.to_list() == rows, source
+    assert read_rows([lines, lines]).table.to_list() == rows * 2
+    assert [*sources._json_rows(lines)] == [*sources._json_rows(table)] == rows
+
+
+@pytest.mark.parametrize(("header", "said"), [
+    ("text;kind", "a semicolon, expected a comma. Save it with commas."),
+    ("text\tkind", "a tab, expected a comma. Save it with commas, or name it .tsv."), ("text", None),
+    ("text;kind,more", None), ("a\tb,c", None),
+])  # fmt: skip
+def test_another_separator_is_told_by_the_first_line(header, said, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(f"{header}\nx;y\tz,w\n" if said else f"{header}\n{header.replace('text', 'x')}\n")
+    if said is None:
+        assert len(read_rows(file).table) == 1
+    else:
+        refused(f"rows.csv: its columns are separated by {said}$", read_rows, file)
+    (tmp_path / "rows.tsv").write_text("text;kind\nx\n")
+    assert read_rows(tmp_path / "rows.tsv").table.column_names == ["text;kind"]
+
+
+def test_cells_of_a_table_are_texts_and_an_empty_one_is_missing(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b\n007,None\n1.50,\n,NA\n")
+    assert read_rows(tmp_path / "rows.csv").table.to_list() == [
+        {"a": "007", "b": "None"}, {"a": "1.50", "b": None}, {"a": None, "b": "NA"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ("[1, 2]", "its rows are numbers"), (" [ -1]", "its rows are numbers"), ("[[1]]", "its rows are numbers"),
+    ("true\n", "its rows are numbers"), ("null", "its rows are numbers"), ('"a"', "its rows are numbers"),
+])  # fmt: skip
+def test_json_of_no_objects_is_refused(content, said, tmp_path):
+    (tmp_path / "rows.json").write_text(content)
+    refused(
+        f"rows.json: {said}, texts or lists. Expected objects: {{'text': ...}}.$", read_rows, tmp_path / "rows.json"
+    )
+
+
+def test_what_datasets_shows_is_quiet_only_while_it_reads(monkeypatch):
+    logger = logging.getLogger("datasets")
+    for shown in (True, False):
+        (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+        monkeypatch.setattr(logger, "level", logging.INFO)
+        with pytest.raises(KeyError), sources._quiet():
+            assert datasets.are_progress_bars_disabled() and logger.level == logging.CRITICAL
+            raise KeyError
+        assert (datasets.are_progress_bars_disabled(), logger.level) == (not shown, logging.INFO)
+    datasets.enable_progress_bars()
+
+
+def test_rows_in_memory_may_have_other_columns_each_and_their_gaps_are_empty():
+    rows = [{"a": 1}, {"a": None, "b": "x"}, {"b": float("nan")}]
+    expected = [{"a": 1, "b": None}, {"a": None, "b": "x"}, {"a": None, "b": None}]
+    assert read_rows(rows).table.to_list() == expected
+    frame = pandas.DataFrame({"text": ["a", "b"]}, index=[5, 6])
+    assert read_rows(frame).table.to_list() == [{"text": "a"}, {"text": "b"}]  # without its index
+    parts = datasets.DatasetDict(test=Dataset.from_list([{"a": 1}]), dev=Dataset.from_list([{"a": 2}]))
+    refused("^the data has no split 'train', only test, dev. Pass one of them alone.$", read_rows, parts)
+
+
+def test_json_lines_name_the_line_that_is_none():
+    assert sources._json_lines(['{"a": 1}\n', " \n", "[2]"], "here") == [{"a": 1}, [2]]
+    refused("^here, line 3 is not JSON: .*Is it cut off.$", sources._json_lines, ["1", "\n", "{"], "here")
