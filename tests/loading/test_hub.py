@@ -1,6 +1,7 @@
 """What cannot be had is refused before torch is imported; what a cache may have is not."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,8 +114,11 @@ def test_a_hub_is_asked_once_with_the_users_token(error, known, token, no_hub, m
             "^data 'owner/Name': no such file or folder, and the hub has nothing", check_hub, "owner/Name", "dataset"
         )
         assert "that you may read" in said and "hf_secret" not in said
-    assert asked["url"] == f"{constants.ENDPOINT}/api/datasets/owner/Name"
-    assert asked["headers"] == ({} if token is None else {"authorization": "Bearer hf_secret"})
+    headers = {} if token is None else {"authorization": "Bearer hf_secret"}
+    assert asked == {"url": f"{constants.ENDPOINT}/api/datasets/owner/Name", "timeout": 3.0, "headers": headers}
+    if known:
+        assert check_hub("owner/Name", "model")
+        assert asked["url"] == f"{constants.ENDPOINT}/api/models/owner/Name"
 
 
 def test_a_name_that_no_repository_can_have_is_refused_without_asking(no_hub):
@@ -137,3 +141,29 @@ def test_a_hub_that_does_not_answer_is_one_line_in_python_too(tmp_path, no_hub, 
     (tmp_path / "hub/models--owner--Name").mkdir(parents=True)
     refused("nothing in the cache", open_model, "owner/Name")
     assert asked["local_files_only"] and not constants.HF_HUB_OFFLINE  # what else the process asks is not our business
+
+
+@pytest.mark.parametrize(("place", "kind", "cached"), [
+    ("hub/datasets--owner--Name", "dataset", True), ("hub/models--owner--Name", "dataset", False),
+    ("home/datasets/owner___name", "dataset", True), ("home/datasets/other___name", "dataset", False),
+    ("home/datasets/owner___name", "model", False), ("hub/models--owner--Name", "model", True),
+])  # fmt: skip
+def test_a_cache_has_what_is_of_this_kind_and_owner(place, kind, cached, tmp_path, no_hub, monkeypatch):
+    monkeypatch.delenv("HF_DATASETS_CACHE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    (tmp_path / place).mkdir(parents=True)
+    if cached:
+        assert check_hub("owner/Name", kind) is False
+    else:
+        refused("not in the hub's cache, and the hub cannot be reached: no route", check_hub, "owner/Name", kind)
+    shutil.rmtree(tmp_path / place)
+    (tmp_path / place).touch()  # a file is no cache
+    if "hub" in place:
+        refused("not in the hub's cache", check_hub, "owner/Name", kind)
+
+
+def test_the_cache_of_tables_may_lie_below_the_home(tmp_path, no_hub, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", "~/tables")
+    (tmp_path / "tables" / "owner___name").mkdir(parents=True)
+    assert check_hub("owner/Name", "dataset") is False

@@ -6,14 +6,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_init.errors import LoraInitError
 from lora_init.loading import checkpoint, models
 from lora_init.loading.checkpoint import INDEX_FILE, find_parameter, find_tensors, read_parameter
-from lora_init.loading.models import classes_of, load_model, open_model, task_and_class
+from lora_init.loading.models import (
+    ModelSource,
+    check_model_source,
+    classes_of,
+    is_better_in_float32,
+    load_model,
+    on_meta,
+    open_model,
+    task_and_class,
+    task_of,
+)
 from tests.commands import save_model
-from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
+from tests.conftest import MODELS, refused, tiny_bert, tiny_llama, tiny_t5, tiny_vit
 
 
 @pytest.mark.parametrize(("architecture", "encoder_decoder", "task_type", "auto_class"), [
@@ -236,3 +247,195 @@ def test_a_parameter_that_a_checkpoint_has_in_parts_is_put_together(tmp_path, mo
 def test_classes_are_in_the_order_of_the_outputs_however_the_file_has_them():
     config = SimpleNamespace(id2label={2: "b", 0: "c", 1: "a"})
     assert classes_of(config) == ("c", "a", "b") and classes_of(SimpleNamespace(id2label=None)) == ()
+
+
+def of_config(task_type="CAUSAL_LM", auto_class="AutoModelForCausalLM", saved_as="", trusted=False, **config):
+    settings = {"is_encoder_decoder": False} | config
+    options = {"trust_remote_code": trusted}
+    return ModelSource("m", SimpleNamespace(**settings), None, task_type, auto_class, options, saved_as)
+
+
+@pytest.mark.parametrize(("quantized", "quantize", "needed", "line"), [
+    (False, None, False, None), (True, None, True, None), (False, "nf4", True, None), (False, "int8", False, None),
+    (True, None, False, None),
+    (False, None, True, "model 'm' is not quantized, so nothing is to correct. Pass --quantize nf4."),
+    (True, "nf4", False, "model 'm' is quantized already. Leave --quantize out."),
+    (True, "nf4", True, "model 'm' is quantized already. Leave --quantize out."),
+])  # fmt: skip
+def test_a_base_is_quantized_once_and_where_that_is_needed(quantized, quantize, needed, line, monkeypatch):
+    required = []
+    monkeypatch.setattr(models, "require", required.append)
+    source = of_config(quantization_config={"bits": 4} if quantized else None)
+    if line is None:
+        source.check_quantized(quantize, needed)
+    else:
+        with pytest.raises(LoraInitError) as caught:
+            source.check_quantized(quantize, needed)
+        assert str(caught.value) == line
+    assert required == ["bitsandbytes"] * (quantize is not None)
+
+
+@pytest.mark.parametrize("n_drawn", [0, 2, 3])
+def test_half_of_the_weights_may_be_drawn_and_both_ways_of_naming_them_are_read(n_drawn):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    keys = [name for name, _ in model.named_parameters()][:n_drawn]
+    loading = {"missing_keys": set(keys[:1]), "mismatched_keys": [*keys[1:2], *((key, (1,), (2,)) for key in keys[2:])]}
+    if n_drawn <= 2:
+        assert models._drawn_weights("m", model, loading) == {*keys}
+    else:
+        said = "^model 'm' lacks 3 of 4 weights, such as 0.bias, which would be random. Name a whole checkpoint.$"
+        refused(said, models._drawn_weights, "m", model, loading)
+
+
+def test_a_model_without_weights_is_made_where_it_can_be():
+    config = tiny_llama().config
+    for kind in (transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM):
+        made = on_meta(kind, config)
+        assert type(made) is transformers.LlamaForCausalLM and {p.device.type for p in made.parameters()} == {"meta"}
+    for kind in (None, torch.nn.Linear, transformers.AutoModelForSeq2SeqLM):
+        assert on_meta(kind, config) is None
+    assert torch.zeros(1).device.type == "cpu"
+
+
+@pytest.mark.parametrize(("saved_as", "made_as"), [
+    ("LlamaForSequenceClassification", "LlamaForSequenceClassification"), ("", "LlamaForCausalLM"),
+    ("NobodysClass", "LlamaForCausalLM"),
+])  # fmt: skip
+def test_an_empty_model_is_of_the_class_that_it_was_saved_as(saved_as, made_as):
+    source = replace(of_config(saved_as=saved_as), config=tiny_llama().config)
+    assert type(source.empty()).__name__ == made_as
+    assert replace(source, options={"trust_remote_code": True}).empty() is None  # whose code is not run for that
+
+
+def test_a_source_says_what_its_configuration_does():
+    source = of_config(is_encoder_decoder=True, id2label={1: "b", 0: "a"})
+    assert source.seq2seq and source.classes == ("a", "b") and "trust_remote_code" not in repr(source)
+    assert of_config().seq2seq is False and of_config().classes == ()
+
+
+@pytest.mark.parametrize(("make", "task"), [
+    (tiny_llama, "CAUSAL_LM"), (tiny_bert, "SEQ_CLS"), (tiny_t5, "SEQ_2_SEQ_LM"), (tiny_vit, None),
+    (lambda: tiny_bert("MaskedLM"), None), (lambda: tiny_bert(None), "FEATURE_EXTRACTION"),
+    (lambda: torch.nn.Linear(2, 2), None),
+])  # fmt: skip
+def test_the_task_of_a_model_is_that_of_its_class_if_it_reads_tokens(make, task):
+    assert task_of(make()) == task
+
+
+@pytest.mark.parametrize(("dtype", "place", "instructions", "n_bytes", "better"), [
+    (torch.bfloat16, "cpu", "AVX2", 50, True), (torch.float16, "cpu", "AVX2", 0, True),
+    (torch.bfloat16, "cpu", "AVX2", 51, False), (torch.float32, "cpu", "AVX2", 0, False),
+    (torch.bfloat16, "cuda", "AVX2", 0, False), (torch.bfloat16, "cpu", "AVX512", 0, False),
+])  # fmt: skip
+def test_float32_is_better_on_a_processor_that_emulates_less_and_has_room(
+    dtype, place, instructions, n_bytes, better, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(models, "_memory", lambda: 100)
+    assert is_better_in_float32(dtype, torch.device(place), n_bytes) is better
+
+
+def test_memory_is_counted_in_bytes(monkeypatch):
+    monkeypatch.setattr(models.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}.__getitem__)
+    assert models._memory() == 40960
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("file", "model '{}' is a file. Name the directory that it lies in."),
+    ("empty", "model '{}' has no config.json. A model directory as save_pretrained() writes it is needed."),
+    ("adapter", "model '{}' has no config.json: it is an adapter. Name its base model. A model directory as "
+     "save_pretrained() writes it is needed."),
+    ("none", "model '{}': no such directory."),
+])  # fmt: skip
+def test_what_can_be_no_model_is_refused(name, line, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    for refuse in (check_model_source, open_model):
+        with pytest.raises(LoraInitError) as caught:
+            refuse(str(tmp_path / name))
+        assert str(caught.value) == line.format(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["./a", "~/a", "/a/b", "a/b/c", "a\\b", " "])
+def test_a_name_that_can_be_no_hub_id_is_of_a_directory(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "check_hub", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(LoraInitError, match="no such directory"):
+        check_model_source(name)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b"])
+def test_another_name_is_asked_for_at_the_hub(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(models, "check_hub", lambda *words: asked.append(words))
+    monkeypatch.setattr(models, "stay_offline", lambda: asked.append("offline"))
+    check_model_source(name)
+    assert asked == [(name, "model"), "offline"]
+
+
+@pytest.mark.parametrize("name", [
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+    "x.model", "x.tiktoken",
+])  # fmt: skip
+def test_a_tokenizer_is_known_by_any_of_its_files(name, tmp_path):
+    (tmp_path / "config.json").touch()
+    assert not models._has_tokenizer(tmp_path)
+    (tmp_path / name).touch()
+    assert models._has_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (ValueError("Pass trust_remote_code=True"),
+     "needs code that comes with it. Read that code, then pass --trust-remote-code."),
+    (ValueError("Unrecognized class for this kind of AutoModel: hundreds"),
+     "cannot be loaded for this task type: its kind has no head for it."),
+    (KeyError("a\nb"), "cannot be loaded: 'a\\nb'."), (OSError("no\nfile"), "cannot be loaded: no file."),
+])  # fmt: skip
+def test_what_transformers_raises_is_one_line_about_the_model(error, line):
+    def load(source, **options):
+        assert (source, options) == ("m", {"dtype": "auto"})
+        raise error
+
+    with pytest.raises(LoraInitError) as caught:
+        models._guarded("m", load, dtype="auto")
+    assert str(caught.value) == f"model 'm' {line}"
+
+
+def test_a_directory_is_loaded_from_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    assert models._guarded("~/m", lambda source: source) == str(tmp_path / "m")
+
+
+@pytest.mark.parametrize(("task_type", "trusted", "saved_as"), [
+    (None, False, "LlamaForCausalLM"), ("SEQ_CLS", False, ""), (None, True, ""),
+])  # fmt: skip
+def test_the_class_that_it_was_saved_as_counts_unless_a_task_or_code_of_others_decides(
+    task_type, trusted, saved_as, tmp_path
+):
+    source = open_model(str(save_model(tiny_llama(), tmp_path)), task_type=task_type, trust_remote_code=trusted)
+    assert source.saved_as == saved_as and source.options == {"trust_remote_code": trusted}
+    assert (source.task_type, source.name) == (task_type or "CAUSAL_LM", str(tmp_path))
+
+
+@pytest.mark.parametrize(("quantized", "quantize"), [(False, None), (False, "nf4"), (True, None)])
+def test_what_is_quantized_already_or_now_is_placed_while_it_is_read(quantized, quantize, monkeypatch):
+    read = {}
+
+    def stop(name, load, **options):
+        read.update(options)
+        raise LoraInitError("stopped")
+
+    monkeypatch.setattr(models, "_guarded", stop)
+    monkeypatch.setattr(models, "require", lambda *_: None)
+    source = of_config(quantization_config={"bits": 4} if quantized else None)
+    refused("stopped", source.load, device="cpu", quantize=quantize)
+    expected = {"trust_remote_code": False, "dtype": "auto", "output_loading_info": True}
+    if quantize is not None:
+        expected["quantization_config"] = models.QUANTIZATIONS[quantize]
+    if quantized or quantize:
+        expected["device_map"] = {"": torch.device("cpu")}
+    assert read == expected

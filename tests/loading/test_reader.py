@@ -139,6 +139,19 @@ def test_a_class_that_the_text_gives_away_is_refused():
     )
 
 
+@pytest.mark.parametrize(("values", "said"), [
+    (["a", "b"], "^label='x' is not a column. Columns of data in memory: k.$"),
+    ([["a"], ["b"]], "^data in memory: column 'k' holds lists, and a row has one class. Name another.$"),
+    (["a", "a"], "^data in memory: column 'k' has 1 different values"),
+])  # fmt: skip
+def test_a_column_that_has_no_classes_is_named(values, said):
+    rows = read_rows([{"k": value} for value in values])
+    refused(said, count_classes, rows, "x" if "'x'" in said else "k", ["q"])
+    refused(
+        "^a classification has no completion", opened, [{"k": "a"}], None, template="{k}", completion="x", label="k"
+    )
+
+
 def halves(n):
     return [str(number / 2) for number in range(n)]
 
@@ -197,14 +210,15 @@ def test_each_oddity_of_classes_is_warned_of_once_with_its_names():
 
 
 @pytest.mark.parametrize(("wanted", "said"), [
-    (Wanted(), None), (Wanted("{b}", "{k}"), None), (Wanted("{b}", label="k"), None),
+    (Wanted("{b}", "{k}"), None), (Wanted("{b}", label="k"), None),
     (Wanted("{x}"), "^template='{x}': .*data.csv has no column 'x'. Its columns: b, k"),
     (Wanted("{b}", label="x"), "^label='x' is not a column. Columns of .*data.csv: b, k.$"),
+    (Wanted(label="k"), r"such as template='\{b\}'\.$"), (Wanted(), r"'\{b\}' with completion=' \{k\}'\.$"),
     (Wanted("{x}", "{k}", label="k"), None),  # refused later, for it is a class with a completion
 ])  # fmt: skip
 def test_columns_are_looked_at_before_the_data_are_read(wanted, said, tmp_path):
     file = tmp_path / "data.csv"
-    file.write_text("text,k\nx,y\n" if wanted == Wanted() else "b,k\nx,y\n")
+    file.write_text("b,k\nlong,y\n")
     if said is None:
         check_columns(str(file), wanted)
     else:

@@ -1,0 +1,84 @@
+"""The tensors of a checkpoint are found by the names that a model has, whatever form the files have them in."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_init.loading import checkpoint
+from lora_init.loading.checkpoint import INDEX_FILE, Stored, find_parameter, find_tensors, read_header, read_parameter
+from tests.conftest import refused
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_the_tensors_of_all_files_are_found_with_their_shapes(folder):
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    save_file(weights, folder / "model.safetensors")
+    found = find_tensors(str(folder))
+    assert found == {name: Stored(folder / "model.safetensors", name, tuple(w.shape)) for name, w in weights.items()}
+    assert all(torch.equal(found[name].read(), weight) for name, weight in weights.items())
+    assert read_header(folder / "model.safetensors") == {"a": ([2, 3], "F32"), "b": ([4], "BF16")}
+    for name, weight in weights.items():
+        save_file({name: weight}, folder / f"{name}.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in weights}}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    assert {name: one.file.name for name, one in find_tensors(str(folder)).items()} == index["weight_map"]
+
+
+def test_a_checkpoint_without_its_files_is_refused(folder):
+    said = f"^'{folder}' has no model.safetensors. Only whole safetensors checkpoints are read.$"
+    refused(said, find_tensors, str(folder))
+    save_file({"a": torch.ones(1)}, folder / "a.safetensors")
+    names = {"a": "a.safetensors", "b": "b.safetensors"}
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+    refused("has no b.safetensors. Only whole", find_tensors, str(folder))
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS and not the file: run git lfs pull.$"),
+    (b"vversion http", "is damaged: .*"), (b"short", "is damaged: .*"),
+])  # fmt: skip
+def test_a_file_that_is_none_says_whether_it_is_a_pointer(content, said, tmp_path):
+    (tmp_path / "a").write_bytes(content)
+    refused(f"^{tmp_path / 'a'} {said}", read_header, tmp_path / "a")
+
+
+SHAPE = (2, 3)
+MODEL = SimpleNamespace(base_model_prefix="model", all_tied_weights_keys={"head": "model.embed"})
+
+
+@pytest.mark.parametrize(("stored", "name"), [
+    ("a.weight", "a.weight"), ("model.a.weight", "a.weight"), ("a.weight", "model.a.weight"), ("model.embed", "head"),
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1]])
+def test_a_parameter_is_found_with_and_without_the_prefix_and_as_what_it_is_tied_to(stored, name, shape, tmp_path):
+    weight = torch.arange(6, dtype=torch.bfloat16).reshape(shape)
+    save_file({stored: weight}, tmp_path / "a")
+    one = Stored(tmp_path / "a", stored, shape)
+    other = Stored(tmp_path / "a", "other", shape)
+    found = find_parameter({"other": other, stored: one}, MODEL, name, SHAPE)
+    assert found == {one: None}
+    read = read_parameter(found, SHAPE)
+    assert read.dtype == torch.float32 and torch.equal(read, weight.float())
+
+
+def test_its_own_name_comes_before_the_others():
+    named = {name: Stored(None, name, SHAPE) for name in ("model.a", "a")}
+    assert find_parameter(named, MODEL, "a", SHAPE) == {named["a"]: None}
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, ValueError, RuntimeError, NotImplementedError])
+def test_what_no_conversion_finds_is_not_there(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "as_saved", fail)
+    assert find_parameter({"a": Stored(None, "a", (9, 9))}, MODEL, "a", SHAPE) == {}
+    assert find_parameter({}, SimpleNamespace(), "a", SHAPE) == {}
