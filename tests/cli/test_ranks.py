@@ -9,13 +9,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from lora_init.cli import ranks as ranks_command
 from lora_init.cli.app import app
-from lora_init.cli.ranks import _kinds_table, read_overrides
+from lora_init.cli.ranks import PlanOptions, _kinds_table, read_overrides
 from lora_init.collection.collect import collect
+from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import load_plan
 from lora_init.statistics.statistics import Statistics
-from tests.conftest import batches_for, tiny_llama
+from tests.conftest import batches_for, refused, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +190,133 @@ def test_the_table_of_kinds_says_where_ranks_and_parameters_go(file):
 def test_a_pattern_that_is_given_twice_has_the_limits_of_both():
     read = read_overrides(["*.v:max_rank=8", "*.q:max_rank=2", "*.v:multiple_of=4", "*.v:max_rank=6"])
     assert read == {"*.v": {"max_rank": 6, "multiple_of": 4}, "*.q": {"max_rank": 2}}
+
+
+@pytest.mark.parametrize(("texts", "said"), [
+    (["*.v"], "--override '*.v': write it like '*.down_proj:max_rank=8'."),
+    ([" :max_rank=8"], "--override ' :max_rank=8': write it like '*.down_proj:max_rank=8'."),
+    (["*.v:max_rank"], "--override '*.v:max_rank': 'max_rank' is not of the form key=value."),
+    (["*.v:max_rank= "], "--override '*.v:max_rank= ': 'max_rank=' is not of the form key=value."),
+])  # fmt: skip
+def test_a_limit_has_a_pattern_a_key_and_a_value(texts, said):
+    with pytest.raises(LoraInitError) as caught:
+        read_overrides(texts)
+    assert str(caught.value) == said
+
+
+def test_values_of_limits_are_numbers_where_they_can_be():
+    texts = [" *.v : max-rank = 8 ,rho=1.5,allowed_ranks=8/16", "*.q:max_rank=²,min_rank=x,rho=1e1"]
+    assert read_overrides(texts) == {
+        "*.v": {"max_rank": 8, "rho": 1.5, "allowed_ranks": (8, 16)},
+        "*.q": {"max_rank": "²", "min_rank": "x", "rho": 10.0},
+    }
+    assert ranks_command._number("9" * 5000) == "9" * 5000  # which Python reads as no number
+
+
+BASE = {"rank": None, "total_rank": 5, "policy": "eva", "rho": 2.0}
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("uniform", BASE | {"policy": "uniform"}), ("rho=1", BASE | {"rho": 1}),
+    ("megabytes=0.5,policy=uniform", {"megabytes": 0.5, "policy": "uniform", "rho": 2.0}),
+    ("rank=3", {"rank": 3, "policy": "eva", "rho": 2.0}), ("min-rank=1", BASE | {"min_rank": 1}),
+])  # fmt: skip
+def test_a_variant_changes_what_it_names_and_a_budget_takes_the_place_of_the_other(text, expected):
+    assert ranks_command.read_variants([text], BASE) == {text: expected} and BASE["total_rank"] == 5
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("unifrom", "--compare 'unifrom': expected a policy, or a change such as 'rank=8'. Did you mean uniform? Choose"),
+    ("tie=1", "--compare 'tie=1': 'tie' is unknown. "), ("rank", "--compare 'rank': expected a policy"),
+])  # fmt: skip
+def test_a_variant_that_is_none(text, said):
+    with pytest.raises(LoraInitError) as caught:
+        ranks_command.read_variants([text], BASE)
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(("changes", "spent"), [
+    ({}, "56 of 56 ranks (100.00%)"), ({"parameters": "4k", "rank": None}, None),
+    ({"variance": 0.5, "rank": None}, "least"), ({"variance": 0.5, "rank": None, "coverage": "total"}, "total"),
+])  # fmt: skip
+def test_what_a_plan_spends_is_said_in_the_unit_of_its_budget(file, changes, spent):
+    plan = allocate_ranks(Statistics.load(file), **{"rank": 4, "rho": 2.0} | changes)
+    variance = f"{plan.total_rank:,} ranks for {plan.spent:.2%} of the variance{{}}; 50.00% asked for"
+    expected = {
+        None: f"{plan.parameters:,} of 4,000 parameters ({plan.parameters / 4000:.2%})", "total": variance.format(""),
+        "least": variance.format(" of the layer with least"),
+    }.get(spent, spent)  # fmt: skip
+    assert ranks_command._spent(plan) == expected
+    assert ranks_command._spent(replace(plan, budget=None)) == "by hand"
+
+
+def test_a_row_of_a_comparison_has_each_figure_of_its_plan(file):
+    stats = Statistics.load(file)
+    excluded = allocate_ranks(stats, rank=4, rho=2.0, exclude=["q_proj"])
+    plans = {"first": allocate_ranks(stats, rank=2, policy="uniform"), "other": excluded}
+    first, other = ranks_command.comparison_table(plans).rows
+    assert first == {
+        "plan": "first", "rank": "2", "layers": "14", "total": "28", "params": f"{plans['first'].parameters:,}",
+        "to first": "+0.0%", "MB": f"{plans['first'].parameters * 4 / 1e6:.2f}",
+        "explained": f"{plans['first'].explained_variance:.2%}",
+        "least": f"{min(plans['first'].explained.values()):.1%}",
+    }  # fmt: skip
+    used = {name: rank for name, rank in excluded.items() if rank}
+    least = min(excluded.explained[name] for name in used)
+    assert (other["rank"], other["layers"], other["least"]) == (
+        f"{min(used.values())}-{max(used.values())}", str(len(used)), f"{least:.1%}",
+    )  # fmt: skip
+    assert other["to first"] == f"{excluded.parameters / plans['first'].parameters - 1:+.1%}" and len(used) == 12
+    totals = ranks_command._totals(excluded)
+    assert totals == {
+        "layers with an adapter": "12 of 14", "rank": f"{min(used.values())} to {max(used.values())}",
+        "total rank": f"{sum(used.values()):,}", "parameters": f"{excluded.parameters:,}",
+        "MB in float32": f"{excluded.parameters * 4 / 1e6:.2f}",
+        "MB in bfloat16": f"{excluded.parameters * 2 / 1e6:.2f}",
+        "variance explained, mean": f"{excluded.explained_variance:.1%}",
+    }  # fmt: skip
+    uniform = allocate_ranks(stats, total_rank=excluded.total_rank, policy="uniform", exclude=["q_proj"])
+    rows = ranks_command.totals_against_uniform(excluded, stats)
+    assert rows == [(name, text, ranks_command._totals(uniform)[name]) for name, text in totals.items()]
+
+
+@pytest.mark.parametrize(("arguments", "label"), [
+    ({}, "rank=7"), ({"rank": 4}, "rank=4"), ({"parameters": "1M"}, "parameters=1M"),
+    ({"variance": 0.5, "policy": "uniform"}, "variance=0.5,policy=uniform"),
+])  # fmt: skip
+def test_the_plan_of_the_options_is_named_as_a_variant_is(arguments, label):
+    every = dict.fromkeys(ranks_command._BUDGETS) | {"policy": "eva"} | arguments
+    assert ranks_command._label(every, 7) == label
+
+
+@pytest.mark.parametrize(("model", "plan", "words"), [
+    ("tiny", None, "lora-init init tiny --statistics 'my s' -o adapter"),
+    ("", Path("my plan"), "lora-init init MODEL --statistics 'my s' --ranks 'my plan' -o adapter"),
+])  # fmt: skip
+def test_the_next_command_names_the_plan_if_there_is_a_file_of_it(model, plan, words):
+    assert ranks_command._init_command(model, Path("my s"), plan) == words
+
+
+def test_options_that_are_not_given_are_what_allocate_ranks_has():
+    assert PlanOptions().arguments() == {
+        **dict.fromkeys(("rank", "total_rank", "parameters", "fraction", "megabytes", "variance", "rho", "max_rank")),
+        "dtype": "float32", "coverage": "every-layer", "policy": "eva", "min_rank": 0, "multiple_of": 1,
+        "allowed_ranks": None, "tie": [], "uniform_per_kind": False, "exclude": [], "overrides": {},
+    }  # fmt: skip
+    given = PlanOptions(
+        allowed_ranks="8,16", tie=["a, b"], exclude=["c"], dtype="float16", coverage="total"
+    ).arguments()
+    names = ("allowed_ranks", "tie", "exclude", "dtype", "coverage")
+    assert [given[name] for name in names] == [[8, 16], [["a", "b"]], ["c"], "float16", "total"]
+
+
+@pytest.mark.parametrize(("dtype", "coverage", "plans", "said"), [
+    ("float16", None, [{}, {"megabytes": 1}], None), (None, "total", [{"variance": 0.5}, {}], None),
+    ("float16", None, [{"variance": 0.5}], "--dtype is for --megabytes."), (None, None, [{}], None),
+    (None, "total", [{"megabytes": 1}], "--coverage is for --variance."),
+])  # fmt: skip
+def test_what_one_budget_reads_needs_a_plan_with_it(dtype, coverage, plans, said):
+    if said is None:
+        ranks_command._check_budgets(dtype, coverage, plans)
+    else:
+        refused(f"^{said}$", ranks_command._check_budgets, dtype, coverage, plans)

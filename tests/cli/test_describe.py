@@ -1,0 +1,140 @@
+"""The parts of what `lora-init inspect` reads; tests/cli/test_inspect.py has the command."""
+
+import json
+from dataclasses import make_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lora_init.adapters.init_config import Reading
+from lora_init.cli import describe as about
+from lora_init.cli.describe import damage_of, describe
+from lora_init.errors import LoraInitError
+from lora_init.files import digests_of
+from lora_init.serving.trained import DIAL_FILE
+from tests.conftest import refused
+
+
+@pytest.mark.parametrize("kind", [KeyError, TypeError, ZeroDivisionError, AttributeError, ValueError])
+def test_content_of_another_form_is_damage_with_the_name_of_its_error(kind):
+    error = kind("r")
+    with pytest.raises(LoraInitError) as caught, damage_of(Path("a"), Path("b")):
+        raise error
+    assert str(caught.value) == f"a, b is damaged: {type(error).__name__} {error}. Make it again."
+
+
+@pytest.mark.parametrize("error", [LoraInitError("as it is."), MemoryError("x"), OSError("x")])
+def test_what_is_no_damage_passes_through(error):
+    with pytest.raises(type(error)) as caught, damage_of(Path("a")):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(("ranks", "gaps"), [
+    ({"h.0.q": 4, "h.1.q": 2}, {}), ({"h.0.q": 4, "h.2.v": 2}, {"h.2.q": 0, "h.0.v": 0}),
+    ({"h.1.x.1.q": 4, "h.0.v": 2}, {"h.0.x.1.q": 0, "h.1.v": 0}), ({"head": 4, "h.0.q": 2}, {}), ({}, {}),
+])  # fmt: skip
+def test_layers_that_others_of_their_kind_have_are_gaps(ranks, gaps):
+    assert about._with_gaps(ranks) == ranks | gaps
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    (b'{"a": 1}', "plan"), (b'\x08\0\0\0\0\0\0\0{"a": 1}', "statistics"), (b"{", "plan"),
+])  # fmt: skip
+def test_a_file_is_what_it_begins_like_whatever_its_name_is(content, kind, tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_bytes(content)
+    monkeypatch.setattr(about, "_describe_plan", lambda path: ("plan", path))
+    monkeypatch.setattr(about, "_describe_statistics", lambda path: ("statistics", path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert describe("~/x.txt") == (kind, tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"garbage!{", b" {"])
+def test_a_file_of_another_kind_is_told(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(about, "_describe_statistics", lambda path: pytest.fail("read") if content[8:9] != b"{" else 1)
+    (tmp_path / "x").write_bytes(content)
+    if content[8:9] == b"{":
+        assert describe(tmp_path / "x") == 1
+    else:
+        refused("x is neither statistics nor a plan. Name what lora-init has written.$", describe, tmp_path / "x")
+
+
+@pytest.mark.parametrize(("files", "kind"), [
+    (["settings.json"], "comparison"), (["settings.json", "adapter_config.json"], "adapter"), ([], "adapter"),
+])  # fmt: skip
+def test_a_directory_with_an_adapter_in_it_is_one(files, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_init.comparison.report.describe_directory", lambda path: "comparison")
+    monkeypatch.setattr(about, "_describe_adapter", lambda path, length, base: "adapter")
+    for name in files:
+        (tmp_path / name).touch()
+    assert describe(tmp_path) == kind
+
+
+def test_a_record_of_the_dial_counts_while_the_adapter_is_as_it_wrote_it(tmp_path):
+    assert about._describe_dial(tmp_path) is None
+    (tmp_path / "weights").write_text("a")
+    record = {"sha256": digests_of(tmp_path, ["weights"]), "rule": "x"}
+    (tmp_path / DIAL_FILE).write_text(json.dumps(record))
+    assert about._describe_dial(tmp_path) == record | {"picture": str(tmp_path / "dial.png")}
+    (tmp_path / "weights").write_text("b")
+    assert about._describe_dial(tmp_path) is None
+
+
+class Kept:
+    """What is kept of layers: sums add up."""
+
+    def __init__(self, arrives=0.0, ratio=0.0):
+        self.arrives, self.ratio = arrives, ratio
+
+    def __add__(self, other):
+        return Kept(self.arrives + other.arrives, self.ratio + other.ratio)
+
+    def advice(self, lost):
+        return f"lost {lost}"
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+def test_a_merge_is_described_by_its_layers_and_measured_where_there_are_data(with_data, monkeypatch, tmp_path):
+    calls, rows = [], tmp_path / "rows.txt"
+    rows.write_text("a\n")
+    trained, plain = SimpleNamespace(base="named", parameters=1), SimpleNamespace(source="base", parameters=2)
+
+    def noted(name, result):
+        def call(*words, **options):
+            calls.append((name, *words, *sorted(options.items())))
+            return result
+
+        return call
+
+    places = {
+        "serving.trained.read_trained": trained, "serving.base.read_base": plain,
+        "serving.trained.with_parameters": "with", "serving.base.plan_merge": "planned",
+        "serving.kept.kept_by_merge": {"a": Kept(0.25, 0.5), "b": Kept(0.5, float("inf"))},
+        "statistics.statistics.Statistics.load": "stats",
+        "loading.models.load_model": SimpleNamespace(tokenizer="tokenizer", model="model"),
+        "loading.batches.load_batches": "batches",
+    }  # fmt: skip
+    for place, result in places.items():
+        monkeypatch.setattr(f"lora_init.{place}", noted(place.rpartition(".")[2], result))
+    monkeypatch.setattr("lora_init.serving.kept.Kept", Kept)
+    monkeypatch.setattr("lora_init.adapters.directory.AdapterDirectory", lambda path: f"read {path}")
+    diverged = make_dataclass("Diverged", ["merged"], namespace={"lost": 0.125})(0.5)
+    monkeypatch.setattr("lora_init.serving.kept.divergence", noted("divergence", diverged))
+    data = str(rows) if with_data else None
+    path, file = Path("adapter"), Path("s") if with_data else None
+    found = about.describe_merge(path, "int8", None, file, data, Reading(template="{text}"))
+    assert found == {
+        "base": "base", "type": "int8", "statistics": with_data, "arrives": 0.75, "noise": None,
+        "divergence": {"merged": 0.5, "computed_in": "float32"} if with_data else None,
+        "advice": f"lost {0.125 if with_data else None}",
+        "layers": {"a": {"arrives": 0.25, "noise": 0.5}, "b": {"arrives": 0.5, "noise": None}},
+    }  # fmt: skip
+    reading = sorted((vars(Reading(template="{text}")) | {"samples": 32}).items())
+    assert calls == [
+        ("read_trained", path), ("read_base", "named", trained), ("with_parameters", trained, 2),
+        *([("load", file)] if with_data else []), ("plan_merge", plain, "with"),
+        ("kept_by_merge", plain, "with", "planned", "int8", "stats" if with_data else None),
+        *([("load_model", "base", ("dtype", "float32")), ("load_batches", data, "tokenizer", *reading),
+           ("divergence", "model", "read adapter", "batches", "int8")] if with_data else []),
+    ]  # fmt: skip
