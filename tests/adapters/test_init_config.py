@@ -1,0 +1,119 @@
+"""The options of an initialization: how their texts are read, what is refused, and which part each one is in."""
+
+from dataclasses import fields
+from inspect import Parameter, signature
+
+import pytest
+
+from lora_init.adapters.init_config import (
+    Correction,
+    InitConfig,
+    Layers,
+    Options,
+    PassOptions,
+    Ranks,
+    Reading,
+    Sample,
+    Shape,
+    read_modules,
+    read_names,
+    takes,
+    unescape,
+)
+from lora_init.starts.starts import find_start
+from tests.conftest import refused
+
+
+@pytest.mark.parametrize(("text", "modules"), [
+    (None, None),
+    ("", None),
+    ("all-linear", "all-linear"),
+    ("All_Linear", "All_Linear"),
+    ("attention", "attention"),
+    ("cross_attention", "cross_attention"),
+    ("q_proj", ["q_proj"]),
+    (" q_proj, 0.mlp.up-proj ,", ["q_proj", "0.mlp.up-proj"]),
+    ("q_proj|k_proj", "q_proj|k_proj"),
+    (r".*\.q_proj", r".*\.q_proj"),
+])  # fmt: skip
+def test_names_with_commas_are_a_list_and_all_else_is_a_word_or_an_expression(text, modules):
+    assert read_modules(text) == modules
+
+
+def test_words_of_a_shell_are_read_as_they_are_meant():
+    assert [read_names(text) for text in (None, "", " a ,b,, c ")] == [[], [], ["a", "b", "c"]]
+    assert [unescape(text) for text in (None, r"{a}\n\t{b}\x", "{a}")] == [None, "{a}\n\t{b}\\x", "{a}"]
+
+
+@pytest.mark.parametrize(("part", "given", "words"), [
+    (Ranks, dict(rank=0), "rank=0, expected a whole number of at least 1."),
+    (Ranks, dict(rank=1.5), "rank=1.5, expected a whole number of at least 1."),
+    (Ranks, dict(rho=0.5), "rho=0.5, expected a number of at least 1."),
+    (Sample, dict(samples=0), "samples=0, expected a whole number of at least 1."),
+    (Sample, dict(batch_size=0), "batch_size=0, expected a whole number of at least 1."),
+    (Sample, dict(max_length=1), "max_length=1, expected a whole number of at least 2."),
+    (PassOptions, dict(max_batches=0), "max_batches=0, expected a whole number of at least 1."),
+    (PassOptions, dict(skip_bad_batches=-1), "skip_bad_batches=-1, expected a whole number of at least 0."),
+    (PassOptions, dict(seed=-1), "seed=-1, expected a whole number of at least 0."),
+    (PassOptions, dict(center="no"), "center='no', expected True or False."),
+    (PassOptions, dict(overwrite=1), "overwrite=1, expected True or False."),
+    (Shape, dict(use_dora=None), "use_dora=None, expected True or False."),
+    (Correction, dict(unchecked="yes"), "unchecked='yes', expected True or False."),
+])  # fmt: skip
+def test_a_number_below_the_least_and_a_switch_that_is_none_are_refused(part, given, words):
+    assert refused(".", part, **given) == words
+
+
+def test_the_least_numbers_are_taken_and_so_is_none_for_what_is_found_later():
+    assert (Ranks(1, 1).rank, Ranks(1, 1.5).rho, Sample(samples=None).samples) == (1, 1.5, None)
+    assert Sample(samples=1, batch_size=1, max_length=2).max_length == 2
+    assert PassOptions(max_batches=1, skip_bad_batches=0, seed=0, tolerance=0.0).tolerance == 0.0
+
+
+def test_each_option_goes_into_the_part_that_has_it():
+    given = dict(rank=3, split="test", samples=5, task_type="CAUSAL_LM", use_dora=True, unchecked=True, seed=7)
+    config = InitConfig.from_arguments("taker()", "random", **given)
+    assert config == InitConfig(
+        "random", ranks=Ranks(3), reading=Reading(split="test"), sample=Sample(samples=5),
+        layers=Layers(task_type="CAUSAL_LM"), shape=Shape(use_dora=True), correction=Correction(unchecked=True),
+        run=PassOptions(seed=7), given=given,
+    )  # fmt: skip
+    changed = config.with_options(rank=4, seed=8)
+    assert changed == InitConfig(**vars(config) | dict(ranks=Ranks(4), run=PassOptions(seed=8)))
+    assert config.with_options() == config
+    parts = [option.name for _, part in config._parts() for option in fields(part)]
+    assert sorted(parts) == sorted({*parts}) == sorted(option.name for option in fields(Options))
+
+
+def test_an_argument_that_there_is_not_is_refused_with_the_nearest_of_all_that_there_are():
+    for wrong, right in (("rnk", "rank"), ("tokeniser", "tokenizer"), ("learning_rat", "learning_rate")):
+        words = f"^taker.. has no argument {wrong}=. Did you mean {right}[?]"
+        refused(words, InitConfig.from_arguments, "taker()", **{wrong: 1})
+
+
+@pytest.mark.parametrize(("method", "given", "gradient", "measures"), [
+    ("eva", {}, False, False),
+    ("eva", dict(gradients=True), True, False),
+    ("grad-a", {}, True, False),
+    ("lora-one", {}, True, True),
+    ("lora-one", dict(gamma=2.0), True, False),
+    ("qera", dict(gamma=2.0), False, True),
+])  # fmt: skip
+def test_a_start_says_whether_the_pass_runs_backward_and_a_loss_is_measured(method, given, gradient, measures):
+    config = InitConfig(start=find_start(method)).with_options(**given)
+    assert (config.needs_gradient, config.measures) == (gradient, measures)
+
+
+def test_what_takes_options_shows_them_without_what_the_command_line_needs():
+    def function(*args, **options) -> int:
+        return len(args) + len(options)
+
+    shown = takes(Options)(function)
+    assert shown is function and shown(1, rank=2) == 2
+    parameters, declared = signature(function).parameters, signature(Options).parameters
+    assert [*parameters] == [*declared] and signature(function).return_annotation is int
+    assert [(one.kind, one.default) for one in parameters.values()] == [
+        (one.kind, one.default) for one in declared.values()
+    ]
+    assert parameters["rank"].annotation is int and parameters["samples"].annotation == int | None
+    assert [name for name, one in parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD] == ["rank", "rho"]
