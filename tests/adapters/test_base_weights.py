@@ -8,7 +8,9 @@ from torch import nn
 
 import lora_init
 from lora_init import build_adapter
+from lora_init.adapters.base_weights import correct_outputs, correct_weights
 from lora_init.starts.starts import find_start
+from lora_init.starts.weights import LoraWeights
 from tests.adapters.made import made_up_statistics
 from tests.conftest import refused, tiny_gpt2, tiny_llama
 
@@ -38,3 +40,24 @@ def test_integers_give_up_nothing(as_parameter):
         layer.weight = torch.ones(32, 32)
     refused(f"^layer '{Q}' is quantized, so .* or pass correct_base=False to apply", init.apply, model)
     assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("make", "name"), [(tiny_llama, Q), (tiny_gpt2, "transformer.h.0.attn.c_attn")])
+def test_what_b_a_adds_is_taken_off_the_weight_or_off_the_output_in_its_own_type(make, name, dtype):
+    """Off a weight in float32, rounded once; of transformers' Conv1D the weight is transposed."""
+    model, others = make().to(dtype), make().to(dtype)
+    layer, other = model.get_submodule(name), others.get_submodule(name)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 32).to(dtype)
+    before, plain = layer(x), layer.weight.detach().float().clone()
+    weights = {name: LoraWeights(torch.randn(2, 32), torch.randn(before.shape[-1], 2))}
+    added = 0.5 * weights[name].b @ weights[name].a
+    correct_weights(model, weights, 0.5)
+    expected = plain - (added if make is tiny_llama else added.T)
+    assert layer.weight.dtype == dtype and torch.equal(layer.weight, expected.to(dtype))
+    correct_outputs(others, weights, 0.5)
+    assert torch.equal(other.weight.float(), plain) and other(x).dtype == dtype
+    exact = before.float() - x.float() @ added.T
+    # A number of 16 bits is rounded three times: x A^T B^T, the output of the layer, and the difference.
+    torch.testing.assert_close(other(x).float(), exact, rtol=0.0, atol=1e-4 if dtype == torch.float32 else 0.2)

@@ -1,15 +1,16 @@
 """A LoraConfig and the keywords that say the same give the same adapter; what it cannot say is refused by its name."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 
 from lora_init import allocate_ranks, build_adapter, collect, initialize
-from lora_init.adapters.config import _DROPPED, _SELECTION
-from lora_init.adapters.init_config import Shape
+from lora_init.adapters.config import _DROPPED, _SELECTION, check_agreement, read_adapter, read_config, read_config_for
+from lora_init.adapters.init_config import InitConfig, Shape
 from lora_init.adapters.peft_model import adapter_layers
+from lora_init.layers.targets import find_targets
 from tests.conftest import batches_for, refused, tiny_llama
 from tests.layers.made import BOTH, mixtral
 from tests.versions import needs_experts_by_peft
@@ -143,3 +144,107 @@ def test_what_cannot_be_kept_is_refused_by_its_name_at_both_entrances(name, stat
     setattr(config, name, SET[name])  # some would be refused by PEFT without others beside them
     refused(f"^config sets {name}, which initialize", initialize, llama(), batches_for("llama", 4), config=config)
     refused(f"^config sets {name}, which build_adapter", build_adapter, stats, config=config)
+
+
+@pytest.mark.parametrize(("given", "configured", "agree"), [
+    (["q_proj", "k_proj"], {"k_proj", "q_proj"}, True),
+    (("lm_head",), ["lm_head", "embed_tokens"], False),
+    (None, [], True),
+    ((), None, True),
+    (16, 16.0, True),
+    (16, 8, False),
+    (0, None, False),
+    ("", None, False),
+    ("q", ["q"], False),
+])  # fmt: skip
+def test_an_argument_agrees_with_a_config_that_means_the_same(given, configured, agree):
+    if agree:
+        check_agreement({"name": given}, {"name": configured, "other": 1}, "config")
+    else:
+        said = refused(".", check_agreement, {"name": given}, {"name": configured}, "whose")
+        assert said == f"name={given!r}: whose decides that and says {configured!r}. Leave it out here."
+
+
+def test_a_config_is_read_as_options_and_leaves_the_model_and_itself_as_they_were():
+    model, config = llama(), configured(target_modules="all-linear", exclude_modules=["k_proj"])
+    before = {name: id(module) for name, module in model.named_modules()}
+    options = InitConfig().with_options(whiten=True, seed=5, task_type="SEQ_CLS")
+    found = read_config(model, config, options)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert config.target_modules == "all-linear" and config.exclude_modules == {"k_proj"}
+    assert [found.shape, found.ranks.rank, found.run] == [Shape(**SHAPE, whiten=True), 3, options.run]
+    assert found.layers.task_type == "CAUSAL_LM" and found.layers.target_parameters is None
+    names = find_targets(llama(), found.layers.target_modules).layers
+    assert {name.rpartition(".")[2] for name in names} == {
+        "q_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert len(names) == 12
+    config.task_type = None
+    assert read_config(model, config, options).layers.task_type == "SEQ_CLS"
+
+
+def test_a_config_that_does_not_fit_its_model_is_refused_in_one_line():
+    config = LoraConfig(target_modules=["nowhere"])
+    refused(
+        "^config does not fit LlamaForCausalLM: Target modules .*nowhere.* not found",
+        read_config,
+        llama(),
+        config,
+        InitConfig(),
+    )
+    refused("^config=str: a LoraConfig of PEFT is expected.$", read_config, llama(), "lora", InitConfig())
+
+
+def test_the_heads_of_a_task_are_no_modules_to_save_of_ones_own(stats):
+    config = LoraConfig(r=3, target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=["lm_head", "score"])
+    of_task = replace(stats, provenance=replace(stats.provenance, task_type="SEQ_CLS"))
+    shape, selected = read_config_for(of_task, config, {})
+    assert shape == dict(
+        rank=3, lora_alpha=8, use_rslora=False, use_dora=False, lora_dropout=0.0, modules_to_save=["lm_head"]
+    )
+    assert selected == [name for name in stats if name.endswith("q_proj")]
+    config.task_type = None  # then nobody else saves them
+    assert read_config_for(of_task, config, {})[0]["modules_to_save"] == config.modules_to_save
+
+
+def test_what_a_config_lists_must_be_collected_unless_it_is_left_out_again(stats):
+    def selected(**settings):
+        return read_config_for(stats, LoraConfig(**settings), {})[1]
+
+    q = [name for name in stats if name.endswith("q_proj")]
+    assert selected(target_modules=["q_proj", "lm_head"], exclude_modules=["lm_head"]) == q
+    assert selected(target_modules=r".*q_proj|lm_head") == q  # an expression names no layer by itself
+    for settings in (dict(target_modules=["q_proj", "lm_head"]), dict(target_parameters=["lm_head"])):
+        words = "^config selects 'lm_head', of which the statistics have no layer. Collect with it.$"
+        refused(words, read_config_for, stats, LoraConfig(**settings), {})
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig])
+def test_a_model_with_anything_but_one_lora_adapter_is_refused(kind):
+    model = get_peft_model(
+        llama(), LoraConfig(target_modules=["q_proj"]) if kind is LoraConfig else kind(target_modules=["q_proj"])
+    )
+    names = "default"
+    if kind is LoraConfig:
+        model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+        names = "default, second"
+    kinds = {LoraConfig: "LORA", LoHaConfig: "LOHA"}
+    words = (
+        f"^the model has the adapters {names} .PeftType.{kinds[kind]}., and one LoRA adapter is expected. Begin with"
+    )
+    refused(words, read_adapter, model, InitConfig(), "it")
+
+
+def test_what_an_adapter_on_a_model_decides_is_refused_beside_it():
+    model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    same = dict(rank=3, target_modules=["q_proj"], task_type="CAUSAL_LM", seed=4)
+    found = read_adapter(model, InitConfig.from_arguments("f()", **same), "the adapter")
+    assert (found.ranks.rank, found.run.seed) == (3, 4)
+    for name, value in dict(rank=4, target_modules=["k_proj"], task_type=None, target_parameters=["experts"]).items():
+        other = InitConfig.from_arguments("f()", **{name: value})
+        refused(f"^{name}=.*: the adapter decides that and says ", read_adapter, model, other, "the adapter")

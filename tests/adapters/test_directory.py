@@ -39,8 +39,10 @@ def test_an_update_is_zero_to_the_rounding_that_its_numbers_have(dtype):
     q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     full = q[:, :4] @ torch.randn(4, 16, dtype=torch.float64), torch.randn(16, 4, dtype=torch.float64) @ q[:, 4:].T
     a, b = (part.to(dtype).float() for part in full)
-    assert is_zero_update(a, b)
+    small = 1.0 if dtype == torch.float16 else 2.0**-40  # which float16 has not
+    assert is_zero_update(a, b) and is_zero_update(a * small, b)
     assert not is_zero_update(a, b + 0.01 * a.T)
+    assert is_zero_update(a, b + 1e-4 * a.T) == (dtype != torch.float32)
     assert not is_zero_update(torch.randn(8, 16), torch.randn(16, 8))
 
 
@@ -85,6 +87,8 @@ def test_a_config_may_leave_out_what_it_has_no_word_for(tmp_path):
     found = adapter(tmp_path, r=1, rank_pattern=None, alpha_pattern={"q": 1.5}, auto_mapping={"a": "b"})
     assert (found.base, found.ranks, found.origin) == ("", {"q": 2}, {})
     assert adapter(tmp_path, base_model_name_or_path="org/name").base == "org/name"
+    write_files(tmp_path, EXPERTS, {"peft_type": "LORA", "target_parameters": ["down_proj"]})
+    assert AdapterDirectory(tmp_path).ranks["0.experts.down_proj"] == 8  # PEFT's default
 
 
 def test_what_is_not_there_is_said_as_it_is(tmp_path):
@@ -142,6 +146,7 @@ CROSSED = {A: torch.tensor([[1.0, 2.0], [1.0, 2.0]]), B: torch.tensor([[1.0, -1.
     ({A: ONES.T, B: ZERO}, {}, True, True),
     ({A: ZERO.T, B: ONES}, {}, True, True),
     ({A: ONES.T, B: ONES}, {}, False, False),
+    ({A: torch.eye(2, 4), B: torch.eye(3, 2)}, {}, False, False),
     (CROSSED, {}, True, False),
     (CROSSED, dict(target_parameters=["q.weight"]), False, False),
     ({A: ONES.T, B: ZERO, f"{P}k.lora_A.weight": ONES.T, f"{P}k.lora_B.weight": ONES}, {}, False, False),
