@@ -102,6 +102,10 @@ def test_what_is_not_there_is_said_as_it_is(tmp_path):
     refused("adapter has no adapter_model.safetensors. Only adapters in safetensors files", lambda: found.shapes)
     (tmp_path / "adapter/adapter_model.safetensors").symlink_to("gone")
     refused("safetensors is a link to gone, which does not exist. Download it again.$", lambda: found.shapes)
+    adapter(tmp_path / "blobs")
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    (tmp_path / "adapter/adapter_model.safetensors").symlink_to(tmp_path / "blobs/adapter_model.safetensors")
+    assert AdapterDirectory(tmp_path / "adapter").layers == ["q"]  # as in the cache of the hub
     (tmp_path / "link").unlink()
     (tmp_path / "link").symlink_to(tmp_path / "adapter")
     assert AdapterDirectory(tmp_path / "link").config == found.config
