@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch
 import lora_init
 from lora_init import find_step_size, mean_loss
 from lora_init.adapters.card import start_in_words
+from lora_init.adapters.peft_model import adapter_layers
 from lora_init.building.build import build_adapter
-from lora_init.building.step_size import _lowest, hold_out
+from lora_init.building.step_size import NoStepError, _lowest, hold_out, most_held_out, n_held_out
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from tests.collection.made import labelled
@@ -175,15 +177,95 @@ def modes(model):
     return [module.training for module in model.modules()]
 
 
-@pytest.mark.parametrize(("best", "measured"), [
-    (2.0**-5, {4, 1, 1 / 4, 1 / 16, 1 / 64, 1 / 8, 1 / 32}),
-    (2.0**3, {1, 4, 16, 8, 2}),
+def powers(*exponents):
+    return {2.0**exponent for exponent in exponents}
+
+
+@pytest.mark.parametrize(("loss", "best", "measured"), [
+    (lambda gamma: abs(math.log2(gamma) + 5), 2.0**-5, powers(2, 0, -2, -4, -6, -3, -5)),
+    (lambda gamma: abs(math.log2(gamma) - 3), 2.0**3, powers(0, 2, 4, 3, 1)),
+    (lambda gamma: 1.0, 1.0, powers(2, 0, -2, 1, -1)),  # flat: the walk ends at once, where it began
+    (lambda gamma: gamma, 2.0**-11, powers(2, *range(0, -11, -2), -9, -11)),  # no farther than these
+    (lambda gamma: -gamma, 2.0**15, powers(*range(0, 15, 2), 12, 13, 15)),
 ])  # fmt: skip
-def test_the_walk_goes_by_quarters_and_looks_half_a_step_to_both_sides(best, measured):
-    seen = set()
+def test_the_walk_goes_by_quarters_and_looks_half_a_step_to_both_sides(loss, best, measured):
+    for first in (1.0, 64.0):
+        seen = set()
+        assert _lowest(lambda gamma: seen.add(gamma / first) or loss(gamma / first), first) == best * first  # noqa: B023
+        assert seen == measured
 
-    def loss(gamma):
-        seen.add(gamma)
-        return abs(math.log2(gamma / best))
 
-    assert _lowest(loss, 1.0) == best and seen >= measured and not {1 / 2, 3} & seen
+def found_with(case, loss, before=3.0, **given):
+    """Search on a model of losses that are known: `loss` is of gamma, of which the scaling on the model tells."""
+    model, _, stats = case
+    built, init = [], build_adapter(stats, {next(iter(stats)): 4}, "lora-one", gamma=1.0)
+
+    def build(gamma):
+        built.append(gamma)
+        return replace(init, gamma=gamma)
+
+    def loss_of(model):
+        scalings = {layer.scaling["default"] for layer in adapter_layers(model).values()}
+        if not scalings:
+            return before
+        (scaling,) = scalings
+        return loss(built[0] * init.scaling / scaling)
+
+    found = find_step_size(model, build, loss_of, **given)
+    return found.gamma, found.losses, built
+
+
+def test_a_search_measures_each_size_on_the_model_and_builds_two(case):
+    assert found_with(case, lambda gamma: abs(math.log2(gamma) - 5), first=4.0) == (32.0, (3.0, 0.0), [4.0, 32.0])
+    assert found_with(case, lambda gamma: abs(math.log2(gamma) - 9)) == (512.0, (3.0, 0.0), [1024.0, 512.0])
+    # A step that is too large for the numbers of a computer is not taken, whatever its loss is called.
+    for too_large in (math.nan, math.inf, -math.inf):
+        found = found_with(case, lambda gamma: too_large if gamma < 9.0 else 1 / gamma - 1, first=4.0)  # noqa: B023
+        assert found[0] == 16.0 * 4**6 * 2 and found[1][1] == pytest.approx(-1.0, abs=1e-4)
+
+
+def test_a_size_that_was_given_is_measured_alone_and_taken_if_its_loss_is_a_number(case):
+    assert found_with(case, lambda gamma: 2.0 * gamma, gamma=8.0, first=2.0) == (8.0, (3.0, 16.0), [8.0, 8.0])
+    for loss, before in ((math.nan, 3.0), (math.inf, 3.0), (2.0, math.nan), (2.0, math.inf)):
+        said = refused("with gamma=8.0, the best", found_with, case, lambda gamma: loss, before, gamma=8.0)  # noqa: B023
+        shown = math.inf if math.isnan(loss) else loss
+        assert said == (
+            f"method 'lora-one': the loss is {before:.4g} for the plain model and {shown:.4g} after the step with "
+            "gamma=8.0, the best that was found. Take a start with B = 0, or pass another gamma."
+        )
+    with pytest.raises(NoStepError):
+        found_with(case, lambda gamma: 3.0, first=4.0)  # no lower than without a step
+
+
+def test_what_is_known_of_the_sample_is_not_set_aside_again(recwarn):
+    batches, more = (
+        numbered(64),
+        [of((1, 3), (2, 0)), *(of(*[(2, i) for i in range(k, k + 4)]) for k in range(1, 17, 4))],
+    )
+    aside, others = hold_out(iter(batches), iter(more))
+    assert rows_of(aside) == [(2, i) for i in range(17)] and isinstance(others, list)
+    assert rows_of(others) == rows_of(batches) and not recwarn.list
+    aside, others = hold_out(batches, more)
+    assert len(rows_of(aside)) == 17 and others is batches
+    # Too few are new: then the first of all, and what is beyond the sample goes to the statistics.
+    aside, others = hold_out(batches, more[:2])
+    assert rows_of(aside) == rows_of(batches)[:16] and rows_of(others) == rows_of(batches)[16:] + rows_of(more[:2])[1:]
+
+
+def test_few_new_examples_are_enough_where_a_quarter_is_fewer():
+    with pytest.warns(UserWarning) as caught:
+        aside, others = hold_out(numbered(24), [of((2, 0), (2, 1)), of((2, 2), (2, 3), (2, 4), (2, 5))])
+    assert rows_of(aside) == [(2, i) for i in range(6)] and rows_of(others) == rows_of(numbered(24))
+    assert [str(one.message) for one in caught] == [
+        "the start is judged by the loss on 6 of 30 different examples, and fewer than 16 say little about it. Give at "
+        "least 64 different examples, or gamma=."
+    ]
+
+
+@pytest.mark.parametrize(("n_examples", "batch_size", "n"), [
+    (0, 4, 1), (3, 4, 1), (8, 4, 2), (16, 4, 4), (28, 4, 4), (32, 4, 8), (63, 4, 12), (64, 4, 16), (10**6, 4, 16),
+    (10**6, 32, 128), (100, 32, 25), (200, 32, 32), (100, 1, 16),
+])  # fmt: skip
+def test_whole_batches_of_a_quarter_at_most_are_held_out(n_examples, batch_size, n):
+    assert n_held_out(n_examples, batch_size) == n
+    assert most_held_out(batch_size) == max(16, 4 * batch_size)
