@@ -17,7 +17,7 @@ from lora_init.adapters.peft_model import as_it_was
 from lora_init.collection.losses import Loss, mean_loss, own_loss
 from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.running import Forward, call_model, evaluating, on_device_of, restoring
-from lora_init.layers.targets import Target
+from lora_init.layers.targets import Target, is_conv1d
 from lora_init.layers.wrappers import is_sharded, is_tensor_parallel, model_id, plain_names, unwrapped
 from lora_init.loading.checkpoint import Stored, find_parameter, find_tensors, read_parameter
 
@@ -185,7 +185,8 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
     try:
         with restoring("bias", [] if bias is None else [module]), evaluating(module):
             if bias is not None:  # beside a bias that is much larger a weight would lose its digits
-                module.bias = None
+                # transformers' Conv1D adds a bias in any case.
+                module.bias = nn.Parameter(torch.zeros_like(bias), False) if is_conv1d(module) else None
             product = module(probe.to(dtype)).float()
             matrix = _outputs_for_units(module, shape[1], dtype, device)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
