@@ -234,6 +234,8 @@ def test_loading_changes_weights_by_its_start_or_by_whole_modules(tensors, confi
 
 @pytest.mark.parametrize(("keys", "form"), [
     (["lora_unet_down_0.lora_down.weight"], "holds an adapter in kohya's form"),
+    (["down.lora_down.weight"], "holds an adapter in kohya's form"),
+    (["lora_unet_0.alpha"], "holds an adapter in kohya's form"),
     (["lora_te_0.alpha", "x.weight"], "holds an adapter in kohya's form"),
     (["unet.down.0.lora_A.weight"], "holds an adapter in diffusers' form"),
     (["text_encoder.0.lora_B.weight"], "holds an adapter in diffusers' form"),

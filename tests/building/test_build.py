@@ -1,5 +1,6 @@
 """From statistics and ranks to an adapter: which ranks there are, and what is refused, before any data is read."""
 
+import math
 import re
 import runpy
 import warnings
@@ -10,10 +11,13 @@ import torch
 from torch import nn
 
 import lora_init
-from lora_init import LoraInitError, build_adapter, collect
+from lora_init import LoraInitError, allocate_ranks, build_adapter, collect
+from lora_init.adapters.directory import AdapterDirectory
 from lora_init.adapters.init_config import Shape
-from lora_init.building.build import buildable_start, check_adapter_options, rank_with_frozen_a
-from lora_init.starts.initializers import as_large_as_random
+from lora_init.building.build import buildable_start, check_adapter_options, check_experts, rank_with_frozen_a
+from lora_init.layers.targets import Target
+from lora_init.planning.allocate import RankAllocation
+from lora_init.starts.initializers import as_large_as_random, error_seen
 from lora_init.statistics.spectrum import Spectrum
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics
 from tests.conftest import MODELS, batches_for, refused, tiny_llama
@@ -161,6 +165,131 @@ def test_a_correction_needs_the_error_of_each_layer():
     wide = errors | {second: torch.randn(32, 48)}
     words = f"^layer '{second}': its error is {re.escape('[32, 48], expected [32, 32]')}, all finite"
     refused(words, build_adapter, stats, 2, "qera", errors=wide)
+
+
+Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+
+
+@pytest.mark.parametrize(("ranks", "expected", "rank"), [
+    ({K: 2, Q: 4}, {Q: 4, K: 2}, 3),
+    ({K: 3, Q: 4}, {Q: 4, K: 3}, 4),  # 3.5, rounded to the even one
+    ({Q: 1, K: 0}, {Q: 1}, 1),  # 0.5
+    (RankAllocation({Q: 1, K: 2}, 5), {Q: 1, K: 2}, 5),
+    (RankAllocation({Q: 2, K: 2}, 0), {Q: 2, K: 2}, 2),
+])  # fmt: skip
+def test_the_scaling_is_relative_to_the_average_rank(ranks, expected, rank):
+    stats = made_up_statistics(tiny_llama(), ["q_proj", "k_proj"])
+    init = build_adapter(stats, ranks)
+    assert [*init.ranks.items()] == [*expected.items()]
+    assert (init.rank, init.lora_alpha, init.scaling) == (rank, 2.0 * rank, 2.0)
+    assert init.left_out == tuple(name for name in stats if name not in expected)
+    assert [*init.targets] == [*init.explained] == [*init.weights] == [*expected]
+    # The made-up variances are 8, 7, ..., half of the whole variance.
+    assert init.explained == pytest.approx({n: sum(range(8, 8 - r, -1)) / 72 for n, r in expected.items()})
+
+
+def test_without_ranks_each_layer_has_the_one_that_the_statistics_are_for():
+    init = build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), use_rslora=True)
+    assert {*init.ranks.values()} == {4} and (init.rank, init.lora_alpha, init.scaling) == (4, 4.0, 2.0)
+    assert (init.seed, init.gamma, init.dtype, init.errors, init.error_size) == (0, None, "float32", {}, 0.0)
+
+
+def test_a_budget_in_megabytes_decides_the_type_that_is_saved(tmp_path):
+    stats = made_up_statistics(tiny_llama(), ["q_proj"])
+    ranks = allocate_ranks(stats, megabytes=0.002, dtype="float16")
+    init = build_adapter(stats, ranks)
+    path = init.save_pretrained(tmp_path / "adapter")
+    assert init.dtype == "float16" and {of for _, of in AdapterDirectory(path).header.values()} == {"F16"}
+    assert build_adapter(stats, allocate_ranks(stats, rank=2)).dtype == "float32"
+
+
+@pytest.mark.parametrize(("rank", "instead"), [(1, 2), (3, 2), (5, 4)])
+def test_a_rank_that_groups_do_not_divide_is_refused_with_the_next_one_below(rank, instead):
+    stats = made_up_statistics(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), ["0"])
+    words = (
+        f"layer '0': rank {rank} is no multiple of its 2 groups, which PEFT needs. Give it {instead}, or exclude it."
+    )
+    assert refused(".", build_adapter, stats, rank) == words
+
+
+def test_what_is_trained_whole_or_not_selected_has_no_adapter():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.table = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(4, 8)
+
+    stats = made_up_statistics(Net(), ["a", "b", "table"])
+    assert stats.unsupported == {"table": "Embedding"}
+    for options, layers, unsupported in (
+        ({}, ["a", "b"], {"table": "Embedding"}),
+        (dict(modules_to_save=["table", "b"]), ["a"], {}),
+        (dict(config=peft.LoraConfig(r=2, target_modules=["b"])), ["b"], {}),
+        (dict(config=peft.LoraConfig(r=2, target_modules=["b", "table"])), ["b"], {"table": "Embedding"}),
+    ):
+        init = build_adapter(stats, 2, **options)
+        assert ([*init.weights], init.unsupported) == (layers, unsupported)
+        assert init.left_out == tuple(name for name in ("a", "b") if name not in layers) and init.rank == 2
+
+
+@pytest.mark.parametrize(("method", "given", "gamma"), [
+    ("eva", None, None), ("lora-ga", None, 16.0), ("lora-one", None, 1024.0), ("lora-one", 2.0, 2.0),
+])  # fmt: skip
+def test_the_size_of_a_step_is_the_one_given_or_that_of_the_start(method, given, gamma):
+    model = nn.Sequential(nn.Linear(12, 9)).double()
+    loss = dict(forward=lambda model, x: model(x), loss=lambda y, x: y.square().mean(), gradients=True)
+    stats = collect(model, [torch.randn(32, 12).double() for _ in range(2)], rank=4, **loss)
+    assert build_adapter(stats, 2, method, gamma=given).gamma == gamma
+
+
+def test_a_correction_says_how_far_the_errors_moved_the_output_before_and_after():
+    stats = made_up_statistics(tiny_llama(), ["q_proj"])
+    errors = {name: torch.randn(32, 32) for name in stats}
+    init = build_adapter(stats, 2, "qera", errors=errors, lora_alpha=3)
+    for name, (a, b) in init.weights.items():
+        left = errors[name] - 1.5 * b @ a
+        assert init.errors[name] == pytest.approx([error_seen(stats[name], one) for one in (errors[name], left)])
+    assert [*init.errors] == [*stats]
+    assert init.error_size == pytest.approx(float(sum(one.square().sum() for one in errors.values())) ** 0.5)
+
+
+def target(name, kind="Parameter", experts=2):
+    return Target(name, kind, 8, 8, experts=experts)
+
+
+@pytest.mark.parametrize(("shape", "targets", "what"), [
+    (Shape(use_dora=True), [target("x")], "use_dora=True"),
+    (Shape(lora_dropout=0.1), [target("q", "Linear", 0), target("x"), target("y")], "lora_dropout=0.1"),
+    (Shape(), [target("x"), target("c", "Conv1D", 0)], "transformers' Conv1D layers in the same adapter"),
+    (Shape(use_rslora=True), [target("x"), target("q", "Linear", 0)], None),
+    (Shape(use_dora=True, lora_dropout=0.1), [target("q", "Linear", 0), target("c", "Conv1D", 0)], None),
+    (Shape(use_dora=True), [], None),
+])  # fmt: skip
+def test_what_peft_does_not_do_with_experts_is_refused(shape, targets, what):
+    if what is None:
+        check_experts(targets, shape)
+    else:
+        words = f"'x': PEFT does not adapt parameters with {what}. Leave out one of the two."
+        assert refused(".", check_experts, targets, shape) == words
+
+
+@pytest.mark.parametrize(("method", "shape", "words"), [
+    ("lora-one", dict(unit_rows=True), "unit_rows=True with method='lora-one': its rows have a size of their own."),
+    ("random", dict(unit_rows=True), "unit_rows=True with method='random': its rows have a size of their own."),
+    ("lora-one", dict(gamma=math.inf), "gamma=inf with method='lora-one': it is a positive number, for 'natural-gra"),
+    ("qera", dict(gamma=1.0), "gamma=1.0 with method='qera': it is a positive number, for 'natural-gradient-step', 'l"),
+    ("orthogonal", dict(whiten=True), "whiten=True is for the start eva; method='orthogonal' has no variances to divi"),
+    ("lora-ga", dict(use_dora=True), "method='lora-ga' starts with B other than zero, and DoRA's magnitudes are those"),
+    ("eva", dict(lora_dropout=-0.1), "lora_dropout=-0.1 must be at least 0 and less than 1."),
+    ("eva", dict(lora_alpha=0.0), "lora_alpha=0.0, expected a number above 0"),
+    ("orthogonal", dict(unit_rows=True, lora_dropout=0.0, use_dora=True, lora_alpha=1e-3), None),
+    ("eva", dict(whiten=True, lora_dropout=0.99), None),
+    ("lora-ga", dict(gamma=1e-3), None),
+])  # fmt: skip
+def test_a_form_that_a_start_cannot_have_is_refused(method, shape, words):
+    if words is None:
+        check_adapter_options(buildable_start(method), Shape(**shape))
+    else:
+        assert refused(".", check_adapter_options, buildable_start(method), Shape(**shape)).startswith(words)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

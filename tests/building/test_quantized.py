@@ -1,6 +1,8 @@
 """Quantized bases: what rounding took is read layer by layer, and given back by the start that is made for it."""
 
 import shutil
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_init
 from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
+from lora_init.adapters.peft_model import adapter_layers
 from lora_init.building import quantized
 from lora_init.building.quantized import loss_or_distance, read_product, with_losses
 from lora_init.layers.targets import Target
 from lora_init.loading.models import QUANTIZATIONS, load_model
+from tests.adapters.made import made_up_statistics, same, snapshot
 from tests.collection.made import PackedLinear
 from tests.commands import save_model
 from tests.conftest import batches_for, refused, tiny_llama
@@ -279,3 +283,72 @@ def test_a_matrix_is_read_in_parts_of_which_the_last_is_smaller(monkeypatch):
     layer = torch.nn.Linear(8, 5, bias=False)
     read = quantized._outputs_for_units(layer, 8, torch.float32, torch.device("cpu"))
     assert torch.equal(read, layer.weight)
+
+
+def packed(kind=torch.uint8, n=8, scales=0):
+    layer = nn.Linear(4, 2)
+    layer.register_buffer("packed", torch.zeros(n, dtype=kind))
+    layer.register_buffer("steps", torch.zeros(scales, dtype=torch.uint8))
+    return layer
+
+
+@pytest.mark.parametrize(("layer", "bits"), [
+    (packed(n=8), 8), (packed(torch.int32, n=2), 8), (packed(n=8, scales=1), 8), (packed(n=8, scales=2), 0),
+    (packed(n=7), 0), (packed(n=4), 4), (packed(n=4, scales=1), 4), (packed(n=4, scales=2), 0), (packed(n=3), 0),
+    (nn.Linear(4, 2), 0), (packed(torch.float16, n=8), 0), (nn.Sequential(packed()), 0),
+])  # fmt: skip
+def test_the_bits_of_a_weight_are_those_that_its_numbers_take_with_their_scales(layer, bits):
+    assert quantized._bits(layer, Target("x", "Linear", 4, 2)) == bits
+
+
+def measured_with(losses, unchecked=False):
+    """Check an adapter by losses that are known, and note where each was measured."""
+    model, seen, inside = tiny_llama(), [], []
+    errors = SimpleNamespace(undone=lambda: noting(inside))
+
+    def loss_of(measured):
+        seen.append((measured is model, bool(inside), bool(adapter_layers(measured))))
+        return losses[len(seen) - 1]
+
+    init = build_adapter(made_up_statistics(model, ["q_proj"]), 2)
+    before = snapshot(model)
+    try:
+        return with_losses(model, init, errors, loss_of, unchecked)
+    finally:
+        assert same(before, snapshot(model))
+        assert seen == [(True, False, False), (True, True, False), (False, False, True)]
+
+
+@contextmanager
+def noting(inside):
+    inside.append(1)
+    yield
+    inside.clear()
+
+
+def test_the_losses_are_those_of_the_quantized_the_whole_and_the_corrected_model():
+    checked = measured_with([3.0, 2.0, 2.5])
+    assert (checked.losses, checked.exact_loss, checked.share_closed) == ((3.0, 2.5), 2.0, 0.5)
+    for after in (3.0, 3.5, float("nan")):
+        said = refused(".", measured_with, [3.0, 2.0, after])
+        assert said == (
+            f"method 'eva': on the examples set aside the loss is 3 in the quantized model and {after:.5g} with the "
+            "correction, so there is nothing to gain; with the weights as they were it is 2. Give more data of the "
+            "kind that the model is for, or pass unchecked=True."
+        )
+    assert measured_with([3.0, 2.0, 3.5], unchecked=True).losses == (3.0, 3.5)
+
+
+def test_a_model_with_a_loss_is_measured_by_it():
+    model, batches = tiny_llama(), batches_for("llama", 2)
+    measure = loss_or_distance(model, None, iter(batches))
+    assert measure(model) == mean_loss(model, batches)
+
+    def forward(model, batch):
+        return model(**{key: value for key, value in batch.items() if key != "labels"})
+
+    def loss(output, batch):
+        return output.logits.square().mean()
+
+    own = loss_or_distance(model, None, batches, forward, loss)
+    assert own(model) == mean_loss(model, batches, forward, loss) != measure(model)
