@@ -3,6 +3,8 @@
 import itertools
 import math
 import warnings
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -217,6 +219,76 @@ def test_variance_takes_the_fewest_ranks(ratios, share):
         assert plan.total_rank == min(sum(v) for v in reaching)
         reached = [cumulative(r)[k] for r, k in zip(ratios, plan.values(), strict=True)]
         assert plan.spent == pytest.approx(min(reached) if coverage == "every-layer" else np.mean(reached), abs=1e-9)
+
+
+MIXED = {
+    "h.0.up": [0.4, 0.2, 0.1, 0.05], "h.0.down": [0.3, 0.2, 0.1, 0.05],
+    "h.1.up": [0.25, 0.1, 0.05, 0.05], "h.1.down": [0.2, 0.1, 0.05, 0.02],
+}  # fmt: skip
+THIN = [(8, 24), (24, 8)] * 2  # 32 parameters a rank
+
+
+@pytest.mark.parametrize(("arguments", "ranks", "rank", "spent", "settings"), [
+    ({}, (1, 1, 1, 1), 1, 4, dict(rho=1.0)),
+    (dict(rank=2), (2, 2, 2, 2), 2, 8, dict(rho=1.0)),
+    (dict(rank=2, policy="proportional"), (1, 1, 2, 4), 2, 8, dict(rho=2.0)),
+    (dict(rank=2, rho=2), (3, 3, 1, 1), 2, 8, dict(rho=2)),
+    (dict(rank=2, rho=9, max_rank=3), (3, 3, 1, 1), 2, 8, dict(rho=9, max_rank=3)),
+    (dict(rank=2, policy="uniform", multiple_of=2), (2, 2, 2, 2), 2, 8, dict(multiple_of=2)),
+    (dict(total_rank=5, rho=4, tie=("up", "down"), exclude="h.1.up"), (2, 2, 0, 1), 2, 5,
+     dict(rho=4, tie=("up", "down"), exclude="h.1.up")),
+    (dict(total_rank=6, rho=3, uniform_per_kind=True), (2, 1, 2, 1), 2, 6, dict(rho=3, uniform_per_kind=True)),
+    (dict(total_rank=3, rho=4, allowed_ranks=[1]), (1, 1, 1, 0), 1, 3, dict(rho=4, allowed_ranks=[1])),
+    (dict(parameters=210, rho=2), (2, 2, 1, 1), 2, 192, dict(rho=2)),
+    (dict(fraction=0.25, rho=2, policy="cost-aware"), (3, 2, 1, 1), 2, 224, dict(rho=2)),
+    (dict(megabytes=5e-4, dtype="bfloat16", rho=3, min_rank=1), (3, 2, 1, 1), 2, 448, dict(rho=3, min_rank=1)),
+    (dict(variance=0.3, overrides={"down": {"min_rank": 2}}), (1, 2, 2, 2), 2, 0.3,
+     dict(overrides={"down": {"min_rank": 2}})),
+    (dict(variance=0.3, tie=("up", "down")), (1, 1, 2, 2), 2, 0.3, dict(tie=("up", "down"))),
+    (dict(variance=0.4, coverage="total"), (3, 2, 1, 1), 2, 0.4125, {}),
+    (dict(variance=0.1, coverage="total", min_rank=1), (1, 1, 1, 1), 1, 0.2875, dict(min_rank=1)),
+])  # fmt: skip
+def test_a_small_plan_by_hand(arguments, ranks, rank, spent, settings):
+    """All that a plan says, for each budget: three layers out of four compete by what they explain."""
+    stats = statistics(MIXED, THIN, rank=1, n_parameters=1000)
+    plan = allocate_ranks(stats, **arguments)
+    assert tuple(plan.values()) == ranks and list(plan) == list(plan.targets) == list(plan.explained) == list(MIXED)
+    assert (plan.rank, plan.settings, plan.notes) == (rank, settings, ())
+    assert plan.spent == pytest.approx(spent, rel=1e-12)
+    assert plan.policy == arguments.get("policy", "eva") and plan.provenance is stats.provenance
+    explained = [cumulative(row)[taken] for row, taken in zip(MIXED.values(), ranks, strict=True)]
+    assert list(plan.explained.values()) == pytest.approx(explained, rel=1e-12)
+    assert plan.excluded == (("h.1.up",) if "exclude" in arguments else ())
+
+
+def test_what_nobody_can_spend_is_noted():
+    stats = replace(statistics(MIXED, THIN, rank=1), unsupported={"embed": "Embedding", "table": "Parameter"})
+    plan = allocate_ranks(stats, parameters=10**4, max_rank=2, rho=1e6)
+    unspent = "9,744 of 10,000 parameters stay unspent: every layer has the largest rank that the limits and rho allow."
+    left_out = "parameters=10,000 does not count embed, table: PEFT adds an adapter of the average rank there."
+    assert plan.notes == (unspent, left_out) and plan.unsupported == {"embed": "Embedding", "table": "Parameter"}
+    assert allocate_ranks(stats, total_rank=4, max_rank=2).notes == ()  # what is counted in ranks counts layers alone
+    assert allocate_ranks(stats, variance=0.2).notes == ()
+    assert allocate_ranks(stats, megabytes=1e-3).notes == (
+        left_out.replace("parameters=10,000", "megabytes=0.001 in float32"),
+    )
+
+
+def test_what_more_to_collect_is_said_in_full():
+    stats = statistics(MIXED, THIN)
+    told = refused("^rank=3 lets", allocate_ranks, stats, rank=3, rho=2)
+    assert told == (
+        "rank=3 lets a layer have rank 6, and 'h.0.up' and 1 other layer would take more than the 4 components that "
+        "were collected. Collect again with rank 3 and rho=2, or ask for less, or allocate with max_rank=4."
+    )
+    plan = allocate_ranks(stats, parameters=32 * 11, rho=2)
+    assert plan.notes == (told.replace("rank=3 lets", "parameters=352 lets").replace(" and 1 other layer", ""),)
+
+
+def test_a_rule_without_a_name_is_a_custom_one():
+    rule = partial(lambda worth, name, spectrum: [worth] * 4, 0.5)
+    plan = allocate_ranks(statistics(MIXED), total_rank=2, policy=rule)
+    assert plan.policy == "custom" and list(plan.values()) == [1, 1, 0, 0] and plan.settings == {"rho": 2.0}
 
 
 # --- Limits ---------------------------------------------------------------------------------------------------------

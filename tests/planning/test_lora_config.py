@@ -5,6 +5,7 @@ import re
 import pytest
 
 from lora_init.planning.lora_config import alpha_for, from_patterns, listed_or_pattern, lora_config, scaling_of
+from tests.conftest import refused
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -49,3 +50,25 @@ def test_one_other_layer_that_a_list_would_take_makes_a_pattern():
     assert listed_or_pattern(["q"], ["out", "k"]) == ["q"]
     pattern = listed_or_pattern(["q"], ["k", "more.q"])
     assert isinstance(pattern, str) and [name for name in ("q", "k", "more.q") if re.fullmatch(pattern, name)] == ["q"]
+
+
+def test_a_configuration_by_hand():
+    config = lora_config(
+        {"up": 2, "h.0.down": 3, "h.1.down": 3, "gate": 0}, 2, 1.5, ("up", "down"), use_rslora=True, task_type="X"
+    )
+    pattern = r"^(?:h\.0\.down|h\.1\.down)$"
+    assert config == {
+        "peft_type": "LORA", "task_type": "X", "base_model_name_or_path": None, "r": 2,
+        "lora_alpha": pytest.approx(1.5 * 2**0.5), "rank_pattern": {pattern: 3},
+        "alpha_pattern": {pattern: pytest.approx(1.5 * 3**0.5)}, "lora_dropout": 0.0, "target_modules": ["up", "down"],
+        "fan_in_fan_out": False, "bias": "none", "init_lora_weights": True, "use_rslora": True,
+    }  # fmt: skip
+
+
+def test_the_first_key_that_ends_a_name_counts():
+    patterns = {"up": 1, "b.*": 2, "x.up": 3, "c": None}
+    names = ["up", "a.up", "x.up", "b.q", "cup", "c"]
+    assert from_patterns(patterns, names, 8) == {"up": 1, "a.up": 1, "x.up": 1, "b.q": 2, "cup": 8, "c": None}
+    assert from_patterns(None, ["up"], 8) == {"up": 8}
+    words = r"^a key of the pattern \{'\(': 1\} is no regular expression: missing \), .*\.$"
+    refused(words, from_patterns, {"(": 1}, ["up"], 8)

@@ -2,9 +2,10 @@
 
 import copy
 import json
+import math
 import pickle
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,8 @@ from hypothesis import given
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import Target
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
-from lora_init.planning.plan import load_plan, plan_config, save_plan
+from lora_init.planning.plan import load_plan, plan_config, plan_text, plan_to_dict, rank_grid, save_plan, source_text
+from lora_init.statistics.statistics import Provenance
 from tests.conftest import refused
 from tests.planning.made import WIDE, distinct, explained, full_plan, laws, llama_like, statistics, widths3
 
@@ -95,6 +97,113 @@ def test_a_plan_for_another_model_is_refused():
     plan.check(stats)
 
 
+def test_what_a_file_says_of_a_plan():
+    plan = full_plan()[1]
+    written = plan_to_dict(replace(plan, unsupported={"embed": "Embedding"}, notes=("A note.",)))
+    kinds = {"h.0.q_proj": (2, 0.5), "h.0.k_proj": (2, 0.5), "h.0.v_proj": (1, 0.3), "h.1.q_proj": (1, 0.15)}
+    kinds |= {"h.1.k_proj": (1, 0.15), "h.1.v_proj": (0, 0.0)}
+    assert written.pop("provenance") == asdict(plan.provenance)
+    assert written == {
+        "format": "lora_init.plan", "format_version": 1, "rank": 1, "policy": "eva",
+        "budget": dict(kind="parameters", asked=1000, unit="parameters", limit=1000, dtype="float32", coverage=""),
+        "settings": {"rho": 2, "tie": ["q_proj", "k_proj"], "overrides": {"*.v_proj": {"max_rank": 1}},
+                     "exclude": ["h.1.v_proj"]},
+        "totals": {"layers": 5, "total_rank": 7, "parameters": 896, "megabytes_float32": 0.003584,
+                   "explained_variance": 0.32},
+        "layers": {
+            name: dict(rank=rank, kind="Linear", in_features=64, out_features=64, parameters=128 * rank,
+                       explained_variance=pytest.approx(share))
+            for name, (rank, share) in kinds.items()
+        },
+        "excluded": ["h.1.v_proj"], "unsupported": {"embed": "Embedding"}, "notes": ["A note."],
+    }  # fmt: skip
+    assert type(written["settings"]["overrides"]["*.v_proj"]["max_rank"]) is int  # it was a number of numpy
+    of_parts = Target("c", "Conv2d", 18, 8, (3, 3), 2)
+    by_hand = plan_to_dict(RankAllocation({"c": 2}, 2, {"c": of_parts}, {"c": 1.0}))
+    assert by_hand["layers"]["c"] == {
+        "rank": 2, "kind": "Conv2d", "in_features": 18, "out_features": 8, "kernel": [3, 3], "groups": 2,
+        "parameters": 44, "explained_variance": 1.0,
+    }  # fmt: skip
+    assert by_hand["budget"] is by_hand["provenance"] is None and by_hand["settings"] == {}
+
+
+def test_a_plan_by_hand_survives_its_file(tmp_path):
+    target = Target("c", "Conv2d", 18, 8, (3, 3), 2)
+    plan = RankAllocation({"c": 2, "d": 0}, 2, {"c": target, "d": replace(target, name="d")}, {"c": 1.0, "d": 0.0})
+    loaded = load_plan(str(save_plan(plan, tmp_path / "plan.json")))
+    assert all(getattr(loaded, one.name) == getattr(plan, one.name) for one in fields(plan))
+    refused(
+        r"nowhere.json: the plan could not be read: No such file or dir.*Name a file",
+        load_plan,
+        tmp_path / "nowhere.json",
+    )
+
+
+def test_a_plan_in_words():
+    plan, by_hand = full_plan()[1], RankAllocation({"a": 3, "b": 1, "c": 0}, 2)
+    assert repr(plan) == "RankAllocation(5 of 6 layers with rank 1 to 2, total rank 7)"
+    assert repr(by_hand) == "RankAllocation(2 of 3 layers with rank 1 to 3, total rank 4)"
+    assert repr(RankAllocation({"a": 0}, 1)) == "RankAllocation(0 of 1 layers with rank 0, total rank 0)"
+    assert plan_text(replace(plan, settings={"rho": 2.0, "min_rank": 1, "exclude": ["v"]})) == (
+        "policy eva, budget parameters=1,000, rho=2, min_rank=1, exclude=['v']"
+    )
+    assert plan_text(by_hand) == "policy by hand, budget by hand" and source_text(by_hand) == "a plan made by hand"
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(n_batches=4), "of some/model on some data: 1,000 rows in 4 batches, centered (PCA)"),
+    (dict(model_id=""), "of LlamaForCausalLM on some data: 1,000 rows in 0 batches, centered (PCA)"),
+    (dict(model_id="", model_class="", n_batches=1),
+     "of a model without a name on some data: 1,000 rows in 1 batches, centered (PCA)"),
+    (dict(n_samples=0, data=""),
+     "of some/model on data not described: rows that were not counted, centered (PCA)"),
+    (dict(center=False), "of some/model on some data: 1,000 rows in 0 batches, not centered (second moment)"),
+])  # fmt: skip
+def test_where_a_plan_comes_from_in_words(changes, words):
+    plan = full_plan()[1]
+    assert (
+        source_text(replace(plan, provenance=replace(plan.provenance, **changes)))
+        == f"the inputs of each layer {words}"
+    )
+
+
+def test_a_model_is_compared_where_both_sides_know_it():
+    plan = full_plan(fingerprint="0123456789abcdef", model_id="")[1]
+    said = refused("the plan was made for", plan.check_model, "f" * 32, "this one")
+    assert said == (
+        "the plan was made for LlamaForCausalLM (fingerprint 0123456789ab), and this is another: this one "
+        "(ffffffffffff). Make a plan from statistics of this model."
+    )
+    for fine in (plan, replace(plan, provenance=None), full_plan(fingerprint="")[1]):
+        fine.check_model("0123456789abcdef", "the same")
+        fine.check_model("", "unknown")
+
+
+def test_ranks_as_block_and_kind():
+    table = rank_grid({"h.1.up": 3, "h.0.up": 2, "h.0.down": 0, "head": 5})
+    assert table.index.tolist() == ["", 0, 1]
+    found = {kind: [None if math.isnan(rank) else rank for rank in table[kind]] for kind in table}
+    assert found == {"up": [None, 2.0, 3.0], "down": [None, None, None], "head": [5.0, None, None]}
+
+
+def test_a_plan_keeps_what_it_was_made_of():
+    """No change of a caller's mapping reaches it."""
+    ranks, settings, shares = {"a": 1}, {"rho": 2}, {"a": 0.5}
+    plan = RankAllocation(ranks, 1, {"a": Target("a", "Linear", 2, 3)}, shares, settings=settings)
+    ranks["a"], settings["rho"], shares["a"] = 9, 9, 9.0
+    assert plan["a"] == 1 and plan.settings == {"rho": 2} and plan.explained == {"a": 0.5}
+    assert plan.to_pandas().reset_index().to_dict("records") == [
+        {"layer": "a", "rank": 1, "in_features": 2, "out_features": 3, "parameters": 5, "explained_variance": 0.5}
+    ]
+
+
+def test_what_a_task_is_reaches_the_configuration():
+    plan = RankAllocation({"up": 2, "more.up": 0}, 2, provenance=Provenance("", "", "", [], task_type="CAUSAL_LM"))
+    config = plan_config(plan, 3.0, use_rslora=True)
+    assert (config["task_type"], config["use_rslora"], config["target_modules"]) == ("CAUSAL_LM", True, "^(?:up)$")
+    assert config["lora_alpha"] == pytest.approx(3 * 2**0.5)
+
+
 def put(content, *path, value):
     for key in path[:-1]:
         content = content[key]
@@ -108,7 +217,11 @@ def put(content, *path, value):
     (lambda c: put(c, "layers", "h.0.q_proj", "rank", value="9"), "damaged: .*'h.0.q_proj' has .*'rank': '9'"),
     (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=65), "damaged: .*'rank': 65, .*'in_features': 64"),
     (lambda c: put(c, "layers", "h.0.q_proj", "explained_variance", value=2), "damaged: .*'explained_variance': 2"),
+    (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=True), "damaged: .*'h.0.q_proj' has .*'rank': True"),
+    (lambda c: put(c, "layers", "h.0.q_proj", "out_features", value=0), "damaged: .*'out_features': 0"),
+    (lambda c: put(c, "layers", "h.0.q_proj", "explained_variance", value=-0.1), "damaged: .*variance': -0.1"),
     (lambda c: put(c, "rank", value=0), "damaged: .*rank=0"),
+    (lambda c: put(c, "rank", value=2.0), "damaged: .*rank=2.0"),
     (lambda c: put(c, "layers", value=[]), "damaged"),
     (lambda c: put(c, "budget", value={"a": 1}), "damaged"),
     (lambda c: put(c, "budget", "asked", value="1M"), "damaged: .*Budget has asked='1M'"),

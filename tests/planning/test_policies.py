@@ -1,14 +1,18 @@
 """Policies that other packages bring."""
 
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
 
 from lora_init import LoraInitError, Policy, allocate_ranks
 from lora_init.cli.ranks import read_variants
 from lora_init.planning.policies import POLICIES, find_policy, policy_names
+from lora_init.planning.spectra import stack_spectra
 from tests.conftest import refused
-from tests.planning.made import llama_like
+from tests.planning.made import llama_like, statistics
 
 
 @pytest.fixture
@@ -28,6 +32,49 @@ def test_a_policy_of_another_package_is_used_by_its_name(packages):
     assert dict(plan) == dict(allocate_ranks(stats, parameters=4000, policy="cost-aware")) and plan.policy == "narrow"
     assert dict(allocate_ranks(stats, rank=4, policy="mirrored")) == dict(allocate_ranks(stats, rank=4, rho=2))
     assert read_variants(["narrow"], {"rank": 4})["narrow"]["policy"] == "narrow"
+
+
+def test_worths_by_hand():
+    """Three layers; the last one's rows are constant, and it claims nothing."""
+    ratios, widths = np.array([[0.5, 0.5], [0.6, 0.0], [0.0, 0.0]]), np.array([4.0, 16.0, 9.0])
+    falling = [2.0, 2 / 3]  # 1 / (j - 1/2)
+    worths = {name: policy.function(ratios, widths) for name, policy in POLICIES.items()}
+    np.testing.assert_allclose(worths.pop("uniform"), [falling] * 3)
+    np.testing.assert_allclose(worths.pop("proportional"), np.outer([2.0, 1 / 0.36, 0.0], falling))
+    np.testing.assert_allclose(worths.pop("gora"), np.outer([0.25, 0.15, 0.0], falling))
+    assert all(worth is ratios for worth in worths.values())
+    assert {name for name, policy in POLICIES.items() if policy.per_parameter} == {
+        "cost-aware",
+        "gradient-per-parameter",
+    }
+    assert {name for name, policy in POLICIES.items() if policy.needs_gradient} == {
+        "gradient", "gradient-per-parameter", "gora",
+    }  # fmt: skip
+
+
+def test_a_layer_of_few_components_is_worth_nothing_beyond_them():
+    stats = statistics({"a": [0.5, 0.25], "b": [0.4, 0.3, 0.2], "c": [0.0]}, [(6, 2), (5, 5), (1, 2)], total=0.0)
+    stats.groups["b"] = replace(stats.groups["b"], total_variance=1.0, explained_variance=torch.tensor([0.4, 0.3, 0.2]))
+    found = stack_spectra(stats, ["b", "a", "c"])
+    assert found.names == ["b", "a", "c"] and found.widths.tolist() == [10, 8, 3] and found.most_collected == 3
+    np.testing.assert_allclose(found.ratios, [[0.4, 0.3, 0.2], [0, 0, 0], [0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(found.reached, [[0, 0.4, 0.7, 0.9], [1, 1, 1, 1], [1, 1, 1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(found.reached_at(np.array([2, 0, 3])), [0.7, 1.0, 1.0], rtol=1e-6)
+    assert found.collected.tolist() == [3, 2, 1] and found.starved.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("about", "starved"), [
+    (dict(rank=1, n_samples=0), [True, False]),
+    (dict(rank=3, n_samples=0), [True, False]),
+    (dict(rank=4, n_samples=0), [True, True]),  # four were asked for, and there are three
+    (dict(rank=2, settings={"rho": 1.75}), [True, True]),
+    (dict(rank=2, settings={"rho": 1.5}), [True, False]),
+    (dict(rank=1, n_samples=4), [True, True]),  # no more than four rows
+    (dict(rank=1, n_samples=5), [True, False]),
+])  # fmt: skip
+def test_a_layer_is_starved_that_has_fewer_than_were_asked_for(about, starved):
+    stats = statistics({"a": [0.5, 0.25], "b": [0.4, 0.3, 0.2]}, **about)
+    assert stack_spectra(stats, ["a", "b"]).starved.tolist() == starved
 
 
 @pytest.mark.parametrize(("policy", "said"), [
