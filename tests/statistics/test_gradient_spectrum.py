@@ -1,11 +1,14 @@
 """The running sum of gradients against the sum itself."""
 
+import json
+import math
+
 import pytest
 import torch
 
 from lora_init import ExactPCA
 from lora_init.errors import LoraInitError
-from lora_init.statistics.gradient_spectrum import MeanGradient, freeze_gradient
+from lora_init.statistics.gradient_spectrum import GradientSpectrum, MeanGradient, freeze_gradient
 
 
 def batches(rank=None, d_out=24, d_in=40, n_batches=6, seed=0):
@@ -159,3 +162,67 @@ def test_two_sums_agree_by_the_cosine_between_them():
     cosine = float((one * other).sum() / (one.norm() * other.norm()))
     assert fitted(data[:2], 8).agreement(fitted(data[2:], 8), 4) == pytest.approx(cosine, rel=1e-3)
     assert fitted(data, 8).agreement(fitted([(-g, x) for g, x in data], 8), 4) == 0.0
+
+
+def test_nothing_agrees_with_nothing_and_zeros_with_all():
+    data, zeros = batches(rank=5)[:2], [(torch.zeros(9, 24), torch.randn(9, 40))]
+    one, empty, idle = fitted(data, 4), MeanGradient(4), fitted(zeros, 4)
+    assert one.agreement(empty, 4) == empty.agreement(one, 4) == 0.0
+    assert one.agreement(idle, 4) == idle.agreement(one, 4) == 1.0
+    left, values, right = idle.triplets(4)
+    assert left.shape == (0, 24) and values.shape == (0,) and right.shape == (0, 40)
+    assert empty.n_samples == 0 and idle.n_samples == 9
+
+
+def test_what_is_merged_stays_as_it_was():
+    one, other = fitted(batches(rank=5)[:3], 8), fitted(batches(rank=5, seed=1), 8)
+    before, n_samples = dense(other.triplets(8)), other.n_samples
+    merged = MeanGradient(8).merge(other).merge(one)
+    assert merged.n_samples == n_samples + one.n_samples and other.n_samples == n_samples
+    assert torch.equal(dense(other.triplets(8)), before)
+    torch.testing.assert_close(dense(merged.triplets(10)), before + dense(one.triplets(8)), rtol=0.0, atol=1e-4)
+
+
+def test_a_batch_that_is_forgotten_leaves_nothing_behind():
+    data = batches(rank=5)
+    mean = fitted(data[:2], 8)
+    mean.project(*data[2])
+    mean.check_batch()
+    mean.forget_batch()
+    mean.update()
+    assert mean.n_samples == 80 and torch.equal(dense(mean.triplets(8)), dense(fitted(data[:2], 8).triplets(8)))
+
+
+@pytest.mark.parametrize("d_out", [3, 256, 600])
+def test_importance_is_a_mean_over_all_entries_however_many(d_out):
+    left = torch.linalg.qr(torch.randn(d_out, 2)).Q.T.contiguous()
+    right = torch.linalg.qr(torch.randn(5, 2)).Q.T.contiguous()
+    values = torch.tensor([3.0, 0.5]).double()
+    weighted = ExactPCA(2).partial_fit(torch.randn(9, 5)).spectrum()
+    found = GradientSpectrum(weighted, left, values, right, torch.ones(d_out).double(), math.nan, 9)
+    weight = torch.randn(d_out, 5)
+    expected = float((weight.double() * dense((left, values, right))).abs().mean())
+    assert found.with_importance(weight).importance == pytest.approx(expected, rel=1e-5)
+    assert found.with_importance(weight.bfloat16()).importance == pytest.approx(expected, rel=1e-2)
+    assert math.isnan(found.importance)
+
+
+@pytest.mark.parametrize("importance", [math.nan, 0.0, 0.25])
+def test_a_gradient_is_read_back_from_its_parts(importance):
+    weighted = ExactPCA(2, center=False).partial_fit(torch.randn(9, 5)).spectrum()
+    parts = [torch.randn(2, 3), torch.tensor([2.0, 1.0]).double(), torch.randn(2, 5), torch.ones(3).double()]
+    numbers, tensors = GradientSpectrum(weighted, *parts, importance, 7).pack()
+    assert numbers == {
+        "total_variance": weighted.total_variance, "n_samples": 9, "n_tokens": 7,
+        "importance": None if math.isnan(importance) else importance,
+    }  # fmt: skip
+    found = GradientSpectrum.unpack(json.loads(json.dumps(numbers)), tensors.__getitem__)
+    for name, tensor in zip(("left", "singular_values", "right", "output_moment"), parts, strict=True):
+        assert getattr(found, name) is tensor is tensors[name]
+    assert found.importance == pytest.approx(importance, nan_ok=True) and found.n_samples == 7
+    again = found.weighted
+    assert torch.equal(again.components, weighted.components) and torch.equal(again.mean, torch.zeros(5))
+    assert torch.equal(again.explained_variance, weighted.explained_variance)
+    assert (again.total_variance, again.n_samples) == (weighted.total_variance, 9)
+    del numbers["n_tokens"]  # as in older files
+    assert GradientSpectrum.unpack(numbers, tensors.__getitem__).n_samples == 9

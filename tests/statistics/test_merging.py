@@ -2,7 +2,7 @@
 
 import math
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,8 +12,10 @@ from torch import nn
 
 import lora_init
 from lora_init import ExactPCA, IncrementalSVD, LoraInitError, Statistics, allocate_ranks, build_adapter, collect
+from lora_init.layers.targets import Target
 from lora_init.statistics import merging
 from lora_init.statistics.merging import mix
+from lora_init.statistics.statistics import Provenance
 from tests.adapters.made import made_up_statistics
 from tests.collection.made import counts_of, exact
 from tests.commands import tokenizer_of
@@ -466,3 +468,100 @@ def test_the_part_without_gradients_is_named_by_its_number():
     ]
     *_, said = merging._origins(made, None, 2)
     assert said == "part 2 of 2 has no gradients, so the others' are left out."
+
+
+def part(rows, k, **about):
+    spectrum = ExactPCA(k).partial_fit(rows).spectrum()
+    known = dict(model_id="m", model_class="C", fingerprint="f", target_modules=[], n_samples=len(rows))
+    target = Target("a", "Linear", rows.shape[1], 4)
+    made = Provenance(**known | about)
+    return Statistics({"a": spectrum}, {"a": "a"}, {"a": target}, made, {"a": 0.5}, {"lost": "Embedding"})
+
+
+def test_what_a_merge_says_of_its_parts():
+    a = part(
+        torch.randn(20, 12), 3, data="x", rank=4, n_batches=2, n_labels=7, gradients=True, complete=False, keeps=0.5,
+        stop_reason="converged, failed", seconds={"forward": 0.1234, "data": 1.0}, seed=3,
+        settings={"rho": 2.0, "offset": 0, "rows": 10}, notes=["a: odd.", "lost: never ran."],
+    )  # fmt: skip
+    b = part(
+        torch.randn(30, 12) + 1, 5, rank=2, n_batches=3, n_labels=9, stop_reason="exhausted, failed", seed=4,
+        seconds={"forward": 0.1, "decomposition": 2.0004}, settings={"rho": 2.0, "offset": 5, "other": 1},
+        notes=["lost: never ran.", "b: small."],
+    )  # fmt: skip
+    merged = a.merge(b)
+    assert asdict(merged.provenance) == asdict(a.provenance) | {
+        "data": "x", "rank": 2, "gradients": False, "n_labels": 0, "n_batches": 5, "n_samples": 50, "keeps": None,
+        "stop_reason": "converged, failed, exhausted", "settings": {"rho": 2.0},
+        "seconds": {"forward": 0.223, "data": 1.0, "decomposition": 2.0},
+        "notes": [
+            "part 1 of 2: 20 rows in 2 batches, stopped: converged, failed, seed 3, x.",
+            "part 2 of 2: 30 rows in 3 batches, stopped: exhausted, failed, seed 4, data not described.",
+            "the parts have up to 3 and 5 components of a layer; 3 are kept.",
+            "part 2 of 2 has no gradients, so the others' are left out.",
+            "lost: never ran.", "part 1, a: odd.", "part 2, b: small.",
+        ],
+    }  # fmt: skip
+    assert merged["a"].n_components == 3 and merged.unsupported == {"lost": "Embedding"} and merged.path is None
+    weighted = b.merge(b.merge(a), weights=[0.25, 0.75]).provenance
+    assert weighted.data == "0.25 x not described; 0.75 x x" and weighted.seed == 4
+    assert weighted.notes[0] == (
+        "part 1 of 2 with weight 0.25: 30 rows in 3 batches, stopped: exhausted, failed, seed 4, data not described."
+    )
+    whole = part(torch.randn(20, 12), 3).merge(part(torch.randn(20, 12), 3)).provenance
+    assert whole.complete and not any("components" in note for note in whole.notes)
+
+
+@pytest.mark.parametrize(("parts", "size"), [
+    ([[(3, 1.0)], [(5, 0.9)]], 5),  # the first has left nothing out
+    ([[(3, 0.9)], [(5, 0.9)]], 3),
+    ([[(3, 1.0)], [(2, 1.0)]], 7),  # all directions of both, and of their means
+    ([[(2, 0.9), (5, 0.9)], [(4, 0.9)]], 4),
+    ([[(2, 0.9), (5, 1.0)], [(4, 0.9)]], 2),
+    ([[(3, 1 - 1e-6)], [(5, 0.9)]], 5),
+    ([[(3, 1 - 1e-4)], [(5, 0.9)]], 3),
+])  # fmt: skip
+def test_as_many_components_are_kept_as_all_parts_have_that_left_any_out(parts, size):
+    def of(k, share):
+        variances = torch.full((k,), share / k, dtype=torch.float64)
+        return types.SimpleNamespace(n_components=k, explained_variance=variances, total_variance=1.0)
+
+    assert merging._common_size([[of(*one) for one in spectra] for spectra in parts]) == size
+
+
+@pytest.mark.parametrize(("counts", "kept"), [((4, 3), 4), ((3, 2), 5), ((6, 4), 4), ((6, 9), 6)])
+def test_as_many_triplets_are_kept_as_all_parts_have_that_left_any_out(counts, kept):
+    """Two for each rank are what a pass keeps at least; of fewer it has all."""
+    parts = [
+        types.SimpleNamespace(
+            gradients={i: types.SimpleNamespace(singular_values=torch.ones(n)) for i, n in enumerate((1, count))},
+            provenance=types.SimpleNamespace(rank=2),
+        )
+        for count in counts
+    ]
+    assert merging._n_triplets(parts) == kept
+
+
+@pytest.mark.parametrize(("texts", "weights", "words"), [
+    (("a", "b"), None, "a; b"),
+    (("a", "", "a"), None, "a"),
+    (("a", "a"), (0.25, 0.75), "0.25 x a; 0.75 x a"),
+    (("", "a; b"), (0.5, 0.5), "0.5 x not described; 0.5 x (a; b)"),
+    (("a", "a"), (0.5, 0.5), "0.5 x a"),
+])  # fmt: skip
+def test_the_data_of_all_parts_in_words(texts, weights, words):
+    assert merging._data_in_words([types.SimpleNamespace(data=text) for text in texts], weights) == words
+
+
+def test_notes_about_experts_are_written_anew():
+    notes = [["x and 2 other layers: few.", "x: few.", "y: kept.", "plain"], ["x and 1 other layer: more.", "plain"]]
+    targets = {"x": Target("x", "P", 2, 2, experts=4), "y": Target("y", "Linear", 2, 2)}
+    parts = [types.SimpleNamespace(targets=targets, provenance=types.SimpleNamespace(notes=own)) for own in notes]
+    assert list(merging._notes(parts)) == ["plain", "part 1, y: kept."]
+
+
+def test_one_set_alone_is_only_cut():
+    whole = spectrum_of(sets_of_rows()[0], 6)
+    found = mix([whole], 4, [0.1])
+    assert torch.equal(found.components, whole.components[:4]) and found.total_variance == whole.total_variance
+    assert torch.equal(found.explained_variance, whole.explained_variance[:4]) and found.n_samples == 300

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from lora_init import LoraInitError, Statistics, collect
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target
+from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION, Provenance, notes_on_experts
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
 from tests.adapters.made import made_up_statistics
@@ -214,3 +216,65 @@ def test_a_notebook_shows_the_table_in_four_digits():
     assert "&lt;" not in shown and shown.startswith(f"<p>{stats!r}</p>")
     for value in table["total_variance"]:
         assert f"<td>{value:.4g}</td>" in shown
+
+
+def made_by_hand(**about):
+    spectrum = Spectrum(torch.eye(4)[:2], torch.tensor([3.0, 1.0]).double(), 8.0, torch.zeros(4), 9)
+    targets = {name: Target(name, "Linear", 4, width) for name, width in (("q", 4), ("k", 2))}
+    known = dict(model_id="m", model_class="Model", fingerprint="f", target_modules=[], n_batches=2, n_samples=1234)
+    return Statistics({"q": spectrum}, {"q": "q", "k": "q"}, targets, Provenance(**known | about), {"q": 0.25})
+
+
+def test_a_table_has_what_is_known_of_each_layer():
+    stats = made_by_hand()
+    common = dict(kind="Linear", in_features=4, group="q", n_components=2, n_samples=9, total_variance=8.0)
+    common |= dict(captured=0.5, held_out=0.25)
+    rows = [dict(layer="q", out_features=4, **common), dict(layer="k", out_features=2, **common)]
+    assert stats.to_pandas().reset_index().to_dict("records") == rows
+    assert repr(stats) == "Statistics(2 layers of Model, 1 inputs, 2 batches, 1,234 rows)"
+    assert repr(replace(stats, gradients={"q": None})).endswith("1,234 rows, gradients)")
+    assert math.isnan(replace(stats, held_out={}).to_pandas()["held_out"]["k"])
+    assert stats.total_variance("k") == 8.0 and list(stats) == ["q", "k"] and len(stats) == 2
+
+
+@pytest.mark.parametrize(("settings", "rho"), [
+    ({}, None), ({"rho": None}, None), ({"rho": "2"}, None), ({"rho": 0.5}, None), ({"rho": 1}, 1.0),
+    ({"rho": 2.5}, 2.5), ({"rho": 1e6}, None), ({"rho": math.nan}, None),
+])  # fmt: skip
+def test_the_rho_of_a_pass_is_a_number_of_at_least_one(settings, rho):
+    assert made_by_hand(settings=settings).provenance.rho == rho
+
+
+def test_a_model_is_named_by_class_and_id():
+    assert made_by_hand().provenance.model == "Model m" and made_by_hand(model_id="").provenance.model == "Model"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0, math.nan, None])
+def test_what_new_rows_showed_comes_back(share, tmp_path):
+    stats = replace(made_by_hand(), held_out={} if share is None else {"q": share})
+    found = Statistics.load(stats.save(tmp_path / "stats.st"))
+    assert found.held_out["q"] == share or (
+        math.isnan(found.held_out["q"]) and share in (None, stats.held_out.get("q"))
+    )
+    assert found.path == tmp_path / "stats.st" and stats.path is None and found.sizes == found.gradients == {}
+
+
+def test_experts_with_enough_rows_have_their_own():
+    """Two rows for each component are enough; one that the router sent none has none."""
+    groups = {"x": spectrum_of(8, 2)} | {expert_group("x", i): spectrum_of(8, 2, n=n) for i, n in enumerate((4, 3, 9))}
+    target = Target("x", "Parameter", 8, 6, experts=4)
+    of_x = Statistics(groups, {"x": "x"}, {"x": target}, Provenance("", "", "", []))
+    assert [of_x.rows_of_expert("x", i) for i in range(4)] == [4, 3, 9, 0]
+    assert of_x.experts_with_few_rows("x") == [1, 3]
+    expected = [groups["x.0"], groups["x"], groups["x.2"], groups["x"]]
+    for found, own in zip(of_x.of_experts("x"), expected, strict=True):
+        assert torch.equal(found.components, own.components) and found.n_samples == own.n_samples
+    more = Statistics(
+        groups | {"y": groups["x"]}, {"x": "x", "y": "y"}, {"x": target, "y": Target("y", "P", 8, 6, experts=2)},
+        of_x.provenance,
+    )  # fmt: skip
+    assert notes_on_experts(more) == [
+        "x and 1 other layer: 2 of 2 to 4 experts read fewer than 4 rows and start from the rows of all experts: 1, 3 "
+        "in the first."
+    ]
+    assert notes_on_experts(made_by_hand()) == []
