@@ -2,13 +2,19 @@
 
 import copy
 import math
+import platform
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import lora_init
 from lora_init import LoraInitError, collect
+from lora_init.layers.identity import fingerprint, model_config
 from tests import reference
 from tests.collection.made import all_rows, low_rank_inputs, two_layers
 from tests.conftest import MODELS, batches_for, refused, tiny_llama
@@ -177,6 +183,45 @@ def test_mistakes_get_one_clear_line():
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
     refused(r"out of memory\. Use a smaller batch", collect, model, low_rank_inputs(2), rank=2, forward=exhausted)
+
+
+def test_what_a_pass_says_of_itself():
+    """All of its record but hashes and times; what was given as a set or a tuple is a sorted list."""
+    model, batches = tiny_llama(), batches_for("llama", n_batches=3)
+    model.config.name_or_path = "some/model"
+    made = collect(
+        model, batches, ("v_proj", "q_proj"), exclude_modules={"layers.1.self_attn.v_proj"}, task_type="CAUSAL_LM",
+        rank=3, rho=1.5, center=False, token_mask="labels", max_batches=np.int64(2), tolerance=0.5, seed=7, data="rows",
+        skip_bad_batches=1,
+    ).provenance  # fmt: skip
+    found = asdict(made)
+    n_rows = sum(int((batch["labels"] != -100).sum()) for batch in batches[:2])
+    settings = found.pop("settings")
+    assert found.pop("seconds").keys() == {"forward", "decomposition", "data"} and 0 < found.pop("keeps") <= 1
+    assert found.pop("versions") == {
+        "lora_init": lora_init.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip
+    assert found == dict(
+        model_id="some/model", model_class="LlamaForCausalLM", fingerprint=fingerprint(model),
+        target_modules=["q_proj", "v_proj"], target_parameters=None, n_parameters=model.num_parameters(), n_linear=14,
+        exclude_modules=["layers.1.self_attn.v_proj"], task_type="CAUSAL_LM", data="rows", center=False,
+        token_mask="labels", seed=7, rank=3, n_batches=2, n_samples=n_rows, stop_reason="max_batches", notes=[],
+        gradients=False, n_labels=0, complete=True, quantisation=None,
+    )  # fmt: skip
+    for name in ("first_batch", "batches", "layers"):
+        assert isinstance(settings.pop(name), str)
+    assert {name: value for name, value in settings.items() if not name.startswith("config")} == dict(
+        dtype="float32", heads=[], rho=1.5, max_batches=2, tolerance=0.5, forward=None, common_loader=False, used=[2],
+        bad_batches=0,
+    )  # fmt: skip
+    assert model_config(model).items() <= settings.items()
+
+
+def test_statistics_of_one_batch_know_no_halves():
+    made = collect(two_layers(), low_rank_inputs(1), rank=2).provenance
+    assert made.keeps is None and (made.n_batches, made.n_samples, made.stop_reason) == (1, 64, "exhausted")
+    assert made.settings["max_batches"] == 64 and made.settings["tolerance"] == 0.05 and made.rho == 2.0
 
 
 # What once gave other rows than those that were read

@@ -9,7 +9,19 @@ from torch import nn
 
 from lora_init import collect, principal_angles
 from lora_init.collection.collect import Interrupted
-from lora_init.collection.loop import MIN_BATCHES, Collected, GroupRecord, Halves, falls_sharply, is_enough
+from lora_init.collection.loop import (
+    MIN_BATCHES,
+    Collected,
+    GroupRecord,
+    Halves,
+    _line,
+    _outcome,
+    falls_sharply,
+    is_enough,
+    progress_bar,
+    row_norms,
+)
+from lora_init.errors import LoraInitError
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests import reference
 from tests.collection.made import low_rank_inputs, two_layers
@@ -207,3 +219,86 @@ def test_what_processes_found_is_put_together_as_one_would_have_found_it():
     assert (one.n_labels, one.n_batches, one.empty, one.bad) == (7, [2, 1], ["x", "y"], ["p", "q"])
     assert one.sums == {("inputs", "a"): 3.0, ("tokens", "a"): 5.0, ("tokens", "c"): 7.0}
     assert one.group_of == {"a": "a", "a2": "a", "b": "b", "c": "c"} and one.seconds == dict(forward=3.0, data=4.0)
+
+
+def test_what_the_start_keeps_is_the_least_of_its_kinds_in_the_mean_over_layers():
+    def halves(*values):
+        return {i: Halves((None, None), value) for i, value in enumerate(values)}
+
+    assert Collected().keeps == 0.0
+    assert Collected(halves(0.4, 0.8)).keeps == pytest.approx(0.6)
+    assert Collected(halves(0.4, 0.8), halves(0.5), halves(0.9)).keeps == 0.5
+    assert Collected(halves(0.4, 0.8), halves(0.9), halves(0.3, 0.2)).keeps == 0.25
+
+
+def test_a_batch_is_as_new_as_it_is_to_the_layers_that_ran():
+    one = GroupRecord((None, None), shares=[(2, 0.5, 0.8), (4, 0.5, 1.0)])
+    other = GroupRecord((None, None), shares=[(4, 0.5, 0.6), (3, 0.5, 0.9)])
+    assert Collected({"a": one}, {"a": other}).relative == pytest.approx([0.8, 0.9, 0.8])
+
+
+@pytest.mark.parametrize(("held_out", "captured", "share", "relative"), [
+    (([3.0, 1.0, 9.0], 8.0), 1.0, 0.5, 0.5),  # of the components to report, of which there are two
+    (([3.0, 1.0, 9.0], 8.0), 0.8, 0.5, 0.625),
+    (([0.0, 0.0, 0.0], 0.0), 0.5, 1.0, 2.0),  # a batch without variance is no surprise
+    (([3.0, 1.0, 9.0], 8.0), 0.0, 0.5, 1.0),
+])  # fmt: skip
+def test_how_well_a_batch_was_predicted(held_out, captured, share, relative):
+    captured_of_it, total = held_out
+    half = SimpleNamespace(held_out=(torch.tensor(captured_of_it), total), captured=captured, n_components=2)
+    found = GroupRecord((SimpleNamespace(held_out=None), half))
+    assert found.record_share(5) and found.shares == [(5, share, pytest.approx(relative))]
+    nothing_before = GroupRecord((half, SimpleNamespace(held_out=None)))
+    assert not nothing_before.record_share(5) and nothing_before.shares == []
+
+
+@pytest.mark.parametrize(("shares", "mean"), [
+    ([0.2], 0.2), ([0.2, 0.4], 0.4), ([0.2, 0.4, 0.8], 0.6), ([0.0] * 3 + [0.5] * 3, 0.5),
+])  # fmt: skip
+def test_the_later_half_of_the_batches_counts(shares, mean):
+    found = GroupRecord((None, None), shares=[(i, share, 1.0) for i, share in enumerate(shares)])
+    assert found.held_out() == pytest.approx(mean)
+    assert np.isnan(GroupRecord((None, None)).held_out())
+
+
+@pytest.mark.parametrize(("order", "norms"), [(1, [7.0, 2.0, 0.0, 60000.0]), (2, [5.0, 2.0, 0.0, 30000 * 2**0.5])])
+def test_norms_of_rows_are_in_32_bits_at_least(order, norms):
+    x = torch.tensor([[[3.0, -4.0], [0.0, 2.0]], [[0.0, 0.0], [30000.0, 30000.0]]])
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        found = row_norms(x.to(dtype), None, order)
+        assert found.dtype == torch.promote_types(dtype, torch.float32) and found.tolist() == pytest.approx(norms)
+        assert torch.equal(row_norms(x.to(dtype), torch.tensor([3, 0]), order), found[[3, 0]])
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    ((False, False, False, False), "exhausted"),
+    ((False, False, False, True), "max_batches"),
+    ((False, False, True, True), "converged"),
+    ((False, True, True, True), "failed"),
+    ((True, True, True, True), "interrupted"),
+])  # fmt: skip
+def test_why_a_pass_ended(flags, reason):
+    """The first of these reasons that there is; an error of this process comes before those of others."""
+    own = ValueError("bad")
+    run = SimpleNamespace(failure=own, failed="batch 3")
+    processes = SimpleNamespace(gather=lambda line: [None, line or "batch 7: other"])
+    error, found = _outcome(run, processes, *flags)
+    kinds = {"failed": ValueError, "interrupted": KeyboardInterrupt}
+    assert found == reason and type(error) is kinds.get(reason, type(None))
+    run.failure = None
+    if reason == "failed":
+        assert str(_outcome(run, processes, *flags)[0]) == "rank 1 failed: batch 7: other"
+
+
+def test_an_error_of_a_batch_in_a_line():
+    assert _line(LoraInitError("batch 1: said."), "batch 2") == "batch 1: said."
+    assert _line(ValueError("bad\nmore"), "batch 2").startswith("batch 2: ValueError: bad")
+    assert _line(ValueError("bad"), "").startswith("the data: ValueError: bad")
+
+
+@pytest.mark.parametrize(("batches", "most", "total"), [
+    ([1, 2, 3], 5, 3), ([1, 2, 3], 2, 2), ((i for i in range(3)), 5, 5),
+])  # fmt: skip
+def test_the_progress_bar_ends_where_the_pass_does(batches, most, total):
+    with progress_bar(batches, most, False) as bar:
+        assert bar.total == total and bar.disable

@@ -12,6 +12,7 @@ from lora_init import collect, mean_loss
 from lora_init.collection.losses import (
     EVALUATION_BATCH,
     batch_loss,
+    class_logits,
     count_labels,
     own_loss,
     sequence_losses,
@@ -147,3 +148,35 @@ def test_a_mean_loss_counts_each_batch_once_and_passes_over_those_without_a_labe
     refused(
         "a batch has no labels, so its loss is unknown", mean_loss, tiny_bert(None), [{"input_ids": one["input_ids"]}]
     )
+
+
+def test_a_mean_loss_may_be_of_ones_own_forward_pass_and_loss():
+    model, batches = nn.Linear(2, 2), [torch.ones(3, 2), torch.zeros(1, 2)]
+    assert mean_loss(model, batches, loss=lambda output, batch: (output * 0).sum() + len(batch)) == 2.0
+    found = mean_loss(model, batches, lambda model, batch: {"loss": batch.sum()})
+    assert found == 3.0
+    assert mean_loss(model, batches, lambda model, batch: batch.sum(), lambda output, batch: output + len(batch)) == 5.0
+    refused("^mean_loss\\(\\) got texts for the batches", mean_loss, model, ["text"])
+
+
+def test_a_strange_token_is_named_by_the_number_of_its_batch():
+    batches = [{"input_ids": torch.full((1, 4), n), "labels": torch.full((1, 4), 3)} for n in (5, 6, 999)]
+    refused("^batch 2: index out of range in self. Has it a token or a label", mean_loss, tiny_llama(), batches)
+
+
+def test_only_the_logits_that_predict_a_label_are_computed():
+    model, batch, seen = tiny_llama(), answered(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    losses, labelled = token_losses(model, batch)
+    # The answer is of the last two of eight tokens, so the logits of the last three are needed.
+    assert seen == [(4, 3, 64)] and losses.shape == (4, 2) and labelled.all()
+    batch["labels"][:, :2] = 7  # labels from the first token on
+    assert token_losses(model, batch)[0].shape == (4, 7)
+    assert token_losses(model, batch)[1].tolist() == [[True] + [False] * 4 + [True] * 2] * 4
+
+
+def test_the_loss_of_a_head_with_classes_is_in_32_bits():
+    model = tiny_bert().bfloat16()
+    batch = {**batches_for("bert", n_batches=1)[0], "labels": torch.tensor([0, 1, 1, 0])}
+    scores = class_logits(model, batch)
+    assert scores.dtype == batch_loss(model, batch).dtype == torch.float32 and scores.shape == (4, 2)
