@@ -1,6 +1,7 @@
 """What a plan is in other tools' words, read back as these tools read it."""
 
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.allocate import RankAllocation, allocate_ranks
+from lora_init.planning.plan import plan_to_dict
 from lora_init.planning.snippets import TOOLS, snippet
 from tests.conftest import refused, tiny_llama
 from tests.planning.made import model_and_statistics
@@ -117,6 +119,116 @@ def test_trl_trains_the_adapter_as_was_measured(tmp_path, monkeypatch):
     ranks = {name: module.lora_A["default"].out_features for name, module in layers.items()}
     assert {name.removeprefix("base_model.model."): rank for name, rank in ranks.items()} == expected
     assert all(p.requires_grad for name, p in seen["model"].named_parameters() if "lora_" in name)
+
+
+WORDS = {"h.0.up": 3, "h.0.down": 1, "h.1.up": 2, "h.1.down": 0}
+ABOUT = """\
+# Planned by lora_init: policy by hand, budget by hand.
+# RankAllocation(3 of 4 layers with rank 1 to 3, total rank 6), from a plan made by hand.
+"""
+COMMAND = "# lora-init init MODEL DATA --ranks p.json --lora-alpha 4 --output adapter\n"
+TRAINED = {"learning_rate": 2e-4, "warmup": 0.1, "schedule": "cosine"}
+OLDER = "# Before transformers 5 a share for the warm-up is called warmup_ratio.\n"
+WHOLE = {
+    "peft": ABOUT
+    + """\
+# This starts at random. lora_init.build_adapter(statistics, plan).apply(model) starts from the data.
+from peft import LoraConfig
+
+config = LoraConfig(
+    r=2,
+    lora_alpha=4,
+    rank_pattern={
+        "^(?:h\\\\.0\\\\.up)$": 3,
+        "^(?:h\\\\.0\\\\.down)$": 1
+    },
+    alpha_pattern={
+        "^(?:h\\\\.0\\\\.up)$": 6,
+        "^(?:h\\\\.0\\\\.down)$": 2
+    },
+    target_modules=[
+        "h.0.up",
+        "h.0.down",
+        "h.1.up"
+    ],
+)
+""",
+    "axolotl": ABOUT
+    + "# axolotl 0.18 or newer. Make the adapter first; without lora_model_dir these ranks start at random:\n"
+    + COMMAND
+    + """\
+# Train it so.
+adapter: lora
+lora_model_dir: adapter
+lora_r: 2
+lora_alpha: 4
+lora_target_modules:
+- h.0.up
+- h.0.down
+- h.1.up
+lora_rank_pattern:
+  ^(?:h\\.0\\.up)$: 3
+  ^(?:h\\.0\\.down)$: 1
+lora_alpha_pattern:
+  ^(?:h\\.0\\.up)$: 6
+  ^(?:h\\.0\\.down)$: 2
+learning_rate: 0.0002
+warmup_ratio: 0.1
+lr_scheduler: cosine
+""",
+    "llama-factory": f"""\
+{ABOUT}# LLaMA-Factory has one rank for all layers. Make the adapter first:
+{COMMAND}# Train it so.
+{OLDER}finetuning_type: lora
+adapter_name_or_path: adapter
+create_new_adapter: false
+learning_rate: 0.0002
+warmup_steps: 0.1
+lr_scheduler_type: cosine
+""",
+    "ms-swift": f"""\
+{ABOUT}# ms-swift has one rank for all layers: swift sft FILE.yaml. Make the adapter first:
+{COMMAND}# Train it so.
+adapters:
+- adapter
+learning_rate: 0.0002
+warmup_ratio: 0.1
+lr_scheduler_type: cosine
+""",
+    "trl": f"""\
+{ABOUT}# Make the adapter first:
+{COMMAND}# Train it so.
+{OLDER}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+model = AutoModelForCausalLM.from_pretrained('MODEL')
+trainer = SFTTrainer(
+    PeftModel.from_pretrained(model, "adapter", is_trainable=True),
+    args=SFTConfig("trained", learning_rate=0.0002, warmup_steps=0.1, lr_scheduler_type='cosine'),
+    train_dataset=DATASET,
+)
+""",
+}
+
+
+@pytest.mark.parametrize("tool", WHOLE)
+def test_a_plan_by_hand_as_the_whole_text_of_a_tool(tool):
+    plan = RankAllocation(WORDS, 2)
+    assert snippet(plan, tool, 4, plan_path="p.json", recommended=TRAINED, advice="Train  it\nso.") == WHOLE[tool]
+    unknown = snippet(plan, tool, 4, plan_path="p.json")  # nothing was measured
+    dropped = ("learning_rate", "warmup_", "lr_scheduler", "# Train it so.", OLDER.strip())
+    left = [line for line in WHOLE[tool].splitlines() if not line.startswith(dropped)]
+    assert unknown.replace('SFTConfig("trained")', "") == "\n".join(left).replace(
+        'SFTConfig("trained", learning_rate=0.0002, warmup_steps=0.1, lr_scheduler_type=\'cosine\')', ""
+    ) + "\n"  # fmt: skip
+
+
+def test_a_plan_as_data_for_other_programs():
+    plan, _ = allocated(model_and_statistics("CAUSAL_LM")[1])
+    text = snippet(replace(plan, notes=("ä",)), "json")
+    assert json.loads(text) == json.loads(json.dumps(plan_to_dict(replace(plan, notes=("ä",)))))
+    assert "ä" in text and text.startswith('{\n "format"') and text.endswith("}\n")
 
 
 def test_unknown_formats_and_empty_plans():
