@@ -1,5 +1,6 @@
 """Which batches a process reads, without a second process: a stand-in says what the others have."""
 
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_init.collection.processes import digest_of, own_batches
+from lora_init.collection.processes import Processes, Shard, digest_of, own_batches
 from tests.conftest import refused
 
 OURS, THEIRS = torch.ones(2), torch.zeros(2)
@@ -83,3 +84,88 @@ def test_a_batch_that_holds_itself_has_a_digest():
     batch = SimpleNamespace(x=1)
     batch.whole = batch
     assert digest_of(batch) != digest_of(SimpleNamespace(x=1))
+
+
+class Broken:
+    """Six batches, of which the third and the fifth cannot be read."""
+
+    def __init__(self):
+        self.n = -1
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.n += 1
+        if self.n == 6:
+            raise StopIteration
+        if self.n in (2, 4):
+            raise ValueError(f"batch {self.n}")
+        return self.n
+
+
+def test_batches_are_read_by_where_they_are_also_past_those_that_cannot_be_read():
+    shard = Shard(Broken(), None, "", False, 0)
+    assert shard.read(1) == 1 and shard.error is None
+    with pytest.raises(ValueError, match="batch 2"):
+        shard.read(2)
+    assert str(shard.error) == "batch 2"
+    assert shard.read(5) == 5 and shard.error is None  # past the one that failed
+    with pytest.raises(StopIteration):
+        shard.read(6)
+
+
+class Three(TwoProcesses):
+    size = 3
+
+    def gather(self, own):
+        return [own, *([digest_of(batch)] for batch in self.theirs)]
+
+
+def test_processes_with_the_same_first_batch_are_named():
+    words = (
+        "^ranks 0, 2 got the same first batch; what they read alike counts as often. Give each rank data of its own, "
+        "or all of them the same loader.$"
+    )
+    with pytest.warns(UserWarning, match=words):
+        shard = own_batches(Three([THEIRS, OURS]), [OURS], [], in_step=False)
+    assert (shard.common, shard.start, shard.first) == (False, 0, digest_of(OURS))
+    other = Three([THEIRS, OURS])
+    other.rank = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said by the first alone
+        own_batches(other, [OURS], [], in_step=False)
+        same = own_batches(Three([OURS, OURS]), iter([OURS, THEIRS]), [2, 1], in_step=False)
+    assert (same.common, same.start) == (True, 3) and torch.equal(same.read(1), THEIRS)
+    empty = own_batches(TwoProcesses([THEIRS]), [], [], in_step=False)
+    assert empty.first == "" and not empty.common
+
+
+def test_a_loader_that_reads_in_one_process_is_refused_where_there_are_several():
+    class DataLoaderDispatcher(list):
+        pass
+
+    words = "^the loader reads in one process .* Prepare it with dispatch_batches=False.$"
+    refused(words, own_batches, TwoProcesses([THEIRS]), DataLoaderDispatcher([OURS]), [], in_step=False)
+    alone = Processes(alone=True)
+    assert torch.equal(own_batches(alone, DataLoaderDispatcher([OURS]), [7], in_step=False).read(0), OURS)
+    assert own_batches(alone, [OURS], [7], in_step=False).start == 7
+
+
+class Told(Processes):
+    """One of several processes, of which all that they say is known."""
+
+    def __init__(self, *said):
+        super().__init__(alone=True)
+        self.said, self.size = said, len(said)
+
+    def gather(self, value):
+        return list(self.said)
+
+
+def test_what_was_given_to_one_process_alone_is_named():
+    words = "^rank 2 has rho 3, rank 0 has 2. Give all processes the same model and arguments.$"
+    refused(words, Told({"rank": 1, "rho": 2}, {"rho": 2, "rank": 1}, {"rank": 1, "rho": 3}).check_alike, {})
+    refused("^rank 1 has rho None, rank 0 has 2.", Told({"rho": 2}, {}).check_alike, {})
+    Told({"rho": 2}, {"rho": 2}).check_alike({})
+    assert Told((1, 2), (3, True), (0, 0)).sum(1, 2) == [4, 3]

@@ -1,13 +1,16 @@
 """What tells models apart."""
 
 import copy
+import hashlib
 import json
 from collections import OrderedDict
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
-from lora_init.layers.identity import differing_config, fingerprint, model_config
+from lora_init.layers.identity import count_parameters, differing_config, dtype_of, fingerprint, model_config
 from tests.conftest import tiny_llama
 
 
@@ -147,3 +150,76 @@ def test_the_fingerprint_of_a_weight_in_a_class_of_its_own_is_that_of_its_number
     packed = layer(weight.as_subclass(Packed))
     assert type(packed.weight) is Packed
     assert fingerprint(packed) == fingerprint(layer(weight)) != fingerprint(layer(weight + 1))
+
+
+def test_parameters_are_counted_once_and_unpacked():
+    layer = nn.Linear(3, 4)
+    shared = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(2, 2, bias=False)})
+    assert count_parameters(shared) == 3 * 4 + 4 + 4
+    shared["c"].weight.quant_state = SimpleNamespace(shape=torch.Size([8, 5]))  # as bitsandbytes keeps 4-bit weights
+    assert count_parameters(shared) == 3 * 4 + 4 + 40
+
+
+def test_the_type_of_a_model_is_that_of_its_first_weight_in_floats():
+    assert dtype_of(tiny_llama().bfloat16()) == "bfloat16" and dtype_of(nn.Linear(2, 2)) == "float32"
+    assert dtype_of(nn.ReLU()) == ""
+    packed = nn.Linear(2, 2)
+    packed.weight = nn.Parameter(torch.ones(2, 2).to(torch.int8), requires_grad=False)
+    packed.bias.data = packed.bias.data.half()
+    assert dtype_of(packed) == "float16"
+
+
+def test_a_fingerprint_is_a_hash_of_sixteen_values_of_each_weight():
+    """Written out, so that no release of ours gives a model another one: files are known by it."""
+    layer = nn.Linear(7, 5)
+    digest = hashlib.sha256()
+    for name, weight in (("weight", layer.weight), ("bias", layer.bias)):
+        flat = weight.detach().flatten()
+        places = [int(i * (len(flat) - 1) / 15) for i in range(16)]
+        digest.update(f"{name}:{tuple(weight.shape)};".encode())
+        digest.update(flat[places].bfloat16().view(torch.int16).numpy().tobytes())
+    assert fingerprint(layer) == digest.hexdigest()[:32]
+    with torch.device("meta"):  # of which shapes alone are known
+        away = nn.Linear(7, 5)
+    assert fingerprint(away) == hashlib.sha256(b"weight:(5, 7);bias:(5,);").hexdigest()[:32]
+    empty = nn.Module()
+    empty.weight = nn.Parameter(torch.zeros(2, 0))
+    assert fingerprint(empty) == hashlib.sha256(b"weight:(2, 0);").hexdigest()[:32]
+
+
+class Configured(nn.Module):
+    def __init__(self, **config):
+        super().__init__()
+        self.config = config
+
+
+def test_a_configuration_is_flat_and_leaves_out_what_computes_nothing():
+    config = dict(
+        width=3, name_or_path="x", _private=1, torch_dtype="x", use_cache=True, dropout=0.1, token_dropout=True,
+        attn_pdrop=0.1, pad_token_id=0, decoder_start_token_id=1, sizes=(1, 2), kinds=["a"], odd=object(),
+        inner={"deep": {"x": None}, "bos_token_id": 3}, output_hidden_states=True, output_size=4,
+    )  # fmt: skip
+    assert model_config(Configured(**config)) == {
+        "config.width": 3, "config.token_dropout": True, "config.decoder_start_token_id": 1, "config.sizes": [1, 2],
+        "config.inner": "given", "config.inner.deep": "given", "config.inner.deep.x": None, "config.kinds": ["a"],
+        "config.output_size": 4,
+    }  # fmt: skip
+    pair = nn.ModuleDict({"a": Configured(x=1), "b": nn.ModuleDict({"c": Configured(x=2)})})
+    assert model_config(pair) == {"config.x": 1, "config.b.c": "given", "config.b.c.x": 2}
+
+
+@pytest.mark.parametrize(("recorded", "config", "said"), [
+    ({"config.a": 1}, {"config.a": 2}, "a 1 instead of 2"),
+    ({"config.a": 1}, {}, ""),
+    ({}, {"config.a": 2}, ""),
+    ({"other": 1}, {"other": 1}, ""),
+    ({"rows": 1}, {}, ""),
+    ({"config.b": 1, "config.a": 1}, {"config.a": 2, "config.b": 2}, "a 1 instead of 2"),  # in the order of the model
+    ({"config.a": "x" * 99}, {"config.a": None}, f"a '{'x' * 59} instead of None"),
+    ({"config.r": "given", "config.r.t": 1}, {"config.r": "given"}, "r.t 1 instead of None"),
+    ({"config.r": "given", "config.r.t": 1, "config.r.model_type": "m"},
+     {"config.r": "given", "config.r.model_type": "m"}, ""),  # a whole configuration of another version
+    ({"config.r": None, "config.r.t": 1}, {"config.r": None}, ""),
+])  # fmt: skip
+def test_the_first_entry_that_differs_is_said(recorded, config, said):
+    assert differing_config(recorded, config) == said

@@ -198,3 +198,86 @@ def test_an_input_of_one_dimension_is_one_row():
 
 def test_a_mask_of_another_name_is_refused_as_it_was_given():
     refused("token_mask='label': Did you mean labels", TokenMasks, tiny_llama(), "label")
+
+
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+THREE = {"input_ids": torch.full((2, 3), 5), "attention_mask": MASK}
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [
+    ((2, 3, 4), [0, 1, 3]),
+    ((6, 4), [0, 1, 3]),  # the same rows, flattened
+    ((2, 4), None),  # a pooled text
+    ((3, 2, 4), None),
+    ((2, 3), None),
+    ((2, 3, 1, 4), None),
+])  # fmt: skip
+def test_rows_are_chosen_where_there_is_one_for_each_token(shape, tokens):
+    masks, x = TokenMasks(tiny_llama(), "attention"), torch.randn(shape)
+    masks.start(THREE)
+    found = masks.tokens("a.layer", x)
+    assert found is tokens is None or found.tolist() == tokens
+    flat = x.reshape(-1, shape[-1])
+    assert torch.equal(masks.rows("a.layer", x), flat if tokens is None else flat[tokens])
+    masks.stop()
+    assert masks.tokens("a.layer", x) is None  # nothing is known of the next batch
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 3), torch.ones(2, 3, 3), torch.ones(2, 1, 3, 3).bool(), [[1, 1, 0]] * 2]
+)
+def test_a_mask_that_keeps_all_or_says_who_attends_to_whom_selects_nothing(mask):
+    masks = TokenMasks(tiny_llama(), "attention")
+    masks.start(THREE | {"attention_mask": mask})
+    assert masks.tokens("a.layer", torch.randn(2, 3, 4)) is None
+
+
+def test_a_mask_may_cover_what_is_in_a_cache():
+    masks = TokenMasks(tiny_llama(), "attention")
+    longer = torch.ones(2, 5)
+    longer[0, 0] = 0
+    masks.start(THREE | {"attention_mask": longer, "past_key_values": None})
+    refused(re.escape("attention_mask has shape (2, 5)"), masks.start, THREE | {"attention_mask": longer})
+    masks.start([torch.ones(2, 3)])  # without names there are no masks
+    assert masks.tokens("a.layer", torch.randn(2, 3, 4)) is None
+
+
+def test_by_labels_both_have_to_keep_a_token():
+    labels = torch.tensor([[-100, 5, 5], [-100, 5, -100]])
+    masks = TokenMasks(tiny_llama(), "labels")
+    masks.start(THREE | {"labels": labels})
+    assert masks.tokens("a.layer", torch.randn(2, 3, 4)).tolist() == [1]
+    masks.start({"input_ids": THREE["input_ids"], "labels": labels})  # without a mask of padding
+    assert masks.tokens("a.layer", torch.randn(2, 3, 4)).tolist() == [1, 2, 4]
+
+
+def test_the_output_of_an_encoder_is_known_until_the_batch_ends():
+    """By identity: of the same shape, and in a layer that a name does not tell."""
+    model = tiny_t5()
+    masks = TokenMasks(model, "attention")
+    (handle,) = masks.hooks()
+    assert TokenMasks(tiny_llama(), "attention").hooks() == []
+    batch = THREE | {"decoder_input_ids": torch.full((2, 3), 5), "decoder_attention_mask": 1 - MASK}
+    masks.start(batch)
+    output = model.encoder(input_ids=THREE["input_ids"]).last_hidden_state
+    handle.remove()
+    assert masks.tokens("odd", output).tolist() == [0, 1, 3] and masks.tokens("odd", output + 0).tolist() == [2, 4, 5]
+    assert masks.tokens("encoder.block.0.x", output + 0).tolist() == [0, 1, 3]
+    assert masks.tokens("decoder.block.0.layer.1.EncDecAttention.v", output + 0).tolist() == [0, 1, 3]
+    assert masks.tokens("odd", torch.randn(2, 4, 4)) is None
+    masks.stop()
+    masks.start(batch)
+    assert masks.tokens("odd", output).tolist() == [2, 4, 5]
+
+
+@pytest.mark.parametrize(("loss_type", "shifts"), [
+    ("ForCausalLM", True), ("ForConditionalGeneration", True), ("ForMaskedLM", False), ("", False), (None, True),
+])  # fmt: skip
+def test_a_kind_of_loss_shifts_labels(loss_type, shifts):
+    model = nn.Linear(2, 2)
+    model.loss_type = loss_type
+    model.get_output_embeddings = lambda: model
+    assert shifts_labels(model) is shifts
+    if loss_type is None:
+        model.get_output_embeddings = lambda: None
+        assert not shifts_labels(model)

@@ -1,6 +1,7 @@
 """`find_targets` selects what `get_peft_model` adapts: the same model, the same argument, the same layers."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -8,10 +9,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from lora_init import LoraInitError, find_targets
 from lora_init.layers import targets
-from lora_init.layers.targets import read_target, trains_new_head
+from lora_init.layers.targets import (
+    Target,
+    file_prefixes,
+    heads_of,
+    is_in,
+    matches,
+    new_heads,
+    read_target,
+    trains_new_head,
+)
 from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
 
 ARGUMENTS = [
@@ -145,3 +156,104 @@ def test_a_layer_is_read_back_from_what_files_have_of_it(build, extras):
 def test_a_body_alone_gets_the_head_of_its_task():
     assert trains_new_head([], "SEQ_CLS", ()) and not trains_new_head([], "CAUSAL_LM", ())
     assert not trains_new_head(["head"], "SEQ_CLS", ()) and trains_new_head(["head"], None, ["head"])
+
+
+LINEAR = Target("a.up", "Linear", 6, 4)
+GROUPED = Target("c", "Conv2d", 12, 8, (3, 2), 2)
+FUSED = Target("m.experts.down", "E", 6, 4, experts=3)
+
+
+@pytest.mark.parametrize(("target", "shapes", "module", "extras"), [
+    (LINEAR, ((2, 6), (4, 2)), "a.up", {}),
+    (GROUPED, ((2, 2, 3, 2), (8, 1, 1, 1)), "c", {"kernel": [3, 2], "groups": 2}),
+    (FUSED, ((6, 6), (4, 6)), "m.experts", {"experts": 3}),
+])  # fmt: skip
+def test_the_parameters_of_a_pair_are_those_of_its_shapes(target, shapes, module, extras):
+    assert target.shapes(2) == shapes and target.module == module and target.extras() == extras
+    a, b = map(math.prod, shapes)
+    assert target.parameters(2) == 2 * target.cost == a + b and target.parameters(0, use_dora=True) == 0
+    assert target.parameters(2, freeze_a=True) == b
+    assert target.parameters(2, use_dora=True) == a + b + target.out_features
+    assert target.parameters(2, freeze_a=True, use_dora=True) == b + target.out_features
+    read = read_target(target.name, target.kind, target.in_features, target.out_features, extras)
+    assert read == target
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "extras"), [
+    (0, 4, {}), (4, 0, {}), (-1, 4, {}), (2**24 + 1, 4, {}), (4, 2**24 + 1, {}), (4, 4, {"kernel": [0]}),
+    (4, 4, {"kernel": [3]}), (4, 4, {"groups": 0}), (4, 4, {"experts": -1}), (4, 4, {"experts": 2**16 + 1}),
+])  # fmt: skip
+def test_what_no_layer_can_have_is_damage(d_in, d_out, extras):
+    with pytest.raises(ValueError, match=r"^widths of layer 'up'$"):
+        read_target("up", "Linear", d_in, d_out, extras)
+    widest = read_target("up", "E", 2**24, 2**24, {"experts": 2**16})
+    assert (widest.in_features, widest.out_features, widest.experts) == (2**24, 2**24, 2**16)
+
+
+def test_parameters_of_one_module_are_wrapped_the_last_outermost():
+    layers = [Target("m.gate_up", "E", 2, 2, experts=2), LINEAR, Target("m.down", "E", 2, 2, experts=2)]
+    assert file_prefixes(iter(layers)) == {
+        "m.gate_up": "base_model.model.m.base_layer", "a.up": "base_model.model.a.up", "m.down": "base_model.model.m",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("patterns", "selected"), [
+    (["up"], ["a.up"]),
+    (["a.up", "b"], ["a.up"]),
+    ([], []),
+    ("a\\..*", ["a.up", "a.group"]),
+    (".*up", ["a.up", "a.group"]),  # the whole name matches
+    ("up", []),
+])  # fmt: skip
+def test_names_match_as_in_peft(patterns, selected):
+    assert [name for name in ("a.up", "a.group", "c.down") if matches(patterns, name, "x")] == selected
+
+
+@pytest.mark.parametrize(("name", "inside"), [
+    ("score", True), ("a.score.dense", True), ("pre_score.dense", True), ("score_2", False), ("a.dense", False),
+])  # fmt: skip
+def test_what_is_in_a_module_that_is_trained_whole(name, inside):
+    assert is_in(name, ["score", "classifier"]) is inside and not is_in(name, [])
+
+
+def test_a_selection_without_a_linear_layer_says_why_of_the_first():
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "attend": nn.MultiheadAttention(4, 2)})
+    found = find_targets(model, ["embed", "attend"])
+    assert found.layers == {} and found.unsupported == {"embed": "Embedding", "attend": "MultiheadAttention"}
+    words = (
+        "^target_modules selects only layers that cannot start from data: 'embed' is one since an embedding reads token"
+        " ids, .* frequent tokens. Target a linear layer too, or leave these to PEFT's own initialization.$"
+    )
+    refused(words, found.check_layers)
+    find_targets(tiny_llama(), ["embed_tokens", "q_proj"]).check_layers()
+
+
+class Wrapped(nn.Module):
+    """A user's own module around a library's model, with a layer of its own."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.own, self.table, self.norm = body, nn.Linear(2, 2), nn.Embedding(3, 2), nn.LayerNorm(2)
+
+
+class Extended(LlamaForCausalLM):
+    """A user's class that adds to a library's."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.value, self.empty = nn.Linear(4, 1), nn.Identity()
+
+
+@pytest.mark.parametrize(("build", "heads", "new"), [
+    (tiny_llama, [], []),
+    (tiny_bert, ["classifier"], ["classifier"]),
+    (lambda: tiny_bert("QuestionAnswering"), ["qa_outputs"], ["qa_outputs"]),
+    (lambda: tiny_bert(None), [], []),
+    (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [], ["0"]),
+    (lambda: Wrapped(tiny_llama()), [], ["own"]),
+    (lambda: Wrapped(tiny_bert()), [], ["own", "body.classifier"]),
+    (lambda: Extended(tiny_llama().config), [], ["value"]),
+])  # fmt: skip
+def test_heads_that_begin_at_random(build, heads, new):
+    model = build()
+    assert heads_of(model) == heads and new_heads(model) == new

@@ -1,6 +1,7 @@
 """Compiled, autocast, checkpointed, caching and packed models: the statistics are those of the plain model."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,20 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_init import ExactPCA, collect, find_targets, principal_angles
 from lora_init.layers.identity import fingerprint
-from lora_init.layers.wrappers import Precision, plain_names, unwrapped
+from lora_init.layers.wrappers import (
+    Precision,
+    gathered,
+    is_below,
+    is_offloaded,
+    is_sharded,
+    is_tensor_parallel,
+    model_id,
+    plain_name,
+    plain_names,
+    quantization_of,
+    unwrapped,
+    weights,
+)
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "t5": tiny_t5}
@@ -203,3 +217,90 @@ def test_autocast_of_an_accelerator_is_switched_with_that_of_the_processor(monke
         assert torch.is_autocast_enabled("cuda")
     finally:
         torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize(("name", "plain"), [
+    ("a.b.weight", "a.b.weight"), ("_orig_mod.a._orig_mod.b", "a.b"), ("a._fsdp_wrapped_module.b", "a.b"),
+    ("module.a", "module.a"),  # a part of somebody's model may have this name
+])  # fmt: skip
+def test_names_are_those_without_wrappers(name, plain):
+    assert plain_name(name) == plain
+
+
+@pytest.mark.parametrize(("name", "owner", "below"), [
+    ("a.b", "a", True), ("a", "a", True), ("ab", "a", False), ("a", "a.b", False), ("a.b", "", True), ("", "", True),
+])  # fmt: skip
+def test_a_module_is_below_another_by_name(name, owner, below):
+    assert is_below(name, owner) is below
+
+
+def test_the_id_of_a_model_is_where_it_was_loaded_from():
+    model = tiny_llama()
+    assert model_id(model) == model_id(nn.Linear(2, 2)) == ""
+    model.config.name_or_path = "org/model"
+    assert model_id(model) == "org/model"
+
+
+def test_how_a_model_was_quantized():
+    model = nn.Module()
+    assert quantization_of(model) is quantization_of(tiny_llama()) is None
+    model.config = SimpleNamespace(quantization_config={"bits": 4})
+    assert quantization_of(model) == {"bits": 4} and quantization_of(model) is not model.config.quantization_config
+    settings = '{"load_in_4bit": true, "_private": 1, "quant_method": "other"}'
+    for method in ("q", SimpleNamespace(value="q")):
+        config = SimpleNamespace(quant_method=method, to_json_string=lambda: settings)
+        model.config = SimpleNamespace(quantization_config=config)
+        assert quantization_of(model) == {"quant_method": "other", "load_in_4bit": True}
+
+
+def test_weights_that_are_elsewhere_are_brought():
+    """As accelerate keeps them: a map of weights in a hook, or in one of several that are chained."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    plain = [layer.weight.detach() for layer in model]
+    maps = [SimpleNamespace(weights_map={"weight": weight}) for weight in plain]
+    assert not is_offloaded(model)
+    for layer in model[:2]:
+        layer.to("meta")
+    model[0]._hf_hook, model[1]._hf_hook = maps[0], SimpleNamespace(hooks=[SimpleNamespace(), maps[1]])
+    model[2]._hf_hook = SimpleNamespace(weights_map=None)
+    assert is_offloaded(model) and not is_offloaded(model[2])
+    found = dict(weights(model))
+    assert [*found] == ["0.weight", "1.weight", "2.weight"]
+    assert all(torch.equal(one, other) for one, other in zip(found.values(), plain, strict=True))
+
+
+class Split:
+    """A parameter of which each process holds a part."""
+
+    device_mesh = SimpleNamespace(device_type="cpu")
+
+    def to(self, device):
+        self.device = device
+        return self
+
+    def full_tensor(self):
+        return self.device
+
+
+def test_what_processes_hold_in_parts_is_gathered_where_they_can_talk():
+    whole = torch.ones(2)
+    assert gathered(whole) is whole and gathered(Split()) == "cpu"
+    assert not is_tensor_parallel(nn.Linear(2, 2)) and not is_sharded(nn.Linear(2, 2))
+    layer = nn.Linear(2, 2)
+    layer.weight.full_tensor = lambda: None
+    assert is_tensor_parallel(layer)
+
+
+def test_precision_is_switched_as_it_was():
+    with torch.autocast("cpu", torch.float16):
+        precision = Precision()
+        with precision.off():
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16), precision.on():
+        assert torch.get_autocast_dtype("cpu") == torch.float16
+    with precision.on():
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
+    with Precision().on():
+        assert not torch.is_autocast_enabled("cpu")
