@@ -356,3 +356,61 @@ def test_prompts_are_embedded_without_dropout_and_the_mode_stays():
     model = made.tiny_llama(attention_dropout=0.5)
     expected = embed(model.eval(), made.batches(0))
     assert torch.equal(embed(model.train(), made.batches(0)), expected) and model.training
+
+
+def test_prompts_are_embedded_each_by_its_own_tokens(monkeypatch):
+    """Of a text that has labels throughout all tokens count, and padding never does."""
+    model = made.base()
+    ids = torch.randint(3, 60, (4, 7))
+    mask = (torch.arange(7) < torch.tensor([[7], [5], [4], [6]])).long()
+    labels = torch.full_like(ids, -100)
+    labels[0, 4:], labels[1, 2:], labels[2], labels[3] = 5, 5, 5, 1
+    found = embed(model, [{"input_ids": ids, "attention_mask": mask, "labels": labels}])
+    plain = embed(model, [{"input_ids": row[None, :n]} for row, n in zip(ids, (4, 2, 4, 6), strict=True)])
+    assert torch.equal(found, plain) and found.dtype == torch.float32 and not found.requires_grad
+    classes = embed(model, [{"input_ids": ids, "labels": torch.tensor([0, 1, 1, 0])}])  # no labels of tokens
+    assert torch.equal(classes, embed(model, [{"input_ids": ids}])) and len(classes) == 4
+    monkeypatch.setattr("lora_init.bank.embeddings.MOST_PROMPTS", 3)
+    assert torch.equal(embed(model, iter([{"input_ids": ids[:2]}] * 2)), classes[[0, 1, 0]])
+
+
+def test_what_a_start_says_of_itself(bank):
+    found = start(bank, 1, aside=None, shape=Shape(lora_alpha=6.0, gamma=2.0))
+    made_of = found.init.provenance
+    names = sorted(found.init.targets)
+    assert (made_of.model_class, made_of.fingerprint, made_of.rank) == ("LlamaForCausalLM", bank.fingerprint, 4)
+    assert made_of.data == "adapters of task0, task1, task2" and made_of.target_modules == names and len(names) == 6
+    assert made_of.n_parameters == made.base().num_parameters() and made_of.task_type == "CAUSAL_LM"
+    assert (found.init.lora_alpha, found.init.rank, found.init.gamma, found.passes) == (6.0, 4, 2.0, 0)
+    plain = start(bank, 1, aside=None).init
+    assert plain.lora_alpha == 2 * 4 and plain.gamma == 1.0
+    # Its size is shared by both factors.
+    for name, (a, b) in plain.weights.items():
+        assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-3), name
+    order = neighbours(bank, embed(made.base(), made.batches(2)))
+    assert start(bank, 1, aside=None, order=order).weights == {"task2": 1.0}
+
+
+def test_weights_are_searched_from_each_alone_and_their_mean():
+    """What is measured first, how often at most, and that a loss that is not finite is no choice."""
+    layers = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    widths = {layers[0]: (32, 32), layers[1]: (48, 32)}
+    adapters = [
+        {name: Layer(torch.randn(1 + i, d_in), torch.randn(d_out, 1 + i), 1.0) for name, (d_in, d_out) in
+         list(widths.items())[: 2 - i]}
+        for i in range(2)
+    ]  # fmt: skip
+    model, seen = made.base(), []
+    sums = {name: layer.b for name, layer in stack(adapters, [1.0, 1.0]).items()}
+
+    def loss_of(model):
+        lora = model.get_submodule(layers[0]).lora_B["default"].weight
+        seen.append(lora.detach().clone())
+        return math.nan if len(seen) == 1 else float((lora - 0.5 * sums[layers[0]]).square().sum())
+
+    build = partial(mixed_adapter, model, Provenance("", "LlamaForCausalLM", "", []), "mixture")
+    weights, passes = find_weights(model, adapters, build, loss_of)
+    whole = sums[layers[0]]
+    for found, (one, other) in zip(seen, ((1, 0), (0, 1), (0.5, 0.5)), strict=False):
+        assert torch.allclose(found, whole * torch.tensor([one, other, other]))
+    assert weights == [0.5, 0.5] and passes == len(seen) <= MOST_PASSES

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from lora_init.bank.store import open_bank
+from lora_init.bank.store import Bank, add_entry, check_plain_lora, open_bank
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
-from lora_init.serving.trained import read_trained
-from lora_init.statistics.tensorfile import write_tensors
+from lora_init.serving.trained import EMBEDDING, Layer, Trained, read_trained
+from lora_init.statistics.tensorfile import TensorFile, write_tensors
 from tests.bank import made
 from tests.conftest import refused
 from tests.processes import FORKS
@@ -152,3 +152,69 @@ def test_an_entry_without_scalings_as_we_write_them_is_damaged(header, bank):
     index["entries"]["task1"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (bank.path / "bank.json").write_text(json.dumps(index))
     refused(r"task1\.safetensors.*a layer", open_bank(bank.path).layers, "task1")
+
+
+def small(path, **about):
+    layers = {
+        "up": Layer(torch.ones(2, 3), torch.ones(4, 2), 0.5),
+        "down": Layer(torch.ones(3, 3), torch.ones(4, 3), 2.0),
+    }
+    known = dict(task="t", data="d") | about
+    new = Bank(path, "f", "a model", known.pop("encoder", ""))
+    return add_entry(new, known.pop("name", "one"), Trained({}, layers, {}), torch.ones(5, 6).bfloat16(), **known)
+
+
+def test_what_an_index_says(tmp_path):
+    """All of it: other programs read it."""
+    small(tmp_path / "bank", encoder="e")
+    bank = small(tmp_path / "bank", encoder="e", name="two", task="other")
+    assert sorted(path.name for path in bank.path.iterdir()) == [
+        ".lock", "bank.json", "one.safetensors", "two.safetensors",
+    ]  # fmt: skip
+    files = [hashlib.sha256((bank.path / f"{name}.safetensors").read_bytes()).hexdigest() for name in ("one", "two")]
+    common = {"data": "d", "rank": 3, "n_prompts": 5, "statistics_sha256": ""}
+    text = (bank.path / "bank.json").read_text()
+    assert json.loads(text) == {
+        "format": "lora_init.bank", "version": 1, "fingerprint": "f", "model": "a model", "encoder": "e",
+        "entries": {
+            "one": {"task": "t", "sha256": files[0], **common}, "two": {"task": "other", "sha256": files[1], **common},
+        },
+    }  # fmt: skip
+    assert text.startswith('{\n  "format"') and text.endswith("}\n")
+    digest = hashlib.sha256("".join(files).encode()).hexdigest()[:16]
+    assert bank.in_words() == f"bank: 2 adapters of t, other ({digest})" and bank.tasks == {
+        "t": ["one"],
+        "other": ["two"],
+    }
+    assert TensorFile(bank.path / "one.safetensors", "lora_init.bank_entry", 1).header["scalings"] == {
+        "up": 0.5, "down": 2.0,
+    }  # fmt: skip
+    assert bank.embeddings("one").dtype == torch.float32
+    assert {name: layer.scaling for name, layer in bank.layers("one").items()} == {"up": 0.5, "down": 2.0}
+
+
+def test_a_refused_entry_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "bank"
+    words = "^entry 'a b': a name has letters, digits, - and _, at most 80. Pass another --name.$"
+    refused(words, small, path, name="a b")
+    assert not path.exists()
+    file = tmp_path / "file"
+    file.touch()
+    refused("file", small, file)
+    with pytest.raises(LoraInitError):
+        small(path, statistics=tmp_path / "nowhere")
+    assert not path.exists() and small(path, name="x" * 80).entries
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    (dict(layers={"m": Layer(torch.ones(1, 3), torch.ones(4, 1), 1.0, magnitude=torch.ones(4))}), "DoRA"),
+    (dict(config={"alora_invocation_tokens": [1]}), "aLoRA"),
+    (dict(layers={"e": Layer(torch.ones(2, 1, 3), torch.ones(2, 4, 1), 1.0)}), "e"),
+    (dict(layers={"t": Layer(torch.ones(1, 3), torch.ones(4, 1), 1.0, EMBEDDING)}), "t"),
+    (dict(others={"head.weight": torch.ones(1)}), "head.weight"),
+])  # fmt: skip
+def test_what_has_no_common_form_is_named(changes, said):
+    plain = {"up": Layer(torch.ones(1, 3), torch.ones(4, 1), 1.0)}
+    words = f"^the adapter has {said}: a bank holds plain LoRA of linear layers. Train one of those.$"
+    refused(words, check_plain_lora, Trained(**dict(config={}, layers=plain, others={}) | changes))
+    check_plain_lora(Trained({}, plain, {}))

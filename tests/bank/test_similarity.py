@@ -1,0 +1,84 @@
+"""Which entries are near, by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lora_init.bank.similarity import Neighbour, neighbours
+from tests.conftest import refused
+
+# Embeddings of prompts in one dimension, which lie one to either side of their mean: one is a standard deviation.
+MEANS = {"early": 90.0, "a": 2.0, "b": 5.0, "c": -1.0}
+
+
+PLANES = {"a": [0, 1], "b": [0, 2], "c": [2, 3]}
+
+
+class Made(SimpleNamespace):
+    """A bank of three tasks, of which one has two entries, with statistics of planes."""
+
+    def embeddings(self, name):
+        return torch.tensor([[MEANS[name] - 1.0], [MEANS[name] + 1.0]])
+
+    def statistics(self, name):
+        return statistics(PLANES[name])
+
+
+BANK = Made(
+    path="bank",
+    fingerprint="f",
+    tasks={"ta": ["early", "a"], "tb": ["b"], "tc": ["c"]},
+    entries={name: SimpleNamespace(task=f"t{name}", rank=2) for name in MEANS},
+)
+
+
+class Known(dict):
+    """Statistics of three layers, two of which read one tensor."""
+
+    def __init__(self, fingerprint, plane):
+        super().__init__(dict.fromkeys("qko", SimpleNamespace(components=torch.eye(4)[plane])))
+        self.provenance = SimpleNamespace(fingerprint=fingerprint, model="M m")
+        self.group_of = {"q": "q", "k": "q", "o": "o"}
+
+
+def statistics(plane, fingerprint="f"):
+    return Known(fingerprint, plane)
+
+
+NEW = torch.tensor([[0.0], [1.0], [2.0]])  # their mean is 1
+
+
+@pytest.mark.parametrize(("similarity", "order"), [
+    ("embeddings", ["a", "c", "b"]),
+    ("subspaces", ["c", "b", "a"]),  # of two directions: both, one, none
+    ("both", ["c", "a", "b"]),  # places 1, 2 and 3
+])  # fmt: skip
+def test_the_order_of_a_bank_by_hand(similarity, order):
+    found = neighbours(BANK, NEW, statistics([2, 3]), similarity)
+    assert [one.name for one in found] == order
+    overlaps = {"a": 0.0, "b": 0.5, "c": 1.0} if similarity != "embeddings" else dict.fromkeys("abc")
+    assert {one.name: (one.task, one.distance, one.overlap) for one in found} == {
+        name: (f"t{name}", pytest.approx(distance), overlaps[name])
+        for name, distance in (("a", 1.0), ("b", 4.0), ("c", 2.0))
+    }
+
+
+def test_a_neighbour_in_words():
+    assert Neighbour("a", "ta", 1.005).in_words() == "a (ta): 1.00 standard deviations away"
+    assert Neighbour("a", "ta", 12.0, 0.256).in_words() == (
+        "a (ta): 12.00 standard deviations away, subspaces overlap by 26%"
+    )
+    assert Neighbour("a", "ta", 0.0, 0.0).in_words().endswith("overlap by 0%")
+
+
+def test_similarity_by_statistics_needs_them():
+    words = "^similarity='{}' compares statistics, and there are none. Pass --statistics.$"
+    for similarity in ("subspaces", "both"):
+        refused(words.format(similarity), neighbours, BANK, NEW, None, similarity)
+    assert [one.overlap for one in neighbours(BANK, NEW)] == [None] * 3
+
+
+def test_the_statistics_are_of_the_model_of_the_bank():
+    words = r"^the statistics are of another model \(M m\) than bank.$"
+    refused(words, neighbours, BANK, NEW, statistics([0, 1], "g"))
