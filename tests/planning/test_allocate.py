@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
-from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.allocate import allocate_ranks, make_steps, take_until_explained, take_while_affordable
 from lora_init.statistics.statistics import Statistics
 from tests.conftest import refused
 from tests.planning.made import (
@@ -198,6 +198,41 @@ def test_a_step_that_does_not_fit_is_not_skipped_within_its_layer():
     stats = statistics([[0.25, 0.25, 0.25, 0.2], [0.1, 0.1, 0.1, 0.1]])
     grids = {"h.0.up": {"allowed_ranks": (3, 4)}, "h.1.up": {"allowed_ranks": (1,)}}
     assert list(allocate_ranks(stats, total_rank=2, rho=9, overrides=grids).values()) == [0, 1]
+
+
+def small_steps():
+    """Two layers that share a rank, of 0, 1 or 3, and one with a rank of 1 at least."""
+    allowed = np.array([[1, 1, 0, 1], [0, 1, 1, 1]], dtype=bool)
+    gains = np.array([[0.5, 0.25, 0.125], [0.25, 0.125, 0.0625], [0.5, 0.25, 0.0]])
+    return make_steps(allowed, np.array([0, 0, 1]), gains, np.array([1.0, 2.0, 4.0]), np.array([10, 20, 5]))
+
+
+def test_steps_by_hand():
+    steps = small_steps()
+    assert (steps.unit.tolist(), steps.rank.tolist()) == ([0, 0, 1, 1], [1, 3, 2, 3])
+    assert (steps.start.tolist(), steps.width.tolist()) == ([0, 1], [1, 2, 1, 1])
+    assert steps.cost.tolist() == [30, 60, 5, 5] and steps.cost.dtype == np.int64
+    # Worth per weight: of both layers together, and of a step of two ranks in the mean.
+    assert steps.priority.tolist() == [0.75 / 3, (0.375 + 0.1875) / 2 / 3, 0.25 / 4, 0.0]
+    assert steps.in_order().tolist() == [0, 1, 2, 3] and steps.top.tolist() == [3, 3, 3]
+    assert steps.ranks_after(np.array([True, False, False, True])).tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize(("budget", "taken"), [
+    (0, [0, 0, 0, 0]), (4, [0, 0, 0, 0]), (5, [0, 0, 1, 0]), (29, [0, 0, 1, 1]), (30, [1, 0, 0, 0]), (35, [1, 0, 1, 0]),
+    (89, [1, 0, 1, 1]), (90, [1, 1, 0, 0]), (100, [1, 1, 1, 1]),
+])  # fmt: skip
+def test_a_unit_whose_next_step_is_too_dear_stays_where_it_is(budget, taken):
+    assert take_while_affordable(small_steps(), budget).astype(int).tolist() == taken
+
+
+@pytest.mark.parametrize(("share", "n_taken"), [
+    (0.25, 0), (0.5, 0), (0.625, 1), (1.25, 1), (1.3, 2), (1.8125, 2), (1.9, 3), (2.0625, 3), (2.1, 4),
+])  # fmt: skip
+def test_steps_are_taken_until_a_share_is_reached(share, n_taken):
+    """The third layer begins at rank 1, where it explains a half; beyond what there is, all steps are taken."""
+    explained = np.array([[0.0, 0.75, 1.125, 1.3125], [0.0, 0.5, 0.75, 0.75]])
+    assert take_until_explained(small_steps(), explained, share).tolist() == [i < n_taken for i in range(4)]
 
 
 # --- Budgets --------------------------------------------------------------------------------------------------------

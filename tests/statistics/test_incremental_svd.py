@@ -338,3 +338,44 @@ def test_principal_angles_small_and_large():
     assert principal_angles(rows[:2], tilted)[-1] == pytest.approx(1e-10, rel=1e-4)
     np.testing.assert_allclose(principal_angles(rows[:2], rows[2:]), [np.pi / 2] * 2)
     np.testing.assert_allclose(principal_angles(rows[:1], rows[:3]), [0.0], atol=1e-12)
+
+
+def test_what_was_projected_counts_once_it_is_completed_or_never():
+    svd, rows = IncrementalSVD(3).partial_fit(decaying_rows(100, 40)), decaying_rows(100, 40, seed=1)
+    before = svd.spectrum()
+    svd.project(rows[:5])  # few rows, which are taken in exactly
+    svd.project(rows)
+    svd.forget_batch()
+    svd.update()
+    after = svd.spectrum()
+    assert svd.held_out is None and torch.equal(after.components, before.components)
+    assert (after.n_samples, after.total_variance) == (100, before.total_variance)
+
+
+def test_what_is_captured_is_of_the_components_that_are_reported():
+    svd = IncrementalSVD(3).partial_fit(decaying_rows(100, 40))
+    spectrum = svd.spectrum()
+    assert spectrum.n_components == 3
+    assert svd.captured == pytest.approx(float(spectrum.explained_variance.sum()) / spectrum.total_variance)
+    assert svd.agreement(IncrementalSVD(3), 2) == IncrementalSVD(3).agreement(svd, 2) == 0.0
+    assert svd.agreement(svd, 2) == pytest.approx(1.0)
+
+
+def test_a_seed_decides_where_a_first_batch_begins():
+    rows = torch.randn(400, 200)
+    one, same, other = (IncrementalSVD(2, seed=seed).partial_fit(rows).spectrum() for seed in (1, 1, 2))
+    assert torch.equal(one.components, same.components) and not torch.equal(one.components, other.components)
+
+
+def test_the_state_of_a_merge_is_that_of_all_rows_in_any_order():
+    parts = [IncrementalSVD(2).partial_fit(decaying_rows(80, 30, seed=seed, mean=seed)) for seed in range(3)]
+    orders = [(0, 1, 2), (2, 0, 1)]
+    found = []
+    for order in orders:
+        merged = IncrementalSVD(2)
+        for i in order:
+            merged.merge(parts[i])
+        found.append(merged.spectrum())
+    assert found[0].total_variance == pytest.approx(found[1].total_variance, rel=1e-9)
+    torch.testing.assert_close(found[0].mean, found[1].mean)
+    assert principal_angles(found[0].components, found[1].components).max() < 0.02
