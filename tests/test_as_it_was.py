@@ -1,25 +1,43 @@
 """A model that is changed for a moment is as it was, whatever raises: each call that is made meanwhile raises once."""
 
 import copy
+import logging
+import os
+import random
 import signal
 import sys
 import warnings
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 import lora_init
 from lora_init import LoraInitError
+from lora_init.adapters.directory import AdapterDirectory
+from lora_init.adapters.peft_model import with_adapter
+from lora_init.bank.embeddings import embed
 from lora_init.building import quantized
+from lora_init.collection.losses import sequence_losses, text_loss
+from lora_init.comparison.starts import AdapterShape, StartInputs, adapter_files, prepare, preprocess_corda
+from lora_init.comparison.variants import Variant
 from lora_init.keep.dial import choose_dial, fit_strengths, strengths
-from lora_init.layers.targets import find_targets
+from lora_init.layers.targets import find_targets, new_heads
+from lora_init.loading.models import open_model
+from lora_init.plots.pictures import budget_curves
+from lora_init.serving.fit import check_fit
+from tests.bank.made import batches as prompts_of_task
 from tests.collection.made import labelled
+from tests.commands import run
 from tests.conftest import batches_for, tiny_llama
+from tests.planning.made import llama_like
 from tests.serving.engine import word_tokenizer
 from tests.trainers.made import add_adapter
 
@@ -256,6 +274,128 @@ def test_a_model_is_as_it_was_whatever_raises(tmp_path, case):
             act(model, tmp_path / str(i))
             continue  # what is remembered is not called again
         assert difference(state_of(model), before) == {}, at
+
+
+def corda(model):
+    preprocess_corda(model, LoraConfig(**ADAPTER, init_lora_weights="corda"), ["lm_head"], batches_for("llama")[:1])
+
+
+def one_strength(model):
+    lora_init.dial(model, labelled("llama"), labelled("llama", seed=1), strength=0.5)
+
+
+def distance(model, tmp_path):
+    model.save_pretrained(tmp_path / "float")
+    errors = lora_init.QuantizationErrors(model, find_targets(model, ["q_proj"]).layers, tmp_path / "float")
+    batches = [{key: value for key, value in batches_for("llama")[0].items() if key != "labels"}]
+    quantized.loss_or_distance(model, errors, batches)(model)
+
+
+# What runs a model to look at it, and what asks for gradients of what it computes.
+LEARNS = ("collect gradients", "collect gradients, checkpointed", "fit_strengths", "initialize by a step")
+RUNS = {
+    **{name: case[:2] for name, case in ALL.items() if name not in ("read_product", "choose_dial", "find_step_size")},
+    "dial": (adapted, lambda model, tmp: one_strength(model)),
+    "distance": (plain, distance),
+    "embed": (plain, lambda model, tmp: embed(model, prompts_of_task(0, n=2))),
+    "text_loss": (plain, lambda model, tmp: text_loss(model, labelled("llama")[:1])),
+    "sequence_losses": (plain, lambda model, tmp: sequence_losses(model, [([3, 4, 5], [3, 4, 5])], 0)),
+    "corda": (plain, lambda model, tmp: corda(model)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [name for name in RUNS if "intruders" not in name])  # which reads weights alone
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_is_run_in_evaluation_mode_and_for_gradients_only_where_they_are_asked_for(tmp_path, case):
+    """Whatever mode its caller has it in: by dropout numbers would be others, and a graph takes memory."""
+    make, act = RUNS[case]
+    model, seen = make(), set()
+    for module in model.modules():
+        if not [*module.children()]:
+            module.register_forward_pre_hook(lambda own, _: seen.add((own.training, torch.is_grad_enabled())))
+    act(model, tmp_path)
+    assert seen and {trains for trains, _ in seen} == {False}
+    assert case in LEARNS or {graph for _, graph in seen} == {False}
+
+
+def written(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+def read(tmp_path, name, text):
+    lora_init.load_batches(written(tmp_path, name, text), word_tokenizer())
+
+
+def subclass():
+    """A model of somebody's own, which derives from one of transformers."""
+    return type("Mine", (LlamaForCausalLM,), {"__module__": "mine"})(plain().config)
+
+
+def on(model, path):
+    with with_adapter(model, AdapterDirectory(path)):
+        pass
+
+
+def prepared(model, start):
+    adapted = prepare(Variant(start), StartInputs(model, AdapterShape(rank=2, lora_alpha=4), 0))
+    adapter_files(adapted.peft_model)
+    adapted.release()
+
+
+def made_up(tmp_path):
+    stats = llama_like(1)
+    return lora_init.allocate_ranks(stats, rank=2), stats
+
+
+# What is made of a temporary folder, and what is called with it. Whoever calls it may draw numbers, warn and compute in
+# modes of their own.
+CALLS = {
+    "read": (str, lambda tmp, _: read(tmp, "rows.csv", "text,more\nthe cat,1\n")),
+    "read what is damaged": (str, lambda tmp, _: read(tmp, "rows.jsonl", '{"text": "a"}\n{broken\n')),
+    "read too many fields": (str, lambda tmp, _: read(tmp, "rows.csv", "text\nthe cat,1,2\n")),
+    "budgets": (made_up, lambda tmp, made: budget_curves(*made)),
+    "load": (lambda tmp: (plain(), saved(tmp)), lambda tmp, made: on(*made)),
+    "verify": (lambda tmp: (plain(), saved(tmp), plain().eval()), lambda tmp, made: lora_init.verify(
+        made[1], made[0], word_tokenizer(), PROMPTS, partial(answer, made[2])
+    )),
+    "check": (lambda tmp: (saved(tmp), base(tmp)), lambda tmp, made: check_fit(*made)),
+    "start of PEFT": (lambda tmp: plain(), lambda tmp, model: prepared(model, "pissa")),
+    "start": (lambda tmp: plain(), lambda tmp, model: prepared(model, "random")),
+    "targets": (lambda tmp: subclass(), lambda tmp, model: new_heads(model)),
+    "no weights": (base, lambda tmp, path: open_model(path).empty()),
+    "evaluate": (lambda tmp: plain(), lambda tmp, model: text_loss(model, labelled("llama")[:1])),
+    "a command": (base, lambda tmp, path: run("inspect", path)),
+    "a command that fails": (str, lambda tmp, _: run("inspect", tmp / "none")),
+}  # fmt: skip
+# Here PEFT draws, as it does without us.
+DRAW = ("load",)
+
+
+def state_of_process():
+    """Describe what all code of a process shares, and a caller may have set."""
+    log = logging.getLogger("datasets")
+    return {
+        "warnings": ([*warnings.filters], warnings.showwarning),
+        "random": (torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        "tensors": (torch.get_default_dtype(), torch.get_default_device()),
+        "datasets": (log.level, datasets.are_progress_bars_disabled()),
+        "process": (dict(os.environ), Path.cwd(), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_a_process_is_as_it_was_after_a_call_and_after_one_that_failed(tmp_path, case):
+    make, act = CALLS[case]
+    for name in ("first", "second"):  # the first one imports what is its own
+        (tmp_path / name).mkdir()
+        made = make(tmp_path / name)
+        before = state_of_process()
+        with suppress(LoraInitError):
+            act(tmp_path / name, made)
+        after = state_of_process()
+    assert {key for key in before if after[key] != before[key]} <= ({"random"} if case in DRAW else set())
 
 
 def difference(after, before):

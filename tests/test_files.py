@@ -110,6 +110,16 @@ def test_of_a_file_that_is_not_finished_nothing_stays(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_of_a_lock_nothing_stays_whatever_its_block_raises(tmp_path):
+    for path in (tmp_path / "stats", tmp_path):  # a file and a directory
+        with pytest.raises(KeyError), locked(path, ""):
+            assert len([*tmp_path.iterdir()]) == 1
+            raise KeyError
+        assert not [*tmp_path.iterdir()]
+        with locked(path, ""):  # and the next one gets it
+            pass
+
+
 def test_a_full_disk_and_a_file_in_the_way_are_found_before_the_work(tmp_path, monkeypatch):
     def full(self, content):
         self.touch()

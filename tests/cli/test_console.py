@@ -3,21 +3,28 @@
 import json
 import re
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import typer
+from rich.status import Status
+from transformers import AutoModelForCausalLM
 
 from lora_init import Statistics
 from lora_init.cli import app as cli
 from lora_init.cli import commands, console
 from lora_init.cli.console import in_words, one_line_errors
 from lora_init.errors import LoraInitError, explain, warn
+from lora_init.loading.batches import load_batches
+from lora_init.loading.models import load_model
 from tests.assets import EXAMPLES
-from tests.commands import WORDS, assert_one_line_error, save_model
+from tests.bank.made import fit
+from tests.commands import WORDS, assert_one_line_error, save_model, tokenizer_of
 from tests.commands import run as run_here
 from tests.conftest import refused, tiny_llama
 from tests.processes import command_line, free_port, run
+from tests.serving.engine import Engine
 from tests.versions import needs_torchrun
 
 
@@ -27,6 +34,67 @@ def home(tmp_path_factory):
     save_model(tiny_llama(), home / "model")
     (home / "text.txt").write_text("\n".join(" ".join(WORDS[i % 19 :] + WORDS[: i % 7]) for i in range(28)))
     return home
+
+
+@pytest.fixture(scope="module")
+def made(home, tmp_path_factory):
+    """The model and data; a start, its statistics, two trained adapters, and a bank of them with a generator."""
+    made = tmp_path_factory.mktemp("made")
+    for name in ("model", "text.txt"):
+        (made / name).symlink_to(home / name)
+    data = load_batches(home / "text.txt", load_model(str(home / "model")).tokenizer)
+    for seed, name in enumerate(("one", "two")):
+        fit(AutoModelForCausalLM.from_pretrained(home / "model"), data, seed).save_pretrained(made / name)
+    for words in (
+        "init model text.txt --rank 2 --statistics stats -o start", "bank add kept one --data text.txt",
+        "bank add kept two --data text.txt", "bank train kept --steps 2",
+    ):  # fmt: skip
+        assert run_in(made, words).exit_code == 0, words
+    return made
+
+
+def run_in(folder, words, **places):
+    """Run a command whose words may be files of a folder; OUT and its like are `places`."""
+    found = [str(places.get(w, folder / w if (folder / w).exists() or w in NEW else w)) for w in words.split()]
+    return run_here(*found)
+
+
+NEW = ("start", "stats", "kept")
+IMPORTS, READS, LOADS = "importing torch and transformers", "reading model and the data", "loading model"
+BUSY = {
+    "env": ["importing torch"],
+    "init model text.txt --rank 2 -o OUT": [IMPORTS, READS, LOADS, "computing the start eva"],
+    "init model text.txt --rank 2 --method from-bank --bank kept -o OUT": [IMPORTS, READS, LOADS, "starting from kept"],
+    "init model text.txt --rank 2 --dry-run -o OUT": [IMPORTS, READS],
+    "ranks stats --rank 2": [],
+    "rate start text.txt": [IMPORTS, LOADS, "measuring"],
+    "inspect one --intruders": [IMPORTS, LOADS, "decomposing the weights"],
+    "inspect one --base model": [IMPORTS],
+    "inspect one --merge bfloat16 --data text.txt": [IMPORTS, "merging into model", LOADS, "measuring"],
+    "dial one text.txt --strength 0.5 --samples 36 -o OUT": [IMPORTS, LOADS, "measuring strengths"],
+    "replay model --n 2 --length 3 -o OUT": [IMPORTS, LOADS, "writing 2 texts"],
+    "export one -o OUT": [IMPORTS],
+    "export one --rank 1 --data text.txt -o OUT": [IMPORTS, LOADS],
+    "verify one --url URL --data text.txt --n 4": [IMPORTS, LOADS, "computing and asking 4 of 16 prompts"],
+    "bank add OUT one --data text.txt --encoder model": [IMPORTS, LOADS, LOADS, "embedding the prompts"],
+    "bank list kept": [IMPORTS],
+    "bank train kept --steps 2": [IMPORTS],
+    "compare model text.txt --rank 999 -o OUT": [IMPORTS],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", BUSY)
+def test_what_takes_long_is_said_while_it_runs(words, made, tmp_path, monkeypatch):
+    """A terminal shows it, and nothing else tells a command that works from one that hangs."""
+    said, enter = [], Status.__enter__
+    monkeypatch.setattr(Status, "__enter__", lambda self: (said.append(str(self.status)), enter(self))[1])
+    engine = Engine(tokenizer_of(WORDS))
+    engine.add("base", made / "model", None)
+    engine.add("one", made / "model", made / "one", parent="base")
+    with engine.running() if "URL" in words else nullcontext() as url:
+        done = run_in(made, words, OUT=tmp_path / f"out{'.jsonl' * words.startswith('replay')}", URL=url)
+    assert done.exit_code == words.startswith("compare"), done.output  # which ends before its runs
+    assert [re.sub(r"/\S*/", "", one) for one in said] == BUSY[words]
 
 
 @needs_torchrun

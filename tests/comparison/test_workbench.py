@@ -5,12 +5,12 @@ import shutil
 import pytest
 import torch
 
-from lora_init.comparison import workbench
+from lora_init.comparison import outlook, workbench
 from lora_init.comparison.runs import Run
 from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
 from tests.commands import save_model
-from tests.comparison.made import compare, set_up_bench, without_clock
+from tests.comparison.made import assert_same, compare, set_up_bench, snapshot, without_clock
 from tests.conftest import refused, tiny_llama
 
 
@@ -126,6 +126,23 @@ def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in bench.loaded.model.state_dict().items())
     bench.carry_out(Run(Variant("pissa"), 0, 1e-2))
     assert without_clock([bench.carry_out(Run(Variant("eva"), 0, 1e-2))]) == without_clock([first])
+
+
+@pytest.mark.parametrize(("name", "act"), [
+    ("train", lambda bench: bench.carry_out(Run(Variant("pissa"), 0, 1e-2))),
+    ("measure_rate", lambda bench: bench.measured_rates([Variant("random")])),
+    ("evaluate", outlook.measure),
+])  # fmt: skip
+def test_whatever_is_raised_the_plain_model_has_no_adapter_afterwards(name, act, home, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    bench = set_up_bench(home, tmp_path)
+    before = snapshot(bench.loaded.model)
+    monkeypatch.setattr(outlook if name == "evaluate" else workbench, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        act(bench)
+    assert_same(before, snapshot(bench.loaded.model))
 
 
 def test_what_is_no_fault_of_a_start_is_raised_and_what_is_makes_a_failed_run(home, tmp_path, monkeypatch):
