@@ -638,7 +638,7 @@ class Searched:
     """A model of two layers whose losses are simple sums of its strengths, and what a search asks of it."""
 
     def __init__(self, monkeypatch, *fitted):
-        self.asked, self.parts, self.lines, self.limits = [], [], [], None
+        self.asked, self.parts, self.lines, self.limits, self.best = [], [], [], None, 0.85
         self.task, self.kept = (
             _Thirds([f"{kind} fit"], [f"{kind} choose"], [f"{kind} report"]) for kind in ("task", "kept")
         )
@@ -647,7 +647,7 @@ class Searched:
             assert (task, kept) in ((self.task.choose, self.kept.choose), (self.task.report, self.kept.report))
             self.asked.append((task[0].split()[1], dict(layers)))
             a, b = layers.values()
-            rows = [(2 + ((a + b) / 2 - 0.85) ** 2, 2.0)] * 3, [(1 + a * a, 4.0)] * 5
+            rows = [(2 + ((a + b) / 2 - self.best) ** 2, 2.0)] * 3, [(1 + a * a, 4.0)] * 5
             return tuple(torch.tensor([(loss * n, n) for loss, n in some], dtype=torch.float64) for some in rows)
 
         def fits(model, task, keep, rule, limit, trained, measure):
@@ -701,6 +701,15 @@ def test_a_search_fits_each_layer_and_reports_what_else_there_was(monkeypatch):
     assert model.parts == [1 + 6 + 4 + 6 * (2 + 3 * 24), *[1] * 7, *[1 + 3 * 24 / 2] * 3]
     assert model.lines[:2] == ["strength 0: task 2.723", "strength 0.4: task 2.203, text to keep +0.160"]
     assert model.lines[7] == "strength 0.85 on average, fitted with weight 0.3: task 2.000, text to keep +0.062"
+
+
+def test_the_base_is_not_the_best_strength_even_if_it_loses_least(monkeypatch):
+    """Then the first of the curve is, 0.4: an adapter of zeros is none."""
+    model = Searched(monkeypatch)
+    model.best = 0.1
+    found = model.search()
+    assert model.limits[0] == pytest.approx(2.09 * 1.02) and found.chosen.strength == 0.4
+    assert found.task["best"].loss == pytest.approx(2.09) and found.task["base"].loss == pytest.approx(2.01)
 
 
 @pytest.mark.parametrize(("asked", "fitted", "chosen", "names", "notes"), [

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -650,3 +651,31 @@ def test_answers_are_those_of_each_prompt_alone_whatever_the_batches(monkeypatch
 def test_what_is_no_list_of_prompts_is_refused(prompts, said):
     refused(said, verify_room.check_prompts, prompts)
     verify_room.check_prompts(["w1", [{"role": "user", "content": "w1"}]])
+
+
+@pytest.mark.parametrize(("lost", "served", "said"), [
+    (0.25, 1.0, "served as exported, which lost 25.00% of the update: 0 off "),
+    (0.25, 0.0, "ignored: what answers is the base; 0 off "),
+    *((lost, 1.0, "served as trained: 0 off ") for lost in (0.0, 1, "much", None)),  # a record may be anybody's
+])  # fmt: skip
+def test_what_an_export_lost_is_said_of_one_that_is_served_as_it_is(lost, served, said, home, monkeypatch):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(home / "base"), word_tokenizer()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base"), home / "plain").eval()
+
+    @torch.no_grad()
+    def ask(prompt):
+        with adapted.disable_adapter() if not served else nullcontext():
+            logits = adapted(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1]
+        return dict(enumerate(logits.double().log_softmax(-1).float().mul(1e4).round().div(1e4).tolist()))
+
+    monkeypatch.setattr(verify_room, "note_of", lambda path: (f"a note on {path.name}", "another"))
+    monkeypatch.setattr(
+        verify_room, "is_as_written", lambda path, name: (path, name) == (home / "plain", "export.json")
+    )
+    monkeypatch.setattr(verify_room, "read_json", lambda path: {"error": lost})
+    found = lora_init.verify(home / "plain", model, tokenizer, ["w1 w2 w3", "w4 w5"], ask, n=1)
+    assert re.sub(r": \S+ off|; \S+ off", lambda match: match[0][:2] + "0 off", found.text).startswith(said), found.text
+    assert (
+        found.text.endswith("; a note on plain; another") and found.verdict == said.partition(":")[0].partition(",")[0]
+    )
+    assert found.prompts == 1
