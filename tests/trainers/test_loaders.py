@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer
 
 import lora_init
+from lora_init.rates.training_length import TrainingLength
+from lora_init.trainers import loaders
 from lora_init.trainers.loaders import examples_of_a_step
 from lora_init.trainers.trainers import TrainerIntegration
 from tests.commands import tokenizer_of
@@ -547,3 +549,114 @@ def test_keys_that_are_lists_are_counted(tmp_path, tokenizer):
 def test_a_step_has_the_examples_of_all_processes():
     args = types.SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=3, world_size=4)
     assert examples_of_a_step(args) == 24
+
+
+@pytest.mark.parametrize(("drawn", "numbers"), [
+    (3, [3]), (torch.tensor(3), [3]), (torch.tensor([1, 2]), [1, 2]), (np.array([1, 2]), [1, 2]), (range(2), [0, 1]),
+    ((1, torch.tensor(2)), [1, 2]), ([[1, 2], {"a": 1}], ["[1, 2]", "{'a': 1}"]), ("key", ["key"]),
+])  # fmt: skip
+def test_what_a_sampler_draws_can_be_counted(drawn, numbers):
+    assert loaders._numbers(drawn) == numbers
+
+
+@pytest.mark.parametrize(("batch", "rows"), [
+    ({"input_ids": torch.ones(2, 3), "lengths": torch.ones(7)}, 2),
+    ({"pixel_values": torch.ones(4, 1, 2), "lengths": torch.ones(5), "loss": torch.tensor(1.0), "text": "a" * 9}, 5),
+])  # fmt: skip
+def test_the_rows_of_a_batch_are_counted_by_its_tokens_if_it_has_any(batch, rows):
+    assert loaders._rows_of(batch) == rows
+
+
+def arguments(**more):
+    settings = {"train_batch_size": 4, "gradient_accumulation_steps": 1, "world_size": 1}
+    return types.SimpleNamespace(**settings | more)
+
+
+def of_ids(items):
+    return {"input_ids": torch.ones(len(items), 2)}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_processes_that_draw_parts_draw_all_of_the_data_together(shuffle):
+    """In each epoch another part, if they are shuffled: one process sees more rows than its share."""
+    sampler = torch.utils.data.DistributedSampler(range(16), num_replicas=2, rank=0, shuffle=shuffle)
+    loader = torch.utils.data.DataLoader(range(16), 4, sampler=sampler, collate_fn=of_ids)
+    for epochs in (1, 2, 5):
+        length = loaders.length_of(arguments(world_size=2), 2 * epochs, loader)
+        assert length == TrainingLength(2 * epochs, 8, 16) and length.epochs == epochs
+    accumulated = arguments(world_size=2, gradient_accumulation_steps=2)
+    assert loaders.length_of(accumulated, 4, loader) == TrainingLength(4, 16, 16)
+
+
+def test_a_batch_that_is_split_among_processes_has_no_more_examples():
+    nothing = loaders._Drawn()
+    for split, n in ((True, 6.0), (False, 18.0)):
+        inner = types.SimpleNamespace(split_batches=split)
+        for how in (dict(batch_sampler=inner), dict(split_batches=split)):
+            loader = types.SimpleNamespace(batch_size=6, **how)
+            assert loaders._examples_of_a_batch(arguments(world_size=3), loader, nothing) == n
+    of_arguments = loaders._examples_of_a_batch(arguments(world_size=3), types.SimpleNamespace(), nothing)
+    assert of_arguments == 12.0
+    drawn = loaders._Drawn([[1], [2, 3, 4]], 1.0, 2.5)
+    assert loaders._examples_of_a_batch(arguments(), types.SimpleNamespace(batch_size=9), drawn) == 5.0
+
+
+def test_a_training_without_a_loader_is_as_long_as_its_arguments_say():
+    asked = arguments(gradient_accumulation_steps=3, world_size=2)
+    assert loaders.length_of(asked, 7) == loaders.length_of(asked, 7.0, None) == TrainingLength(7, 24)
+    loader = torch.utils.data.DataLoader(range(10), 4, collate_fn=of_ids)
+    assert loaders.length_of(arguments(), 3, loader) == TrainingLength(3, 4, 10)
+    assert loaders.length_of(arguments(gradient_accumulation_steps=9), 3, loader) == TrainingLength(3, 10, 10)
+
+
+def test_long_epochs_are_not_drawn(monkeypatch):
+    loader = torch.utils.data.DataLoader(range(10), 4, collate_fn=of_ids)
+    drawn = loaders._draw(loader, 1.5)
+    assert drawn == loaders._Drawn([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3], [4, 5, 6, 7]], 1.5, 1.0)
+    monkeypatch.setattr(loaders, "_MOST_DRAWN", 10)
+    assert loaders._draw(loader, 4.0) == loaders._Drawn(drawn.batches[:3], 1.0, 1.0)
+    monkeypatch.setattr(loaders, "_MOST_DRAWN", 9)
+    assert loaders._draw(loader, 4.0) == loaders._Drawn([], 0.0, 1.0)
+
+
+def test_models_are_not_copied_with_what_holds_them():
+    model, shared = torch.nn.Linear(2, 2), [1]
+    held = types.SimpleNamespace(model=model, kept=[1], shared=shared, inner=types.SimpleNamespace(model=model))
+    copied = loaders._copied(held, shared)
+    assert copied is not held and copied.kept == [1] and copied.kept is not held.kept
+    assert copied.model is copied.inner.model is model and copied.shared is shared
+    locked = types.SimpleNamespace(lock=threading.Lock())
+    method = Collators().method
+    assert loaders._copied(locked) is locked and loaders._copied(method) is method
+    nested = types.SimpleNamespace(a=types.SimpleNamespace(b=types.SimpleNamespace(c=model)))
+    assert [*loaders._models_in(nested)] == [model] and [*loaders._models_in(types.SimpleNamespace(x=nested))] == []
+
+
+def test_streams_of_datasets_begin_anew_and_others_may_be_there_once():
+    stream = Dataset.from_list([{"a": 1}]).to_iterable_dataset()
+    used_up = [loaders.is_used_up(rows) for rows in (Steady(), stream, [1], None)]
+    assert used_up == [True, False, False, False]
+
+
+def test_a_loader_is_as_it_was_after_it_was_read():
+    class Closes:
+        ended = 0
+
+        def end(self):
+            self.ended += 1
+
+    generator, collate = torch.Generator().manual_seed(3), Collators()
+    inner = torch.utils.data.DataLoader(
+        [{"input_ids": [1, i]} for i in range(8)], 4, shuffle=True, generator=generator, collate_fn=collate.method,
+        num_workers=1, persistent_workers=True,
+    )  # fmt: skip
+    loader, before = Closes(), generator.get_state().clone()
+    loader.base_dataloader, loader.generator = inner, torch.Generator().manual_seed(4)
+    of_loader, method = loader.generator.get_state().clone(), inner.collate_fn
+    with loaders.without_trace(loader):
+        assert inner.persistent_workers is False
+        torch.rand(1, generator=generator), torch.rand(1, generator=loader.generator)
+        collate.n = 5
+        inner.collate_fn = None
+    assert torch.equal(generator.get_state(), before) and torch.equal(loader.generator.get_state(), of_loader)
+    assert (inner.persistent_workers, inner.collate_fn, collate.n, loader.ended) == (True, method, 0, 1)
