@@ -3,6 +3,7 @@
 import copy
 import math
 import platform
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -13,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_init
-from lora_init import LoraInitError, collect
+from lora_init import LoraInitError, collect, find_targets
+from lora_init.collection.collect import check_targets
 from lora_init.layers.identity import fingerprint, model_config
 from tests import reference
 from tests.collection.made import all_rows, low_rank_inputs, two_layers
@@ -216,6 +218,44 @@ def test_what_a_pass_says_of_itself():
         bad_batches=0,
     )  # fmt: skip
     assert model_config(model).items() <= settings.items()
+
+
+class Squares:
+    def __call__(self, output, batch):
+        return output.square().mean()
+
+
+def test_functions_are_known_by_their_names_and_layers_by_a_hash():
+    def named(model, batch):
+        return model(batch)
+
+    batches = low_rank_inputs(2)
+
+    def settings(model, targets="all-linear", **options):
+        return collect(model, batches, targets, rank=2, **options).provenance.settings
+
+    made = settings(two_layers(), forward=named, gradients=True, loss=Squares())
+    assert made["forward"].endswith("<locals>.named") and made["loss"] == "Squares"
+    both = settings(two_layers())
+    assert "loss" not in both and both["forward"] is None and both["layers"] == made["layers"]
+    assert re.fullmatch(r"2 \([0-9a-f]{8}\)", both["layers"])
+    wide = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 5))
+    odd = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4), nn.Embedding(3, 2))
+    found = [both["layers"], settings(wide)["layers"], settings(two_layers(), ["0"])["layers"]]
+    found.append(settings(odd, ["0", "2", "3"], forward=lambda model, batch: model[:3](batch))["layers"])
+    assert len({*found}) == 4 and [text[0] for text in found] == list("2212")
+
+
+def test_layers_that_no_rank_fits_are_counted():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4), nn.Linear(4, 4))
+    words = (
+        r"^layer '0': rank=4 is larger than its input width 3 \(2 such layers\). Use a smaller rank, or exclude them.$"
+    )
+    refused(words, check_targets, model, find_targets(model), 4)
+    check_targets(model, find_targets(model), 2)
+    model[0].weight.full_tensor = lambda: None
+    words = "^Sequential is split by tensor parallelism: in each process a layer reads only a part of its input."
+    refused(words, check_targets, model, find_targets(model), 2)
 
 
 def test_statistics_of_one_batch_know_no_halves():

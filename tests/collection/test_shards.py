@@ -1,13 +1,18 @@
 """Which batches a process reads, without a second process: a stand-in says what the others have."""
 
+import itertools
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from queue import Queue
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from lora_init.collection.loop import Collected
 from lora_init.collection.processes import Processes, Shard, digest_of, own_batches
 from tests.conftest import refused
 
@@ -169,3 +174,54 @@ def test_what_was_given_to_one_process_alone_is_named():
     refused("^rank 1 has rho None, rank 0 has 2.", Told({"rho": 2}, {}).check_alike, {})
     Told({"rho": 2}, {"rho": 2}).check_alike({})
     assert Told((1, 2), (3, True), (0, 0)).sum(1, 2) == [4, 3]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_what_all_have_found_is_put_together_in_the_order_of_ranks(size, monkeypatch):
+    """Each process is a thread here, and sends by queues; in the end all have the same, and what each had stays."""
+    queues, here = {pair: Queue() for pair in itertools.product(range(size), repeat=2)}, threading.local()
+
+    def send(values, to, group):
+        queues[here.rank, to].put(values[0])
+
+    def receive(values, source, group):
+        values[0] = queues[source, here.rank].get(timeout=10)
+
+    def broadcast(values, source, group):
+        if here.rank != source:
+            return receive(values, source, group)
+        return [queues[source, other].put(values[0]) for other in range(size) if other != source]
+
+    for name, stand_in in (("send", send), ("recv", receive), ("broadcast", broadcast)):
+        monkeypatch.setattr(torch.distributed, f"{name}_object_list", stand_in)
+
+    def one(rank):
+        here.rank, processes = rank, Processes(alone=True)
+        processes.rank, processes.size = rank, size
+        own = Collected(n_labels=10**rank, n_batches=[rank], bad=[f"of {rank}"])
+        whole = processes.merge(own)
+        assert (own.n_labels, own.n_batches) == (10**rank, [rank])
+        return whole.n_labels, whole.n_batches, whole.bad
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(one, range(size)))
+    everyone = list(range(size))
+    assert found == [(int("1" * size), everyone, [f"of {rank}" for rank in everyone])] * size
+
+
+@pytest.mark.parametrize(("size", "others"), [(2, "1 other process"), (4, "3 other processes")])
+def test_a_process_that_waits_in_vain_says_for_how_many(size, others, monkeypatch):
+    def broken(*_, **options):
+        raise RuntimeError("Connection closed\nat socket.cpp:3")
+
+    for name in ("all_gather_object", "broadcast_object_list", "send_object_list"):
+        monkeypatch.setattr(torch.distributed, name, broken)
+    processes = Processes(alone=True)
+    processes.rank, processes.size = 1, size
+    words = (
+        f"^rank 1 waited for {others}, of which one has ended or did not answer: Connection closed. "
+        "What the others printed says why.$"
+    )
+    for wait in (processes.gather, processes.share):
+        refused(words, wait, 3)
+    refused(words, processes.merge, Collected())
