@@ -11,11 +11,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
 from lora_init import LoraInitError, build_adapter, collect
 from lora_init.adapters.card import correction_of, start_in_words
-from lora_init.adapters.directory import AdapterDirectory
+from lora_init.adapters.directory import AdapterDirectory, start_digest
 from lora_init.starts.starts import find_start
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, uneven
 from tests.conftest import MODELS, batches_for, refused, tiny_bert, tiny_llama
@@ -103,7 +104,9 @@ def test_heads_that_peft_trains_whole_are_in_the_file(task, task_type, after_app
         expected = {k: v.clone() for k, v in peft.get_peft_model_state_dict(peft_model).items()}
         init.save_pretrained(tmp_path / "adapter", model=model)
     else:
+        drawn = torch.get_rng_state()
         init.save_pretrained(tmp_path / "adapter", model=model)
+        assert torch.equal(torch.get_rng_state(), drawn)  # PEFT draws, and the generator is the caller's
         expected = {k: v.clone() for k, v in peft.get_peft_model_state_dict(init.apply(model)).items()}
     loaded = peft.get_peft_model_state_dict(load(tiny_bert(task), tmp_path / "adapter"))
     assert loaded.keys() == expected.keys() and len(loaded) > 2 * len(init.ranks)
@@ -257,6 +260,17 @@ def test_modules_to_save_are_trained_whole_and_saved(tied, names, tmp_path):
     ours, theirs = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("adapter", "by_peft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_start_is_known_by_the_numbers_in_its_file_whatever_their_type(dtype, tmp_path):
+    """Rounded twice, by way of float16, some numbers are others than rounded at once."""
+    stats = collect(tiny_llama(), batches_for("llama"), rank=4, gradients=True)
+    init = replace(build_adapter(stats, 4, "lora-ga"), dtype=dtype)
+    origin = json.loads((init.save_pretrained(tmp_path / "start") / "lora_init.json").read_text())
+    saved = load_file(tmp_path / "start" / "adapter_model.safetensors")
+    pairs = {name: [saved[f"base_model.model.{name}.lora_{one}.weight"] for one in "AB"] for name in init.weights}
+    assert origin["start"] == start_digest(pairs)
 
 
 def test_layers_without_a_spectrum_are_in_the_file_with_pefts_start(tmp_path):

@@ -88,6 +88,20 @@ def test_what_cannot_be_filled_is_refused(case):
     refused(message, make)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.filterwarnings("ignore:batch 1 failed")
+def test_a_pass_that_ends_early_leaves_the_adapter_that_was_there(error):
+    def ends_early():
+        yield batches_for("llama")[0]
+        raise error
+
+    model = fresh()
+    before = {name: (type(module), id(module)) for name, module in model.named_modules()}
+    with pytest.raises(error):
+        lora_init.initialize(model, ends_early())
+    assert {name: (type(module), id(module)) for name, module in model.named_modules()} == before
+
+
 def test_transformers_saves_and_loads_what_was_filled(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     model = add_adapter(type(tiny_llama()).from_pretrained(tmp_path / "base"))

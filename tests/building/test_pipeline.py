@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init import LoraInitError, initialize
+from lora_init import LoraInitError, collect, initialize, load_batches
 from lora_init.adapters.directory import carried
 from lora_init.adapters.init_config import InitConfig
 from lora_init.building import pipeline
 from lora_init.building.pipeline import Examples, build, check, choose, collect_for, fit_to, read, split, take
+from lora_init.collection.processes import Processes
 from lora_init.layers.targets import find_targets
 from lora_init.loading.batches import Batches
 from tests.collection.made import labelled
@@ -39,6 +40,34 @@ def test_what_a_step_is_measured_on_is_no_part_of_the_statistics(n, left):
         assert found.batches.settings["set aside"] == 16 and found.data == f"{batches.description}, 16 set aside"
     else:
         assert found.data == batches.description and "set aside" not in found.batches.settings
+
+
+@pytest.mark.parametrize("offset", [0, 40])
+def test_examples_to_measure_on_come_right_after_those_to_learn_from(offset):
+    """Both together are what one reading of as many gives; nothing that was to be passed over is among them."""
+    rows, options = [{"text": f"row {i}"} for i in range(99)], dict(offset=offset, batch_size=4)
+    config = choose(InitConfig.from_arguments("test", "lora-one", samples=20, **options), classifies=False)
+    batches, beyond = read(rows, byte_tokenizer(), config, seq2seq=False, known=())
+    n = sum(len(batch["input_ids"]) for batch in beyond)
+    assert n > 0
+    whole = load_batches(rows, byte_tokenizer(), samples=20 + n, needs_labels=True, **options)
+    assert texts_of(batches) | texts_of(beyond) == texts_of(whole) and not texts_of(batches) & texts_of(beyond)
+
+
+def texts_of(batches):
+    rows = [row for one in batches for row in zip(one["input_ids"], one["attention_mask"], strict=True)]
+    return {tuple(ids[mask.bool()].tolist()) for ids, mask in rows}
+
+
+def test_all_processes_decide_by_the_mean_of_their_losses(monkeypatch):
+    """Each has held-out examples of its own. Another process stands for all others here: it measures 2 more."""
+    model, batches = tiny_llama(), labelled("llama")
+    config = choose(InitConfig.from_arguments("test", "lora-one", gamma=64.0), classifies=False)
+    stats = collect(model, batches[:3], rank=2, gradients=True)
+    alone = build(model, stats, 2, config, batches[3:])
+    monkeypatch.setattr(Processes, "gather", lambda self, loss: [loss, loss + 2.0])
+    found = build(model, stats, 2, config, batches[3:])
+    assert found.losses == pytest.approx([loss + 1.0 for loss in alone.losses])
 
 
 class OfClasses(list):

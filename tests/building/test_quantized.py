@@ -221,6 +221,24 @@ def test_what_has_no_whole_matrix_is_refused_before_anything_is_read(directory):
     refused(said, QuantizationErrors, model, find_targets(model).layers, directory)
 
 
+@pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_that_is_undone_computes_in_the_type_of_its_rows(dtype, bias, directory):
+    model, rows = plain(), torch.randn(3, 128, dtype=dtype)
+    expected = rows.float() @ model.get_submodule(DOWN).weight.T
+    layer = PackedLinear(model.get_submodule(DOWN))
+    layer.bias = None
+    if bias is not None:
+        layer.bias = nn.Parameter(torch.randn(64).to(bias))
+        expected = expected + layer.bias.float()
+    model.set_submodule(DOWN, layer)
+    errors = QuantizationErrors(model, {DOWN: find_targets(model, [DOWN]).layers[DOWN]}, directory)
+    with errors.undone():
+        found = layer(rows)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.0, atol=4 * torch.finfo(dtype).eps)  # numbers up to 3
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_without_a_loss_the_distance_to_the_outputs_of_the_whole_weights_counts(masked, directory):
     """One minus the cosine, of each token that is no padding, by hand."""

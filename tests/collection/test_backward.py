@@ -170,6 +170,30 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradient_and_is_named():
     assert stats.gradient("unused").weighted.total_variance == 0.0
     assert stats.gradient("unused").singular_values.shape == (0,)
     assert "unused: the loss does not depend on its output (1 such layers)." in stats.provenance.notes
+    assert {stats.gradient(name).weighted.n_samples for name in stats} == {27}  # each row once
+
+
+@pytest.mark.parametrize("fails_at", ["the loss", "backward"])
+def test_a_batch_that_failed_leaves_nothing_to_those_after_it(fails_at):
+    """No row of it, and none twice: sums are those of a pass that never saw it."""
+    model, good = tiny_llama(), labelled("llama", n_batches=3)
+    marked = labelled("llama", n_batches=1, seed=9)[0] | {"fails": True}
+
+    def forward(model, batch):
+        return model(**{key: value for key, value in batch.items() if key != "fails"})
+
+    def loss(output, batch):
+        if "fails" not in batch:
+            return output.loss
+        return output.loss * torch.nan if fails_at == "the loss" else fails_backward("no kernel")(output, batch)
+
+    asked = dict(rank=4, gradients=True, tolerance=0.0, forward=forward, loss=loss)
+    expected = collect(model, good, **asked)
+    found = collect(model, [good[0], marked, *good[1:]], **asked, skip_bad_batches=1)
+    for name in expected:
+        ours, theirs = found.gradient(name).weighted, expected.gradient(name).weighted
+        assert ours.n_samples == theirs.n_samples
+        assert ours.total_variance == pytest.approx(theirs.total_variance, rel=1e-5)
 
 
 def fails_backward(said):

@@ -114,6 +114,14 @@ def test_every_start_is_trained_with_the_same_replayed_text(home, tmp_path):
         compare(home, tmp_path / "classes", model="bert", label="first", replay=texts)
 
 
+def test_no_text_is_longer_than_asked_whatever_it_is_for(home, tmp_path):
+    texts = home / "long.txt"
+    texts.write_text("\n".join(" ".join(WORDS[i : i + 12]) for i in range(4)))
+    bench = set_up_bench(home, tmp_path, retain_data=texts, replay=texts, max_length=9)
+    for batches in (bench.retain, bench.replay):
+        assert {batch["input_ids"].shape[1] for batch in batches} == {9}
+
+
 def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
     records = of_equal_steps(full[0].records)
     assert len({record["report_loss"][0] for record in records}) == 1

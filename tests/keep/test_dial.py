@@ -467,6 +467,23 @@ def test_a_rule_says_what_was_asked_limits_the_task_and_what_it_missed(asked, wo
     assert rule.missed(point(0.4, 9.0, asked.get("keep_within", 0.3))) == []  # at the limit
 
 
+@pytest.mark.parametrize("base", [1.0, 9.0], ids=["worse than the base", "better"])
+def test_the_best_strength_is_one_that_can_be_chosen(base, monkeypatch):
+    """Strength 0 is none, however good the base is: what is within the rule is so by the adapter's own best."""
+
+    def at(model, layers, task, kept):
+        strength = next(iter(layers.values()))
+        on_task = 1.5 - 0.1 * strength if strength else base
+        return torch.tensor([[on_task, 1.0]]), torch.tensor([[1.0 + strength, 1.0]])
+
+    monkeypatch.setattr("lora_init.keep.dial._losses_at", at)
+    model, batches = trained_model()
+    found = dial(model, batches, batches_for("llama", seed=1), uniform=True)
+    best = min(point.task for point in found.curve[1:])
+    within = [point for point in found.curve[1:] if point.task <= 1.02 * best]
+    assert found.chosen == min(within, key=lambda point: point.rise) and 1 < len(within) < len(found.curve) - 1
+
+
 @pytest.mark.parametrize(("asked", "rises", "tried"), [
     ({}, [0.9, 0.5, 0.2, 0.1, 0.05], [0.3, 1.0, 3.0, 10.0]),  # the task is lost at the fourth
     ({}, [0.9, 0.5, 0.495], [0.3, 1.0, 3.0]),  # the third gains nothing

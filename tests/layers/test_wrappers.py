@@ -24,6 +24,7 @@ from lora_init.layers.wrappers import (
     unwrapped,
     weights,
 )
+from tests.collection.made import labelled
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "t5": tiny_t5}
@@ -142,6 +143,27 @@ def test_autocast(inside):
     # And close to the float32 model's: bfloat16 keeps three digits of a row.
     full = collect(model, batches, rank=4)
     assert stats.total_variance(name) == pytest.approx(full.total_variance(name), rel=0.02)
+
+
+def test_around_a_pass_autocast_changes_nothing_that_the_model_does_not_compute():
+    """Where the model leaves it, every number is the one that there is without."""
+
+    def forward(model, batch):
+        with torch.autocast("cpu", enabled=False):
+            return model(**batch)
+
+    model, batches = tiny_llama(), labelled("llama")
+    asked = dict(rank=4, gradients=True, forward=forward)
+    plain = collect(model, batches, **asked)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect(model, batches, **asked)
+    assert_same(found, plain)
+    assert found.provenance.keeps == plain.provenance.keeps
+    for name in plain:
+        ours, theirs = found.gradient(name), plain.gradient(name)
+        assert torch.equal(ours.weighted.components, theirs.weighted.components)
+        assert torch.equal(ours.left, theirs.left) and torch.equal(ours.right, theirs.right)
+        assert ours.importance == theirs.importance
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -1,4 +1,4 @@
-"""Pictures of a plan: what is in them, for 2 to 80 blocks, and hostile names."""
+"""Pictures of a plan: what is in them, for 1 to 80 blocks, and hostile names."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ def every_axes(figure):
     return list(figure.axes)
 
 
-@pytest.mark.parametrize("n_blocks", [2, 30, 80])
+@pytest.mark.parametrize("n_blocks", [1, 2, 30, 80])
 def test_the_figure_has_all_layers_kinds_and_policies(n_blocks):
     stats = llama_like(n_blocks)
     plan = allocate_ranks(stats, rank=4)

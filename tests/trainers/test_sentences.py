@@ -72,6 +72,23 @@ def test_the_cached_loss_has_the_gradients_of_the_plain_one(tmp_path):
         assert other[name].n_samples == one[name].n_samples  # the first of its two passes does not count twice
 
 
+class InParts(losses.MultipleNegativesRankingLoss):
+    """A loss of two components, each of which the trainer adds up by its name until it writes them."""
+
+    def forward(self, *arguments, **options):
+        loss = super().forward(*arguments, **options)
+        return {"one": loss / 4, "other": loss * 3 / 4}
+
+
+def test_what_the_trainer_has_added_up_for_its_next_report_is_as_it_was(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.loss = InParts(trainer.model)
+    trainer.accum_loss_components["train"]["one"] = torch.tensor(3.0)
+    before = copy.deepcopy(trainer.accum_loss_components)
+    lora_init.initialize(trainer, rank=2)
+    assert trainer.accum_loss_components == before
+
+
 def test_training_reads_the_batches_that_the_statistics_are_from(tmp_path, monkeypatch):
     seen, trained = seen_by(SentenceIntegration, monkeypatch), []
     trainer = trainer_of(tmp_path)
