@@ -317,3 +317,8 @@ def test_a_converted_adapter_corrects_no_error_any_more(tmp_path):
     path = tmp_path / "start" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 4}))
     assert AdapterDirectory(tmp_path / "start").error_size == 0.0
+
+
+@pytest.mark.parametrize("theirs", [None, 3, "", "GPT", "{", "[]", "{}", '{"lora_init": 3}', "null"])
+def test_what_others_have_put_where_an_origin_travels_is_none(theirs):
+    assert carried({"megatron_core": theirs}) == carried({"auto_mapping": theirs}) == carried({}) == {}

@@ -196,6 +196,33 @@ def test_a_batch_that_failed_leaves_nothing_to_those_after_it(fails_at):
         assert ours.total_variance == pytest.approx(theirs.total_variance, rel=1e-5)
 
 
+def test_a_model_that_does_not_say_what_embeds_its_inputs_is_run_backward_all_the_same():
+    class Hears(nn.Sequential):
+        def get_input_embeddings(self):
+            raise NotImplementedError  # as a model of transformers that reads sound
+
+    model, batches = Hears(nn.Linear(6, 4)), [torch.randn(9, 6) for _ in range(3)]
+    asked = dict(rank=2, gradients=True, loss=lambda output, batch: output.square().mean())
+    found, expected = collect(model, batches, **asked), collect(nn.Sequential(*model), batches, **asked)
+    assert torch.equal(found.gradient("0").left, expected.gradient("0").left)
+
+
+class FixedError(Exception):
+    def __setattr__(self, name, value):
+        if not name.startswith("__"):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+def test_an_error_that_takes_no_attribute_is_raised_as_it_is():
+    def broken():
+        yield labelled("llama")[0]
+        raise FixedError("mine")
+
+    with pytest.raises(FixedError, match="mine"):
+        collect(tiny_llama(), broken(), ["down_proj"], rank=2)
+
+
 def fails_backward(said):
     """A loss whose backward pass raises, as on a GPU without room or at a layer without a gradient."""
 

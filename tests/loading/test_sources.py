@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -33,6 +34,37 @@ def test_every_kind_of_file_gives_the_same_batches(write, tokenizer, tmp_path):
         batches = load_batches(str(tmp_path / name), tokenizer)
         assert sorted(texts(batches, tokenizer)) == sorted(row["text"] + "<eos>" for row in rows), name
         assert {value.dtype for batch in batches for value in batch.values()} == {torch.int64}
+
+
+ZIPPED = gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)
+BEGIN = {
+    "a.jsonl": b'{"text": "a", "more": 1}\n{', "a.csv": b"text,more\na,1\n", "a.txt": b"text,more\n",
+    "empty.jsonl": b"", "cut off.jsonl": b'{"text"', "number.jsonl": b"3\n", "list.jsonl": b"[1, 2]\n",
+    "text.jsonl": b'"text"\n', "null.jsonl": b"null\n", "latin.jsonl": b'{"caf\xe9": 1}\n',
+    "latin.csv": b"caf\xe9,b\n", "long.csv": b"a" * 200_000, "plain.jsonl.gz": b'{"text": "a"}\n',
+    "cut off.jsonl.gz": ZIPPED[:18], "spoiled.jsonl.gz": ZIPPED[:10] + bytes(range(99, 140)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEGIN)
+def test_a_quick_look_at_the_columns_leaves_what_is_wrong_to_the_reading(name, tmp_path):
+    (tmp_path / name).write_bytes(BEGIN[name])
+    assert columns_of(str(tmp_path / name)) == (["text", "more"] if name in ("a.jsonl", "a.csv") else [])
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("content", ['{"text": "a"}\n', '{"text": "a"}\n{broken\n'], ids=["sound", "damaged"])
+def test_what_datasets_prints_is_as_the_caller_has_set_it(content, shown, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("datasets"), "level", logging.INFO)
+    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+    try:
+        (tmp_path / "rows.jsonl").write_text(content)
+        with suppress(LoraInitError):
+            read_rows(str(tmp_path / "rows.jsonl"))
+        assert logging.getLogger("datasets").level == logging.INFO
+        assert datasets.are_progress_bars_disabled() != shown
+    finally:
+        datasets.enable_progress_bars()
 
 
 def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):

@@ -562,11 +562,14 @@ def test_the_revision_of_a_base_in_the_hubs_cache_is_compared(bases, tmp_path):
         assert [line for line in found.lines if "revision" in line] == said and not found.stops
 
 
-def test_a_base_that_is_not_here_is_named(bases, tmp_path):
-    directory = adapter(bases, "llama", tmp_path / "a", **QV)
-    change(directory, base_model_name_or_path="somebody/llama")
+@pytest.mark.parametrize("named", ["somebody/llama", "no/name/of the hub", "{tmp}/damaged"])
+def test_a_base_that_is_not_here_is_named(bases, tmp_path, named):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    directory, named = adapter(bases, "llama", tmp_path / "a", **QV), named.replace("{tmp}", str(tmp_path))
+    change(directory, base_model_name_or_path=named)
     found = check_fit(directory, str(bases / "llama"))
-    assert not found.misfits and "names 'somebody/llama' as its base, with which" in found.notes[0]
+    assert not found.misfits and f"names {named!r} as its base, with which" in found.notes[0]
 
 
 TRAINED_WITH = {name: RIGHT[name] for name in (

@@ -11,12 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorWithFlattening, Trainer
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import lora_init
 from lora_init.rates.training_length import TrainingLength
 from lora_init.trainers import loaders
-from lora_init.trainers.loaders import examples_of_a_step
+from lora_init.trainers.loaders import check_repeats, examples_of_a_step, length_of, without_trace
 from lora_init.trainers.trainers import TrainerIntegration
 from tests.commands import tokenizer_of
 from tests.conftest import tiny_llama
@@ -660,3 +660,39 @@ def test_a_loader_is_as_it_was_after_it_was_read():
         inner.collate_fn = None
     assert torch.equal(generator.get_state(), before) and torch.equal(loader.generator.get_state(), of_loader)
     assert (inner.persistent_workers, inner.collate_fn, collate.n, loader.ended) == (True, method, 0, 1)
+
+
+class Raises:
+    """A part of a loader that raises whatever is done with it, but for its length."""
+
+    def __len__(self):
+        return 8
+
+    def _raise(self, *_):
+        raise RuntimeError("mine")
+
+    __call__ = __getitem__ = __iter__ = __deepcopy__ = _raise
+
+
+@pytest.mark.parametrize("part", ["dataset", "collate_fn", "sampler"])
+@pytest.mark.filterwarnings("error")
+def test_what_raises_when_it_is_looked_at_is_left_for_training_to_raise(part, tmp_path):
+    parts = {"dataset": [*range(8)], "collate_fn": None, "sampler": None} | {part: Raises()}
+    loader, args = torch.utils.data.DataLoader(batch_size=4, **parts), TrainingArguments(tmp_path, max_steps=2)
+    with without_trace(loader):
+        pass
+    check_repeats(loader)
+    assert length_of(args, 2, loader).batch_size == 4
+    with pytest.raises(RuntimeError, match="mine"):
+        next(iter(loader))
+
+
+def test_a_collator_with_a_variable_that_comes_later_is_read_without_a_trace():
+    def collate(items):
+        return items if len(items) < 9 else later
+
+    loader = torch.utils.data.DataLoader([*range(8)], 4, collate_fn=collate)
+    with without_trace(loader):
+        assert next(iter(loader)) == [0, 1, 2, 3]
+    later = None
+    assert collate([]) == [] and later is None
