@@ -1,5 +1,7 @@
 """What is run under a limit: seeds in stages, starts that cannot win or are known well enough stop, and all ends."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +11,8 @@ from lora_init.comparison.effects import effects
 from lora_init.comparison.findings import equal_time, summarise
 from lora_init.comparison.runs import Run, RunPlan, run_table
 from lora_init.comparison.variants import REFERENCE, Variant
-from lora_init.errors import LoraInitError
 from tests.comparisons import planted, record, settings
+from tests.conftest import refused
 
 
 def layout(shifts, n_seeds, noise=0.01):
@@ -81,13 +83,36 @@ def test_seeds_are_added_until_every_verdict_is_precise():
     assert backwards == records and again == said
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [dict(seconds=0.0), dict(precision=-0.1), dict(precision=float("nan")), dict(precision=2), dict(seconds="20m")],
-)
-def test_a_limit_is_above_zero_and_a_share_below_one(limits):
-    with pytest.raises(LoraInitError, match="expected a number above zero"):
-        RunBudget(**limits)
+@pytest.mark.parametrize(("limits", "said"), [
+    (dict(seconds=0.0), "time=0.0: expected a number above zero, in seconds."),
+    (dict(seconds="20m"), "time='20m': expected a number above zero, in seconds."),
+    (dict(precision=-0.1), "precision=-0.1: expected a number above zero and below 1, such as 0.01."),
+    (dict(precision=0), "precision=0: expected a number above zero and below 1, such as 0.01."),
+    (dict(precision=float("nan")), "precision=nan: expected a number above zero and below 1, such as 0.01."),
+    (dict(seconds=9, precision=1.0), "precision=1.0: expected a number above zero and below 1, such as 0.01."),
+])  # fmt: skip
+def test_a_limit_is_above_zero_and_a_share_below_one(limits, said):
+    assert refused("", lambda: RunBudget(**limits)) == said
+
+
+def test_a_budget_is_what_is_left_of_its_seconds(monkeypatch):
+    monkeypatch.setattr("lora_init.comparison.budget.time.monotonic", lambda: 130.0)
+    budget = RunBudget(40.0, began=100.0)
+    assert budget.spent == 30.0 and [budget.fits(seconds) for seconds in (0.0, 10.0, 10.1)] == [True, True, False]
+    assert RunBudget().fits(1e9) and RunBudget(precision=0.1).fits(1e9) and RunBudget(9.0).fits(9.0)
+    kinds = (RunBudget(), RunBudget(40.0), RunBudget(precision=0.1))
+    assert [one.limited for one in kinds] == [False, True, True] and RunBudget().settings() == {}
+    assert budget.settings() == {"budget": {"time": 40.0, "precision": None}}
+
+
+def test_one_who_is_surely_better_sets_what_the_others_have_to_reach():
+    losses = pd.DataFrame({"random": [1.0] * 4, "good": [0.8] * 4, "bad": [0.81] * 4}).T
+    over, left = stops(losses, None)
+    more = "good gets more, its difference to random is known within 0.00 %"
+    assert over == {"bad": "bad gets no more, as it cannot win any more against good"}
+    assert left == {"good": more} and stops(losses, 1e-12)[1] == {"good": f"{more} (0.00 % is wanted)"}
+    enough = {"good": "good gets no more, as its difference to random is known within 0.00 %"}
+    assert stops(losses, 0.01) == (over | enough, {})
 
 
 # What a better start is worth in time
@@ -144,3 +169,12 @@ def test_the_verdict_where_more_steps_do_not_decide(took, longer, outcome, said)
 def test_random_trains_for_the_time_that_the_start_takes(took, steps):
     runs = {Run.of(run): run for run in timed(took, 0.0) if "steps" not in run["start"]}
     assert {run.start for run in longer_runs(runs)} == {Variant("random", steps=steps)}
+
+
+def test_under_a_limit_random_alone_ends_and_a_better_start_is_timed():
+    budget, plan = RunBudget(precision=0.5), replace(PLAN, starts=PLAN.starts[:2])
+    only, said = spend(loss, budget, replace(PLAN, starts=PLAN.starts[:1]))
+    assert {run.seed for run in only} == {0, 1, 2} and said == ["After 3 seeds: nothing to compare."]
+    records, _ = spend(lambda run: loss(run) - 0.5 * (run.start.base == "eva") * (run.seed != 9), budget, plan)
+    longer = {run for run in records if run.start.steps}
+    assert longer == {Run(Variant("random", steps=120), seed, 1e-3) for seed in (0, 1, 2)}

@@ -7,7 +7,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lora_init.comparison.effects import detectable, effects, unlike_spreads
+from lora_init.comparison.effects import Effect, detectable, effects, unlike_spreads
 
 STARTS = ("random", "a", "b", "c", "d")
 
@@ -33,7 +33,24 @@ def test_what_can_be_shown_is_known_before_any_run(n_starts, n_seeds):
     noise = np.sqrt(np.square(residuals.to_numpy()).sum() / (n_starts * (n_seeds - 1)))
     found = effects(losses, "random")["a"].detectable / noise
     assert detectable(n_starts, n_seeds) == pytest.approx(found, rel=5e-3)  # of the critical value
-    assert detectable(n_starts, 1) is None
+    assert detectable(n_starts, 1) is detectable(0, n_seeds) is None
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.99])
+def test_an_interval_has_the_confidence_that_is_asked_for(confidence):
+    losses = layout(np.random.default_rng(0)).loc[["random", "a"]]
+    ends = stats.ttest_rel(losses.loc["a"], losses.loc["random"]).confidence_interval(confidence)
+    found = effects(losses, "random", confidence)["a"]
+    assert (found.low, found.high) == pytest.approx((ends.low, ends.high), abs=2e-3 * (ends.high - ends.low))
+
+
+@pytest.mark.parametrize(("low", "high", "outcome"), [
+    (-2.0, -1.0, "better"), (1.0, 2.0, "worse"), (-2.0, 0.0, "no difference shown"), (0.0, 2.0, "no difference shown"),
+])  # fmt: skip
+def test_what_an_interval_says_is_the_same_as_a_share_of_a_reference(low, high, outcome):
+    effect = Effect((low + high) / 2, low, high)
+    assert effect.outcome == effect.over(4.0).outcome == outcome and effect.detectable == (high - low) / 2
+    assert effect.over(4.0) == Effect((low + high) / 8, low / 4, high / 4)
 
 
 def test_many_starts_have_the_critical_value_of_dunnett():
@@ -86,6 +103,10 @@ def test_a_start_that_nearly_diverged_once_is_not_pooled(start):
     assert own == ({"a"} if start == "a" else set(STARTS[1:]))
     if start == "a":
         assert found["b"].high - found["b"].low < 1.5 * (before["b"].high - before["b"].low)
+        # The others are compared as if it were not there, with the share of the errors that it leaves.
+        alone = effects(losses.drop(index="a"), "random", 1 - 0.05 * 3 / 4)
+        for name in STARTS[2:]:
+            assert (found[name].low, found[name].high) == pytest.approx((alone[name].low, alone[name].high), rel=1e-6)
 
 
 def test_of_two_starts_with_the_same_seed_neither_is_said_to_scatter():

@@ -1,15 +1,17 @@
 """What a comparison is said to do and to take beforehand, counted by hand; nothing is trained."""
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 
 from lora_init.comparison import outlook
 from lora_init.comparison.effects import detectable
-from lora_init.comparison.outlook import Pace, look_ahead
+from lora_init.comparison.outlook import Outlook, Pace, look_ahead, measure
 from lora_init.comparison.runs import RunPlan
-from lora_init.comparison.tasks import CLASSIFICATION
+from lora_init.comparison.tasks import CLASSIFICATION, Item, Task
+from lora_init.comparison.training import Training
 from lora_init.comparison.variants import Variant
 from tests.comparisons import record
 
@@ -106,3 +108,64 @@ def test_each_start_has_a_row_with_its_rates_and_runs_in_the_order_asked_for(ahe
     for row in found.starts:
         assert len(row["rates"]) == 3 and row["rates"] == sorted(row["rates"]) and row["own_rate"] in row["rates"]
     assert sum(row["runs"] for row in found.starts) == found.n_runs
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """A workbench of texts of 2 to 9 tokens; trainings of 9 and 2 seconds and a scoring of 6 are noted."""
+    seconds, now, seen = iter([9.0, 2.0]), [0.0], []
+
+    def train(model, task, training, **options):
+        seen.append((model, task.train, task.report, task.selection, training, options))
+        return SimpleNamespace(training_seconds=next(seconds))
+
+    def evaluate(model, task, items):
+        seen.append((model, items))
+        now[0] += 6.0
+
+    prepared = SimpleNamespace(peft_model="model", release=lambda: seen.append("released"))
+    monkeypatch.setattr(outlook, "prepare", lambda variant, inputs: seen.append((variant, inputs.seed)) or prepared)
+    monkeypatch.setattr(outlook, "train", train)
+    monkeypatch.setattr(outlook, "evaluate", evaluate)
+    monkeypatch.setattr(outlook.time, "perf_counter", lambda: now[0])
+    texts = [Item(([0] * n, [])) for n in (2, 3, 5, 6, 7, 9)]
+    task = Task("causal-lm", texts, texts[:1], texts[:1], (), 0, False, "", "", {})
+    about = dict(training=SimpleNamespace(steps=9, batch_size=2), shape=None, loaded=SimpleNamespace(model="plain"))
+    return SimpleNamespace(task=task, **about), seen
+
+
+def test_a_step_and_an_example_are_timed_the_second_time_on_a_batch_of_usual_size(timed):
+    bench, seen = timed
+    order = bench.task.order(0, 9, 2)
+    sizes = [2 * max(len(item.tokens[0]) for item in items) for items in order]
+    mean = sum(sizes) / len(sizes)
+    assert measure(bench) == Pace(2.0, 6.0 / 2)
+    (start, *trained, scored, end) = seen
+    usual = scored[1]
+    assert usual in order and abs(2 * len(usual[-1].tokens[0]) - mean) == min(abs(size - mean) for size in sizes)
+    assert 2 * len(usual[-1].tokens[0]) not in (min(sizes), max(sizes))
+    assert (start, scored, end) == ((Variant("random"), 0), ("model", usual), "released")
+    options = dict(learning_rate=1e-6, seed=0, plain_loss=math.inf)
+    assert trained == [("model", usual, usual, usual, Training(1, 2, 0.0, [0, 1]), options)] * 2
+
+
+def test_the_model_is_put_back_where_it_cannot_be_timed(timed, monkeypatch):
+    bench, seen = timed
+    monkeypatch.setattr(outlook, "evaluate", None)
+    with pytest.raises(TypeError):
+        measure(bench)
+    assert seen[-1] == "released"
+
+
+def test_starts_that_were_added_come_last_and_it_is_told_in_plain_values(ahead):
+    later = Variant.parse("eva+equal-parameters")
+    plan = replace(PLAN, starts=[later, *PLAN.starts[:2]], sweep="full", seeds=(4, 7))
+    found, runs = ahead(plan)
+    assert [row["name"] for row in found.starts] == ["eva+equal-parameters", "random", "eva"]
+    assert (found.swept, found.others) == ([4, 7], []) and found.folds == {"train": 200}
+    assert found.to_dict() == asdict(found) | {"pace": {"step": STEP, "example": EXAMPLE}}
+    assert found.starts[1] == {"name": "random", "rates": [1e-4, 1e-3, 1e-2], "own_rate": None, "runs": 6}
+    records = {run: record(run.start, run.learning_rate, run.seed) for run in runs}
+    ended = look_ahead(bench(), replace(plan, starts=plan.starts[1:]), [*runs[::-1]], records)
+    assert isinstance(ended, Outlook) and [row["name"] for row in ended.starts][:2] == ["random", "eva"]
+    assert (ended.seconds, ended.ended, ended.starts[2]["name"]) == (0.0, len(runs), "eva+equal-parameters")

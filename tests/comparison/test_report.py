@@ -1,5 +1,6 @@
 """report.html, report.md and pictures: every number is in them, nothing from outside; and the adapter in best/."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,14 +12,15 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lora_init.adapters.directory import card_header
 from lora_init.comparison import workbench
 from lora_init.comparison.findings import summarise
-from lora_init.comparison.report import keep_best, write_report
-from lora_init.comparison.runs import Run, RunDirectory
+from lora_init.comparison.report import describe_directory, keep_best, write_report
+from lora_init.comparison.runs import Run, RunDirectory, read_runs
 from lora_init.comparison.tables import _steps_cell, run_tables
 from lora_init.comparison.training import evaluate
 from tests.comparison.made import compare, set_up_bench
-from tests.comparisons import broken, planted, record, settings, write
+from tests.comparisons import broken, exact, planted, record, settings, write
 from tests.conftest import refused
 
 HOSTILE = '<script>alert("1")</script>|*_$x^2$'
@@ -224,3 +226,58 @@ def test_the_run_that_sets_the_target_reaches_it():
     losses = [[3.0, 2.0, 1.0], [3.0, 1.0, 0.5], [3.0, 2.0, 2.0]]
     runs = pd.DataFrame({"evaluation_points": [[0, 2, 4]] * 3, "report_loss": losses})
     assert _steps_cell(runs, 1.0) == "4, 2, never" and _steps_cell(runs, math.nan) == "–"
+
+
+def test_a_comparison_is_described_in_plain_values(tmp_path):
+    folder = write(tmp_path / "out", exact())
+    described, found = describe_directory(folder), summarise(read_runs(folder), settings())
+    said = ("facts", "answer", "caveats", "command", "headline", "headroom", "as_recommended", "equal_time",
+            "forgetting", "data_needed", "notes")  # fmt: skip
+    assert described == {name: getattr(found, name) for name in said} | {
+        "what": "comparison", "path": str(folder), "settings": settings(),
+        "runs": {"finished": 49, "unstable": 2, "failed": 2},
+        "verdicts": [dataclasses.asdict(verdict) for verdict in found.verdicts],
+    }  # fmt: skip
+    json.dumps(described)
+
+
+def test_the_card_says_what_was_trained_and_what_was_found(tmp_path):
+    runs = planted({"eva": -0.02}, rates=(1e-3,))
+    _, files = kept(tmp_path, runs, Done(record("eva", seed=2, adapter={"adapter_config.json": b"{}"})))
+    found = summarise(runs, settings())
+    assert (
+        files["README.md"]
+        == f"""{card_header("tiny/model", "CAUSAL_LM")}
+# The best start of a comparison, trained
+
+`eva` on siqa: rank 8, learning rate 1e-3, 60 steps of 2 examples, seed 2. Loss on the examples to report: 0.1700, \
+2.3000 of the plain model.
+
+{" ".join([found.answer, *found.caveats, found.headroom])}
+
+{found.facts}
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "best")
+```
+
+
+Compared by lora_init; the runs are beside this directory, the one of this adapter in `run.json`.
+"""
+    )
+
+
+def test_the_report_tells_of_the_adapter_that_is_kept_where_it_is_of_the_start_to_use(tmp_path, monkeypatch):
+    drawn = {"differences": {"svg": b"<svg>", "png": b"png"}}
+    monkeypatch.setattr("lora_init.comparison.report.pictures", lambda summary: drawn)
+    folder = write(tmp_path / "out", planted({"eva": -0.02}, rates=(1e-3,)))
+    (folder / "best").mkdir()
+    for start, holds in ((None, False), ("eva", True), ("random", False)):
+        if start:
+            (folder / "best" / "run.json").write_text(json.dumps({"start": start}))
+        assert write_report(folder) == [folder / name for name in ("differences.png", "report.md", "report.html")]
+        assert ("best/ holds the trained adapter of this" in (folder / "report.md").read_text()) == holds
+    assert (folder / "differences.png").read_bytes() == b"png"
+    assert "data:image/svg+xml;base64,PHN2Zz4=" in (folder / "report.html").read_text()

@@ -1,5 +1,6 @@
 """Which runs there are, what makes them comparable, and their directory: whole files, never mixed, never lost."""
 
+import itertools
 import json
 import math
 from contextlib import suppress
@@ -21,6 +22,7 @@ from lora_init.comparison.runs import (
 )
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError
+from lora_init.starts.starts import Start
 from tests.comparisons import broken, record, settings
 from tests.conftest import refused
 from tests.processes import FORKS
@@ -127,6 +129,45 @@ def test_the_grid_grows_while_the_best_rate_is_at_its_edge(optimum, tried):
     assert [run.seed for run in done].count(2) == 1 and len(done) == 2 * len(tried) + 1
 
 
+@pytest.mark.parametrize(("statuses", "tried"), [
+    (["unstable"], [1e-4, 3e-4, 1e-3, 1e-2]),  # a lower rate may be stable
+    (["failed"], [1e-3, 1e-2]),  # no rate would help
+    (["failed", "failed", "unstable", "failed"], [1e-4, 3e-4, 1e-3, 1e-2]),
+])  # fmt: skip
+def test_where_no_rate_is_stable_lower_ones_are_tried(statuses, tried):
+    status = itertools.cycle(statuses)
+    done, planned = carry_out("halving", lambda run: (1.0, next(status)), ["eva"], extend=2)
+    assert sorted({run.learning_rate for run in done}) == tried and {run.seed for run in planned} == {0, 1}
+
+
+def test_rates_are_tried_in_rising_order_whatever_order_they_are_given_in():
+    plan = RunPlan([REFERENCE, Variant("full")], [3e-3, 1e-3], [7, 4], "full", extend=0)
+    assert [plan.given_rates(start) for start in plan.starts] == [[1e-3, 3e-3], [1e-4, 3e-4]]
+    of_seed = [("full", 1e-4), ("full", 3e-4), ("random", 1e-3), ("random", 3e-3)]
+    planned = plan.runs(plan.starts, {})
+    assert [(run.start.base, run.learning_rate) for run in planned] == of_seed * 2
+    assert [run.seed for run in planned] == [7] * 4 + [4] * 4
+
+
+def test_a_plan_is_told_in_plain_values(installed):
+    installed("lora_init.starts", theirs=Start("theirs", "", function=lambda rank: rank))
+    starts = [Variant.parse(name) for name in ("random", "eva+32-alpha", "theirs")]
+    assert RunPlan(starts, [1e-3], [0, 2], "full", 3, {"random": 2e-3}, tuned=False).settings() == {
+        "starts": ["random", "eva+32-alpha", "theirs"], "learning_rates": [1e-3], "seeds": [0, 2], "sweep": "full",
+        "extend": 3, "recommended": {"random": 2e-3}, "tuned": False, "packages": {"theirs": starts[2].start.package},
+    }  # fmt: skip
+    assert "packages" not in RunPlan(starts[:2], [1e-3], [0], "full").settings()
+    both = RunPlan([*map(Variant.parse, ("eva-rho2", "eva-rho2+equal-parameters"))], [1e-3], [0], "full")
+    assert both.compared(ranks_cost_the_same=False) == both.compared(ranks_cost_the_same=True) == both.starts
+
+
+def test_a_run_has_a_title_and_a_file_of_its_own():
+    run = Run(Variant.parse("my/own start+32-alpha"), 3, 1e-3)
+    assert run.title == "my/own start+32-alpha, 0.001, seed 3"
+    assert run.file == "my%2Fown%20start+32-alpha_0.001_seed3.json"
+    assert Run.of({"start": "my/own start+32-alpha", "seed": "3", "learning_rate": "1e-3"}) == run
+
+
 def test_a_single_rate_and_failed_runs_add_no_rates():
     assert {
         run.learning_rate for run in carry_out("halving", lambda run: (1.0, "finished"), rates=[1e-3], extend=2)[0]
@@ -167,6 +208,9 @@ def test_a_rate_that_is_unstable_is_not_chosen_or_gives_way_to_the_next(unstable
     (dict(learning_rates=[1e-3, 1e-3]), "each once"),
     (dict(seeds=[]), r"seeds=\[\]: expected whole numbers"),
     (dict(seeds=[0, 0]), "each once"),
+    (dict(seeds=[3, -1]), r"seeds=\[3, -1\]: expected whole numbers from 0 on, each once"),
+    (dict(learning_rates=[1.01]), r"learning_rates=\[1.01\]: expected positive numbers up to 1"),
+    (dict(seeds=["0"]), r"learning_rates=\[0.001\] and seeds=\['0'\]: expected numbers\."),
     (dict(sweep="grid"), "sweep='grid' is unknown"),
 ])  # fmt: skip
 def test_bad_plans(changes, message):
@@ -196,6 +240,8 @@ def test_the_best_rate_is_picked_on_the_seeds_that_all_rates_have():
     assert best_of(*sweep, record("eva", 1e-3, 1, 0.50)) == 1e-3
     assert best_of() is None
     assert best_of(record("eva", 1e-3, 0, 0.2), record("eva", 1e-4, 0, 0.2)) == 1e-4  # the lower of two that are equal
+    # Without a seed in common each rate has the mean of its own.
+    assert best_of(record("eva", 1e-3, 0, 0.3), record("eva", 1e-3, 2, 0.1), record("eva", 1e-4, 1, 0.21)) == 1e-3
 
 
 def test_an_unstable_run_takes_its_rate_out_of_the_race():
@@ -209,6 +255,26 @@ def test_random_is_first_and_the_rest_in_the_order_asked_for():
     runs = [record("pissa"), record("eva+equal-parameters"), record("eva"), record("random")]
     table = run_table(runs, ["eva", "pissa"])
     assert table["start"].tolist() == ["random", "eva", "eva+equal-parameters", "pissa"]
+    names = ["eva+16-batches", "eva+2-batches", "eva+32-alpha", "theirs", "eva"]
+    assert [*run_table(map(record, names), ["theirs+2-alpha"])["start"]] == [
+        "theirs", "eva", "eva+2-batches", "eva+16-batches", "eva+32-alpha",
+    ]  # fmt: skip
+
+
+def test_a_row_of_the_table_has_what_the_record_and_its_name_say():
+    whole = record("eva+4-batches", 1e-3, 5, 0.2, node="n", dial=[[1.0, 2.0, 3.0]], gamma=7, float_loss=None)
+    lost = broken("unstable", "NaN", start="eva+4-batches", rate=1e-3, seed=6)
+    table = run_table([lost, whole, record("eva", 1e-3, 5, 0.3, retain_loss=None, metrics=None)])
+    row = table[table["batches"].eq(4) & table["seed"].eq(5)].iloc[0].dropna().to_dict()
+    kept = ("start", "learning_rate", "seed", "status", "data_order", "evaluation_points", "report_loss", "node",
+            "dial", "plain_loss", "selection_loss", "trainable_parameters", "a_scale", "gamma",
+            "initialisation_seconds", "training_seconds", "peak_memory_bytes")  # fmt: skip
+    assert row == {name: whole[name] for name in kept} | whole["metrics"] | {
+        "base": "eva", "any_batches": "eva", "batches": 4, "loss": 0.2, "first_loss": 2.3, "retained_before": 3.1,
+        "retained_after": 3.1 + 0.04, "rise": row["rise"], "counts": False, "best": False,
+    }  # fmt: skip
+    assert row["rise"] == pytest.approx(0.04) and list(table["counts"]) == list(table["best"]) == [True, False, False]
+    assert math.isnan(table["loss"].iloc[2]) and table["first_loss"].iloc[2] == 2.3
 
 
 # The directory
@@ -327,3 +393,36 @@ def test_a_loss_that_is_no_number_is_null_for_other_readers(tmp_path):
         runs.add(record(report_loss=[2.3, math.nan], evaluation_points=[0, 4], selection_loss=math.inf))
     (file,) = (path for path in (tmp_path / "runs").rglob("*.json") if path.name != "settings.json")
     assert "NaN" not in file.read_text() and "Infinity" not in file.read_text()
+
+
+def test_of_two_records_of_a_run_the_one_in_a_file_counts(tmp_path):
+    lines = [record(seed=seed, final=0.3) for seed in (1, 0)]
+    (tmp_path / "runs.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    (tmp_path / "runs").mkdir()
+    for name, one in (("b", record(seed=2)), ("a", record(seed=1, final=0.1))):
+        (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(one))
+    found = [(one["seed"], one["selection_loss"]) for one in read_runs(tmp_path)]
+    assert found == [(1, 0.1), (0, 0.3), (2, 0.17)]
+
+
+def test_what_a_kill_has_left_is_no_other_content(tmp_path):
+    for name in (".new", "runs", "statistics"):
+        (tmp_path / name).mkdir()
+    keep(tmp_path, record())
+    assert len(read_runs(tmp_path)) == 1
+
+
+def test_what_is_asked_for_later_is_added_to_what_was_asked_for(tmp_path):
+    asked = dict(starts=["random", "eva"], seeds=[0, 1], learning_rates=[1e-3], recommended={"random": 1e-3})
+    keep(tmp_path, **asked, own={"mine": "a"})
+    more = dict(starts=["pissa", "random"], seeds=[3], learning_rates=[1e-2], recommended={"pissa": 2e-3})
+    log = keep(tmp_path, **more, examples={"to report": "x"}, sweep="halving")
+    expected = dict(
+        starts=["random", "eva", "pissa"], seeds=[0, 1, 3], learning_rates=[1e-3, 1e-2],
+        recommended={"random": 1e-3, "pissa": 2e-3}, own={"mine": "a"}, examples={"to report": "x"}, sweep="halving",
+    )  # fmt: skip
+    assert read_settings(tmp_path) == log.settings == settings() | expected
+    said = "rank was 8, now 4"
+    what = f"{tmp_path} has runs of another configuration: {said}"
+    instead = "Name another directory, or use the settings of this one."
+    assert refused(said, keep, tmp_path, rank=4) == f"{what}. {instead}"

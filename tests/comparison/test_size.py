@@ -1,15 +1,17 @@
 """How a limit of time makes a comparison smaller, and what it says where none is small enough."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from lora_init.comparison import compare as comparing
 from lora_init.comparison.budget import RunBudget
-from lora_init.comparison.outlook import Pace
+from lora_init.comparison.outlook import Pace, seconds_of_run, seconds_of_statistics
 from lora_init.comparison.runs import RunPlan, read_settings
 from lora_init.comparison.size import SIZES, RequestedSize, fit
-from lora_init.comparison.tasks import LoadingOptions
+from lora_init.comparison.tasks import CLASSIFICATION, LoadingOptions
+from lora_init.comparison.training import Training
 from lora_init.comparison.variants import Variant
 from lora_init.rates.learning_rate import LearningRate, Response
 from lora_init.rates.training_length import TrainingLength
@@ -80,3 +82,48 @@ def test_a_refused_limit_says_what_each_lever_saves(lay_out):
     said = refused("there is no answer", fit, lay_out, SLOW, RunBudget(1.0), True)
     assert fit(lay_out, SLOW, RunBudget(1.0), False) is SIZES[0]  # of a comparison whose steps were asked for
     assert re.search(r"seeds=2 saves [\d.]+ \w+", said) and re.search(r"steps=12 saves [\d.]+ \w+", said)
+
+
+@pytest.mark.parametrize(("steps", "points", "size", "expected"), [
+    (None, None, SIZES[0], [0, 25, 50, 75, 100]),
+    (6, None, SIZES[0], [0, 2, 3, 4, 6]),
+    (None, None, SIZES[-1], [0, 24]),
+    (6, [5, 3, 6], SIZES[-1], [0, 3, 5, 6]),
+])  # fmt: skip
+def test_a_loss_is_measured_every_quarter_or_where_it_was_asked_for(steps, points, size, expected):
+    requested = RequestedSize(LoadingOptions(), steps, 4, 0.1, points)
+    assert requested.training(size) == Training(expected[-1], 4, 0.1, expected)
+
+
+def test_what_is_asked_for_of_the_folds_is_not_cut():
+    for asked, expected in (
+        ({}, (64, 32)),
+        ({"report_samples": 9}, (None, 32)),
+        ({"selection_samples": 9}, (64, None)),
+    ):
+        assert RequestedSize(LoadingOptions(**asked), None, 4, 0.1, None).folds(SIZES[-1]) == expected
+
+
+def test_the_start_that_is_recommended_for_the_task_is_the_first_to_stay(lay_out):
+    bench, plan = lay_out(SIZES[0])
+    assert plan.starts == STARTS[:3] and plan.tuned
+    of_classes = replace(bench, task=replace(bench.task, kind=CLASSIFICATION))
+    for asked, size, kept in (
+        (bench, SIZES[0], ["random", "eva", "natural-gradient"]), (bench, SIZES[-1], ["random", "eva"]),
+        (of_classes, SIZES[-1], ["random", "natural-gradient"]),
+    ):  # fmt: skip
+        assert RequestedSize._first_bases(asked, plan, size) == kept
+
+
+def test_a_size_fits_if_a_tenth_more_than_it_takes_is_left(lay_out, monkeypatch):
+    bench, plan = lay_out(SIZES[-1])
+    runs = replace(plan, seeds=[0, 1, 2]).runs(plan.starts, {})
+    # Beside them a rate beyond the edge on two seeds, random for twice the steps on three, and the best adapter.
+    needed = (len(runs) + 2 + 2 * 3 + 1) * seconds_of_run(bench, SLOW) + seconds_of_statistics(bench, SLOW, runs)
+    monkeypatch.setattr("lora_init.comparison.budget.time.monotonic", lambda: 50.0)
+    assert fit(lay_out, SLOW, RunBudget(50.0 + 1.1001 * needed, began=0.0), True) == SIZES[-1]
+    said = refused("", fit, lay_out, SLOW, RunBudget(50.0 + 1.0999 * needed, began=0.0), True)
+    least = f"about {1.1 * needed / 3600 + 50 / 3600:.2g} h: random, eva, 24 steps of 10 s a run, 3 seeds. "
+    assert f"there is no answer: the least time for one is {least}" in said
+    assert said.endswith("Or give it that by time=, shorten examples by max_length=, take fewer in a batch by "
+                         "batch_size=, or choose a smaller model.")  # fmt: skip

@@ -155,7 +155,12 @@ def test_where_the_system_does_not_say_the_peak_is_unknown(tmp_path, monkeypatch
     (dict(evaluation_points=[0, 5, 20, 10]), "expected rising steps from 0 to 10"),
     (dict(evaluation_points=[0, 20]), "expected rising steps from 0 to 10"),
     (dict(steps=0, evaluation_points=[0]), "expected rising steps"),
-    (dict(warmup=1.0), "warmup=1.0"),
+    (dict(evaluation_points=[5, 10]), r"evaluation_points=\[5, 10\]: expected rising steps from 0 to 10, the last."),
+    (dict(evaluation_points=[0, 5, 5, 10]), "expected rising steps from 0 to 10"),
+    (dict(evaluation_points=[0, 5]), "expected rising steps from 0 to 10"),
+    (dict(warmup=1.0), "warmup=1.0: expected a share of the steps, at least 0 and less than 1."),
+    (dict(warmup=-0.1), "warmup=-0.1: expected a share"),
+    (dict(warmup="0.1"), "warmup='0.1': expected a share"),
 ])  # fmt: skip
 def test_bad_settings(options, message):
     refused(message, Training, **dict(steps=10, batch_size=4, warmup=0.1, evaluation_points=[0, 10]) | options)
@@ -228,3 +233,26 @@ def test_evaluation_leaves_mode_and_weights(task, model):
     assert text_loss(model, batches_for("llama")) > 0 and model.training
     model.eval()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("report", "steps", "said"), [
+    ([8.5], [99.0] * 4, None),  # four steps say nothing yet
+    ([9.0, 8.5], [99.0, *[8.5] * 5], None),  # twice the plain model's and a half; the last five steps count
+    ([8.6], [], "loss 8.6 after step 0, 4 for the plain model"),
+    ([math.nan], [1.0], "loss nan after step 1, 4 for the plain model"),
+    ([1.0], [8.5, 8.5, 8.5, 8.5, 9.0], "training loss 8.6 after step 5, 4 for the plain model"),
+])  # fmt: skip
+def test_a_run_has_diverged_above_twice_the_plain_loss_and_a_half(report, steps, said):
+    result = training.TrainingResult(report_loss=report, training_loss=steps)
+    assert training._diverged(result, 4.0) is (said is not None) and result.error == said
+
+
+def test_each_step_is_told_and_what_ended_early_has_no_loss_to_select_by(task):
+    steps, model = [], with_adapter()
+    asked = dict(learning_rate=1e-3, seed=0, on_step=lambda: steps.append(model.training))
+    done = train(model, task, Training(3, 4, 0.0, [0, 2, 3]), plain_loss=4.0, **asked)
+    assert steps == [True] * 3 and done.evaluation_points == [0, 2, 3] and done.status == "finished"
+    assert done.selection_loss == evaluate(model, task, task.selection).loss and len(done.data_order) == 32
+    lost = train(with_adapter(), task, Training(3, 4, 0.0, [0, 2, 3]), plain_loss=-0.2, **asked)
+    assert (lost.status, lost.selection_loss, lost.training_loss, lost.evaluation_points) == ("unstable", None, [], [0])
+    assert lost.error.startswith("loss ") and lost.error.endswith(" after step 0, -0.2 for the plain model")

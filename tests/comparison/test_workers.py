@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from lora_init.comparison import workers
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Run, open_runs, read_runs
 from lora_init.comparison.variants import REFERENCE, Variant
-from lora_init.comparison.workers import Job, Worker, come_back, elsewhere, processes, run_all
+from lora_init.comparison.workers import Job, Remote, Worker, come_back, elsewhere, processes, run_all
 from lora_init.layers.targets import find_targets
 from tests.comparison.made import again, compare, set_up_bench, without_clock
 from tests.comparisons import broken, record, settings
@@ -201,3 +203,89 @@ def test_how_a_run_ended_is_told():
         (broken("failed", "no room") | {"run_seconds": None}, 0, "failed, no room, 0 s; about 7 s left"),
     ):
         assert workers._ended(one, 7.0, n_nodes) == line
+
+
+def test_a_call_elsewhere_returns_raises_or_is_ended():
+    gate, ended = threading.Event(), []
+
+    def begin(function, *arguments):
+        def result():
+            gate.wait(60)
+            return function(*arguments)
+
+        return result, lambda: ended.append(arguments)
+
+    remote = Remote(begin, end=lambda: ended.append("all"))
+    sums, wrong, canceled = remote.submit(sum, [1, 2]), remote.submit(int, "x"), remote.submit(sum, [3])
+    assert canceled.cancel() and ended == [([3],)] and not sums.done()
+    gate.set()
+    assert sums.result(60) == 3 and remote.nodes() == {}
+    with pytest.raises(ValueError, match="invalid literal"):
+        wrong.result(60)
+    remote.shutdown()
+    assert ended == [([3],), "all"]
+
+
+class Full(Executor):
+    """Takes no call, or one and then no more."""
+
+    def __init__(self, takes):
+        self.takes, self.closed = [Future() for _ in range(takes)], []
+
+    def submit(self, *arguments):
+        if not self.takes:
+            raise OSError("queue full\nsecond line")
+        return self.takes.pop()
+
+    def shutdown(self, **options):
+        self.closed.append(options)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_executor_that_is_not_ours_stays_open_and_its_calls_are_canceled(is_ours):
+    first, executor = Run(REFERENCE, 0, 1e-3), Full(1)
+    worker = elsewhere(executor, Job(dies_at_once, {}), is_ours)
+    future = worker.submit(first, "the first")
+    assert worker.submit(first, "the second") is None and worker.queues and worker.at_once == 1000
+    worker.close()
+    assert future.cancelled() and executor.closed == [{"wait": False, "cancel_futures": True}] * is_ours
+    said = refused("", worker.submit, first, "the third")
+    assert said == "the third: it cannot be submitted: queue full."
+
+
+def test_runs_have_numbers_and_one_that_failed_before_gets_one_more_chance(tmp_path):
+    runs, titles, worker = [Run(REFERENCE, seed, 1e-3) for seed in range(4)], [], stub()
+
+    def submit(run, title):
+        titles.append(title)
+        return worker.submit(run, title)
+
+    lines = []
+    with open_runs(tmp_path / "out", settings()) as log:
+        log.add(record(seed=0))
+        log.add(broken("failed", "no room", seed=1))
+        run_all(lambda records: (runs, ["decided"]), log, replace(worker, submit=submit), RunBudget(), lines.append)
+        assert {one["status"] for one in log.records.values()} == {"finished"}
+    assert titles == [f"run {number}/4 random, 0.001, seed {number - 1}" for number in (2, 3, 4)]
+    assert lines[0] == "decided" and [line.partition(":")[0] for line in lines[1:]] == titles
+    assert lines[-1] == f"{titles[-1]}: finished, loss 2.3000 -> 0.1700, 10 s"
+
+
+def test_the_end_of_a_run_is_waited_for_until_the_time_is_out_or_patience_is(tmp_path, monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr("lora_init.comparison.budget.time.monotonic", lambda: now[0])
+    nodes = {1: "a", 2: "b"}
+    worker = replace(stub(), nodes=lambda: dict(nodes))
+    with open_runs(tmp_path / "out", settings()) as log:
+        for budget, limits in ((RunBudget(), (None, 5.0)), (RunBudget(8.0, began=0.0), (8.0, 5.0))):
+            running = workers._Running(log, worker, budget, lines.append)
+            assert (running.longest_wait(None), running.longest_wait(5.0)) == limits
+        now[0] = 6.0
+        assert (running.longest_wait(None), running.longest_wait(5.0)) == (2.0, 2.0)
+        now[0] = 8.0
+        assert (running.longest_wait(None), running.longest_wait(5.0)) == (None, 5.0)
+        del nodes[2]
+        nodes[3] = "c"
+        running.watch_nodes()
+        running.watch_nodes()
+    assert lines == ["Node b is lost, and its runs are done again. Nodes at work: 2."]
