@@ -1,12 +1,15 @@
 """`lora-init bank`, and `init --method from-bank`: from trained adapters to one that starts where they ended."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from lora_init.cli import bank as command
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
+from lora_init.starts.starts import BANK_WAYS
 from tests.bank.made import fit
 from tests.commands import assert_one_line_error, run
 
@@ -92,3 +95,82 @@ def test_bad_banks_and_adapters_are_one_line(bank, home, adapters, tmp_path):
     assert_one_line_error(add(bank, adapters / "task 0", home), "has an entry 'task-0' already")
     assert_one_line_error(add(bank, home / "model", home, "--name", "x"), "adapter_config.json")
     assert_one_line_error(add(bank, adapters / "task 0", home, "--name", "../x"), "a name has letters")
+
+
+def test_the_list_has_a_row_for_each_entry_and_says_what_is_there(bank):
+    listed = json.loads(run("bank", "list", bank, "--json").stdout)
+    assert (
+        [*listed] == ["bank", "model", "encoder", "entries"] and listed["bank"] == str(bank) and listed["encoder"] == ""
+    )
+    lines = [" ".join(line.split()) for line in run("bank", "list", bank).stdout.splitlines()]
+    first = lines.index("entry task rank prompts statistics data")
+    row = "task-{0} task-{0} 2 48 - {1}"
+    name = listed["entries"]["task-0"]["data"].partition(":")[0]
+    assert lines[first + 1 : first + 3] == [row.format(number, name) for number in range(2)]
+    assert f"base {listed['model']}" in lines and lines[first - 1] == ""
+    assert lines[-1] == f"Next: lora-init init MODEL DATA --method from-bank --bank {bank} -o started"
+
+
+@pytest.mark.parametrize(("steps", "said"), [
+    (17, [2, 4, 6, 8, 10, 12, 14, 16]), (3, [1, 2, 3]), (None, [*range(200, 1601, 200)]),
+])  # fmt: skip
+@pytest.mark.parametrize(("explained", "words"), [(0.256, "26% of"), (-0.5, "0% of")])
+def test_a_training_says_about_eight_times_how_far_it_is(steps, said, explained, words, monkeypatch, capsys, tmp_path):
+    asked = []
+
+    def train(opened, rank, steps, seed, report):
+        asked.append((opened, rank, seed))
+        for step in range(1, steps + 1):
+            report(step, 0.5)
+        decoder = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 1234)] * 2)
+        return SimpleNamespace(save=lambda bank: tmp_path / "g", decoder=decoder, explained=explained)
+
+    opened = SimpleNamespace(path=tmp_path, tasks={"a": 1, "b": 2})
+    monkeypatch.setattr("lora_init.bank.generator.train_generator", train)
+    monkeypatch.setattr("lora_init.bank.store.open_bank", lambda path: opened)
+    command.train(tmp_path, rank=3, steps=steps, seed=5)
+    out, errors = capsys.readouterr()
+    assert asked == [(opened, 3, 5)]
+    assert errors.splitlines() == [
+        f"step {step} of {steps or 1600}: error 0.500 of the variance of the weights" for step in said
+    ]
+    line = (
+        f"{tmp_path / 'g'}: 2,468 parameters. From prompts of its 2 tasks that it did not see it reproduces {words} "
+        "what distinguishes their adapters."
+    )
+    follows = f"Next: lora-init init MODEL DATA --method from-bank --bank {tmp_path} -o started"
+    assert " ".join(out.split()) == f"{line} {follows}"
+
+
+@pytest.mark.parametrize("name", ["", "encoder"])
+def test_an_encoder_is_loaded_if_one_is_named(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "lora_init.loading.models.load_model", lambda *words, **how: asked.append((*words, how)) or "it"
+    )
+    assert command.read_encoder(name) == ("it" if name else None)
+    assert asked == ([("encoder", {"task_type": "FEATURE_EXTRACTION"})] if name else [])
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_start_is_chosen_by_the_loss_where_there_are_labels(labels, monkeypatch):
+    made = {}
+    held_out = ({"labels": 1},) if labels else ({"x": 1},)
+    examples = SimpleNamespace(batches="batches", held_out=held_out)
+    for place, result in (("embeddings.embed", "embeddings"), ("similarity.neighbours", "order")):
+        monkeypatch.setattr(f"lora_init.bank.{place}", lambda *words, r=result, p=place: made.update({p: words}) or r)
+    monkeypatch.setattr("lora_init.collection.losses.mean_loss", lambda model, batches: (model, batches))
+    monkeypatch.setattr(
+        "lora_init.bank.start.start_from_bank", lambda *words, **how: made.update(start=words, how=how) or 1
+    )
+    monkeypatch.setattr(command, "read_encoder", lambda name: f"read {name}")
+    bank = SimpleNamespace(path="b", encoder="e")
+    config = SimpleNamespace(start=BANK_WAYS["nearest"], ranks=SimpleNamespace(rank=3), shape="shape")
+    loaded = SimpleNamespace(model="m", tokenizer="t")
+    assert command.start_from(bank, "both", loaded, examples, config, "stored") == 1
+    assert made["embeddings.embed"] == ("m", "batches", "t", "read e")
+    assert made["similarity.neighbours"] == (bank, "embeddings", "stored", "both")
+    *words, loss_of, way = made["start"]
+    assert (words, way) == ([bank, "m", "embeddings"], "nearest")
+    assert made["how"] == {"rank": 3, "shape": "shape", "order": "order"}
+    assert (loss_of("model") == ("model", [*held_out])) if labels else loss_of is None

@@ -3,17 +3,22 @@
 import json
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from lora_init.cli import app as cli
+from lora_init.cli import compare as command_of
+from lora_init.cli.console import Running
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import read_runs, read_settings
 from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
 from tests.commands import WORDS
 from tests.comparisons import make_home
+from tests.conftest import refused
 from tests.processes import command_line, free_port
 from tests.processes import run as run_processes
 
@@ -51,9 +56,9 @@ def test_it_compares_and_goes_on(command, tmp_path):
     assert content["runs"] == read_runs(tmp_path / "out")
     assert content["verdicts"][0]["start"] == "eva-rho1" and content["settings"] == read_settings(tmp_path / "out")
     assert content["settings"]["evaluation_points"] == [0, 1, 2, 3, 4] and content["settings"]["sweep"] == "halving"
-    refused = run(*command, "--rank", 4, "--steps", 5, code=1)
-    assert "rank was 2, now 4" in refused.stderr and "steps was 4, now 5" in refused.stderr
-    assert [line.partition(": ")[0] for line in refused.stderr.splitlines()] == ["data", "error"]
+    other = run(*command, "--rank", 4, "--steps", 5, code=1)
+    assert "rank was 2, now 4" in other.stderr and "steps was 4, now 5" in other.stderr
+    assert [line.partition(": ")[0] for line in other.stderr.splitlines()] == ["data", "error"]
 
 
 def test_options_reach_the_comparison(command, home, tmp_path):
@@ -183,3 +188,71 @@ def test_where_a_run_fails_the_command_does(command, monkeypatch, failing):
 
     monkeypatch.setattr(Workbench, "_fill", no_room)
     assert "runs failed (" in " ".join(run(*command, code=1).stdout.split())
+
+
+@pytest.mark.parametrize(("seeds", "words"), [
+    ([3], "seed 3"), ([0, 1], "seeds 0, 1"), ([0, 1, 2], "seeds 0 to 2"), ([2, 4, 6], "seeds 2, 4, 6"),
+    ([5, 7], "seeds 5, 7"),
+])  # fmt: skip
+def test_seeds_are_named_by_their_ends_where_there_are_more_than_two_in_a_row(seeds, words):
+    assert command_of._seeds(seeds) == words
+
+
+@pytest.mark.parametrize(("word", "start"), [
+    ("eva", "eva"), ("mine=a/b", ("mine", Path("a/b"))), ("mine=a=b", ("mine", Path("a=b"))),
+])  # fmt: skip
+def test_a_start_may_be_a_directory_by_a_name(word, start):
+    assert command_of._read_start(word) == start
+
+
+@pytest.mark.parametrize(("data", "workers", "cluster", "time", "given", "said"), [
+    ("-", None, None, None, "", None), ("d", 2, "ray", None, "", None), ("d", None, None, "2h", "", None),
+    ("-", 2, None, None, "", "DATA '-': workers read"), ("-", None, "ray", None, "", "DATA '-': workers read"),
+    ("d", None, None, None, "gpus_per_run", "--it: that is for --cluster. Leave it out."),
+    ("d", None, "ray", None, "gpus_per_run", None), ("d", None, "ray", "2h", "", "--time counts from now on, waiting"),
+])  # fmt: skip
+def test_what_workers_and_clusters_cannot_do_is_refused_and_a_limit_explained(
+    data, workers, cluster, time, given, said, monkeypatch
+):
+    lines = []
+    monkeypatch.setattr(command_of, "say", lines.append)
+    running = Running(options={"gpus_per_run": ("--it", "")}, given={given})
+    monkeypatch.setattr("lora_init.cli.console.running", running)
+    if said is None or said.startswith("--time"):
+        command_of._check_cluster(data, workers, cluster, time)
+    else:
+        refused(f"^{said}", command_of._check_cluster, data, workers, cluster, time)
+    assert [line[: len(said)] for line in lines] == ([said] if said and said.startswith("--time") else [])
+
+
+@pytest.mark.parametrize(("failed", "best", "as_json"), [
+    (False, False, False), (False, True, False), (True, True, False), (False, True, True), (True, False, True),
+])  # fmt: skip
+def test_a_comparison_ends_with_where_its_report_is_and_an_error_if_a_run_failed(
+    failed, best, as_json, monkeypatch, tmp_path
+):
+    said, printed = [], []
+    if best:
+        (tmp_path / "best").mkdir()
+    summary = SimpleNamespace(verdicts=[], notes=["a note"])
+    records = [{"status": "finished"}, {"status": "failed" if failed else "finished"}]
+    made = SimpleNamespace(outlook=None, directory=tmp_path, settings={"rank": 2}, records=records, summary=summary)
+    monkeypatch.setattr(command_of, "say", said.append)
+    monkeypatch.setattr(command_of, "running", Running(as_json=as_json))
+    monkeypatch.setattr(command_of, "print_result", lambda content, show, written: printed.append((content, written)))
+    if failed:
+        with pytest.raises(SystemExit) as ended:
+            command_of._print_comparison(made)
+        assert ended.value.code == 1
+    else:
+        command_of._print_comparison(made)
+    content = {
+        "directory": str(tmp_path),
+        "settings": {"rank": 2},
+        "runs": records,
+        "verdicts": [],
+        "notes": ["a note"],
+    }
+    assert printed == [(content, True)]
+    lines = [f"{tmp_path / 'report.html'}: written", f"{tmp_path / 'best'}: the trained adapter of the best start"]
+    assert said == ([] if as_json else lines[: 1 + best])

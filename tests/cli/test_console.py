@@ -1,12 +1,14 @@
 """What all commands share: one line per error, its words, signals; under torchrun one result and one exit code."""
 
 import json
+import os
 import re
 import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 import typer
 from rich.status import Status
 from transformers import AutoModelForCausalLM
@@ -248,3 +250,176 @@ def test_processes_that_cannot_reach_each_other_are_told_what_gloo_needs(monkeyp
     refused(
         "cannot reach each other: Gloo.* Connection refused. .*GLOO_SOCKET_IFNAME", console.process_group().__enter__
     )
+
+
+@pytest.fixture
+def running(monkeypatch):
+    """A command of which nothing is known yet."""
+    fresh = console.Running()
+    monkeypatch.setattr(console, "running", fresh)
+    return fresh
+
+
+LAUNCH = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(("changes", "rank"), [
+    ({}, 3), ({"RANK": "0"}, 0), ({"WORLD_SIZE": "1"}, None), ({"RANK": ""}, None), ({"MASTER_ADDR": ""}, None),
+    ({"MASTER_PORT": ""}, None), ({"WORLD_SIZE": ""}, None),
+])  # fmt: skip
+def test_a_process_has_a_rank_in_a_launch_alone(changes, rank, monkeypatch):
+    for name, value in (LAUNCH | changes).items():
+        monkeypatch.setenv(name, value)
+    assert console.process_rank() == rank
+
+
+@pytest.mark.parametrize(("rank", "quiet", "said", "error"), [
+    (None, False, "a line\n", "error: wrong\n"), (0, False, "a line\n", "error: wrong\n"),
+    (2, False, "", "rank 2: error: wrong\n"), (None, True, "", "error: wrong\n"),
+])  # fmt: skip
+def test_the_first_process_speaks_and_each_says_its_error(rank, quiet, said, error, running, monkeypatch, capsys):
+    monkeypatch.setattr(console, "process_rank", lambda: rank)
+    running.quiet = quiet
+    console.say("a line")
+    assert capsys.readouterr() == ("", said)
+    console.print_error("wrong")
+    assert capsys.readouterr() == ("", error)
+
+
+@pytest.mark.parametrize(("as_json", "quiet", "written", "shown"), [
+    (False, False, True, "shown"), (False, True, True, ""), (False, True, False, "shown"), (True, True, True, "json"),
+    (True, False, False, "json"),
+])  # fmt: skip
+def test_a_result_is_json_or_shown_and_of_what_was_written_nothing_where_it_is_quiet(
+    as_json, quiet, written, shown, running, capsys
+):
+    running.as_json, running.quiet = as_json, quiet
+    console.print_result({"a": [1]}, lambda out, content: out.print(f"shown {content['a']}", markup=False), written)
+    expected = {"json": '{\n  "a": [\n    1\n  ]\n}\n', "shown": "shown [1]\n", "": ""}[shown]
+    assert capsys.readouterr() == (expected, "")
+    if as_json:
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            console.print_result(float("nan"), None)
+
+
+def test_what_one_runs_next_is_the_last_line_as_it_is(capsys):
+    console.print_next(console.make_console(), "lora-init x '[b]y[/b]' " + "z" * 200)
+    assert capsys.readouterr().out == f"Next: lora-init x '[b]y[/b]' {'z' * 200}\n"
+
+
+@pytest.mark.parametrize(("names", "line"), [
+    ("a", "--a: no use. Leave it out."), ("c a", "--c, --a: no use. Leave them out."), ("b", None), ("", None),
+])  # fmt: skip
+def test_options_without_an_effect_are_refused_together_as_they_are_typed(names, line, running):
+    running.options = {name: (f"--{name}", f"--no-{name}") for name in "abc"}
+    running.given = {"a", "c"}
+    assert console.given(names.split()) == [f"--{name}" for name in names.split() if name != "b"]
+    if line is None:
+        console.refuse_idle(names.split(), "no use")
+    else:
+        refused(f"^{line}$", console.refuse_idle, names.split(), "no use")
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (KeyboardInterrupt(), 130, "interrupted\n"), (LoraInitError("{a} is wrong.", a=True), 1, "error: --a is wrong.\n"),
+    (OSError(2, "No such file", "x"), 1, "error: x: No such file.\n"), (None, None, ""),
+])  # fmt: skip
+def test_an_error_is_one_line_and_an_exit_code(error, code, said, running, capsys):
+    running.options = {"a": ("--a", "--no-a")}
+
+    def work():
+        with one_line_errors():
+            if error is not None:
+                raise error
+
+    if code is None:
+        work()
+    else:
+        with pytest.raises(SystemExit) as ended:
+            work()
+        assert ended.value.code == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_warning_is_printed_once_and_kept_in_the_words_of_python(running, monkeypatch, capsys):
+    running.options, running.warned = {"rank": ("--rank", "")}, {"an older one"}
+    shown = warnings.showwarning
+    with one_line_errors():
+        for _ in "ab":
+            warn("{rank} is\nlarge.", rank=8)
+            warn("{rank} is large.", rank=8)
+    assert capsys.readouterr().err == "warning: --rank 8 is large.\n"
+    assert running.warned == {"rank=8 is large."} and warnings.showwarning is shown
+    monkeypatch.setattr(console, "process_rank", lambda: 1)
+    with one_line_errors():
+        warn("another")
+    assert capsys.readouterr().err == "" and running.warned == set()
+
+
+def test_where_it_is_verbose_warnings_and_errors_are_those_of_python(running):
+    running.verbose = True
+    with pytest.warns(UserWarning, match="theirs"), pytest.raises(ZeroDivisionError), one_line_errors():
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_what_goes_on_is_shown_on_stderr_unless_quiet(quiet, running):
+    running.quiet = quiet
+    with console.busy("loading") as status:
+        assert status.console.quiet is quiet and status.console.stderr and status.status == "loading"
+
+
+@pytest.mark.parametrize("wanted", [None, "wanted"])
+def test_names_are_looked_at_before_torch_is_imported_and_then_the_libraries_are_quiet(wanted, running, monkeypatch):
+    looked, verbosity = [], transformers.logging.get_verbosity()
+    for place in ("models.check_model_source", "sources.check_data", "reader.check_columns"):
+        monkeypatch.setattr(f"lora_init.loading.{place}", lambda *words, place=place: looked.append((place, *words)))
+    monkeypatch.setattr(transformers.logging, "set_verbosity_error", lambda: looked.append("quiet"))
+    monkeypatch.setattr(transformers.logging, "disable_progress_bar", lambda: looked.append("no bar"))
+    running.wanted = wanted
+    with console.importing("m", "d"):
+        looked.append("block")
+    columns = [("reader.check_columns", "d", "wanted")] if wanted else []
+    found = [("models.check_model_source", "m"), ("sources.check_data", "d"), *columns, "block"]
+    assert looked == [*found, "quiet", "no bar"]
+    looked.clear()
+    with console.importing():
+        running.verbose = True
+    assert looked == [] and transformers.logging.get_verbosity() == verbosity
+
+
+def test_processes_of_a_launch_join_and_part_whatever_happens(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", done.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: done.append("parted"))
+    monkeypatch.setattr(console, "process_rank", lambda: None)
+    with console.process_group():
+        assert done == []
+    monkeypatch.setattr(console, "process_rank", lambda: 0)
+    with pytest.raises(KeyError), console.process_group():
+        assert done == ["gloo"]
+        raise KeyError
+    assert done == ["gloo", "parted"]
+
+
+def test_a_silent_process_prints_nothing_more_to_stdout(capfd):
+    kept = os.dup(1)
+    try:
+        console.silence()
+        os.write(1, b"from C")
+        os.write(2, b"an error")
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert capfd.readouterr() == ("", "an error")
+
+
+@pytest.mark.parametrize(("value", "typed"), [
+    (8, "--a 8"), (8.0, "--a 8"), (0.5, "--a 0.5"), ("a b", "--a 'a b'"), ([1, 2.0], "--a 1,2"), (("x",), "--a x"),
+    (True, "--a"), (False, "--no-a"), (..., "--a"), ("", "--a ''"),
+])  # fmt: skip
+def test_an_option_is_written_as_it_is_typed(value, typed, running):
+    running.options = {"a": ("--a", "--no-a")}
+    assert in_words("a", value) == typed
+    assert in_words("b", 3) == "b=3"

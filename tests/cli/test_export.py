@@ -1,15 +1,20 @@
 """`lora-init export`: what it prints, that its errors are one line, and the losses it measures."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from lora_init.cli import export
+from lora_init.cli.console import Running
+from lora_init.errors import LoraInitError
 from lora_init.serving.export import Exported
 from tests.commands import WORDS, assert_one_line_error, run, save_model
-from tests.conftest import tiny_bert, tiny_llama
+from tests.conftest import refused, tiny_bert, tiny_llama
 from tests.serving.made import ADAPTERS, train
 
 
@@ -184,3 +189,142 @@ def test_a_table_of_exports_has_a_cell_for_each_fact(trained, tmp_path, monkeypa
         ["trained", "8", "1.26", "1.23%", "rank", "4:", "5.67%"],
         ["other", "merged", "2.00", "0.00%"],
     ]
+
+
+# The parts, without an adapter.
+
+
+@pytest.mark.parametrize(("options", "line"), [
+    ({}, None), ({"data": "d"}, None), ({"merge_into": "m", "start": Path("s"), "engine": "vllm"}, None),
+    *(({"data": "d"} | more, "--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
+      for more in ({"merge_into": "m"}, {"start": Path("s")}, {"engine": "llama.cpp"})),
+    ({"data": "d", "engine": "vllm"}, None),
+])  # fmt: skip
+def test_the_loss_is_measured_of_what_peft_loads(options, line, monkeypatch):
+    monkeypatch.setattr(export, "require", lambda *_: None)
+    asked = dict.fromkeys(("data", "engine", "merge_into", "start")) | {"reduce_intruders": False} | options
+    if line is None:
+        export._check_options(**asked)
+    else:
+        refused(f"^{line}$", export._check_options, **asked)
+
+
+@pytest.mark.parametrize(
+    ("option", "idle"), [("template", True), ("samples", True), ("max_length", True), ("rank", False)]
+)
+def test_how_data_are_read_is_for_data(option, idle, monkeypatch):
+    monkeypatch.setattr("lora_init.cli.console.running", Running(options={option: ("--it", "")}, given={option}))
+    if idle:
+        refused("^--it: that is for --data. Leave it out.$", export._check_options, None, None, None, None, False)
+    else:
+        export._check_options(None, None, None, None, False)
+    export._check_options("d", None, None, None, False)
+
+
+def test_packages_are_asked_for_before_the_work(monkeypatch):
+    asked = []
+    monkeypatch.setattr(export, "require", lambda *names: asked.append(names))
+    monkeypatch.setattr(export, "require_version", lambda *words: asked.append(words))
+    export._check_options(None, "llama.cpp", None, None, True)
+    assert asked == [("gguf",), ("scipy",), ("peft", "0.19", "--reduce-intruders")]
+    asked.clear()
+    export._check_options(None, None, None, None, False)
+    assert asked == [()]
+
+
+def test_one_adapter_is_written_where_it_was_typed_and_several_under_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, here, out = Path("a"), Path(), Path("out")
+    assert export._places([one], out, "llama.cpp", Path("s")) == {out: one}
+    assert export._places([one, here], out, None, None) == {
+        tmp_path / "out/a": one,
+        tmp_path / "out" / tmp_path.name: here,
+    }
+    files = export._places([one, Path("b")], out, "llama.cpp", None)
+    assert files == {tmp_path / "out/a.gguf": one, tmp_path / "out/b.gguf": Path("b")}
+    line = "^several directories have the name 'a', under which each would be written.$"
+    refused(line, export._places, [one, Path("x/a")], out, None, None)
+    line = "^--start is one adapter before its training. Export those that have one one by one.$"
+    refused(line, export._places, [one, Path("b")], out, None, Path("s"))
+
+
+@pytest.mark.parametrize(("typed", "bases", "named"), [
+    (None, ["x", "x"], ""), (None, ["x", "y"], None), ("b", ["x", "y"], "b"), ("b", ["x"], "b"),
+])  # fmt: skip
+def test_a_command_names_the_base_where_the_adapters_do_not_agree(typed, bases, named, monkeypatch):
+    monkeypatch.setattr("lora_init.adapters.directory.AdapterDirectory", lambda base: SimpleNamespace(base=base))
+    assert export._base_named(bases, typed) == named
+
+
+@pytest.mark.parametrize(("text", "said"), [("x/y is wrong.", "x/y is wrong."), ("no rank.", "x/y: no rank.")])
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_failure_has_the_keys_of_an_export_and_names_its_adapter_once(text, said, measured, capsys):
+    found = export._failure(LoraInitError(text), Path("x/y"), Path("out/a"), measured)
+    keys = dict.fromkeys(field.name for field in fields(Exported))
+    assert found == keys | {"path": "out/a", "failed": said} | ({"losses": None} if measured else {})
+    assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
+@pytest.mark.parametrize(("data", "engine", "config", "fails"), [
+    ("d", "vllm", {"target_parameters": ["x"]}, True), (None, "vllm", {"target_parameters": ["x"]}, False),
+    ("d", None, {"target_parameters": ["x"]}, False), ("d", "vllm", {}, False),
+])  # fmt: skip
+def test_experts_are_measured_in_the_form_of_peft_alone(data, engine, config, fails):
+    if fails:
+        line = "^--data: PEFT measures the loss, and vllm gets experts in another form.$"
+        refused(line, export._check_experts, data, engine, config)
+    else:
+        export._check_experts(data, engine, config)
+
+
+@pytest.mark.parametrize(("base", "bases", "loaded"), [
+    (None, ["x", "x"], "x"), ("b", ["x", "y"], "b"), (None, [None, "x"], "x"), (None, [None], "fails"),
+])  # fmt: skip
+def test_one_base_is_loaded_for_all_that_can_be_read(base, bases, loaded, monkeypatch):
+    def read(directory):
+        if directory is None:
+            raise LoraInitError("cannot be read.")
+        return SimpleNamespace(base=directory)
+
+    asked = []
+    monkeypatch.setattr("lora_init.adapters.directory.AdapterDirectory", read)
+    monkeypatch.setattr(
+        "lora_init.loading.models.load_model", lambda *words, **how: asked.append((*words, how)) or "it"
+    )
+    if loaded == "fails":
+        refused("^cannot be read.$", export._load, bases, base)
+    else:
+        assert export._load(bases, base) == "it" and asked == [(loaded, {"dtype": "float32"})]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_cannot_be_read_ends_the_command_only_where_it_is_alone(n, monkeypatch):
+    checked = []
+
+    def read(directory):
+        if directory == "bad":
+            raise LoraInitError("cannot be read.")
+        return SimpleNamespace(config={})
+
+    monkeypatch.setattr("lora_init.adapters.directory.AdapterDirectory", read)
+    monkeypatch.setattr("lora_init.serving.export.check_before_loading", lambda *words: checked.append(words[1:]))
+    call = (["bad", "good"][:n], "base", 3, None, None)
+    if n == 1:
+        refused("^cannot be read.$", export._check_before_loading, *call)
+    else:
+        export._check_before_loading(*call)
+        assert checked == [("base", 3)]
+
+
+@pytest.mark.parametrize(("changes", "row"), [
+    ({}, {"adapter": "a", "rank": "8", "MB": "1.26", "update lost": "1.23%", "at the next smaller rank": ""}),
+    ({"rank": 0, "smaller": (4, 0.0567), "losses": [2.5, 2.25]},
+     {"adapter": "a", "rank": "merged", "MB": "1.26", "update lost": "1.23%",
+      "at the next smaller rank": "rank 4: 5.67%", "loss before, after": "2.5000, 2.2500"}),
+    ({"failed": "why", "losses": None, "rank": None},
+     {"adapter": "a", "rank": "failed", "MB": "", "update lost": "", "at the next smaller rank": "",
+      "loss before, after": ""}),
+])  # fmt: skip
+def test_a_row_of_several_exports_is_whole_whatever_became_of_it(changes, row):
+    summary = {"path": "out/a", "failed": None, "rank": 8, "n_bytes": 1_260_000, "error": 0.0123, "smaller": None}
+    assert export._row(summary | changes) == row

@@ -1,11 +1,12 @@
 """A table of cells is whole at every width: a column is never broken, and goes below where there is no room."""
 
 import io
+import math
 
 import pytest
 from rich.console import Console
 
-from lora_init.cli.tables import Cells, facts, heat_style, rank_table
+from lora_init.cli.tables import Cells, correction_facts, facts, finite, heat_style, rank_table, rows_read
 
 ROWS = [
     {"start": start, "difference": "−0.0043", "interval": "−0.48 % to +0.27 %", "verdict": "no difference shown"}
@@ -88,3 +89,43 @@ def test_a_larger_rank_is_darker_and_its_number_is_in_what_stands_out_from_it():
     assert lights == sorted(lights, reverse=True) and len(set(lights)) == 7
     assert texts == ["white" if 1.05 / (one + 0.05) > (one + 0.05) / 0.05 else "black" for one in lights]
     assert heat_style(0, 1, 7) == "dim" and heat_style(3, 3, 3) == heat_style(1, 1, 7)
+
+
+@pytest.mark.parametrize(("value", "rounded"), [
+    (None, None), (math.nan, None), (math.inf, None), (0.12345678, 0.123457), (0.0, 0.0), (3, 3),
+])  # fmt: skip
+def test_a_number_for_json_is_finite_and_has_six_digits(value, rounded):
+    assert finite(value) == rounded
+
+
+def test_what_a_pass_has_read_is_said_with_how_much_of_the_start_would_stay():
+    made = {"n_samples": 1234, "n_batches": 5, "stop_reason": "converged"}
+    assert rows_read(made | {"keeps": None}) == rows_read(made) == "1,234 in 5 batches, stopped: converged"
+    assert rows_read(made | {"keeps": 0.0}).endswith("; on other data the start would keep 0%")
+
+
+def test_what_a_correction_leaves_is_named_by_the_layers_at_both_ends():
+    errors = {"a": (2.0, 1.0), "b": (4.0, 1.0), "c": (1.0, 0.75)}
+    losses = {"float": 2.0, "quantised": 2.5, "corrected": 2.12345}
+    assert correction_facts({"errors": errors, "losses": losses, "share_closed": 0.75}) == {
+        "loss": "2 in float, 2.5 quantised, 2.123 corrected: 75% of the difference is closed",
+        "error of layers": "50% of the error of the quantized weights is left (median), 25% at least (b), 75% at most "
+        "(c)",
+    }
+
+
+@pytest.mark.parametrize(("blocks", "width", "bands"), [(10, 33, 1), (10, 32, 2), (11, 36, 1), (11, 35, 2), (3, 1, 3)])
+def test_a_table_of_ranks_has_a_band_for_as_many_blocks_as_fit(blocks, width, bands):
+    """A cell is a space and the longest number, of ranks or of blocks: two digits from the eleventh block on."""
+    lines = laid_out(rank_table({f"h.{i}.q": 10 for i in range(blocks)} | {"h.0.kqv": 8}, width), max(width, 20))
+    assert sum(line.strip().startswith("kqv") for line in lines) == 1
+    assert sum(line.split()[:1] == ["q"] for line in lines) == bands
+
+
+def test_layers_outside_any_block_have_a_column_without_a_number():
+    ranks = {"head": 4, "h.0.q": 12, "h.1.q": 0}
+    assert laid_out(rank_table(ranks, 40), 40) == ["        0 1", "head 4", "q      12 ·"]
+
+
+def test_no_layer_is_no_table():
+    assert laid_out(rank_table({}, 40), 40) == []
