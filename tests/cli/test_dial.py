@@ -8,6 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lora_init.cli.console import Running
+from lora_init.cli.dial import _check_options
 from lora_init.errors import LoraInitError
 from lora_init.keep.dial import strengths
 from tests.commands import WORDS, assert_one_line_error, run, save_model, write_data
@@ -185,3 +187,32 @@ def test_what_takes_long_says_in_a_log_how_far_it_is(place, tmp_path):
     first, second, last = done.stderr.splitlines()
     assert first.startswith("32 of 70 texts") and first.endswith(" left") and second.startswith("64 of 70 texts")
     assert last == "70 of 70 texts written"
+
+
+ALONE = ": name DATA, or --strength 0.8 alone for that strength in all layers."
+
+
+@pytest.mark.parametrize(("data", "keep", "strength", "given", "line"), [
+    ("d", None, None, "", None), ("d", "k", None, "", None), (None, None, 0.8, "", None),
+    ("d", "k", 0.8, "template", None),
+    (None, None, None, "", f"strengths are chosen on its task{ALONE}"),
+    (None, "k", None, "", f"strengths are chosen on its task{ALONE}"),
+    (None, "k", 0.8, "", f"--keep is measured beside the task{ALONE}"),
+    *((None, None, 0.8, option, "--it: without DATA nothing is measured. Leave it out.")
+      for option in ("template", "dtype", "quantize", "samples", "max_length", "seed")),
+    (None, None, 0.8, "uniform", None),
+    *(("d", keep, None, "", f"--keep {keep} is the task's own data. Name text of another kind, or leave --keep away.")
+      for keep in ("d", "./d", "../{}/d")),
+])  # fmt: skip
+def test_a_dial_needs_a_task_or_a_strength_and_other_text_to_keep(
+    data, keep, strength, given, line, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    keep = keep and keep.format(tmp_path.name)
+    monkeypatch.setattr("lora_init.cli.console.running", Running(options={given: ("--it", "")}, given={given} - {""}))
+    if line is None:
+        _check_options(data, keep, strength)
+    else:
+        with pytest.raises(LoraInitError) as caught:
+            _check_options(data, keep, strength)
+        assert str(caught.value) == line.format(tmp_path.name)

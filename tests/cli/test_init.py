@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -12,13 +13,15 @@ from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init import Statistics, allocate_ranks, build_adapter, collect, load_batches
+from lora_init.cli.console import Running
+from lora_init.cli.init import FromBank, _check_words
 from lora_init.collection.backward import NoGradientsError
 from lora_init.loading import models
 from lora_init.loading.models import load_model
 from lora_init.planning.plan import save_plan
 from lora_init.rates.learning_rate import rate_text
 from tests.commands import WORDS, assert_one_line_error, run, save_model
-from tests.conftest import tiny_bert, tiny_llama
+from tests.conftest import refused, tiny_bert, tiny_llama
 
 # What it makes
 
@@ -28,8 +31,8 @@ def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(com
     plain = run(*command, "--statistics", file)
     assert plain.exit_code == 0, plain.output
     command[command.index("-o") + 1] = str(tmp_path / "lora-ga")
-    refused = run(*command, "--statistics", file, "--method", "eva-grad", "--rho", 2)
-    assert refused.exit_code == 1 and "was made with gradients False, and True is asked for" in refused.stderr
+    other = run(*command, "--statistics", file, "--method", "eva-grad", "--rho", 2)
+    assert other.exit_code == 1 and "was made with gradients False, and True is asked for" in other.stderr
     file.unlink()
     made = run(*command, "--statistics", file, "--method", "lora-ga", "--rho", "1", "--gamma", "32")
     assert made.exit_code == 0, made.output
@@ -111,8 +114,8 @@ def test_the_length_of_the_training_is_an_option(command, home, tmp_path, monkey
     )
     monkeypatch.setattr("lora_init.loading.models.ModelSource.load", None)  # a call would be a TypeError
     for asked in ([*words, "--overwrite"], ["inspect", out]):
-        refused = run(*asked, "--steps", 9999, "--epochs", 3)
-        assert refused.exit_code == 1 and "--steps 9999 and --epochs 3 contradict: 3 epochs of" in refused.stderr
+        other = run(*asked, "--steps", 9999, "--epochs", 3)
+        assert other.exit_code == 1 and "--steps 9999 and --epochs 3 contradict: 3 epochs of" in other.stderr
 
 
 def refuse(*_):
@@ -519,3 +522,43 @@ def test_an_interruption_before_the_first_batch_says_what_is_kept(command, tmp_p
     monkeypatch.setattr("lora_init.cli.source.collect_for", stopped)
     done = run(*command, *more)
     assert done.exit_code == 130 and said in done.stderr
+
+
+TOGETHER = "--method from-bank and --bank go together, and need DATA: examples of the new task."
+DECIDED, RULED = (
+    "a bank's adapters decide that. Leave it out.",
+    "only the rule's rate depends on it, and --learning-rate",
+)
+
+
+@pytest.mark.parametrize(("method", "data", "bank", "rate", "given", "line"), [
+    ("eva", "d", None, None, "", None), (None, None, None, None, "", None), ("from-bank", "d", "b", None, "", None),
+    ("from-bank", "d", None, None, "", TOGETHER), ("eva", "d", "b", None, "", TOGETHER),
+    ("from-bank", None, "b", None, "", TOGETHER),
+    *(("eva", "d", None, None, option, "--it: that is for --method from-bank. Leave it out.")
+      for option in ("by", "similarity")),
+    *(("from-bank", "d", "b", None, option, f"--it: {DECIDED}") for option in (
+        "rho", "ranks_from", "dry_run", "label", "learning_rate", "steps", "epochs", "target_modules", "use_dora",
+        "max_batches", "token_mask")),
+    *(("from-bank", "d", "b", None, option, None) for option in (
+        "task_type", "lora_alpha", "gamma", "weights", "unchecked", "seed", "by", "similarity", "rank", "template")),
+    *(("eva", "d", None, 1e-3, option, f"--it: {RULED} names another. Leave it out.")
+      for option in ("steps", "epochs", "train_batch_size")),
+    ("eva", "d", None, None, "steps", None), ("eva", "d", None, 0.999, "", None),
+    *(("eva", "d", None, rate, "", f"--learning-rate {rate:g}: expected a number between 0 and 1, such as 2e-4.")
+      for rate in (0.0, 1.0, math.nan)),
+])  # fmt: skip
+def test_words_go_together_or_are_refused(method, data, bank, rate, given, line, monkeypatch):
+    monkeypatch.setattr("lora_init.cli.console.running", Running(options={given: ("--it", "")}, given={given} - {""}))
+    if line is None:
+        _check_words(method, data, FromBank(bank=bank), rate)
+    else:
+        refused(f"^{re.escape(line)}$", _check_words, method, data, FromBank(bank=bank), rate)
+
+
+@pytest.mark.parametrize("by", ["nearest", "mixture"])
+def test_a_mixture_needs_scipy(by, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lora_init.cli.init.require", asked.append)
+    _check_words("from-bank", "d", FromBank(bank="b", by=by), None)
+    assert asked == (["scipy"] if by == "mixture" else [])

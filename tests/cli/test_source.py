@@ -10,6 +10,7 @@ import torch
 from lora_init.adapters.init_config import InitConfig
 from lora_init.cli import source
 from lora_init.cli.console import Running
+from lora_init.cli.options import LoadingQuantized
 from lora_init.cli.source import Names
 from lora_init.collection.collect import OtherSettingsError
 from lora_init.errors import LoraInitError
@@ -220,3 +221,109 @@ def test_the_time_of_a_file_is_known_if_it_is_there(tmp_path):
     (tmp_path / "s").touch()
     assert source._time_written(tmp_path / "s") == (tmp_path / "s").stat().st_mtime_ns
     assert source._time_written(None) is source._time_written(tmp_path / "none") is None
+
+
+def opening(monkeypatch, task_type="CAUSAL_LM", **more):
+    """Let a model be opened without one; return what was asked for."""
+    asked = []
+    opened = SimpleNamespace(
+        task_type=task_type, check_quantized=lambda *words, **how: asked.append((*words, how)), empty=lambda: None,
+        tokenizer="tokenizer", seq2seq=False, classes=("x",), **more,
+    )  # fmt: skip
+    monkeypatch.setattr(source, "open_model", lambda *words, **how: asked.append((*words, how)) or opened)
+    return asked, opened
+
+
+@pytest.mark.parametrize(("label", "task_type", "gradient", "data", "opened", "line"), [
+    (None, None, False, "d", "CAUSAL_LM", None), ("k", None, True, "d", "SEQ_CLS", None),
+    ("k", "SEQ_CLS", True, "d", "SEQ_CLS", None), (None, "SEQ_CLS", True, None, "SEQ_CLS", None),
+    (None, "SEQ_CLS", False, "d", "SEQ_CLS", None), (None, None, True, "d", "CAUSAL_LM", None),
+    ("k", "CAUSAL_LM", False, "d", None,
+     "--label makes this a classification, and --task-type CAUSAL_LM does not. Give one."),
+    (None, None, True, "d", "SEQ_CLS",
+     "gradients for the task type SEQ_CLS need classes, not texts alone. Name their column: --label COLUMN."),
+    (None, None, True, "d", "TOKEN_CLS",
+     "gradients for the task type TOKEN_CLS need classes, not texts alone. Use initialize() in Python."),
+])  # fmt: skip
+def test_a_model_is_opened_for_classes_where_the_data_have_them(
+    label, task_type, gradient, data, opened, line, monkeypatch
+):
+    asked, model = opening(monkeypatch, opened)
+    config = InitConfig().with_options(label=label, task_type=task_type, gradients=gradient)
+    loading = LoadingQuantized(quantize="nf4", trust_remote_code=True)
+    if line is None:
+        assert source._open(names(data), config, loading) is model
+        how = {"task_type": "SEQ_CLS" if label else task_type, "trust_remote_code": True}
+        assert asked == [("m", how), ("nf4", {"needed": False})]
+    else:
+        with pytest.raises(LoraInitError) as caught:
+            source._open(names(data), config, loading)
+        assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(("data", "stored_rows", "rows"), [("d", None, 30), (None, 50, 50), (None, None, None)])
+def test_data_are_read_for_the_model_and_the_length_is_planned_of_their_rows(
+    data, stored_rows, rows, monkeypatch, said
+):
+    opening(monkeypatch)
+    read, planned = [], []
+    batches = SimpleNamespace(settings={"rows": 30})
+    examples = SimpleNamespace(data="chat, 30 rows")
+    monkeypatch.setattr(source, "read", lambda *words: read.append(words) or (batches, "beyond"))
+    monkeypatch.setattr(source, "split", lambda *words: read.append(words) or examples)
+    config = InitConfig()
+    training = SimpleNamespace(plan=lambda rows: planned.append(rows) or "length")
+    stats = None if data or stored_rows is None else stored(settings={"rows": stored_rows})
+    opened, found = source.read_named(names(data), config, LoadingQuantized(), stats, training)
+    assert found.layers.task_type == "CAUSAL_LM" and planned == [rows] and opened.length == "length"
+    if data is None:
+        assert opened.examples == source.Examples(None) and read == [] and said == []
+    else:
+        assert read == [("d", "tokenizer", found, False, ("x",)), (batches, "beyond", found.measures)]
+        assert opened.examples is examples and said == ["data: chat, 30 rows"]
+
+
+def test_what_layers_cannot_do_is_refused_before_the_data_are_read(monkeypatch):
+    asked = []
+    _, opened = opening(monkeypatch)
+    opened.empty = lambda: "empty"
+    targets = SimpleNamespace(layers={"a": 1})
+    monkeypatch.setattr(source, "find_targets", lambda model, **how: asked.append((model, how)) or targets)
+    for name in ("check_targets", "check_experts", "check_modules_to_save"):
+        monkeypatch.setattr(source, name, lambda *words, name=name: asked.append((name, *words)))
+    config = InitConfig().with_options(rank=3, modules_to_save=["x"], target_modules=["q"])
+    source.read_named(names(None), config, LoadingQuantized(), None, SimpleNamespace(plan=lambda rows: None))
+    (model, how), targeted, (name, experts, shape), saved = asked
+    assert (model, how["target_modules"], targeted) == ("empty", ["q"], ("check_targets", "empty", targets, 3))
+    assert (name, [*experts], shape) == ("check_experts", [1], config.shape)
+    assert saved == ("check_modules_to_save", "empty", ["x"])
+
+
+@pytest.mark.parametrize(("data", "classes", "made", "asked"), [
+    ("d", ("a", "b"), None, {"seed": 5, "n_labels": 2}), ("d", (), None, {"seed": 5, "n_labels": None}),
+    (None, (), {"settings": {"classes": ["a"]}, "seed": 3}, {"seed": 3, "n_labels": 1}),
+    (None, (), {"seed": 3}, {"seed": 3, "n_labels": None}),
+    ("d", ("a", "b"), {"settings": {"classes": ["a"]}, "seed": 3}, {"seed": 5, "n_labels": 2}),
+])  # fmt: skip
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_head_is_that_of_the_classes_and_a_plan_is_for_this_model(data, classes, made, asked, planned, monkeypatch):
+    checked, fitted = [], []
+    loaded = SimpleNamespace(model=torch.nn.Linear(1, 1), drawn="drawn")
+    loading = SimpleNamespace(load=lambda model, **how: loaded if (model, how) == ("opened", asked) else None)
+    opened = SimpleNamespace(model="opened", examples=SimpleNamespace(classes=classes))
+    monkeypatch.setattr(source, "fit_to", lambda *words: fitted.append(words) or "fitted")
+    monkeypatch.setattr(source, "fingerprint", lambda model: "f")
+    plan = SimpleNamespace(check_model=lambda *words: checked.append(words))
+    config = InitConfig().with_options(seed=5)
+    stats = None if made is None else stored(**made)
+    call = (names(data, ranks_from=Path("p") if planned else None), opened, config, loading, stats, plan)
+    assert source.load_named(*call) == (loaded, "fitted") and fitted == [(loaded.model, config, classes, "drawn")]
+    assert checked == ([("f", "Linear m")] if planned else [])
+
+
+def test_without_data_a_file_is_used_as_it_is_once_it_is_checked(said, monkeypatch):
+    checked, stats, config = [], stored(), InitConfig()
+    monkeypatch.setattr(source, "_check_made_for", lambda *words: checked.append(words))
+    monkeypatch.setattr(source, "collect_for", lambda *_: pytest.fail("collected"))
+    assert source.collect_named(names(None), "model", None, config, stats, 2.0) == (stats, config)
+    assert checked == [(stats, "model", config)] and said == ["s: used as it is (chat; 5 batches)"]
