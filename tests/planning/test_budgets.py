@@ -41,6 +41,7 @@ def test_a_share_or_a_size_is_a_number_above_zero(kind, most, value):
 
 
 def test_all_budgets_that_were_given_are_named():
+    refused("^rank=1 and variance=2 are 2 budgets. Give one.$", choose_budget, {"rank": 1, "variance": 2}, **COUNTS)
     given = {"rank": 1, "fraction": 0.5, "megabytes": 2}
     refused("^rank=1 and fraction=0.5 and megabytes=2 are 3 budgets. Give one.$", choose_budget, given, **COUNTS)
 

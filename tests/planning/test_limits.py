@@ -73,6 +73,7 @@ def test_later_overrides_win_and_groups_divide_each_rank():
 @pytest.mark.parametrize(("overrides", "exclude", "message"), [
     ([("a", {})], (), r"^overrides=\[\('a', \{\}\)\]: a mapping such as \{'up_proj': \{'max_rank': 8\}\} is needed.$"),
     ({"a": {"rank": "2"}}, (), r"^overrides\['a'\]: m.._rank='2', expected a whole number"),
+    ({"a": {}, "b": 8}, (), r"^overrides=\{'a': \{\}, 'b': 8\}: a mapping such as"),
     ({3: {}}, (), "^overrides='3' matches no layer. Names end in a, b, c.$"),
     (None, ["a", 3], r"^exclude=\['a', 3\]: a name, an ending or a wildcard is needed, or a list of them.$"),
     (None, "x*", r"^exclude='x\*' matches no layer. Names end in a, b, c.$"),
@@ -115,6 +116,20 @@ def test_a_name_with_a_bracket_is_itself_and_what_matches_nothing_is_told_the_cl
 def test_tied_layers_have_one_number(tie, per_kind, units):
     found = tie_layers(NAMES, tie, per_kind)
     assert found.tolist() == units and found.dtype == np.int64
+
+
+@pytest.mark.parametrize(("tie", "message"), [
+    (3, "^tie=3: a name, an ending or a wildcard is needed, or a list of them.$"),
+    ([("q", "k"), 3], "^tie=3: a name, an ending or a wildcard is needed"),
+    ([("q", 3)], r"^tie=\('q', 3\): a name"),
+    (("q", "v"), "^tie='v' matches no layer. Names end in head, k, q, up.$"),
+    (("*.q", "up"), r"^tie=\['\*.q', 'up'\]: '\*.q' must be how names end, such as 'q_proj'.$"),
+    (("q",), r"^tie=\['q'\] ties nothing: no two of these are in one block. Name at least two.$"),
+    ("head", r"^tie=\['head'\] ties nothing"),
+])  # fmt: skip
+def test_a_tie_of_nothing_is_refused(tie, message):
+    refused(message, tie_layers, NAMES, tie)
+    assert tie_layers(NAMES, ()).tolist() == tie_layers(NAMES, []).tolist() == list(range(7))
 
 
 def test_layers_of_a_unit_may_have_what_each_of_them_may():
