@@ -341,18 +341,23 @@ class Local:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer, self.layers = model, tokenizer, adapter_layers(model)
         self.name, self.size = model.active_adapter, 0
+        self._read: dict[str, Tensor] = {}  # tokens of prompts, which are the same under each of a hundred faults
 
-    @torch.no_grad()
-    def run(self, prompts: Sequence[Any], fault: Fault = _AS_TRAINED) -> Tensor:
-        """Compute log-probabilities of the next token, float32 [prompts, vocabulary]."""
-        rows, texts = [], []
-        for prompt in prompts:
+    def _tokens(self, prompt: Any) -> Tensor:
+        key = repr(prompt)
+        if key not in self._read:
             is_text = isinstance(prompt, str)
             text = prompt
             if not is_text:
                 text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
             # A template writes the special tokens itself.
-            texts.append(self.tokenizer(text, add_special_tokens=is_text, return_tensors="pt")["input_ids"][0])
+            self._read[key] = self.tokenizer(text, add_special_tokens=is_text, return_tensors="pt")["input_ids"][0]
+        return self._read[key]
+
+    @torch.no_grad()
+    def run(self, prompts: Sequence[Any], fault: Fault = _AS_TRAINED) -> Tensor:
+        """Compute log-probabilities of the next token, float32 [prompts, vocabulary]."""
+        rows, texts = [], [self._tokens(prompt) for prompt in prompts]
         step = max(1, _TOKENS // max(map(len, texts)))  # texts of a batch
         with self._under(fault):
             for first in range(0, len(texts), step):
