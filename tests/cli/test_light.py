@@ -35,21 +35,29 @@ def test_the_four_commands_run_without_the_extras(home, tmp_path):
     assert ended == [f"CODE {words[0]} 0" for words in commands], done.stderr
 
 
+@pytest.fixture(scope="module")
+def made(home, tmp_path_factory):
+    """A folder with an adapter and its statistics."""
+    made = tmp_path_factory.mktemp("made")
+    done = run("init", home / "model", home / "text.txt", "-o", made / "adapter", "--statistics", made / "s", "--rank",
+               4)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return made
+
+
 @pytest.mark.parametrize("library", EXTRAS)
-def test_what_is_missing_is_named_with_its_extra(library, home, tmp_path, monkeypatch):
-    assert run("init", home / "model", home / "text.txt", "-o", tmp_path / "adapter", "--statistics", tmp_path / "s",
-               "--rank", 4).exit_code == 0  # fmt: skip
+def test_what_is_missing_is_named_with_its_extra(library, home, made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     compared = ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"]
     command = {
-        "matplotlib": ["ranks", tmp_path / "s", "-o", tmp_path / "plan.json", "--plot", tmp_path / "plan.png"],
+        "matplotlib": ["ranks", made / "s", "-o", tmp_path / "plan.json", "--plot", tmp_path / "plan.png"],
         "scipy": compared,
         "sklearn": compared,
         "ray": [*compared, "--cluster", "ray"],
         "distributed": [*compared, "--cluster", "dask:tcp://HOST:8786"],
         "submitit": [*compared, "--cluster", "slurm"],
-        "gguf": ["export", tmp_path / "adapter", "-o", tmp_path / "a.gguf", "--engine", "llama.cpp"],
-        "httpx2": ["verify", tmp_path / "adapter", "--url", "http://127.0.0.1:9/v1"],
+        "gguf": ["export", made / "adapter", "-o", tmp_path / "a.gguf", "--engine", "llama.cpp"],
+        "httpx2": ["verify", made / "adapter", "--url", "http://127.0.0.1:9/v1"],
         "bitsandbytes": ["init", home / "model", home / "text.txt", "-o", tmp_path / "out", "--quantize", "nf4"],
     }[library]
     words = f"this needs {library}, which is not installed. Install it: pip install 'lora-init[{EXTRAS[library]}]'"
