@@ -123,7 +123,7 @@ def test_what_cannot_be_dialed_is_one_line(place, tmp_path):
         (["--strength", 1e-31], ["--strength 1e-31", "at least 0.001"]),
         (["--strength", "nan"], ["--strength", "at least 0.001"]),
         (["--lose", "much"], ["--lose 'much'", "2%"]),
-        (["--lose", 2], ["--lose 2 is 200% more loss", "2% or 0.02"]),
+        (["--lose", 2], ["--lose 2 is 200% more loss", "Write 2 % as 0.02."]),
         (["--lose", "1%", "--keep-within", 0.1], ["--lose and --keep-within are both given"]),
         (["--base", tmp_path / "other"], ["32", "16"]),
     ):

@@ -434,7 +434,7 @@ def test_rules_choose_what_they_say():
         assert (Rule(lose=1.0).lose, Rule(keep_within=9.0).keep_within) == (1.0, 9.0)
     for wrong, words in (
         (dict(lose=-0.1), "at least 0"),
-        (dict(lose=2), "lose=2 is 200% more loss. Write 2 % as 2% or 0.02"),
+        (dict(lose=2), "lose=2 is 200% more loss. Write 2 % as 0.02"),
         (dict(lose=1.01), "101% more loss"),
         (dict(strength=0.5, uniform=True), "strength=0.5 is one for all layers already. Leave uniform=True out"),
         (dict(keep_within=-0.1), "at least 0"),

@@ -238,8 +238,7 @@ def test_numbers_that_no_vector_can_have_are_refused(wrong):
     k, threshold = wrong.get("k", 10), wrong.get("threshold", 0.5)
     said = f"^k={k}, threshold={threshold}; expected at least 1, and a cosine above 0.$"
     refused(said, intruder_dimensions, planted(1), **wrong)
-    found = intruder_dimensions(planted(1), k=1, threshold=1.0)
-    assert (found.of, found.count) == (1, 1)
+    assert intruder_dimensions(planted(1), k=1, threshold=1.0).of == 1
 
 
 @pytest.mark.parametrize("size", [127, 128, 160])
