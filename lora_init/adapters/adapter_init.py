@@ -70,6 +70,8 @@ class AdapterInit(Shape):
             second moment of its input. The square is E |(W - Q) x|^2.
         error_size: If the adapter corrects a quantized base: |W - Q| in Frobenius norm, of all layers at once.
         dtype: Type in which A and B are saved: the one that a budget in megabytes counts, else float32.
+        trains_head: Whether a head that begins at random is trained beside the adapter, which decides on `rate`; None
+            if that follows from the task type and `modules_to_save`.
         exact_loss: Loss of the model with the weights from before quantization, measured together with `losses`.
     """
 
@@ -91,6 +93,7 @@ class AdapterInit(Shape):
     error_size: float = 0.0
     exact_loss: float | None = None
     dtype: str = "float32"
+    trains_head: bool | None = None
 
     @property
     def share_closed(self) -> float | None:
@@ -163,8 +166,10 @@ class AdapterInit(Shape):
         adapted = (*self.weights, *self.unsupported)
         left_out = [name for name in adapted if name not in self.responses]
         # A head that begins at random wants a larger change than a pretrained one, see `rates.learning_rate`.
-        heads, task_type = self.provenance.settings.get("heads", ()), self.provenance.task_type
-        new_head = trains_new_head(heads, task_type, self.modules_to_save)
+        new_head = self.trains_head
+        if new_head is None:
+            heads = self.provenance.settings.get("heads", ())
+            new_head = trains_new_head(heads, self.provenance.task_type, self.modules_to_save)
         share = share_of(sum(map(layers_in, adapted)), self.provenance.n_linear)
         length = self.length or TrainingLength.plan(self.provenance.settings.get("rows"))
         return LearningRate(self.responses, length, new_head, left_out, share)

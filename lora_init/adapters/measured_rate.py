@@ -119,7 +119,7 @@ def measure_rate(
     if not heads and output_embedding(base) is not None:
         new_head = False
     elif heads and any(_weights_of(layers[name], adapter_name)[1].requires_grad for name in responses):
-        new_head = _any_trains(base, heads)
+        new_head = any_trains(base, heads)
     else:
         new_head = trains_new_head(heads, task_type, trained_whole)
     linear = [name for name, layer in layers.items() if adapter_name in layer.lora_A]  # and no embedding
@@ -127,7 +127,7 @@ def measure_rate(
     return LearningRate(responses, length, new_head, left_out, share)
 
 
-def _any_trains(base: nn.Module, heads: Iterable[str]) -> bool:
+def any_trains(base: nn.Module, heads: Iterable[str]) -> bool:
     """Check whether a matrix of one of these modules has a gradient, as after `requires_grad_()` on a head."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

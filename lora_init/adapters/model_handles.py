@@ -16,8 +16,11 @@ from torch import nn
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.config import read_adapter
 from lora_init.adapters.init_config import InitConfig
+from lora_init.adapters.measured_rate import any_trains
 from lora_init.adapters.peft_model import is_filled, remember, remove_adapters
 from lora_init.errors import LoraInitError
+from lora_init.layers.targets import new_heads
+from lora_init.layers.wrappers import unwrapped, without_adapter
 from lora_init.starts.starts import Start
 
 
@@ -27,6 +30,7 @@ class ModelHandle:
     in_place = False  # its adapter keeps its layers and their rank
     wraps_anew = True  # there was no adapter
     base_stays = ""  # why the base weights must stay as they are
+    trains_head: bool | None = None  # whether a head trains beside an adapter that stays; None without one
 
     def __init__(self, given: Any) -> None:
         self.given = given  # as `initialize` gets it
@@ -56,6 +60,9 @@ class ModelHandle:
     def opened(self, config: InitConfig) -> Iterator[InitConfig]:
         """Take an untrained adapter off while the block runs, which ends with `put`; put it back on an exception."""
         config, self.restore = self.read(config), remember(self.model)  # refused settings leave nothing to restore
+        if self.in_place:
+            base = without_adapter(unwrapped(self.given))
+            self.trains_head = any_trains(base, new_heads(base))
         try:
             if not self.wraps_anew:
                 remove_adapters(self.model)

@@ -16,6 +16,8 @@ from lora_init.adapters.model_handles import ModelHandle
 from lora_init.adapters.peft_model import check_plain, is_filled
 from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, warn
+from lora_init.layers.targets import HEADS, is_in
+from lora_init.layers.wrappers import is_below
 from lora_init.trainers.registry import find_handle, find_trainer, is_trainer
 
 if TYPE_CHECKING:
@@ -173,11 +175,17 @@ def _print_made(init: AdapterInit, batch_size: int, seconds: float) -> None:
 def _applied(init: AdapterInit, handle: ModelHandle, adapter_name: str) -> Any:
     """Put the adapter on; warn of a start whose training is lost without what only the model has now."""
     adapted = handle.put(init, adapter_name)
-    new = [name for name in init.provenance.settings.get("heads", ()) if name in init.targets]
-    if 0 < len(new) < len(init.targets):  # where all are a user's own, they are the model, and no head of it
+    heads = init.provenance.settings.get("heads", ())
+    whole = (*init.modules_to_save, *HEADS.get(init.provenance.task_type or "", ()))
+    new = []
+    for name in heads:
+        is_part = any(is_below(name, other) for other in heads if other != name)
+        if not is_part and not is_in(name, whole):
+            new.append(name)
+    if new and any(name not in heads for name in init.targets):  # where all are a user's own, they are the model
         warn(
-            f"{', '.join(new)}: no part of the checkpoint's class, and only an adapter on it is trained. If its "
-            f"weights are random, train it whole: modules_to_save={new}."
+            f"{', '.join(new)}: no part of the checkpoint's class, and its weights are neither trained nor saved. If "
+            f"they are random, train it whole: modules_to_save={new}."
         )
     if init.corrects_base:
         start = "START"

@@ -62,7 +62,8 @@ def run(handle: ModelHandle, given: Any, config: InitConfig, tokenizer: Any = No
         config = fit_to(handle.model, config, examples.classes)
     stats, config = collect_for(handle.model, examples, config)
     ranks = allocate_ranks(stats, config.ranks.rank, config.ranks.rho)
-    return build(handle.model, stats, ranks, config, examples.held_out)
+    init = build(handle.model, stats, ranks, config, examples.held_out)
+    return replace(init, trains_head=handle.trains_head)
 
 
 def take(given: Any, model: nn.Module, config: InitConfig, tokenizer: Any) -> Examples:

@@ -109,12 +109,16 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
         parameters = inspect.signature(model.forward).parameters
         inputs = _keywords(model, batch, parameters, with_labels)
         _check_keywords(model, inputs, parameters)
+        plain, ids, labels = unwrapped(model), inputs.get("input_ids"), inputs.get("labels")
+        # A class of one's own may take other labels, so these are looked at only where it raises.
+        is_known = type(plain).__module__.startswith("transformers.") and "logits_to_keep" not in inputs
+        if is_known and shifts_labels(plain):
+            check_labels(ids, labels)
         try:
             return model(**inputs)
         except (RuntimeError, ValueError):
-            # Only now: what the labels are of is for a class of one's own to say, which may take others.
-            if shifts_labels(unwrapped(model)):
-                check_labels(inputs.get("input_ids"), inputs.get("labels"))
+            if shifts_labels(plain):
+                check_labels(ids, labels)
             raise
     if batch is None or isinstance(batch, (str, int, float)):
         raise _no_input(model)

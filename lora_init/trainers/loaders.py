@@ -119,14 +119,13 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
         an_epoch = min(len(data), len(loader) * each)
         return TrainingLength(steps, max(1, round(min(each * accumulated, an_epoch))), max(1, round(an_epoch)))
     counts, sampler = Counter(chain.from_iterable(drawn.batches)), getattr(_source_of(loader), "sampler", None)
-    is_part = isinstance(sampler, DistributedSampler)
-    parts = sampler.num_replicas if is_part else 1  # the others draw others
+    parts = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1  # the others draw others
     # One that draws `num_samples` of them may not have come to all.
     different = len(sampler.data_source) if isinstance(sampler, RandomSampler) else min(len(counts) * parts, len(data))
     an_epoch = counts.total() * drawn.rows_an_item * parts / drawn.epochs
     batch_size = max(1, round(min(each * accumulated, an_epoch)))
     length = TrainingLength(steps, batch_size, max(batch_size, round(different * drawn.rows_an_item)))
-    if is_part:  # shuffled, it draws other rows in each epoch, and those that it leaves out are drawn by the others
+    if parts > 1:  # shuffled, it draws other rows in each epoch, and those that it leaves out are drawn by the others
         return length
     # In the mean over draws and not over examples: what is learned from is what is drawn. For counts c an example comes
     # sum c^2 / sum c times, which is 1 if each comes once.

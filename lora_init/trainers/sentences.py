@@ -64,6 +64,7 @@ class SentenceHandle(ModelHandle):
     def opened(self, config: InitConfig) -> Iterator[InitConfig]:
         """Open the model inside, and let its hooks run: the library calls `model.forward`, which is past them."""
         with self.inner.opened(config) as config:
+            self.trains_head = self.inner.trains_head
             own, forward = vars(self.model), self.model.forward
 
             # The model's own __call__ runs the hooks and then `forward`, which has to be the true one meanwhile.

@@ -145,18 +145,15 @@ class Own(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("targets", "whole", "is_told"), [
-    (None, None, True), (None, ["head"], False), (["query"], None, False), (["head"], None, False),
+    (None, None, True), (None, ["head"], False), (["query"], None, True), (["head"], None, False),
 ])  # fmt: skip
-def test_a_head_of_ones_own_that_gets_an_adapter_is_told_of(targets, whole, is_told, recwarn):
+def test_a_head_of_ones_own_that_is_not_trained_whole_is_told_of(targets, whole, is_told, recwarn):
     """Its own weights are frozen and not saved: where they are random, the adapter is for another head next time."""
     batch = {"input_ids": torch.arange(12).reshape(2, 6)}
     initialize(Own().eval(), [batch], rank=1, target_modules=targets or "all-linear", modules_to_save=whole)
     told = [str(one.message) for one in recwarn if "checkpoint's class" in str(one.message)]
-    assert (
-        told
-        == [
-            "head: no part of the checkpoint's class, and only an adapter on it is trained. If its weights are random, "
-            "train it whole: modules_to_save=['head']."
-        ]
-        * is_told
+    said = (
+        "head: no part of the checkpoint's class, and its weights are neither trained nor saved. If they are random, "
+        "train it whole: modules_to_save=['head']."
     )
+    assert told == [said] * is_told

@@ -496,6 +496,10 @@ CALLS = {
         ),
         "labels of the batch are torch.int32 .*, in int64",
     ),
+    "the loss of labels that are turned": (
+        lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS | {"labels": TOKENS["labels"].T}]),
+        r"labels of the batch are torch.int64 \[\d+, \d+\], expected \[\d+, \d+\] as input_ids",
+    ),
     "the loss of labels in 8 bits": (
         lambda compare: lora_init.mean_loss(tiny_llama(), [TOKENS | {"labels": TOKENS["labels"].to(torch.uint8)}]),
         "labels of the batch are torch.uint8 .*, in int64",

@@ -44,7 +44,9 @@ def test_the_figure_has_all_layers_kinds_and_policies(n_blocks):
     assert heights >= 7
     # Beside a map that is taller than nine inches, panels stand two in a row, else four.
     assert panels[0].get_subplotspec().get_gridspec().get_geometry() == ((2, 2) if n_blocks == 80 else (1, 4))
-    assert [*figure.get_size_inches()] == pytest.approx({1: [12.84, 6.1], 2: [12.84, 6.1], 30: [12.84, 7.5], 80: [8.04, 16.0]}[n_blocks])
+    assert [*figure.get_size_inches()] == pytest.approx(
+        {1: [12.84, 6.1], 2: [12.84, 6.1], 30: [12.84, 7.5], 80: [8.04, 16.0]}[n_blocks]
+    )
 
 
 def test_panels_show_what_is_explained_from_nothing_to_all_in_per_cent():

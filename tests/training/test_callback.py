@@ -14,7 +14,7 @@ import lora_init
 from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.keep.replay import replayed
 from tests.commands import save_model
-from tests.conftest import refused, tiny_llama
+from tests.conftest import refused, tiny_bert, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(learning_rate|lora_alpha) is ",
@@ -124,6 +124,22 @@ def test_the_measured_rate_is_that_of_initialize_and_the_schedule_goes_by_it(tmp
     rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
     assert made.args.learning_rate == expected.args.learning_rate != 1e-2
     assert rates == pytest.approx([made.args.learning_rate * left / 3 for left in (3, 2, 1)])
+
+
+def test_the_measured_rate_is_of_a_new_head_if_one_trains_whatever_the_task_is_called(tmp_path):
+    """A task type that was forgotten leaves the classifier frozen, and a language model has none."""
+    rates = {}
+    kinds = {"trained": (tiny_bert, "SEQ_CLS"), "frozen": (tiny_bert, None), "none": (tiny_llama, "SEQ_CLS")}
+    for name, (make, task) in kinds.items():
+        adapted = get_peft_model(make(), LoraConfig(r=4, task_type=task, target_modules=["query", "q_proj"]))
+        data = [{"input_ids": row["input_ids"], "labels": row["labels"] if make is tiny_llama else 1} for row in rows()]
+        measured = lora_init.StartCallback(samples=8, learning_rate="measured")
+        made = trainer(tmp_path, adapted, measured, data=data)
+        batch = {"input_ids": torch.stack([row["input_ids"] for row in data[:8]])}
+        assert lora_init.learning_rate(adapted, [batch], steps=3).new_head == (name == "trained")
+        made.train()
+        rates[name] = made.args.learning_rate
+    assert rates["trained"] > 5 * rates["frozen"] and rates["trained"] > 5 * rates["none"]
 
 
 @pytest.mark.parametrize(("schedule", "more"), [
