@@ -1,3 +1,6 @@
+import shutil
+from dataclasses import replace
+
 import pytest
 
 from tests.bank import made
@@ -11,9 +14,17 @@ def trained(tmp_path_factory):
     return {"task0-early": made.train(0, folder / "early", steps=10), **found}
 
 
-@pytest.fixture
-def bank(trained, tmp_path):
-    made.add(tmp_path / "bank", 0, trained["task0-early"], "task0-early")
+@pytest.fixture(scope="session")
+def whole(trained, tmp_path_factory):
+    """A bank of all four, of which each test gets a copy."""
+    path = tmp_path_factory.mktemp("whole") / "bank"
+    made.add(path, 0, trained["task0-early"], "task0-early")
     for task in (0, 1, 2):
-        found = made.add(tmp_path / "bank", task, trained[f"task{task}"])
+        found = made.add(path, task, trained[f"task{task}"])
     return found
+
+
+@pytest.fixture
+def bank(whole, tmp_path):
+    shutil.copytree(whole.path, tmp_path / "bank")
+    return replace(whole, path=tmp_path / "bank")
