@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,6 +251,7 @@ class Workbench:
         layers = [*find_targets(model, self.shape.target_modules, task_type=self.shape.task_type).layers][:1]
         batches, shape = list(self._batches(0, 0, n)), replace(self.shape, target_modules=layers)
 
+        @cache  # starts of one kind read the same
         def statistics(center: bool, gradients: bool) -> Statistics:
             return collect(
                 model, batches, layers, task_type=shape.task_type, rank=shape.rank, center=center, progress=False,
