@@ -77,12 +77,16 @@ def _loaded(base):
     return AutoModelForCausalLM.from_pretrained(base).eval()
 
 
+def made(base, **settings):
+    """Return an adapter as PEFT saves it, with random numbers in place of training; each is made once."""
+    directory = base.with_name(hashlib.sha256(repr(settings).encode()).hexdigest())
+    if not directory.exists():
+        adapted(load(base), **settings).save_pretrained(directory)
+    return directory
+
+
 def train(base, directory, **settings):
-    """Copy an adapter as PEFT saves it, with random numbers in place of training; each is made once."""
-    made = base.with_name(hashlib.sha256(repr(settings).encode()).hexdigest())
-    if not made.exists():
-        adapted(load(base), **settings).save_pretrained(made)
-    return shutil.copytree(made, directory)
+    return shutil.copytree(made(base, **settings), directory)
 
 
 def adapted(model, **settings):
@@ -100,6 +104,17 @@ def logits(base, adapter=None):
     model = load(base).double()
     model.set_experts_implementation("eager")  # the other one knows no float64
     return (model if adapter is None else PeftModel.from_pretrained(model, adapter).eval())(IDS).logits
+
+
+@cache
+def answers(base, name=None):
+    """The logits of a base, or of it with one of `ADAPTERS`."""
+    return logits(base, None if name is None else made(base, **ADAPTERS[name]))
+
+
+@cache
+def truth_of(base, name):
+    return expected_projections(base, made(base, **ADAPTERS[name]))
 
 
 def deltas(base, adapter):
@@ -123,8 +138,8 @@ def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
     rows = {t.shape[0] for key, t in tensors.items() if "lora_A" in key and "experts" in key}
     assert 4 * exported.rank in rows <= {4 * exported.rank, exported.rank}  # experts, and their biases as one matrix
     assert exported.parameters == sum(t.numel() for t in tensors.values())
-    expected = logits(base, trained)
-    assert (expected - logits(base)).abs().max() > 0.01  # there is something to get wrong
+    expected = answers(base, name)
+    assert (expected - answers(base)).abs().max() > 0.01  # there is something to get wrong
     torch.testing.assert_close(logits(base, tmp_path / "served"), expected, atol=1e-6, rtol=1e-6)
     assert exported.error == 0.0
     served = export_adapter(tmp_path / "served", tmp_path / "again", rank=exported.rank)  # what we write we read
@@ -171,7 +186,7 @@ def test_a_merged_model_does_what_peft_does(name, base, tmp_path, monkeypatch):
     export_adapter(trained, tmp_path / "merged", merge_into=str(base))
     assert digests(base) == before and len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     assert shapes(tmp_path / "merged") == shapes(base)
-    torch.testing.assert_close(logits(tmp_path / "merged"), logits(base, trained), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(tmp_path / "merged"), answers(base, name), atol=1e-5, rtol=1e-5)
 
 
 @only("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4")
@@ -191,7 +206,7 @@ def test_each_expert_of_the_merged_checkpoint_is_what_it_was_and_b_a(name, base,
         ends = dict(zip(("gate_proj", "up_proj", "down_proj"), names, strict=True))
         changed = {
             f"model.layers.{block}.{owner}.experts.{expert}.{ends[projection]}.weight": delta
-            for (block, projection), deltas_of_all in expected_projections(base, trained).items()
+            for (block, projection), deltas_of_all in truth_of(base, name).items()
             for expert, delta in enumerate(deltas_of_all)
         }
     assert changed and before.keys() == after.keys()
@@ -214,7 +229,8 @@ def test_names_of_experts_with_another_prefix_are_written_anew(prefix, base, tmp
     )
     refused("--rename", tmp_path / "renamed", tmp_path / "served")
     export_adapter(tmp_path / "renamed", tmp_path / "served", rename=True)
-    torch.testing.assert_close(logits(base, tmp_path / "served"), logits(base, trained), atol=1e-6, rtol=1e-6)
+    expected = answers(base, "ranks and alphas")
+    torch.testing.assert_close(logits(base, tmp_path / "served"), expected, atol=1e-6, rtol=1e-6)
 
 
 @only("mixtral", "gpt_oss", "llama4")
@@ -258,8 +274,8 @@ def test_other_architectures_are_exported_and_merged(base, tmp_path):
     trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
     export_adapter(trained, tmp_path / "served")
     export_adapter(trained, tmp_path / "merged", merge_into=str(base))
-    expected = logits(base, trained)
-    assert (expected - logits(base)).abs().max() > 0.01
+    expected = answers(base, "ranks and alphas")
+    assert (expected - answers(base)).abs().max() > 0.01
     torch.testing.assert_close(logits(base, tmp_path / "served"), expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(logits(tmp_path / "merged"), expected, atol=1e-5, rtol=1e-5)
 
@@ -322,7 +338,7 @@ def test_engines_get_of_each_expert_what_peft_adds_to_it(name, engine, base, tmp
     config, tensors = config_of(tmp_path / "served"), load_file(tmp_path / "served/adapter_model.safetensors")
     assert not config["rank_pattern"] and config["r"] == exported.rank
     kind = request.node.callspec.params["base"]
-    truth, n_seen = expected_projections(base, trained), 0
+    truth, n_seen = truth_of(base, name), 0
     assert truth
     if kind == "gpt_oss" and engine == "vllm":  # as PEFT has it, both parameters always
         assert all(
@@ -358,7 +374,7 @@ def test_a_gguf_file_multiplies_each_expert_by_what_peft_adds_to_it(keep_ranks, 
     file = gguf.GGUFReader(exported.path)
     alpha = float(file.fields["adapter.lora.alpha"].parts[-1][0])
     tensors = {tensor.name: torch.tensor(tensor.data).double() for tensor in file.tensors}
-    truth = expected_projections(base, trained)
+    truth = truth_of(base, "ranks and alphas")
     for (block, projection), delta in truth.items():
         key = f"blk.{block}.ffn_{projection.removesuffix('_proj')}_exps.weight"
         a, b = tensors[f"{key}.lora_a"], tensors[f"{key}.lora_b"]
@@ -402,7 +418,7 @@ def test_mlx_gets_one_module_for_each_projection_of_all_experts(base, tmp_path):
     trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
     export_adapter(trained, tmp_path / "served", "mlx")
     tensors, config = load_file(tmp_path / "served/adapters.safetensors"), config_of(tmp_path / "served")
-    for (block, projection), delta in expected_projections(base, trained).items():
+    for (block, projection), delta in truth_of(base, "ranks and alphas").items():
         key = f"model.layers.{block}.block_sparse_moe.switch_mlp.{projection}"
         assert key in config["lora_parameters"]["keys"]
         a, b = (tensors[f"{key}.lora_{part}"].double() for part in "ab")
