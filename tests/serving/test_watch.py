@@ -36,6 +36,7 @@ class InProcess:
 
     def __init__(self, model, dtype):
         self.copy, self.cache = copy.deepcopy(model).to(dtype).eval(), {}
+        self.tokenizer = word_tokenizer()
 
     def synchronize(self, model):
         self.copy.load_state_dict(model.state_dict())
@@ -44,7 +45,7 @@ class InProcess:
     def ask(self, prompt):
         if prompt in self.cache:
             return self.cache[prompt]
-        ids = torch.tensor([word_tokenizer()(prompt)["input_ids"]])
+        ids = torch.tensor([self.tokenizer(prompt)["input_ids"]])
         top = self.copy(ids).logits[0, -1].float().log_softmax(-1).topk(20)
         return dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
