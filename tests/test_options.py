@@ -4,6 +4,7 @@ Keywords are read from the signatures, so that a new option enters by itself: it
 A record that holds nothing but the option itself does not count: an adapter that says it was whitened has to be so.
 """
 
+import copy
 import inspect
 import json
 from dataclasses import asdict, fields
@@ -215,14 +216,15 @@ def test_learning_rate(home):
 
 
 def test_dial(home):
+    trained = adapted()
+    adam = torch.optim.Adam([one for one in trained.parameters() if one.requires_grad], lr=0.02)
+    for batch in batches_for("llama") * 5:
+        trained(**batch).loss.backward()
+        adam.step()
+        adam.zero_grad()
+
     def call(**given):
-        torch.manual_seed(0)
-        model = adapted()
-        adam = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=0.02)
-        for batch in batches_for("llama") * 5:
-            model(**batch).loss.backward()
-            adam.step()
-            adam.zero_grad()
+        model = copy.deepcopy(trained)
         given = {"keep": batches_for("llama", 8)[4:]} | given
         found = lora_init.dial(model, batches_for("llama"), **given)
         return [dict(found.strengths), dict(found.task), dict(found.keep)], {}
