@@ -39,6 +39,12 @@ def command(home, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave the pictures out, which take longer than the runs."""
+    monkeypatch.setattr("lora_init.comparison.report.pictures", lambda summary: {})
+
+
 def run(*arguments, code=0):
     result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
@@ -61,6 +67,7 @@ def test_it_compares_and_goes_on(command, tmp_path):
     assert [line.partition(": ")[0] for line in other.stderr.splitlines()] == ["data", "error"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_options_reach_the_comparison(command, home, tmp_path):
     listed = home / "retain.txt"
     listed.write_text("\n".join(["one dog run", "my green house"] * 4))
@@ -177,6 +184,7 @@ def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, 
     assert "random" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("failing", ["random", "eva-rho1"])
 def test_where_a_run_fails_the_command_does(command, monkeypatch, failing):
     fill = Workbench._fill
@@ -187,7 +195,8 @@ def test_where_a_run_fails_the_command_does(command, monkeypatch, failing):
         return fill(bench, record, run, *others)
 
     monkeypatch.setattr(Workbench, "_fill", no_room)
-    assert "runs failed (" in " ".join(run(*command, code=1).stdout.split())
+    few = ["--learning-rates", "1e-3", "--seeds", 2]
+    assert "runs failed (" in " ".join(run(*command, *few, code=1).stdout.split())
 
 
 @pytest.mark.parametrize(("seeds", "words"), [
