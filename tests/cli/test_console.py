@@ -423,3 +423,16 @@ def test_an_option_is_written_as_it_is_typed(value, typed, running):
     running.options = {"a": ("--a", "--no-a")}
     assert in_words("a", value) == typed
     assert in_words("b", 3) == "b=3"
+
+
+@pytest.mark.parametrize("words", [
+    "rate one missing.txt", "dial one missing.txt -o OUT", "init model missing.txt -o OUT",
+    "compare model missing.txt -o OUT", "export one -o OUT --data missing.txt", "bank add kept one --data missing.txt",
+])  # fmt: skip
+def test_data_that_are_not_there_are_named_before_anything_is_imported(words, home, tmp_path, monkeypatch):
+    def busy(what):
+        raise AssertionError(f"{what}, before the data were looked at")
+
+    monkeypatch.setattr(console, "busy", busy)
+    result = run_here(*[tmp_path / w if w == "OUT" else home / w if (home / w).exists() else w for w in words.split()])
+    assert_one_line_error(result, "missing.txt")

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from lora_init.adapters.init_config import Reading
 from lora_init.cli import describe as about
@@ -13,7 +14,9 @@ from lora_init.cli.describe import damage_of, describe
 from lora_init.errors import LoraInitError
 from lora_init.files import digests_of
 from lora_init.serving.trained import DIAL_FILE
-from tests.conftest import refused
+from tests.conftest import refused, tiny_llama
+from tests.layers.made import mixtral
+from tests.versions import needs_experts_by_peft
 
 
 @pytest.mark.parametrize("kind", [KeyError, TypeError, ZeroDivisionError, AttributeError, ValueError])
@@ -138,3 +141,17 @@ def test_a_merge_is_described_by_its_layers_and_measured_where_there_are_data(wi
         *([("load_model", "base", ("dtype", "float32")), ("load_batches", data, "tokenizer", *reading),
            ("divergence", "model", "read adapter", "batches", "int8")] if with_data else []),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [None, pytest.param(["mlp.experts.down_proj"], marks=needs_experts_by_peft)])
+def test_what_an_adapter_says_of_itself_is_told_as_it_is(given, tmp_path):
+    model = mixtral() if given else tiny_llama()
+    settings = {"r": 2, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    adapted = get_peft_model(model, LoraConfig(**settings, target_parameters=given))
+    adapted.save_pretrained(tmp_path)
+    told = describe(tmp_path)
+    assert {key: told[key] for key in ("task_type", "rank", "lora_alpha", "use_rslora", "use_dora")} == {
+        "task_type": "CAUSAL_LM", "rank": 2, "lora_alpha": 6, "use_rslora": True, "use_dora": False,
+    }  # fmt: skip
+    assert told["target_parameters"] == (given or [])
+    assert told["parameters"] == adapted.get_nb_trainable_parameters()[0]
