@@ -98,6 +98,10 @@ def test_statistics_of_fewer_batches_are_compared_with_those_of_most():
     few, more = (float(re.search(r"differs by \+([\d.]+) %", said)[1]) for said in found)
     assert (few, more) == pytest.approx((18.75, 6.25), abs=0.5) and "worse" in found[0]  # 0.03 and 0.01 above 0.16
     assert data_needed(run_table(planted({"eva+2-batches": 0.02}, rates=(1e-3,)))) == []
+    # In the order of the table, which is that in which starts were named.
+    named = {f"{start}+{n}-batches": 0.0 for start in ("orthogonal", "eva") for n in (2, 4)}
+    found = data_needed(run_table(planted(named, rates=(1e-3,))))
+    assert [said.partition(" ")[0] for said in found] == ["orthogonal", "eva"]
 
 
 def test_a_start_is_said_with_how_it_is_run():

@@ -289,3 +289,12 @@ def test_the_end_of_a_run_is_waited_for_until_the_time_is_out_or_patience_is(tmp
         running.watch_nodes()
         running.watch_nodes()
     assert lines == ["Node b is lost, and its runs are done again. Nodes at work: 2."]
+
+
+def test_how_long_the_last_runs_took_tells_most_of_the_next():
+    records = {i: {"run_seconds": float(i) or None} for i in range(30)} | {"being done": {}}
+    log = SimpleNamespace(records=records)
+    running = workers._Running(log, stub(), RunBudget(), print)
+    assert running.seconds == [float(i) for i in range(10, 30)]
+    log.records = {i: records[i] for i in range(3)}
+    assert workers._Running(log, stub(), RunBudget(), print).seconds == [0.0, 1.0, 2.0]

@@ -138,3 +138,10 @@ def test_a_start_may_take_the_weight_of_the_base(packages, stats):
     b_infinite = Start("b", "", b_is_zero=False, function=lambda weight, rank: (weight[:rank], weight[:, :rank] / 0))
     packages(b=b_infinite)
     refused("returned NaN or inf", build_adapter, stats, RANK, "b", model=tiny_llama())
+
+
+@pytest.mark.parametrize("name", ["eva", "eva-rho2"])
+def test_a_start_of_another_package_with_a_name_of_ours_is_told_of(name, installed):
+    installed("lora_init.starts", **{name: Start(name, "", function=lambda rank: rank)})
+    with pytest.warns(UserWarning, match=f"start '{name}' of .* is not used: this name is lora_init's own"):
+        assert find_recipe(name).start is find_start("eva")
