@@ -26,6 +26,11 @@ def test_what_was_added_comes_back(bank, trained):
     assert again.embeddings("task1").shape == (32, 32)
 
 
+def test_a_bank_of_the_home_directory_is_found(bank, monkeypatch):
+    monkeypatch.setenv("HOME", str(bank.path.parent))
+    assert open_bank(f"~/{bank.path.name}").tasks == bank.tasks
+
+
 def test_a_name_is_never_given_twice(bank, trained):
     refused("has an entry 'task1' already", made.add, bank.path, 1, trained["task1"])
     assert open_bank(bank.path) == bank

@@ -133,7 +133,9 @@ def test_the_error_of_a_layer_is_checked_and_read_in_float32_at_least(stats):
     assert BuildContext(find_start("eva"), stats, Shape()).error(DOWN) is None
     for given, got in ((torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
         assert replace(context, errors={DOWN: torch.ones(32, 48, dtype=given)}).error(DOWN).dtype == got
-    for error in (torch.ones(48, 32), torch.ones(32, 48) / 0, torch.ones(32)):
+    one_is_not_finite = torch.ones(32, 48)
+    one_is_not_finite[3, 4] = torch.inf
+    for error in (torch.ones(48, 32), one_is_not_finite, torch.ones(32)):
         words = f"layer '{DOWN}': its error is {list(error.shape)}, expected [32, 48], all finite."
         assert refused(".", replace(context, errors={DOWN: error}).error, DOWN) == words
     words = (
