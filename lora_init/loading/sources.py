@@ -181,7 +181,7 @@ def columns_of(source: str) -> list[str]:
     file, *more = _find_files(source) or [Path()]
     suffix = _suffix(file)
     # What is wrong with a file is said when it is read.
-    with suppress(OSError, TypeError, ValueError, EOFError, csv.Error, zlib.error), _opened(file) as lines:
+    with suppress(OSError, ValueError, EOFError, csv.Error, zlib.error), _opened(file) as lines:
         if not more and suffix in _DELIMITERS:
             return next(csv.reader(lines, delimiter=_DELIMITERS[suffix]), [])
         if not more and suffix == ".jsonl":
