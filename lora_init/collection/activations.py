@@ -15,6 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.rows import Experts, Patches, expert_group, experts_of, patches_of, routed
 from lora_init.layers.running import evaluating, on_device_of
+from lora_init.layers.targets import output_embedding
 from lora_init.layers.wrappers import Precision, class_name, is_offloaded, is_sharded
 from lora_init.third_party_internals import goes_backward, version_of
 
@@ -70,7 +71,7 @@ class ActivationHooks:
             if experts is not None:
                 self._experts[name] = experts
             self._patches[name] = patches_of(name, module)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = output_embedding(model)
         to_the_end |= any(head is module for module in modules.values())
         # Sharded and offloaded weights are put away at the end of a pass, so such a pass runs to its end.
         to_the_end |= is_sharded(model) or is_offloaded(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.grid import cross_inputs
+from lora_init.layers.targets import output_embedding
 from lora_init.layers.wrappers import plain_names
 from lora_init.third_party_internals import has_plain_loss
 
@@ -183,7 +184,7 @@ def rows_of(x: Tensor, tokens: Tensor | None) -> Tensor:
 def _text_parts(model: nn.Module) -> dict[str, bool]:
     """Find the parts of a model with a configuration, by name, and whether each works on the tokens of the text."""
     # The head works on tokens, too, and has no configuration of its own.
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    output = output_embedding(model)
     text = getattr(getattr(model, "config", None), "text_config", None)
     if text is None:
         return {"": True}
@@ -215,7 +216,7 @@ def shifts_labels(model: nn.Module) -> bool:
     if has_plain_loss(model):
         return False
     if kind is None:  # the loss of transformers for heads that it has no other name for, such as GPT2LMHeadModel
-        return getattr(model, "get_output_embeddings", lambda: None)() is not None
+        return output_embedding(model) is not None
     return kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
 
 
