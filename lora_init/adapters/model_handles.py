@@ -17,10 +17,11 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.config import read_adapter
 from lora_init.adapters.init_config import InitConfig
 from lora_init.adapters.measured_rate import any_trains
-from lora_init.adapters.peft_model import is_filled, remember, remove_adapters
+from lora_init.adapters.peft_model import adapter_layers, is_filled, remember, remove_adapters
 from lora_init.errors import LoraInitError
-from lora_init.layers.targets import new_heads
+from lora_init.layers.targets import HEADS, heads_of, new_heads
 from lora_init.layers.wrappers import unwrapped, without_adapter
+from lora_init.loading.models import task_of
 from lora_init.starts.starts import Start
 
 
@@ -90,18 +91,27 @@ class PeftModelHandle(ModelHandle):
     def read(self, config: InitConfig) -> InitConfig:
         """Read the LoraConfig, and the type that TRL has given to the adapter of a quantized model."""
         self.dtype: Any = None
+        self.frozen: set[str] = set()  # of modules that PEFT trains whole, what the user has frozen again
+        whole: list[nn.Parameter] = []
         for name, parameter in self.given.named_parameters():
             if ".lora_A." in name:  # all of an adapter have one type
                 self.dtype = parameter.dtype
-                break
+            elif ".modules_to_save." in name:
+                whole.append(parameter)
+                if not parameter.requires_grad:
+                    self.frozen.add(name)
+        if whole and len(self.frozen) == len(whole):
+            self.trains_head = False
         return read_adapter(self.given, config, "the trainer's peft_config")
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
-        """Put the adapter on, in the type of the one before."""
+        """Put the adapter on, in the type of the one before; what was frozen stays so."""
         adapted = super().put(init, adapter_name)
         for name, parameter in adapted.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
                 parameter.data = parameter.data.to(self.dtype)  # the parameter itself stays
+            if name in self.frozen:
+                parameter.requires_grad_(False)
         return adapted
 
 
@@ -118,7 +128,19 @@ class InPlaceHandle(ModelHandle):
                 f"rho={config.ranks.rho:g}: the adapter on {type(self.given).__name__} keeps the rank that its layers "
                 "have. Leave rho out, or give the plain model."
             )
-        return read_adapter(self.given, config, "the adapter on the model").with_options(rho=1.0)
+        read = read_adapter(self.given, config, "the adapter on the model")
+        self._check_heads(read.layers.task_type)
+        return read.with_options(rho=1.0)
+
+    def _check_heads(self, task_type: str | None) -> None:
+        """Refuse an adapter on a classifier's head: that begins at random, and a pass leaves it to be trained whole."""
+        task, base = task_of(self.model), without_adapter(unwrapped(self.model))
+        heads = [name for name in heads_of(base) if name in adapter_layers(self.model)]
+        if heads and task in HEADS and task_type is None:
+            raise LoraInitError(
+                f"the adapter has a LoRA layer on {heads[0]!r}, which begins at random and is not saved with it. Set "
+                f"task_type={task!r} in the LoraConfig, and it is trained whole."
+            )
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
         """Put the layers back and fill them."""

@@ -23,6 +23,8 @@ from lora_init.trainers.registry import find_handle, find_trainer, is_trainer
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
+    from lora_init.trainers.trainers import TrainerIntegration
+
 
 # What `initialize` takes beside the options. Only `takes` reads these two classes: they make its signature.
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def initialize(
         for text in init.rate.far_off(integration.learning_rate, integration.optimizer, integration.schedule):
             warn(text)
     if init_config.run.progress is not False and integration.is_main_process:
-        _print_made(init, integration.batch_size, time.perf_counter() - began)
+        _print_made(init, integration, time.perf_counter() - began)
     return adapted
 
 
@@ -164,12 +166,15 @@ def _check_beside_trainer(config: LoraConfig | None, batches: Any, tokenizer: An
         raise LoraInitError("{tokenizer} is for batches of your own. Leave it out.", tokenizer=...)
 
 
-def _print_made(init: AdapterInit, batch_size: int, seconds: float) -> None:
+def _print_made(init: AdapterInit, integration: TrainerIntegration, seconds: float) -> None:
     """Print in a line what was made of how much data, and how to train it."""
+    how = init.how_to_train
+    if not integration.has_plain_loss:
+        how = f"Its learning rate is for you to tune: none was measured for the loss of {integration.name}."
     ranks = sorted(init.ranks.values())
     of_layer = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))  # one number where all are equal
-    took = f"{init.provenance.n_batches} batches of {batch_size} examples, {seconds:.1f} s"
-    print(f"{init.method}: {len(ranks)} layers, rank {of_layer}, {took}. {init.how_to_train}", file=sys.stderr)
+    took = f"{init.provenance.n_batches} batches of {integration.batch_size} examples, {seconds:.1f} s"
+    print(f"{init.method}: {len(ranks)} layers, rank {of_layer}, {took}. {how}", file=sys.stderr)
 
 
 def _applied(init: AdapterInit, handle: ModelHandle, adapter_name: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
-from lora_init.layers.masks import IGNORED, NothingCountsError, shifts_labels
+from lora_init.layers.masks import IGNORED, NothingCountsError, check_attention_mask, shifts_labels
 from lora_init.layers.running import (
     Forward,
     call_model,
@@ -94,6 +94,8 @@ def mean_loss(
             # A batch of which nothing counts has no loss.
             with suppress(NothingCountsError), naming_strange_tokens(f"batch {number}"):
                 count_labels(model, moved)
+                if isinstance(moved, Mapping):
+                    check_attention_mask(moved)
                 output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
                 value = loss(output, moved) if loss else own_loss(output)
                 if value is None:

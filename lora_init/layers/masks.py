@@ -123,10 +123,9 @@ class TokenMasks:
             raise LoraInitError(
                 f"{{token_mask}} needs a label for each token; got {got}. Use 'attention'.", token_mask="labels"
             )
-        # With a cache, the mask covers the cached tokens, too, and is longer than the tokens.
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or "past_key_values" in batch:
             return
-        _check_mask_shape(batch.get("attention_mask"), tokens)
+        check_attention_mask(batch)
         per_token = self._encoder is None and (self.by_labels or self._shifted)
         # Labels of another kind, such as a class for each row, are for a model of one's own to take.
         if per_token and isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape != tokens.shape:
@@ -241,8 +240,12 @@ def _labelled(batch: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def _check_mask_shape(mask: Any, tokens: Tensor) -> None:
+def check_attention_mask(batch: Mapping[str, Any]) -> None:
     """Refuse an attention mask that does not have one entry for each token."""
+    mask, tokens = batch.get("attention_mask"), batch.get("input_ids")
+    # With a cache, the mask covers the cached tokens, too, and is longer than the tokens.
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or "past_key_values" in batch:
+        return
     if isinstance(mask, Tensor) and mask.dim() <= 2 and mask.shape != tokens.shape:
         raise LoraInitError(
             f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(tokens.shape)}. "

@@ -148,6 +148,8 @@ def test_a_mean_loss_counts_each_batch_once_and_passes_over_those_without_a_labe
     refused(
         "a batch has no labels, so its loss is unknown", mean_loss, tiny_bert(None), [{"input_ids": one["input_ids"]}]
     )
+    short = one | {"attention_mask": torch.ones_like(one["input_ids"])[:, 1:]}
+    refused("Both need one entry for each token", mean_loss, model, [short])
 
 
 def test_a_mean_loss_may_be_of_ones_own_forward_pass_and_loss():

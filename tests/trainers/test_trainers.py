@@ -485,6 +485,25 @@ def test_the_head_of_a_classifier_is_trained_whole(with_adapter, tmp_path):
     assert all(not torch.equal(adapted.get_parameter(name), before) for name, before in head.items())
 
 
+@pytest.mark.parametrize("frozen", ["", "modules_to_save.default.bias", "modules_to_save.default"])
+def test_of_a_head_what_was_frozen_by_hand_stays_so_and_decides_on_the_rate(frozen, tmp_path):
+    data = [{"input_ids": list(range(3, 11)), "labels": i % 2} for i in range(32)]
+    config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(tiny_bert(), config)
+    for name, parameter in model.named_parameters():
+        if frozen and frozen in name:
+            parameter.requires_grad_(False)
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainer = Trainer(model, settings(TrainingArguments, tmp_path), train_dataset=data)
+    adapted = lora_init.initialize(trainer, learning_rate="measured")
+    assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == expected
+    batch = {"input_ids": torch.tensor([row["input_ids"] for row in data[:8]])}
+    steps = TrainerIntegration(trainer).length.steps
+    again = lora_init.learning_rate(adapted, [batch], steps=steps, train_batch_size=4)
+    assert again.new_head == (frozen != "modules_to_save.default")
+    assert trainer.args.learning_rate == pytest.approx(again.rate, rel=0.3)
+
+
 def test_a_measured_rate_is_that_of_the_trainers_own_steps(tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer)
     adapted = lora_init.initialize(trainer, rank=4, learning_rate="measured")
@@ -498,6 +517,10 @@ def test_it_ends_with_one_line_on_stderr(tmp_path, tokenizer, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     said = r"eva: 14 layers, rank [\d to]+, \d+ batches of 4 examples, \d+\.\d s\. "
     assert re.fullmatch(said + "Train with AdamW at .*", line)
+    lora_init.initialize(dpo(tmp_path, tokenizer, peft_config=LoraConfig(**LORA)))
+    line = capsys.readouterr().err.splitlines()[-1]
+    unmeasured = "Its learning rate is for you to tune: none was measured for the loss of DPOTrainer."
+    assert line.startswith("eva: ") and line.endswith(f" s. {unmeasured}")
     lora_init.initialize(sft(tmp_path, tokenizer), rank=4, progress=False)
     assert "batches of 4 examples" not in capsys.readouterr().err
 

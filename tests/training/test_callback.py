@@ -294,6 +294,13 @@ WRONG = {
     "ranks that move": (model, dict(rho=2), {}, "rho=2: the adapter on PeftModelForCausalLM keeps the rank"),
     "another rank": (model, dict(rank=8), {}, "rank=8: the adapter on the model decides that and says 4"),
     "a start that changes the base": (model, dict(method="lora-ga"), {}, "saves the adapter without them"),
+    "a head that no task type names": (
+        lambda: get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query", "classifier"])),
+        {},
+        dict(data=[{"input_ids": row["input_ids"], "labels": 1} for row in rows()]),
+        "the adapter has a LoRA layer on 'classifier', which begins at random and is not saved with it. Set "
+        "task_type='SEQ_CLS'",
+    ),
     "replay without a tokenizer": (model, dict(replay=0.125), {}, "replay needs a tokenizer"),
     "replay in fp16": (model, dict(replay=0.125), dict(fp16=True), "which fp16, DeepSpeed and FSDP hold in forms of"),
     "a dial without held-out data": (model, dict(dial=True), {}, "dial needs an eval data set, and eval_strategy"),
