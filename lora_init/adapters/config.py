@@ -60,6 +60,8 @@ def read_config(model: nn.Module, config: LoraConfig, init_config: InitConfig) -
     from peft import get_peft_model
 
     _check_plain_config(config)
+    excluded = {name: value for name, value in init_config.given.items() if name == "exclude_modules"}
+    check_agreement(excluded, {"exclude_modules": config.exclude_modules}, "config")
     _shape_of(config, "config")  # before PEFT imports what a setting needs that is refused anyway
     with as_it_was(model):
         try:  # on the meta device: only names are read

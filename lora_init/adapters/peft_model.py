@@ -276,8 +276,16 @@ def fill_in_place(model: Any, init: AdapterInit) -> None:
 
 def freeze_a(adapted: nn.Module) -> None:
     """Keep every A as it is in training, for which PEFT has no setting."""
-    for name, parameter in adapted.named_parameters():
-        parameter.requires_grad &= ".lora_A." not in name
+    for layer in adapter_layers(adapted).values():
+        _freeze_layer(layer)
+        # Where an adapter was switched off for a moment, as for the reference of DPO, PEFT lets its A train again.
+        layer.register_forward_pre_hook(_freeze_layer)
+
+
+def _freeze_layer(layer: Any, inputs: Any = None) -> None:
+    for parameter in layer.lora_A.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
 
 
 def match_modes(peft_model: PeftModel) -> None:
@@ -379,5 +387,6 @@ def _names_of_a_and_b(names: Iterable[str]) -> set[str]:
 @contextmanager
 def with_adapter(model: nn.Module, directory: AdapterDirectory) -> Iterator[PeftModel]:
     """Put an adapter directory on a plain model while the block runs, to look at it, see `load_adapter`."""
-    with as_it_was(model, weights=directory.changes_weights):
+    # PEFT draws an A before it reads the adapter's: whoever trains goes on with the random numbers that they had.
+    with torch.random.fork_rng(devices=[]), as_it_was(model, weights=directory.changes_weights):
         yield load_adapter(model, directory, trainable=False)

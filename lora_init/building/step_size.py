@@ -51,7 +51,7 @@ def find_step_size(
     direction in which the loss falls. It measures the loss about eight times.
 
     Args:
-        model: The plain model. It is restored afterwards, whatever `loss_of` does to it.
+        model: The plain model. Its layers, modes and hooks are restored afterwards, whatever `loss_of` does to them.
         build: Makes the adapter with a given gamma.
         loss_of: Measures the loss of the model with a candidate in it, such as `mean_loss` of some batches. Pass
             batches that the statistics were not made of: on the others a step looks better than it is on new data.
@@ -73,7 +73,7 @@ def find_step_size(
     check_takes(build, "build", "gamma")
     check_takes(loss_of, "loss_of", "model")
     model = unwrapped(model)
-    with as_it_was(model):
+    with torch.random.fork_rng(devices=[]), as_it_was(model):  # PEFT draws an A for a candidate
         before = loss_of(model)
         built_with = gamma or first
         init = build(built_with)

@@ -207,6 +207,8 @@ def _check_made_for(stats: Statistics, model: nn.Module, config: InitConfig) -> 
     # Only a type that was typed: by default the checkpoint decides, and the file is used all the same.
     if given(("dtype",)) and made.settings.get("dtype", dtype_of(model)) != dtype_of(model):
         raise LoraInitError(f"{stats.path} was made in {made.settings['dtype']}. Leave --dtype out, or name DATA.")
+    if given(("task_type",)) and made.task_type != config.layers.task_type:
+        raise LoraInitError(f"{stats.path} is for task type {made.task_type}. Leave --task-type out, or name DATA.")
     targets = find_targets(model, **vars(config.layers))
     wanted, measured = {*targets.layers, *targets.unsupported}, {*stats, *stats.unsupported}
     if wanted != measured:

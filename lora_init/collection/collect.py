@@ -43,7 +43,7 @@ from lora_init.layers.wrappers import (
     unwrapped,
 )
 from lora_init.loading.batches import as_batches
-from lora_init.loading.models import task_of
+from lora_init.loading.models import check_task_type, task_of
 from lora_init.packages import check_takes
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient
 from lora_init.statistics.spectrum import Sizes, Spectrum
@@ -206,6 +206,7 @@ def collect(
         rank=rank, max_batches=max_batches, rho=rho, tolerance=tolerance, seed=seed, skip_bad_batches=skip_bad_batches
     )
     _check_options(center, gradients, overwrite, forward, loss)
+    check_task_type(task_type)
     # Autocast as the caller has it now: from here on it is on for the model alone.
     model, precision = unwrapped(model), Precision()
     if task_type is None and task_of(model) in HEADS:

@@ -208,8 +208,9 @@ def compare(
     # Model and data decide what the arguments left open: numbers of batches, rates and, under a limit, the size.
     plan = replace(plan, starts=by_batches(plan.starts, _possible_batches(bench, variants, batches, say)))
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers
+    alike = _ranks_cost_the_same(targets)
     if learning_rates is None:
-        requested = replace(requested, rates=bench.measured_rates(plan.starts, dry_run))
+        requested = replace(requested, rates=bench.measured_rates(plan.measured(alike), dry_run))
     # A start is built for its rate to be measured, but for a dry run, which may have measured random in its place.
     bench.check([start for start in plan.starts if dry_run or str(start) not in requested.rates])
     lay_out = partial(requested.lay_out, bench, plan)
@@ -225,7 +226,7 @@ def compare(
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}
     if size != SIZES[0]:  # a comparison of full size has no such key
         settings["size"] = asdict(size)
-    due = partial(budget.due, plan, plan.compared(_ranks_cost_the_same(targets)))
+    due = partial(budget.due, plan, plan.compared(alike))
 
     if dry_run:
         ended = peek(directory, settings)  # nothing is written, so the directory need not be locked

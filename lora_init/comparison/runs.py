@@ -120,6 +120,17 @@ class RunPlan:
                 equalized.append(replace(start, equal_parameters=True))
         return list(dict.fromkeys([*self.starts, *equalized]))  # they may have been asked for, too
 
+    def measured(self, ranks_cost_the_same: bool) -> list[Variant]:
+        """List the starts whose rate is measured: with equal parameters one with a frozen A alone.
+
+        That one has a higher rank, which wants a lower rate. Others keep the rate of the start that they are a way of.
+        """
+        measured = list(self.starts)
+        for start in self.compared(ranks_cost_the_same):
+            if start not in measured and start.recipe is not None and start.recipe.freeze_a:
+                measured.append(start)
+        return measured
+
     def runs(self, starts: Sequence[Variant], records: Mapping[Run, Record]) -> list[Run]:
         """List all runs in the order to do them in, those that have ended among them. Rates are added as runs end."""
         grids = {start: self._grid(start, records) for start in starts}
@@ -221,7 +232,7 @@ def predicted_rate(start: Variant, recommended: Mapping[str, float]) -> float | 
     """
     if start.base == FULL and RANDOM in recommended:
         return float(f"{recommended[RANDOM] / 10:.2g}")
-    # Nothing is measured with equal parameters: their rate is that of the start with its lora_alpha and its batches.
+    # With equal parameters a frozen A alone is measured: others have the rate of the start, with its alpha and batches.
     for measured in (start, replace(start, equal_parameters=False), Variant(start.base)):
         if str(measured) in recommended:
             return recommended[str(measured)]

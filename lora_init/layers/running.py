@@ -52,6 +52,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def disabled(peft_model: Any) -> Iterator[None]:
     """Switch the adapter of a PeftModel off while the block runs; PEFT then lets all of it train, also a frozen A."""
+    # PEFT would take a merged adapter out of the weights, with the scaling of that moment, and not put it back.
+    if any(getattr(module, "merged", False) is True for module in peft_model.modules()):
+        raise LoraInitError("the adapter is merged into the base and cannot be left out. Call unmerge_adapter() first.")
     with restoring("requires_grad", peft_model.parameters()), peft_model.disable_adapter():
         yield
 

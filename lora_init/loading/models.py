@@ -199,8 +199,7 @@ def check_model_source(source: str) -> None:
 
 def open_model(source: str, *, task_type: str | None = None, trust_remote_code: bool = False) -> ModelSource:
     """Read configuration and tokenizer of a directory or hub id, for a task or what it was saved for."""
-    if task_type is not None and task_type not in TASK_TYPES:
-        raise LoraInitError(f"task type {task_type!r} is unknown. {did_you_mean(task_type, TASK_TYPES)}")
+    check_task_type(task_type)
     local = _check_source(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not local and not check_hub(source, "model"):
@@ -331,6 +330,12 @@ def kind_of(architecture: str, is_encoder_decoder: bool) -> tuple[str | None, st
     if kind is not None and kind[0] == "SEQ_2_SEQ_LM" and not is_encoder_decoder:
         return "CAUSAL_LM", "AutoModelForImageTextToText"
     return kind
+
+
+def check_task_type(task_type: Any) -> None:
+    """Refuse a task type that PEFT does not have; None is one that is not given."""
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise LoraInitError(f"task type {task_type!r} is unknown. {did_you_mean(str(task_type), TASK_TYPES)}")
 
 
 def task_of(model: Any) -> str | None:

@@ -124,8 +124,7 @@ def verify(
     check_takes(served, "served=", "prompt")
     if base is not None:
         check_takes(base, "base=", "prompt")
-    # PEFT draws an A before it reads the adapter's: whoever trains goes on with the random numbers that they had.
-    with torch.random.fork_rng(devices=[]), with_adapter(model, adapter) as peft_model:
+    with with_adapter(model, adapter) as peft_model:
         local = Local(peft_model.eval(), tokenizer)
         faults = local.faults()
         plain, trained = local.run(prompts, faults[0]), local.run(prompts)  # [prompts, vocabulary]
@@ -339,8 +338,12 @@ class Local:
     """The adapter in PEFT: its log-probabilities, also under faults, and the tokens that an engine means."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer, self.layers = model, tokenizer, adapter_layers(model)
+        self.model, self.tokenizer = model, tokenizer
         self.name, self.size = model.active_adapter, 0
+        self.layers = {}
+        for name, layer in adapter_layers(model).items():
+            if self.name in layer.scaling:  # another adapter may be on more layers
+                self.layers[name] = layer
         self._read: dict[str, Tensor] = {}  # tokens of prompts, which are the same under each of a hundred faults
 
     def _tokens(self, prompt: Any) -> Tensor:

@@ -118,7 +118,10 @@ class ServingWatch:
     def _local(self, model: Any) -> Local:
         if not isinstance(model, PeftModel):
             raise LoraInitError(f"a watch compares a model with an adapter, and this {type(model).__name__} has none.")
-        return Local(model, self._tokenizer)
+        local = Local(model, self._tokenizer)
+        if any(layer.disable_adapters for layer in local.layers.values()):
+            raise LoraInitError("the adapter is switched off here, so there is nothing to compare. Switch it on.")
+        return local
 
 
 def _stale(

@@ -198,6 +198,9 @@ def test_a_config_that_does_not_fit_its_model_is_refused_in_one_line():
         InitConfig(),
     )
     refused("^config=str: a LoraConfig of PEFT is expected.$", read_config, llama(), "lora", InitConfig())
+    config = LoraConfig(target_modules=["q_proj", "v_proj"])
+    options = InitConfig.from_arguments("initialize()", None, exclude_modules=["v_proj"])
+    refused("^exclude_modules=.*: config decides that and says None", read_config, llama(), config, options)
 
 
 def test_the_heads_of_a_task_are_no_modules_to_save_of_ones_own(stats):

@@ -216,12 +216,14 @@ def found_with(case, loss, before=3.0, **given):
 
 
 def test_a_search_measures_each_size_on_the_model_and_builds_two(case):
+    before = torch.random.get_rng_state()
     assert found_with(case, lambda gamma: abs(math.log2(gamma) - 5), first=4.0) == (32.0, (3.0, 0.0), [4.0, 32.0])
     assert found_with(case, lambda gamma: abs(math.log2(gamma) - 9)) == (512.0, (3.0, 0.0), [1024.0, 512.0])
     # A step that is too large for the numbers of a computer is not taken, whatever its loss is called.
     for too_large in (math.nan, math.inf, -math.inf):
         found = found_with(case, lambda gamma: too_large if gamma < 9.0 else 1 / gamma - 1, first=4.0)  # noqa: B023
         assert found[0] == 16.0 * 4**6 * 2 and found[1][1] == pytest.approx(-1.0, abs=1e-4)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_size_that_was_given_is_measured_alone_and_taken_if_its_loss_is_a_number(case):

@@ -227,6 +227,17 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
     assert same.keys() == tensors.keys() and all(torch.equal(same[key], tensors[key]) for key in same)
 
 
+def test_a_task_type_that_a_statistics_file_is_not_for_is_refused(home, tmp_path):
+    file = tmp_path / "s.safetensors"
+    model = load_model(str(home / "model")).model
+    collect(model, [{"input_ids": torch.arange(3, 15)[None]}] * 4, rank=2).save(file)  # of no task
+    words = ("init", home / "model", "--statistics", file, "--rank", 2)
+    assert run(*words, "-o", tmp_path / "plain").exit_code == 0
+    other = run(*words, "--task-type", "CAUSAL_LM", "-o", tmp_path / "other")
+    assert other.exit_code == 1 and not (tmp_path / "other").exists()
+    assert f"{file} is for task type None. Leave --task-type out, or name DATA." in other.stderr
+
+
 def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("the weights were read")

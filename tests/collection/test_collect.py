@@ -187,6 +187,11 @@ def test_mistakes_get_one_clear_line():
     refused(r"out of memory\. Use a smaller batch", collect, model, low_rank_inputs(2), rank=2, forward=exhausted)
 
 
+def test_a_task_that_peft_does_not_have_is_refused():
+    said = refused("task type", collect, tiny_llama(), batches_for("llama"), rank=2, task_type="CAUSAL")
+    assert said.startswith("task type 'CAUSAL' is unknown. Did you mean CAUSAL_LM? Choose from ")
+
+
 def test_what_a_pass_says_of_itself():
     """All of its record but hashes and times; what was given as a set or a tuple is a sorted list."""
     model, batches = tiny_llama(), batches_for("llama", n_batches=3)

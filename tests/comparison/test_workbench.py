@@ -119,6 +119,18 @@ def test_the_rate_of_a_frozen_a_is_its_own(home, tmp_path, blank):
     assert rates["random-frozen-a"].rate > rates["random"].rate
 
 
+def test_a_frozen_a_of_as_many_parameters_has_the_rate_of_its_own_rank(home, tmp_path):
+    """Of about twice the rank, by the rule: a forward pass tells a lower one."""
+    given = dict(starts=["random", "random-frozen-a", "eva-rho2"], learning_rates=None, dry_run=True)
+    found = compare(home, tmp_path, **given).settings["recommended"]
+    assert found.keys() == {"random", "random-frozen-a", "random-frozen-a+equal-parameters", "eva-rho2"}
+    plain = Variant("random-frozen-a")
+    rates = set_up_bench(home, tmp_path / "b").measured_rates([plain, Variant(plain.base, equal_parameters=True)])
+    once, more = (rate.rate for rate in rates.values())
+    assert found["random-frozen-a+equal-parameters"] / found["random-frozen-a"] == pytest.approx(more / once, rel=0.05)
+    assert more < 0.8 * once
+
+
 def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}

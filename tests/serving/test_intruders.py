@@ -74,6 +74,14 @@ def test_against_brute_force(make):
     assert found.energy_share == pytest.approx(energy / total, rel=1e-4)
 
 
+def test_a_count_leaves_the_callers_random_numbers_as_they_were(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    before, plain = torch.random.get_rng_state(), model.unload()
+    intruder_dimensions(plain, tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_of_a_base_in_16_bits_the_merge_is_not_rounded():
     """An update smaller than half a step of bfloat16 would be lost, and rounding be counted."""
     model = with_adapter(tiny_llama(initializer_range=1.0), size=1e-3).to(torch.bfloat16)

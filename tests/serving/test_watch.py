@@ -13,7 +13,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+import lora_init
 from lora_init import LoraInitError, ServingCallback, ServingWatch
+from lora_init.adapters.peft_model import adapter_layers
 from lora_init.serving.server import Server
 from lora_init.serving.verify import Verification
 from lora_init.serving.watch import _stale
@@ -260,6 +262,46 @@ def test_wrong_use_is_one_line():
     refused("every=0", ServingCallback, ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}), every=0)
     with warnings.catch_warnings(), pytest.raises(LoraInitError, match="this LlamaForCausalLM has none"):
         ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}).note(tiny_llama(), 0)
+
+
+@pytest.mark.parametrize(("way", "line"), [
+    ("merged", "the adapter is merged into the base and cannot be left out. Call unmerge_adapter"),
+    ("off", "the adapter is switched off here, so there is nothing to compare"),
+])  # fmt: skip
+def test_an_adapter_that_is_merged_or_switched_off_is_refused_and_stays_as_it_is(way, line):
+    model = policy().eval()
+    for layer in adapter_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    ids = torch.arange(6, 18)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        with model.disable_adapter():
+            base = model(ids).logits
+        watch = ServingWatch(word_tokenizer(), PROMPTS, InProcess(model, torch.float32).ask)
+        if way == "merged":
+            model.merge_adapter()
+        else:
+            model.base_model.disable_adapter_layers()
+        refused(line, watch.check, model, 0)
+        if way == "merged":
+            refused(line, lora_init.replay, model, word_tokenizer(), 2, 3)
+            assert torch.allclose(model(ids).logits, before, atol=1e-5)
+            model.unmerge_adapter()
+        else:
+            assert torch.equal(model(ids).logits, base)
+            model.base_model.enable_adapter_layers()
+        assert torch.allclose(model(ids).logits, before, atol=1e-5)
+
+
+def test_of_several_adapters_the_active_one_is_watched_on_the_layers_that_it_has():
+    model = policy()
+    for layer in adapter_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("two")
+    engine = InProcess(model, torch.float32)
+    found = ServingWatch(word_tokenizer(), PROMPTS, engine.ask, engine.base).check(model, 0)
+    assert found.verdict == "served as trained", found.text
 
 
 def test_each_kind_of_error_is_warned_of_once(tmp_path):

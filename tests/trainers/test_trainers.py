@@ -154,6 +154,29 @@ def test_the_reference_of_dpo_is_the_plain_model(with_config, tmp_path, tokenize
     assert min(losses) < 0.66
 
 
+@pytest.mark.parametrize("by", ["initialize", "StartCallback"])
+def test_a_frozen_a_stays_so_where_the_reference_switches_the_adapter_off(by, tmp_path, tokenizer):
+    """PEFT lets all of an adapter train when it is switched on again."""
+    trainer = dpo(tmp_path, tokenizer, peft_config=LoraConfig(**LORA), max_steps=3)
+    if by == "initialize":
+        lora_init.initialize(trainer, freeze_a=True)
+        trainer.evaluate(trainer.train_dataset)  # before the optimizer is made
+        begun = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".lora_A." in name}
+    else:
+        begun = {}
+
+        class Noting(lora_init.StartCallback):
+            def on_train_begin(self, args, state, control, model=None, **rest):
+                super().on_train_begin(args, state, control, model, **rest)
+                begun.update((name, p.detach().clone()) for name, p in model.named_parameters() if ".lora_A." in name)
+
+        trainer.add_callback(Noting(samples=8, freeze_a=True))
+    trainer.train()
+    assert begun and all(torch.equal(trainer.model.get_parameter(name), a) for name, a in begun.items())
+    layers = adapter_layers(trainer.model).values()
+    assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in layers)
+
+
 @pytest.mark.parametrize("method", ["lora-ga", "natural-gradient-step"])
 def test_starts_from_gradients_take_the_loss_of_sft(method, tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer)

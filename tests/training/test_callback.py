@@ -500,6 +500,16 @@ def test_a_frozen_a_stays_as_it_began(tmp_path):
         assert torch.equal(value, watch.begun[name]) == (".lora_A." in name), name
 
 
+def test_a_frozen_a_stays_so_in_a_run_that_is_resumed(tmp_path):
+    saving = dict(save_strategy="steps", save_steps=2)
+    first, again = model(), model()
+    trainer(tmp_path, first, lora_init.StartCallback(samples=8, freeze_a=True), **saving).train()
+    callback = lora_init.StartCallback(samples=8, freeze_a=True)
+    trainer(tmp_path, again, callback, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in adapter_of(first).items():
+        torch.testing.assert_close(adapter_of(again)[name], value)
+
+
 @pytest.mark.parametrize(("settings", "said"), [
     (dict(lr_scheduler_type="constant"), r"with the schedule cosine and linear, and not with constant"),
     (dict(optim="sgd"), r"measured for AdamW, and not for the optimizer SGD"),
