@@ -9,7 +9,13 @@ from torch import nn
 
 from lora_init import build_adapter
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.adapters.peft_model import adapter_layers, check_modules_to_save, fill_in_place, with_adapter
+from lora_init.adapters.peft_model import (
+    adapter_layers,
+    as_it_was,
+    check_modules_to_save,
+    fill_in_place,
+    with_adapter,
+)
 from lora_init.planning.allocate import RankAllocation
 from lora_init.starts.starts import find_start
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, same, snapshot, uneven
@@ -200,6 +206,18 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_it_as_it_was(tmp_path
     words = "start cannot be put on GPT2LMHeadModel: .* Name the model it was made for.$"
     refused(words, with_adapter(model, directory).__enter__)
     assert same(before, snapshot(model))
+
+
+def test_hooks_that_came_meanwhile_are_gone_and_those_before_stay():
+    model = tiny_llama()
+    kept = model.model.embed_tokens.register_forward_hook(lambda *given: None)
+    hooks = model.model.embed_tokens._forward_hooks
+    with as_it_was(model):
+        model.model.embed_tokens.register_forward_hook(lambda *given: None)
+        model.lm_head.register_forward_pre_hook(lambda *given: None)
+        kept.remove()
+    assert [*hooks] == [kept.id] and model.model.embed_tokens._forward_hooks is hooks
+    assert not model.lm_head._forward_pre_hooks
 
 
 def test_random_weights_that_an_adapter_would_not_hold_are_refused():

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lora_init.bank.embeddings import embed
 from lora_init.bank.similarity import Neighbour, neighbours
-from tests.conftest import refused
+from tests.conftest import refused, tiny_llama
 
 # Embeddings of prompts in one dimension, which lie one to either side of their mean: one is a standard deviation.
 MEANS = {"early": 90.0, "a": 2.0, "b": 5.0, "c": -1.0}
@@ -82,3 +83,12 @@ def test_similarity_by_statistics_needs_them():
 def test_the_statistics_are_of_the_model_of_the_bank():
     words = r"^the statistics are of another model \(M m\) than bank.$"
     refused(words, neighbours, BANK, NEW, statistics([0, 1], "g"))
+
+
+def test_a_prompt_is_embedded_alone_whatever_stands_beside_it():
+    """Padding has no label, as a prompt has none, and is no part of it."""
+    ids = torch.tensor([[3, 4, 5, 9, 0, 0], [6, 7, 8, 10, 11, 12]])
+    labels = torch.tensor([[-100, -100, -100, 9, -100, -100], [-100, -100, -100, 10, 11, 12]])
+    model, mask = tiny_llama(), ids.ne(0).long()
+    found = embed(model, [{"input_ids": ids, "attention_mask": mask, "labels": labels}])
+    torch.testing.assert_close(found, embed(model, [{"input_ids": row[None, :3]} for row in ids]))

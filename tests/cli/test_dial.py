@@ -1,6 +1,7 @@
 """`dial` writes an adapter at the strengths that it chose, `replay` what the base writes; errors are one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,6 +80,16 @@ def test_what_is_written_does_what_was_chosen(more, place, tmp_path):
         assert config["lora_alpha"] == pytest.approx(0.6 * 8) and set(layers.values()) == {0.6}
         old, new = (load_file(at / "adapter_model.safetensors") for at in (place / "trained", tmp_path / "kept"))
         assert all(torch.equal(old[name], tensor) for name, tensor in new.items())
+
+
+def test_strengths_are_measured_on_the_base_that_is_named(place, tmp_path):
+    """An adapter may name one that is not here."""
+    shutil.copytree(place / "trained", tmp_path / "moved")
+    file = tmp_path / "moved" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "nowhere")}))
+    words = ["dial", tmp_path / "moved", place / "task.txt", "--samples", 36, "--strength", 0.6, "-o", tmp_path / "out"]
+    done = run(*words, "--base", place / "base", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["task"]["base"]["loss"] > 0, done.output
 
 
 def test_the_seed_draws_the_task_and_the_text_to_keep(place, tmp_path, monkeypatch):

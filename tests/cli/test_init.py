@@ -223,6 +223,10 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
     again = run("init", tmp_path / "model", "--task-type", "SEQ_CLS", "--statistics", file, "-o", tmp_path / "again",
                 "--method", "natural-gradient", "--rank", 2, "--rho", 1)  # fmt: skip
     assert again.exit_code == 0, again.output
+    # It decides on the start, too: the one that is recommended for classes.
+    shown = run("init", tmp_path / "model", "--task-type", "SEQ_CLS", "--statistics", file, "-o", tmp_path / "third",
+                "--rank", 2, "--json")  # fmt: skip
+    assert json.loads(shown.stdout)["method"] == "natural-gradient"
     same = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert same.keys() == tensors.keys() and all(torch.equal(same[key], tensors[key]) for key in same)
 

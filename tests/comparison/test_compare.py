@@ -173,7 +173,7 @@ def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatc
         again = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"])
     assert again.records == found.records and again.summary.verdicts == found.summary.verdicts
     assert read_runs(tmp_path / "out") == written
-    more = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["orthogonal"], seeds=3)
+    more = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["orthogonal"], seeds=[2])
     assert {record["start"] for record in more.records} == {"random", "orthogonal"}
     assert more.settings["starts"] == ["random", "orthogonal"] and more.settings["seeds"] == [0, 1, 2]
 

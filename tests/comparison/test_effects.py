@@ -109,6 +109,15 @@ def test_a_start_that_nearly_diverged_once_is_not_pooled(start):
             assert (found[name].low, found[name].high) == pytest.approx((alone[name].low, alone[name].high), rel=1e-6)
 
 
+def test_a_start_that_is_compared_alone_has_the_freedom_of_its_own_pairs():
+    losses = layout(np.random.default_rng(0), noise=0.01, n_seeds=8)
+    losses.loc["a", 1] += 3.0
+    losses.loc["a", 5:] = np.nan  # five pairs are left
+    assert list(unlike_spreads(losses)) == ["a"]
+    found, own = effects(losses, "random")["a"], (losses.loc["a"] - losses.loc["random"]).dropna()
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(1 - 0.05 / 8, 4) * stats.sem(own))
+
+
 def test_of_two_starts_with_the_same_seed_neither_is_said_to_scatter():
     losses = layout(np.random.default_rng(0), noise=0.01, n_seeds=8)
     losses.loc[STARTS[2:], 3:] = np.nan

@@ -314,6 +314,16 @@ def test_forgetting_is_judged_at_equal_task_loss_over_all_rates():
     assert summarise([run | {"retain_loss": None} for run in runs], settings()).forgetting == []
 
 
+def test_what_is_forgotten_is_of_the_seeds_that_both_have():
+    """Seeds differ far more than starts do: one on which a start does not reach the loss must not count for random."""
+    runs = planted({"eva": 0.0}, rates=(1e-3,), seeds=range(4), spread=0.0)
+    for run in runs:
+        run["retain_loss"] = [3.0, 3.1 + run["seed"]]
+        if (run["start"], run["seed"]) == ("eva", 3):
+            run["report_loss"][-1] += 0.1
+    assert "changes by +1.1000, with random by +1.1000" in summarise(runs, settings()).forgetting[0]
+
+
 def test_the_strength_that_keeps_most_is_chosen_at_the_loss_of_random():
     runs = planted({"eva": -0.02}, rates=(1e-3,), spread=0.0002)
     for run in runs:  # both forget the same at full strength; eva has task loss to spare, and needs half of it

@@ -651,6 +651,11 @@ def test_one_adapter_that_is_on_is_dialed_whatever_others_there_are():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_an_adapter_of_any_name_is_dialed():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, init_lora_weights=False), adapter_name="mine")
+    assert {*dial(model, strength=0.5).strengths.values()} == {0.5}
+
+
 class Searched:
     """A model of two layers whose losses are simple sums of its strengths, and what a search asks of it."""
 

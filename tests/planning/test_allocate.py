@@ -296,6 +296,12 @@ def test_a_small_plan_by_hand(arguments, ranks, rank, spent, settings):
     assert plan.excluded == (("h.1.up",) if "exclude" in arguments else ())
 
 
+def test_a_plan_of_less_than_half_a_rank_a_layer_has_rank_1():
+    """PEFT takes no other as the rank of an adapter, which alphas are relative to."""
+    plan = allocate_ranks(statistics(MIXED, THIN, rank=1, n_parameters=1000), parameters=40, rho=9)
+    assert sum(plan.values()) == 1 and plan.rank == 1
+
+
 def test_what_nobody_can_spend_is_noted():
     stats = replace(statistics(MIXED, THIN, rank=1), unsupported={"embed": "Embedding", "table": "Parameter"})
     plan = allocate_ranks(stats, parameters=10**4, max_rank=2, rho=1e6)

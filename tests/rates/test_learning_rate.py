@@ -173,6 +173,14 @@ def test_the_rate_rises_with_the_root_of_one_over_the_share_of_the_layers(llama,
     assert count_linear(bert, ["pooler.dense"]) == count_linear(bert, find_targets(bert).layers) == 13
 
 
+def test_an_adapter_that_is_loaded_to_be_served_has_the_rate_of_one_that_trains(llama, tokens):
+    """Neither of its parts trains, so its A is not a frozen one."""
+    adapted = get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"]))
+    expected = learning_rate(adapted, [tokens], steps=10)
+    found = learning_rate(adapted.requires_grad_(False), [tokens], steps=10)
+    assert found.responses == expected.responses and found.rate == expected.rate
+
+
 @pytest.mark.parametrize("method", ["random", "eva"])
 def test_the_pass_of_collect_and_that_of_learning_rate_agree(method):
     model, data = tiny(), batches()

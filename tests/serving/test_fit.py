@@ -415,6 +415,13 @@ DAMAGED = {
 }  # fmt: skip
 
 
+def test_a_field_that_this_peft_does_not_have_is_no_misfit(bases, tmp_path):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    change(directory, a_field_of_tomorrow=True)
+    found = run("inspect", directory, "--base", bases / "llama")
+    assert found.exit_code == 0 and "tensors are applied" in found.stdout, found.output
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_no_adapter_is_named_in_one_line(bases, tmp_path, case):
     write, expected = BAD[case]

@@ -58,6 +58,11 @@ def test_a_size_of_zero_is_one(path):
     assert found.sizes[down] == (0.0, 0.0)
 
 
+def test_a_file_from_before_sizes_were_measured_is_read(path):
+    found = Statistics.load(rewritten(path, lambda header: header.pop("sizes")))
+    assert found.sizes == {} and [*found] == [*Statistics.load(path)]
+
+
 def test_convolutions_and_experts_come_back_as_they_were(tmp_path):
     for model, options in (
         (nn.Sequential(nn.Conv2d(4, 8, (3, 5), groups=2), nn.Conv1d(8, 6, 3)), dict(target_modules=["0", "1"])),

@@ -500,6 +500,7 @@ def test_the_head_of_a_classifier_is_trained_whole(with_adapter, tmp_path):
     model = get_peft_model(tiny_bert(), config) if with_adapter else tiny_bert()
     trainer = Trainer(model, settings(TrainingArguments, tmp_path), train_dataset=data)
     adapted = lora_init.initialize(trainer, **({} if with_adapter else {"rank": 4}))
+    assert trainer.model is trainer.model_wrapped is trainer.callback_handler.model is adapted
     head = {
         name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name
     }
