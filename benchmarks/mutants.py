@@ -312,8 +312,10 @@ def _child(pipe: Any, copy: Path, tests: list[str]) -> None:
     import pytest
 
     first = _First(pipe, tests)
-    pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[first])
-    pipe.send(("ends", first.name))
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[first])
+    # A file of fixtures that cannot be imported ends pytest before any test is reported.
+    broken = f"{tests[0]}::import" if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) else ""
+    pipe.send(("ends", first.name or broken))
     os._exit(0)
 
 

@@ -87,7 +87,7 @@ def test_strengths_are_measured_on_the_base_that_is_named(place, tmp_path):
     shutil.copytree(place / "trained", tmp_path / "moved")
     file = tmp_path / "moved" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "nowhere")}))
-    words = ["dial", tmp_path / "moved", place / "task.txt", "--samples", 36, "--strength", 0.6, "-o", tmp_path / "out"]
+    words = ["dial", tmp_path / "moved", place / "task.txt", "--samples", 40, "--strength", 0.6, "-o", tmp_path / "out"]
     done = run(*words, "--base", place / "base", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["task"]["base"]["loss"] > 0, done.output
 

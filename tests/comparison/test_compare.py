@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 import signal
+import sys
 
 import pytest
 import typer
@@ -136,6 +137,12 @@ def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
             assert sum(record["ranks"].values()) <= 2 * 14
         if "+equal-parameters" in record["start"]:
             assert record["trainable_parameters"] <= counts.copy().pop()
+
+
+def test_a_package_that_the_report_needs_is_missed_before_anything_is_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # as where it is not installed
+    with pytest.raises(LoraInitError, match="this needs sklearn, which is not installed"):
+        lora_init.compare("no-model", "no-data", tmp_path / "out")
 
 
 def test_an_output_that_cannot_be_written_is_refused_first(tmp_path):
@@ -300,6 +307,7 @@ def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_pat
     (dict(lora_alpha=0), "lora_alpha=0, expected a number above 0"),
     (dict(rank="8"), "rank='8', expected a whole number of at least 1"),
     (dict(starts="evva"), "start 'evva' is unknown"),
+    (dict(statistics_batches=[0, 4]), "expected numbers of batches, each once"),
     (dict(evaluation_points=[7]), "expected rising steps from 0 to 6"),
     (dict(model="bert"), "is a BertForSequenceClassification, and a comparison trains causal language models"),
     (dict(model="bert", label="first", retain_data="rows.jsonl"), "a classifier has no loss on text"),

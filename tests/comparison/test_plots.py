@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.colors import is_color_like
 
 from lora_init.comparison import plots
 from lora_init.comparison.findings import summarise
@@ -122,6 +123,10 @@ def test_a_start_keeps_its_color_however_it_is_run():
     assert looks["random+9-steps"] == (plots.RANDOM_COLOR, "s", "--", "none")
     many = plots.looks([f"s{i}" for i in range(43)]).values()
     assert len({look[:2] for look in many}) == 42 and len({look.color for look in [*many][:6]}) == 6
+
+
+def test_colors_are_colors():
+    assert all(map(is_color_like, (*plots.COLORS, plots.INK, plots.RANDOM_COLOR)))
 
 
 def test_what_is_drawn_has_room_around_it_and_labels_stand_apart():

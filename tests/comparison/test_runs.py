@@ -149,6 +149,11 @@ def test_rates_are_tried_in_rising_order_whatever_order_they_are_given_in():
     assert [run.seed for run in planned] == [7] * 4 + [4] * 4
 
 
+def test_a_start_whose_rate_was_not_measured_has_none_to_be_tried_at():
+    plan = RunPlan([REFERENCE, Variant("mine")], [], [0], "full", recommended={"random": 1e-3})
+    assert plan.given_rates(REFERENCE) and plan.given_rates(Variant("mine")) == []
+
+
 def test_a_plan_is_told_in_plain_values(installed):
     installed("lora_init.starts", theirs=Start("theirs", "", function=lambda rank: rank))
     starts = [Variant.parse(name) for name in ("random", "eva+32-alpha", "theirs")]

@@ -254,6 +254,18 @@ def test_corda_reads_the_rows_without_padding(case, monkeypatch):
     torch.testing.assert_close(seen[name], expected / len(rows), rtol=1e-5, atol=1e-5)
 
 
+def test_corda_that_fails_leaves_no_hook(case, monkeypatch):
+    import peft.tuners.lora.corda as corda
+
+    def fails(*given, **more):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(corda, "preprocess_corda", fails)
+    with pytest.raises(RuntimeError, match="no room"):
+        case.prepare("corda", batches=iter(case.batches))
+    assert not any(module._forward_pre_hooks for module in case.model.modules())
+
+
 @pytest.mark.parametrize(("start", "model", "options", "message"), [
     ("pissa", tiny_llama, dict(target_modules=["embed_tokens", "q_proj"]),
      "linear layers, 'model.embed_tokens' is a Emb"),

@@ -103,10 +103,10 @@ def test_rates_are_measured_on_the_head_that_is_trained(home, tmp_path, monkeypa
     bench = set_up_bench(home, tmp_path, "bert", label="first", completion=None)
     head, real, seen = bench.loaded.model.classifier.weight, workbench.collect, []
     monkeypatch.setattr(workbench, "collect", lambda *a, **k: seen.append(head.clone()) or real(*a, **k))
-    head.data.zero_()
+    head.data.zero_(), bench.loaded.model.classifier.bias.data.fill_(3.0)
     bench.measured_rates([Variant("eva-grad")])
     bench._renew_head(bench.loaded, 0)
-    assert len(seen) == 1 and torch.equal(seen[0], head)
+    assert len(seen) == 1 and torch.equal(seen[0], head) and not bench.loaded.model.classifier.bias.any()
 
 
 @pytest.mark.parametrize("blank", [True, False])

@@ -154,6 +154,18 @@ def test_the_reference_of_dpo_is_the_plain_model(with_config, tmp_path, tokenize
     assert min(losses) < 0.66
 
 
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_with_checkpointing_of_the_older_kind_gradients_reach_the_adapter(with_adapter, tmp_path, tokenizer):
+    """Its inputs have to ask for gradients; for an adapter of their own trainers see to that."""
+    more = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}, max_steps=1)
+    model = get_peft_model(tiny_llama(), LoraConfig(**LORA)) if with_adapter else None
+    trainer = plain(tmp_path, tokenizer, model, **more)
+    model = lora_init.initialize(trainer, **({} if with_adapter else {"rank": 2}))
+    trainer.train()
+    layers = adapter_layers(model).values()
+    assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in layers)
+
+
 @pytest.mark.parametrize("by", ["initialize", "StartCallback"])
 def test_a_frozen_a_stays_so_where_the_reference_switches_the_adapter_off(by, tmp_path, tokenizer):
     """PEFT lets all of an adapter train when it is switched on again."""
