@@ -257,9 +257,10 @@ def pairs() -> pd.DataFrame:
     `inside` is whether the lowest loss lies between two others; else `best` is the rate at the edge. `above` is how far
     the run that is nearest to the rule's rate ends above the lowest, in per cent.
     """
-    rule = {run: row["rate"] for row in read("rules.jsonl") for run in swept() if run.is_in(row["run"])}
+    sweeps = swept()
+    rule = {run: row["rate"] for row in read("rules.jsonl") for run in sweeps if run.is_in(row["run"])}
     rows = []
-    for run, losses in swept().items():
+    for run, losses in sweeps.items():
         if run not in rule:
             continue
         means = {rate: fmean(own) for rate, own in sorted(losses.items())}
