@@ -76,17 +76,26 @@ def train(model, steps, each=lambda step: None):
         optimizer.zero_grad()
 
 
+LAST = 30
+
+
+@pytest.fixture(scope="module")
+def states():
+    """What a policy was before each step of a training, and after the last; no engine has a part in it."""
+    model, found = policy(), []
+    train(model, LAST + 1, lambda step: found.append(copy.deepcopy(model.state_dict())))
+    return [*found, model.state_dict()]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_twenty_synchronizations_raise_no_alarm(dtype):
+def test_twenty_synchronizations_raise_no_alarm(dtype, states):
     model = policy()
     engine, said = InProcess(model, DTYPES[dtype]), []
     watch = ServingWatch(word_tokenizer(), PROMPTS, engine.ask, engine.base)
-
-    def each(step):
+    for step in range(21):
+        model.load_state_dict(states[step])
         engine.synchronize(model)
         said.append(watch.check(model, step))
-
-    train(model, 21, each)
     assert said[0].verdict == "cannot tell" and "changes nothing" in said[0].text  # B is zero
     wrong = [one.text for one in said if one.verdict not in ("served as trained", "cannot tell")]
     assert not wrong and sum(one.verdict == "served as trained" for one in said) >= 17
@@ -105,20 +114,18 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_named(fault):
+def test_a_fault_is_named(fault, states):
     model, (plant, verdict) = policy(), FAULTS[fault]
-    engine, last = InProcess(model, torch.bfloat16), 30
+    engine, last = InProcess(model, torch.bfloat16), LAST
     watch = ServingWatch(word_tokenizer(), PROMPTS, engine.ask, engine.base)
-
-    def each(step):
-        if step >= last - 12:
-            watch.note(model, step)
+    for step in range(last - 12, last + 1):
+        model.load_state_dict(states[step])
+        watch.note(model, step)
         if not (isinstance(plant, int) and step > last - plant):
             engine.synchronize(model)
         if step == last - 10 and isinstance(plant, str):
             engine.remember(PROMPTS[3:6] if plant == "some" else PROMPTS)
-
-    train(model, last + 1, each)
+    model.load_state_dict(states[last + 1])
     # Asked about is the step whose weights were sent last; the model is one step ahead of it, as when a step ends.
     if callable(plant):
         plant(engine)
