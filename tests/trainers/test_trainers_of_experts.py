@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import torch
@@ -91,22 +92,34 @@ def test_every_expert_is_trained_from_its_own_directions(name, made, tmp_path, t
     assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
 
 
+def trained(made, tmp_path, tokenizer, how):
+    """Start and train; return the start, the rate, the losses, and the parameters at the end."""
+    trainer, start = started(made, tmp_path, tokenizer, how=how)
+    torch.manual_seed(0)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return start, trainer.args.learning_rate, losses, dict(trainer.model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def without_checkpointing(tmp_path_factory, tokenizer):
+    """The same of each kind of trainer without checkpointing, once."""
+    return cache(lambda made: trained(made, tmp_path_factory.mktemp("without"), tokenizer, None))
+
+
 @checkpointing
 @pytest.mark.parametrize("made", MADE)
-def test_checkpointing_changes_neither_start_nor_rate_nor_training(made, how, tmp_path, tokenizer):
-    (trainer, start), (other, expected) = (started(made, tmp_path, tokenizer, how=one) for one in (how, None))
-    assert trainer.args.learning_rate == other.args.learning_rate != 1e-2
+def test_checkpointing_changes_neither_start_nor_rate_nor_training(
+    made, how, tmp_path, tokenizer, without_checkpointing
+):
+    start, rate, losses, parameters = trained(made, tmp_path, tokenizer, how)
+    expected, other_rate, other_losses, other_parameters = without_checkpointing(made)
+    assert rate == other_rate != 1e-2
     for key, tensor in expected.items():
         assert torch.equal(start[key], tensor), key
-    losses = []
-    for one in (trainer, other):
-        torch.manual_seed(0)
-        one.train()
-        losses.append([row["loss"] for row in one.state.log_history if "loss" in row])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # which are logged with few digits
-    trained = dict(trainer.model.named_parameters())
-    for key, parameter in other.model.named_parameters():
-        torch.testing.assert_close(trained[key], parameter, atol=1e-4, rtol=1e-3)  # Adam divides by small gradients
+    assert losses == pytest.approx(other_losses, rel=1e-4)  # which are logged with few digits
+    for key, parameter in other_parameters.items():
+        torch.testing.assert_close(parameters[key], parameter, atol=1e-4, rtol=1e-3)  # Adam divides by small gradients
 
 
 OF_ROUTERS = {
