@@ -5,6 +5,7 @@ import random
 import threading
 import types
 from collections import Counter, deque
+from functools import cache
 
 import numpy as np
 import pytest
@@ -473,32 +474,39 @@ KEEP = {
 }  # fmt: skip
 
 
+def batches_of_training(kind, how, folder, tokenizer):
+    """What training sees of a loader that keeps something, after a start or without one."""
+    random.seed(0), np.random.seed(0), torch.manual_seed(0), GENERATOR.seed(1)
+    model, config = tiny_llama(num_hidden_layers=1), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+    model = model if how == "initialize" else get_peft_model(model, config)
+    trainer, seen = plain(folder, tokenizer, model=model, max_steps=4), []
+    given = {"collate_fn": stacked, "rows": [{"input_ids": [1, 3, 5 + i]} for i in range(16)]} | KEEP[kind]()
+    rows = trainer.train_dataset = given.pop("rows")
+    size = {} if "batch_sampler" in given else {"batch_size": 4}
+    loader = torch.utils.data.DataLoader(rows, **size, **given)
+    trainer.get_train_dataloader = lambda: loader
+    if how == "StartCallback":
+        trainer.add_callback(lora_init.StartCallback(samples=8))
+    if how == "initialize":
+        lora_init.initialize(trainer, rank=2, target_modules=["q_proj"], progress=False)
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, given: seen.append(given["input_ids"].tolist()) if model.training else None,
+        with_kwargs=True,
+    )
+    random.seed(1), np.random.seed(1)
+    trainer.train()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def without_a_start(tokenizer, tmp_path_factory):
+    return cache(lambda kind: batches_of_training(kind, "nothing", tmp_path_factory.mktemp("without"), tokenizer))
+
+
 @pytest.mark.parametrize("how", ["initialize", "StartCallback"])
 @pytest.mark.parametrize("kind", KEEP)
-def test_training_gets_the_batches_that_it_would_have_got(kind, how, tmp_path, tokenizer):
-    def batches(how):
-        random.seed(0), np.random.seed(0), torch.manual_seed(0), GENERATOR.seed(1)
-        trainer, seen = plain(tmp_path, tokenizer, max_steps=4), []
-        if how != "initialize":
-            trainer = plain(tmp_path, tokenizer, model=adapted(), max_steps=4)
-        given = {"collate_fn": stacked, "rows": [{"input_ids": [1, 3, 5 + i]} for i in range(16)]} | KEEP[kind]()
-        rows = trainer.train_dataset = given.pop("rows")
-        size = {} if "batch_sampler" in given else {"batch_size": 4}
-        loader = torch.utils.data.DataLoader(rows, **size, **given)
-        trainer.get_train_dataloader = lambda: loader
-        if how == "StartCallback":
-            trainer.add_callback(lora_init.StartCallback(samples=8))
-        if how == "initialize":
-            lora_init.initialize(trainer, rank=2, progress=False)
-        trainer.model.register_forward_pre_hook(
-            lambda model, args, given: seen.append(given["input_ids"].tolist()) if model.training else None,
-            with_kwargs=True,
-        )
-        random.seed(1), np.random.seed(1)
-        trainer.train()
-        return seen
-
-    assert batches(how) == batches("nothing") != []
+def test_training_gets_the_batches_that_it_would_have_got(kind, how, tmp_path, tokenizer, without_a_start):
+    assert batches_of_training(kind, how, tmp_path, tokenizer) == without_a_start(kind) != []
 
 
 def test_what_cannot_be_put_back_is_told(tmp_path, tokenizer):
