@@ -1,5 +1,6 @@
 """What cannot be had is refused before torch is imported; what a cache may have is not."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,42 +20,63 @@ from lora_init.loading.sources import check_data
 from tests.conftest import refused
 
 ROOT = Path(__file__).parents[2]
+# Each line of its input is a command, which runs in a fork of a program that has imported the app alone.
 PROGRAM = """
-import sys
+import json, os, sys
 from lora_init.cli.app import app
-try: app(sys.argv[1:])
-except SystemExit as end: print(end.code, *({"torch", "transformers", "datasets"} & sys.modules.keys()))
+for line in sys.stdin:
+    folder, words = json.loads(line)
+    if os.fork():
+        os.wait()
+        print(flush=True)
+        continue
+    os.chdir(folder)
+    sys.stdout, sys.stderr = open("stdout", "w"), open("stderr", "w")
+    try: app(words)
+    except SystemExit as end: print(end.code, *({"torch", "transformers", "datasets"} & sys.modules.keys()))
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
 """
+
+
+@pytest.fixture(scope="module")
+def run_apart():
+    """Run a command in a folder, in a process without torch; return what it printed, and what it wrote to stderr."""
+    words, environment = [sys.executable, "-c", PROGRAM], os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+
+        def run(folder, *words):
+            program.stdin.write(json.dumps([str(folder), words]) + "\n")
+            program.stdin.flush()
+            program.stdout.readline()
+            return [(folder / name).read_text() for name in ("stdout", "stderr")]
+
+        yield run
+        program.stdin.close()
 
 
 @pytest.mark.parametrize("command", ["init", "compare"])
 @pytest.mark.parametrize("at", [0, 1])
-def test_a_hub_id_that_cannot_be_had_is_refused_before_torch_is_imported(command, at, tmp_path):
+def test_a_hub_id_that_cannot_be_had_is_refused_before_torch_is_imported(command, at, run_apart, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     (tmp_path / "text.txt").write_text("a line")
     names = ["model", "text.txt"]
     names[at] = "nobody/nothing"
-    words = [sys.executable, "-c", PROGRAM, command, *names, "-o", "out"]
-    done = subprocess.run(
-        words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "1\n"
+    stdout, stderr = run_apart(tmp_path, command, *names, "-o", "out")
+    assert stdout == "1\n"
     what = ["model", "data"][at]
-    assert f"error: {what} 'nobody/nothing': no such file or folder, not in the hub's cache, and the hub" in done.stderr
+    assert f"error: {what} 'nobody/nothing': no such file or folder, not in the hub's cache, and the hub" in stderr
 
 
 @pytest.mark.parametrize("words", [["--template", "{nope}"], ["--label", "nope", "--template", "{body}"], []])
-def test_a_column_that_is_not_there_is_refused_before_torch_is_imported(words, tmp_path):
+def test_a_column_that_is_not_there_is_refused_before_torch_is_imported(words, run_apart, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     (tmp_path / "mail.csv").write_text("id,body,kind\n1,hello world,a\n2,good bye,b\n")
-    words = [sys.executable, "-c", PROGRAM, "init", "model", "mail.csv", "-o", "out", *words]
-    done = subprocess.run(
-        words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "1 datasets\n"
-    assert done.stderr.count("\n") == 1 and "id, body, kind" in done.stderr and "mail.csv" in done.stderr
+    stdout, stderr = run_apart(tmp_path, "init", "model", "mail.csv", "-o", "out", *words)
+    assert stdout == "1 datasets\n"
+    assert stderr.count("\n") == 1 and "id, body, kind" in stderr and "mail.csv" in stderr
 
 
 def no_network(*_, **__):
