@@ -76,8 +76,9 @@ def test_a_pass_that_was_interrupted_goes_on_after_the_batches_it_has_used(name,
         assert resumed[layer].n_samples == whole[layer].n_samples
         assert resumed.total_variance(layer) == pytest.approx(whole.total_variance(layer), rel=1e-5)
     if name == "llama":
+        again = model(name)
         for layer in whole:  # two parts lose what the first has left out
-            rows = all_rows(model(name), batches, layer)
+            rows = all_rows(again, batches, layer)
             best = reference.captured(rows, reference.pca(rows, 4, center)[0], center)
             assert reference.captured(rows, resumed[layer].components[:4], center) > 0.95 * best
 
@@ -105,6 +106,15 @@ def test_a_complete_file_is_used_without_running_the_model(tmp_path):
     assert counting.n == 8
 
 
+@pytest.fixture(scope="module")
+def content_of(tmp_path_factory):
+    """What the file of a complete pass holds, and of one that was interrupted."""
+    folder = tmp_path_factory.mktemp("passes")
+    collect(model(), batches_for("llama", n_batches=6), statistics=folder / "True", forward=Counting(), **SETTINGS)
+    interrupt(folder / "False", forward=Counting())
+    return {complete: (folder / str(complete)).read_bytes() for complete in (True, False)}
+
+
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize(("changes", "expected"), [
     ({"rank": 3}, r"stats was made with rank 4, and 3 is asked for\. Pass overwrite=True to begin again, or use"),
@@ -119,14 +129,10 @@ def test_a_complete_file_is_used_without_running_the_model(tmp_path):
     ({"gradients": True}, "with gradients False, and True"),
     ({"batches": batches_for("llama", seed=1)}, "from other data: the batches are other ones"),
 ])  # fmt: skip
-def test_other_settings_data_and_models_are_refused(complete, changes, expected, tmp_path):
+def test_other_settings_data_and_models_are_refused(complete, changes, expected, content_of, tmp_path):
     file, counting = tmp_path / "stats", Counting()
-    if complete:
-        collect(model(), batches_for("llama", n_batches=6), statistics=file, forward=counting, **SETTINGS)
-        counting.n = 0
-    else:
-        interrupt(file, forward=Counting())
-    content, changes = file.read_bytes(), dict(changes)
+    content, changes = content_of[complete], dict(changes)
+    file.write_bytes(content)
     batches = changes.pop("batches", batches_for("llama", n_batches=6))
     with pytest.raises(OtherSettingsError, match=expected):
         collect(model(), batches, statistics=file, forward=counting, **SETTINGS | changes)
