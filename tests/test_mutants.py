@@ -116,8 +116,9 @@ class _Covered:
 
 
 @pytest.mark.slow
-def test_a_test_that_fails_only_with_the_mutant_catches_it(tmp_path):
+def test_a_test_that_fails_only_with_the_mutant_catches_it(tmp_path, monkeypatch):
     """Nothing of the project itself changes, and a test that fails anyway catches nothing."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take half of the time
     (tmp_path / "lora_init").mkdir()
     (tmp_path / "tests").mkdir()
     text = "def half(x):\n    return x / 2\n\n\ndef seen(x):\n    return x > 3\n"

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ PACKAGE = Path(lora_init.__file__).parent
 # What Python and IPython ask of objects, and what is documented in spite of its name.
 PUBLIC = {"_repr_png_", "_exit"}
 INTERNALS = {"__bases__", "__code__", "__wrapped__", "__closure__", "co_varnames", "co_names", "getsource", "unwrap"}
+
+
+@cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def strangers(tree):
@@ -44,7 +50,7 @@ def strangers(tree):
 def own_names():
     """List the private names that this package defines: methods, functions, attributes, variables."""
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             match node:
                 case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                     yield name
@@ -57,10 +63,10 @@ def own_names():
 def test_no_other_file_takes_third_party_internals():
     ours = {*own_names()} | PUBLIC
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "third_party_internals.py"]
-    found = {(path.name, name) for path in files for name in {*strangers(ast.parse(path.read_text()))} - ours}
+    found = {(path.name, name) for path in files for name in {*strangers(tree_of(path))} - ours}
     assert not found
     # Negative: the file that may has some of each kind.
-    there = {*strangers(ast.parse((PACKAGE / "third_party_internals.py").read_text()))}
+    there = {*strangers(tree_of(PACKAGE / "third_party_internals.py"))}
     assert {"_version", "_hf_hook", "_dataloaders", "co_varnames"} <= there - ours
 
 

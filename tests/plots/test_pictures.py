@@ -96,7 +96,7 @@ def test_curves_have_what_each_policy_explains_from_an_eighth_of_the_parameters_
 
 
 def test_the_picture_has_its_text_as_text_and_is_the_same_each_time(tmp_path):
-    stats = llama_like(30)
+    stats = llama_like(2)
     plan = allocate_ranks(stats, rank=4)
     text = save_picture(plan, stats, tmp_path / "plan.svg").read_text(encoding="utf-8")
     assert "Rank of each layer" in text and "q_proj: average rank" in text
