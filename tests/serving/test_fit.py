@@ -53,11 +53,20 @@ def llava():
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).eval()
 
 
+def qwen3(**changes):
+    """A base of another architecture, in which the tensors of a Llama's adapter have the same names and shapes."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    settings = tiny_llama().config.to_dict() | {"head_dim": 8, "architectures": None, "model_type": "qwen3"} | changes
+    return Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
+
+
 BASES = {
     "llama": tiny_llama, "gpt2": tiny_gpt2, "mixtral": mixtral, "qwen3_moe": qwen3_moe, "llava": llava,
     "tied": lambda: tiny_llama(tie_word_embeddings=True), "bert": lambda: tiny_bert(None), "classifier": tiny_bert,
     "wide": lambda: tiny_llama(hidden_size=48), "deep": lambda: tiny_llama(num_hidden_layers=1),
-    "more tokens": lambda: tiny_llama(vocab_size=70), "other weights": lambda: (torch.manual_seed(5), tiny_llama())[1],
+    "more tokens": lambda: tiny_llama(vocab_size=70), "qwen3": qwen3,
+    "other weights": lambda: (torch.manual_seed(5), tiny_llama())[1],
 }  # fmt: skip
 
 
@@ -490,10 +499,11 @@ LOST = {
 def test_names_of_another_class_than_the_checkpoints_are_repaired(bases, tmp_path, case):
     settings, misname = LOST[case]
     directory = adapter(bases, "llama", tmp_path / "a", **settings)
-    base, expected = load(bases / "llama"), logits(load(bases / "llama"), directory)
+    llama = load(bases / "llama")
+    expected = logits(copy.deepcopy(llama), directory)
     change(directory, misname)
     try:
-        applied = not torch.equal(logits(base, directory), logits(load(bases / "llama")))
+        applied = not torch.equal(logits(copy.deepcopy(llama), directory), logits(llama))
     except KeyError:  # of a module that is trained whole
         applied = False
     assert not applied
@@ -503,7 +513,7 @@ def test_names_of_another_class_than_the_checkpoints_are_repaired(bases, tmp_pat
         with pytest.raises(LoraInitError):
             export_adapter(directory, tmp_path / "b", engine)
     export_adapter(directory, tmp_path / "b", keep_ranks=True, rename=True)
-    torch.testing.assert_close(logits(load(bases / "llama"), tmp_path / "b"), expected)
+    torch.testing.assert_close(logits(llama, tmp_path / "b"), expected)
     assert not check_fit(tmp_path / "b").misfits
 
 
@@ -524,14 +534,6 @@ def test_the_class_that_an_adapter_names_is_kept(bases, tmp_path):
     assert not check_fit(tmp_path / "c").misfits and not check_fit(tmp_path / "c", engine="vllm").misfits
 
 
-def qwen3(**changes):
-    """A base of another architecture, in which the tensors of a Llama's adapter have the same names and shapes."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    settings = tiny_llama().config.to_dict() | {"head_dim": 8, "architectures": None, "model_type": "qwen3"} | changes
-    return Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
-
-
 MADE_BY = {
     "ours": lambda bases, to: lora_init.initialize(load(bases / "llama"), batches_for("llama"), rank=4),
     "ours without a head": lambda bases, to: lora_init.initialize(
@@ -542,25 +544,36 @@ MADE_BY = {
 }
 
 
+@pytest.fixture(scope="module")
+def made_by(bases, tmp_path_factory):
+    """Save an adapter in one of these ways, once."""
+
+    @cache
+    def directory(maker):
+        to = tmp_path_factory.mktemp("made") / "a"
+        made = MADE_BY[maker](bases, to)
+        if made != to:
+            made.save_pretrained(to)
+        return to
+
+    return directory
+
+
 @pytest.mark.parametrize("maker", MADE_BY)
 @pytest.mark.parametrize(("base", "expected"), [
     ("llama", None),
     ("qwen3", "Qwen3ForCausalLM"),
     ("other weights", "a base of the same form with other weights"),
 ])  # fmt: skip
-def test_a_base_of_another_architecture_or_other_weights_is_named(bases, tmp_path, maker, base, expected):
-    torch.manual_seed(2)
-    qwen3().save_pretrained(tmp_path / "qwen3")
-    made = MADE_BY[maker](bases, tmp_path / "a")
-    if made != tmp_path / "a":
-        made.save_pretrained(tmp_path / "a")
-    shutil.copytree(bases / base, tmp_path / base) if base != "qwen3" else None  # under another path than is named
-    found = check_fit(tmp_path / "a", str(tmp_path / base))
+def test_a_base_of_another_architecture_or_other_weights_is_named(bases, made_by, tmp_path, maker, base, expected):
+    adapter = made_by(maker)
+    shutil.copytree(bases / base, tmp_path / base)  # under another path than is named
+    found = check_fit(adapter, str(tmp_path / base))
     assert [one.kind for one in found.misfits] == ["base"] * (expected is not None)
     assert expected is None or expected in found.lines[0]
     assert not found.stops and found.notes == ()
     with pytest.warns(match="Is it the same base?") if expected else nullcontext():
-        export_adapter(tmp_path / "a", tmp_path / "b", base=str(tmp_path / base))
+        export_adapter(adapter, tmp_path / "b", base=str(tmp_path / base))
 
 
 def test_the_revision_of_a_base_in_the_hubs_cache_is_compared(bases, tmp_path):
