@@ -34,6 +34,8 @@ COMPLETE = ("README.md", "docs/getting-started.md")
 # Budgets and lengths as they fit the tiny model.
 SMALLER = (
     (r"--n 64", "--n 8 --length 8"),
+    (r"head -n 36", "head -n 12"),
+    (r"range\(20\)", "range(9)"),
     (r"\b1M\b", "3k"),
     (r"\b5M\b", "5k"),
     (
