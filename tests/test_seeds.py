@@ -25,7 +25,7 @@ def weights(model):
 
 def adapted():
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    return model.train(), [*LLAMA, *batches_for("llama", seed=3)]
+    return model.train(), LLAMA
 
 
 def gathered():
@@ -42,7 +42,7 @@ def built(method):
 
 def dialed(given, seed):
     model, batches = given
-    found = lora_init.dial(model, batches, batches_for("llama", seed=9), seed=seed)
+    found = lora_init.dial(model, batches, batches_for("llama", n_batches=3, seed=9), seed=seed)
     return [torch.tensor([*found.strengths.values()])]
 
 
