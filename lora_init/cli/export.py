@@ -65,7 +65,8 @@ def export(
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
-        from lora_init.serving.export import check_output, export_adapter
+        from lora_init.serving.export import check_output, check_reduction, export_adapter
+    check_reduction(reduce_intruders, rename, start)
     # The base is read only where something is measured on it; everything else goes from file to file.
     needs_base = data is not None or reduce_intruders
     # Of several adapters all places are looked at before the first is written.

@@ -148,6 +148,7 @@ def export_adapter(
     wanted, size = find_engine(engine), _Size(rank, parameters, megabytes, keep_ranks, dtype)
     _check_options(engine, wanted, size, merge_into)
     path = check_output(output, engine, overwrite)
+    check_reduction(reduce_intruders is not None, rename, start)
     _check_other(start, directory)
     began = AdapterDirectory(directory)
     source = merge_into or base or began.base
@@ -169,8 +170,6 @@ def export_adapter(
             remedy = "`lora-init inspect ADAPTER --merge TYPE --data FILE` measures it."
             warn(f"{merge_into}, in the type of its weights: {kept.advice()} {remedy}")
     if reduce_intruders is not None:
-        if start is not None:
-            raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")
         trained, intruders = on_demand("without intruders")(trained, Path(directory).expanduser(), reduce_intruders)
     trained = trained.with_one_scaling()  # not earlier: what PEFT has reduced is for the scalings as they were read
     result = Exported(
@@ -258,6 +257,16 @@ def _next_smaller(trained: Trained, rank: int) -> tuple[int, float] | None:
     if not below or rank <= trained.rank:
         return None
     return below[-1], error_at(trained, below[-1])
+
+
+def check_reduction(reduces: bool, rename: bool, start: str | Path | None) -> None:
+    """Refuse to reduce an adapter that PEFT, which does it, cannot load as it is: misnamed, or on its start."""
+    if reduces and (rename or start is not None):
+        raise LoraInitError(
+            "{reduce_intruders} is of an adapter as PEFT loads it. Export it by {rename} or {start} first, and reduce "
+            "what that writes.",
+            reduce_intruders=..., rename=True, start=...,
+        )  # fmt: skip
 
 
 def _check_other(start: str | Path | None, directory: str | Path) -> None:

@@ -94,6 +94,8 @@ def test_one_of_several_that_failed_is_named_once(trained, tmp_path):
     (["--engine", "ollama", "--data", "x"], "--data: PEFT measures the loss."),
     (["--parameters", "many"], "--parameters many: a whole number from 1 to 10^12 is needed"),
     (["--merge-into", "base", "--rank", "2"], "no ranks"),
+    *((["--reduce-intruders", "--base", "nowhere", *more], "--reduce-intruders is of an adapter as PEFT loads it.")
+      for more in (["--rename"], ["--start", "nowhere"])),
 ])  # fmt: skip
 def test_wrong_usage_is_one_line(options, message, trained, tmp_path):
     done = run("export", trained, "-o", tmp_path / "served", *options)
