@@ -250,6 +250,9 @@ class _Fit:
         model = make()  # for each adapter a new one, since PEFT changes the model that it wraps
         self.adapter, self.make, self.name = adapter, make, type(model).__name__
         self.base = Base("", model, widths_of(model), {})
+        # Labels of the base's head, and of the adapter's, once a tensor of it was seen.
+        self.labels = 0
+        self.n_labels = model.config.num_labels if adapter.config.get("task_type") in _CLASSIFIES else 0
         # The modules of fused experts, which no layer is named after, and how many they have.
         self.n_experts: dict[str, int] = {}
         for name, parameter in model.named_parameters():
@@ -399,8 +402,9 @@ class _Fit:
         wanted = [*expected]
         if axis is not None and len(shape) == len(wanted) > axis:  # a bias of B has none
             wanted[axis] = self._rank_of(layer, shape[axis], wanted[axis] // self.rank)
-        if is_whole and self.adapter.config.get("task_type") in _CLASSIFIES:
-            wanted[:1] = shape[:1]  # a head has as many labels as the adapter was trained for
+        if is_whole and shape and wanted[:1] == [self.n_labels]:
+            self.labels = self.labels or shape[0]  # a head has as many as it was trained for, in each of its tensors
+            wanted[0] = self.labels
         return wanted
 
     def _rank_of(self, layer: str, there: int, experts: int) -> int:

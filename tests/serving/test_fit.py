@@ -151,6 +151,7 @@ def test_a_right_pair_fits(bases, tmp_path, case):
 
 
 # What is changed, the base, the engine, and what is said: first the base it is made on, with its settings.
+HEAD = dict(target_modules=["query"], task_type="SEQ_CLS")
 LLAMA, GPT2, MOE, VISION = ("llama", QV), ("gpt2", dict(target_modules=["c_attn"])), ("mixtral", EXPERTS), ("llava", QV)
 HALF = lambda value: value[..., : value.shape[-1] // 2]  # noqa: E731
 NEAR = "Nearest: base_model.model.model.layers.0"
@@ -231,6 +232,12 @@ OTHERS = {
     "embedding for vLLM": (("llama", dict(target_modules=["embed_tokens"])), None, dict(engine="vllm"), "not take an"),
     "a tied head for vLLM": (("tied", dict(target_modules=["lm_head", "q_proj"])), None, dict(engine="vllm"), "tied"),
     "MLX": (LLAMA, None, dict(engine="mlx"), "MLX reads no directory of PEFT. `lora-init export --engine mlx`"),
+    "a bias of three labels": (("classifier", HEAD), one(lambda b: b.new_ones(3), "classifier.bias"), {},
+                               "classifier.weight: is [2, 32], and [3, 32] fits BertForSequenceClassification"),
+    "half a module of a classifier": (
+        ("classifier", HEAD | dict(modules_to_save=["pooler.dense"])), one(lambda w: w[:16], "pooler.dense.weight"), {},
+        "pooler.dense.weight: is [16, 32], and [32, 32] fits BertForSequenceClassification",
+    ),
     "vocabulary": (("more tokens", dict(target_modules=["embed_tokens"])), None, dict(base="llama"), "is for 70 tok"),
     "a head of more tokens": (("more tokens", QV | dict(modules_to_save=["lm_head"])), None, dict(base="llama"),
                               "is for 70 tokens, and the vocabulary of the base has 64"),
