@@ -71,7 +71,7 @@ def add(
         from lora_init.layers.identity import fingerprint
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import load_model
-        from lora_init.serving.base import read_base
+        from lora_init.serving.base import read_base, with_changed_copies
         from lora_init.serving.trained import read_trained
         from lora_init.statistics.statistics import Statistics
     # An entry is a file of this name, hence the few characters.
@@ -91,13 +91,14 @@ def add(
     source = model or trained.base
     if not source:
         raise LoraInitError(f"{adapter} does not name its base model. Name it with --model.")
-    read_base(source, trained)  # refuses another model, by the headers of its files
+    plain = read_base(source, trained)  # refuses another model, by the headers of its files
     if statistics is not None:
         Statistics.load(statistics)  # refuses another file
     # Before the base is loaded, so that a misspelt name is refused at once.
     embedder = read_encoder(encoder)
     with busy(f"loading {source}"):
         loaded = load_model(source, trust_remote_code=trust_remote_code)
+    check_plain_lora(with_changed_copies(trained, plain))  # which compares with what is here by now
     batches = load_batches(
         data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
     )

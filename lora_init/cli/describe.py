@@ -97,13 +97,14 @@ def describe_merge(
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import load_model
-        from lora_init.serving.base import plan_merge, read_base
+        from lora_init.serving.base import bring_checkpoint, plan_merge, read_base, with_changed_copies
         from lora_init.serving.kept import Kept, divergence, kept_by_merge
         from lora_init.serving.trained import read_trained, with_parameters
         from lora_init.statistics.statistics import Statistics
     trained = read_trained(path)
     plain = read_base(base or trained.base, trained)
-    trained = with_parameters(trained, plain.parameters)
+    bring_checkpoint(plain.source, trained)
+    trained = with_changed_copies(with_parameters(trained, plain.parameters), plain)
     stats = None if statistics is None else Statistics.load(statistics)
     with busy(f"merging into {plain.source}"):
         layers = kept_by_merge(plain, trained, plan_merge(plain, trained), dtype, stats)

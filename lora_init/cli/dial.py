@@ -85,7 +85,7 @@ def dial(
         from lora_init.keep.dialed import OURS, Dial, write_dialed
         from lora_init.loading.batches import load_batches, load_other
         from lora_init.loading.models import open_model
-        from lora_init.serving.base import read_base
+        from lora_init.serving.base import read_base, with_changed_copies
         from lora_init.serving.fit import check_fit
         from lora_init.serving.support import export_options
         from lora_init.serving.trained import read_trained, with_parameters
@@ -96,7 +96,7 @@ def dial(
     check_dialable(trained.config, trained.others, str(adapter))  # refuses what no strength can scale, such as a head
     check_fit(adapter, base).check()
     plain = read_base(base or trained.base, trained)
-    trained = with_parameters(trained, plain.parameters)
+    trained = with_changed_copies(with_parameters(trained, plain.parameters), plain)
     if trained.adds_nothing:
         raise LoraInitError(f"{adapter}: B A is zero in every layer, so it was never trained. Train it first.")
     # A strength for all layers that was typed is not chosen, so nothing is loaded.
@@ -126,8 +126,10 @@ def dial(
     summary = {"written": str(path)} | dialed.summary()
     # As it was written: how it is exported depends on what it holds, such as an alpha_pattern.
     written = AdapterDirectory(output)
-    options = export_options(written.config, written.shapes) or ""
-    export = f"lora-init export {shlex.quote(str(output))} {options} -o {shlex.quote(f'{output}-served')}"
+    export = f"lora-init export {shlex.quote(str(output))} -o {shlex.quote(f'{output}-served')}"
+    options = export_options(written.config, written.shapes)
+    if options and not trained.others:  # a changed weight of the base is for PEFT
+        export = export.replace(" -o ", f" {options} -o ", 1)
 
     def show(console: Console, _: Any) -> None:
         console.print(facts(summary))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_init.adapters.directory import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card_header
 from lora_init.files import digests_of, new_directory, read_json, write_json
+from lora_init.layers.targets import PREFIX
 from lora_init.planning.lora_config import alpha_for, to_patterns
 from lora_init.serving.base import Base
 from lora_init.serving.trained import DIAL_FILE, Trained, strength_of
@@ -182,9 +183,15 @@ def write_dialed(
     """Write an adapter at its strengths as a PEFT directory, with a card, the numbers and a picture.
 
     One strength for all layers scales `lora_alpha`; others are multiplied into B, or B stays as trained and
-    `alpha_pattern` has them. Layers of strength 0 are left out.
+    `alpha_pattern` has them. Layers of strength 0 are left out, or get a B of zeros.
     """
-    kept = replace(trained, layers={name: layer for name, layer in trained.layers.items() if dialed.strengths[name]})
+    layers = {}
+    for name, layer in trained.layers.items():
+        if dialed.strengths[name]:
+            layers[name] = layer
+        elif f"{PREFIX}{name}.base_layer.weight" in trained.others:  # which is read beside an adapter alone
+            layers[name] = replace(layer, b=0 * layer.b)
+    kept = replace(trained, layers=layers)
     if not alpha_pattern:
         # One `lora_alpha` can then stand for all layers.
         kept = kept.with_one_scaling()
@@ -192,7 +199,7 @@ def write_dialed(
     in_b = dialed.chosen.weight is not None and not alpha_pattern
     dialed_layers = {}
     for name, layer in kept.layers.items():
-        dialed_layers[name] = replace(layer, scaling=layer.scaling * dialed.strengths[name])
+        dialed_layers[name] = replace(layer, scaling=layer.scaling * (dialed.strengths[name] or 1.0))
         if in_b:
             dialed_layers[name] = dialed_layers[name].rescaled(kept.scaling)
     with new_directory(path, overwrite, **OURS) as fresh:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,35 @@ def find_tensors(source: str) -> dict[str, Stored]:
         for name, (shape, _) in read_header(path).items():
             tensors[name] = Stored(path, name, tuple(shape))
     return tensors
+
+
+def checkpoint_of(source: str, revision: Any = None) -> tuple[Path | None, dict[str, Stored]]:
+    """Find the directory of a base, also in the hub's cache, and its tensors; none if quantized or not safetensors."""
+    folder = _directory_of(source, revision)
+    if folder is None:
+        return None, {}
+    weights = folder / INDEX_FILE, folder / "model.safetensors"
+    # A link that leads nowhere counts as a file here, so that reading it says what is wrong.
+    if not any(path.is_file() or path.is_symlink() for path in weights):
+        return folder, {}
+    if '"quantization_config"' in (folder / "config.json").read_text(encoding="utf-8"):
+        return folder, {}
+    return folder, find_tensors(str(folder))
+
+
+def _directory_of(source: str, revision: Any) -> Path | None:
+    """Find the directory of a base, also in the hub's cache; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    cached: Any = None
+    with suppress(ValueError):  # no name that the hub could have
+        cached = try_to_load_from_cache(source, "config.json", revision=str(revision) if revision else None)
+    if not isinstance(cached, str):  # not cached, or known not to exist, for which the hub has an object
+        return None
+    return Path(cached).parent
 
 
 def _files_of(directory: Path) -> list[str]:

@@ -18,7 +18,7 @@ from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
 from lora_init.layers.rows import check_peft
 from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
-from lora_init.loading.checkpoint import INDEX_FILE, Stored, as_saved, find_tensors
+from lora_init.loading.checkpoint import INDEX_FILE, Stored, as_saved, checkpoint_of, find_tensors
 from lora_init.loading.models import CLASS_OF_TASK, kind_of, on_meta
 from lora_init.serving.trained import LINEAR, Layer, Trained, ends_of
 
@@ -209,26 +209,49 @@ def _first_misfit(trained: Trained, base: Base) -> str | None:
     return None
 
 
-def with_changed_copies(trained: Trained, base: Base) -> Trained:
-    """Keep the weights of the base that its checkpoint here has otherwise: rows of new tokens, set before training."""
-    if not trained.copies or not Path(base.source).expanduser().is_dir():
-        return trained
-    try:
-        sources = find_tensors(base.source)
-    except LoraInitError:  # quantized, or in files of another kind: there is nothing to compare with
-        return trained
+def with_changed_copies(trained: Trained, base: Base, start: Trained | None = None) -> Trained:
+    """Keep the weights of the base that its checkpoint has otherwise: rows of new tokens, set before training.
+
+    So it keeps those that cannot be compared, since the checkpoint is not here, quantized or no safetensors. A weight
+    that `start` changed is first put back: what the adapter learned is for the plain base.
+    """
+    sources: dict[str, MergeSource] = {}
+    if trained.copies:
+        sources = {name: MergeSource(**vars(stored)) for name, stored in checkpoint_of(base.source)[1].items()}
     # A checkpoint has tied embeddings once, under either name.
     tied = base.embedding_weights if base.tied else ()
     changed = {}
     for key, copied in trained.copies.items():
-        name = f"{key.removeprefix(PREFIX).removesuffix('.base_layer.weight')}.weight"
-        stored = next((sources[other] for other in (name, *tied) if other in sources), None)
-        if stored is None:
-            continue
-        own = stored.read()
-        if own.shape != copied.shape or not torch.equal(own.to(copied.dtype), copied):
-            changed[key] = copied
+        layer = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+        plain, rounding = copied, torch.zeros(1)
+        if start is not None and copied.is_floating_point():
+            plain, rounding = _put_back(copied, start.layers[layer])
+        names = (*_pieces(base, f"{layer}.weight", sources), f"{layer}.weight", *tied)
+        own = next((sources[name].read() for name in names if name in sources), None)
+        if own is None or own.shape != plain.shape or not _is_near(own.to(plain.dtype), plain, rounding):
+            changed[key] = plain.to(copied.dtype)
     return replace(trained, others={**trained.others, **changed})
+
+
+def bring_checkpoint(merge_into: str | None, trained: Trained) -> None:
+    """Download the base of a merge, with which the adapter's copies of its weights are compared."""
+    if merge_into is not None and trained.copies:
+        find_tensors(merge_into)
+
+
+def _put_back(weight: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """Add to a weight what its start took off it, in float32; return by how much each number may be rounded, too."""
+    a, b = layer.a.float(), layer.b.float()
+    taken, most = layer.scaling * (b @ a), abs(layer.scaling) * (b.abs() @ a.abs())  # [d_out, d_in]
+    if layer.ends != LINEAR:  # an embedding is [d_in, d_out]
+        taken, most = taken.T, most.T
+    plain = weight.float() + taken
+    step = max(torch.finfo(tensor.dtype).eps for tensor in (weight, layer.a, layer.b))
+    return plain, 4 * step * (plain.abs() + most)
+
+
+def _is_near(weight: Tensor, other: Tensor, rounding: Tensor) -> bool:
+    return bool(((weight.float() - other.float()).abs() <= rounding).all())
 
 
 @dataclass(frozen=True)

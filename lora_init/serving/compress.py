@@ -41,8 +41,9 @@ def fit(
         factors = _factorise_all(layers)
         kept: set[str] = set()
         for name, layer in layers.items():
-            # Without an adapter PEFT would read neither a layer's magnitude nor its bias.
-            if layer.magnitude is not None or f"{PREFIX}{name}.base_layer.bias" in trained.others:
+            # Without an adapter PEFT would read neither a layer's magnitude nor its bias or weight.
+            beside = {f"{PREFIX}{name}.base_layer.{end}" for end in ("bias", "weight")}
+            if layer.magnitude is not None or not beside.isdisjoint(trained.others):
                 kept.add(name)
         ranks = _own_ranks(layers, factors, rank, most, kept)
     if not any(ranks.values()):
@@ -77,7 +78,7 @@ def _own_ranks(
     for name in layers:
         if name in kept and not ranks[name]:
             raise LoraInitError(
-                f"layer {name!r} has a bias or magnitudes of its own, and the budget is below rank 1. Give more."
+                f"layer {name!r} has a bias, weight or lengths of its own, and the budget is below rank 1. Give more."
             )
     return ranks
 

@@ -22,7 +22,7 @@ from lora_init.files import as_path
 from lora_init.layers.identity import count_parameters, differing_config, fingerprint, model_config
 from lora_init.layers.targets import PREFIX
 from lora_init.layers.wrappers import plain_name
-from lora_init.loading.checkpoint import INDEX_FILE, Stored, find_tensors
+from lora_init.loading.checkpoint import Stored, checkpoint_of
 from lora_init.loading.models import on_meta
 from lora_init.planning.lora_config import from_patterns
 from lora_init.serving.base import Base, build_base, is_for, parameters_of, read_config, widths_of
@@ -206,35 +206,6 @@ def compare(directory: str | Path, base: str | Path | None, engine: str | None) 
         else:
             notes.append(remark)
     return replace(report, misfits=tuple(misfits), notes=tuple(notes))
-
-
-def _checkpoint_of(source: str, revision: Any) -> tuple[Path | None, dict[str, Stored]]:
-    """Find the directory of a base, also in the hub's cache, and its tensors; none if quantized or not safetensors."""
-    folder = _directory_of(source, revision)
-    if folder is None:
-        return None, {}
-    weights = folder / INDEX_FILE, folder / "model.safetensors"
-    # A link that leads nowhere counts as a file here, so that reading it says what is wrong.
-    if not any(path.is_file() or path.is_symlink() for path in weights):
-        return folder, {}
-    if '"quantization_config"' in (folder / "config.json").read_text(encoding="utf-8"):
-        return folder, {}
-    return folder, find_tensors(str(folder))
-
-
-def _directory_of(source: str, revision: Any) -> Path | None:
-    """Find the directory of a base, also in the hub's cache; nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    cached: Any = None
-    with suppress(ValueError):  # no name that the hub could have
-        cached = try_to_load_from_cache(source, "config.json", revision=str(revision) if revision else None)
-    if not isinstance(cached, str):  # not cached, or known not to exist, for which the hub has an object
-        return None
-    return Path(cached).parent
 
 
 class _Fit:
@@ -536,7 +507,7 @@ def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | s
     import transformers
 
     adapter, revision = fit.adapter, str(fit.adapter.config.get("revision"))
-    folder, tensors = _checkpoint_of(source, revision)
+    folder, tensors = checkpoint_of(source, revision)
     here = "" if folder is None else folder.absolute().name  # the hub's cache names a snapshot by its commit
     if _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(here) and here != revision:
         yield Misfit("revision", CONFIG_FILE, f"names revision {revision}, and this is {here}.")
@@ -589,7 +560,7 @@ def _of_named_base(
         return
     theirs: Mapping[str, Stored] = {}
     with suppress(LoraInitError):  # that base is damaged or not here: below, it cannot be compared
-        folder, theirs = _checkpoint_of(named, adapter.config.get("revision"))
+        folder, theirs = checkpoint_of(named, adapter.config.get("revision"))
         other = config if folder is None else read_config(str(folder))
         if type(other) is not type(config):
             is_a = f"is a {_architecture(other)}, and this is a {_architecture(config)}"

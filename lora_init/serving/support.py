@@ -35,6 +35,7 @@ WRITE_NO_TEXT = {
 }  # fmt: skip
 _OF_EXPERTS = "adapter of experts"
 _NO_EXPERTS = f"takes no {_OF_EXPERTS}"
+_COPY = ".base_layer.weight"  # ends the name of a weight of the base that PEFT stores with the adapter of a head
 # What an adapter may be trained with that neither an engine nor a merged model does.
 _PEFT_ALONE = ("alora_invocation_tokens", "trainable_token_indices", "lora_bias", *OTHER_UPDATES)
 
@@ -70,7 +71,10 @@ def serving_note(
         return f"{note} Others take no {extra}: `lora-init export --merge-into MODEL`."
     if not any(ranks.values()):
         return "No layer has an adapter, so there is nothing to serve."
-    return _which_take(ranks, config)
+    note = _which_take(ranks, config)
+    if any(name.endswith(_COPY) for name in tensors):
+        note += " Where the weight of the base in it was changed before training (--engine compares), PEFT alone does."
+    return note
 
 
 def _which_take(ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
@@ -191,7 +195,7 @@ def _extras(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[str]:
     if config.get("target_parameters"):
         yield _OF_EXPERTS
     # With an adapter of an embedding or head PEFT stores a copy of the base's own weight.
-    known = (LORA_A, LORA_B, f".{MAGNITUDE}", ".base_layer.weight")
+    known = (LORA_A, LORA_B, f".{MAGNITUDE}", _COPY)
     for name in tensors:
         if not name.endswith(known):
             yield f"tensor {name.removeprefix(PREFIX)!r}"
@@ -234,10 +238,13 @@ def on_base(
     # The checkpoint's class has these names by now, so PEFT must not load another one for them.
     if engine and mapping.get("base_model_class") not in (None, type(model.model).__name__):
         trained = replace(trained, config={**trained.config, "auto_mapping": None})
-    trained = with_changed_copies(with_parameters(trained, model.parameters), model)
+    trained, changed_base = with_parameters(trained, model.parameters), None
     if start is not None:  # named as its own start, so that it is not asked for one
         before = with_parameters(read_trained(start, start), model.parameters)
         trained = subtract(trained, before, origin, str(start))
+        if not origin.get("error_size"):  # else the start corrected a quantized base, which it left as it was
+            changed_base = before
+    trained = with_changed_copies(trained, model, changed_base)
     check_engine(engine or PEFT.title, find_engine(engine), trained, model)
     return trained, model
 
@@ -252,6 +259,14 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
         if trained.config.get("alora_invocation_tokens"):  # merged, it would act on every token
             remedy = "Serve it with PEFT."
         raise LoraInitError(f"{name} does not take {extra}. {remedy}", merge_into=...)
+    copied = next(iter(trained.copies.keys() & trained.others.keys()), None)
+    if copied is not None:
+        raise LoraInitError(
+            f"{name} has the weights of its base alone, and {copied.removeprefix(PREFIX)!r} in the adapter is not that "
+            f"of {base.source!r}, as after new tokens, or there are no safetensors here to compare it with. Serve it "
+            "with PEFT; or save the base that it was trained on, and name that by {base}.",
+            base=...,
+        )
     # mlx-lm has one kind for all layers, "lora" or "dora".
     if trained.dora and any(layer.magnitude is None for layer in trained.layers.values()):
         raise LoraInitError(
@@ -274,7 +289,7 @@ def _not_taken(engine: Engine, trained: Trained, base: Base) -> Iterator[str]:
             yield f"an adapter of the parameter {name!r} of {layer.experts} experts"
         if name == tied:
             yield f"an adapter of {name!r}, whose weight is also the input embedding's"
-    for key in trained.others:
+    for key in sorted(trained.others.keys() - trained.copies.keys()):
         yield f"a tensor that is no adapter ({key.removeprefix(PREFIX)!r}, of modules_to_save or the like)"
     for key in ("alora_invocation_tokens", "trainable_token_indices"):
         if trained.config.get(key):

@@ -187,6 +187,21 @@ def test_one_strength_needs_neither_data_nor_a_pass(place, tmp_path, monkeypatch
     assert "its strength is the dial's: 0.6" in run("export", tmp_path / "kept", "-o", tmp_path / "served").stdout
 
 
+def test_rows_that_were_set_before_training_are_written(place, tmp_path):
+    model = adapted(place, target_modules=["q_proj", "lm_head"])
+    model.base_model.model.lm_head.base_layer.weight.data[60:] += 1.0
+    model.base_model.model.lm_head.lora_B["default"].weight.data += 0.1
+    model.save_pretrained(tmp_path / "trained")
+    kept = tmp_path / "kept"
+    done = run("dial", tmp_path / "trained", "-o", kept, "--strength", 1)
+    assert done.stdout.splitlines()[-1] == f"Next: lora-init export {kept} -o {kept}-served", done.output
+    torch.testing.assert_close(logits(place, kept), logits(place, tmp_path / "trained"), atol=1e-5, rtol=1e-5)
+    # Others that would leave the rows out refuse the adapter.
+    assert_one_line_error(run("inspect", tmp_path / "trained", "--merge", "int8"), "merge_and_unload")
+    words = ["bank", "add", tmp_path / "bank", tmp_path / "trained", "--data", place / "text.txt"]
+    assert_one_line_error(run(*words), "lm_head.base_layer.weight: a bank holds plain LoRA of linear layers")
+
+
 def test_what_takes_long_says_in_a_log_how_far_it_is(place, tmp_path):
     words = ["dial", place / "trained", place / "task.txt", "--samples", 36]
     lines = run(*words, "-o", tmp_path / "kept").stderr.splitlines()  # the base writes the text to keep

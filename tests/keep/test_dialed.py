@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_init.keep.dial import strengths
 from lora_init.keep.dialed import Change, Dial, Point, signed, summary_of, write_dialed
-from lora_init.serving.base import read_base
+from lora_init.serving.base import read_base, with_changed_copies
 from lora_init.serving.trained import read_trained, with_parameters
 from tests.conftest import refused, tiny_llama
 from tests.layers.made import mixtral
@@ -74,6 +74,30 @@ def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_
     assert write_dialed(tmp_path / "out", trained, base, Dial.unmeasured("another rule", layers), True) == path
     card = (path / "README.md").read_text()  # without numbers there is no picture
     assert "another rule" in card and "png" not in card and not (path / "dial.png").exists()
+
+
+@pytest.mark.parametrize("form", ["uniform", "in B", "in alpha_pattern"])
+@torch.no_grad()
+def test_rows_that_were_set_before_training_stay_whatever_the_strength(form, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = load(tmp_path)
+    model.lm_head.weight[60:] = torch.randn(4, 32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "trained")
+    trained = read_trained(tmp_path / "trained")
+    base = read_base(trained.base, trained)
+    trained = with_changed_copies(trained, base)
+    layers = {name: 0.6 if form == "uniform" else 0.4 * (name != "lm_head") for name in trained.layers}
+    with strengths(model.eval(), layers):
+        expected = model(IDS).logits
+    dialed = found(layers, None if form == "uniform" else 1.0)
+    path = write_dialed(tmp_path / "out", trained, base, dialed, alpha_pattern=form == "in alpha_pattern")
+    written = PeftModel.from_pretrained(load(tmp_path), path).eval()
+    torch.testing.assert_close(written(IDS).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("change", "text"), [

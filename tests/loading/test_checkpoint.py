@@ -8,7 +8,16 @@ import torch
 from safetensors.torch import save_file
 
 from lora_init.loading import checkpoint
-from lora_init.loading.checkpoint import INDEX_FILE, Stored, find_parameter, find_tensors, read_header, read_parameter
+from lora_init.loading.checkpoint import (
+    INDEX_FILE,
+    Stored,
+    _directory_of,
+    checkpoint_of,
+    find_parameter,
+    find_tensors,
+    read_header,
+    read_parameter,
+)
 from tests.conftest import refused
 
 
@@ -39,6 +48,39 @@ def test_a_checkpoint_without_its_files_is_refused(folder):
     names = {"a": "a.safetensors", "b": "b.safetensors"}
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
     refused("has no b.safetensors. Only whole", find_tensors, str(folder))
+
+
+def test_the_directory_of_a_base_is_its_own_or_one_in_the_hubs_cache(folder, monkeypatch):
+    asked, cached = [], [str(folder / "config.json"), None, object(), ValueError()]
+
+    def look(source, name, revision):
+        asked.append((source, name, revision))
+        if isinstance(answer := cached.pop(0), ValueError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look)
+    found = [_directory_of("some/llama", revision) for revision in (None, "", "main", 7)]
+    assert found == [folder, None, None, None]
+    assert asked == [("some/llama", "config.json", revision) for revision in (None, None, "main", "7")]
+    assert _directory_of(str(folder), None) == folder and not cached
+
+
+def test_tensors_of_a_base_are_those_of_float_weights_in_safetensors(folder):
+    assert checkpoint_of(str(folder / "gone")) == (None, {})
+    assert checkpoint_of(str(folder)) == (folder, {})
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    whole = find_tensors(str(folder))
+    assert checkpoint_of(str(folder)) == (folder, whole) and whole
+    (folder / "config.json").write_text('{"quantization_config": {}}')
+    assert checkpoint_of(str(folder)) == (folder, {})
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / INDEX_FILE).write_text('{"weight_map": {"a": "a.safetensors"}}')
+    assert [*checkpoint_of(str(folder))[1]] == ["a"]
+    (folder / INDEX_FILE).unlink()
+    (folder / "model.safetensors").symlink_to("blob")
+    refused("has no model.safetensors", checkpoint_of, str(folder))
 
 
 @pytest.mark.parametrize(("content", "said"), [

@@ -26,7 +26,7 @@ from lora_init.serving.base import (
 )
 from lora_init.serving.engines import find_engine
 from lora_init.serving.support import check_engine
-from lora_init.serving.trained import Layer, Trained, read_trained, with_parameters
+from lora_init.serving.trained import EMBEDDING, LINEAR, Layer, Trained, read_trained, with_parameters
 from tests.conftest import refused, tiny_llama
 from tests.layers.made import BOTH, mixtral
 from tests.serving.made import randomise, train
@@ -58,7 +58,7 @@ def test_a_base_that_lacks_a_layer_of_the_adapter_is_refused(base, tmp_path):
         refused(said.replace("(", r"\(").replace(")", r"\)"), read_base, str(tmp_path / name), trained)
 
 
-def test_a_copied_weight_that_the_checkpoint_lacks_is_not_compared(base, tmp_path):
+def test_a_copied_weight_is_dropped_if_the_checkpoint_has_the_same(base, tmp_path):
     directory = train(base, tmp_path / "trained", target_modules=["embed_tokens", "q_proj"])
     trained = read_trained(directory)
     model = read_base(str(base), trained)
@@ -66,8 +66,8 @@ def test_a_copied_weight_that_the_checkpoint_lacks_is_not_compared(base, tmp_pat
     assert with_changed_copies(trained, model).others == {}
     own = replace(trained, copies={key: trained.copies[key] + 1})  # as after new tokens
     assert with_changed_copies(own, model).others.keys() == {key}
-    elsewhere = replace(own, copies={"base_model.model.zzz.base_layer.weight": own.copies[key]})
-    assert with_changed_copies(elsewhere, model).others == {}
+    elsewhere = replace(trained, copies={"base_model.model.zzz.base_layer.weight": trained.copies[key]})
+    assert with_changed_copies(elsewhere, model).others == elsewhere.copies  # with nothing to compare
 
 
 @pytest.mark.parametrize(("of_all", "of_one", "found"), [
@@ -209,15 +209,36 @@ def test_experts_that_are_not_all_there_or_have_lengths_are_not_merged(tmp_path)
     refused(f"^'.*' has no tensor '{name}' in its checkpoint, or in", plan_merge, base_of(tmp_path), trained)
 
 
-def test_copies_are_compared_only_with_a_checkpoint_that_is_here_and_not_quantized(base):
-    key = "base_model.model.model.embed_tokens.base_layer.weight"
-    trained = replace(of_layers(Q), copies={key: torch.zeros(64, 32)})
+def test_a_copy_is_kept_where_no_checkpoint_is_here_or_a_quantized_one(base):
+    key, weight = "base_model.model.model.embed_tokens.base_layer.weight", "model.embed_tokens.weight"
+    trained = replace(of_layers(Q), copies={key: load_file(base / "model.safetensors")[weight]})
     model = base_of(base)
-    assert {*with_changed_copies(trained, model).others} == {key}
-    assert with_changed_copies(trained, replace(model, source="somebody/else")) is trained
+    assert with_changed_copies(trained, model).others == {}
+    assert {*with_changed_copies(trained, replace(model, source="somebody/else")).others} == {key}
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    assert with_changed_copies(trained, model) is trained
+    assert {*with_changed_copies(trained, model).others} == {key}
+
+
+@pytest.mark.parametrize("ends", [LINEAR, EMBEDDING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_a_start_changed_is_put_back_before_it_is_compared(ends, dtype, base):
+    name = "lm_head" if ends == LINEAR else "model.embed_tokens"
+    key = f"base_model.model.{name}.base_layer.weight"
+    weight = load_file(base / "model.safetensors")[f"{name}.weight"]
+    d_out, d_in = weight.shape if ends == LINEAR else weight.shape[::-1]
+    began = Layer(torch.randn(4, d_in, dtype=dtype), torch.randn(d_out, 4, dtype=dtype), 0.5, ends)
+    taken = 0.5 * began.b.float() @ began.a.float()
+    taken = taken if ends == LINEAR else taken.T
+    start = Trained({}, {name: began}, {})
+    for own, changed in ((weight, False), (torch.cat([weight[:60], weight[60:] + 0.5]), True)):
+        trained = replace(start, copies={key: (own - taken).to(dtype)})
+        found = with_changed_copies(trained, base_of(base), start).others
+        assert bool(found) == changed and with_changed_copies(trained, base_of(base)).others
+        if changed:
+            torch.testing.assert_close(found[key], own.to(dtype), atol=1e-6 if dtype == torch.float32 else 0.05, rtol=0)
+    packed = replace(start, copies={key: torch.zeros(7, 1, dtype=torch.uint8)})  # as of a head in four bits
+    assert with_changed_copies(packed, base_of(base), start).others == packed.copies
 
 
 def test_a_copy_in_another_type_is_the_same_if_it_is_rounded_alone(base):

@@ -138,13 +138,14 @@ def test_layers_with_a_bias_or_magnitudes_keep_a_rank_and_get_no_neighbors():
     plain = in_two_layers()
     weak = {name: one if name == "h.1.up" else Layer(one.a * 1e-3, one.b, 1.0) for name, one in plain.layers.items()}
     assert [*fit(Trained({}, weak, {}), 1, None, True, WIDTHS)[0].layers] == ["h.1.up"]
-    bias = {"base_model.model.h.0.down.base_layer.bias": torch.ones(12)}
-    assert [*fit(Trained({}, weak, bias), 1, None, True, WIDTHS)[0].layers] == ["h.0.down", "h.1.up"]
+    for beside in ("bias", "weight"):  # a weight that was changed before training
+        others = {f"base_model.model.h.0.down.base_layer.{beside}": torch.ones(12)}
+        assert [*fit(Trained({}, weak, others), 1, None, True, WIDTHS)[0].layers] == ["h.0.down", "h.1.up"]
     dora = {name: Layer(one.a, one.b, 1.0, magnitude=torch.ones(one.widths[1])) for name, one in weak.items()}
     for keep_ranks in (False, True):
         fitted, *_ = fit(Trained({}, dora, {}), 1, None, keep_ranks, WIDTHS)
         assert [*fitted.layers] == ["h.0.down", "h.1.up"] and {one.rank for one in fitted.layers.values()} == {1}
-    said = "layer 'h.0.down' has a bias or magnitudes of its own, and the budget is below rank 1. Give more"
+    said = "layer 'h.0.down' has a bias, weight or lengths of its own, and the budget is below rank 1. Give more"
     refused(said, fit, Trained({}, dora, {}), None, 41, True, WIDTHS)
 
 
@@ -255,5 +256,5 @@ def test_no_rank_budget_drops_a_bias_or_a_magnitude(settings, tmp_path):
     assert served.others.keys() == read_trained(trained).others.keys()
     expected, got = logits(load(tmp_path / "base"), trained), logits(load(tmp_path / "base"), tmp_path / "served")
     assert (got - expected).norm() < 0.5 * (expected - logits(load(tmp_path / "base"))).norm()
-    with pytest.raises(LoraInitError, match="has a bias or magnitudes of its own, and the budget is below"):
+    with pytest.raises(LoraInitError, match="has a bias, weight or lengths of its own, and the budget is below"):
         export_adapter(trained, tmp_path / "smaller", parameters=150, keep_ranks=True)

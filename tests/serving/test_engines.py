@@ -291,11 +291,17 @@ def test_why_an_engine_does_not_take_an_adapter_as_it_is(engine, ranks, config, 
 AS_IT_IS = "PEFT takes this adapter as it is."
 TRAINED_WITH = f"{AS_IT_IS} It was trained with {{}}, which no other does."
 MERGE = "`lora-init export --merge-into MODEL`."
+EVERY = (
+    "PEFT, vLLM (--max-lora-rank 8), SGLang, llama.cpp, Ollama, TGI and LoRAX take this adapter as it is. MLX needs "
+    "`lora-init export`."
+)
 
 
 @pytest.mark.parametrize(("config", "tensors", "note", "options"), [
-    ({}, ["base_model.model.h.0.q.lora_A.weight", "h.0.q.lora_B.weight", "h.0.q.lora_magnitude_vector",
-          "h.0.q.base_layer.weight"], None, "--engine vllm"),
+    ({}, ["base_model.model.h.0.q.lora_A.weight", "h.0.q.lora_B.weight", "h.0.q.lora_magnitude_vector"], None,
+     "--engine vllm"),
+    ({}, ["h.0.q.base_layer.weight"], f"{EVERY} Where the weight of the base in it was changed before training "
+     "(--engine compares), PEFT alone does.", "--engine vllm"),
     ({"bias": "none", "use_dora": False}, [], None, "--engine vllm"),
     ({"alora_invocation_tokens": [5]}, [], TRAINED_WITH.format("alora_invocation_tokens"), None),
     ({"use_qalora": True, "use_dora": True}, [], TRAINED_WITH.format("use_qalora"), None),
@@ -311,11 +317,7 @@ MERGE = "`lora-init export --merge-into MODEL`."
      "--merge-into MODEL"),
 ])  # fmt: skip
 def test_who_takes_what_an_adapter_has_besides_a_and_b(config, tensors, note, options):
-    every = (
-        "PEFT, vLLM (--max-lora-rank 8), SGLang, llama.cpp, Ollama, TGI and LoRAX take this adapter as it is. MLX "
-        "needs `lora-init export`."
-    )
-    assert serving_note(ALIKE, config, tensors) == (note or every)
+    assert serving_note(ALIKE, config, tensors) == (note or EVERY)
     assert export_options(config, tensors) == options
     before = (
         "It began as pissa, which changes the base weights, so no engine takes it as it is. `lora-init export --start "

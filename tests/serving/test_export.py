@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_init import LoraInitError, export_adapter
+from lora_init import LoraInitError, check_fit, export_adapter
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.loading.models import QUANTIZATIONS
 from lora_init.serving.compress import error_at
@@ -32,7 +33,7 @@ from lora_init.serving.export import (
     exported_as,
     verify_for_all,
 )
-from lora_init.serving.trained import Layer, Trained
+from lora_init.serving.trained import Layer, Trained, read_trained
 from tests.conftest import refused as one_line
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_t5
 from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise, refused, train
@@ -51,6 +52,89 @@ def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
     assert (expected - logits(load(base))).abs().max() > 0.01  # there is something to get wrong
     torch.testing.assert_close(logits(load(base), tmp_path / "served"), expected, atol=1e-5, rtol=1e-5)
     assert exported.error == 0.0 and not exported.errors
+
+
+def with_head(base, directory, new_rows, **settings):
+    """Make an adapter with one of the head, on a base whose new tokens may have got their rows before training."""
+    model = load(base)
+    if new_rows:
+        model.lm_head.weight.data[60:] = torch.randn(4, 32)
+    settings = dict(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM") | settings
+    model = get_peft_model(model, LoraConfig(**settings))
+    model.save_pretrained(directory / "start")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(directory / "trained")
+    return logits(model.eval()), directory / "trained"
+
+
+def in_cache(base, directory, monkeypatch, *left_out):
+    """Put a model into a cache of the hub, as `me/base`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(directory / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(directory / "hub"), raising=False)
+    repository, commit = directory / "hub/models--me--base", "0123456789" * 4
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    return shutil.copytree(base, repository / "snapshots" / commit, ignore=shutil.ignore_patterns(*left_out))
+
+
+@pytest.mark.parametrize("new_rows", [False, True])
+@pytest.mark.parametrize("stored", ["in a directory", "in the hub's cache", "as a pickle", "elsewhere"])
+def test_rows_that_were_set_before_training_are_exported_or_refused(stored, new_rows, base, tmp_path, monkeypatch):
+    expected, trained = with_head(base, tmp_path, new_rows)
+    plain, source = load(base), str(base)
+    compared = stored in ("in a directory", "in the hub's cache")
+    if stored == "as a pickle":
+        (base / "model.safetensors").unlink()
+        torch.save(plain.state_dict(), base / "pytorch_model.bin")
+    elif not compared or "hub" in stored:
+        in_cache(base, tmp_path, monkeypatch, *[] if compared else ["model.safetensors"])
+        source = "me/base"
+    config = config_of(trained) | {"base_model_name_or_path": source}
+    (trained / "adapter_config.json").write_text(json.dumps(config))
+    export_adapter(trained, tmp_path / "served")
+    torch.testing.assert_close(logits(plain, tmp_path / "served"), expected, atol=1e-5, rtol=1e-5)
+    said = "^vllm has the weights of its base alone, and 'lm_head.base_layer.weight' in the adapter is not .*base="
+    if compared and not new_rows:
+        export_adapter(trained, tmp_path / "engine", "vllm")
+        assert read_trained(tmp_path / "engine").copies == {}
+    else:
+        refused(said, trained, tmp_path / "engine", "vllm")
+    fits = not check_fit(trained, engine="vllm").misfits
+    assert fits == (compared and not new_rows)
+    if compared and new_rows:
+        refused("merge_and_unload", trained, tmp_path / "merged", merge_into=source)
+
+
+def test_a_base_that_is_downloaded_to_be_merged_is_compared_too(base, tmp_path, monkeypatch):
+    expected, trained = with_head(base, tmp_path, new_rows=False)
+    folder = in_cache(base, tmp_path, monkeypatch, "model.safetensors")
+
+    def download(source, ignore_patterns):
+        shutil.copy(base / "model.safetensors", folder)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    export_adapter(trained, tmp_path / "merged", merge_into="me/base")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("new_rows", [False, True])
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_what_a_start_took_off_a_head_is_put_back_once(method, new_rows, base, tmp_path):
+    expected, trained = with_head(base, tmp_path, new_rows, init_lora_weights=method)
+    there = dict(base=str(base), start=tmp_path / "start")
+    for keep_ranks in (False, True):
+        export_adapter(trained, tmp_path / "served", keep_ranks=keep_ranks, overwrite=True, **there)
+        torch.testing.assert_close(logits(load(base), tmp_path / "served"), expected, atol=1e-4, rtol=1e-4)
+        assert bool(read_trained(tmp_path / "served").copies) == new_rows
+    if new_rows:
+        refused("^vllm has the weights of its base alone, and", trained, tmp_path / "engine", "vllm", **there)
+        return
+    export_adapter(trained, tmp_path / "engine", "vllm", **there)
+    export_adapter(trained, tmp_path / "merged", start=tmp_path / "start", merge_into=str(base))
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_bias_beside_an_adapter_is_merged(tmp_path):

@@ -24,10 +24,8 @@ from lora_init.serving import server
 from lora_init.serving.fit import (
     FitReport,
     Misfit,
-    _checkpoint_of,
     _converted_by_peft,
     _core,
-    _directory_of,
     _expert_in,
     _part_of,
 )
@@ -820,36 +818,3 @@ def test_what_peft_converts_is_noted_with_how_engines_get_it():
     assert _converted_by_peft({"a": "b"}) == f"{said} engines `lora-init export --rename` does."
     single = {"a": "b", "experts.0.up": None}
     assert _converted_by_peft(single) == f"{said} `lora-init export` load and save it by PEFT."
-
-
-def test_the_directory_of_a_base_is_its_own_or_one_in_the_hubs_cache(bases, tmp_path, monkeypatch):
-    asked, cached = [], [str(bases / "llama/config.json"), None, object(), ValueError()]
-
-    def look(source, name, revision):
-        asked.append((source, name, revision))
-        if isinstance(answer := cached.pop(0), ValueError):
-            raise answer
-        return answer
-
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look)
-    revisions = (None, "", "main", 7)
-    found = [_directory_of("some/llama", revision) for revision in revisions]
-    assert found == [bases / "llama", None, None, None]
-    assert asked == [("some/llama", "config.json", revision) for revision in (None, None, "main", "7")]
-    assert _directory_of(str(bases / "gpt2"), None) == bases / "gpt2" and not cached
-
-
-def test_tensors_of_a_base_are_those_of_float_weights_in_safetensors(bases, tmp_path):
-    whole = checkpoint.find_tensors(str(bases / "llama"))
-    assert _checkpoint_of(str(bases / "llama"), None) == (bases / "llama", whole) and whole
-    assert _checkpoint_of(str(bases / "shards"), None)[1].keys() == whole.keys()
-    assert _checkpoint_of(str(tmp_path / "gone"), None) == (None, {})
-    shutil.copytree(bases / "llama", tmp_path / "base")
-    config = json.loads((tmp_path / "base/config.json").read_text())
-    (tmp_path / "base/config.json").write_text(json.dumps(config | {"quantization_config": {}}))
-    assert _checkpoint_of(str(tmp_path / "base"), None) == (tmp_path / "base", {})
-    (tmp_path / "base/config.json").write_text(json.dumps(config))
-    (tmp_path / "base/model.safetensors").unlink()
-    assert _checkpoint_of(str(tmp_path / "base"), None) == (tmp_path / "base", {})
-    (tmp_path / "base/model.safetensors").symlink_to("blob")
-    refused("has no model.safetensors", _checkpoint_of, str(tmp_path / "base"), None)
