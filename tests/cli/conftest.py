@@ -1,5 +1,8 @@
 """A model and data on disk, and the smallest command."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -15,6 +18,12 @@ def home(tmp_path_factory):
     save_model(tiny_llama(), home / "model")
     write_data(home)
     return home
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave out the picture of a dial, which takes as long as the dial itself."""
+    monkeypatch.setattr("lora_init.keep.dialed.Dial.plot", lambda dialed: SimpleNamespace(savefig=Path.touch))
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def dialed(folder, output, *more):
 
 
 @pytest.mark.parametrize("more", [[], ["--strength", 0.6], ["--uniform", "--keep-within", 0.05], ["--alpha-pattern"]])
-def test_what_is_written_does_what_was_chosen(more, place, tmp_path):
+def test_what_is_written_does_what_was_chosen(more, place, undrawn, tmp_path):
     found = dialed(place, tmp_path / "kept", *more)
     layers = found["chosen"]["layers"]
     expected = logits(place, "trained", layers)

@@ -155,7 +155,7 @@ def test_merge(home, tmp_path):
     check_command("merge", words, home, tmp_path, {"weights": Try("0.1,0.9")}, lambda _, written: written)
 
 
-def test_dial(home, tmp_path):
+def test_dial(home, undrawn, tmp_path):
     def read(printed, written):
         found = json.loads(printed)
         return [found["chosen"], written and written["adapter_model.safetensors"]]

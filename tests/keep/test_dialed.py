@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def found(layers, weight):
 @pytest.mark.parametrize("form", ["uniform", "in B", "in alpha_pattern"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_path):
+def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_path, monkeypatch):
     if kind == "experts" and NO_FUSED_EXPERTS:
         pytest.skip("fused experts: transformers 5.0 and PEFT 0.19.1")
     (mixtral() if kind == "experts" else tiny_llama()).save_pretrained(tmp_path / "base")
@@ -56,6 +57,8 @@ def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_
         expected = model(IDS).logits
     weight = None if form == "uniform" else 1.0
     in_pattern = form == "in alpha_pattern"
+    picture = SimpleNamespace(savefig=lambda file: file.write_bytes(b"a picture"))
+    monkeypatch.setattr(Dial, "plot", lambda dialed: picture)
     path = write_dialed(tmp_path / "out", trained, base, found(layers, weight), alpha_pattern=in_pattern)
     written = PeftModel.from_pretrained(load(tmp_path), path).eval()
     torch.testing.assert_close(written(IDS).logits, expected, atol=1e-5, rtol=1e-5)
@@ -64,7 +67,7 @@ def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_
     if in_pattern:  # weights are as trained
         before = load_file(tmp_path / "trained/adapter_model.safetensors")
         assert all(torch.equal(before[key], tensor) for key, tensor in tensors.items())
-    assert "a rule" in (path / "README.md").read_text() and (path / "dial.png").stat().st_size > 1000
+    assert "a rule" in (path / "README.md").read_text() and (path / "dial.png").read_bytes() == b"a picture"
     digest = {
         "adapter_model.safetensors": hashlib.sha256((path / "adapter_model.safetensors").read_bytes()).hexdigest()
     }
@@ -162,6 +165,12 @@ def test_a_dial_without_data_has_its_strength_alone():
         "rule": "a rule", "chosen": {"strength": 0.5, "weight": None, "layers": {"a": 0.5, "b": 0.5}},
         "curve": (), "fitted": (), "task": {}, "keep": {}, "examples": (0, 0), "notes": (), "read": (0, 0),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", [None, 1.0])
+def test_the_picture_is_a_file(weight, tmp_path):
+    found({"a": 0.4, "b": 0.8}, weight).plot().savefig(tmp_path / "dial.png")
+    assert (tmp_path / "dial.png").stat().st_size > 1000
 
 
 def test_the_picture_has_each_point_where_it_was_measured():
