@@ -48,14 +48,14 @@ def test_no_one_stops_for_a_difference_that_a_single_look_would_call_worse():
 
 
 def spend(losses, budget, plan, order=1):
-    """Do what is due, five runs at a time in the order given or from its end, and return what was done and said."""
+    """Do what is due, nine runs at a time in the order given or from its end, and return what was done and said."""
     records = {}
     while True:
         due, said = budget.due(plan, plan.starts, records)
         left = [run for run in due if run not in records and run.learning_rate is not None]
         if not left:
             return records, said
-        for run in left[::order][:5]:
+        for run in left[::order][:9]:
             records[run] = record(run.start, run.learning_rate, run.seed, losses(run), run_seconds=1.0)
 
 

@@ -42,7 +42,7 @@ class Case:
     def __init__(self, name):
         self.model, self.batches, self.task = MODELS[name](), batches_for(name), TASKS[name]
         self.asked = []
-        self.collected = {}
+        self.collected, self.facts = {}, {}
 
     def statistics(self, center, gradients=False):
         self.asked.append((center, gradients))
@@ -57,8 +57,25 @@ class Case:
         shape = AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type=self.task) | shape)
         batches = self.batches if batches is None else batches
         own = start[1] if isinstance(start, tuple) and len(start) == 2 else None
-        inputs = StartInputs(self.model, shape, seed, self.statistics, batches, self.labelled, own=own)
+        inputs = StartInputs(
+            self.model, shape, seed, self.statistics, batches, lambda: self.labelled()[:2], own=own
+        )  # fmt: skip
         return prepare(read_start(start), inputs)
+
+    def made(self, start, seed=0, time=1):
+        """What a start is, of which the model is released; made for the first or another time."""
+        if (start, seed, time) not in self.facts:
+            prepared = self.prepare(start, seed=seed)
+            layers = adapter_layers(prepared.peft_model).values()
+            self.facts[start, seed, time] = SimpleNamespace(
+                a={name: a.detach().clone() for name, a in a_weights(prepared.peft_model).items()},
+                trainable=sum(p.numel() for p in prepared.peft_model.parameters() if p.requires_grad),
+                trainable_parameters=prepared.trainable_parameters, ranks=prepared.ranks,
+                scalings={layer.scaling["default"] for layer in layers},
+                sizes=[sum(layer.base_layer.weight.shape) for layer in layers],
+            )  # fmt: skip
+            prepared.release()
+        return self.facts[start, seed, time]
 
     def labelled(self):
         return [{"labels": torch.arange(len(b["input_ids"])) % 2, **b} for b in self.batches]
@@ -112,26 +129,15 @@ def test_a_way_that_a_start_cannot_be_run_is_refused_before_anything_is_loaded(s
 
 @pytest.mark.parametrize("start", HERE)
 def test_a_start_with_an_alpha_of_its_own_has_that_scaling_and_the_same_a(case, start):
-    found = []
-    for name in (start, f"{start}+24-alpha+5-batches"):  # the batches are those that the caller gives
-        prepared = case.prepare(name)
-        layers = adapter_layers(prepared.peft_model)
-        assert {layer.scaling["default"] for layer in layers.values()} == {(24 if "+" in name else 8) / RANK}
-        found.append({key: a.detach().clone() for key, a in a_weights(prepared.peft_model).items()})
-        prepared.release()
+    plain, scaled = case.made(start), case.made(f"{start}+24-alpha+5-batches")  # the batches are those of the caller
+    assert (plain.scalings, scaled.scalings) == ({8 / RANK}, {24 / RANK})
     if start not in (*STEPS, *PEFT_STARTS, "lora-ga"):  # A B is a step or a part of the weight, whatever alpha is
-        assert all(torch.equal(a, found[1][key]) for key, a in found[0].items())
+        assert all(torch.equal(a, scaled.a[key]) for key, a in plain.a.items())
 
 
 @pytest.mark.parametrize("start", HERE)
 def test_seeds(case, start):
-    def a_of(seed):
-        prepared = case.prepare(start, seed=seed)
-        found = {name: a.detach().clone() for name, a in a_weights(prepared.peft_model).items()}
-        prepared.release()
-        return found
-
-    one, again, other = a_of(0), a_of(0), a_of(1)
+    one, again, other = (case.made(start, seed, time).a for seed, time in ((0, 1), (0, 2), (1, 1)))
     assert all(torch.equal(one[name], again[name]) for name in one)
     depends = start.startswith("random") or start in ("gaussian", "orthogonal", "eva-ranks", "gradient-ranks")
     assert [torch.equal(one[name], other[name]) for name in one] == [not depends] * len(one)
@@ -139,15 +145,10 @@ def test_seeds(case, start):
 
 def test_parameter_counts(case):
     def count(start):
-        prepared = case.prepare(start)
-        counted = sum(p.numel() for p in prepared.peft_model.parameters() if p.requires_grad)
-        assert prepared.trainable_parameters == counted
-        layers = adapter_layers(prepared.peft_model).values()
-        assert {layer.scaling["default"] for layer in layers} == {8 / RANK}, start
-        sizes = [sum(layer.base_layer.weight.shape) for layer in layers]
-        ranks = prepared.ranks
-        prepared.release()
-        return counted, ranks, max(sizes)
+        made = case.made(start)
+        assert made.trainable_parameters == made.trainable
+        assert made.scalings == {8 / RANK}, start
+        return made.trainable, made.ranks, max(made.sizes)
 
     expected, ranks, step = count("random")
     assert set(ranks.values()) == {RANK}
