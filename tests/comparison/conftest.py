@@ -7,4 +7,4 @@ from tests.comparisons import make_home
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("comparison"))
+    return make_home(tmp_path_factory.mktemp("comparison"), num_hidden_layers=1)

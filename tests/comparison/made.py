@@ -1,6 +1,5 @@
 """Models, batches and helpers that several tests of comparison need."""
 
-from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
@@ -39,11 +38,12 @@ CLOCK = ("peak_memory_bytes",)
 
 
 def compare(home, output, model="llama", drawn=False, data="rows.jsonl", **changes):
-    """Compare on small models; the pictures, which take most of the time, are drawn if asked for."""
+    """Compare on small models; pictures, which take most of the time, are drawn if asked for, and never rendered."""
     settings = SMALL | dict(starts=("random", "eva")) | changes
     if settings.get("label") or settings.get("options"):
         settings["completion"] = None
-    with nullcontext() if drawn else patch("lora_init.comparison.report.pictures", return_value={}):
+    left_out = ("plots._saved", b"") if drawn else ("report.pictures", {})
+    with patch(f"lora_init.comparison.{left_out[0]}", return_value=left_out[1]):
         return lora_init.compare(str(home / model), home / data, output, **settings)
 
 
@@ -51,13 +51,16 @@ def without_clock(records):
     return [{key: record[key] for key in record if key not in CLOCK and "seconds" not in key} for record in records]
 
 
-def set_up_bench(home, directory, model="llama", data="rows.jsonl", steps=6, **options):
-    training = Training(steps, 4, 0.1, [0, 3, steps])
+def set_up_bench(
+    home, directory, model="llama", data="rows.jsonl", steps=6, rank=2, target_modules="all-linear", batch_size=4,
+    statistics_batches=8, **options,
+):  # fmt: skip
+    training = Training(steps, batch_size, 0.1, [0, 3, steps])
     asked = LoadingOptions(
         **dict(template="{passage}", completion=" {options}", selection_samples=8, report_samples=12) | options
     )
-    shape = AdapterShape(rank=2, lora_alpha=4)
-    return set_up(str(home / model), home / data, directory, asked, shape, training, Sources(8))
+    shape = AdapterShape(rank, 4, target_modules)
+    return set_up(str(home / model), home / data, directory, asked, shape, training, Sources(statistics_batches))
 
 
 def again(model, seed):

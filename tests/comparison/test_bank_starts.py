@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-import lora_init
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import train_generator
 from lora_init.bank.store import Bank, add_entry
@@ -14,7 +13,7 @@ from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from lora_init.serving.trained import read_trained
 from tests.bank.made import fit
-from tests.comparisons import SMALL
+from tests.comparison.made import compare
 from tests.conftest import refused
 
 
@@ -31,10 +30,6 @@ def bank(home):
         found = add_entry(new, f"task{number}", trained, embeddings, task=f"task{number}", data="")
     train_generator(found, steps=4).save(found)
     return home / "bank"
-
-
-def compare(home, output, **changes):
-    return lora_init.compare(str(home / "llama"), home / "rows.jsonl", output, **SMALL | changes)
 
 
 def test_starts_from_a_bank_are_runs_as_any_other(home, bank, tmp_path):
@@ -58,8 +53,5 @@ def test_starts_from_a_bank_are_runs_as_any_other(home, bank, tmp_path):
 def test_a_bank_is_needed_and_of_this_model(home, bank, tmp_path):
     refused("those from a bank need bank=", compare, home, tmp_path / "out", starts=["random", "bank-nearest"])
     with pytest.raises(LoraInitError, match="holds adapters of a Llama, and BertForSequenceClassification is another"):
-        lora_init.compare(
-            str(home / "bert"), home / "rows.jsonl", tmp_path / "out", bank=bank, starts=["random", "bank-nearest"],
-            **SMALL | {"completion": None, "label": "first"},
-        )  # fmt: skip
+        compare(home, tmp_path / "out", model="bert", label="first", bank=bank, starts=["random", "bank-nearest"])
     refused("is no bank", compare, home, tmp_path / "out", starts=["random", "bank-nearest"], bank=home)

@@ -134,7 +134,7 @@ def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
     assert len(counts) == 1
     for record in records:
         if record["ranks"] is not None and record["start"] in ("eva-rho2", "eva-ranks"):
-            assert sum(record["ranks"].values()) <= 2 * 14
+            assert sum(record["ranks"].values()) <= 2 * 7
         if "+equal-parameters" in record["start"]:
             assert record["trainable_parameters"] <= counts.copy().pop()
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-import lora_init
 from lora_init.comparison.starts import check_quantized
 from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
 from lora_init.starts.starts import STARTS
 from tests.commands import save_model
-from tests.comparisons import SMALL, make_home
+from tests.comparison import made
+from tests.comparisons import make_home
 from tests.conftest import refused, tiny_llama
 
 pytest.importorskip("bitsandbytes")
@@ -33,8 +33,7 @@ def home(tmp_path_factory):
 
 
 def compare(home, output, **changes):
-    settings = SMALL | dict(quantize="nf4", learning_rates=[1e-3], seeds=1) | changes
-    return lora_init.compare(str(home / settings.pop("model", "wide")), home / "rows.jsonl", output, **settings)
+    return made.compare(home, output, **dict(model="wide", quantize="nf4", learning_rates=[1e-3], seeds=1) | changes)
 
 
 def begins(found):

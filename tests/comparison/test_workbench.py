@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from lora_init.collection.processes import digest_of
 from lora_init.comparison import outlook, workbench
 from lora_init.comparison.runs import Run
 from lora_init.comparison.variants import Variant
@@ -41,25 +42,39 @@ def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
     assert sorted(calls) == [False, False, True, True]
 
 
-SECOND = dict(starts=("random", "eva"), learning_rates=None, seeds=1, extend=0, full=False)
+SECOND = dict(
+    starts=("random", "eva"), learning_rates=None, seeds=1, extend=0, full=False, steps=2, evaluation_points=None
+)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(home, tmp_path_factory):
-    """A comparison that nothing came before; and beside its model and data there are others."""
+def others(home):
+    """Beside the model and its data there are others."""
     torch.manual_seed(5)
-    save_model(tiny_llama(), home / "other")
+    save_model(tiny_llama(num_hidden_layers=1), home / "other")
     shutil.copytree(home / "llama", home / "rotated")  # the same weights
     text = (home / "rotated" / "config.json").read_text()
     assert '"rope_theta": 10000.0' in text
     (home / "rotated" / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 5.0'))
     lines = (home / "rows.jsonl").read_text().splitlines()
     (home / "other.jsonl").write_text("\n".join(lines[::-1][:80]))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home, others, tmp_path_factory):
+    """A comparison that nothing came before."""
     return compare(home, tmp_path_factory.mktemp("undisturbed") / "out", **SECOND)
 
 
-def does_not_fit(model, seed):
-    raise LoraInitError("this start does not fit.")
+def collected(home, directory, **settings):
+    """The statistics of a seed, whether they were there or not."""
+    stats = set_up_bench(home, directory, **settings).statistics(0, center=True, gradients=False)
+    return digest_of({name: vars(stats[name]) for name in stats})
+
+
+@pytest.fixture(scope="module")
+def first_statistics(home, tmp_path_factory):
+    return collected(home, tmp_path_factory.mktemp("first"))
 
 
 @pytest.mark.parametrize(
@@ -76,10 +91,23 @@ def does_not_fit(model, seed):
     ],
     ids=str,
 )
-def test_statistics_of_a_first_try_are_taken_for_the_same_alone(home, undisturbed, tmp_path, before):
-    """A first command ended before its settings were written: its statistics are of another model, data or layers."""
+def test_statistics_are_taken_for_the_same_model_data_and_layers_alone(
+    home, others, first_statistics, tmp_path, before
+):
+    collected(home, tmp_path, **before)
+    assert collected(home, tmp_path) == first_statistics
+    assert len([*(tmp_path / "statistics").iterdir()]) == 2
+
+
+def does_not_fit(model, seed):
+    raise LoraInitError("this start does not fit.")
+
+
+def test_a_first_command_that_ended_before_its_settings_were_written_disturbs_nothing(home, undisturbed, tmp_path):
+    """Its statistics are of another model."""
+    before = {"model": "rotated", "starts": ("random", "eva", ("mine", does_not_fit))}
     with pytest.raises(LoraInitError, match="does not fit"):
-        compare(home, tmp_path / "out", **SECOND | before | {"starts": ("random", "eva", ("mine", does_not_fit))})
+        compare(home, tmp_path / "out", **SECOND | before)
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "statistics"]
     found = compare(home, tmp_path / "out", **SECOND)
     assert found.settings["recommended"] == undisturbed.settings["recommended"]
@@ -111,7 +139,7 @@ def test_rates_are_measured_on_the_head_that_is_trained(home, tmp_path, monkeypa
 
 @pytest.mark.parametrize("blank", [True, False])
 def test_the_rate_of_a_frozen_a_is_its_own(home, tmp_path, blank):
-    bench = set_up_bench(home, tmp_path)
+    bench = set_up_bench(home, tmp_path, steps=12)  # of fewer, rates that are rounded are the same
     names = [Variant(name) for name in ("random", "random-frozen-a", "natural-gradient-frozen-a", "eva")]
     rates = bench.measured_rates(names, blank)
     for name, rate in rates.items():
