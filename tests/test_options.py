@@ -8,7 +8,7 @@ import copy
 import inspect
 import json
 from dataclasses import asdict, fields
-from unittest.mock import patch
+from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
@@ -82,7 +82,8 @@ def home(tmp_path_factory):
 
 
 def adapted():
-    return get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(tiny_llama(num_hidden_layers=1), config)
 
 
 def plain(config):
@@ -98,7 +99,7 @@ def built(init):
 
 
 def test_collect():
-    model, batches = tiny_llama(), batches_for("llama", 12)
+    model, batches = tiny_llama(num_hidden_layers=1), batches_for("llama", 12)
 
     def call(**given):
         given.pop("completion", None)
@@ -136,10 +137,14 @@ def test_allocate_ranks():
     check("allocate_ranks()", call, parameters(lora_init.allocate_ranks), OPTIONS | probes)
 
 
-@pytest.mark.parametrize("method", buildable())
-def test_build_adapter(method):
+@pytest.fixture(scope="module")
+def stats():
     batches = batches_for("llama", 8)
-    stats = lora_init.collect(tiny_llama(), batches, rank=8, progress=False, gradients=True)
+    return lora_init.collect(tiny_llama(num_hidden_layers=1), batches, rank=8, progress=False, gradients=True)
+
+
+@pytest.mark.parametrize("method", buildable())
+def test_build_adapter(method, stats):
     errors = {name: torch.ones(target.out_features, target.in_features) for name, target in stats.targets.items()}
     base = {"ranks": 4} | ({"errors": errors} if method == "qera" else {})
     probes = {"ranks": Try(2), "errors": Try({name: 2 * one for name, one in errors.items()})}
@@ -251,7 +256,7 @@ def test_the_command_init(home, tmp_path, beside):
     """Also where statistics are there already: an option that they do not follow says so."""
     options = {one.name: one for one in typer.main.get_command(app).commands["init"].params if one.name not in COMMON}
     file, places = tmp_path / "stats.safetensors", iter(range(1000))
-    data = [home / "rows.jsonl", "--template", "{passage}"]
+    data = [home / "rows.jsonl", "--template", "{passage}", "--samples", 24]
     command = ["init", home / "model", *(data if beside != "statistics and no data" else []), "--rank", 2]
     if beside != "nothing":
         first = run("init", home / "model", *data, "--rank", 2, "--statistics", file, "-o", tmp_path / "first")
@@ -295,7 +300,7 @@ def test_compare(tmp_path_factory):
 
     def call(**given):
         place = home / f"out{next(places)}"
-        with patch("lora_init.comparison.report.pictures", return_value={}):
+        with patch.multiple("lora_init.comparison.compare", write_report=lambda path: [], keep_best=DEFAULT):
             found = lora_init.compare(str(home / "llama"), home / "rows.jsonl", place, **base | given)
         records = [without(one, "circumstances") for one in found.records]
         for one in records:

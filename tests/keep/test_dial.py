@@ -313,14 +313,14 @@ def test_examples_are_dealt_at_random_whatever_their_length(kind, monkeypatch):
     model, _ = trained_model("encoder-decoder" if kind == "encoder-decoder" else "plain")
     given = by_length(kind), by_length(kind, seed=1)
     reported = Counter()
-    for seed in range(60):
+    for seed in range(36):
         for before, parts in zip(given, dealt(model, *given, monkeypatch, seed=seed), strict=True):
             assert sorted(names_of(chain(*parts))) == sorted(names_of(before))
             assert {len(names_of(part)) for part in parts} == {len(names_of(before)) // 3}
             reported.update(names_of(parts[2]))
-    # A third of 60 deals, and 4.5 standard deviations.
-    assert len(reported) == sum(len(names_of(before)) for before in given) and {*reported.values()} <= {*range(4, 37)}
-    (again, _), (once, _) = (dealt(model, *given, monkeypatch, seed=59) for _ in range(2))
+    # A third of 36 deals, and 4.5 standard deviations.
+    assert len(reported) == sum(len(names_of(before)) for before in given) and {*reported.values()} <= {*range(1, 25)}
+    (again, _), (once, _) = (dealt(model, *given, monkeypatch, seed=35) for _ in range(2))
     assert names_of(again[2]) == names_of(once[2])
     if kind not in ("no mask", "packed"):  # which cannot be padded
         assert len(once[2]) == len(names_of(once[2])) / 4
@@ -621,7 +621,7 @@ def test_uniform_is_true_or_false():
 
 def test_a_list_is_read_whole_and_of_a_loader_the_first_batches():
     model, batches = trained_model(dtype=torch.float32)
-    many, keep = [batch for batch in batches for _ in range(20)], batches_for("llama", n_batches=4, seed=1)
+    many, keep = [batch for batch in batches for _ in range(13)], batches_for("llama", n_batches=4, seed=1)
     found = dial(model, many, keep, strength=0.9)
     assert found.read == (4 * len(many), 16) and found.examples == found.read
     assert dial(model, iter(many), keep, strength=0.9).read == (4 * 48, 16)
