@@ -25,7 +25,7 @@ from tests.processes import run as run_processes
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("command"))
+    return make_home(tmp_path_factory.mktemp("command"), num_hidden_layers=1)
 
 
 @pytest.fixture
@@ -51,8 +51,9 @@ def run(*arguments, code=0):
     return result
 
 
-def test_it_compares_and_goes_on(command, tmp_path):
+def test_it_compares_and_goes_on(command, tmp_path, monkeypatch):
     first = run(*command)
+    monkeypatch.setattr("lora_init.comparison.report.pictures", lambda summary: {})  # once is enough
     assert "eva-rho1" in first.stdout and "learning rates" in first.stdout
     assert "run 10/10 " in first.stderr and "report.html: written" in first.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"settings.json", "runs", "report.html", "report.md"}

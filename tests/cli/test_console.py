@@ -86,7 +86,7 @@ BUSY = {
 
 
 @pytest.mark.parametrize("words", BUSY)
-def test_what_takes_long_is_said_while_it_runs(words, made, tmp_path, monkeypatch):
+def test_what_takes_long_is_said_while_it_runs(words, made, undrawn, tmp_path, monkeypatch):
     """A terminal shows it, and nothing else tells a command that works from one that hangs."""
     said, enter = [], Status.__enter__
     monkeypatch.setattr(Status, "__enter__", lambda self: (said.append(str(self.status)), enter(self))[1])

@@ -59,7 +59,7 @@ def test_two_processes_give_the_numbers_of_one(forks, home, alone, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_begins_anew_gives_them_too(home, alone, tmp_path):
-    found = compare(home, tmp_path / "out", starts=["random"], learning_rates=[1e-2], seeds=1, workers=2)
+    found = compare(home, tmp_path / "out", starts=["random"], learning_rates=[1e-2], seeds=1, workers=1)
     expected = [one for one in read_runs(alone.directory) if (one["start"], one["seed"]) == ("random", 0)]
     assert without_clock(found.records) == without_clock(expected)
     assert not multiprocessing.active_children()
