@@ -253,7 +253,7 @@ class AdapterInit(Shape):
         elif self.corrects_base:
             correct_outputs(plain, self.weights, self.scaling)
         if self.freeze_a:
-            freeze_a(adapted)
+            freeze_a(adapted, adapter_name)
         result: PeftModel = adapted
         return result
 

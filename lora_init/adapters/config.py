@@ -60,8 +60,6 @@ def read_config(model: nn.Module, config: LoraConfig, init_config: InitConfig) -
     from peft import get_peft_model
 
     _check_plain_config(config)
-    excluded = {name: value for name, value in init_config.given.items() if name == "exclude_modules"}
-    check_agreement(excluded, {"exclude_modules": config.exclude_modules}, "config")
     _shape_of(config, "config")  # before PEFT imports what a setting needs that is refused anyway
     with as_it_was(model):
         try:  # on the meta device: only names are read
@@ -193,9 +191,11 @@ def read_adapter(model: Any, init_config: InitConfig, whose: str, before: LoraCo
         "target_modules": (before or config).target_modules,
         "target_parameters": config.target_parameters,
         "task_type": config.task_type,
+        "exclude_modules": (before or config).exclude_modules,
     }
     check_agreement({name: value for name, value in init_config.given.items() if name in options}, options, whose)
-    # The layers that PEFT did adapt, by their full names, whatever selected them.
+    # The layers that PEFT did adapt, by their full names, whatever selected them or left others out.
+    options["exclude_modules"] = None
     plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
     options["target_modules"] = []
     if plain:

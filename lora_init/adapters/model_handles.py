@@ -89,30 +89,39 @@ class PeftModelHandle(ModelHandle):
         return model
 
     def read(self, config: InitConfig) -> InitConfig:
-        """Read the LoraConfig, and the type that TRL has given to the adapter of a quantized model."""
+        """Read the LoraConfig, what trains, and the type that TRL has given to the adapter of a quantized model."""
+        read = read_adapter(self.given, config, "the trainer's peft_config")
         self.dtype: Any = None
-        self.frozen: set[str] = set()  # of modules that PEFT trains whole, what the user has frozen again
-        whole: list[nn.Parameter] = []
-        for name, parameter in self.given.named_parameters():
+        self.trains: dict[str, bool] = {}
+        for name, parameter in _without_name(self.given):
+            self.trains[name] = parameter.requires_grad
             if ".lora_A." in name:  # all of an adapter have one type
                 self.dtype = parameter.dtype
-            elif ".modules_to_save." in name:
-                whole.append(parameter)
-                if not parameter.requires_grad:
-                    self.frozen.add(name)
-        if whole and len(self.frozen) == len(whole):
+        whole = [trains for name, trains in self.trains.items() if ".modules_to_save." in name]
+        if whole and not any(whole):
             self.trains_head = False
-        return read_adapter(self.given, config, "the trainer's peft_config")
+        a, b = ([trains for name, trains in self.trains.items() if part in name] for part in (".lora_A.", ".lora_B."))
+        if any(b) and not any(a):  # frozen by hand
+            read = read.with_options(freeze_a=True)
+        return read
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
-        """Put the adapter on, in the type of the one before; what was frozen stays so."""
+        """Put the adapter on, in the type of the one before; what the user has frozen, or lets train, stays so."""
         adapted = super().put(init, adapter_name)
-        for name, parameter in adapted.named_parameters():
+        for name, parameter in _without_name(adapted):
             if ".lora_A." in name or ".lora_B." in name:
                 parameter.data = parameter.data.to(self.dtype)  # the parameter itself stays
-            if name in self.frozen:
-                parameter.requires_grad_(False)
+                parameter.requires_grad &= self.trains.get(name, True)
+            elif name in self.trains:
+                parameter.requires_grad_(self.trains[name])
         return adapted
+
+
+def _without_name(peft_model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a PeftModel, without the adapter's name in theirs, which a new adapter may not have."""
+    (adapter,) = peft_model.peft_config
+    for name, parameter in peft_model.named_parameters():
+        yield name.replace(f".{adapter}.", "."), parameter
 
 
 class InPlaceHandle(ModelHandle):

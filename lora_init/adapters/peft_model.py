@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -274,18 +275,23 @@ def fill_in_place(model: Any, init: AdapterInit) -> None:
         layers[layer].lora_B[adapter].weight[:, : len(a)].copy_(b)
 
 
-def freeze_a(adapted: nn.Module) -> None:
-    """Keep every A as it is in training, for which PEFT has no setting."""
-    for layer in adapter_layers(adapted).values():
-        _freeze_layer(layer)
-        # Where an adapter was switched off for a moment, as for the reference of DPO, PEFT lets its A train again.
-        layer.register_forward_pre_hook(_freeze_layer)
+def freeze_a(adapted: nn.Module, adapter_name: str) -> None:
+    """Keep every A of an adapter as it is in training, for which PEFT has no setting."""
+    from peft.tuners.lora import LoraLayer
+
+    freeze = partial(_freeze_layer, adapter_name)
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            freeze(layer)
+            # Where an adapter was switched off for a moment, as for the reference of DPO, PEFT lets its A train again.
+            layer.register_forward_pre_hook(freeze)
 
 
-def _freeze_layer(layer: Any, inputs: Any = None) -> None:
-    for parameter in layer.lora_A.parameters():
-        if parameter.requires_grad:
-            parameter.requires_grad_(False)
+def _freeze_layer(adapter_name: str, layer: Any, inputs: Any = None) -> None:
+    if adapter_name in layer.lora_A:
+        for parameter in layer.lora_A[adapter_name].parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
 
 
 def match_modes(peft_model: PeftModel) -> None:

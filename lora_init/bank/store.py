@@ -57,8 +57,10 @@ class Bank:
 
     def in_words(self) -> str:
         """Return what is in it, with a hash of all files."""
-        digest = hashlib.sha256("".join(entry.sha256 for entry in self.entries.values()).encode()).hexdigest()
-        return f"{self.path.name}: {len(self.entries)} adapters of {', '.join(self.tasks)} ({digest[:16]})"
+        digest = hashlib.sha256("".join(entry.sha256 for entry in self.entries.values()).encode())
+        if (self.path / GENERATOR).exists():
+            digest.update((self.path / GENERATOR).read_bytes())
+        return f"{self.path.name}: {len(self.entries)} adapters of {', '.join(self.tasks)} ({digest.hexdigest()[:16]})"
 
     def check_base(self, fingerprint: str, model: str) -> None:
         """Refuse another base model than the bank's."""

@@ -126,10 +126,11 @@ def dial(
     summary = {"written": str(path)} | dialed.summary()
     # As it was written: how it is exported depends on what it holds, such as an alpha_pattern.
     written = AdapterDirectory(output)
-    export = f"lora-init export {shlex.quote(str(output))} -o {shlex.quote(f'{output}-served')}"
     options = export_options(written.config, written.shapes)
-    if options and not trained.others:  # a changed weight of the base is for PEFT
-        export = export.replace(" -o ", f" {options} -o ", 1)
+    if trained.others:  # a changed weight of the base, which is for PEFT
+        options = None
+    words = ["lora-init export", shlex.quote(str(output)), options, "-o", shlex.quote(f"{output}-served")]
+    export = " ".join(filter(None, words))
 
     def show(console: Console, _: Any) -> None:
         console.print(facts(summary))

@@ -110,7 +110,7 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
     if record["status"] == "finished":
         files = record.pop("adapter")  # the rest of the record is kept beside it
     if not files:
-        say(f"{path} is not made: {record['error']}")
+        say(f"{path} is not made: {record['error'] or f'{run.start} changes the weights of the model'}")
         return
     files |= {BEST_RUN: f"{json.dumps(record)}\n".encode(), "README.md": _card(summary, log, record).encode()}
     # Whole or not at all: what is in `best/` is never replaced.

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
 from lora_init.adapters.init_config import InitConfig, PassOptions, Shape
-from lora_init.adapters.peft_model import adapter_layers, check_fits, load_adapter, match_modes, remember
+from lora_init.adapters.peft_model import (
+    adapter_layers,
+    check_fits,
+    freeze_a,
+    load_adapter,
+    match_modes,
+    remember,
+)
 from lora_init.building.build import build_adapter, rank_with_frozen_a
 from lora_init.building.pipeline import build
 from lora_init.building.quantized import QuantizationErrors
@@ -83,6 +90,7 @@ class PreparedModel:
     gamma: float | None  # the number that B A was divided by, where B is not zero and the start is ours
     # Puts the plain model back, bit for bit; `peft_model` is of no use afterwards
     release: Callable[[], None] = field(repr=False)
+    changes_base: bool = False  # whether the trained adapter is none for the plain model, whose weights were changed
 
     @property
     def trainable_parameters(self) -> int:
@@ -218,6 +226,7 @@ def prepare(variant: Variant, inputs: StartInputs) -> PreparedModel:
     if variant.alpha:  # `NAME+32-alpha`
         inputs = replace(inputs, shape=replace(inputs.shape, lora_alpha=variant.alpha))
     restore = remember(inputs.model, weights=_may_change_weights(variant, inputs))
+    changes_base, parameters = variant.changes_base, list(inputs.model.parameters())
     try:
         stats = _statistics_for(variant, inputs)
         began = time.perf_counter()  # statistics have seconds of their own
@@ -225,13 +234,19 @@ def prepare(variant: Variant, inputs: StartInputs) -> PreparedModel:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(inputs.seed)
             if variant.start is None:
+                before = _sums(parameters)
                 peft_model, gamma = _put_own(variant, inputs)
+                changes_base = _sums(parameters) != before
             else:
                 peft_model, gamma = _put(variant.start, variant, inputs, stats)
     except BaseException:  # Ctrl-C, too: the next run needs the plain model
         restore()
         raise
-    return PreparedModel(peft_model, time.perf_counter() - began, gamma, restore)
+    return PreparedModel(peft_model, time.perf_counter() - began, gamma, restore, changes_base)
+
+
+def _sums(parameters: Iterable[Tensor]) -> list[float]:
+    return [float(parameter.detach().double().sum()) for parameter in parameters]
 
 
 def _may_change_weights(variant: Variant, inputs: StartInputs) -> bool:
@@ -245,7 +260,7 @@ def _statistics_for(variant: Variant, inputs: StartInputs) -> Statistics:
     """Collect the statistics that a start needs; those of one that reads no data hold the layers alone."""
     recipe = variant.recipe
     if recipe is None or not recipe.reads_data:
-        return _blank(inputs)
+        return _blank(inputs, variance=1.0)  # in which A x has the size that it has with `random`
     return inputs.statistics(recipe.center, recipe.needs_gradient)
 
 
@@ -351,7 +366,12 @@ def _put_own(variant: Variant, inputs: StartInputs) -> tuple[PeftModel, None]:
     name, model, source = variant.base, inputs.model, inputs.own
     try:
         if not callable(source):
-            return load_adapter(model, AdapterDirectory(source), trainable=True), None
+            directory = AdapterDirectory(source)
+            directory.check_fits_plain_base()
+            adapted = load_adapter(model, directory, trainable=True)
+            if directory.origin.get("freeze_a"):
+                freeze_a(adapted, "default")
+            return adapted, None
         peft_model = source(model, inputs.seed)
     except LoraInitError as error:
         raise error.within(f"start {name!r}") from error

@@ -38,7 +38,7 @@ from lora_init.comparison.starts import (
 )
 from lora_init.comparison.tasks import Task
 from lora_init.comparison.training import Score, Training, TrainingResult, evaluate, peak_bytes, reset_peak, train
-from lora_init.comparison.variants import REFERENCE, Variant
+from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.keep.dial import strengths
 from lora_init.layers.identity import dtype_of, fingerprint, model_config
@@ -48,7 +48,7 @@ from lora_init.loading.batches import Batches
 from lora_init.loading.models import LoadedModel
 from lora_init.rates.learning_rate import LearningRate
 from lora_init.rates.training_length import TrainingLength
-from lora_init.starts.starts import FULL
+from lora_init.starts.starts import FULL, RANDOM
 from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -208,10 +208,11 @@ class Workbench:
         return {fold: len(getattr(self.task, fold)) for fold in ("train", "selection", "report")}
 
     def _hashes(self) -> dict[str, str]:
-        """Hash the examples that figures are from; those to train on are hashed with each run."""
-        hashes = {}
-        for name, items in (("examples to report", self.task.report), ("examples to select by", self.task.selection)):
-            hashes[name] = digest_of([vars(item) for item in items])
+        """Hash the examples, and the text beside them."""
+        task, hashes = self.task, {}
+        folds = {"to report": task.report, "to select by": task.selection, "to train on": task.train}
+        for name, items in folds.items():
+            hashes[f"examples {name}"] = digest_of([vars(item) for item in items])
         for name, text in (("text to retain", self.retain), ("text to replay", self.replay)):
             if text:
                 hashes[name] = digest_of(text)
@@ -314,11 +315,12 @@ class Workbench:
                 record.retain_loss = [retained, text_loss(prepared.peft_model, self.retain)]
                 # The strength of an adapter is dialed down to the plain model, which is no more there if the start
                 # changed its weights.
-                if self.strengths and run.start.base != FULL and not run.start.changes_base:
+                if self.strengths and run.start.base != FULL and not prepared.changes_base:
                     record.dial = self._dial(
                         prepared.peft_model, self.retain, result.report_loss[-1], record.retain_loss[1]
                     )
-            if files is not None:
+            # Of the registry's starts that change the base some correct a quantized one, and their adapters are for it.
+            if files is not None and (run.start.start is not None or not prepared.changes_base):
                 files.update(adapter_files(prepared.peft_model))
             return result
         finally:
@@ -373,13 +375,14 @@ class Workbench:
         length = TrainingLength(self.training.steps, self.training.batch_size, len(self.task.train))
         self._renew_head(self.loaded, 0)  # as for the runs of that seed
         for start in starts:
-            measured = start
-            if blank and (start.recipe is None or start.recipe.reads_data):
-                measured = REFERENCE
             # A frozen A leaves out a term of the rule, so such a start has no rate in common with random.
             frozen = start.recipe is not None and start.recipe.freeze_a
+            measured = start
+            if blank and (start.recipe is None or start.recipe.reads_data):
+                equal = frozen and start.equal_parameters  # at another rank
+                measured = Variant(f"{RANDOM}-frozen-a" if frozen else RANDOM, start.alpha, equal_parameters=equal)
             known = rates.get(str(measured))
-            if known is not None and (start.base == FULL or not frozen):
+            if known is not None:
                 rates[str(start)] = known
             elif start.base != FULL:  # whose rate is a tenth of random's, see `RunPlan`
                 with suppress(LoraInitError):  # its runs say why

@@ -113,7 +113,7 @@ class StartCallback(TrainerCallback):
     def _resume(self, args: Any, state: TrainerState, rest: Any) -> None:
         """Leave the adapter alone, and set the rest of the schedule to the rate that was measured at the beginning."""
         if self.config.shape.freeze_a:
-            freeze_a(rest["model"])
+            freeze_a(rest["model"], next(iter(rest["model"].peft_config)))
         _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
         rate = rest["optimizer"].param_groups[0].get("initial_lr")  # the one that was measured, from the checkpoint
         made_for = rest["optimizer"].defaults.get("lr")
@@ -249,7 +249,7 @@ class FilledHandle(InPlaceHandle):
         self.restore()
         fill_in_place(self.given, init)
         if init.freeze_a:
-            freeze_a(self.given)
+            freeze_a(self.given, next(iter(self.given.peft_config)))
         return self.given
 
 

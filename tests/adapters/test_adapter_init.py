@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_init import LoraInitError, build_adapter, collect
+from lora_init import LoraInitError, build_adapter, collect, initialize
 from lora_init.adapters.card import correction_of, start_in_words
 from lora_init.adapters.directory import AdapterDirectory, start_digest
 from lora_init.starts.starts import find_start
@@ -311,6 +311,32 @@ def test_mistakes_get_one_clear_line(tmp_path):
         init.save_pretrained(tmp_path / "adapter")
     with pytest.raises(LoraInitError, match="'nowhere' is no module of LlamaForCausalLM"):
         build_adapter(stats, 2, modules_to_save=["nowhere"]).apply(model)
+
+
+def test_of_several_adapters_that_with_a_frozen_a_alone_has_one():
+    model = initialize(tiny_llama(), batches_for("llama", n_batches=2), rank=2, method="random", freeze_a=True)
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["q_proj"]))
+    for name in ("two", "default"):
+        model.set_adapter(name)
+        model(**batches_for("llama", n_batches=1)[0]).loss.backward()
+        trained = {key for key, one in model.named_parameters() if one.grad is not None and f".{name}." in key}
+        assert {".lora_A." in key for key in trained} == ({True, False} if name == "two" else {False})
+        model.zero_grad()
+
+
+def test_the_frozen_a_of_an_attention_of_torch_is_frozen_throughout():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.linear = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.linear(self.attention(x, x, x)[0])
+
+    given = dict(rank=2, method="eva", freeze_a=True, target_modules=["attention", "linear"])
+    model = initialize(Attending(), [{"x": torch.randn(4, 5, 16)}] * 4, **given)
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters() if ".lora_" in name}
+    assert len(trains) == 6 and all(trains[name] == (".lora_B." in name) for name in trains)
 
 
 @pytest.mark.parametrize("freeze_a", [False, True])

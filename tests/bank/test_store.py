@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from lora_init.bank.store import Bank, add_entry, check_plain_lora, open_bank
+from lora_init.bank.store import GENERATOR, Bank, add_entry, check_plain_lora, open_bank
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.serving.trained import EMBEDDING, Layer, Trained, read_trained
@@ -94,6 +94,14 @@ def test_an_index_of_other_types_is_damaged(place, bank):
     inner[last] = [1]
     (bank.path / "bank.json").write_text(json.dumps(index))
     refused(rf"bank.json is damaged .* has {last}=\[1\]", open_bank, bank.path)
+
+
+def test_another_generator_is_another_bank(bank):
+    words = [open_bank(bank.path).in_words()]
+    for content in (b"one", b"two"):
+        (bank.path / GENERATOR).write_bytes(content)
+        words.append(open_bank(bank.path).in_words())
+    assert len({*words}) == 3
 
 
 def test_no_bank_and_an_empty_one(bank, tmp_path):

@@ -12,20 +12,22 @@ import typer
 import lora_init
 from lora_init import Start
 from lora_init.cli.app import app as cli
-from lora_init.comparison import workbench
+from lora_init.comparison import report, workbench
 from lora_init.comparison.compare import Comparison, _init_command
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.runs import Run, read_runs
+from lora_init.comparison.starts import AdapterShape, StartInputs, prepare
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.training import TrainingResult
-from lora_init.comparison.variants import REFERENCE
+from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.workbench import RunRecord
 from lora_init.errors import LoraInitError
+from tests.collection.made import labelled
 from tests.commands import WORDS
 from tests.comparison.made import again, compare, set_up_bench, without_clock
 from tests.comparisons import planted, settings
-from tests.conftest import refused, tiny_llama
+from tests.conftest import batches_for, refused, tiny_llama
 from tests.processes import FORKS
 
 RUNS = [Run(REFERENCE, 9, 1e-3)]  # one more than those that ended
@@ -259,6 +261,40 @@ def test_a_start_that_cannot_be_built_is_refused_before_the_first_run(
         start, said = "theirs", r"start 'theirs' \(an unknown package\): its function raised TypeError: unsupported"
     refused(said, compare, home, tmp_path / "out", starts=["random", start], dry_run=dry_run)
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def with_another_base(model, seed):
+    """A start that takes what it adds off the base."""
+    return lora_init.initialize(model, batches_for("llama", seed=seed), rank=2, lora_alpha=16, method="lora-ga",
+                                gamma=0.5, seed=seed)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_of_ones_own_that_changes_the_base_is_neither_dialed_nor_kept(home, tmp_path, monkeypatch):
+    whole = report.summarise
+    monkeypatch.setattr(report, "summarise", lambda *given: dataclasses.replace(whole(*given), start="mine"))
+    lines, given = [], dict(retain_data=home / "rows.jsonl", retain_template="{passage}", retain_samples=8)
+    starts = ["random", ("mine", with_another_base), ("again", again)]
+    found = compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-3], seeds=1, say=lines.append, **given)
+    dialed = {record["start"]: record["dial"] is not None for record in found.records}
+    assert dialed == {"random": True, "mine": False, "again": True}
+    assert lines[-1].endswith("best is not made: mine changes the weights of the model") or any(
+        "is not made: mine changes the weights of the model" in line for line in lines
+    )
+    assert not (tmp_path / "out" / "best").exists()
+
+
+def test_an_adapter_of_ones_own_is_put_on_as_its_record_says(home, tmp_path):
+    stats = lora_init.collect(tiny_llama(), labelled("llama"), rank=2, gradients=True)
+    for name, way in (("frozen", dict(freeze_a=True)), ("other base", dict(method="lora-ga", gamma=0.5))):
+        lora_init.build_adapter(stats, 2, lora_alpha=16, **way).save_pretrained(tmp_path / name)
+    model = tiny_llama()
+    prepared = prepare(Variant("mine"), StartInputs(model, AdapterShape(2, 16), 0, own=tmp_path / "frozen"))
+    trains = {name: p.requires_grad for name, p in prepared.peft_model.named_parameters() if ".lora_" in name}
+    assert trains and all(trains[name] == (".lora_B." in name) for name in trains)
+    prepared.release()
+    refused("changes the base weights, so it does not fit", prepare, Variant("mine"),
+            StartInputs(model, AdapterShape(2, 16), 0, own=tmp_path / "other base"))  # fmt: skip
 
 
 # What may be claimed

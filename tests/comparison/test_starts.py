@@ -255,6 +255,16 @@ def test_corda_reads_the_rows_without_padding(case, monkeypatch):
     torch.testing.assert_close(seen[name], expected / len(rows), rtol=1e-5, atol=1e-5)
 
 
+def test_orthogonal_rows_have_the_size_of_random_ones(case):
+    """As in the adapter that `init --method orthogonal` makes, where inputs are alike in all directions."""
+    sizes = []
+    for name in ("random", "orthogonal"):
+        prepared = case.prepare(name, rank=2)
+        sizes.append(prepared.a_scale)
+        prepared.release()
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
 def test_corda_that_fails_leaves_no_hook(case, monkeypatch):
     import peft.tuners.lora.corda as corda
 

@@ -1,5 +1,6 @@
 """One run of a comparison: what it reads, trains and leaves; full weights, classifiers, the settings of a machine."""
 
+import json
 import shutil
 
 import pytest
@@ -126,6 +127,22 @@ def test_a_comparison_does_not_go_on_with_the_same_weights_that_compute_otherwis
         config.write_text(text)
 
 
+def test_a_comparison_does_not_go_on_with_other_rows_to_train_on(home, undisturbed):
+    rows = (home / "rows.jsonl").read_text().splitlines()
+    bench = set_up_bench(home, undisturbed.directory)
+    scored = {bench.loaded.tokenizer.decode(item.tokens[0]) for item in [*bench.task.selection, *bench.task.report]}
+    changed = []
+    for row in map(json.loads, rows):
+        if not any(row["passage"] in text for text in scored):
+            row["passage"] = " ".join(reversed(row["passage"].split()))
+        changed.append(json.dumps(row))
+    (home / "rows.jsonl").write_text("\n".join(changed))
+    try:
+        refused("other content: .*examples to train on", compare, home, undisturbed.directory, **SECOND)
+    finally:
+        (home / "rows.jsonl").write_text("\n".join(rows))
+
+
 def test_rates_are_measured_on_the_head_that_is_trained(home, tmp_path, monkeypatch):
     """A new head is drawn from the seed of a run, whatever the library drew, and statistics are from that one."""
     bench = set_up_bench(home, tmp_path, "bert", label="first", completion=None)
@@ -145,6 +162,15 @@ def test_the_rate_of_a_frozen_a_is_its_own(home, tmp_path, blank):
     for name, rate in rates.items():
         assert all((one.quadratic == 0.0) == name.endswith("frozen-a") for one in rate.responses.values()), name
     assert rates["random-frozen-a"].rate > rates["random"].rate
+
+
+def test_a_dry_run_tells_the_rates_that_starts_of_their_size_have(home, tmp_path):
+    bench = set_up_bench(home, tmp_path, steps=12)
+    names = ["random", "eva+32-alpha", "eva-frozen-a", "eva-frozen-a+equal-parameters"]
+    told, run = (bench.measured_rates([*map(Variant.parse, names)], blank) for blank in (True, False))
+    for name in names:  # up to 5 times apart, where all were told the rate of `random`
+        assert told[name].rate == pytest.approx(run[name].rate, rel=0.4), name
+    assert told["random"].rate > 3 * told["eva+32-alpha"].rate
 
 
 def test_a_frozen_a_of_as_many_parameters_has_the_rate_of_its_own_rank(home, tmp_path):

@@ -540,6 +540,30 @@ def test_of_a_head_what_was_frozen_by_hand_stays_so_and_decides_on_the_rate(froz
     assert trainer.args.learning_rate == pytest.approx(again.rate, rel=0.3)
 
 
+@pytest.mark.parametrize("ours", ["default", "ours"])
+@pytest.mark.parametrize(
+    "by_hand", [("modules_to_save", False), ("norm", True), ("lora_A", False), ("layer.0.", False)]
+)
+def test_what_trains_by_hand_trains_after_a_start_whatever_the_adapter_is_called(by_hand, ours, tmp_path):
+    data = [{"input_ids": list(range(3, 11)), "labels": i % 2} for i in range(32)]
+    config = LoraConfig(r=1, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model, (part, trains) = get_peft_model(tiny_bert(), config, adapter_name="theirs"), by_hand
+    for name, parameter in model.named_parameters():
+        if part.lower() in name.lower():
+            parameter.requires_grad_(trains)
+    expected = {name.replace(".theirs", ""): p.requires_grad for name, p in model.named_parameters()}
+    trainer = Trainer(model, settings(TrainingArguments, tmp_path), train_dataset=data)
+    adapted = lora_init.initialize(trainer, adapter_name=ours)
+    found = {name.replace(f".{ours}", ""): p.requires_grad for name, p in adapted.named_parameters()}
+    assert found == expected
+
+
+def test_what_a_peft_config_selects_is_not_excluded_beside_it(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    refused("exclude_modules=.*: the trainer's peft_config decides that and says None", lora_init.initialize, trainer,
+            exclude_modules=["q_proj"])  # fmt: skip
+
+
 def test_a_measured_rate_is_that_of_the_trainers_own_steps(tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer)
     adapted = lora_init.initialize(trainer, rank=4, learning_rate="measured")
