@@ -260,7 +260,7 @@ def _statistics_for(variant: Variant, inputs: StartInputs) -> Statistics:
     """Collect the statistics that a start needs; those of one that reads no data hold the layers alone."""
     recipe = variant.recipe
     if recipe is None or not recipe.reads_data:
-        return _blank(inputs, variance=1.0)  # in which A x has the size that it has with `random`
+        return _blank(inputs)
     return inputs.statistics(recipe.center, recipe.needs_gradient)
 
 
@@ -284,8 +284,11 @@ def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def _blank(inputs: StartInputs, variance: float = 0.0) -> Statistics:
-    """Make statistics that know nothing but the layers' widths, for starts that need no data; all directions alike."""
+def _blank(inputs: StartInputs) -> Statistics:
+    """Make statistics that know nothing but the layers' widths, for starts that need no data; all directions alike.
+
+    With a variance of one in each, A x has the size that it has with `random`.
+    """
     model, shape = inputs.model, inputs.shape
     modules = shape.target_modules if isinstance(shape.target_modules, str) else sorted(shape.target_modules)
     targets = find_targets(model, modules, task_type=shape.task_type)
@@ -294,7 +297,7 @@ def _blank(inputs: StartInputs, variance: float = 0.0) -> Statistics:
     for name, target in targets.layers.items():
         # No direction is known, 0 x inputs, of no row: all variance is in the rest, alike in all directions.
         width, no_values = target.in_features, torch.empty(0, dtype=torch.float64)
-        groups[name] = Spectrum(torch.empty(0, width), no_values, variance * width, torch.zeros(width), 0)
+        groups[name] = Spectrum(torch.empty(0, width), no_values, float(width), torch.zeros(width), 0)
     return Statistics(
         groups=groups,
         group_of={name: name for name in targets.layers},  # each layer alone: none was seen to read another's input
@@ -393,7 +396,7 @@ def _put_correction(inputs: StartInputs) -> tuple[PeftModel, None]:
     Where inputs are alike in all directions, the best correction comes from the leading singular triplets of W - Q,
     which are what PEFT takes.
     """
-    even, shape = _blank(inputs, variance=1.0), inputs.shape
+    even, shape = _blank(inputs), inputs.shape
     init = build_adapter(even, shape.rank, CORRECTION, lora_alpha=shape.lora_alpha, errors=inputs.errors)
     return init.apply(inputs.model), None
 

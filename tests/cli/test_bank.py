@@ -58,6 +58,14 @@ def test_list_says_what_is_there(bank):
     assert list(listed["entries"]) == ["task-0", "task-1"] and listed["entries"]["task-0"]["n_prompts"] == 48
 
 
+def test_what_was_added_is_said_to_scripts(bank, adapters, home):
+    said = json.loads(add(bank, adapters / "task 0", home, "--name", "again", "--task", "both", "--json").stdout)
+    counts = {"rank": 2, "n_prompts": 48, "tasks": 3}
+    assert {key: said[key] for key in ("bank", "entry", "task", *counts)} == {
+        "bank": str(bank), "entry": "again", "task": "both", **counts,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("by", ["nearest", "mixture", "generated", "mean"])
 def test_each_way_writes_an_adapter_that_peft_loads(by, bank, home):
     from peft import PeftModel

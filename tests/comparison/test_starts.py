@@ -265,18 +265,6 @@ def test_orthogonal_rows_have_the_size_of_random_ones(case):
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
-def test_corda_that_fails_leaves_no_hook(case, monkeypatch):
-    import peft.tuners.lora.corda as corda
-
-    def fails(*given, **more):
-        raise RuntimeError("no room")
-
-    monkeypatch.setattr(corda, "preprocess_corda", fails)
-    with pytest.raises(RuntimeError, match="no room"):
-        case.prepare("corda", batches=iter(case.batches))
-    assert not any(module._forward_pre_hooks for module in case.model.modules())
-
-
 @pytest.mark.parametrize(("start", "model", "options", "message"), [
     ("pissa", tiny_llama, dict(target_modules=["embed_tokens", "q_proj"]),
      "linear layers, 'model.embed_tokens' is a Emb"),

@@ -21,6 +21,7 @@ from lora_init.keep.dial import (
     _search,
     _sequences,
     _Thirds,
+    _thirds,
     change_of,
     check_dialable,
     check_enough,
@@ -649,6 +650,17 @@ def test_one_adapter_that_is_on_is_dialed_whatever_others_there_are():
     with model.disable_adapter(), pytest.raises(LoraInitError, match="'default' is disabled"):
         dial(model, strength=0.5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_where_no_layer_is_fitted_two_thirds_choose():
+    batches = batches_for("llama", n_batches=9)
+    for batch in batches:
+        batch["labels"] = batch["input_ids"]
+    rows = [len(batch["labels"]) for batch in batches]
+    each, uniform = (_thirds(batches, Rule(uniform=one), 0, True) for one in (False, True))
+    n = [sum(len(batch["labels"]) for batch in part) for part in each]
+    assert sum(n) == sum(rows) and max(n) - min(n) <= 1
+    assert sum(len(batch["labels"]) for batch in uniform.choose) == n[0] + n[1]
 
 
 def test_an_adapter_of_any_name_is_dialed():

@@ -258,3 +258,10 @@ def test_a_share_that_rounding_has_put_above_one_is_read(tmp_path):
     name = next(iter(plan))
     above = replace(plan, explained={**plan.explained, name: 1.0000000000000002})
     assert load_plan(save_plan(above, tmp_path / "plan.json")).explained[name] > 1.0
+
+
+def test_a_plan_goes_where_the_home_of_its_user_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    plan = allocate_ranks(statistics({"a": [0.5, 0.25]}), rank=1)
+    save_plan(plan, "~/plan.json")
+    assert dict(load_plan(tmp_path / "plan.json")) == dict(plan)

@@ -404,3 +404,7 @@ def test_what_an_engine_does_not_take_of_an_adapter_is_listed():
     assert [*_not_taken(ENGINES["mlx"], trained, base)] == [*embeddings, router, *others]
     base.tied = False
     assert [*_not_taken(ENGINES["vllm"], trained, base)] == ["DoRA", embeddings[0], router, *others]
+
+
+def test_engines_have_the_names_that_scripts_know():
+    assert [*ENGINES] == ["vllm", "sglang", "llama.cpp", "ollama", "tgi", "lorax", "mlx"]
