@@ -97,12 +97,14 @@ class PeftModelHandle(ModelHandle):
             self.trains[name] = parameter.requires_grad
             if ".lora_A." in name:  # all of an adapter have one type
                 self.dtype = parameter.dtype
-        whole = [trains for name, trains in self.trains.items() if ".modules_to_save." in name]
-        if whole and not any(whole):
-            self.trains_head = False
-        a, b = ([trains for name, trains in self.trains.items() if part in name] for part in (".lora_A.", ".lora_B."))
-        if any(b) and not any(a):  # frozen by hand
+        parts = (".lora_A.", ".lora_B.", ".modules_to_save.")
+        a, b, whole = ([trains for name, trains in self.trains.items() if part in name] for part in parts)
+        if not any((*a, *b)):  # loaded to be served, so that nothing of it says what is to be trained
+            self.trains = {}
+        elif not any(a):
             read = read.with_options(freeze_a=True)
+        if self.trains and whole and not any(whole):
+            self.trains_head = False
         return read
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:

@@ -558,6 +558,14 @@ def test_what_trains_by_hand_trains_after_a_start_whatever_the_adapter_is_called
     assert found == expected
 
 
+def test_an_adapter_that_was_loaded_to_be_served_is_trained(tmp_path, tokenizer):
+    model = get_peft_model(tiny_llama(), LoraConfig(**LORA))
+    trainer = plain(tmp_path, tokenizer, model.requires_grad_(False))
+    adapted = lora_init.initialize(trainer)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+
+
 def test_what_a_peft_config_selects_is_not_excluded_beside_it(tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
     refused("exclude_modules=.*: the trainer's peft_config decides that and says None", lora_init.initialize, trainer,
