@@ -41,10 +41,11 @@ from lora_init.comparison.training import Score, Training, TrainingResult, evalu
 from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.keep.dial import strengths
-from lora_init.layers.identity import dtype_of, fingerprint, model_config
+from lora_init.layers.identity import digest_of_weights, dtype_of, fingerprint, model_config
 from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.layers.wrappers import quantization_of
 from lora_init.loading.batches import Batches
+from lora_init.loading.checkpoint import checkpoint_of
 from lora_init.loading.models import LoadedModel
 from lora_init.rates.learning_rate import LearningRate
 from lora_init.rates.training_length import TrainingLength
@@ -213,6 +214,9 @@ class Workbench:
         folds = {"to report": task.report, "to select by": task.selection, "to train on": task.train}
         for name, items in folds.items():
             hashes[f"examples {name}"] = digest_of([vars(item) for item in items])
+        if self.float_weights is not None:
+            stored = checkpoint_of(str(self.float_weights))[1]
+            hashes["float weights"] = digest_of_weights((name, one.read()) for name, one in sorted(stored.items()))
         for name, text in (("text to retain", self.retain), ("text to replay", self.replay)):
             if text:
                 hashes[name] = digest_of(text)

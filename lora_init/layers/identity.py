@@ -40,10 +40,11 @@ def fingerprint(model: nn.Module) -> str:
     It has 32 hexadecimal digits. Values are rounded to bfloat16, so that one checkpoint gives one fingerprint in
     float32 and in bfloat16.
     """
-    return _digest_of(weights(unwrapped(model)))
+    return digest_of_weights(weights(unwrapped(model)))
 
 
-def _digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def digest_of_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash names, shapes and 16 values of each weight, rounded to bfloat16."""
     digest = hashlib.sha256()
     for name, weight in tensors:
         digest.update(f"{name}:{tuple(weight.shape)};".encode())
@@ -86,7 +87,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     entries |= _tokens_of_modules(plain)
     buffers = _saved_buffers(plain)
     if buffers:
-        entries["config.saved buffers"] = _digest_of(buffers)
+        entries["config.saved buffers"] = digest_of_weights(buffers)
     return entries
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from lora_init.comparison.starts import check_quantized
 from lora_init.comparison.variants import Variant
@@ -70,6 +70,15 @@ def test_what_a_base_cannot_have_is_refused(starts, quantized, message):
         check_quantized(starts, **asked)
         return
     assert message in refused("", check_quantized, starts, **asked)
+
+
+def test_a_comparison_does_not_go_on_with_other_float_weights(home, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(home / "wide")
+    model.model.layers[1].mlp.up_proj.weight.data *= 1.1
+    save_model(model, home / "other")
+    given = dict(starts=["random"], steps=2, evaluation_points=None)
+    compare(home, tmp_path, **given, weights=home / "wide")
+    refused("other content: .*float weights", compare, home, tmp_path, **given, weights=home / "other")
 
 
 def test_float_weights_of_a_float_model_are_refused(home, tmp_path):
