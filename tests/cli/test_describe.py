@@ -101,7 +101,7 @@ class Kept:
 def test_a_merge_is_described_by_its_layers_and_measured_where_there_are_data(with_data, monkeypatch, tmp_path):
     calls, rows = [], tmp_path / "rows.txt"
     rows.write_text("a\n")
-    trained, plain = SimpleNamespace(base="named", parameters=1), SimpleNamespace(source="base", parameters=2)
+    trained, plain = SimpleNamespace(base="named"), SimpleNamespace(source="base", parameters=2)
 
     def noted(name, result):
         def call(*words, **options):
@@ -112,7 +112,8 @@ def test_a_merge_is_described_by_its_layers_and_measured_where_there_are_data(wi
 
     places = {
         "serving.trained.read_trained": trained, "serving.base.read_base": plain,
-        "serving.trained.with_parameters": "with", "serving.base.plan_merge": "planned",
+        "serving.trained.with_parameters": "with", "serving.base.with_changed_copies": "copied",
+        "serving.base.bring_checkpoint": None, "serving.base.plan_merge": "planned",
         "serving.kept.kept_by_merge": {"a": Kept(0.25, 0.5), "b": Kept(0.5, float("inf"))},
         "statistics.statistics.Statistics.load": "stats",
         "loading.models.load_model": SimpleNamespace(tokenizer="tokenizer", model="model"),
@@ -135,9 +136,10 @@ def test_a_merge_is_described_by_its_layers_and_measured_where_there_are_data(wi
     }  # fmt: skip
     reading = sorted((vars(Reading(template="{text}")) | {"samples": 32}).items())
     assert calls == [
-        ("read_trained", path), ("read_base", "named", trained), ("with_parameters", trained, 2),
-        *([("load", file)] if with_data else []), ("plan_merge", plain, "with"),
-        ("kept_by_merge", plain, "with", "planned", "int8", "stats" if with_data else None),
+        ("read_trained", path), ("read_base", "named", trained), ("bring_checkpoint", "base", trained),
+        ("with_parameters", trained, 2), ("with_changed_copies", "with", plain),
+        *([("load", file)] if with_data else []), ("plan_merge", plain, "copied"),
+        ("kept_by_merge", plain, "copied", "planned", "int8", "stats" if with_data else None),
         *([("load_model", "base", ("dtype", "float32")), ("load_batches", data, "tokenizer", *reading),
            ("divergence", "model", "read adapter", "batches", "int8")] if with_data else []),
     ]  # fmt: skip

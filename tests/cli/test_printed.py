@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -33,7 +34,8 @@ def printed(folder):
             if name == "dial":  # what it says depends on how losses fall
                 continue
             typed = words.replace("{0}/", "")
-            result = run(*typed.split())
+            with patch.dict(os.environ, COLUMNS="100"):
+                result = run(*typed.split())
             assert result.exit_code == 0, result.output
             text = result.output.replace(str(folder), "FOLDER")
             text = re.sub(r"\b[0-9a-f]{16,}\b", "#", text)  # fingerprints
