@@ -156,9 +156,9 @@ def layers_of(model: Any, adapter_name: str) -> dict[str, Any]:
     """Find the layers that have this adapter, embeddings among them; none in what is no model."""
     if not isinstance(model, nn.Module):
         return {}
-    layers = adapter_layers(unwrapped(model))
+    layers = adapter_layers(unwrapped(model), adapter_name)
     # By plain names, since a part of the model may be compiled: layers are counted, and tokens masked, by these.
-    return {plain_name(name): layer for name, layer in layers.items() if adapter_name in getattr(layer, "r", {})}
+    return {plain_name(name): layer for name, layer in layers.items()}
 
 
 # How a response is measured. A first step of Adam moves every entry of B by about the rate eta, whatever the gradient

@@ -246,7 +246,7 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
     config: Any = copy.copy(model.peft_config[adapter_name])  # type: ignore[index]
     weights = {_plain(name): weight for name, weight in eva_state_dict.items()}
     modules = dict(model.get_base_model().named_modules())  # type: ignore[operator]
-    layers = {name: layer for name, layer in adapter_layers(model).items() if adapter_name in layer.r}
+    layers = adapter_layers(model, adapter_name)
     _check_shapes(weights, layers, adapter_name)  # the last step that may refuse: below the model changes
     old_ranks = from_patterns(config.rank_pattern, layers, config.r)
     ranks = {}

@@ -202,8 +202,8 @@ def as_it_was(model: nn.Module, weights: bool = False) -> Iterator[None]:
         restore()
 
 
-def adapter_layers(peft_model: PeftModel | nn.Module) -> dict[str, Any]:
-    """Find PEFT's layers by the names of the plain model's layers and parameters."""
+def adapter_layers(peft_model: PeftModel | nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
+    """Find PEFT's layers, of one adapter if it is named, by the names of the plain model's layers and parameters."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -215,7 +215,9 @@ def adapter_layers(peft_model: PeftModel | nn.Module) -> dict[str, Any]:
         # AdaLoRA's A is no module.
         elif isinstance(module, LoraLayer) and isinstance(module.lora_A, nn.ModuleDict) and ".base_layer." not in name:
             layers[name] = module
-    return layers
+    if adapter_name is None:
+        return layers
+    return {name: layer for name, layer in layers.items() if adapter_name in layer.scaling}
 
 
 def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:

@@ -246,7 +246,7 @@ def prepare(variant: Variant, inputs: StartInputs) -> PreparedModel:
 
 
 def _sums(parameters: Iterable[Tensor]) -> list[float]:
-    return [float(parameter.detach().double().sum()) for parameter in parameters]
+    return [float(parameter.detach().sum(dtype=torch.float64)) for parameter in parameters]
 
 
 def _may_change_weights(variant: Variant, inputs: StartInputs) -> bool:

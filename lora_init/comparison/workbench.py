@@ -211,9 +211,9 @@ class Workbench:
     def _hashes(self) -> dict[str, str]:
         """Hash the examples, and the text beside them."""
         task, hashes = self.task, {}
-        folds = {"to report": task.report, "to select by": task.selection, "to train on": task.train}
-        for name, items in folds.items():
-            hashes[f"examples {name}"] = digest_of([vars(item) for item in items])
+        for name, items in (("examples to report", task.report), ("examples to select by", task.selection)):
+            hashes[name] = digest_of([vars(item) for item in items])
+        hashes["examples to train on"] = digest_of(list(map(repr, task.train)))  # as text: these may be many
         if self.float_weights is not None:
             stored = checkpoint_of(str(self.float_weights))[1]
             hashes["float weights"] = digest_of_weights((name, one.read()) for name, one in sorted(stored.items()))

@@ -640,8 +640,7 @@ def fit_strengths(
 def _active(model: PeftModel) -> tuple[str, dict[str, Any]]:
     """Return the name of the one active adapter, and the layers that have it."""
     (name,) = model.active_adapters
-    # Layers of other, inactive adapters do not have it.
-    return name, {at: layer for at, layer in adapter_layers(model).items() if name in layer.scaling}
+    return name, adapter_layers(model, name)
 
 
 def _outputs(model: PeftModel) -> dict[str, nn.Parameter]:

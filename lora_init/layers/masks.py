@@ -123,9 +123,9 @@ class TokenMasks:
             raise LoraInitError(
                 f"{{token_mask}} needs a label for each token; got {got}. Use 'attention'.", token_mask="labels"
             )
+        check_attention_mask(batch)
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or "past_key_values" in batch:
             return
-        check_attention_mask(batch)
         per_token = self._encoder is None and (self.by_labels or self._shifted)
         # Labels of another kind, such as a class for each row, are for a model of one's own to take.
         if per_token and isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape != tokens.shape:

@@ -340,10 +340,7 @@ class Local:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.name, self.size = model.active_adapter, 0
-        self.layers = {}
-        for name, layer in adapter_layers(model).items():
-            if self.name in layer.scaling:  # another adapter may be on more layers
-                self.layers[name] = layer
+        self.layers = adapter_layers(model, self.name)  # another adapter may be on more
         self._read: dict[str, Tensor] = {}  # tokens of prompts, which are the same under each of a hundred faults
 
     def _tokens(self, prompt: Any) -> Tensor:

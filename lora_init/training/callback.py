@@ -106,14 +106,14 @@ class StartCallback(TrainerCallback):
             self.texts = replayed(model, tokenizer, min(n, _MOST_TEXTS), args.seed, 1, partial(_say, state))
             _say(state, f"{len(self.texts)} texts that the base has written are replayed.")
         if handle is None:
-            self._resume(args, state, rest | {"model": model})
+            self._resume(model, args, state, rest)
         else:
             self._start(handle, args, state, train_dataloader, rest)
 
-    def _resume(self, args: Any, state: TrainerState, rest: Any) -> None:
+    def _resume(self, model: Any, args: Any, state: TrainerState, rest: Any) -> None:
         """Leave the adapter alone, and set the rest of the schedule to the rate that was measured at the beginning."""
         if self.config.shape.freeze_a:
-            freeze_a(rest["model"], next(iter(rest["model"].peft_config)))
+            freeze_a(model, next(iter(model.peft_config)))
         _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
         rate = rest["optimizer"].param_groups[0].get("initial_lr")  # the one that was measured, from the checkpoint
         made_for = rest["optimizer"].defaults.get("lr")

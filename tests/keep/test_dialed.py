@@ -37,6 +37,16 @@ def found(layers, weight):
     return Dial("a rule", chosen, (chosen, chosen), (), report, report, (4, 4))
 
 
+def saved(model, directory):
+    """An adapter as if it were trained, read from its files, and its base."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.normal_(std=0.3)
+    model.save_pretrained(directory)
+    trained = read_trained(directory)
+    return trained, read_base(trained.base, trained)
+
+
 @pytest.mark.parametrize("form", ["uniform", "in B", "in alpha_pattern"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
@@ -45,12 +55,7 @@ def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_
         pytest.skip("fused experts: transformers 5.0 and PEFT 0.19.1")
     (mixtral() if kind == "experts" else tiny_llama()).save_pretrained(tmp_path / "base")
     model = get_peft_model(load(tmp_path), LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8} | KINDS[kind]))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.normal_(std=0.3)
-    model.save_pretrained(tmp_path / "trained")
-    trained = read_trained(tmp_path / "trained")
-    base = read_base(trained.base, trained)
+    trained, base = saved(model, tmp_path / "trained")
     trained = with_parameters(trained, base.parameters)
     layers = {name: 0.6 if form == "uniform" else 0.4 * i for i, name in enumerate(trained.layers)}
     with strengths(model.eval(), layers):
@@ -87,12 +92,7 @@ def test_rows_that_were_set_before_training_stay_whatever_the_strength(form, tmp
     model.lm_head.weight[60:] = torch.randn(4, 32)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])
     model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.normal_(std=0.3)
-    model.save_pretrained(tmp_path / "trained")
-    trained = read_trained(tmp_path / "trained")
-    base = read_base(trained.base, trained)
+    trained, base = saved(model, tmp_path / "trained")
     trained = with_changed_copies(trained, base)
     layers = {name: 0.6 if form == "uniform" else 0.4 * (name != "lm_head") for name in trained.layers}
     with strengths(model.eval(), layers):
