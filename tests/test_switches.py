@@ -26,6 +26,7 @@ def stats():
 CALLS = {
     "allocate_ranks": lambda stats: [stats],
     "build_adapter": lambda stats: [stats, 2],
+    "check_fit": lambda stats: ["trained"],
     "collect": lambda stats: [tiny_llama(), labelled("llama")],
     "compare": lambda stats: ["model", "data", "output"],
     "dial": lambda stats: [tiny_llama()],

@@ -91,7 +91,8 @@ def add(
     source = model or trained.base
     if not source:
         raise LoraInitError(f"{adapter} does not name its base model. Name it with --model.")
-    plain = read_base(source, trained)  # refuses another model, by the headers of its files
+    # Refuses another model, by the headers of its files.
+    plain = read_base(source, trained, trust_remote_code=trust_remote_code)
     if statistics is not None:
         Statistics.load(statistics)  # refuses another file
     # Before the base is loaded, so that a misspelt name is refused at once.

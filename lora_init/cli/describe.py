@@ -36,12 +36,12 @@ def damage_of(*paths: Path) -> Iterator[None]:
         raise LoraInitError(f"{where} is damaged: {type(error).__name__} {first_line(error)} Make it again.") from error
 
 
-def describe_fit(path: Path, base: str | None, engine: str | None) -> dict[str, Any]:
+def describe_fit(path: Path, base: str | None, engine: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """Check that an adapter fits its base, by the headers of their files."""
     with importing(base):
         from lora_init.serving.fit import check_fit
     with damage_of(path):
-        report = check_fit(path, base, engine)
+        report = check_fit(path, base, engine, trust_remote_code=trust_remote_code)
         return report.to_dict() | {"lines": report.lines, "engine": engine}
 
 
@@ -87,8 +87,9 @@ def describe_intruders(
 
 
 def describe_merge(
-    path: Path, dtype: str, base: str | None, statistics: Path | None, data: str | None, reading: Reading
-) -> dict[str, Any]:
+    path: Path, dtype: str, base: str | None, statistics: Path | None, data: str | None, reading: Reading,
+    trust_remote_code: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Compute how much of an adapter is left after a merge that is rounded to a type, by layer; measure it on data.
 
     The base's weights are read tensor by tensor, and loaded only where there are data.
@@ -102,7 +103,7 @@ def describe_merge(
         from lora_init.serving.trained import read_trained, with_parameters
         from lora_init.statistics.statistics import Statistics
     trained = read_trained(path)
-    plain = read_base(base or trained.base, trained)
+    plain = read_base(base or trained.base, trained, trust_remote_code=trust_remote_code)
     bring_checkpoint(plain.source, trained)
     trained = with_changed_copies(with_parameters(trained, plain.parameters), plain)
     stats = None if statistics is None else Statistics.load(statistics)
@@ -113,7 +114,7 @@ def describe_merge(
     if data is not None:
         # In float32, so that only the merge rounds, and not the pass that measures it.
         with busy(f"loading {plain.source}"):
-            loaded = load_model(plain.source, dtype="float32")
+            loaded = load_model(plain.source, dtype="float32", trust_remote_code=trust_remote_code)
         batches = load_batches(data, loaded.tokenizer, **vars(reading), samples=_MERGED_SAMPLES)
         with busy("measuring"):
             diverged = divergence(loaded.model, AdapterDirectory(path), batches, dtype)

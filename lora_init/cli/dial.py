@@ -94,8 +94,9 @@ def dial(
     check_free(output, overwrite, **OURS)
     trained = read_trained(adapter)
     check_dialable(trained.config, trained.others, str(adapter))  # refuses what no strength can scale, such as a head
-    check_fit(adapter, base).check()
-    plain = read_base(base or trained.base, trained)
+    trusted = loading.trust_remote_code
+    check_fit(adapter, base, trust_remote_code=trusted).check()
+    plain = read_base(base or trained.base, trained, trust_remote_code=trusted)
     trained = with_changed_copies(with_parameters(trained, plain.parameters), plain)
     if trained.adds_nothing:
         raise LoraInitError(f"{adapter}: B A is zero in every layer, so it was never trained. Train it first.")
@@ -103,7 +104,7 @@ def dial(
     if data is None and strength is not None:
         dialed = Dial.unmeasured(str(rule), dict.fromkeys(trained.layers, strength))
     else:
-        source = open_model(base or trained.base, trust_remote_code=loading.trust_remote_code)
+        source = open_model(base or trained.base, trust_remote_code=trusted)
         source.check_quantized(loading.quantize)
         # Of a checkpoint that is quantized itself nothing need be said.
         if trained.quantized and not loading.quantize and getattr(source.config, "quantization_config", None) is None:

@@ -14,7 +14,7 @@ from typer import Argument, Option
 from lora_init.adapters.init_config import Reading, Sample
 from lora_init.cli.commands import offered
 from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result, refuse_idle
-from lora_init.cli.options import BaseModel, MaxLength, WrittenAs, as_declared, of_adapter, one_base
+from lora_init.cli.options import BaseModel, MaxLength, TrustRemoteCode, WrittenAs, as_declared, of_adapter, one_base
 from lora_init.cli.tables import Cells, facts
 from lora_init.errors import LoraInitError, explain, require, require_version
 from lora_init.loading.examples import MAX_LENGTH
@@ -53,6 +53,7 @@ def export(
     reading: Reading,
     samples: Annotated[int, Option(rich_help_panel="Data", **as_declared(Sample, "samples"))] = 64,
     max_length: MaxLength = MAX_LENGTH,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, Option(help="Replace what an earlier export wrote.")] = False,
 ) -> None:
     """Bring trained adapters into the form that an engine loads, with the same outputs.
@@ -74,8 +75,8 @@ def export(
         check_output(place, engine, overwrite)
     loaded = batches = None
     if needs_base:
-        _check_before_loading(places.values(), base, rank, data, engine)
-        loaded = _load(directories, base)
+        _check_before_loading(places.values(), base, rank, data, engine, trust_remote_code)
+        loaded = _load(directories, base, trust_remote_code)
     if loaded is not None and data is not None:
         batches = load_batches(
             data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
@@ -91,6 +92,7 @@ def export(
                 directory, place, engine, rank, parameters=parameters, megabytes=megabytes, keep_ranks=keep_ranks,
                 dtype=dtype, start=start, base=base, merge_into=merge_into, rename=rename, overwrite=overwrite,
                 reduce_intruders=loaded.model if loaded is not None and reduce_intruders else None,
+                trust_remote_code=trust_remote_code,
             )  # fmt: skip
             # The loss after is of the directory that was written, as it will be loaded.
             losses = _losses(loaded, batches, directory, exported.path)
@@ -129,8 +131,9 @@ def _check_options(
 
 
 def _check_before_loading(
-    directories: Collection[Path], base: str | None, rank: int | None, data: str | None, engine: str | None
-) -> None:
+    directories: Collection[Path], base: str | None, rank: int | None, data: str | None, engine: str | None,
+    trust_remote_code: bool,
+) -> None:  # fmt: skip
     """Refuse an adapter that its base need not be loaded for; one of several is left to `export_adapter`."""
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.serving.export import check_before_loading
@@ -139,7 +142,7 @@ def _check_before_loading(
         try:
             adapter = AdapterDirectory(directory)
             _check_experts(data, engine, adapter.config)
-            check_before_loading(adapter, base, rank)
+            check_before_loading(adapter, base, rank, trust_remote_code)
         except LoraInitError:
             if len(directories) == 1:  # what is wrong with one of several is printed when it is exported
                 raise
@@ -194,7 +197,7 @@ def _places(directories: list[Path], output: Path, engine: str | None, start: Pa
     return {root / f"{name}{suffix}": directory for name, directory in zip(names, directories, strict=True)}
 
 
-def _load(directories: Sequence[Path], base: str | None) -> LoadedModel:
+def _load(directories: Sequence[Path], base: str | None, trust_remote_code: bool) -> LoadedModel:
     """Load the one base of adapters; those that cannot be read are left to `export_adapter`."""
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.loading.models import load_model
@@ -208,7 +211,7 @@ def _load(directories: Sequence[Path], base: str | None) -> LoadedModel:
     source = one_base(bases) if bases else AdapterDirectory(directories[0]).base
     with busy(f"loading {source}"):
         # Losses before and after are to differ by the export alone, not by the rounding of a narrow type.
-        return load_model(source, dtype="float32")
+        return load_model(source, dtype="float32", trust_remote_code=trust_remote_code)
 
 
 def _losses(loaded: LoadedModel | None, batches: Any, *directories: Path) -> dict[str, list[float]]:

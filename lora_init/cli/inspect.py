@@ -52,7 +52,7 @@ def inspect(
     *,
     length: Length,
     reading: Reading,
-    trust_remote_code: TrustRemoteCode = False,  # for --intruders, which loads the base
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them.
 
@@ -65,7 +65,7 @@ def inspect(
     for path in paths:
         fit = {}
         if checks:
-            fit["fit"] = describe_fit(path, base, engine)
+            fit["fit"] = describe_fit(path, base, engine, trust_remote_code)
         with damage_of(path):
             descriptions.append(describe(path, length, base) | fit)
     # Whether the options about the training have a use is known only now.
@@ -76,7 +76,8 @@ def inspect(
         if intruders:
             description["intruders"] = describe_intruders(path, description, base, trust_remote_code)
         if merge_type:
-            description["merge"] = describe_merge(path, merge_type, base, statistics, data, reading)
+            merge = describe_merge(path, merge_type, base, statistics, data, reading, trust_remote_code)
+            description["merge"] = merge
 
     # Views read fields that `describe` passed on as they are, so a damaged one may first be noticed here.
     with damage_of(*paths):

@@ -44,8 +44,7 @@ def rate(
     base = base or directory.base
     if not base:
         raise LoraInitError(f"{adapter} does not name its base model. Pass --base.")
-    if not loading.trust_remote_code:  # else the layers have names that only the model's own code knows
-        check_fit(adapter, base).check()
+    check_fit(adapter, base, trust_remote_code=loading.trust_remote_code).check()
     # The rule is of B = 0, where the first steps change B alone. A start with another B is measured when it is made.
     if not directory.has_zeros:
         remedy = "`lora-init inspect` has its rate." if directory.is_start else "Name the adapter before its training."

@@ -175,15 +175,14 @@ def _find_served(
 
 
 def _bases_of(served: Iterable[Path], base: str | None, trusted: bool, failures: _Failures) -> dict[Path, str]:
-    """Name the base of each adapter that fits it; names are not compared where code of others would have to run."""
+    """Name the base of each adapter that fits it."""
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.serving.fit import check_fit
 
     sources = {}
     for directory in served:
         with failures.noting(directory):
-            if not trusted:
-                check_fit(directory, base).check()
+            check_fit(directory, base, trust_remote_code=trusted).check()
             sources[directory] = base or AdapterDirectory(directory).base
     return sources
 

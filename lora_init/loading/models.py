@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,14 @@ def _drawn_weights(name: str, model: Any, loading: Mapping[str, Any]) -> frozens
     return drawn
 
 
-def on_meta(model_class: Any, config: Any) -> Any:
+def on_meta(model_class: Any, config: Any, trust_remote_code: bool = False) -> Any:
     """Build a model without weights; None where there is no such class, or it does not go with the configuration."""
     import torch
 
     make: Any = getattr(model_class, "from_config", None)  # Auto classes have it
-    if make is None and getattr(model_class, "config_class", None) is not None:
+    if make is not None:
+        make = partial(make, trust_remote_code=trust_remote_code)
+    elif getattr(model_class, "config_class", None) is not None:
         make = model_class
     try:
         with torch.device("meta"):  # shapes alone: nothing is allocated

@@ -19,7 +19,7 @@ from lora_init.files import read_json, write_json
 from lora_init.layers.rows import check_peft
 from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, as_saved, checkpoint_of, find_tensors
-from lora_init.loading.models import CLASS_OF_TASK, kind_of, on_meta
+from lora_init.loading.models import CLASS_OF_TASK, TASK_TYPES, kind_of, on_meta, task_and_class
 from lora_init.serving.trained import LINEAR, Layer, Trained, ends_of
 
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
@@ -74,23 +74,31 @@ class Base:
         return bool(getattr(self.model.config, "tie_word_embeddings", False)) and all(self.embeddings)
 
 
-def read_config(source: str) -> Any:
-    """Read the configuration of a base model; no code that comes with it is run."""
+def read_config(source: str, trust_remote_code: bool = False) -> Any:
+    """Read the configuration of a base model."""
     import transformers
 
     if not source:
         raise LoraInitError("the adapter names no base model. Name it by {base}.", base=...)
     try:
-        return transformers.AutoConfig.from_pretrained(str(Path(source).expanduser()), trust_remote_code=False)
+        name = str(Path(source).expanduser())
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise LoraInitError(
+                f"the base model {source!r} needs code that comes with it. Read that code, then pass "
+                "{trust_remote_code}.",
+                trust_remote_code=True,
+            ) from error
         raise LoraInitError(
             f"the base model {source!r} cannot be read: {first_line(error)} Name it by {{base}}.", base=...
         ) from error
 
 
-def read_base(source: str, trained: Trained, for_engine: bool = False) -> Base:
+def read_base(source: str, trained: Trained, for_engine: bool = False, trust_remote_code: bool = False) -> Base:
     """Build the base model on the meta device, in the class that the adapter's names are of, see `build_base`."""
-    made = build_base(trained.config, source, read_config(source), for_engine)
+    config = read_config(source, trust_remote_code)
+    made = build_base(trained.config, source, config, for_engine, trust_remote_code)
     base = Base(source, made, widths_of(made), parameters_of(made, trained.config))
     layer = _first_misfit(trained, base)
     if layer is None:
@@ -103,20 +111,26 @@ def read_base(source: str, trained: Trained, for_engine: bool = False) -> Base:
     )
 
 
-def build_base(adapter: Mapping[str, Any], source: str, config: Any, for_engine: bool = False) -> Any:
+def build_base(
+    adapter: Mapping[str, Any], source: str, config: Any, for_engine: bool = False, trust_remote_code: bool = False
+) -> Any:
     """Build a base model without weights, in the one class in which it would be loaded for an adapter.
 
     That is the class of the adapter's task, or the one that the adapter names; else, and for an engine, the class that
-    the checkpoint was saved as. Which class has the adapter's names does not count.
+    the checkpoint was saved as. Which class has the adapter's names does not count. Code that comes with it is reached
+    only through the Auto class of the task.
     """
     import transformers
 
-    saved = str((config.architectures or [""])[0])
+    saved, task = str((config.architectures or [""])[0]), adapter.get("task_type")
     first = "" if for_engine else _class_for(adapter, saved, config)
-    for name in dict.fromkeys((first, saved, "AutoModel")):  # each once, in this order
+    names = [first, saved, "AutoModel"]
+    if trust_remote_code and getattr(config, "auto_map", None):
+        names = [task_and_class(source, config, task if task in TASK_TYPES else None)[1]]
+    for name in dict.fromkeys(names):  # each once, in this order
         if is_for(name, config) is False:
             continue
-        model = on_meta(getattr(transformers, name, None), config)
+        model = on_meta(getattr(transformers, name, None), config, trust_remote_code)
         if model is not None:
             return model
     raise LoraInitError(

@@ -105,6 +105,7 @@ def export_adapter(
     reduce_intruders: nn.Module | None = None,
     rename: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Exported:
     """Write a trained adapter in the form that an engine loads.
 
@@ -134,6 +135,7 @@ def export_adapter(
         reduce_intruders: The plain base model, loaded, for PEFT's `reduce_intruder_dimension` to work with.
         rename: Write the adapter's tensors under the names that fit the base, where each has just one, see `check_fit`.
         overwrite: Replace what an earlier export wrote.
+        trust_remote_code: Run code that comes with the base, whose names only that code knows. Read it first.
 
     Raises:
         LoraInitError: No adapter there, one of another base, damaged or incomplete, a start is missing, the engine is
@@ -145,7 +147,7 @@ def export_adapter(
         'vllm serve base --enable-lora --max-lora-rank 32 --lora-modules served=/home/user/served'
     """
     # What needs neither the adapter nor its base is refused first, and nothing is written before all else is done.
-    check_switches(keep_ranks=keep_ranks, rename=rename, overwrite=overwrite)
+    check_switches(keep_ranks=keep_ranks, rename=rename, overwrite=overwrite, trust_remote_code=trust_remote_code)
     wanted, size = find_engine(engine), _Size(rank, parameters, megabytes, keep_ranks, dtype)
     _check_options(engine, wanted, size, merge_into)
     path = check_output(output, engine, overwrite)
@@ -155,13 +157,13 @@ def export_adapter(
     source = merge_into or base or began.base
     renames: Mapping[str, str] = {}
     if rename:  # names come first: what is read next has the new ones
-        renames = compare(directory, source, engine).to_rename(str(began.path))
+        renames = compare(directory, source, engine, trust_remote_code).to_rename(str(began.path))
     trained = read_trained(directory, start, renames)
     _check_start(began, start, merge_into)
     if not rename:
-        compare(directory, source, engine).check()
+        compare(directory, source, engine, trust_remote_code).check()
     bring_checkpoint(merge_into, trained)
-    trained, model = on_base(engine, trained, source, start, began.origin)
+    trained, model = on_base(engine, trained, source, start, began.origin, trust_remote_code)
     share = began.error_size / trained.update_size if began.error_size else None
     sources = intruders = None
     if merge_into is not None:
@@ -303,9 +305,11 @@ def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Pat
     return path
 
 
-def check_before_loading(adapter: AdapterDirectory, base: str | None, rank: int | None) -> None:
+def check_before_loading(
+    adapter: AdapterDirectory, base: str | None, rank: int | None, trust_remote_code: bool = False
+) -> None:
     """Refuse, before its base is loaded, an adapter that does not fit it, has no loss of text, or not that rank."""
-    compare(adapter.path, base, None).check()
+    compare(adapter.path, base, None, trust_remote_code).check()
     if kind := WRITE_NO_TEXT.get(str(adapter.config.get("task_type"))):
         raise LoraInitError(f"{adapter.path} is of {kind}, and the loss is that of text. Leave --data out.")
     shapes, most = adapter.shapes, []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory, form_of
-from lora_init.errors import LoraInitError, in_one_line, warn
+from lora_init.errors import LoraInitError, check_switches, in_one_line, warn
 from lora_init.files import as_path
 from lora_init.layers.identity import count_parameters, differing_config, fingerprint, model_config
 from lora_init.layers.targets import PREFIX
@@ -132,7 +132,9 @@ class FitReport:
         return asdict(self) | {"fits": not self.misfits}
 
 
-def check_fit(directory: str | Path, base: str | None = None, engine: str | None = None) -> FitReport:
+def check_fit(
+    directory: str | Path, base: str | None = None, engine: str | None = None, *, trust_remote_code: bool = False
+) -> FitReport:
     """Find out, before anything is loaded, whether each tensor of an adapter finds its layer in a base model.
 
     PEFT puts the adapter's configuration on the model without weights, in the class that the adapter names, or else the
@@ -144,6 +146,7 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
         directory: What PEFT's `save_pretrained`, or ours, wrote.
         base: Directory or cached hub id of the base model. Default: the one that the adapter names.
         engine: A name of `engines.ENGINES`, which takes less than PEFT does. None is for PEFT.
+        trust_remote_code: Run code that comes with the base, whose names only that code knows. Read it first.
 
     Raises:
         LoraInitError: There is no adapter, or a file of it or of the base is damaged, missing or of another form.
@@ -152,17 +155,18 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
         >>> check_fit("trained", engine="vllm").misfits  # doctest: +SKIP
         ()
     """
-    report = compare(directory, base, engine)
+    check_switches(trust_remote_code=trust_remote_code)
+    report = compare(directory, base, engine, trust_remote_code)
     # Names that `export --rename` mends are no reason to leave the engine out.
     if engine is None or (report.stops and not report.renames):
         return report
-    return _with_engine(report, AdapterDirectory(directory), engine)
+    return _with_engine(report, AdapterDirectory(directory), engine, trust_remote_code)
 
 
-def _with_engine(report: FitReport, adapter: AdapterDirectory, name: str) -> FitReport:
+def _with_engine(report: FitReport, adapter: AdapterDirectory, name: str, trust_remote_code: bool) -> FitReport:
     """Add to a report whether an engine takes the adapter, as it is or by `export`, and how many tensors that is."""
     engine, misfits = find_engine(name), list(report.misfits)
-    if problem := why_no_export(name, adapter.path, report.base, report.renames):
+    if problem := why_no_export(name, adapter.path, report.base, report.renames, trust_remote_code):
         misfits.append(Misfit("export", str(adapter.path), problem))
         outcome = "gets none"
     elif reason := why_not_as_it_is(engine, adapter.ranks, adapter.config):
@@ -185,7 +189,9 @@ def _part_of(key: str) -> str:
     return "MLP"
 
 
-def compare(directory: str | Path, base: str | Path | None, engine: str | None) -> FitReport:
+def compare(
+    directory: str | Path, base: str | Path | None, engine: str | None, trust_remote_code: bool = False
+) -> FitReport:
     """Compare names and shapes as `check_fit` does, with those of the class that an engine loads if one is named."""
     adapter = AdapterDirectory(directory)
     source = base or adapter.base
@@ -193,14 +199,15 @@ def compare(directory: str | Path, base: str | Path | None, engine: str | None) 
         source = str(as_path(source, "base"))
     if form := form_of(adapter.header):
         raise LoraInitError(f"{adapter.path / WEIGHTS_FILE} {form}. PEFT's save_pretrained() writes what is read here.")
-    config = read_config(source)
-    fit = _Fit(adapter, partial(build_base, adapter.config, source, config, engine is not None))
+    config = read_config(source, trust_remote_code)
+    build = partial(build_base, config=config, trust_remote_code=trust_remote_code)
+    fit = _Fit(adapter, partial(build, adapter.config, source, for_engine=engine is not None))
     report = fit.report(source, converts=engine is None)  # PEFT converts older names when it loads; engines do not
     if report.misfits:  # which base it is, is asked only of an adapter that fits its form
         return report
     misfits: list[Misfit] = []
-    notes = [*report.notes, *_of_own_class(fit, source, config, engine)]
-    for remark in _of_another_base(fit, source, config):
+    notes = [*report.notes, *_of_own_class(fit, partial(build, {}, source), engine)]
+    for remark in _of_another_base(fit, source, config, build):
         if isinstance(remark, Misfit):
             misfits.append(remark)
         else:
@@ -494,15 +501,15 @@ def _core(layer: str) -> str:
     return ".".join(dropwhile(_WRAPPERS.__contains__, plain_name(layer).split(".")))
 
 
-def _of_own_class(fit: _Fit, source: str, config: Any, engine: str | None) -> Iterator[str]:
+def _of_own_class(fit: _Fit, make: Any, engine: str | None) -> Iterator[str]:
     """Note what the class of the checkpoint would not apply, where the adapter names another one."""
     if engine is None and not fit.adapter.config.get("task_type"):
-        own = _Fit(fit.adapter, partial(build_base, {}, source, config))
-        if lost := len(own.report(source, converts=True).misfits):
+        own = _Fit(fit.adapter, make)
+        if lost := len(own.report("", converts=True).misfits):
             yield f"{fit.name} is what the adapter names. A {own.name}, as the checkpoint is, loses {lost} of it."
 
 
-def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | str]:
+def _of_another_base(fit: _Fit, source: str, config: Any, build: Any) -> Iterator[Misfit | str]:
     """Compare the base with the one that the adapter was made for: by its record, or else by the base that it names."""
     import transformers
 
@@ -526,7 +533,7 @@ def _of_another_base(fit: _Fit, source: str, config: Any) -> Iterator[Misfit | s
         if misfits is not None:
             yield from misfits
             return
-    yield from _of_named_base(adapter, source, config, tensors)
+    yield from _of_named_base(adapter, source, config, tensors, build)
 
 
 def _of_recorded_base(
@@ -549,7 +556,7 @@ def _of_recorded_base(
 
 
 def _of_named_base(
-    adapter: AdapterDirectory, source: str, config: Any, tensors: Mapping[str, Stored]
+    adapter: AdapterDirectory, source: str, config: Any, tensors: Mapping[str, Stored], build: Any
 ) -> Iterator[Misfit | str]:
     """Compare the base with the one that the adapter names, if that is here; of classifiers without their heads."""
     named = adapter.base
@@ -561,7 +568,7 @@ def _of_named_base(
     theirs: Mapping[str, Stored] = {}
     with suppress(LoraInitError):  # that base is damaged or not here: below, it cannot be compared
         folder, theirs = checkpoint_of(named, adapter.config.get("revision"))
-        other = config if folder is None else read_config(str(folder))
+        other = config if folder is None else read_config(str(folder), build.keywords["trust_remote_code"])
         if type(other) is not type(config):
             is_a = f"is a {_architecture(other)}, and this is a {_architecture(config)}"
             yield Misfit("base", CONFIG_FILE, f"names {named!r}, which {is_a}.")
@@ -571,7 +578,7 @@ def _of_named_base(
         return
     # The heads of classifiers are the adapter's own: the models below them are compared.
     body = {"task_type": "FEATURE_EXTRACTION"} if adapter.config.get("task_type") in _CLASSIFIES else {}
-    named_model, model = build_base(body, source, other), build_base(body, source, config)
+    named_model, model = build(body, source, config=other), build(body, source)
     odd = differing_config(model_config(named_model), model_config(model))
     named_fingerprint, fingerprint_here = _fingerprint(named_model, theirs), _fingerprint(model, tensors)
     if named_fingerprint != fingerprint_here:

@@ -215,10 +215,13 @@ def _with_verb(words: list[str], verb: str) -> str:
     return f"{_listed(words)} {verb}"
 
 
-def why_no_export(engine: str, directory: Path, source: str, renames: Mapping[str, str]) -> str:
+def why_no_export(
+    engine: str, directory: Path, source: str, renames: Mapping[str, str], trust_remote_code: bool = False
+) -> str:
     """Return why `export` refuses to write an adapter for an engine; empty if it writes it."""
     try:
-        trained, _ = on_base(engine, read_trained(directory, None, renames), source)
+        trained = read_trained(directory, None, renames)
+        trained, _ = on_base(engine, trained, source, trust_remote_code=trust_remote_code)
         check_rank(engine, vllm_rank(trained.rank))  # which `export` chooses if none is given
     except LoraInitError as error:
         return error.spelled(lambda name, _: f"`lora-init export --{name.replace('_', '-')}`")
@@ -227,13 +230,13 @@ def why_no_export(engine: str, directory: Path, source: str, renames: Mapping[st
 
 def on_base(
     engine: str | None, trained: Trained, source: str, start: str | Path | None = None,
-    origin: Mapping[str, Any] = MappingProxyType({}),
+    origin: Mapping[str, Any] = MappingProxyType({}), trust_remote_code: bool = False,
 ) -> tuple[Trained, Base]:  # fmt: skip
     """Put an adapter on its base without weights, less its start if one is named; refuse what an engine does not take.
 
     `origin` is what the adapter says of its start.
     """
-    model = read_base(source, trained, for_engine=engine is not None)
+    model = read_base(source, trained, engine is not None, trust_remote_code)
     mapping = trained.config.get("auto_mapping") or {}
     # The checkpoint's class has these names by now, so PEFT must not load another one for them.
     if engine and mapping.get("base_model_class") not in (None, type(model.model).__name__):

@@ -45,7 +45,7 @@ def test_the_class_of_a_base_is_the_tasks_or_the_checkpoints_and_one_without_a_c
         assert type(build_base(adapter, str(base), config, for_engine)).__name__ == name
     config.architectures = ["NoSuchModel"]
     assert type(build_base({}, str(base), config)).__name__ == "LlamaModel"
-    monkeypatch.setattr("lora_init.serving.base.on_meta", lambda model_class, config: None)
+    monkeypatch.setattr("lora_init.serving.base.on_meta", lambda model_class, config, trusted: None)
     refused("'x' is of a class that transformers does not know. Name the base by base=", build_base, {}, "x", config)
 
 

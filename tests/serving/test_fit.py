@@ -335,7 +335,8 @@ def test_no_code_that_comes_with_a_base_is_run(bases, tmp_path):
     (tmp_path / "custom/new.py").write_text("raise SystemExit('run')")
     config = {"model_type": "new", "auto_map": {"AutoConfig": "new.Config"}}
     (tmp_path / "custom/config.json").write_text(json.dumps(config))
-    refused("cannot be read", check_fit, directory, str(tmp_path / "custom"))
+    said = "custom.* needs code that comes with it. Read that code, then pass trust_remote_code=True."
+    refused(said, check_fit, directory, str(tmp_path / "custom"))
 
 
 @cache
