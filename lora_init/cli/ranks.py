@@ -357,7 +357,7 @@ def ranks(
 
 def _init_command(model: str, statistics: Path, plan: Path | None) -> str:
     """Write the command that makes an adapter with these ranks, by the plan if it was written to a file."""
-    words = ["lora-init init", model or "MODEL", "--statistics", shlex.quote(str(statistics))]
+    words = ["lora-init init", shlex.quote(model or "MODEL"), "--statistics", shlex.quote(str(statistics))]
     if plan is not None:
         words += ["--ranks", shlex.quote(str(plan))]
     return " ".join([*words, "-o adapter"])
