@@ -273,6 +273,15 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkey
         assert part in shown
 
 
+def test_a_dry_run_counts_no_batches_beyond_the_most(command):
+    whole, few = (
+        json.loads(run(*command, "--dry-run", "--json", "--batch-size", 2, *more).stdout)
+        for more in ([], ["--max-batches", 3])
+    )
+    assert whole["batches"] > few["batches"] == 3 and whole["tokens"] > few["tokens"]
+    assert few["seconds"] < whole["seconds"] and few["offloaded_bytes_read"] == 3 * few["weights_bytes"]
+
+
 @pytest.mark.parametrize(("saved_in", "words", "instructions", "n_bytes"), [
     (None, [], "AVX512", 4),  # a checkpoint that names no type is in float32
     ("bfloat16", [], "AVX512", 2),

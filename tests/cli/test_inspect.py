@@ -265,6 +265,20 @@ def test_the_base_that_was_typed_is_the_one_in_the_commands(home, tmp_path):
         assert f"Next: vllm serve {home / 'model'} --enable-lora" in shown and f" --base {home / 'model'}\n" in shown
 
 
+def test_one_of_several_that_does_not_fit_makes_the_exit_status_one(home, tmp_path):
+    fits = trained_like(home, tmp_path / "fits", **QV)
+    tiny_llama(hidden_size=48).save_pretrained(tmp_path / "wide")
+    wide = get_peft_model(tiny_llama(hidden_size=48), LoraConfig(r=2, **QV))
+    wide.save_pretrained(tmp_path / "other")
+    for paths, code in (
+        ([fits], 0),
+        ([fits, fits], 0),
+        ([fits, tmp_path / "other"], 1),
+        ([tmp_path / "other", fits], 1),
+    ):
+        assert run("inspect", *paths, "--base", home / "model").exit_code == code
+
+
 def into_a_closed_pipe(rank, size, folder, *words):
     """Exit code of a command whose reader has left; what it has not written yet is written at last, as at an exit."""
     reader, writer = os.pipe()

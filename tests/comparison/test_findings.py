@@ -440,6 +440,14 @@ def test_each_sentence_from_its_first_word_to_its_last():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("status", "is_edge"), [("unstable", False), ("failed", True)])
+def test_a_rate_at_which_a_start_diverged_was_tried_and_one_at_which_it_failed_was_not(status, is_edge):
+    runs = planted({"eva": -0.02}, rates=(1e-4, 3e-4, 1e-3))
+    runs += [broken(status, "no finite loss.", start="eva", rate=3e-3, seed=seed) for seed in range(3)]
+    caveats = " ".join(verdict(summarise(runs, settings())).caveats)
+    assert ("highest" in caveats) == is_edge
+
+
 def noted(records, **changes):
     return notes(run_table(records), settings(**changes))
 

@@ -17,6 +17,7 @@ from lora_init import LoraInitError, dial
 from lora_init.keep.dial import (
     STRONGEST,
     Rule,
+    _batched,
     _read,
     _search,
     _sequences,
@@ -341,6 +342,16 @@ def test_positions_of_three_kinds_are_no_rows():
     ids = torch.ones(3, 4).long()
     assert is_of_rows({"input_ids": ids, "labels": ids})
     assert not is_of_rows({"input_ids": ids, "labels": ids, "position_ids": torch.ones(3, 3, 4).long()})
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_only_what_is_masked_is_padded(masked):
+    examples = []
+    for length in (4, 6, 4, 6):
+        ids = torch.ones(1, length).long()
+        examples.append({"input_ids": ids, "labels": ids} | ({"attention_mask": ids} if masked else {}))
+    lengths = [sorted({int(row.sum()) for row in batch["input_ids"]}) for batch in _batched(examples, 4, seed=0)]
+    assert sorted(lengths) == ([[4, 6]] if masked else [[4], [6]])
 
 
 def test_batches_that_are_not_made_of_rows_are_dealt_whole(monkeypatch):

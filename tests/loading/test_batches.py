@@ -459,6 +459,12 @@ def test_rows_that_are_left_out_are_no_examples_of_the_training():
     assert load_batches(rows, byte_tokenizer()).settings["rows"] == 4
 
 
+def test_rows_that_were_not_read_are_left_out_as_often_as_those_that_were():
+    rows = [{"text": "a b c d e f" if i % 2 else ""} for i in range(1000)]
+    counted = [load_batches(rows, byte_tokenizer(), samples=40, seed=seed).settings["rows"] for seed in range(5)]
+    assert all(350 < n < 650 for n in counted), counted  # of 40 usable ones; all others would be 960
+
+
 def test_a_description_says_what_was_passed_over(tokenizer):
     rows = [{"text": f"the cat {i}"} for i in range(9)]
     assert ", after the first 4, seed 3," in load_batches(rows, tokenizer, offset=4, samples=2, seed=3).description

@@ -1,5 +1,7 @@
 """Starts by the gradient: what they maximise, against autograd; the papers' formulas; what becomes of the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -152,6 +154,16 @@ def test_the_natural_gradient_against_dense_inverses(center):
     left, values, right = natural_step(spectrum, gradient, 2)
     torch.testing.assert_close(left.double().T @ torch.diag(values) @ right.double(), expected, rtol=0.0, atol=1e-5)
     torch.testing.assert_close(values, torch.linalg.svdvals(expected)[:2], rtol=1e-5, atol=0.0)
+
+    # More directions than twice the rank, collected for another start, change nothing.
+    first, gradient_of_two = (
+        natural_step(spectrum, gradient, 1),
+        replace(
+            gradient, left=gradient.left[:2], singular_values=gradient.singular_values[:2], right=gradient.right[:2]
+        ),
+    )
+    for own, other in zip(first, natural_step(spectrum, gradient_of_two, 1), strict=True):
+        torch.testing.assert_close(own, other, rtol=0.0, atol=0.0)
 
     a = natural_gradient(spectrum, gradient, 2)
     assert torch.allclose(a, right) and torch.allclose(a @ a.T, torch.eye(2), atol=1e-6)

@@ -397,12 +397,14 @@ def test_a_schedule_that_the_arguments_do_not_name_is_told_of(kind, tmp_path, to
 
 def test_a_measured_rate_reaches_an_optimizer_that_was_given_with_its_own(tmp_path, tokenizer):
     trainer = plain(tmp_path, tokenizer, max_steps=2, lr_scheduler_type="constant", logging_steps=1)
-    trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"lr": 1e-5})
+    given = {"lr": 1e-5}
+    trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, given)
     with pytest.warns(UserWarning, match="measured with the schedule"):
         lora_init.initialize(trainer, rank=4, learning_rate="measured", progress=False)
     trainer.train()
     used = {row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row}
     assert used == {trainer.args.learning_rate} and trainer.args.learning_rate not in (1e-5, 1e-2)
+    assert given == {"lr": 1e-5}  # a second trainer may be made with it
 
 
 def test_a_warm_up_of_more_than_half_of_the_steps_is_told_of(tmp_path, tokenizer):
