@@ -124,7 +124,8 @@ def initialize(
         integration.check_rate()  # before the pass: it refuses optimizers and losses that no rate was measured for
     with integration.opened(choose(init_config, classifies or integration.classifies)) as (read, own):
         given = own if batches is None else batches
-        init = replace(run(integration.handle, given, read, tokenizer), length=integration.length)
+        init = run(integration.handle, given, read, tokenizer)
+        init = replace(init, length=integration.length_after(init, own_data=batches is None))
         adapted = _applied(init, integration.handle, adapter_name)
     integration.hand_over(adapted)
     if learning_rate and init.rate:

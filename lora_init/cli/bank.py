@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lora_init.bank.start import BankStart
     from lora_init.bank.store import Bank
     from lora_init.building.pipeline import Examples
+    from lora_init.loading.batches import Batches
     from lora_init.loading.models import LoadedModel
     from lora_init.statistics.statistics import Statistics
 
@@ -93,8 +94,7 @@ def add(
         raise LoraInitError(f"{adapter} does not name its base model. Name it with --model.")
     # Refuses another model, by the headers of its files.
     plain = read_base(source, trained, trust_remote_code=trust_remote_code)
-    if statistics is not None:
-        Statistics.load(statistics)  # refuses another file
+    stats = None if statistics is None else Statistics.load(statistics)  # refuses another file
     # Before the base is loaded, so that a misspelt name is refused at once.
     embedder = read_encoder(encoder)
     with busy(f"loading {source}"):
@@ -103,6 +103,8 @@ def add(
     batches = load_batches(
         data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
     )
+    if stats is not None:
+        _check_of_these(stats, batches)
     # Of the prompts alone: a new task may have no answers yet.
     with busy("embedding the prompts"):
         embeddings = embed(loaded.model, batches, loaded.tokenizer, embedder)
@@ -212,6 +214,16 @@ def read_encoder(name: str) -> LoadedModel | None:
         return load_model(name, task_type="FEATURE_EXTRACTION")
 
 
+def _check_of_these(stats: Statistics, batches: Batches) -> None:
+    """Refuse statistics of other rows than these, by what both know of them."""
+    rows = "digest of the rows"
+    of_file, here = stats.provenance.settings.get(rows), batches.settings.get(rows)
+    if of_file and here and of_file != here:
+        raise LoraInitError(
+            f"{stats.path} is of other data ({stats.provenance.data}). Name what init made of this data."
+        )
+
+
 def start_from(
     bank: Bank, similarity: str, loaded: LoadedModel, examples: Examples, config: InitConfig, stored: Statistics | None
 ) -> BankStart:
@@ -225,6 +237,8 @@ def start_from(
     from lora_init.collection.losses import mean_loss
 
     assert isinstance(config.start, BankWay)  # `init` has chosen it by --by, for mypy
+    if stored is not None:
+        _check_of_these(stored, examples.batches)
     with busy(f"starting from {bank.path}"):
         embeddings = embed(loaded.model, examples.batches, loaded.tokenizer, read_encoder(bank.encoder))
         order = neighbours(bank, embeddings, stored, similarity)

@@ -88,7 +88,7 @@ def describe_intruders(
 
 def describe_merge(
     path: Path, dtype: str, base: str | None, statistics: Path | None, data: str | None, reading: Reading,
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Compute how much of an adapter is left after a merge that is rounded to a type, by layer; measure it on data.
 

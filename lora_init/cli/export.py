@@ -132,7 +132,7 @@ def _check_options(
 
 def _check_before_loading(
     directories: Collection[Path], base: str | None, rank: int | None, data: str | None, engine: str | None,
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
 ) -> None:  # fmt: skip
     """Refuse an adapter that its base need not be loaded for; one of several is left to `export_adapter`."""
     from lora_init.adapters.directory import AdapterDirectory
@@ -197,7 +197,7 @@ def _places(directories: list[Path], output: Path, engine: str | None, start: Pa
     return {root / f"{name}{suffix}": directory for name, directory in zip(names, directories, strict=True)}
 
 
-def _load(directories: Sequence[Path], base: str | None, trust_remote_code: bool) -> LoadedModel:
+def _load(directories: Sequence[Path], base: str | None, trust_remote_code: bool = False) -> LoadedModel:
     """Load the one base of adapters; those that cannot be read are left to `export_adapter`."""
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.loading.models import load_model

@@ -113,7 +113,7 @@ def init(
         from lora_init.building import pipeline
         from lora_init.cli import source
         from lora_init.planning.allocate import allocate_ranks
-    _check_words(method, data, from_bank, learning_rate)
+    _check_words(method, data, from_bank, learning_rate, statistics)
     # Each step takes what it needs and returns what it made, with the options as far as they are known by then. What is
     # cheap comes first: words, then files, then the data, then the weights, then the pass.
     names = source.Names(model, data, output, overwrite, statistics.expanduser() if statistics else None, ranks_from)
@@ -160,7 +160,10 @@ def init(
 _WITH_BANK = ("task_type", "lora_alpha", "gamma", "weights", "unchecked", "seed")
 
 
-def _check_words(method: str | None, data: str | None, from_bank: FromBank, learning_rate: float | None) -> None:
+def _check_words(
+    method: str | None, data: str | None, from_bank: FromBank, learning_rate: float | None,
+    statistics: Path | None = None,
+) -> None:  # fmt: skip
     """Refuse options that do not go together, or would have no effect."""
     # One without the other would be a start from nowhere, or a bank that nobody reads.
     if (method == FROM_BANK) != (from_bank.bank is not None) or (method == FROM_BANK and data is None):
@@ -172,6 +175,13 @@ def _check_words(method: str | None, data: str | None, from_bank: FromBank, lear
         idle = ["rho", "ranks_from", "dry_run", "label", "learning_rate", *offered(Length)]
         idle += [name for name in offered(Layers, Shape, Correction, PassOptions) if name not in _WITH_BANK]
         refuse_idle(idle, "a bank's adapters decide that")
+        if from_bank.similarity == "embeddings":
+            refuse_idle(["statistics"], "--similarity embeddings compares prompts alone")
+        elif statistics is None or not statistics.expanduser().is_file():
+            raise LoraInitError(
+                f"--similarity {from_bank.similarity} compares statistics. Name with --statistics a file that init "
+                "made of this data."
+            )
         if from_bank.by == "mixture":
             require("scipy")
     if learning_rate is not None:

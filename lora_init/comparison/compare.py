@@ -184,14 +184,14 @@ def compare(
     options = _read_options(loading)
     find_device(options.device)
     batches = _read_batches(statistics_batches)
-    variants, own = _read_starts(starts, full, bank)
+    directory = as_path(output, "output").absolute()
+    variants, own = _read_starts(starts, full, bank, goes_on=(directory / SETTINGS_FILE).exists())
     budget = RunBudget(time, precision)
     sweep = sweep or _sweep_by_default(budget)
     seeds = _read_seeds(seeds, budget)
     plan = RunPlan(variants, _read_rates(learning_rates), seeds, sweep, extend)
     points = _read_points(steps, extend, evaluation_points)
     requested = RequestedSize(options, steps, batch_size, warmup, points, starts)
-    directory = as_path(output, "output").absolute()
     check_there(directory)
     pool = _find_executor(workers, executor, gpus_per_run, directory)
     size = _kept_size(directory)
@@ -337,7 +337,7 @@ def _find_executor(workers: int | None, given: Any, gpus: float, directory: Path
 
 
 def _read_starts(
-    starts: Sequence[str | tuple[str, Any]] | None, full: bool, bank: str | Path | None
+    starts: Sequence[str | tuple[str, Any]] | None, full: bool, bank: str | Path | None, goes_on: bool
 ) -> tuple[list[Variant], dict[str, Any]]:
     """Read the starts, and by name where the user's own ones come from."""
     starts = _with_reference(_check_starts(starts), full)
@@ -350,13 +350,15 @@ def _read_starts(
         if not variant.is_plain:
             raise LoraInitError(f"start '{variant}': what follows a plus says how a start is run. Choose another name.")
         own[start[0]] = _absolute(start[1])
-    listed = [*map(str, variants)]
+    listed, from_bank = [*map(str, variants)], [one for one in variants if one.start and "bank" in one.start.needed]
     if not variants or len(set(variants)) < len(variants):
         raise LoraInitError("{starts}: expected names, each once.", starts=listed)
-    if bank is None and any(variant.start and "bank" in variant.start.needed for variant in variants):
+    if bank is None and from_bank:
         raise LoraInitError(
             "{starts}: those from a bank need {bank}, the directory of lora-init bank.", starts=listed, bank=...
         )
+    if bank is not None and not from_bank and not goes_on:  # whose other starts may be from this bank
+        raise LoraInitError("{bank}: no start is from a bank. Leave it out, or add bank-nearest.", bank=bank)
     return variants, own
 
 

@@ -149,7 +149,7 @@ def export_adapter(
     # What needs neither the adapter nor its base is refused first, and nothing is written before all else is done.
     check_switches(keep_ranks=keep_ranks, rename=rename, overwrite=overwrite, trust_remote_code=trust_remote_code)
     wanted, size = find_engine(engine), _Size(rank, parameters, megabytes, keep_ranks, dtype)
-    _check_options(engine, wanted, size, merge_into)
+    _check_options(engine, wanted, size, merge_into, base)
     path = check_output(output, engine, overwrite)
     check_reduction(reduce_intruders is not None, rename, start)
     _check_other(start, directory)
@@ -182,7 +182,8 @@ def export_adapter(
     )  # fmt: skip
     if sources is not None:
         server = ENGINES["vllm"].server.replace("{name}", "{path}")  # which serves a whole model under its path
-        result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))
+        verify = _verify(server, path, Path(directory), False, start is None, _other_than(began, merge_into))
+        result = replace(result, verify=verify)
         # One form for all engines.
         return _write(result, lambda place: write_merged(place, trained, model, sources), overwrite, trained)
     final, errors, error = fit(trained, rank, size.most(wanted, trained), keep_ranks, model.widths)
@@ -320,7 +321,9 @@ def check_before_loading(
         check_most_rank(rank, max(most))
 
 
-def _check_options(name: str | None, engine: Engine, size: _Size, merge_into: str | None) -> None:
+def _check_options(
+    name: str | None, engine: Engine, size: _Size, merge_into: str | None, base: str | None = None
+) -> None:
     """Refuse sizes and types that contradict each other, or that the engine or a merged model does not have."""
     if size.dtype is not None:
         bytes_per_parameter(size.dtype)  # refuses a type that has no name here
@@ -329,6 +332,11 @@ def _check_options(name: str | None, engine: Engine, size: _Size, merge_into: st
         if engine.bytes_each:
             raise LoraInitError(f"{{dtype}}: {engine.title} reads float32 alone. Leave dtype away.", dtype=size.dtype)
     _check_limits(size.limits)
+    if merge_into is not None and base not in (None, merge_into):
+        raise LoraInitError(
+            "{base} with {merge_into}: the model that is merged into is the base. Name one.",
+            base=base, merge_into=merge_into,
+        )  # fmt: skip
     if merge_into is not None and (name is not None or size.is_given):
         raise LoraInitError(
             "a merged model has no ranks and is for every engine: with {merge_into} leave {engine}, {rank}, "
@@ -424,6 +432,11 @@ def _with_base(command: str, base: str | None) -> str:
 
 def _name_and_path(path: Path) -> str:
     return f"{_name(path)}={shlex.quote(str(path))}"
+
+
+def _other_than(adapter: AdapterDirectory, base: str | None) -> str | None:
+    """Return a base as commands have to name it; None where the adapter names it itself."""
+    return None if str(base) == adapter.base else str(base)
 
 
 def _verify(server: str, path: Path, trained: Path, is_peft: bool, fits: bool, base: str | None) -> str:

@@ -118,7 +118,7 @@ class FitReport:
         return self.renames
 
     def check(self) -> None:
-        """Refuse an adapter that would not be applied, for what comes first; warn of one that is for other weights."""
+        """Refuse an adapter that would not be applied, for what comes first; warn of one that may be for others."""
         if self.stops:
             text = self.lines[0]
             if self.can_rename:
@@ -126,6 +126,8 @@ class FitReport:
             raise LoraInitError(text)
         for misfit in self.misfits:
             warn(f"{misfit.where} {misfit.problem} Is it the same base?")
+        for note in self.notes:
+            warn(note)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `json.dumps` takes."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from statistics import fmean
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -27,8 +27,12 @@ from lora_init.errors import warn
 from lora_init.rates.training_length import TrainingLength
 from lora_init.trainers.put_back import GENERATORS, put_back, put_back_values, undisturbed
 
+if TYPE_CHECKING:
+    from lora_init.adapters.adapter_init import AdapterInit
+
 _MOST_DRAWN = 1_000_000  # examples, to count them; of longer epochs each is taken to come once
 _EVEN = 0.1  # of how often an example is seen: so far from epochs it may be, and is said in epochs
+_AS_NEW = "a stream: its examples are taken to be all new"
 _ASKED = 8  # examples that are put into batches, to see how many rows each becomes
 
 
@@ -111,7 +115,8 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     # `len(loader)` counts the batches of this process, and `each` below the examples of a batch of all of them.
     steps, accumulated, data = int(steps), args.gradient_accumulation_steps, getattr(loader, "dataset", None)
     if not has_length(data) or not has_length(loader):
-        return TrainingLength(steps, max(1, round(_examples_of_a_batch(args, loader, _draw(loader, 1)) * accumulated)))
+        each = _examples_of_a_batch(args, loader, _draw(loader, 1))
+        return TrainingLength(steps, max(1, round(each * accumulated)), why=_AS_NEW)
     epochs = steps / math.ceil(len(loader) / accumulated)
     drawn = _draw(loader, max(1.0, epochs))
     each = _examples_of_a_batch(args, loader, drawn)
@@ -132,6 +137,15 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     again = sum(count * count for count in counts.values()) / counts.total() - 1.0  # how often a draw comes once more
     seen = 1.0 + again * epochs / drawn.epochs
     return length if abs(seen / length.epochs - 1.0) < _EVEN else replace(length, seen=seen)
+
+
+def of_stream(length: TrainingLength | None, args: Any, init: AdapterInit) -> TrainingLength | None:
+    """Add how many examples a stream has where the pass over it has come to its end: they come again in training."""
+    made = init.provenance
+    if length is None or length.why != _AS_NEW or made.stop_reason != "exhausted":
+        return length
+    rows = made.n_batches * length.batch_size / (args.gradient_accumulation_steps * args.world_size)
+    return replace(length, rows=max(length.batch_size, round(rows)), why="")
 
 
 @dataclass(frozen=True)

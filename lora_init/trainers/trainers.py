@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import tee
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -22,8 +22,18 @@ from lora_init.rates.learning_rate import check_measured, reads_text, schedule_o
 from lora_init.rates.training_length import TrainingLength
 from lora_init.starts.starts import DEFAULT
 from lora_init.third_party_internals import forget_loader
-from lora_init.trainers.loaders import check_repeats, examples_of_a_step, is_used_up, length_of, without_trace
+from lora_init.trainers.loaders import (
+    check_repeats,
+    examples_of_a_step,
+    is_used_up,
+    length_of,
+    of_stream,
+    without_trace,
+)
 from lora_init.trainers.put_back import undisturbed
+
+if TYPE_CHECKING:
+    from lora_init.adapters.adapter_init import AdapterInit
 
 # Their loss is what the model computes from labels. Other trainers compute their own.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")
@@ -108,6 +118,10 @@ class TrainerIntegration:
             taken = inspect.signature(counted).parameters  # transformers 4 has the last one
             steps = counted(**{name: given[name] for name in given if name in taken})[-1]
             return length_of(args, steps, loader)
+
+    def length_after(self, init: AdapterInit, own_data: bool) -> TrainingLength | None:
+        """How long it will train: a pass over its own data may tell more of a stream."""
+        return of_stream(self.length, self.trainer.args, init) if own_data else self.length
 
     @property
     def optimizer(self) -> str:

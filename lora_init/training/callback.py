@@ -25,7 +25,14 @@ from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
 from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
 from lora_init.starts.starts import DEFAULT
-from lora_init.trainers.loaders import check_repeats, examples_of_a_step, is_used_up, length_of, without_trace
+from lora_init.trainers.loaders import (
+    check_repeats,
+    examples_of_a_step,
+    is_used_up,
+    length_of,
+    of_stream,
+    without_trace,
+)
 from lora_init.trainers.trainers import has_own_loss, leaves_loss
 
 # What a callback can see is the trainer's arguments, its model and optimizer, and its loader, all made by then. So the
@@ -208,7 +215,7 @@ class StartCallback(TrainerCallback):
                 # The first batch was read to see what it has, and is learned from, too.
                 init = run(handle, chain([first], batches), config.with_options(data="training batches"))
             handle.put(init, "")  # now: the data may hold parameters, which are put back as they were, too
-        rate = replace(init, length=length).rate
+        rate = replace(init, length=of_stream(length, args, init)).rate
         if self.measured and rate and _rate_of(optimizer):
             _set_rate(rate.rate, rest["optimizer"], rest["lr_scheduler"], args.lr_scheduler_kwargs)
             args.learning_rate = rate.rate

@@ -6,8 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lora_init.cli.console import Running, running
 from tests.commands import save_model, write_data
 from tests.conftest import tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def _nothing_typed():
+    """Begin without the options that the test before has typed."""
+    vars(running).update(vars(Running()))
 
 
 @pytest.fixture(scope="package")

@@ -12,6 +12,7 @@ from lora_init.loading.models import load_model
 from lora_init.starts.starts import BANK_WAYS
 from tests.bank.made import fit
 from tests.commands import assert_one_line_error, run
+from tests.conftest import refused
 
 READ = ["--template", "{passage}", "--completion", " {question}"]
 
@@ -88,7 +89,9 @@ def test_each_way_writes_an_adapter_that_peft_loads(by, bank, home):
 
 @pytest.mark.parametrize(("more", "parts"), [
     (["--by", "generated"], ["has no generator yet", "lora-init bank train"]),
-    (["--similarity", "subspaces"], ["--statistics"]),
+    (["--similarity", "subspaces"], ["--similarity subspaces compares statistics. Name with --statistics a file"]),
+    (["--similarity", "both", "--statistics", "none.safetensors"], ["compares statistics. Name with --statistics a"]),
+    (["--statistics", "new.safetensors"], ["--statistics: --similarity embeddings compares prompts alone. Leave it"]),
     (["--use-dora", "--rho", "1"], ["--rho, --use-dora: a bank's adapters decide that. Leave them out."]),
     (["--dry-run"], ["--dry-run"]),
 ])  # fmt: skip
@@ -160,11 +163,36 @@ def test_an_encoder_is_loaded_if_one_is_named(name, monkeypatch):
     assert asked == ([("encoder", {"task_type": "FEATURE_EXTRACTION"})] if name else [])
 
 
+ROWS = {"digest of the rows": "a"}
+
+
+@pytest.mark.parametrize(("settings", "is_other"), [
+    (ROWS, False), ({}, False), ({"digest of the rows": None}, False), ({"digest of the rows": "b"}, True),
+])  # fmt: skip
+def test_statistics_of_other_rows_are_refused_where_both_are_known(settings, is_other):
+    stats = SimpleNamespace(path="s", provenance=SimpleNamespace(settings=settings, data="rows"))
+    if is_other:
+        said = r"^s is of other data \(rows\). Name what init made of this data.$"
+        refused(said, command._check_of_these, stats, SimpleNamespace(settings=ROWS))
+    else:
+        command._check_of_these(stats, SimpleNamespace(settings=ROWS))
+
+
+def test_an_entry_takes_no_statistics_of_other_data(bank, adapters, home, tmp_path):
+    words = ["init", home / "model", home / "text.txt", "--rank", 2, "--samples", 24, "-o", tmp_path / "other"]
+    assert run(*words, "--statistics", tmp_path / "other.safetensors").exit_code == 0
+    of_other = ("--name", "x", "--statistics", tmp_path / "other.safetensors")
+    assert_one_line_error(add(bank, adapters / "task 0", home, *of_other), "is of other data (")
+    start_of_other = start(home, bank, "--similarity", "subspaces", *of_other[2:])
+    assert "is of other data (" in start_of_other.stderr and start_of_other.exit_code == 1
+
+
 @pytest.mark.parametrize("labels", [True, False])
 def test_a_start_is_chosen_by_the_loss_where_there_are_labels(labels, monkeypatch):
     made = {}
     held_out = ({"labels": 1},) if labels else ({"x": 1},)
-    examples = SimpleNamespace(batches="batches", held_out=held_out)
+    examples = SimpleNamespace(batches=SimpleNamespace(settings=ROWS), held_out=held_out)
+    stored = SimpleNamespace(path="s", provenance=SimpleNamespace(settings=ROWS, data="rows"))
     for place, result in (("embeddings.embed", "embeddings"), ("similarity.neighbours", "order")):
         monkeypatch.setattr(f"lora_init.bank.{place}", lambda *words, r=result, p=place: made.update({p: words}) or r)
     monkeypatch.setattr("lora_init.collection.losses.mean_loss", lambda model, batches: (model, batches))
@@ -175,9 +203,9 @@ def test_a_start_is_chosen_by_the_loss_where_there_are_labels(labels, monkeypatc
     bank = SimpleNamespace(path="b", encoder="e")
     config = SimpleNamespace(start=BANK_WAYS["nearest"], ranks=SimpleNamespace(rank=3), shape="shape")
     loaded = SimpleNamespace(model="m", tokenizer="t")
-    assert command.start_from(bank, "both", loaded, examples, config, "stored") == 1
-    assert made["embeddings.embed"] == ("m", "batches", "t", "read e")
-    assert made["similarity.neighbours"] == (bank, "embeddings", "stored", "both")
+    assert command.start_from(bank, "both", loaded, examples, config, stored) == 1
+    assert made["embeddings.embed"] == ("m", examples.batches, "t", "read e")
+    assert made["similarity.neighbours"] == (bank, "embeddings", stored, "both")
     *words, loss_of, way = made["start"]
     assert (words, way) == ([bank, "m", "embeddings"], "nearest")
     assert made["how"] == {"rank": 3, "shape": "shape", "order": "order"}

@@ -127,7 +127,7 @@ def test_a_merge_is_described_by_its_layers_and_measured_where_there_are_data(wi
     monkeypatch.setattr("lora_init.serving.kept.divergence", noted("divergence", diverged))
     data = str(rows) if with_data else None
     path, file = Path("adapter"), Path("s") if with_data else None
-    found = about.describe_merge(path, "int8", None, file, data, Reading(template="{text}"))
+    found = about.describe_merge(path, "int8", None, file, data, Reading(template="{text}"), with_data)
     assert found == {
         "base": "base", "type": "int8", "statistics": with_data, "arrives": 0.75, "noise": None,
         "divergence": {"merged": 0.5, "computed_in": "float32"} if with_data else None,
@@ -135,12 +135,13 @@ def test_a_merge_is_described_by_its_layers_and_measured_where_there_are_data(wi
         "layers": {"a": {"arrives": 0.25, "noise": 0.5}, "b": {"arrives": 0.5, "noise": None}},
     }  # fmt: skip
     reading = sorted((vars(Reading(template="{text}")) | {"samples": 32}).items())
+    trusted = ("trust_remote_code", with_data)
     assert calls == [
-        ("read_trained", path), ("read_base", "named", trained), ("bring_checkpoint", "base", trained),
+        ("read_trained", path), ("read_base", "named", trained, trusted), ("bring_checkpoint", "base", trained),
         ("with_parameters", trained, 2), ("with_changed_copies", "with", plain),
         *([("load", file)] if with_data else []), ("plan_merge", plain, "copied"),
         ("kept_by_merge", plain, "copied", "planned", "int8", "stats" if with_data else None),
-        *([("load_model", "base", ("dtype", "float32")), ("load_batches", data, "tokenizer", *reading),
+        *([("load_model", "base", ("dtype", "float32"), trusted), ("load_batches", data, "tokenizer", *reading),
            ("divergence", "model", "read adapter", "batches", "int8")] if with_data else []),
     ]  # fmt: skip
 

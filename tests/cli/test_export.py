@@ -296,7 +296,8 @@ def test_one_base_is_loaded_for_all_that_can_be_read(base, bases, loaded, monkey
     if loaded == "fails":
         refused("^cannot be read.$", export._load, bases, base)
     else:
-        assert export._load(bases, base) == "it" and asked == [(loaded, {"dtype": "float32"})]
+        assert export._load(bases, base, True) == "it"
+        assert asked == [(loaded, {"dtype": "float32", "trust_remote_code": True})]
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -314,8 +315,8 @@ def test_what_cannot_be_read_ends_the_command_only_where_it_is_alone(n, monkeypa
     if n == 1:
         refused("^cannot be read.$", export._check_before_loading, *call)
     else:
-        export._check_before_loading(*call)
-        assert checked == [("base", 3)]
+        export._check_before_loading(*call, True)
+        assert checked == [("base", 3, True)]
 
 
 @pytest.mark.parametrize(("changes", "row"), [

@@ -48,10 +48,15 @@ def test_starts_from_a_bank_are_runs_as_any_other(home, bank, tmp_path):
     # The same again does nothing; with another bank it would be another comparison.
     assert compare(home, tmp_path / "out", starts=starts, bank=bank, learning_rates=[1e-3], seeds=1).records
     assert dataclasses.is_dataclass(found)
+    # Where it goes on, starts that are from no bank may come to the others.
+    more = compare(home, tmp_path / "out", starts=["eva"], bank=bank, learning_rates=[1e-3], seeds=1)
+    assert {"eva", "bank-nearest"} <= {record["start"] for record in more.records}
 
 
 def test_a_bank_is_needed_and_of_this_model(home, bank, tmp_path):
     refused("those from a bank need bank=", compare, home, tmp_path / "out", starts=["random", "bank-nearest"])
     with pytest.raises(LoraInitError, match="holds adapters of a Llama, and BertForSequenceClassification is another"):
         compare(home, tmp_path / "out", model="bert", label="first", bank=bank, starts=["random", "bank-nearest"])
+    said = "^bank=.*: no start is from a bank. Leave it out, or add bank-nearest."
+    refused(said, compare, home, tmp_path / "out", starts=["random", "eva"], bank=bank)
     refused("is no bank", compare, home, tmp_path / "out", starts=["random", "bank-nearest"], bank=home)

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_init import LoraInitError, check_fit, export_adapter
 from lora_init.adapters.directory import AdapterDirectory
+from lora_init.errors import LoraInitWarning
 from lora_init.loading.models import QUANTIZATIONS
 from lora_init.serving.compress import error_at
 from lora_init.serving.engines import ENGINES, PEFT, find_engine
@@ -359,6 +360,30 @@ def test_only_what_an_export_wrote_is_replaced(base, tmp_path):
         export_adapter(trained, tmp_path / "a.gguf", "llama.cpp", overwrite=True)
 
 
+def test_the_model_that_is_merged_into_is_the_base(base, tmp_path):
+    """Also in the command that asks a server, where the adapter names another."""
+    adapter, other = train(base, tmp_path / "adapter", **ADAPTERS["plain"]), tmp_path / "other"
+    shutil.copytree(base, other)
+    said = "base='.*other' with merge_into='.*': the model that is merged into is the base. Name one."
+    refused(said, adapter, tmp_path / "out", base=str(other), merge_into=str(base))
+    for into, more in ((base, ""), (other, f" --base {other}")):
+        told = export_adapter(adapter, tmp_path / f"into {into.name}", base=str(into), merge_into=str(into))
+        assert told.verify.endswith(f"into {into.name}'{more}"), told.verify
+
+
+def test_what_could_not_be_compared_or_is_otherwise_is_warned_of(base, tmp_path):
+    adapter, other = train(base, tmp_path / "adapter", **ADAPTERS["plain"]), tmp_path / "other"
+    shutil.copytree(base, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.01}))
+    with pytest.warns(LoraInitWarning, match="rms_norm_eps"):
+        export_adapter(adapter, tmp_path / "one", "vllm", base=str(other))
+    change = config_of(adapter) | {"base_model_name_or_path": str(tmp_path / "elsewhere")}
+    (adapter / "adapter_config.json").write_text(json.dumps(change))
+    with pytest.warns(LoraInitWarning, match="names '.*elsewhere' as its base, with which .* could not be compared"):
+        export_adapter(adapter, tmp_path / "two", "vllm", base=str(base))
+
+
 def test_convolutions_and_adapters_of_no_base_are_refused(tmp_path):
     model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(r=2, target_modules=["0"]))
     model.save_pretrained(tmp_path / "convolution")
@@ -589,4 +614,4 @@ def test_what_no_loss_of_text_can_be_measured_of_is_refused_before_its_base_is_l
     (trained / "adapter_config.json").write_text(json.dumps(change))
     said = f"^{trained} is of a model that finds answers, and the loss is that of text. Leave --data out.$"
     one_line(said, check_before_loading, AdapterDirectory(trained), "a base", None)
-    assert asked == [(trained, "a base", None)] * 3
+    assert asked == [(trained, "a base", None, False)] * 3

@@ -300,6 +300,30 @@ def test_training_sees_a_stream_as_it_would_have_been_and_its_steps_are_counted(
     assert length.rows == rows
 
 
+@pytest.mark.parametrize("start", ["initialize", "callback"])
+def test_a_stream_that_ends_in_the_pass_comes_again_as_a_list_does(start, tmp_path, tokenizer, capsys):
+    """A longer one is taken to be all new, and the sentence says so."""
+    few = Dataset.from_list([*Stream()])
+    many = Dataset.from_list([*Stream()] * 40)  # of which the pass reads a part
+    rates = []
+    for data in (few, few.to_iterable_dataset(), many.to_iterable_dataset()):
+        trainer = plain(tmp_path, tokenizer, max_steps=40, lr_scheduler_type="cosine", warmup_steps=4)
+        trainer.train_dataset = data
+        if start == "initialize":
+            lora_init.initialize(trainer, rank=2, learning_rate="measured", max_batches=8)
+            told = " ".join(capsys.readouterr().err.split())
+            assert ("epochs of 12 examples" in told) == (len(rates) < 2)
+            assert ("a stream: its examples are taken to be all new" in told) == (len(rates) == 2)
+        else:
+            model = get_peft_model(trainer.model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+            callback = lora_init.StartCallback(learning_rate="measured", samples=32)
+            made = {"data_collator": trainer.data_collator, "callbacks": [callback]}
+            trainer = Trainer(model, trainer.args, train_dataset=data, **made)
+            trainer.train()
+        rates.append(trainer.args.learning_rate)
+    assert rates[1] == pytest.approx(rates[0], rel=0.1) and rates[2] > 2 * rates[0], rates
+
+
 def with_own_loss(*given):
     trainer = plain(*given)
     trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()
