@@ -102,8 +102,10 @@ def test_quiet_takes_the_progress_away_and_else_the_terminal_decides(command, wo
         raise LoraInitError("stopped")
 
     monkeypatch.setattr("lora_init.comparison.compare.compare", stop)
+    monkeypatch.setattr("sys.argv", ["/bin/lora-init", "compare", "m", "a b.csv", "--template", "{a}"])
     run(*command, *words, code=1)
     assert got.get("progress") is progress
+    assert got["command"] == "lora-init compare m 'a b.csv' --template '{a}'"  # which a shell takes again
 
 
 def test_classes_are_counted_before_the_runs(home, tmp_path):

@@ -57,7 +57,7 @@ def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_
     model = get_peft_model(load(tmp_path), LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8} | KINDS[kind]))
     trained, base = saved(model, tmp_path / "trained")
     trained = with_parameters(trained, base.parameters)
-    layers = {name: 0.6 if form == "uniform" else 0.4 * i for i, name in enumerate(trained.layers)}
+    layers = {name: 0.6 if form == "uniform" else 0.5 * i for i, name in enumerate(trained.layers)}
     with strengths(model.eval(), layers):
         expected = model(IDS).logits
     weight = None if form == "uniform" else 1.0

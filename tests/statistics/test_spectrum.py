@@ -111,3 +111,12 @@ def test_nothing_merges_with_something_either_way(kind):
 def test_all_directions_are_reported_where_no_number_is_given():
     assert ExactPCA().partial_fit(torch.randn(30, 6)).spectrum().n_components == 6
     assert not ExactPCA(2, center=False).partial_fit(torch.ones(3, 2)).spectrum().mean.any()
+
+
+def test_directions_that_are_orthonormal_to_few_digits_are_so_to_all_afterwards():
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.linalg.qr(torch.randn(12, 4, generator=generator, dtype=torch.float64)).Q.T
+    rough = exact + 1e-3 * torch.randn(4, 12, generator=generator, dtype=torch.float64)
+    made = freeze(Moments(9, torch.zeros(12), 10.0), rough, torch.ones(4, dtype=torch.float64)).components
+    torch.testing.assert_close(made @ made.T, torch.eye(4), rtol=0.0, atol=1e-6)
+    assert float((made.double() * exact).sum(1).abs().min()) > 0.999
