@@ -89,6 +89,8 @@ def _export_command(adapter: Mapping[str, Any], fit: Mapping[str, Any], trained:
         words.append(f"--engine {fit['engine']}")
     elif adapter["export"]:
         words.append(adapter["export"])
+    if fit.get("base", adapter["base_model"]) != adapter["base_model"]:  # the one that was typed
+        words.append(f"--base {shlex.quote(fit['base'])}")
     return " ".join([*words, "-o", output])
 
 

@@ -265,6 +265,17 @@ def test_the_base_that_was_typed_is_the_one_in_the_commands(home, tmp_path):
         assert f"Next: vllm serve {home / 'model'} --enable-lora" in shown and f" --base {home / 'model'}\n" in shown
 
 
+@pytest.mark.filterwarnings("ignore:.*could not be compared")
+def test_the_base_that_was_typed_is_the_one_of_the_export(home, tmp_path):
+    path = trained_like(home, tmp_path / "a", **QV)
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "somebody/else"}))
+    shown = run("inspect", path, "--base", home / "model").stdout
+    command = shown[shown.index("Next: lora-init export") :].removeprefix("Next: lora-init ").strip()
+    assert f" --base {home / 'model'} " in command
+    assert run(*shlex.split(command)).exit_code == 0, command
+
+
 def test_one_of_several_that_does_not_fit_makes_the_exit_status_one(home, tmp_path):
     fits = trained_like(home, tmp_path / "fits", **QV)
     tiny_llama(hidden_size=48).save_pretrained(tmp_path / "wide")

@@ -110,6 +110,7 @@ def test_inspect_prints_each_line_in_its_place(kind):
 START = "start unknown: lora_init did not make it"
 SAVE = "Next: name the base that it was trained on by --base, or save it again from the model that it was trained on"
 NEXT = "Next: lora-init export 'my adapter' --engine vllm -o 'my adapter-served'"
+BASED = NEXT.replace(" -o", " --base tiny -o")  # which the adapter does not name
 TRAIN = "Next: train it as said above; then lora-init export TRAINED"
 ORIGIN = dict(method="eva", seed=3, explained={"h.0.up": 0.5, "h.1.up": 0.2}, provenance=dict(data="chat", n_samples=10,
               n_batches=2, stop_reason="exhausted"))  # fmt: skip
@@ -220,11 +221,12 @@ CHANGES = {
     "merged where data are": (ADAPTER, dict(merge=MERGE | dict(statistics=True)), [], [
         OF_MERGE[0], ARRIVES.replace("over all weights", "where the data are"), *OF_MERGE[2:]]),
     "measured": (ADAPTER, dict(merge=MERGE | dict(divergence=DIVERGENCE)), [], [*OF_MERGE[:3], MEASURED, OF_MERGE[3]]),
-    "fits": (ADAPTER, dict(fit=FIT), [], ["fits LlamaForCausalLM tiny: all 8 tensors are applied", "a note"]),
+    "fits": (ADAPTER, dict(fit=FIT), [NEXT], [
+        "fits LlamaForCausalLM tiny: all 8 tensors are applied", "a note", BASED]),
     "fits an engine": (ADAPTER, dict(fit=FIT | dict(engine="ollama")), [NEXT], [
-        "fits LlamaForCausalLM tiny in ollama: all 8 tensors are applied", "a note", NEXT.replace("vllm", "ollama")]),
+        "fits LlamaForCausalLM tiny in ollama: all 8 tensors are applied", "a note", BASED.replace("vllm", "ollama")]),
     "names": (ADAPTER, misfit("name", "x has no place", renames={"x": "y"}), [NEXT], [
-        MISFITS, "misfit: x has no place", "a note", NEXT.replace("--engine", "--rename --engine")]),
+        MISFITS, "misfit: x has no place", "a note", BASED.replace("--engine", "--rename --engine")]),
     "shapes": (ADAPTER, misfit("shape", "x is wide"), [NEXT], [
         MISFITS, "misfit: x is wide", "a note", SAVE]),
     "another base": (ADAPTER, dict(base_model="my base") | misfit("shape"), ["base model not named", NEXT], [
@@ -241,13 +243,16 @@ CHANGES = {
     "engine and start": (ADAPTER, dict(base_change="lora-ga") | misfit("export", engine="vllm"), [NEXT], [
         MISFITS.replace("tiny", "tiny in vllm"), "a note",
         "Next: lora-init export 'my adapter' --start DIRECTORY --engine vllm -o 'my adapter-served'"]),
-    "engine alone": (ADAPTER, misfit("engine", engine="vllm"), [], [MISFITS.replace("tiny", "tiny in vllm"), "a note"]),
+    "engine alone": (ADAPTER, misfit("engine", engine="vllm"), [NEXT], [
+        MISFITS.replace("tiny", "tiny in vllm"), "a note", BASED]),
     "exported for another engine": (
-        ADAPTER, dict(exported=dict(serve="vllm serve x", verify="")) | misfit("engine", engine="vllm"), [START], [
+        ADAPTER, dict(exported=dict(serve="vllm serve x", verify="")) | misfit("engine", engine="vllm"),
+        [START, NEXT], [
         "start not kept by an export: see the adapter as it was trained", MISFITS.replace("tiny", "tiny in vllm"),
-        "a note"]),
-    "to train for another engine": (ADAPTER, dict(untrained=True, train="t") | misfit("engine", engine="vllm"), [], [
-        MISFITS.replace("tiny", "tiny in vllm"), "a note"]),
+        "a note", BASED]),
+    "to train for another engine": (
+        ADAPTER, dict(untrained=True, train="t") | misfit("engine", engine="vllm"), [NEXT], [
+        MISFITS.replace("tiny", "tiny in vllm"), "a note", BASED]),
     "no proposal": (RUNS, dict(command=""), ["Next: lora-init init 'my model' d"], ["Next: lora-init compare m d"]),
     "no command": (RUNS, dict(command="", settings={}), ["Next: lora-init init 'my model' d"],
                    ["Next: lora-init compare MODEL DATA -o runs"]),
