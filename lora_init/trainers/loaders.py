@@ -116,7 +116,7 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     steps, accumulated, data = int(steps), args.gradient_accumulation_steps, getattr(loader, "dataset", None)
     if not has_length(data) or not has_length(loader):
         each = _examples_of_a_batch(args, loader, _draw(loader, 1))
-        return TrainingLength(steps, max(1, round(each * accumulated)), why=_AS_NEW)
+        return TrainingLength(steps, max(1, round(each * accumulated)), why="" if loader is None else _AS_NEW)
     epochs = steps / math.ceil(len(loader) / accumulated)
     drawn = _draw(loader, max(1.0, epochs))
     each = _examples_of_a_batch(args, loader, drawn)

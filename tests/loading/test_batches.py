@@ -459,6 +459,7 @@ def test_rows_that_are_left_out_are_no_examples_of_the_training():
     assert load_batches(rows, byte_tokenizer()).settings["rows"] == 4
 
 
+@pytest.mark.filterwarnings("ignore:data in memory")
 def test_rows_that_were_not_read_are_left_out_as_often_as_those_that_were():
     rows = [{"text": "a b c d e f" if i % 2 else ""} for i in range(1000)]
     counted = [load_batches(rows, byte_tokenizer(), samples=40, seed=seed).settings["rows"] for seed in range(5)]
