@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,9 @@ def _export_command(adapter: Mapping[str, Any], fit: Mapping[str, Any], trained:
         words.append(f"--engine {fit['engine']}")
     elif adapter["export"]:
         words.append(adapter["export"])
-    if fit.get("base", adapter["base_model"]) != adapter["base_model"]:  # the one that was typed
-        words.append(f"--base {shlex.quote(fit['base'])}")
+    typed, named = fit.get("base"), adapter["base_model"]
+    if typed and (not named or Path(typed).expanduser().resolve() != Path(named).expanduser().resolve()):
+        words.append(f"--base {shlex.quote(typed)}")
     return " ".join([*words, "-o", output])
 
 
