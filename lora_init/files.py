@@ -78,6 +78,11 @@ def check_output(path: Path, what: str) -> None:
     check_place(path / "file" if what == "folder" else path)
 
 
+def is_same_place(one: str | Path, other: str | Path) -> bool:
+    """Return whether two paths lead to one place, however they are written."""
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
 def check_place(path: Path) -> None:
     """Write a file of 4 KiB beside a path and remove it: permissions do not tell of a disk that is full or read-only.
 

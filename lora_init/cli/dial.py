@@ -23,6 +23,7 @@ from lora_init.cli.options import (
 )
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require, warn
+from lora_init.files import is_same_place
 from lora_init.loading.examples import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _check_options(data: str | None, keep: str | None, strength: float | None) -
         idle = [*offered(Reading, LoadingQuantized), "samples", "max_length", "seed"]
         refuse_idle(idle, "without DATA nothing is measured")
     # The dial would then keep the loss on the task, which is what it may give away.
-    if keep is not None and data is not None and Path(keep).expanduser().resolve() == Path(data).expanduser().resolve():
+    if keep is not None and data is not None and is_same_place(keep, data):
         raise LoraInitError(f"--keep {keep} is the task's own data. Name text of another kind, or leave --keep away.")
 
 

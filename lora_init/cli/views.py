@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from lora_init.cli.console import print_next
 from lora_init.cli.tables import Cells, correction_facts, facts, quantization_name, rank_table, rows_read
+from lora_init.files import is_same_place
 from lora_init.layers.grid import layer_grid, one_line_each
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _export_command(adapter: Mapping[str, Any], fit: Mapping[str, Any], trained:
     elif adapter["export"]:
         words.append(adapter["export"])
     typed, named = fit.get("base"), adapter["base_model"]
-    if typed and (not named or Path(typed).expanduser().resolve() != Path(named).expanduser().resolve()):
+    if typed and not (named and is_same_place(typed, named)):
         words.append(f"--base {shlex.quote(typed)}")
     return " ".join([*words, "-o", output])
 

@@ -20,6 +20,7 @@ from lora_init.files import (
     check_writable,
     digests_of,
     is_as_written,
+    is_same_place,
     new_directory,
     new_file,
     read_json,
@@ -275,7 +276,7 @@ def check_reduction(reduces: bool, rename: bool, start: str | Path | None) -> No
 
 
 def _check_other(start: str | Path | None, directory: str | Path) -> None:
-    if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
+    if start is not None and is_same_place(start, directory):
         raise LoraInitError("{start} is the trained adapter itself. Name it as it was before training.", start=start)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory, form_of
 from lora_init.errors import LoraInitError, check_switches, in_one_line, warn
-from lora_init.files import as_path
+from lora_init.files import as_path, is_same_place
 from lora_init.layers.identity import count_parameters, differing_config, fingerprint, model_config
 from lora_init.layers.targets import PREFIX
 from lora_init.layers.wrappers import plain_name
@@ -565,7 +565,7 @@ def _of_named_base(
     if not named:
         yield "The adapter names no base: only names and shapes were compared, which other models may have, too."
         return
-    if Path(named).expanduser().resolve() == Path(source).expanduser().resolve():
+    if is_same_place(named, source):
         return
     theirs: Mapping[str, Stored] = {}
     with suppress(LoraInitError):  # that base is damaged or not here: below, it cannot be compared
