@@ -437,7 +437,7 @@ def _name_and_path(path: Path) -> str:
 
 def _other_than(adapter: AdapterDirectory, base: str | None) -> str | None:
     """Return a base as commands have to name it; None where the adapter names it itself."""
-    return None if str(base) == adapter.base else str(base)
+    return None if adapter.base and is_same_place(str(base), adapter.base) else str(base)
 
 
 def _verify(server: str, path: Path, trained: Path, is_peft: bool, fits: bool, base: str | None) -> str:

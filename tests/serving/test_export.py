@@ -361,13 +361,15 @@ def test_only_what_an_export_wrote_is_replaced(base, tmp_path):
 
 
 def test_the_model_that_is_merged_into_is_the_base(base, tmp_path):
-    """Also in the command that asks a server, where the adapter names another."""
+    """Also in the command that asks a server, where the adapter names another, not where it is another path to it."""
     adapter, other = train(base, tmp_path / "adapter", **ADAPTERS["plain"]), tmp_path / "other"
     shutil.copytree(base, other)
     said = "base='.*other' with merge_into='.*': the model that is merged into is the base. Name one."
     refused(said, adapter, tmp_path / "out", base=str(other), merge_into=str(base))
-    for into, more in ((base, ""), (other, f" --base {other}")):
-        told = export_adapter(adapter, tmp_path / f"into {into.name}", base=str(into), merge_into=str(into))
+    again = base.parent / ".." / base.parent.name / base.name
+    for into, more in ((base, ""), (other, f" --base {other}"), (again, "")):
+        place = tmp_path / f"into {into.name}"
+        told = export_adapter(adapter, place, base=str(into), merge_into=str(into), overwrite=True)
         assert told.verify.endswith(f"into {into.name}'{more}"), told.verify
 
 
