@@ -613,7 +613,7 @@ def _continued(earlier: Statistics, later: Statistics) -> Statistics:
     old, new = earlier.provenance, later.provenance
     merged = earlier
     if new.n_batches:
-        merged = earlier.merge(later)
+        merged = earlier.continued_by(later)
     # How the pass ended is known from its last part, even where that read nothing.
     settings = {**new.settings, **asdict(Position.of(new).after(Position.of(old)))}
     made = replace(merged.provenance, stop_reason=new.stop_reason, complete=new.complete, settings=settings)

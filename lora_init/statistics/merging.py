@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from graphlib import TopologicalSorter
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,10 +37,17 @@ _ALIKE = ("center", "token_mask", "task_type")
 # How the merge works. A file holds spectra, not rows, so each group of layers is merged from the moments and leading
 # directions of its parts (`mix`). What a part truncated is lost, and is modeled as isotropic noise. All parts are
 # merged in one call, since merging two at a time would truncate once for each call.
-def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Statistics:
-    """Merge all parts at once, see `Statistics.merge`; the notes list where each part comes from."""
+def merge_statistics(
+    parts: Sequence[Statistics], weights: Sequence[float] | None = None, one_pass: bool = False
+) -> Statistics:
+    """Merge all parts at once, see `Statistics.merge`; the notes list where each part comes from.
+
+    Parts of `one_pass` have other rows, even where they are alike.
+    """
     weights = _check_weights(parts, weights)
-    _check_parts(parts)
+    _check_alike_parts(parts)
+    if not one_pass:
+        _check_other_rows(parts)
     size = _common_size([part.groups.values() for part in parts])
     group_of, sources = _grouping(parts)
     groups: dict[str, Spectrum] = {}
@@ -219,16 +226,22 @@ def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None)
     return weights
 
 
-def _check_parts(parts: Sequence[Statistics]) -> None:
-    """Refuse parts of other layers or another model, parts that were read in another way, and the same part twice."""
-    names = [str(part.path or f"part {i}") for i, part in enumerate(parts, start=1)]
-    for i, (name, part) in enumerate(zip(names, parts, strict=True)):
+def _check_alike_parts(parts: Sequence[Statistics]) -> None:
+    """Refuse parts of other layers or another model, and parts that were read in another way."""
+    names = _names(parts)
+    for name, part in zip(names, parts, strict=True):
         _check_alike(parts[0], part, names[0], name)
-        for other_name, other in zip(names[:i], parts, strict=False):  # with all parts before it
-            if _have_same_rows(part, other):
-                raise LoraInitError(
-                    f"{name} and {other_name} hold the same rows, which would count twice. Leave one out."
-                )
+
+
+def _check_other_rows(parts: Sequence[Statistics]) -> None:
+    """Refuse parts that hold the same rows as another one."""
+    for (first_name, first), (name, part) in combinations(zip(_names(parts), parts, strict=True), 2):
+        if _have_same_rows(first, part):
+            raise LoraInitError(f"{name} and {first_name} hold the same rows, which would count twice. Leave one out.")
+
+
+def _names(parts: Sequence[Statistics]) -> list[str]:
+    return [str(part.path or f"part {i}") for i, part in enumerate(parts, start=1)]
 
 
 def _have_same_rows(part: Statistics, other: Statistics) -> bool:

@@ -283,10 +283,11 @@ class Statistics(Mapping[str, Spectrum]):
             >>> one.merge(other)["0"].n_samples, one.merge(other, weights=[0.7, 0.3]).provenance.n_batches
             (128, 4)
         """
-        merged = merge_statistics([self, *others], weights)
-        # After the merge: experts with few rows in each part may have enough in all.
-        notes = [*merged.provenance.notes, *notes_on_experts(merged)]
-        return replace(merged, provenance=replace(merged.provenance, notes=notes))
+        return _with_notes(merge_statistics([self, *others], weights))
+
+    def continued_by(self, rest: Statistics) -> Statistics:
+        """Merge a pass that was interrupted with the rest of it: other rows, even where they are alike."""
+        return _with_notes(merge_statistics([self, rest], one_pass=True))
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file; its format is in docs/file-formats.md. A crash leaves no half file.
@@ -399,6 +400,12 @@ def notes_on_experts(stats: Statistics) -> list[str]:
         shown += " in the first"
     text = f"{span(counts)} of {span(sizes)} experts read fewer than {span(needed)} rows"
     return [f"{some([*few])}: {text} and start from the rows of all experts: {shown}."]
+
+
+def _with_notes(merged: Statistics) -> Statistics:
+    """Note which experts have few rows: after the merge, as few in each part may be enough in all."""
+    notes = [*merged.provenance.notes, *notes_on_experts(merged)]
+    return replace(merged, provenance=replace(merged.provenance, notes=notes))
 
 
 def _read_group(file: TensorFile, name: str, group: Mapping[str, Any]) -> Spectrum:

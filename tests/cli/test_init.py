@@ -413,7 +413,7 @@ def interrupt_at(batch, monkeypatch):
     monkeypatch.setattr(LlamaModel, "forward", counted)
 
 
-def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_what_was_collected_and_the_same_command_goes_on(command, tmp_path, monkeypatch):
     file = tmp_path / "s.safetensors"
     interrupt_at(4, monkeypatch)
     result = run(*command, "--statistics", file)
@@ -425,6 +425,15 @@ def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
     made = lora_init.Statistics.load(file).provenance
     assert (made.n_batches, made.stop_reason) == (3, "interrupted")
     assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert run(*command, "--statistics", file).exit_code == 0
+    resumed = lora_init.Statistics.load(file)
+    assert run(*command, "--statistics", tmp_path / "whole", "--overwrite").exit_code == 0
+    whole = lora_init.Statistics.load(tmp_path / "whole")
+    assert resumed.provenance.complete and resumed.provenance.n_batches == whole.provenance.n_batches > 3
+    for layer in whole:
+        assert resumed[layer].n_samples == whole[layer].n_samples
+        assert resumed.total_variance(layer) == pytest.approx(whole.total_variance(layer), rel=1e-5)
 
 
 # Errors
