@@ -65,7 +65,7 @@ def learning_rate(
         tokenizer: The model's, where `batches` are texts.
         adapter_name: PEFT's name of the adapter.
         freeze_a: Whether A stays as it is in training, which is also read from the parameters and from the record of an
-            adapter of ours.
+            adapter of ours. Layers whose A and B you froze do not count, where others train.
 
     Returns:
         The rate, `str()` of which is a sentence; the range in which the best one is likely to be; the layers by how
@@ -106,7 +106,7 @@ def measure_rate(
 ) -> LearningRate:  # fmt: skip
     """Measure the rate of an adapter, whatever its B is: of starts whose B is not zero the rule holds as well."""
     model = unwrapped(model)
-    base, layers = without_adapter(model), layers_of(model, adapter_name)
+    base, layers = without_adapter(model), _trained(layers_of(model, adapter_name), adapter_name)
     config = _config_of(model, adapter_name)
     if config is not None and not freeze_a:
         freeze_a = bool(carried(config.to_dict()).get("freeze_a"))
@@ -159,6 +159,16 @@ def layers_of(model: Any, adapter_name: str) -> dict[str, Any]:
     layers = adapter_layers(unwrapped(model), adapter_name)
     # By plain names, since a part of the model may be compiled: layers are counted, and tokens masked, by these.
     return {plain_name(name): layer for name, layer in layers.items()}
+
+
+def _trained(layers: Mapping[str, Any], adapter_name: str) -> Mapping[str, Any]:
+    """Leave out layers whose A and B are frozen, which never move; of an adapter loaded to be served all are."""
+    frozen = set()
+    for name, layer in layers.items():
+        if adapter_name in layer.lora_A and not any(one.requires_grad for one in _weights_of(layer, adapter_name)):
+            frozen.add(name)
+    trained = {name: layer for name, layer in layers.items() if name not in frozen}
+    return trained if any(adapter_name in layer.lora_A for layer in trained.values()) else layers
 
 
 # How a response is measured. A first step of Adam moves every entry of B by about the rate eta, whatever the gradient

@@ -18,6 +18,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 from transformers.trainer_utils import has_length
@@ -233,6 +234,11 @@ def _rows_of_an_item(loader: Any, batches: list[list[Any]]) -> float:
 
 
 def _rows_of(batch: Mapping[str, Any]) -> int:
-    """Count the rows of a batch, by its tokens if it has any: lengths of packed sequences may lie beside them."""
+    """Count the rows of a batch, by its tokens if it has any; of texts packed into a row each counts."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-    return max(map(len, [tensors["input_ids"]] if "input_ids" in tensors else tensors.values()))
+    rows = max(map(len, [tensors["input_ids"]] if "input_ids" in tensors else tensors.values()))
+    # The gradient of a packed row is that of its texts. Positions begin anew with each; zeros after zeros are padding.
+    positions = tensors.get("position_ids", torch.empty(1))
+    positions = positions[0] if positions.ndim > 2 else positions  # of text, and in images
+    begins = (positions[..., :-1] == 0) & (positions[..., 1:] == 1)
+    return max(rows, int(begins.sum()))

@@ -410,6 +410,24 @@ def test_a_is_frozen_where_the_parameters_or_the_record_say_so(how, llama, token
     assert found.rate > 1.5 * free.rate and all(one.quadratic == 0 for one in found.responses.values())
 
 
+def test_layers_that_are_frozen_by_hand_do_not_count(tokens):
+    """An adapter of which one block trains has the rate of one that is on that block alone, with the same A."""
+    config = dict(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    base = tiny_llama()
+    alone = get_peft_model(copy.deepcopy(base), LoraConfig(**config, layers_to_transform=[1]))
+    adapted = get_peft_model(base, LoraConfig(**config))
+    whole = learning_rate(adapted, [tokens], steps=48)
+    theirs = adapted.state_dict()
+    alone.load_state_dict({name: theirs.get(name, value) for name, value in alone.state_dict().items()})
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and ".layers.1." in name)
+    found, expected = (learning_rate(one, [tokens], steps=48) for one in (adapted, alone))
+    assert (found.rate, found.share) == (expected.rate, expected.share) and found.rate > 1.2 * whole.rate
+    assert found.responses == expected.responses and len(found.responses) == 7
+    served = learning_rate(adapted.requires_grad_(False), [tokens], steps=48)
+    assert served.responses == whole.responses
+
+
 def test_an_embedding_and_an_adapter_on_other_layers_are_left_out(llama, tokens):
     adapted = get_peft_model(llama, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     adapted.add_adapter("second", LoraConfig(r=2, target_modules=["up_proj"]))

@@ -570,9 +570,39 @@ def test_what_a_sampler_draws_can_be_counted(drawn, numbers):
 @pytest.mark.parametrize(("batch", "rows"), [
     ({"input_ids": torch.ones(2, 3), "lengths": torch.ones(7)}, 2),
     ({"pixel_values": torch.ones(4, 1, 2), "lengths": torch.ones(5), "loss": torch.tensor(1.0), "text": "a" * 9}, 5),
+    # Three texts packed into two rows, with padding after the second; one position for all rows; padding before a text.
+    ({"input_ids": torch.ones(2, 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]])}, 3),
+    ({"input_ids": torch.ones(4, 3), "position_ids": torch.tensor([[0, 1, 2]])}, 4),
+    ({"input_ids": torch.ones(2, 4), "position_ids": torch.tensor([[0, 0, 0, 1], [1, 1, 0, 1]])}, 2),
+    # Qwen's positions of text, height and width; those of RoBERTa, which begin later.
+    ({"input_ids": torch.ones(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]]).expand(3, 1, 4)}, 2),
+    ({"input_ids": torch.ones(2, 3), "position_ids": torch.tensor([[2, 3, 4], [2, 3, 1]])}, 2),
 ])  # fmt: skip
-def test_the_rows_of_a_batch_are_counted_by_its_tokens_if_it_has_any(batch, rows):
+def test_the_rows_of_a_batch_are_counted_by_its_tokens_if_it_has_any_and_packed_texts_each(batch, rows):
     assert loaders._rows_of(batch) == rows
+
+
+@pytest.mark.parametrize("packed", [{"packing": True}, {"padding_free": True, "max_length": None}, {}])
+def test_a_step_of_packed_rows_has_the_texts_that_are_in_them(packed, tmp_path, tokenizer):
+    """By the texts that training sees, whose positions begin with 0 or whose rows have no positions."""
+    trl = pytest.importorskip("trl")
+    settings = dict(per_device_train_batch_size=4, report_to=[], bf16=False, max_steps=6, max_length=64)
+    args = trl.SFTConfig(str(tmp_path), **settings | packed)
+    texts = Dataset.from_list([{"text": " ".join(WORDS[:3] * (1 + i % 3))} for i in range(160)])
+    trainer = trl.SFTTrainer(tiny_llama(), args, train_dataset=texts, processing_class=tokenizer)
+    found, seen = TrainerIntegration(trainer).length, []
+    step = trainer.training_step
+
+    def counted(model, inputs, *rest, **more):
+        positions = inputs.get("position_ids")
+        seen.append(len(inputs["input_ids"]) if positions is None else int((positions == 0).sum()))
+        return step(model, inputs, *rest, **more)
+
+    trainer.training_step = counted
+    trainer.train()
+    assert found.batch_size == pytest.approx(np.mean(seen), rel=0.15)
+    assert (found.batch_size > 12) == ("packing" in packed)
+    assert found.rows == pytest.approx(160, rel=0.15)
 
 
 def arguments(**more):
