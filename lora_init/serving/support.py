@@ -35,6 +35,7 @@ WRITE_NO_TEXT = {
 }  # fmt: skip
 _OF_EXPERTS = "adapter of experts"
 _NO_EXPERTS = f"takes no {_OF_EXPERTS}"
+_HEADS = ("lm_head", "embed_out")  # names of output embeddings in transformers, GPT-NeoX's last
 _COPY = ".base_layer.weight"  # ends the name of a weight of the base that PEFT stores with the adapter of a head
 # What an adapter may be trained with that neither an engine nor a merged model does.
 _PEFT_ALONE = ("alora_invocation_tokens", "trainable_token_indices", "lora_bias", *OTHER_UPDATES)
@@ -74,6 +75,9 @@ def serving_note(
     note = _which_take(ranks, config)
     if any(name.endswith(_COPY) for name in tensors):
         note += " Where the weight of the base in it was changed before training (--engine compares), PEFT alone does."
+    for name in ranks:
+        if ranks[name] and name.rpartition(".")[2] in _HEADS:
+            note += f" But not where {name!r} shares its weight with the input embedding, as `inspect --engine` tells."
     return note
 
 

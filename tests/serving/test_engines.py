@@ -297,6 +297,12 @@ EVERY = (
 )
 
 
+def test_an_adapter_of_a_head_is_taken_where_that_has_a_weight_of_its_own():
+    note = " But not where 'lm_head' shares its weight with the input embedding, as `inspect --engine` tells."
+    assert serving_note(ALIKE | {"lm_head": 8}, {}) == EVERY + note
+    assert serving_note(ALIKE | {"lm_head": 0}, {}) == EVERY
+
+
 @pytest.mark.parametrize(("config", "tensors", "note", "options"), [
     ({}, ["base_model.model.h.0.q.lora_A.weight", "h.0.q.lora_B.weight", "h.0.q.lora_magnitude_vector"], None,
      "--engine vllm"),
