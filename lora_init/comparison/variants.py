@@ -121,8 +121,8 @@ def by_batches(starts: Iterable[Variant], numbers: Sequence[int]) -> list[Varian
     """Replace each start from data that has no number of batches of its own by the same start with each number.
 
     Example:
-        >>> [str(one) for one in by_batches([Variant("random"), Variant("eva", alpha=32)], [4, 16])]
-        ['random', 'eva+32-alpha+4-batches', 'eva+32-alpha+16-batches']
+        >>> [str(one) for one in by_batches([Variant("random"), Variant("eva"), Variant("eva", batches=8)], [4, 16])]
+        ['random', 'eva+4-batches', 'eva+16-batches', 'eva+8-batches']
     """
     if len(numbers) < 2:  # one number is a setting of all runs, and no part of a name
         return list(starts)

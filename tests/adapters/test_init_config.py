@@ -41,7 +41,7 @@ def test_names_with_commas_are_a_list_and_all_else_is_a_word_or_an_expression(te
 
 
 def test_words_of_a_shell_are_read_as_they_are_meant():
-    assert [read_names(text) for text in (None, "", " a ,b,, c ")] == [[], [], ["a", "b", "c"]]
+    assert [read_names(text) for text in (None, "", " a ,b,, c, ")] == [[], [], ["a", "b", "c"]]
     assert [unescape(text) for text in (None, r"{a}\n\t{b}\x", "{a}")] == [None, "{a}\n\t{b}\\x", "{a}"]
 
 

@@ -50,6 +50,14 @@ def test_a_lets_as_much_through_in_each_layer_as_random_does(method, center):
     assert unit.unit_rows and not build_adapter(stats, 4, method).unit_rows
 
 
+def test_a_is_sized_by_what_the_layer_reads_and_not_by_its_variance_alone():
+    mean = torch.tensor([0.0, 30.0, 0.0, 0.0])
+    far = Spectrum(torch.eye(4)[:2], torch.tensor([4.0, 1.0]).double(), 5.0, mean, 50)
+    rows = torch.eye(4)[:2]  # the second one reads the mean: |A x|^2 is 4 + 1 + 30^2 at size 1
+    size = float(as_large_as_random(far, rows)[0, 0])
+    assert size**2 * 905 == pytest.approx(2 / 12 * 905, rel=1e-4)
+
+
 def test_a_in_directions_without_variance_stays_of_a_bounded_length():
     flat = Spectrum(torch.eye(6)[:2], torch.tensor([4.0, 1.0]).double(), 5.0 + 1e-12, torch.zeros(6), 50)
     sized = as_large_as_random(flat, torch.eye(6)[4:])  # the data has next to nothing there

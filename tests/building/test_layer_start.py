@@ -104,6 +104,19 @@ def test_experts_have_numbers_of_their_own_and_stand_in_the_layout_of_peft(stats
             assert torch.equal(b, torch.zeros(32, 3) if b_is_zero else part.b)
 
 
+def test_the_a_of_an_expert_has_the_size_that_its_own_rows_ask_for(stats):
+    whole = stats[DOWN]
+    spectra = {f"{DOWN}.{i}": replace(whole, total_variance=whole.total_variance * (1 + 4 * i)) for i in range(2)}
+    own = replace(
+        stats, targets={**stats.targets, DOWN: replace(stats.targets[DOWN], experts=2)},
+        groups={**stats.groups, **spectra}, group_of={**stats.group_of, **{name: name for name in spectra}},
+    )  # fmt: skip
+    rows = torch.randn(3, 48)
+    got = layer_start(BuildContext(made(lambda: rows), own, Shape()), DOWN, 3, None).a
+    assert torch.equal(got, torch.cat([as_large_as_random(spectrum, rows) for spectrum in spectra.values()]))
+    assert not torch.equal(got[:3], got[3:])
+
+
 def returns(value, **settings):
     return made(lambda: value, **settings)
 

@@ -414,6 +414,15 @@ def test_options_reach_slurm_and_a_share_of_a_gpu_reaches_ray(tmp_path, monkeypa
         assert asked[-1] == {"num_cpus": 1, "num_gpus": share, "max_retries": 0}
 
 
+def test_a_node_of_ray_that_died_is_no_longer_at_work(tmp_path, monkeypatch):
+    nodes = [{"NodeID": name, "NodeManagerHostname": f"host {name}", "Alive": name == "a"} for name in "ab"]
+    there = SimpleNamespace(
+        __spec__=1, is_initialized=lambda: True, cluster_resources=dict, nodes=lambda: nodes, remote=None, get=None,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", there)
+    assert open_executor("ray", 1, tmp_path).nodes() == {"a": "host a"}
+
+
 @pytest.mark.parametrize(("name", "where"), [
     ("ray", "auto"), ("ray:10.0.0.1:6379", "10.0.0.1:6379"), ("ray://head:10001", "ray://head:10001"), ("open", None),
 ])  # fmt: skip

@@ -56,6 +56,7 @@ def test_what_was_asked_for_stays(home, tmp_path):
     assert (small.training.steps, list(small.training.evaluation_points)) == (6, [0, 3, 6])
     assert (same.starts, same.given_rates(STARTS[1])) == (STARTS[:2], [1e-4, 1e-3])
     assert requested.folds(SIZES[-1]) == (None, 32)
+    assert same.tuned and not SIZES[-1].tuned
 
 
 def test_examples_that_are_cut_are_the_first(home, tmp_path):

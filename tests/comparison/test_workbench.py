@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -152,6 +153,9 @@ def test_rates_are_measured_on_the_head_that_is_trained(home, tmp_path, monkeypa
     bench.measured_rates([Variant("eva-grad")])
     bench._renew_head(bench.loaded, 0)
     assert len(seen) == 1 and torch.equal(seen[0], head) and not bench.loaded.model.classifier.bias.any()
+    drawn = head.clone()
+    bench._renew_head(replace(bench.loaded, drawn=frozenset()), 1)  # as of a checkpoint that has a trained one
+    assert torch.equal(head, drawn)
 
 
 @pytest.mark.parametrize("blank", [True, False])

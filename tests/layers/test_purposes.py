@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lora_init import find_targets
+from lora_init.layers.grid import _is_cross
 from tests.conftest import MODELS, refused, tiny_gpt2, tiny_llama, tiny_t5
 from tests.layers.made import SIZES, bart, gpt2_with_cross_attention
 
@@ -93,6 +95,12 @@ def test_the_layers_of_each_purpose(case):
             assert list(find_targets(model, purpose).layers) == names, purpose
             continue
         refused(rf"^target_modules='{purpose}': \w+ has no such layers. It has att", find_targets, model, purpose)
+
+
+def test_a_module_that_says_what_it_is_is_that_whatever_its_name():
+    named, says = nn.Module(), nn.Module()
+    says.is_cross_attention = False
+    assert [_is_cross("block.attn2", module) for module in (named, says)] == [True, False]
 
 
 def test_a_diffusion_pipeline_from_denoising_steps_to_load_lora_weights(tmp_path):

@@ -25,6 +25,7 @@ from lora_init.serving.base import (
     with_changed_copies,
 )
 from lora_init.serving.engines import find_engine
+from lora_init.serving.kept import Kept, kept_by_merge
 from lora_init.serving.support import check_engine
 from lora_init.serving.trained import EMBEDDING, LINEAR, Layer, Trained, read_trained, with_parameters
 from tests.conftest import refused, tiny_llama
@@ -106,6 +107,8 @@ def test_experts_that_a_checkpoint_has_transposed_get_a_transposed_change(tmp_pa
         trained = with_parameters(trained, base.parameters)
         sources = plan_merge(base, trained)
         results.append({name: merged(stored[name].clone(), sources[name], trained, base) for name in own})
+        kept = sum(kept_by_merge(base, trained, sources, "bfloat16").values(), Kept())
+        assert kept.change == pytest.approx(trained.update_size**2, rel=1e-3)
     for name, weight in own.items():
         assert (results[0][name] - weight).abs().max() > 0.01
         torch.testing.assert_close(results[1][name].mT, results[0][name], atol=1e-6, rtol=1e-6)

@@ -184,10 +184,11 @@ def test_a_merged_model_does_what_peft_does(name, kind, tmp_path):
     assert (expected - merged.float()(IDS).logits).abs().max() < effect / 5 and effect > 0.03
 
 
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
 @pytest.mark.parametrize("kept", [("model.embed_tokens", "lm_head"), ("lm_head",)], ids=["both", "the last alone"])
-def test_embeddings_that_were_tied_are_no_longer_whatever_the_checkpoint_holds(kept, tmp_path):
+def test_embeddings_that_were_tied_are_no_longer_whatever_the_checkpoint_holds(kept, layer, tmp_path):
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
-    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["q_proj", "lm_head"])
+    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["q_proj", layer])
     expected = logits(load(tmp_path / "base"), trained)
     tensors = load_file(tmp_path / "base/model.safetensors")
     embedding = tensors.pop("model.embed_tokens.weight")

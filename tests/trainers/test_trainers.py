@@ -324,6 +324,14 @@ def test_a_stream_that_ends_in_the_pass_comes_again_as_a_list_does(start, tmp_pa
     assert rates[1] == pytest.approx(rates[0], rel=0.1) and rates[2] > 2 * rates[0], rates
 
 
+def test_batches_of_ones_own_say_nothing_of_how_long_a_stream_is(tmp_path, tokenizer, capsys):
+    trainer = plain(tmp_path, tokenizer, max_steps=40, lr_scheduler_type="cosine", warmup_steps=4)
+    trainer.train_dataset = Dataset.from_list([*Stream()]).to_iterable_dataset()
+    batches = [trainer.data_collator([row]) for row in [*Stream()][:4]]
+    lora_init.initialize(trainer, batches, rank=2, learning_rate="measured")
+    assert "a stream: its examples are taken to be all new" in " ".join(capsys.readouterr().err.split())
+
+
 def with_own_loss(*given):
     trainer = plain(*given)
     trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()
