@@ -584,7 +584,9 @@ def _of_named_base(
     odd = differing_config(model_config(named_model), model_config(model))
     named_fingerprint, fingerprint_here = _fingerprint(named_model, theirs), _fingerprint(model, tensors)
     if named_fingerprint != fingerprint_here:
-        yield Misfit("base", CONFIG_FILE, f"names {named!r}, which is a base of the same form {_OTHER_WEIGHTS}.")
+        other_form = odd and not (named_fingerprint and fingerprint_here)  # such as biases that one of them lacks
+        is_a = f"this base with {odd}" if other_form else f"a base of the same form {_OTHER_WEIGHTS}"
+        yield Misfit("base", CONFIG_FILE, f"names {named!r}, which is {is_a}.")
     elif odd:
         yield _OTHERWISE.format(odd)
     elif not fingerprint_here:  # the files name their tensors otherwise than the model, as those of each expert alone

@@ -582,6 +582,15 @@ def test_a_base_of_another_architecture_or_other_weights_is_named(bases, made_by
         export_adapter(adapter, tmp_path / "b", base=str(tmp_path / base))
 
 
+def test_a_base_that_lacks_weights_by_its_configuration_has_that_for_a_reason(bases, tmp_path):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    shutil.copytree(bases / "llama", tmp_path / "biased")
+    config = json.loads((tmp_path / "biased/config.json").read_text())
+    (tmp_path / "biased/config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    (line,) = check_fit(directory, str(tmp_path / "biased")).lines
+    assert line.endswith("which is this base with attention_bias False instead of True."), line
+
+
 def test_the_revision_of_a_base_in_the_hubs_cache_is_compared(bases, tmp_path):
     """The cache names a snapshot by its commit; of a branch, or of a folder of one's own, nothing is known."""
     here, other = "a" * 40, "b" * 40
