@@ -1,6 +1,7 @@
 """`initialize` reads data of every kind by itself, given a tokenizer."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -120,6 +121,16 @@ def test_what_a_trainer_brings_itself_is_refused_beside_it(tmp_path):
     )
     refused("^tokenizer= is for batches of your own. Leave it out.$", initialize, trainer, tokenizer=byte_tokenizer())
     assert trainer.model.__class__.__name__ == "LlamaForCausalLM"
+
+
+def test_a_learning_rate_that_no_trainer_can_be_given_is_refused_before_a_batch_is_read(tmp_path):
+    read = []
+    trainer = plain(tmp_path, byte_tokenizer(), llama())
+    trainer.get_train_dataloader = lambda: read.append("the trainer's data")
+    said = "learning_rate={}: 'measured' sets the rate of a trainer. For a model call learning_rate()."
+    for rate, given in (("measured", (llama(), map(read.append, ["a batch"]))), (1e-3, (trainer,))):
+        refused(f"^{re.escape(said.format(repr(rate)))}$", initialize, *given, rank=2, learning_rate=rate)
+    assert read == [] and type(trainer.model).__name__ == "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize(("name", "start"), [("default", "START"), ("other", "START/other")])

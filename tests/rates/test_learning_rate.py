@@ -167,6 +167,8 @@ def test_the_rate_rises_with_the_root_of_one_over_the_share_of_the_layers(llama,
     # Blocks may be named, and stand in several lists; a pooler is a part of the whole.
     named = nn.Sequential(OrderedDict((f"block_{letter}", nn.Linear(4, 4)) for letter in "abc"))
     assert count_linear(nn.ModuleDict({"encoder": named, "head": nn.Linear(4, 4)}), ["encoder.block_a"]) == 4
+    beside = nn.ModuleDict({"text": nn.ModuleDict({"encoder": named}), "vision": nn.Linear(4, 4)})
+    assert count_linear(beside, ["text.encoder.block_a"]) == 3
     xlm = XLMModel(XLMConfig(vocab_size=20, emb_dim=8, n_layers=3, n_heads=2))
     assert count_linear(xlm, [f"attentions.{i}.q_lin" for i in range(3)]) == 18
     bert = tiny_bert(None)

@@ -1,6 +1,7 @@
 """StartCallback: the adapter of a trainer that another tool makes is started, trained beside texts, and dialed."""
 
 import copy
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -329,6 +330,15 @@ def test_deepspeed_which_would_undo_a_start_is_refused(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
 
 
+@pytest.mark.parametrize("how", ["fp16", "deepspeed", "fsdp"])
+def test_replay_is_refused_before_a_text_is_written_where_gradients_have_a_form_of_their_own(how):
+    args = SimpleNamespace(**dict(fp16=False, deepspeed=None, fsdp=[]) | {how: "set"})
+    callback = lora_init.StartCallback(samples=8, replay=0.125)
+    begin = dict(model=model(), processing_class="a tokenizer")
+    words = "^replay adds to the gradients, which fp16, DeepSpeed and FSDP hold in forms of their own"
+    refused(words, callback.on_train_begin, args, SimpleNamespace(global_step=0), None, **begin)
+
+
 def test_a_dial_among_several_processes_is_refused(tmp_path, monkeypatch):
     callback = lora_init.StartCallback(samples=8, dial=True)
     made = trainer(tmp_path, model(), callback, **EVALUATED)
@@ -491,6 +501,13 @@ def test_what_cannot_be_dialed_at_the_end_stays_as_trained(tmp_path, tokenizer, 
         assert said.startswith("lora_init: not dialed, and the adapter is as trained: ") and reason in said
     trainer(tmp_path, plain, lora_init.StartCallback(samples=8), **settings).train()
     assert all(torch.equal(value, adapter_of(plain)[name]) for name, value in adapter_of(adapted).items())
+
+
+def test_without_a_dial_nothing_is_said_or_saved_when_training_has_ended(tmp_path, capsys):
+    made = trainer(tmp_path, model())
+    callback = lora_init.StartCallback(samples=8)
+    callback.on_train_end(made.args, made.state, made.control, made.model, eval_dataloader=DataLoader(rows(), 4))
+    assert capsys.readouterr().err == "" and not [*tmp_path.rglob("adapter*")]
 
 
 def test_a_frozen_a_stays_as_it_began(tmp_path):
