@@ -356,6 +356,12 @@ def with_own_step(*given):
     return trainer
 
 
+def with_beta(*given):
+    trainer = plain(*given)
+    trainer.args.beta = 0.1  # as DPOConfig and KTOConfig have
+    return trainer
+
+
 def with_own_model_loss(*given):
     trainer = plain(*given)
     trainer.model.loss_function = lambda logits, labels, **more: logits.square().mean()
@@ -385,6 +391,7 @@ UNMEASURED = {
     "a class of a known name": (of_class(Seq2SeqTrainer), "for the loss of Seq2SeqTrainer"),
     "a step of one's own": (of_class(OwnStep), "for the loss of OwnStep"),
     "a step put in its place": (with_own_step, "for the loss of Trainer"),
+    "a loss by preferences": (with_beta, "for the loss of Trainer"),
     "a loss of the model's": (with_own_model_loss, "for the loss of Trainer"),
 }
 
