@@ -166,6 +166,16 @@ def test_with_checkpointing_of_the_older_kind_gradients_reach_the_adapter(with_a
     assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in layers)
 
 
+def test_with_checkpointing_of_the_older_kind_gradients_reach_the_adapter_of_a_model_of_images(tmp_path):
+    """Of models of tokens alone transformers itself makes the inputs ask for gradients."""
+    rows = [{"pixel_values": torch.rand(1, 16, 16), "labels": i % 3} for i in range(16)]
+    older = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}, max_steps=1)
+    trainer = Trainer(tiny_vit(), settings(TrainingArguments, tmp_path, **older), train_dataset=rows)
+    layers = adapter_layers(lora_init.initialize(trainer, rank=2))
+    trainer.train()
+    assert all(layer.lora_B["default"].weight.any() for layer in layers.values())
+
+
 @pytest.mark.parametrize("by", ["initialize", "StartCallback"])
 def test_a_frozen_a_stays_so_where_the_reference_switches_the_adapter_off(by, tmp_path, tokenizer):
     """PEFT lets all of an adapter train when it is switched on again."""
