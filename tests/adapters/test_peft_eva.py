@@ -435,6 +435,15 @@ def test_a_failure_in_the_middle_leaves_the_adapter_that_was_there(error, eva_st
     assert model.peft_config["default"].rank_pattern == patterns
 
 
+def test_an_adapter_beside_it_stays_where_it_is(eva_state):
+    model = wrap(tiny_llama(), config())
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    kept = {name: value.clone() for name, value in model.state_dict().items() if ".other." in name}
+    ours.initialize_lora_eva_weights(model, eva_state_dict=eva_state)
+    after = model.state_dict()
+    assert kept and all(torch.equal(after[name], value) for name, value in kept.items())
+
+
 # Where PEFT is wrong -------------------------------------------------------------------------------------------------
 
 

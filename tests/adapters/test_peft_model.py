@@ -14,6 +14,7 @@ from lora_init.adapters.peft_model import (
     as_it_was,
     check_modules_to_save,
     fill_in_place,
+    remember,
     with_adapter,
 )
 from lora_init.planning.allocate import RankAllocation
@@ -286,3 +287,13 @@ def test_quantized_models(bits, tmp_path):
     layers = lora_layers(peft_model)
     assert set(layers) == set(init.ranks)
     assert all(layer.lora_B["default"].weight.grad.abs().sum() > 0 for layer in layers.values())
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_weights_are_copied_only_where_that_is_asked_for(weights):
+    model = nn.Linear(3, 2)
+    restore, before = remember(model, weights) if weights else remember(model), model.weight.detach().clone()
+    model.weight.data += 1.0
+    model.weight.requires_grad_(False)
+    restore()
+    assert model.weight.requires_grad and torch.equal(model.weight, before if weights else before + 1.0)

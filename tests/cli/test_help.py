@@ -46,6 +46,13 @@ def test_the_whole_has_every_option_once_and_one_screen_those_without_a_heading(
         assert not [words for words, _ in rows if len(words) > (70 if rows in whole.values() else 80)]
 
 
+@pytest.mark.parametrize("name", [*typer.main.get_command(app).commands])
+def test_the_whole_keeps_every_sentence_of_an_option(name):
+    command = typer.main.get_command(app).commands[name]
+    texts = " ".join(text for rows in groups(name, True).values() for _, text in rows)
+    assert not [one.name for one in command.params if not getattr(one, "hidden", False) and one.help not in texts]
+
+
 def test_choices_that_are_too_many_to_stand_beside_the_option_are_words_of_its_text():
     words, text = next(row for row in groups("ranks", False)["Options"] if row[0].startswith("--format"))
     assert words == "--format WORD" and "Words: " in text and "axolotl" in text

@@ -39,6 +39,15 @@ def test_works_on_every_architecture(name):
         assert 0 <= stats.held_out[stats.group_of[layer]] <= 1.0
 
 
+@pytest.mark.parametrize(("name", "given", "task"), [
+    ("bert", None, "SEQ_CLS"), ("bert", "FEATURE_EXTRACTION", "FEATURE_EXTRACTION"), ("llama", None, None),
+])  # fmt: skip
+def test_a_classifier_is_told_by_its_class_unless_the_task_is_given(name, given, task):
+    model = copy.deepcopy(MODELS[name]())
+    stats = collect(model, batches_for(name), rank=2, max_batches=1, task_type=given)
+    assert stats.provenance.task_type == task
+
+
 def test_the_output_embedding_is_a_target_like_any_other():
     assert "lm_head" in collect(tiny_llama(), batches_for("llama"), ["lm_head", "q_proj"], rank=2)
 

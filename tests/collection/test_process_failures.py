@@ -124,7 +124,7 @@ def interrupted(rank, size, folder, moment):
 @pytest.mark.parametrize("moment", ["reading", "running"])
 def test_ctrl_c_in_one_ends_all_with_what_there_is(moment, tmp_path):
     first, second = run(interrupted, 2, tmp_path, moment)
-    assert first == second and first[1] == "interrupted" and first[0] >= 8
+    assert first == second and first[1] == "interrupted" and 8 <= first[0] < 30
     whole = collect(llama(), batches_for("llama", 40), **SETTINGS)
     # Whatever number of processes comes next, it goes on after the batches that were used: each counts once.
     for size in (1, 3):

@@ -96,6 +96,21 @@ def test_each_picture_has_a_panel_for_each_start_with_random_beside_it(figures):
     assert axes.get_ylim() == (2.5, -0.6) and points[0][:, 0].tolist() == [0, 0]
 
 
+def test_what_an_axis_shows_is_written_beside_it_once_in_a_row(figures):
+    labels = {}
+    for name, figure in (figures() | {"frontiers": figures(dialed=True)["frontiers"]}).items():
+        shown = [axes for axes in figure.axes if axes.get_visible()]
+        (x,) = {axes.get_xlabel() for axes in shown}
+        labels[name] = x, [axes.get_ylabel() for axes in shown]
+    assert labels == {
+        "learning_curves": ("steps", ["loss", "", "loss"]),
+        "learning_rates": ("learning rate", ["final loss", "", "final loss"]),
+        "differences": ("final loss, start − random\n← start better · random better →", [""]),
+        "forgetting": ("final loss", ["rise on other text", "", "rise on other text"]),
+        "frontiers": ("task loss, %\nabove random's", ["rise on other text", "", "rise on other text"]),
+    }
+
+
 def test_with_strengths_a_picture_has_the_least_rise_at_each_task_loss(figures):
     drawn = figures(dialed=True)
     drawn["frontiers"].savefig(io.BytesIO(), dpi=20)  # the others are rendered for a report

@@ -72,6 +72,18 @@ def test_what_a_base_cannot_have_is_refused(starts, quantized, message):
     assert message in refused("", check_quantized, starts, **asked)
 
 
+@pytest.mark.parametrize(("starts", "quantize", "message"), [
+    (["qera"], None, "^start 'qera' corrects a quantized base"),
+    (["pissa"], "nf4", "^start 'pissa' changes base weights, and these are quantized"),
+    (["qera"], "nf4", "nowhere.jsonl"),  # it fits, so the data are read
+    (["pissa"], None, "nowhere.jsonl"),
+])  # fmt: skip
+def test_a_start_that_does_not_fit_the_base_is_refused_before_the_data_are_read(
+    starts, quantize, message, home, tmp_path
+):
+    refused(message, compare, home, tmp_path / "out", data="nowhere.jsonl", starts=starts, quantize=quantize)
+
+
 def test_a_comparison_does_not_go_on_with_other_float_weights(home, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(home / "wide")
     model.model.layers[1].mlp.up_proj.weight.data *= 1.1

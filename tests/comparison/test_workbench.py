@@ -293,6 +293,16 @@ def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
     assert {record["status"] for record in classes.records} == {"finished"}
 
 
+@pytest.mark.parametrize("asked", [{"retain_data"}, {"replay"}, {"retain_data", "replay"}, set()], ids=sorted)
+def test_the_texts_beside_the_examples_are_told_in_the_settings(asked, home, tmp_path):
+    for name in asked:
+        (tmp_path / f"{name}.txt").write_text(f"one dog run to the {name}\nmy red hats")
+    made = set_up_bench(home, tmp_path, **{name: tmp_path / f"{name}.txt" for name in asked}).settings("llama")
+    told = {name: made.get(name) for name in ("retain_data", "replay")}
+    assert {name for name, text in told.items() if text is not None} == asked
+    assert all(name in told[name] and "2 of 2 examples" in told[name] for name in asked)
+
+
 def test_statistics_of_a_seed_say_what_they_were_made_of(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     made = bench.statistics(2, center=False, gradients=True, n_batches=1).provenance

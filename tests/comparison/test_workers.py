@@ -157,6 +157,29 @@ def test_a_worker_that_dies_as_it_sets_up_costs_its_run(forks, tmp_path, monkeyp
     refused("a worker ended while it started", carry_out, worker, Run(REFERENCE, 0, 1e-3))
 
 
+def test_a_worker_leaves_ctrl_c_to_the_first_process_and_watches_for_its_end(monkeypatch):
+    begun, before = [], signal.getsignal(signal.SIGINT)
+    thread = lambda **options: SimpleNamespace(start=lambda: begun.append(options))  # noqa: E731
+    monkeypatch.setattr(workers, "threading", SimpleNamespace(RLock=threading.RLock, Thread=thread))
+    monkeypatch.setattr(workers.tqdm, "set_lock", begun.append)
+    try:
+        workers._begin(0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert isinstance(begun[0], type(threading.RLock()))
+    assert begun[1:] == [{"target": workers._end_with_parent, "daemon": True}]
+
+
+def test_a_worker_ends_after_the_process_that_started_it(monkeypatch):
+    done = []
+    parent = SimpleNamespace(join=lambda: done.append("the first has ended"))
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(os, "_exit", done.append)
+    workers._end_with_parent()
+    assert done == ["the first has ended", 1]
+
+
 def one_process(make):
     return elsewhere(processes(1), Job(make, {"model": "llama"}), True, 1)
 
