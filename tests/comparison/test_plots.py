@@ -70,8 +70,21 @@ def panels(figure):
     return dict(zip(titles, [{one.get_label(): one.get_xydata() for one in some} for some in lines], strict=True))
 
 
+def labels(figure):
+    """What is written below the panels, the same below each, and to the left of each of them."""
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    (below,) = {axes.get_xlabel() for axes in shown}
+    return below, [axes.get_ylabel() for axes in shown]
+
+
 def test_each_picture_has_a_panel_for_each_start_with_random_beside_it(figures):
     drawn = figures()
+    assert {name: labels(figure) for name, figure in drawn.items()} == {
+        "learning_curves": ("steps", ["loss", "", "loss"]),  # once in a row
+        "learning_rates": ("learning rate", ["final loss", "", "final loss"]),
+        "differences": ("final loss, start − random\n← start better · random better →", [""]),
+        "forgetting": ("final loss", ["rise on other text", "", "rise on other text"]),
+    }
     assert [*drawn] == ["learning_curves", "learning_rates", "differences", "forgetting"]
     beside = {"eva": ["random", "eva", "eva+2-batches"], "pissa": ["random", "pissa"], "full": ["random", "full"]}
     for name in ("learning_curves", "learning_rates", "forgetting"):
@@ -96,25 +109,12 @@ def test_each_picture_has_a_panel_for_each_start_with_random_beside_it(figures):
     assert axes.get_ylim() == (2.5, -0.6) and points[0][:, 0].tolist() == [0, 0]
 
 
-def test_what_an_axis_shows_is_written_beside_it_once_in_a_row(figures):
-    labels = {}
-    for name, figure in (figures() | {"frontiers": figures(dialed=True)["frontiers"]}).items():
-        shown = [axes for axes in figure.axes if axes.get_visible()]
-        (x,) = {axes.get_xlabel() for axes in shown}
-        labels[name] = x, [axes.get_ylabel() for axes in shown]
-    assert labels == {
-        "learning_curves": ("steps", ["loss", "", "loss"]),
-        "learning_rates": ("learning rate", ["final loss", "", "final loss"]),
-        "differences": ("final loss, start − random\n← start better · random better →", [""]),
-        "forgetting": ("final loss", ["rise on other text", "", "rise on other text"]),
-        "frontiers": ("task loss, %\nabove random's", ["rise on other text", "", "rise on other text"]),
-    }
-
-
 def test_with_strengths_a_picture_has_the_least_rise_at_each_task_loss(figures):
     drawn = figures(dialed=True)
     drawn["frontiers"].savefig(io.BytesIO(), dpi=20)  # the others are rendered for a report
     assert [*drawn] == ["learning_curves", "learning_rates", "differences", "frontiers"]
+    rise = "rise on other text"
+    assert labels(drawn["frontiers"]) == ("task loss, %\nabove random's", [rise, "", rise])
     lines = panels(drawn["frontiers"])["eva"]
     assert [*lines] == ["random", "eva", "eva+2-batches"]
     x, y = lines["eva"].T

@@ -159,7 +159,10 @@ def test_a_worker_that_dies_as_it_sets_up_costs_its_run(forks, tmp_path, monkeyp
 
 def test_a_worker_leaves_ctrl_c_to_the_first_process_and_watches_for_its_end(monkeypatch):
     begun, before = [], signal.getsignal(signal.SIGINT)
-    thread = lambda **options: SimpleNamespace(start=lambda: begun.append(options))  # noqa: E731
+
+    def thread(**options):
+        return SimpleNamespace(start=lambda: begun.append(options))
+
     monkeypatch.setattr(workers, "threading", SimpleNamespace(RLock=threading.RLock, Thread=thread))
     monkeypatch.setattr(workers.tqdm, "set_lock", begun.append)
     try:
