@@ -193,7 +193,8 @@ class StartCallback(TrainerCallback):
         check_repeats(train_dataloader)
         with without_trace(train_dataloader):
             length = length_of(args, state.max_steps, train_dataloader)
-        each = length.batch_size / args.gradient_accumulation_steps  # examples of a batch, of all processes
+        # Examples of a batch of one process: the pass counts those of all processes together.
+        each = length.batch_size / args.gradient_accumulation_steps / args.world_size
         config = self.config.with_options(max_batches=math.ceil(self.samples / each))
         with handle.opened(config) as config:
             with without_trace(train_dataloader):

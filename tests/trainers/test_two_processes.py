@@ -69,6 +69,27 @@ def start_and_train(rank, size, folder, kinds):
     return found
 
 
+def started(rank, size, folder, samples):
+    """Start by StartCallback, and return how many batches of four the pass read in each process."""
+    from peft import LoraConfig, get_peft_model
+
+    import lora_init
+
+    settings = dict(per_device_train_batch_size=4, max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
+    trainer = images(folder, **settings)
+    targets = ["query", "value", "q_proj", "v_proj"]
+    trainer.model = trainer.model_wrapped = get_peft_model(trainer.model, LoraConfig(r=2, target_modules=targets))
+    file = folder / "callback.safetensors"
+    trainer.add_callback(lora_init.StartCallback(method="eva", samples=samples, statistics=file, tolerance=0.0))
+    trainer.train()
+    return lora_init.Statistics.load(file).provenance.settings["used"]
+
+
+@pytest.mark.slow
+def test_samples_are_those_of_all_processes(tmp_path):
+    assert run(started, 2, tmp_path, 32, MASTER_PORT=free_port(), USE_LIBUV="0") == [[4, 4], [4, 4]]
+
+
 @pytest.mark.slow  # two processes that import what trainers need
 def test_both_have_the_same_adapter(tmp_path):
     kinds = ["images", "images_in_place"]

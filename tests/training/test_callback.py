@@ -77,8 +77,10 @@ def test_the_adapter_starts_as_initialize_would_have_it(tmp_path, method, capsys
     assert f"lora_init: {method or 'eva'} start of 4 layers" in said and "from 8 examples of the data at most" in said
 
 
-@pytest.mark.parametrize(("batch", "n_processes", "read_batches"), [(4, 1, 4), (4, 2, 2), (8, 1, 2)])
-def test_the_examples_to_learn_from_are_those_of_all_processes(batch, n_processes, read_batches, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("batch", "read_batches"), [(4, 4), (8, 2)])
+def test_as_many_examples_as_were_asked_for_are_learned_from(batch, read_batches, tmp_path):
+    """Those of all processes are counted in tests/trainers/test_two_processes.py, by a group of them."""
+
     class Read:  # a list that the collator itself held would be put back
         sizes: ClassVar = []
 
@@ -86,7 +88,6 @@ def test_the_examples_to_learn_from_are_those_of_all_processes(batch, n_processe
     made = trainer(tmp_path, adapted)
     made.state.max_steps = 3
     loader = DataLoader(rows(), batch, collate_fn=lambda part: Read.sizes.append(len(part)) or made.data_collator(part))
-    monkeypatch.setattr(TrainingArguments, "world_size", n_processes)
     start = lora_init.StartCallback(samples=16, tolerance=0.0)
     start.on_train_begin(
         made.args, made.state, made.control, model=adapted, train_dataloader=loader, optimizer=made.create_optimizer()
