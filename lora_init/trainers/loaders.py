@@ -140,12 +140,17 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     return length if abs(seen / length.epochs - 1.0) < _EVEN else replace(length, seen=seen)
 
 
+def batch_of_one_process(length: TrainingLength, args: Any) -> float:
+    """Count the examples of a batch of one process; a pass counts the batches of all processes."""
+    return float(length.batch_size / (args.gradient_accumulation_steps * args.world_size))
+
+
 def of_stream(length: TrainingLength | None, args: Any, init: AdapterInit) -> TrainingLength | None:
     """Add how many examples a stream has where the pass over it has come to its end: they come again in training."""
     made = init.provenance
     if length is None or length.why != _AS_NEW or made.stop_reason != "exhausted":
         return length
-    rows = made.n_batches * length.batch_size / (args.gradient_accumulation_steps * args.world_size)
+    rows = made.n_batches * batch_of_one_process(length, args)
     return replace(length, rows=max(length.batch_size, round(rows)), why="")
 
 

@@ -26,6 +26,7 @@ from lora_init.keep.replay import replayed
 from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
 from lora_init.starts.starts import DEFAULT
 from lora_init.trainers.loaders import (
+    batch_of_one_process,
     check_repeats,
     examples_of_a_step,
     is_used_up,
@@ -193,9 +194,7 @@ class StartCallback(TrainerCallback):
         check_repeats(train_dataloader)
         with without_trace(train_dataloader):
             length = length_of(args, state.max_steps, train_dataloader)
-        # Examples of a batch of one process: the pass counts those of all processes together.
-        each = length.batch_size / args.gradient_accumulation_steps / args.world_size
-        config = self.config.with_options(max_batches=math.ceil(self.samples / each))
+        config = self.config.with_options(max_batches=math.ceil(self.samples / batch_of_one_process(length, args)))
         with handle.opened(config) as config:
             with without_trace(train_dataloader):
                 batches = _batches(train_dataloader, handle.model)
