@@ -163,12 +163,11 @@ def layers_of(model: Any, adapter_name: str) -> dict[str, Any]:
 
 def _trained(layers: Mapping[str, Any], adapter_name: str) -> Mapping[str, Any]:
     """Leave out layers whose A and B are frozen, which never move; of an adapter loaded to be served all are."""
-    frozen = set()
-    for name, layer in layers.items():
-        if adapter_name in layer.lora_A and not any(one.requires_grad for one in _weights_of(layer, adapter_name)):
-            frozen.add(name)
-    trained = {name: layer for name, layer in layers.items() if name not in frozen}
-    return trained if any(adapter_name in layer.lora_A for layer in trained.values()) else layers
+    linear = [name for name, layer in layers.items() if adapter_name in layer.lora_A]  # and no embedding
+    frozen = {name for name in linear if not any(one.requires_grad for one in _weights_of(layers[name], adapter_name))}
+    if len(frozen) == len(linear):
+        return layers
+    return {name: layer for name, layer in layers.items() if name not in frozen}
 
 
 # How a response is measured. A first step of Adam moves every entry of B by about the rate eta, whatever the gradient

@@ -75,8 +75,8 @@ def serving_note(
     note = _which_take(ranks, config)
     if any(name.endswith(_COPY) for name in tensors):
         note += " Where the weight of the base in it was changed before training (--engine compares), PEFT alone does."
-    for name in ranks:
-        if ranks[name] and name.rpartition(".")[2] in _HEADS:
+    for name, rank in ranks.items():
+        if rank and name.rpartition(".")[2] in _HEADS:
             note += f" But not where {name!r} shares its weight with the input embedding, as `inspect --engine` tells."
     return note
 

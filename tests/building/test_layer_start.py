@@ -80,13 +80,17 @@ def test_a_step_is_divided_by_the_root_of_its_gamma(gamma, scale, stats):
     torch.testing.assert_close(own, LoraWeights(a.detach().float() * scale, b * scale))
 
 
-def test_experts_have_numbers_of_their_own_and_stand_in_the_layout_of_peft(stats):
-    target = replace(stats.targets[DOWN], experts=2)
-    spectra = {f"{DOWN}.{i}": stats[DOWN] for i in range(2)}
-    own = replace(
+def with_experts(stats, spectra):
+    """The statistics with these spectra, by name, of as many experts in one of the layers."""
+    target = replace(stats.targets[DOWN], experts=len(spectra))
+    return replace(
         stats, targets={**stats.targets, DOWN: target}, groups={**stats.groups, **spectra},
         group_of={**stats.group_of, **{name: name for name in spectra}},
     )  # fmt: skip
+
+
+def test_experts_have_numbers_of_their_own_and_stand_in_the_layout_of_peft(stats):
+    own = with_experts(stats, {f"{DOWN}.{i}": stats[DOWN] for i in range(2)})
     for b_is_zero in (True, False):
         parts = []
 
@@ -107,10 +111,7 @@ def test_experts_have_numbers_of_their_own_and_stand_in_the_layout_of_peft(stats
 def test_the_a_of_an_expert_has_the_size_that_its_own_rows_ask_for(stats):
     whole = stats[DOWN]
     spectra = {f"{DOWN}.{i}": replace(whole, total_variance=whole.total_variance * (1 + 4 * i)) for i in range(2)}
-    own = replace(
-        stats, targets={**stats.targets, DOWN: replace(stats.targets[DOWN], experts=2)},
-        groups={**stats.groups, **spectra}, group_of={**stats.group_of, **{name: name for name in spectra}},
-    )  # fmt: skip
+    own = with_experts(stats, spectra)
     rows = torch.randn(3, 48)
     got = layer_start(BuildContext(made(lambda: rows), own, Shape()), DOWN, 3, None).a
     assert torch.equal(got, torch.cat([as_large_as_random(spectrum, rows) for spectrum in spectra.values()]))

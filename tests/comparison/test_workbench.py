@@ -293,7 +293,7 @@ def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
     assert {record["status"] for record in classes.records} == {"finished"}
 
 
-@pytest.mark.parametrize("asked", [{"retain_data"}, {"replay"}, {"retain_data", "replay"}, set()], ids=sorted)
+@pytest.mark.parametrize("asked", [{"retain_data"}, {"replay"}, {"retain_data", "replay"}, set()])
 def test_the_texts_beside_the_examples_are_told_in_the_settings(asked, home, tmp_path):
     for name in asked:
         (tmp_path / f"{name}.txt").write_text(f"one dog run to the {name}\nmy red hats")
