@@ -187,7 +187,9 @@ def _draw(loader: Any, epochs: float) -> _Drawn:
     """Draw the batches of some epochs on a copy; none of streams and of very long epochs."""
     data: Any = getattr(loader, "dataset", None)
     source: Any = _source_of(loader)
-    if not has_length(data) or not has_length(source) or isinstance(data, IterableDataset) or len(data) > _MOST_DRAWN:
+    if isinstance(data, IterableDataset):
+        return _Drawn(rows_an_item=_rows_of_an_item_of_a_stream(loader))
+    if not has_length(data) or not has_length(source) or len(data) > _MOST_DRAWN:
         return _Drawn()
     n_batches = len(source)  # of an epoch
     batches: list[list[Any]] = []
@@ -236,6 +238,16 @@ def _rows_of_an_item(loader: Any, batches: list[list[Any]]) -> float:
         else:
             rows = [_rows_of(collate(data[i])) for (i,) in some]
     return fmean(rows or [1])
+
+
+def _rows_of_an_item_of_a_stream(loader: Any) -> float:
+    """Count the rows that an item of a stream becomes, if it can be read anew; each is one if it can not."""
+    with undisturbed(), suppress(Exception):
+        collate = _copied(loader.collate_fn)
+        # Not the first ones alone: TRL packs the longest texts of each thousand first.
+        some = () if is_used_up(loader.dataset) else islice(loader.dataset, 0, _ASKED * _ASKED, _ASKED)
+        return fmean([_rows_of(collate([item])) for item in some] or [1])
+    return 1.0
 
 
 def _rows_of(batch: Mapping[str, Any]) -> int:

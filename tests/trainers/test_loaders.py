@@ -582,13 +582,16 @@ def test_the_rows_of_a_batch_are_counted_by_its_tokens_if_it_has_any_and_packed_
     assert loaders._rows_of(batch) == rows
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("packed", [{"packing": True}, {"padding_free": True, "max_length": None}, {}])
-def test_a_step_of_packed_rows_has_the_texts_that_are_in_them(packed, tmp_path, tokenizer):
+def test_a_step_of_packed_rows_has_the_texts_that_are_in_them(packed, streamed, tmp_path, tokenizer):
     """By the texts that training sees, whose positions begin with 0 or whose rows have no positions."""
     trl = pytest.importorskip("trl")
-    settings = dict(per_device_train_batch_size=4, report_to=[], bf16=False, max_steps=6, max_length=64)
+    max_steps = 4 if streamed else 6  # the longest texts come first in a stream: all of it, once
+    settings = dict(per_device_train_batch_size=4, report_to=[], bf16=False, max_steps=max_steps, max_length=64)
     args = trl.SFTConfig(str(tmp_path), **settings | packed)
     texts = Dataset.from_list([{"text": " ".join(WORDS[:3] * (1 + i % 3))} for i in range(160)])
+    texts = texts.to_iterable_dataset() if streamed else texts
     trainer = trl.SFTTrainer(tiny_llama(), args, train_dataset=texts, processing_class=tokenizer)
     found, seen = TrainerIntegration(trainer).length, []
     step = trainer.training_step
@@ -600,9 +603,9 @@ def test_a_step_of_packed_rows_has_the_texts_that_are_in_them(packed, tmp_path, 
 
     trainer.training_step = counted
     trainer.train()
-    assert found.batch_size == pytest.approx(np.mean(seen), rel=0.15)
+    assert found.batch_size == pytest.approx(np.mean(seen), rel=0.2)
     assert (found.batch_size > 12) == ("packing" in packed)
-    assert found.rows == pytest.approx(160, rel=0.15)
+    assert found.rows == (None if streamed else pytest.approx(160, rel=0.15))
 
 
 def arguments(**more):
