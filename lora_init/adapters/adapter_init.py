@@ -170,7 +170,8 @@ class AdapterInit(Shape):
         if new_head is None:
             heads = self.provenance.settings.get("heads", ())
             new_head = trains_new_head(heads, self.provenance.task_type, self.modules_to_save)
-        share = share_of(sum(map(layers_in, adapted)), self.provenance.n_linear)
+        linear = [name for name in adapted if "Embedding" not in self.unsupported.get(name, "")]
+        share = share_of(sum(map(layers_in, linear)), self.provenance.n_linear)
         length = self.length or TrainingLength.plan(self.provenance.settings.get("rows"))
         return LearningRate(self.responses, length, new_head, left_out, share)
 

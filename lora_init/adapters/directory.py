@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_init.errors import LoraInitError, is_number
 from lora_init.files import as_path, check_free, digests_of, is_as_written, new_directory, read_json, write_json
-from lora_init.layers.targets import PREFIX
+from lora_init.layers.targets import HEADS, PREFIX, is_in
 from lora_init.loading.checkpoint import read_header
 from lora_init.planning.lora_config import from_patterns
 from lora_init.starts.starts import changes_base
@@ -124,6 +124,17 @@ class AdapterDirectory:
         if not self.shapes:  # which checks the file, so that it is refused in our words
             return {}
         return load_file(self.path / WEIGHTS_FILE)
+
+    @property
+    def n_labels(self) -> int | None:
+        """Classes of the head that a classifier's adapter holds; None if it holds none."""
+        heads = HEADS.get(self.config.get("task_type") or "", ())
+        # What stands before the last layer of a head is as wide as the model, or at least as wide as the classes.
+        rows = [
+            shape[0] for key, shape in self.shapes.items()
+            if len(shape) == 2 and ".lora_" not in key and is_in(key.removesuffix(".weight"), heads)
+        ]  # fmt: skip
+        return min(rows, default=None)
 
     @property
     def layers(self) -> list[str]:

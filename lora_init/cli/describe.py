@@ -58,12 +58,16 @@ def describe_intruders(
     if not source:
         raise LoraInitError(f"{path} does not name its base model. Name it with --base.")
     with importing(source):
+        from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.models import TASK_TYPES, load_model
         from lora_init.serving.intruders import THRESHOLD, K, intruder_dimensions
     # PEFT writes task types that no head of ours stands for; the checkpoint's own class decides then.
     task_type = description["task_type"] if description["task_type"] in TASK_TYPES else None
     with busy(f"loading {source}"):
-        loaded = load_model(source, task_type=task_type, device="cpu", trust_remote_code=trust_remote_code)
+        n_labels = AdapterDirectory(path).n_labels
+        loaded = load_model(
+            source, task_type=task_type, trust_remote_code=trust_remote_code, device="cpu", n_labels=n_labels
+        )
     with busy("decomposing the weights"):
         intruders = intruder_dimensions(loaded.model, path)
     layers = {}

@@ -37,6 +37,7 @@ def rate(
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.adapters.measured_rate import learning_rate
         from lora_init.adapters.peft_model import with_adapter
+        from lora_init.layers.targets import HEADS
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import open_model
         from lora_init.serving.fit import check_fit
@@ -49,13 +50,16 @@ def rate(
     if not directory.has_zeros:
         remedy = "`lora-init inspect` has its rate." if directory.is_start else "Name the adapter before its training."
         raise LoraInitError(f"{adapter}: B is not zero, and the rule is for adapters before training. {remedy}")
-    source = open_model(base, trust_remote_code=loading.trust_remote_code)
+    # A classifier's base may be a language model without the head; for other adapters the checkpoint's class is right.
+    task_type = directory.config.get("task_type")
+    classifies = task_type in HEADS
+    source = open_model(base, task_type=task_type if classifies else None, trust_remote_code=loading.trust_remote_code)
     # A few examples do: the rule takes a mean over their tokens and a geometric mean over the layers.
     batches = load_batches(
         data, source.tokenizer, **vars(reading), samples=64, max_length=max_length, seq2seq=source.seq2seq
     )
     planned = length.plan(batches.settings.get("rows"))  # refuses what contradicts, before the weights are read
-    loaded = loading.load(source)
+    loaded = loading.load(source, n_labels=directory.n_labels)
     with busy("measuring"), with_adapter(loaded.model, directory) as model:
         rule = learning_rate(
             model, batches, steps=length.steps, epochs=length.epochs, train_batch_size=planned.batch_size,
@@ -72,6 +76,6 @@ def rate(
 
     def show(console: Console, _: Any) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-        print_next(console, "train with it; then lora-init dial TRAINED HELD-OUT-DATA -o kept")
+        print_next(console, "train with it" + "; then lora-init dial TRAINED HELD-OUT-DATA -o kept" * (not classifies))
 
     print_result(result, show)

@@ -602,6 +602,8 @@ def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectru
         weight = getattr(job.modules[name], "weight", None)
         if isinstance(weight, nn.Parameter) and weight.is_floating_point():
             matrix = gathered(weight.detach())
+            if type(matrix) is not torch.Tensor:  # quantized by torchao, which calls its numbers floats
+                continue
             if result.targets[name].kind == "Conv1D":
                 matrix = matrix.T  # d_in x d_out -> d_out x d_in
             complete[name] = gradient.with_importance(matrix)

@@ -12,7 +12,6 @@ from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
-from textwrap import shorten
 from typing import Any
 from urllib.parse import quote
 
@@ -495,12 +494,23 @@ def read_runs(path: Path) -> list[Record]:
     return list(records.values())
 
 
+def _excerpts(*texts: str) -> list[str]:
+    """Cut long texts to where they differ."""
+    differs = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len({*letters}) > 1), 0)
+    begin = max(0, differs - 40) if max(map(len, texts)) > 120 else 0
+    cut = []
+    for text in texts:
+        end = "..." if len(text) > begin + 120 else ""
+        cut.append("..." * (begin > 0) + text[begin : begin + 120] + end)
+    return cut
+
+
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     differing = []
     for name in dict.fromkeys([*new, *old]):  # a setting that only one of them has differs, too, unless it is None
         before, now = old.get(name), new.get(name)
         if name not in (*_GROWING, *_FREE, *_HASHES) and before != now:
-            differing.append(f"{name} was {shorten(repr(before), 120)}, now {shorten(repr(now), 120)}")
+            differing.append("{} was {}, now {}".format(name, *_excerpts(repr(before), repr(now))))
     if differing:
         raise LoraInitError(
             f"{path} has runs of another configuration: {'; '.join(differing)}. "

@@ -33,7 +33,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def count_linear(model: nn.Module, names: Collection[str], task_type: str | None = None) -> int:
-    """Count the layers that `"all-linear"` means and fused experts, also where some have an adapter.
+    """Count the layers that `"all-linear"` means, quantized ones of any library and fused experts, adapted or not.
 
     Only the part of the model counts that holds the blocks of the named layers, such as a language model without the
     vision tower before it. If a layer outside of blocks is named, as a pooler, the whole model counts.
@@ -42,7 +42,7 @@ def count_linear(model: nn.Module, names: Collection[str], task_type: str | None
     modules = plain_names(model)
     part = _common_part(modules, names)
     count = 0
-    for name in linear_layers(model, modules) + _fused_experts(modules, names):
+    for name in linear_layers(model, modules) + _quantized(model, modules) + _fused_experts(modules, names):
         if any(infix in name for infix in _ADDED_BY_PEFT) or is_in(name, heads):
             continue
         plain = name.replace(".base_layer", "")  # PEFT's wrapper holds the layer itself under this name
@@ -70,6 +70,18 @@ def _common_part(modules: Mapping[str, nn.Module], names: Collection[str]) -> li
     if len(names) > 1:
         return common
     return []  # what is around a single layer outside of blocks says nothing
+
+
+def _quantized(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Name the linear layers of libraries that quantize by classes of their own, which `"all-linear"` leaves out."""
+    output = output_embedding(model)
+    names = []
+    for name, module in modules.items():
+        # PEFT's wrappers have these widths, too, and hold the layer.
+        is_layer = hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children())
+        if is_layer and not is_linear(module) and module is not output:
+            names.append(name)
+    return names
 
 
 def _fused_experts(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> list[str]:

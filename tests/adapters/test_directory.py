@@ -322,3 +322,22 @@ def test_a_converted_adapter_corrects_no_error_any_more(tmp_path):
 @pytest.mark.parametrize("theirs", [None, 3, "", "GPT", "{", "[]", "{}", '{"lora_init": 3}', "null"])
 def test_what_others_have_put_where_an_origin_travels_is_none(theirs):
     assert carried({"megatron_core": theirs}) == carried({"auto_mapping": theirs}) == carried({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("task_type", "shapes", "n_labels"),
+    [
+        ("SEQ_CLS", {"score.weight": (3, 32)}, 3),
+        ("SEQ_CLS", {"classifier.dense.weight": (32, 32), "classifier.out_proj.weight": (5, 32)}, 5),
+        ("TOKEN_CLS", {"classifier.weight": (7, 32), "classifier.bias": (7,)}, 7),
+        ("SEQ_CLS", {"classifier.lora_A.weight": (2, 32)}, None),
+        ("CAUSAL_LM", {"score.weight": (3, 32)}, None),
+        (None, {}, None),
+    ],
+)
+def test_the_classes_of_a_classifier_are_counted_by_its_head(task_type, shapes, n_labels, tmp_path):
+    tensors = {f"base_model.model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    tensors["base_model.model.q.lora_A.weight"] = torch.zeros(2, 32)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "task_type": task_type}))
+    assert AdapterDirectory(tmp_path).n_labels == n_labels

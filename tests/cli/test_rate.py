@@ -20,6 +20,7 @@ def folder(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rate")
     save_model(tiny_llama(hidden_size=48), folder / "wide")
     save_model(tiny_bert(), folder / "bert")
+    save_model(tiny_bert().bert, folder / "body")
     (folder / "a folder").mkdir()
     (folder / "a folder/file").write_text("")
 
@@ -43,6 +44,23 @@ def folder(home, tmp_path_factory):
 def test_it_prints_the_rate_of_any_adapter_before_training(folder, home):
     result = run("rate", folder / "start", home / "text.txt", "--steps", 100)
     assert result.exit_code == 0 and result.stdout.startswith("Train with AdamW at "), result.output
+
+
+@pytest.mark.parametrize("base", ["model", "body"])
+def test_the_rate_of_a_classifier_is_that_of_its_new_head(base, folder, home, tmp_path):
+    """Whose base is a language model, or a body alone: the checkpoint has no head."""
+    source = home / "model" if base == "model" else folder / "body"
+    rows = [{"text": f"the cat {word} the dog", "label": word[0]} for word in ("sat", "on", "mat") for _ in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = [tmp_path / "rows.jsonl", "--template", "{text}", "--steps", 60]
+    made = run("init", source, *words, "--label", "label", "--method", "random", "-o", tmp_path / "start", "--json")
+    assert made.exit_code == 0, made.output
+    told = run("rate", tmp_path / "start", *words)
+    assert told.exit_code == 0 and "dial" not in told.stdout, told.output
+    rate = json.loads(run("rate", tmp_path / "start", *words, "--json").stdout)["learning_rate"]
+    assert rate == pytest.approx(json.loads(made.stdout)["recommended"]["learning_rate"], rel=0.1)
+    counted = run("inspect", tmp_path / "start", "--base", source, "--intruders")
+    assert "size mismatch" not in counted.output
 
 
 def test_layers_that_nothing_moves_are_counted(folder, home, tmp_path):

@@ -1,9 +1,11 @@
 """Quantized bases on a CPU: each library where it is installed, and any other by the interface of its layers."""
 
+import math
+
 import pytest
 import torch
 
-from lora_init import Statistics, build_adapter, collect, find_targets
+from lora_init import Statistics, build_adapter, collect, find_targets, initialize, learning_rate
 from lora_init.layers.identity import count_parameters, fingerprint
 from tests.collection.made import PackedLinear, hqq_4bit, plain
 from tests.conftest import batches_for
@@ -87,6 +89,40 @@ def test_an_adapter_from_the_quantized_model_itself(load, directory, tmp_path):
     assert before == stats.provenance.fingerprint == fingerprint(load(directory))
     again = Statistics.load(stats.save(tmp_path / "stats.safetensors"))
     build_adapter(again, 2).apply(model)
+
+
+@every_library
+@pytest.mark.parametrize("names", [NAMES, ["q_proj", "v_proj"], NAMES[4:]])
+def test_its_rate_is_that_of_the_plain_model(load, names, directory):
+    batches, rates = batches_for("llama"), []
+    for model in (load(directory), plain()):
+        made = build_adapter(collect(model, batches, names, rank=2), 2)
+        rates += [made.rate.share, learning_rate(made.apply(model), batches, steps=48).share]
+    assert rates == [rates[0]] * 4 and rates[0] == pytest.approx(len(names) / len(NAMES))
+
+
+@every_library
+def test_a_start_from_its_gradients(load, directory):
+    model = initialize(load(directory), batches_for("llama"), rank=2, method="lora-one", target_modules=NAMES)
+    assert model(**batches_for("llama")[0]).logits.isfinite().all()
+
+
+class Packed(torch.Tensor):
+    """A weight as torchao has it: said to be of floats, without what is done with these."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.split:
+            raise NotImplementedError
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_weight_that_is_no_plain_tensor_leaves_the_importance_unknown():
+    model = plain()
+    layer = model.get_submodule(DOWN)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
+    found = collect(model, batches_for("llama"), ["down_proj"], rank=2, gradients=True).gradients
+    assert [math.isnan(found[name].importance) for name in (DOWN.replace("1", "0"), DOWN)] == [False, True]
 
 
 def packed():

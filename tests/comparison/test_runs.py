@@ -11,6 +11,7 @@ import pytest
 from lora_init.comparison.runs import (
     Run,
     RunPlan,
+    _excerpts,
     best_rates,
     half_decade,
     open_runs,
@@ -417,6 +418,14 @@ def test_what_a_kill_has_left_is_no_other_content(tmp_path):
     assert len(read_runs(tmp_path)) == 1
 
 
+EXCERPTS = {
+    ("a" * 120, "b"): ("a" * 120, "b"),
+    ("a" * 200 + "b", "a" * 200 + "c"): ("..." + "a" * 40 + "b", "..." + "a" * 40 + "c"),
+    ("b" + "a" * 200, "c"): ("b" + "a" * 119 + "...", "c"),
+    ("a" * 121, "a" * 122): ("a" * 120 + "...", "a" * 120 + "..."),
+}
+
+
 def test_what_is_asked_for_later_is_added_to_what_was_asked_for(tmp_path):
     asked = dict(starts=["random", "eva"], seeds=[0, 1], learning_rates=[1e-3], recommended={"random": 1e-3})
     keep(tmp_path, **asked, own={"mine": "a"})
@@ -427,6 +436,8 @@ def test_what_is_asked_for_later_is_added_to_what_was_asked_for(tmp_path):
         recommended={"random": 1e-3, "pissa": 2e-3}, own={"mine": "a"}, examples={"to report": "x"}, sweep="halving",
     )  # fmt: skip
     assert read_settings(tmp_path) == log.settings == settings() | expected
+    for texts, short in EXCERPTS.items():
+        assert tuple(_excerpts(*texts)) == short
     said = "rank was 8, now 4"
     what = f"{tmp_path} has runs of another configuration: {said}"
     instead = "Name another directory, or use the settings of this one."

@@ -439,6 +439,12 @@ def test_an_embedding_and_an_adapter_on_other_layers_are_left_out(llama, tokens)
         found.append(learning_rate(adapted, [tokens], steps=48, adapter_name=name))
     first, second = found
     assert first.left_out == ["model.embed_tokens"] and {name.split(".")[-1] for name in first.layers} == {"q_proj"}
+    # Of an adapter that was made from statistics, too.
+    plain = adapted.unload()
+    made = build_adapter(collect(plain, [tokens], ["embed_tokens", "q_proj", "up_proj", "o_proj"], rank=2), 2)
+    again = learning_rate(made.apply(plain), [tokens], steps=48)
+    assert made.rate.left_out == again.left_out == first.left_out
+    assert made.rate.share == again.share == pytest.approx(3 / 7)
     assert not second.left_out and {name.split(".")[-1] for name in second.layers} == {"up_proj"}
 
 
