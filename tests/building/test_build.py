@@ -142,6 +142,11 @@ def test_fewer_directions_than_rank_give_the_rank_that_there_is():
             warnings.simplefilter("always")
             assert build_adapter(stats, 4).ranks == {"0": expected}
         assert len(caught) == (expected < 4)
+    gradients = dict(gradients=True, loss=lambda output, batch: output.square().sum())
+    stats = collect(model, [torch.randn(2, 8)], rank=4, **gradients)
+    for method in ("eva-grad", "grad-a", "lora-one", "natural-gradient"):  # as many as there were rows
+        with pytest.warns(UserWarning, match="fewer ranks"):
+            assert build_adapter(stats, 4, method).ranks == {"0": 2}
     refused("no direction in any layer", build_adapter, collect(model, [torch.randn(1, 8)], rank=4), 4)
     assert build_adapter(collect(model, [torch.randn(1, 8)], rank=4), 4, "random").ranks == {"0": 4}
 

@@ -80,7 +80,7 @@ def test_a_recommended_start_without_its_gradients_becomes_the_usual_one():
     linear = next(iter(find_targets(tiny_vit()).layers))
     layers, batches = [linear, conv], OfClasses(labelled("vit"))
     with pytest.warns(UserWarning, match="collect without gradients. So the start is eva, from what the layers read.$"):
-        adapted = initialize(tiny_vit(), batches, rank=2, target_modules=layers)
+        adapted = initialize(tiny_vit(), batches, rank=2, target_modules=layers, gradients=True)
     assert carried(adapted.peft_config["default"].to_dict())["method"] == "eva"
     refused(conv, initialize, tiny_vit(), batches, rank=2, target_modules=layers, method="natural-gradient")
     adapted = initialize(tiny_vit(), batches, rank=2, target_modules=[linear])

@@ -58,6 +58,8 @@ def test_choices_that_are_too_many_to_stand_beside_the_option_are_words_of_its_t
     assert words == "--format WORD" and "Words: " in text and "axolotl" in text
     tools = text.partition("Words: ")[2].rstrip(".").split(", ")
     assert len(tools) > 3 and all("|" not in tool for tool in tools)
+    # Where all options are shown there is room.
+    assert any(words.startswith("--format <") and "|" in words for words, _ in groups("ranks", True)["Options"])
 
 
 def test_no_name_is_broken_at_its_hyphen_and_hyphens_are_ordinary_ones():

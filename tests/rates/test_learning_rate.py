@@ -563,6 +563,8 @@ def test_a_new_head_is_known_in_a_model_of_ones_own_with_a_configuration(make, w
     layers = [name for name in find_targets(model).layers if name.startswith(("inner", "layers"))][:2]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=layers, modules_to_save=whole))
     assert learning_rate(adapted, [TOKENS], steps=48).new_head == is_new
+    # Loaded to be served it trains nothing.
+    assert learning_rate(adapted.requires_grad_(False), [TOKENS], steps=48).new_head == is_new
 
 
 def test_a_head_that_peft_does_not_train_is_not_new():
