@@ -138,13 +138,13 @@ class Rule:
 
     def broken(self, task: Mapping[str, Change], keep: Mapping[str, Change]) -> list[str]:
         """Return a note if the limit, which held on the examples to choose by, is broken on the report's examples."""
-        measured = ""
+        measured = ""  # rounded as it is said: what is beyond a limit by less is not
         if self.lose is not None:
-            lost = task["chosen"].loss / task[BEST].loss - 1.0
+            lost = round(task["chosen"].loss / task[BEST].loss - 1.0, 4)
             if lost > self.lose:
-                measured = f"{100 * lost:.2g} % above the task's loss at the best strength, and {100 * self.lose:g} %"
+                measured = f"{100 * lost:.3g} % above the task's loss at the best strength, and {100 * self.lose:g} %"
         elif self.keep_within is not None:
-            rise = keep["chosen"].change
+            rise = round(keep["chosen"].change, 3)
             if rise > self.keep_within:
                 measured = f"text to keep {rise:.3f} above the base's loss, and {self.keep_within:g}"
         if not measured:

@@ -385,6 +385,9 @@ def test_the_report_says_per_cent_and_where_a_limit_was_broken(monkeypatch):
 @pytest.mark.parametrize(("asked", "chosen", "rise", "words"), [
     ({}, 2.05, 0.4, "2.5 % above the task's loss at the best strength, and 2 %"),
     ({}, 2.03, 0.4, ""),
+    ({}, 2.04008, 0.4, ""),  # 2.004 %
+    ({}, 2.0402, 0.4, "2.01 % above the task's loss at the best strength, and 2 %"),
+    ({"keep_within": 0.4}, 9.0, 0.4003, ""),
     ({"lose": 0.01}, 2.03, 0.4, "1.5 % above the task's loss at the best strength, and 1 %"),
     ({"lose": 0.5}, 3.0, 0.4, ""),  # at the limit
     ({"keep_within": 0.1}, 9.0, 0.4, "text to keep 0.400 above the base's loss, and 0.1"),

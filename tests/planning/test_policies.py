@@ -75,6 +75,7 @@ def test_a_layer_of_few_components_is_worth_nothing_beyond_them():
 def test_a_layer_is_starved_that_has_fewer_than_were_asked_for(about, starved):
     stats = statistics({"a": [0.5, 0.25], "b": [0.4, 0.3, 0.2]}, **about)
     assert stack_spectra(stats, ["a", "b"]).starved.tolist() == starved
+    assert stack_spectra(stats, []).ratios.shape == (0, 0)
 
 
 @pytest.mark.parametrize(("policy", "said"), [
