@@ -273,6 +273,21 @@ def test_a_start_is_known_by_the_numbers_in_its_file_whatever_their_type(dtype, 
     assert origin["start"] == start_digest(pairs)
 
 
+def test_a_type_to_save_in_is_that_of_a_and_b_alone(tmp_path):
+    """What is trained whole, and DoRA's magnitudes, are to the last bit what `apply` makes."""
+    model = tiny_bert()
+    stats = made_up_statistics(model, ["query", "value"], task_type="SEQ_CLS")
+    init = replace(build_adapter(stats, 2, use_dora=True), dtype="bfloat16")
+    init.save_pretrained(tmp_path / "adapter", model=model)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    expected = peft.get_peft_model_state_dict(init.apply(model))
+    assert saved.keys() == expected.keys()
+    assert any("lora_magnitude" in key for key in saved) and any("classifier" in key for key in saved)
+    for key, value in expected.items():
+        rounded = value.bfloat16() if ".lora_A." in key or ".lora_B." in key else value
+        assert saved[key].dtype == rounded.dtype and torch.equal(saved[key], rounded), key
+
+
 def test_layers_without_a_spectrum_are_in_the_file_with_pefts_start(tmp_path):
     class Net(nn.Module):
         def __init__(self):
@@ -373,6 +388,7 @@ def test_a_long_table_is_cut_where_a_notebook_shows_it():
     ((3.0, 2.25), None, None, r"took from its weights \(loss 3 -> 2.25\)$"),
     ((3.0, 2.25), 2.0, 0.75, r"\(loss 3 -> 2.25, 75% of the way to the loss before it was quantized\)$"),
     ((2.0, 1.5), 2.0, None, r"\(loss 2 -> 1.5\)$"),  # quantization cost nothing: no share, and no division by zero
+    ((2.0, 1.5), 2.5, None, r"\(loss 2 -> 1.5\)$"),  # it happened to help
 ])  # fmt: skip
 def test_what_a_correction_gives_back_is_a_share_of_what_was_lost(losses, exact, share, words):
     init = build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), 2)

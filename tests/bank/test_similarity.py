@@ -65,6 +65,17 @@ def test_the_order_of_a_bank_by_hand(similarity, order):
     }
 
 
+def test_a_dimension_that_is_the_same_in_all_prompts_says_nothing():
+    class Wider(Made):
+        def embeddings(self, name):
+            return torch.cat([super().embeddings(name), torch.full((2, 1), 7.0)], dim=1)
+
+    found = neighbours(Wider(**vars(BANK)), torch.cat([NEW, torch.full((3, 1), 7.0)], dim=1))
+    # Root mean squares over two dimensions, of which one has no difference.
+    distances = [pytest.approx(distance / 2**0.5) for distance in (1.0, 2.0, 4.0)]
+    assert [(one.name, one.distance) for one in found] == list(zip("acb", distances, strict=True))
+
+
 def test_a_neighbour_in_words():
     assert Neighbour("a", "ta", 1.005).in_words() == "a (ta): 1.00 standard deviations away"
     assert Neighbour("a", "ta", 12.0, 0.256).in_words() == (

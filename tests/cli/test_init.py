@@ -102,6 +102,17 @@ def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(c
         assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 6
 
 
+def test_a_learning_rate_that_a_comparison_found_is_in_all_that_is_written(command, tmp_path):
+    made = run(*command, "--learning-rate", "2.5e-3", "--json")
+    assert made.exit_code == 0, made.output
+    said, origin = json.loads(made.stdout), json.loads((tmp_path / "out/lora_init.json").read_text())
+    for found in (said, origin):
+        assert found["recommended"]["learning_rate"] == 2.5e-3
+    line = f"Train with AdamW at {rate_text(2.5e-3)}, "
+    assert line in (tmp_path / "out/README.md").read_text()
+    assert line in " ".join(run("inspect", tmp_path / "out").stdout.split())
+
+
 def test_the_length_of_the_training_is_an_option(command, home, tmp_path, monkeypatch):
     n = len((home / "rows.jsonl").read_text().splitlines())
     out = tmp_path / "adapter"

@@ -9,7 +9,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from lora_init import build_adapter
 from lora_init.loading import models
+from tests.adapters.made import made_up_statistics
 from tests.commands import assert_one_line_error, run, save_model
 from tests.conftest import tiny_bert, tiny_llama
 
@@ -61,6 +63,21 @@ def test_the_rate_of_a_classifier_is_that_of_its_new_head(base, folder, home, tm
     assert rate == pytest.approx(json.loads(made.stdout)["recommended"]["learning_rate"], rel=0.1)
     counted = run("inspect", tmp_path / "start", "--base", source, "--intruders")
     assert "size mismatch" not in counted.output
+
+
+def test_the_rate_of_a_frozen_a_is_its_own_wherever_it_is_recorded(home, tmp_path):
+    """In the config, which goes along with training, or in our file alone, where another tool rewrote the config."""
+    stats, rates = made_up_statistics(tiny_llama(), task_type="CAUSAL_LM", model_id=str(home / "model")), {}
+    for name, freeze_a in (("free", False), ("frozen", True)):
+        init = build_adapter(stats, 4, "random", lora_alpha=0.01, freeze_a=freeze_a)
+        init.save_pretrained(tmp_path / name)
+    shutil.copytree(tmp_path / "frozen", tmp_path / "rewritten")
+    config = json.loads((tmp_path / "frozen/adapter_config.json").read_text())
+    (tmp_path / "rewritten/adapter_config.json").write_text(json.dumps(config | {"auto_mapping": None}))
+    for name in ("free", "frozen", "rewritten"):
+        told = run("rate", tmp_path / name, home / "text.txt", "--steps", 100, "--json")
+        rates[name] = json.loads(told.stdout)["learning_rate"]
+    assert rates["rewritten"] == rates["frozen"] > 1.2 * rates["free"]
 
 
 def test_layers_that_nothing_moves_are_counted(folder, home, tmp_path):

@@ -2,6 +2,7 @@
 
 import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -247,6 +248,15 @@ def test_ctrl_c_is_noted_and_raised_at_the_end_or_at_once_where_nobody_waits():
         raise ValueError("first")
     assert done == ["noted", "in time", "noted again"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_in_another_thread_than_the_main_one_a_pass_leaves_signals_alone():
+    def handler():
+        with Processes() as alone:
+            return alone.gather("ours"), signal.getsignal(signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(handler).result() == (["ours"], signal.default_int_handler)
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])

@@ -13,9 +13,9 @@ import lora_init
 from lora_init import Start
 from lora_init.cli.app import app as cli
 from lora_init.comparison import report, workbench
-from lora_init.comparison.compare import Comparison, _init_command
+from lora_init.comparison.compare import Comparison, _init_command, _with_kept_rates
 from lora_init.comparison.findings import summarise
-from lora_init.comparison.runs import Run, read_runs
+from lora_init.comparison.runs import Run, RunPlan, read_runs
 from lora_init.comparison.starts import AdapterShape, StartInputs, prepare
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import LoadingOptions
@@ -26,7 +26,7 @@ from lora_init.errors import LoraInitError
 from tests.collection.made import labelled
 from tests.commands import WORDS
 from tests.comparison.made import again, compare, set_up_bench, without_clock
-from tests.comparisons import planted, settings
+from tests.comparisons import planted, settings, write
 from tests.conftest import batches_for, refused, tiny_llama
 from tests.processes import FORKS
 
@@ -125,6 +125,13 @@ def test_no_text_is_longer_than_asked_whatever_it_is_for(home, tmp_path):
         assert {batch["input_ids"].shape[1] for batch in batches} == {9}
 
 
+def test_forgetting_is_measured_on_as_many_texts_as_asked(home, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(" ".join(WORDS[i : i + 4]) for i in range(9)))
+    bench = set_up_bench(home, tmp_path / "out", retain_data=texts, retain_samples=5)
+    assert sum(len(batch["input_ids"]) for batch in bench.retain) == 5
+
+
 def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
     records = of_equal_steps(full[0].records)
     assert len({record["report_loss"][0] for record in records}) == 1
@@ -185,6 +192,16 @@ def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatc
     more = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["orthogonal"], seeds=[2])
     assert {record["start"] for record in more.records} == {"random", "orthogonal"}
     assert more.settings["starts"] == ["random", "orthogonal"] and more.settings["seeds"] == [0, 1, 2]
+
+
+def test_a_comparison_that_goes_on_keeps_the_rates_that_it_measured(tmp_path):
+    """On another machine their last digit may differ, and they are settings, which must stay."""
+    measured = {"random": 1.1e-3, "eva": 2e-3}
+    plan = RunPlan([REFERENCE, Variant("eva")], [], [0], "full", recommended=measured)
+    asked, kept = RunPlan([REFERENCE], [1e-3], [0], "full"), write(tmp_path / "kept", [], recommended={"random": 1e-3})
+    assert _with_kept_rates(plan, tmp_path / "new").recommended == measured
+    assert _with_kept_rates(plan, kept).recommended == {"random": 1e-3, "eva": 2e-3}
+    assert _with_kept_rates(asked, kept) == asked
 
 
 def run_until_killed(home, output, ended):

@@ -50,8 +50,8 @@ def figures(monkeypatch):
     """Of runs whose numbers are known, by name; with `dialed` as if each adapter was evaluated at three strengths."""
     monkeypatch.setattr(plots, "_saved", lambda figure, kind: figure)
 
-    def draw(dialed=False):
-        runs = exact()
+    def draw(dialed=False, seeds=(0, 1, 2)):
+        runs = [run for run in exact() if run["seed"] in seeds]
         for run in runs:
             if dialed and run["status"] == "finished":
                 loss, kept = run["report_loss"][-1], run["retain_loss"][-1]
@@ -107,6 +107,17 @@ def test_each_picture_has_a_panel_for_each_start_with_random_beside_it(figures):
         for places in ((y + 0.22,) * 3, (y, y), (y,)):
             np.testing.assert_allclose(found[places], [shift] * len(places), atol=1e-8)
     assert axes.get_ylim() == (2.5, -0.6) and points[0][:, 0].tolist() == [0, 0]
+
+
+def test_of_one_seed_each_mean_is_hollow_and_has_no_interval(figures):
+    (axes,) = figures(seeds=[0])["differences"].axes
+    found = [(line.get_xydata().tolist(), line.get_markerfacecolor()) for line in axes.get_lines()[1:]]
+    shifts = [-0.02, -0.01, 0.01]
+    pairs, means = found[::2], found[1::2]
+    assert [points for points, _ in pairs] == [[[pytest.approx(x), y + 0.22]] for y, x in enumerate(shifts)]
+    assert means == [([[pytest.approx(x), y]], "none") for y, x in enumerate(shifts)]
+    low, high = axes.get_xlim()
+    assert -0.022 - 1e-9 <= low < -0.02 and 0.01 < high <= 0.022 + 1e-9
 
 
 def test_with_strengths_a_picture_has_the_least_rise_at_each_task_loss(figures):

@@ -97,6 +97,8 @@ def test_the_schedule():
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
     assert factors[4:] == sorted(factors[4:], reverse=True) and 0 < factors[-1] < 0.01
     assert Training(1, 4, 0.0, [0, 1]).factor(0) == 1.0
+    all_warm = Training(4, 4, 0.9, [0, 4])  # the scheduler asks once more, after the last step
+    assert [all_warm.factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(("growth", "status"), [(0.0, "finished"), (100.0, "unstable")])

@@ -39,6 +39,22 @@ def mixtral():
     return mixtral()
 
 
+def qwen2_moe():
+    from tests.layers.made import qwen2_moe
+
+    return qwen2_moe()
+
+
+def switch():
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    config = SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=2,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return SwitchTransformersForConditionalGeneration(config).eval()
+
+
 def unet():
     pytest.importorskip("diffusers")
     from examples.diffusion import make_pipeline
@@ -75,6 +91,9 @@ CASES = {
         ".crossattention.",
     ),
     "mixtral": (mixtral, (*Q_K_V, "o_proj"), (), None),
+    # Their routers, shared_expert_gate and router.classifier, are linear layers within an MLP, and not of it.
+    "qwen2_moe": (qwen2_moe, (*Q_K_V, "o_proj"), ("gate_proj", "up_proj", "down_proj"), None),
+    "switch": (switch, ("n.q", "n.k", "n.v", "n.o"), ("wi", "wo"), ".EncDecAttention."),
     "unet": (unet, UNET, ("ff.net.0.proj", "ff.net.2"), ".attn2."),
 }
 

@@ -46,6 +46,16 @@ def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights()
     assert not any(map(changes_base, ["eva", "gaussian", "lora-one", "full", "unheard-of", ""]))
 
 
+@pytest.mark.parametrize(("name", "moves_ranks", "reads_data"), [
+    ("eva", False, True), ("natural-gradient", False, True), ("random-scaled", False, True), ("qera", False, True),
+    ("random", False, False), ("orthogonal", False, False), ("random-frozen-a", False, False),
+    ("eva-rho2", True, True), ("eva-ranks", True, True), ("gradient-ranks", True, True),
+])  # fmt: skip
+def test_data_are_read_for_directions_or_for_ranks(name, moves_ranks, reads_data):
+    recipe = find_recipe(name)
+    assert (recipe.moves_ranks, recipe.reads_data) == (moves_ranks, reads_data)
+
+
 @pytest.fixture
 def packages(installed):
     return partial(installed, "lora_init.starts")

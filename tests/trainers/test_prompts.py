@@ -122,6 +122,16 @@ def test_what_is_no_prompt_is_refused():
         refused(said, answered, prompts, stand_in(), tiny_llama())
 
 
+@pytest.mark.parametrize("chats", [False, True])
+def test_special_tokens_are_those_of_the_template_or_of_the_tokenizer_and_never_both(chats):
+    trainer, texts = stand_in(), ["a b", "c"]
+    trainer.processing_class.chat_template = "[CLS] {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    prompts = [[{"role": "user", "content": text}] for text in texts] if chats else texts
+    batch = answered(prompts, trainer, tiny_llama())
+    expected = [[1, 4, 5], [0, 1, 6]] if chats else [[1, 4, 5, 2], [0, 1, 6, 2]]
+    assert batch["input_ids"][:, : len(expected[0])].tolist() == expected
+
+
 @pytest.mark.parametrize("ends", [None, "the first", "another"])
 def test_an_answer_lasts_to_its_first_end_or_is_whole_where_there_is_none(ends):
     model, trainer = tiny_llama(), stand_in()

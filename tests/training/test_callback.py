@@ -388,6 +388,9 @@ def test_the_plugin_of_axolotl_hands_over_the_callback():
     plugin.pre_model_load(Config(lora_init={"samples": 8}))
     (callback,) = plugin.add_callbacks_post_trainer(Config(), None)
     assert isinstance(callback, lora_init.StartCallback) and callback.samples == 8
+    plugin.pre_model_load(Config())  # without a block `lora_init:` it is all defaults
+    (callback,) = plugin.add_callbacks_post_trainer(Config(), None)
+    assert vars(callback) == vars(lora_init.StartCallback())
     refused("makes the adapter, too", plugin.pre_model_load, Config(lora_model_dir="start"))
     with pytest.raises(LoraInitError, match=r"Set lora_mlp_kernel: false, lora_o_kernel: false\."):
         plugin.pre_model_load(Config(lora_mlp_kernel=True, lora_o_kernel=True))
