@@ -92,23 +92,23 @@ def pictures(summary: Summary) -> dict[str, dict[str, bytes]]:
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
-    import matplotlib
+    from matplotlib import style
 
     out = io.BytesIO()
-    with matplotlib.rc_context(_LOOK):  # labels of ticks are made as they are drawn
+    with style.context(["default", _LOOK]):  # labels of ticks are made as they are drawn
         unsaid = {"Software": None} if kind == "png" else {"Date": None}
-        figure.savefig(out, format=kind, dpi=200, facecolor="white", metadata=unsaid)
+        figure.savefig(out, format=kind, dpi=200, metadata=unsaid)
     return out.getvalue()
 
 
 def _draw(names: Sequence[str], height: float, draw: Callable[[Any, str], None]) -> Figure:
     """Draw a panel of so many inches for each name, two in a row."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     columns = min(len(names), _PER_ROW)
     rows = math.ceil(len(names) / columns)
-    with matplotlib.rc_context(_LOOK):
+    with style.context(["default", _LOOK]):  # and not in a style of the user's, which may be dark
         figure = Figure(figsize=(_PER_ROW * _WIDTH, rows * height + 0.4), layout="constrained")
         # One vertical scale, so that panels can be compared.
         places = list(figure.subplots(rows, columns, squeeze=False, sharey=len(names) > 1).flat)

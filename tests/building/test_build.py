@@ -4,6 +4,7 @@ import math
 import re
 import runpy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,13 @@ def test_what_is_trained_whole_or_not_selected_has_no_adapter():
         init = build_adapter(stats, 2, **options)
         assert ([*init.weights], init.unsupported) == (layers, unsupported)
         assert init.left_out == tuple(name for name in ("a", "b") if name not in layers) and init.rank == 2
+
+
+def test_a_layer_of_unknown_size_is_no_part_of_the_rate():
+    stats = collect(tiny_llama(), batches_for("llama"), rank=4)
+    _, *others = stats.sizes
+    partly = replace(stats, sizes={name: stats.sizes[name] for name in others})
+    assert [*build_adapter(partly, 4, "random").responses] == others
 
 
 @pytest.mark.parametrize(("method", "given", "gamma"), [

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from lora_init.cli import bank as command
@@ -161,6 +162,16 @@ def test_an_encoder_is_loaded_if_one_is_named(name, monkeypatch):
     )
     assert command.read_encoder(name) == ("it" if name else None)
     assert asked == ([("encoder", {"task_type": "FEATURE_EXTRACTION"})] if name else [])
+
+
+def test_one_encoder_embeds_the_prompts_of_all_entries(home, adapters, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "read_encoder", lambda name: f"read {name}")
+    monkeypatch.setattr("lora_init.bank.embeddings.embed", lambda *words: asked.append(words[3:]) or torch.eye(3))
+    for number, more in enumerate((["--encoder", "org/encoder"], [])):
+        done = add(tmp_path / "bank", adapters / f"task {number}", home, *more)
+        assert done.exit_code == 0, done.stderr
+    assert asked == [("read org/encoder",)] * 2
 
 
 ROWS = {"digest of the rows": "a"}

@@ -185,6 +185,14 @@ def test_an_unstable_run_is_named_not_averaged_and_the_next_lower_rate_is_given(
     assert cells(summary, "learning_rates", "eva")["3e-3"] == "unstable, 1 of 3"
 
 
+def test_unstable_rates_are_named_in_the_order_of_the_starts():
+    runs = planted({"pissa": 0.0, "eva": 0.0})
+    runs += [broken("unstable", "NaN", start=start, rate=rate) for start in ("eva", "pissa") for rate in (3e-2, 1e-2)]
+    found = summarise(runs, settings(starts=["random", "pissa", "eva"])).notes
+    named = [said.partition(" (")[0] for said in found if " is unstable at " in said]
+    assert named == [f"{start} is unstable at {rate}" for start in ("pissa", "eva") for rate in ("1e-2", "3e-2")]
+
+
 def test_a_best_rate_at_the_end_of_the_sweep_is_a_part_of_the_verdict():
     def caveats(losses):
         runs = [record("eva", rate, 0, loss) for rate, loss in zip((1e-4, 3e-4, 1e-3), losses, strict=True)]

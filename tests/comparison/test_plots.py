@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib import style
 from matplotlib.colors import is_color_like
 
 from lora_init.comparison import plots
@@ -35,6 +36,7 @@ def test_labels_of_rates_do_not_overprint_and_best_rates_have_one(rates):
         boxes = [label.get_window_extent() for label in labels]
         assert all(one.x1 <= other.x0 for one, other in pairwise(boxes)) and len(boxes) >= 5
         assert best in [label.get_text() for label in labels]
+        assert axes.get_xlim() == pytest.approx((1.3e-4 / 1.6, 0.1 * 1.6))  # all rates, with room beside them
 
 
 def test_no_cross_hides_another(rates):
@@ -118,6 +120,23 @@ def test_of_one_seed_each_mean_is_hollow_and_has_no_interval(figures):
     assert means == [([[pytest.approx(x), y]], "none") for y, x in enumerate(shifts)]
     low, high = axes.get_xlim()
     assert -0.022 - 1e-9 <= low < -0.02 and 0.01 < high <= 0.022 + 1e-9
+
+
+def test_what_is_forgotten_is_drawn_where_it_is_known(monkeypatch):
+    monkeypatch.setattr(plots, "_saved", lambda figure, kind: figure)
+    runs = [record("random"), record("eva", retain_loss=None), record("eva", seed=1)]
+    drawn = plots.pictures(summarise(runs, settings()))["forgetting"]["svg"]
+    np.testing.assert_allclose(panels(drawn)["eva"]["eva"], [[0.17, 0.04]])
+    unknown = [run | {"retain_loss": None} for run in runs]
+    assert "forgetting" not in plots.pictures(summarise(unknown, settings()))
+
+
+def test_a_picture_is_the_same_whatever_style_its_user_has():
+    made = []
+    for theirs in ("default", "dark_background"):
+        with style.context(theirs):
+            made.append(plots._saved(plots._draw(["a"], 1.0, lambda axes, _: axes.plot([1.0, 2.0])), "png"))
+    assert made[0] == made[1]
 
 
 def test_with_strengths_a_picture_has_the_least_rise_at_each_task_loss(figures):

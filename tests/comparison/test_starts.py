@@ -12,6 +12,7 @@ from lora_init.collection.collect import collect
 from lora_init.comparison.starts import AdapterShape, StartInputs, a_weights, hash_own, prepare, read_start
 from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
+from lora_init.planning.allocate import allocate_ranks
 from lora_init.starts.initializers import as_large_as_random, layer_generator
 from lora_init.starts.starts import STARTS, BankWay, PeftStart, compared_names
 from tests.comparison.made import assert_same, snapshot
@@ -167,6 +168,13 @@ def test_parameter_counts(case):
         assert max(ranks.values()) <= 2 * RANK and len(set(ranks.values())) > 1
         full = start == "eva-frozen-a" and all(own == 2 * RANK for own in equal_ranks.values())
         assert equal <= expected and (full or equal > expected - step), start
+
+
+def test_ranks_compete_by_what_the_start_says(case):
+    stats = case.statistics(True, gradients=True)
+    plans = [allocate_ranks(stats, rank=RANK, rho=2.0, policy=policy) for policy in ("eva", "gradient")]
+    by_data, by_gradient = ({name: rank for name, rank in plan.items() if rank} for plan in plans)
+    assert by_data != by_gradient == case.made("gradient-ranks").ranks
 
 
 def test_narrow_layers_take_more_ranks_for_equal_parameters():

@@ -41,8 +41,9 @@ def test_no_example_is_in_two_folds(home, tokenizer, kind):
         f"{name}: 40 examples to train on, 6 to select by and 10 to report of 120, split seed 0, at most 256 tokens, "
     )
     assert task.data.startswith(counted) and (task.label, task.normalize, task.spelled_out) == (name, False, True)
-    recipe = task.data.removeprefix(counted).removesuffix(how.get(kind, ", options options, answer answer"))
-    assert recipe.startswith("template '{passage}'") and "," not in recipe
+    ending = how.get(kind, ", options options, answer answer")
+    recipe = task.data.removeprefix(counted).removesuffix(ending)
+    assert task.data.endswith(ending) and recipe.startswith("template '{passage}'") and "," not in recipe
     assert (len(task.train), len(task.selection), len(task.report)) == (40, 6, 10)
     assert len({tuple(item.tokens[0]) for item in [*task.train, *task.selection, *task.report]}) == 56
 

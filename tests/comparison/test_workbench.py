@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from lora_init.collection.processes import digest_of
 from lora_init.comparison import outlook, workbench
@@ -311,3 +312,15 @@ def test_statistics_of_a_seed_say_what_they_were_made_of(home, tmp_path):
     assert (
         not {"own", "bank", "replay", "quantisation"} & bench.settings("llama").keys()
     )  # of which it has none: older comparisons go on
+    bench.loaded.model.config.quantization_config = {"quant_method": "one of its own"}
+    assert bench.settings("llama")["quantisation"] == {"quant_method": "one of its own"}
+
+
+def test_a_classifier_is_trained_in_float32_whatever_its_checkpoint_is_in(home, tmp_path, monkeypatch):
+    """Where half precision is no slower, so that a language model stays in it."""
+    monkeypatch.setattr("lora_init.loading.models.is_better_in_float32", lambda *_: False)
+    model = AutoModelForSequenceClassification.from_pretrained(home / "bert", dtype=torch.bfloat16)
+    save_model(model, tmp_path / "half")
+    given = dict(model=tmp_path / "half", label="first", completion=None)
+    assert set_up_bench(home, tmp_path, **given).loaded.model.dtype == torch.float32
+    refused("^dtype='bfloat16': the head of a classifier", set_up_bench, home, tmp_path, **given, dtype="bfloat16")

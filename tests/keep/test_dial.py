@@ -116,6 +116,20 @@ def test_a_fit_takes_the_steps_of_adam_on_the_true_gradient(kind):
     assert found != pytest.approx(start, abs=1e-2)
 
 
+def test_a_fit_needs_gradients_of_b_alone(monkeypatch):
+    """Others would cost memory, even if nothing reads them."""
+    model, batches = trained_model(dtype=torch.float32)
+    needed = set()
+
+    def losses(model, batch):
+        needed.update(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        return label_losses(model, batch)
+
+    monkeypatch.setattr("lora_init.keep.dial.label_losses", losses)
+    fit_strengths(model, batches[:1], batches[1:2], 0.5, steps=1)
+    assert needed and all("lora_B" in name for name in needed)
+
+
 def test_a_fit_begins_at_one_strength_for_all_layers_or_at_one_each():
     model, batches = trained_model(dtype=torch.float32)
     fit = partial(fit_strengths, model, batches[:1], batches[1:2], 0.5, steps=1)
@@ -329,6 +343,15 @@ def test_examples_are_dealt_at_random_whatever_their_length(kind, monkeypatch):
     found, expected = (example_losses(model, batches) for batches in (chain(*once), given[0]))
     found, expected = (sorted(rows[rows[:, 1] > 0].tolist()) for rows in (found, expected))
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=1e-5)  # float32 losses
+
+
+def test_examples_are_dealt_in_batches_of_the_largest_size_that_was_given(monkeypatch):
+    model, _ = trained_model()
+    given = by_length("padded"), by_length("padded", seed=1)
+    for batches in given:
+        batches[-1] = {name: value[:1] for name, value in batches[-1].items()}
+    for parts in dealt(model, *given, monkeypatch):
+        assert [sorted(len(batch["labels"]) for batch in part) for part in parts] == [[3, 4]] * 3
 
 
 def test_an_example_of_one_target_token_counts_where_labels_are_not_shifted():

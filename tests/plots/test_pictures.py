@@ -89,6 +89,9 @@ def test_curves_have_what_each_policy_explains_from_an_eighth_of_the_parameters_
         for parameters, explained in curve.items():
             again = allocate_ranks(stats, parameters=parameters, policy=policy, rho=3, **limits)
             assert (again.parameters, again.explained_variance) == (parameters, explained)
+    least = allocate_ranks(stats, rank=2, rho=3, min_rank=2)  # fewer parameters are no plan, and have no point
+    for curve in budget_curves(least, stats).values():
+        assert len(curve) > 5 and min(curve) >= least.parameters and max(curve) == available + 8 * 192
     small = allocate_ranks(stats, rank=1)  # rho is 1, at which there is nothing to decide
     curves = budget_curves(small, stats)
     assert max(curves["eva"]) <= 8 * small.parameters

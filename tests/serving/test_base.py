@@ -268,7 +268,8 @@ def test_a_base_tells_its_class_and_its_embeddings():
     for tied in (False, True):
         model = Base("x", tiny_llama(tie_word_embeddings=tied), {}, {})
         assert (model.embeddings, model.tied) == (("model.embed_tokens", "lm_head"), tied)
-    assert not Base("x", tiny_llama(tie_word_embeddings=True).model, {}, {}).tied  # without an output embedding
+    bare = Base("x", tiny_llama(tie_word_embeddings=True).model, {}, {})  # without an output embedding
+    assert (bare.embeddings, bare.tied) == (("embed_tokens", ""), False)
 
 
 def test_widths_are_those_of_linear_layers_and_embeddings_however_they_are_stored():

@@ -125,7 +125,7 @@ def test_as_few_values_as_a_server_tells_are_enough(most, home, tmp_path):
     engine.most = most
     done = ask(home, "plain", engine)
     assert done.exit_code == 0 and done.stdout.startswith("served as trained"), done.output
-    assert re.search(r"\nNext: curl http://\S+/completions --json ", done.stdout)
+    assert re.search(r"""\nNext: curl http://\S+/completions --json '{"model": "served", """, done.stdout)
     engine = served(home, changed(home / "plain", tmp_path / "doubled", config={"lora_alpha": 32}))
     engine.most = most
     done = ask(home, "plain", engine)
@@ -320,6 +320,9 @@ def test_a_function_is_asked_in_place_of_a_server(home):
         (lambda prompt: [1.0], "return list, expected token: log-probability"),
     ):
         refused(said, lora_init.verify, home / "ranks", model, engine.tokenizer, prompts, wrong)
+    said = r"base= takes \(\*, given\), and is called with \(prompt\)"
+    given = home / "ranks", model, engine.tokenizer, prompts, told("served")
+    refused(said, lora_init.verify, *given, lambda *, given: {})
     with pytest.raises(LoraInitError, match=r"verify\(\) takes a model in this place"):
         lora_init.verify(home / "ranks", "base", engine.tokenizer, prompts, told("served"))
 
