@@ -129,7 +129,7 @@ class AdapterDirectory:
     def n_labels(self) -> int | None:
         """Classes of the head that a classifier's adapter holds; None if it holds none."""
         heads = HEADS.get(self.config.get("task_type") or "", ())
-        # What stands before the last layer of a head is as wide as the model, or at least as wide as the classes.
+        # The last layer of a head has a row for each class, and those before it have no fewer.
         rows = [
             shape[0] for key, shape in self.shapes.items()
             if len(shape) == 2 and ".lora_" not in key and is_in(key.removesuffix(".weight"), heads)

@@ -76,6 +76,7 @@ def rate(
 
     def show(console: Console, _: Any) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-        print_next(console, "train with it" + "; then lora-init dial TRAINED HELD-OUT-DATA -o kept" * (not classifies))
+        dial = "" if classifies else "; then lora-init dial TRAINED HELD-OUT-DATA -o kept"  # which takes no classifier
+        print_next(console, f"train with it{dial}")
 
     print_result(result, show)
