@@ -129,12 +129,13 @@ class AdapterDirectory:
     def n_labels(self) -> int | None:
         """Classes of the head that a classifier's adapter holds; None if it holds none."""
         heads = HEADS.get(self.config.get("task_type") or "", ())
-        # The last layer of a head has a row for each class, and those before it have no fewer.
-        rows = [
-            shape[0] for key, shape in self.shapes.items()
-            if len(shape) == 2 and ".lora_" not in key and is_in(key.removesuffix(".weight"), heads)
-        ]  # fmt: skip
-        return min(rows, default=None)
+        written, read = set(), set()  # widths, by the layers of the head
+        for key, shape in self.shapes.items():
+            if len(shape) == 2 and ".lora_" not in key and is_in(key.removesuffix(".weight"), heads):
+                written.add(shape[0])
+                read.add(shape[1])
+        # What the last layer writes, a number for each class, no other reads; or all are of one width.
+        return min(written - read or written, default=None)
 
     @property
     def layers(self) -> list[str]:

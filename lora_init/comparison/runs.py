@@ -496,7 +496,8 @@ def read_runs(path: Path) -> list[Record]:
 
 def _excerpts(*texts: str) -> list[str]:
     """Cut long texts to where they differ."""
-    differs = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len({*letters}) > 1), 0)
+    places = enumerate(zip(*texts, strict=False))
+    differs = next((place for place, letters in places if len({*letters}) > 1), min(map(len, texts)))
     begin = max(0, differs - 40) if max(map(len, texts)) > 120 else 0
     cut = []
     for text in texts:

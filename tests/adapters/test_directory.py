@@ -329,6 +329,8 @@ def test_what_others_have_put_where_an_origin_travels_is_none(theirs):
     [
         ("SEQ_CLS", {"score.weight": (3, 32)}, 3),
         ("SEQ_CLS", {"classifier.dense.weight": (32, 32), "classifier.out_proj.weight": (5, 32)}, 5),
+        ("SEQ_CLS", {"classifier.weight": (50, 32), "pre_classifier.weight": (32, 32)}, 50),
+        ("SEQ_CLS", {"score.weight": (32, 32)}, 32),
         ("TOKEN_CLS", {"classifier.weight": (7, 32), "classifier.bias": (7,)}, 7),
         ("SEQ_CLS", {"classifier.lora_A.weight": (2, 32)}, None),
         ("CAUSAL_LM", {"score.weight": (3, 32)}, None),
