@@ -32,6 +32,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def _has_widths(module: nn.Module) -> bool:
+    """Recognize a linear layer, also a quantized one: those of every library keep these two attributes."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
 def count_linear(model: nn.Module, names: Collection[str], task_type: str | None = None) -> int:
     """Count the layers that `"all-linear"` means, quantized ones of any library and fused experts, adapted or not.
 
@@ -75,13 +80,9 @@ def _common_part(modules: Mapping[str, nn.Module], names: Collection[str]) -> li
 def _quantized(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Name the linear layers of libraries that quantize by classes of their own, which `"all-linear"` leaves out."""
     output = output_embedding(model)
-    names = []
-    for name, module in modules.items():
-        # PEFT's wrappers have these widths, too, and hold the layer.
-        is_layer = hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children())
-        if is_layer and not is_linear(module) and module is not output:
-            names.append(name)
-    return names
+    # PEFT's wrappers have widths, too, and hold the layer.
+    found = [name for name, module in modules.items() if _has_widths(module) and not any(module.children())]
+    return [name for name in found if not is_linear(modules[name]) and modules[name] is not output]
 
 
 def _fused_experts(modules: Mapping[str, nn.Module], adapted: Collection[str]) -> list[str]:
@@ -585,8 +586,7 @@ def _target(name: str, module: nn.Module) -> Target | tuple[str, str]:
         # All input channels, whatever the groups: PEFT's A has none.
         width = module.in_channels * math.prod(module.kernel_size)
         return Target(name, kind, width, module.out_channels, tuple(module.kernel_size), module.groups)
-    # Quantized linear layers of every library keep these two attributes.
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+    if _has_widths(module):
         return Target(name, kind, int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
     raise LoraInitError(
         f"target_modules selects {name!r}, a {kind}, and an adapter needs a linear layer or a convolution. "

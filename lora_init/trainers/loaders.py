@@ -188,7 +188,7 @@ def _draw(loader: Any, epochs: float) -> _Drawn:
     data: Any = getattr(loader, "dataset", None)
     source: Any = _source_of(loader)
     if isinstance(data, IterableDataset):
-        return _Drawn(rows_an_item=_rows_of_an_item_of_a_stream(loader))
+        return _Drawn(rows_an_item=_rows_of_an_item(loader, []))
     if not has_length(data) or not has_length(source) or len(data) > _MOST_DRAWN:
         return _Drawn()
     n_batches = len(source)  # of an epoch
@@ -231,23 +231,16 @@ def _rows_of_an_item(loader: Any, batches: list[list[Any]]) -> float:
     with undisturbed(), suppress(Exception):
         data, collate = loader.dataset, _copied(loader.collate_fn)
         # As torch's loader fetches: items one by one and put together, or, without batches, what a sampler draws.
-        if loader.batch_sampler is not None:
+        if isinstance(data, IterableDataset) and not is_used_up(data):
+            # Of a stream not the first ones alone: TRL packs the longest texts of each thousand first.
+            rows = [_rows_of(collate([item])) for item in islice(data, 0, _ASKED * _ASKED, _ASKED)]
+        elif loader.batch_sampler is not None:
             rows = [_rows_of(collate([data[i] for i in items])) for items in some]
         elif any(len(batch) > 1 for batch in batches):  # the data are asked for whole batches
             rows = [_rows_of(collate(data[items])) for items in some]
         else:
             rows = [_rows_of(collate(data[i])) for (i,) in some]
     return fmean(rows or [1])
-
-
-def _rows_of_an_item_of_a_stream(loader: Any) -> float:
-    """Count the rows that an item of a stream becomes, if it can be read anew; each is one if it can not."""
-    with undisturbed(), suppress(Exception):
-        collate = _copied(loader.collate_fn)
-        # Not the first ones alone: TRL packs the longest texts of each thousand first.
-        some = () if is_used_up(loader.dataset) else islice(loader.dataset, 0, _ASKED * _ASKED, _ASKED)
-        return fmean([_rows_of(collate([item])) for item in some] or [1])
-    return 1.0
 
 
 def _rows_of(batch: Mapping[str, Any]) -> int:

@@ -603,7 +603,7 @@ def test_a_step_of_packed_rows_has_the_texts_that_are_in_them(packed, streamed, 
 
     trainer.training_step = counted
     trainer.train()
-    assert found.batch_size == pytest.approx(np.mean(seen), rel=0.2)
+    assert found.batch_size == pytest.approx(np.mean(seen), rel=0.2 if streamed else 0.15)
     assert (found.batch_size > 12) == ("packing" in packed)
     assert found.rows == (None if streamed else pytest.approx(160, rel=0.15))
 
