@@ -218,14 +218,14 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: Sequence[int
     stream = chain(first, stream)
     # A rank without a batch has an empty list of digests, and is like no other.
     same = [rank for rank, digest in enumerate(digests) if digest and digests.count(digest) > 1]
-    common = len(same) == processes.size
+    common = len(same) == processes.size == digests.count(digests[0])  # and not two by two
     if common:
         # What was used is counted from the first batch on, by however many processes.
         return Shard(stream, spare, "".join(digests[0]), common, sum(used))
     if same and processes.rank == 0:
         warn(
-            f"ranks {', '.join(map(str, same))} got the same first batch; what they read alike counts as often. "
-            "Give each rank data of its own, or all of them the same loader."
+            f"ranks {', '.join(map(str, same))} got a first batch that another one got; what they read alike "
+            "counts as often. Give each rank data of its own, or all of them the same loader."
         )
     if used and len(used) != processes.size:
         raise LoraInitError(

@@ -129,8 +129,8 @@ class Three(TwoProcesses):
 
 def test_processes_with_the_same_first_batch_are_named():
     words = (
-        "^ranks 0, 2 got the same first batch; what they read alike counts as often. Give each rank data of its own, "
-        "or all of them the same loader.$"
+        "^ranks 0, 2 got a first batch that another one got; what they read alike counts as often. Give each rank "
+        "data of its own, or all of them the same loader.$"
     )
     with pytest.warns(UserWarning, match=words):
         shard = own_batches(Three([THEIRS, OURS]), [OURS], [], in_step=False)
@@ -144,6 +144,15 @@ def test_processes_with_the_same_first_batch_are_named():
     assert (same.common, same.start) == (True, 3) and torch.equal(same.read(1), THEIRS)
     empty = own_batches(TwoProcesses([THEIRS]), [], [], in_step=False)
     assert empty.first == "" and not empty.common
+
+
+def test_processes_that_are_two_by_two_alike_have_no_loader_in_common():
+    four = Three([OURS, THEIRS, THEIRS])
+    four.size = 4
+    with pytest.warns(UserWarning, match="^ranks 0, 1, 2, 3 got a first batch that another one got;"):
+        shard = own_batches(four, iter([OURS, THEIRS]), [0, 0, 1, 1], in_step=False)
+    assert (shard.common, shard.start) == (False, 0)
+    assert torch.equal(shard.read(1), THEIRS)  # as it is, and not every fourth
 
 
 def test_a_loader_that_reads_in_one_process_is_refused_where_there_are_several():
