@@ -175,6 +175,7 @@ class _Planter:
         self._covered, self._copy, self._seconds = covered, copy, seconds
         self._sound: dict[str, bool] = {}  # whether a test that has failed passes without a mutant
         self._of_files: dict[str, set[str]] = {}
+        self._written = 0
 
     def catch(self, mutant: Mutant) -> tuple[str, int]:
         """Return the test that fails first, or why there is none; and how many tests were to run."""
@@ -183,7 +184,7 @@ class _Planter:
             return NEVER_RUN, 0
         path = self._copy / "lora_init" / mutant.file
         text = path.read_text(encoding="utf-8")
-        path.write_text(mutant.applied(text), encoding="utf-8")
+        self._write(path, mutant.applied(text))
         try:
             for portion in self._portions(mutant.file, tests):
                 left = portion
@@ -192,16 +193,22 @@ class _Planter:
                         return failed, len(tests)
                     left = [test for test in left if test != failed]
         finally:
-            path.write_text(text, encoding="utf-8")
+            self._write(path, text)
         return SURVIVES, len(tests)
+
+    def _write(self, path: Path, text: str) -> None:
+        """Write the file with a time of its own: what Python has compiled it takes for the same by time and size."""
+        path.write_text(text, encoding="utf-8")
+        self._written += 1
+        os.utime(path, (self._written, self._written))
 
     def _is_sound(self, failed: str, path: Path, text: str, mutant: Mutant) -> bool:
         if failed not in self._covered.seconds:
             return True  # as a file is imported
         if failed not in self._sound:
-            path.write_text(text, encoding="utf-8")
+            self._write(path, text)
             self._sound[failed] = not self._run([failed])
-            path.write_text(mutant.applied(text), encoding="utf-8")
+            self._write(path, mutant.applied(text))
         return self._sound[failed]
 
     def _tests(self, mutant: Mutant) -> list[str]:
@@ -301,10 +308,12 @@ class _First:
 
 def _child(pipe: Any, copy: Path, tests: list[str]) -> None:
     os.setsid()
+    sys.dont_write_bytecode = False  # each of thousands of forks reads what the first has compiled
     for name in [name for name in sys.modules if name.partition(".")[0] in _OURS]:
         del sys.modules[name]
     sys.path[:] = [str(copy), *(one for one in sys.path if one not in ("", str(ROOT)))]
     os.environ["PYTHONPATH"] = str(copy)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.chdir(copy)
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
