@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_init.cli.tables import facts
+from lora_init.layers.rows import experts_of
 from lora_init.layers.targets import find_targets
 from lora_init.loading.models import QUANTIZED_BYTES, find_device, is_better_in_float32
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # How much longer a pass takes than its matrix products alone (measured: 1.4 to 1.74), and with backward passes.
 _OVERHEAD, _BACKWARD = 1.5, 3.0
+# How configurations name the number of experts that a token is sent to.
+_AT_ONCE = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
 # Rows of float32 that an input's two halves and the batch between them take at most, in multiples of rank x rho
 # (measured: 8 in the first ten batches, 15 later).
 STATE = 15
@@ -98,13 +101,25 @@ def _n_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _n_multiplied(model: Any) -> int:
-    """Count the weights that a pass multiplies with: all matrices but embeddings, of which the last is not reached."""
+def _n_multiplied(model: Any) -> float:
+    """Count the weights that a token is multiplied with: all matrices but embeddings, of which the last is not reached.
+
+    Of fused experts those that the router sends a token to; all, where the configuration has no such number.
+    """
     ends = set()
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):  # which may be one matrix
         if end is not None:
             ends.add(id(end.weight))
-    return sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in ends)
+    config = model.config.get_text_config()
+    at_once = next((number for name in _AT_ONCE if (number := getattr(config, name, None))), None)
+    every = float(sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in ends))
+    if at_once is None:
+        return every
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if experts := experts_of(f"{path}.{name}", module):
+                every -= parameter.numel() * max(0.0, 1 - at_once / experts.n_experts)
+    return every
 
 
 def _weights_bytes(model: Any, dtype: torch.dtype, quantize: str | None) -> int:

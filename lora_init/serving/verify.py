@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ _OTHER_BASE = 0.03  # share of the variance within prompts; a served base that m
 # What may be left over: so many times the engine's noise, and a share of the effect, since an adapter is rounded, too.
 # A factor that is searched explains nine tenths. One wrong layer of two hundred left a hundredth (SmolLM2 in vLLM).
 _NOISES, _LEFT, _LEFT_BY_FAULT, _LEFT_WITHOUT_NOISE = 3.0, 0.001, 0.1, 0.2
-# A weight of a part as trained is this close to one, in an answer of which that much is the adapter.
-_PART_OFF, _PART_FITS = 0.2, 0.0
+# The weight of a part that is not as trained is this far from its own and that of each other this near, in an answer of
+# which that much is the adapter. Another base, a token too many or a missing block move those of all parts.
+_PART_OFF, _PART_SAME, _PART_FITS = 0.1, 0.02, 0.0
 _PROMPTS = 0.75  # share of the prompts that fit where a router may have sent tokens of the rest to other experts
 EXPERTS = "experts"  # how modules of experts are called, and the part that they are
 Ask = Callable[[Any], Mapping[Any, float]]
@@ -170,23 +171,31 @@ def diagnose(
 
     The distance of the served base from the local one is the unit of everything else: the precision and the kernels of
     the engine, which would be there without any fault. A fault is named if what is served is closer to the adapter
-    under that fault than to the adapter as trained. If the base was not asked, only a large part of the effect counts.
+    under that fault than to the adapter as trained; that the base answers, if it is close to what the base answered.
+    Nothing is explained that is as far off as the whole effect. If the base was not asked, only a large part of the
+    effect counts.
     """
     returned = ~observed.isnan()
     answered, values, measured = int(returned.any(1).sum()), int(returned.sum()), not bool(at_base.isnan().all())
     # Each is NaN where nothing was returned, and no comparison below holds of it.
     noise, residual, from_base = _distance(at_base, plain), _distance(observed, trained), _distance(observed, plain)
-    # What may be left: `allowed` of an adapter that is served as trained, `by_list` of a fault of the list, and
-    # `of_effect` of a factor that is searched. A distance above `suspicious` is worth looking for faults.
+    # What may be left: `allowed` of an adapter that is served as trained, `by_list` of a fault of the list, `by_base` of
+    # an answer of the base, and `of_effect` of a factor that is searched. A distance above `suspicious` is worth
+    # looking for faults.
     of_effect = _LEFT_BY_FAULT * max(effect, from_base)
     if measured:
-        allowed = by_list = _NOISES * noise + _LEFT * effect
+        allowed = by_list = min(_NOISES * noise + _LEFT * effect, effect)
         suspicious = allowed / 2  # small faults leave less than what is allowed
+        by_base = allowed / 2  # of two answers of one engine
         known = f"noise {noise:.2g}"
     else:
         allowed = suspicious = _LEFT_WITHOUT_NOISE * effect
-        by_list = of_effect
+        by_list = by_base = of_effect
         known = "noise not known: the base was not asked"
+
+    def compute(fault: Fault) -> Tensor:
+        """Take the base as the engine computes it, where it was asked."""
+        return at_base if measured and fault is faults[0] else run(fault)
 
     def verdict(name: str, reason: str) -> Verification:
         text = f"{name}: {reason} ({answered} prompts, {values} values; effect of the adapter {effect:.2g}, {known})"
@@ -203,7 +212,8 @@ def diagnose(
         return verdict(CANNOT_TELL, f"the effect would have to be {2 * noise:.2g} at least")
     # Before "as trained": a fault so small that it leaves less than what is allowed still has a name if it fits better.
     if residual > suspicious:
-        fitting = _fault_that_fits(observed, faults, run, 0.7 * residual, by_list, max(by_list, of_effect))
+        limits = _Limits(0.7 * residual, by_base, by_list, max(by_list, of_effect))
+        fitting = _fault_that_fits(observed, faults, compute, limits)
         if fitting is not None:
             fault, distance = fitting
             return verdict(
@@ -215,7 +225,7 @@ def diagnose(
     fits = max(0.0, 1 - (residual / from_base) ** 2)  # the share of the served effect that this adapter explains
     what = _other_adapter(fits, measured)
     if fits > _PART_FITS:
-        what += _other_part(observed, plain, faults, run)
+        what += _other_part(observed, plain, trained, faults, run)
     return verdict("another adapter", f"{what}; {fits:.0%} fits, {residual:.2g} off")
 
 
@@ -249,23 +259,28 @@ def _variance_within_prompts(values: Tensor, returned: Tensor) -> float:
     return float((rows - rows.nanmean(1, keepdim=True)).square().nanmean())
 
 
+class _Limits(NamedTuple):
+    """Distances up to which what is served is explained."""
+
+    most: float  # above it a fault fits hardly better than the adapter as trained
+    by_base: float  # by the first of the list, the base
+    by_list: float  # by another fault of the list
+    by_search: float  # by a factor that is searched
+
+
 def _fault_that_fits(
-    observed: Tensor,
-    faults: Sequence[Fault],
-    run: Callable[[Fault], Tensor],
-    most: float,  # distance above which a fault fits hardly better than the adapter as trained
-    by_list: float,  # distance up to which a fault of the list explains what is served
-    by_search: float,  # the same for a factor that is searched
+    observed: Tensor, faults: Sequence[Fault], run: Callable[[Fault], Tensor], limits: _Limits
 ) -> tuple[Fault, float] | None:
     """Return the first fault that explains what is served, or else the closest factor on all scalings if it does.
 
     A factor that is searched explains something of almost any answer, so faults of the list come first, and a factor
     also has to be closer than each of them.
     """
+    most, by_base, by_list, by_search = limits
     closest = math.inf
     for fault in faults:
         distance = _distance(observed, run(fault))
-        if distance <= min(by_list, most):
+        if distance <= min(by_base if fault is faults[0] else by_list, most):
             return fault, distance
         closest = min(closest, distance)
 
@@ -312,11 +327,13 @@ def _factor_that_fits(
     return scaled(lowest) if is_factor else None, math.sqrt(square(lowest))
 
 
-def _other_part(observed: Tensor, plain: Tensor, faults: Sequence[Fault], run: Callable[[Fault], Tensor]) -> str:
+def _other_part(
+    observed: Tensor, plain: Tensor, trained: Tensor, faults: Sequence[Fault], run: Callable[[Fault], Tensor]
+) -> str:
     """Name the one part of the blocks that is not as trained where all others are; empty if that is not so.
 
-    What is served is taken for a sum of what each part does alone, and those as trained have a weight of about one.
-    Least squares give the weights.
+    What is served is taken for a sum of what each part does alone, and so is the adapter as trained. Least squares give
+    the weights of both: they differ for a part that is not as trained.
     """
     names = [*faults[0].factors]
     parts: dict[str, list[str]] = {}
@@ -328,10 +345,12 @@ def _other_part(observed: Tensor, plain: Tensor, faults: Sequence[Fault], run: C
     for members in parts.values():
         alone = Fault("", "", dict.fromkeys(names, 0.0) | dict.fromkeys(members, 1.0))
         effects.append((run(alone) - plain)[returned])  # prompts x vocabulary -> values
-    a, b = torch.stack(effects, 1).double(), (observed - plain)[returned].double()[:, None]  # values x parts, x 1
-    weights = torch.linalg.lstsq(a, b).solution[:, 0].tolist()
-    wrong = [part for part, weight in zip(parts, weights, strict=True) if abs(weight - 1.0) > _PART_OFF]
-    return f"; {wrong[0]} alone not as trained" if len(wrong) == 1 else ""
+    a = torch.stack(effects, 1).double()  # values x parts
+    b = torch.stack([(one - plain)[returned] for one in (observed, trained)], 1).double()  # values x 2
+    weights = torch.linalg.lstsq(a, b).solution.tolist()
+    off = {part: abs(served / own - 1) for part, (served, own) in zip(parts, weights, strict=True)}
+    *_, next_to_it, most = sorted(off, key=off.__getitem__)
+    return f"; {most} alone not as trained" if off[most] > _PART_OFF and off[next_to_it] < _PART_SAME else ""
 
 
 class Local:

@@ -8,6 +8,7 @@ import torch
 from lora_init.cli import dry_run
 from lora_init.cli.options import LoadingQuantized
 from tests.conftest import tiny_bert, tiny_llama
+from tests.layers.made import mixtral
 
 
 def test_embeddings_are_looked_up_and_a_pass_ends_before_the_head():
@@ -20,6 +21,16 @@ def test_embeddings_are_looked_up_and_a_pass_ends_before_the_head():
     bare = tiny_bert(None)  # without a head
     expected = sum(p.numel() for p in bare.parameters() if p.dim() > 1) - bare.get_input_embeddings().weight.numel()
     assert dry_run._n_multiplied(bare) == expected
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_a_token_is_multiplied_with_the_experts_that_it_is_sent_to(at_once):
+    """Counted by hand: 4 experts whose three projections have 24 x 32 weights each, in 2 layers."""
+    model = mixtral(num_experts_per_tok=at_once)
+    of_layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+    assert dry_run._n_multiplied(model) == of_layers - 2 * (4 - at_once) * 3 * 24 * 32
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())  # which has no such number
+    assert dry_run._n_multiplied(model) == of_layers
 
 
 @pytest.mark.parametrize(("quantize", "each"), [("nf4", 0.5625), ("fp4", 0.5625), ("int8", 1.0)])

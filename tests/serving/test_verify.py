@@ -452,6 +452,26 @@ def test_what_is_allowed_goes_by_the_noise_and_the_effect(off, noise, text, asks
     assert bool(model.asked) == asks
 
 
+@pytest.mark.parametrize("times", [2.05, 2.5, 3.5])
+@pytest.mark.parametrize("size", [0.75, 1.0])
+def test_near_the_noise_another_adapter_is_neither_this_one_nor_none(times, size):
+    model = Sum(effect=times * 0.01)
+    other = (model.by() - model.plain).roll(1, -1)  # of the same layers, and of no token the same
+    found = model.judge(model.plain + size * other + 0.01 * model.sign)
+    assert found.startswith("another adapter: that of another task, say; 0% fits")
+    assert model.judge(model.plain + 0.012 * model.sign).startswith("ignored: what answers is the base")
+    assert model.judge(model.by() + 0.012 * model.sign).startswith("served as trained: 0.012 off")
+
+
+def test_a_part_is_named_for_what_it_adds_and_not_for_what_all_do_together():
+    model = Sum()
+    together = 0.3 * (model.by() - model.plain).roll(1, -1)  # what no part adds alone
+    model.by = lambda **factors: Sum.by(model, **factors) + together * math.prod(factors.values())
+    for weight in (0.9, 1.15):
+        assert " alone" not in model.judge(model.by(self_attn=weight, mlp=weight))
+    assert "; self_attn alone not as trained;" in model.judge(model.by(self_attn=1.6))
+
+
 @pytest.mark.parametrize(("factors", "noise", "text"), [
     (dict(self_attn=0.0, mlp=0.0), 0.01, "ignored: what answers is the base"),
     (dict(self_attn=2.0, mlp=2.0), 0.01, "scaled: by 2, alpha doubled"),
@@ -466,7 +486,8 @@ def test_the_closest_fault_is_named_with_its_distance(factors, noise, text):
     observed = served + 0.01 * model.sign
     found, off = model.judge(observed, noise), rms(observed - model.by())
     if ": " in text:
-        assert found == f"{text}; 0.01 off from it, {off:.2g} off from the adapter as trained"
+        near = "0" if text.startswith("ignored") else "0.01"  # the base as the engine computes it
+        assert found == f"{text}; {near} off from it, {off:.2g} off from the adapter as trained"
     else:
         fits = max(0.0, 1 - (off / rms(observed - model.plain)) ** 2)
         part = f"; {text} alone not as trained" if text else ""
