@@ -9,7 +9,16 @@ import torch
 
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
-from lora_init.comparison.starts import AdapterShape, StartInputs, a_weights, hash_own, prepare, read_start
+from lora_init.comparison.starts import (
+    AdapterShape,
+    PreparedModel,
+    StartInputs,
+    a_weights,
+    check_quantized,
+    hash_own,
+    prepare,
+    read_start,
+)
 from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
@@ -440,3 +449,91 @@ def test_a_start_of_ones_own_is_known_by_its_files_or_its_name(tmp_path):
         (tmp_path / name).write_bytes(files[name])
     assert hash_own(own_function) == hash_own(partial(own_function, seed=3)) == "own_function"
     assert hash_own(Case.prepare) == "Case.prepare" and hash_own(torch.nn.ReLU()) == "ReLU"
+
+
+def test_the_scale_of_a_is_the_root_mean_square_of_the_norms_of_its_rows():
+    from peft import LoraConfig, get_peft_model
+
+    for layers, norms, scale in (
+        (["q_proj", "down_proj"], [1.0, 5.0, 7.0, 0.0], 75**0.5 / 2), (["q_proj"], [0.5, 0.0], 0.125**0.5),
+        (["embed_tokens"], [], 0.0),
+    ):  # fmt: skip
+        model = get_peft_model(tiny_llama(num_hidden_layers=1), LoraConfig(r=2, target_modules=layers))
+        rows = [row for a in a_weights(model).values() for row in a.data]
+        for row, norm in zip(rows, norms, strict=True):
+            row.zero_()[3] = -norm
+        prepared = PreparedModel(model, 0.0, None, lambda: None)
+        assert prepared.a_scale == pytest.approx(scale) and set(prepared.ranks.values()) == {2}
+
+
+def unseeded(model, seed):
+    """An adapter that is drawn without a seed of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "query"]))
+
+
+def test_what_a_start_draws_is_that_of_its_seed_and_leaves_the_random_state(case):
+    drawn = []
+    for seed, state in ((3, 1), (3, 2), (4, 2)):
+        torch.manual_seed(state)
+        before = torch.random.get_rng_state()
+        prepared = case.prepare(("mine", unseeded), seed=seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        drawn.append(torch.cat([a.detach().flatten() for a in a_weights(prepared.peft_model).values()]))
+        prepared.release()
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+def test_a_function_that_changes_one_weight_by_its_last_bit_has_changed_the_base():
+    def touches(model, seed):
+        weight = model.get_input_embeddings().weight
+        weight.data[3, 5] = torch.nextafter(weight.data[3, 5], torch.tensor(9.0))
+        return unseeded(model, seed)
+
+    case = Case("llama")
+    for function, changes in ((unseeded, False), (touches, True)):
+        prepared = case.prepare(("mine", function))
+        assert prepared.changes_base is changes
+        prepared.release()
+
+
+@pytest.mark.parametrize(("starts", "is_quantized", "has_float", "said"), [
+    ("random full pissa eva", False, False, None),
+    ("random full loftq qera", True, True, None),
+    ("mine random", True, False, None),
+    ("mine qera", False, False, "^start 'qera' corrects a quantized base. Load it so: quantize='nf4'"),
+    ("mine qera+8-alpha", True, False, r"^start 'qera\+8-alpha' needs the model before it was quantized"),
+    ("random full", True, False, "^start 'full' needs the model before .* Name its directory by weights="),
+    ("full pissa", True, True, "^start 'pissa' changes base weights, and these are quantized. Leave it out"),
+])  # fmt: skip
+def test_each_of_the_starts_has_to_go_with_the_base(starts, is_quantized, has_float, said):
+    variants = map(Variant.parse, starts.split())
+    if said is None:
+        check_quantized(variants, is_quantized, has_float)
+    else:
+        refused(said, check_quantized, variants, is_quantized, has_float)
+
+
+@pytest.mark.parametrize("pair", [
+    ("mine",), ("mine", own_function, 3), (own_function, "mine"), ("", own_function), ("eva", own_function),
+    ("+4-steps", own_function), ("mine", None), ("mine", "nowhere"),
+])  # fmt: skip
+def test_a_start_of_ones_own_is_a_new_name_and_what_makes_it(pair, tmp_path, monkeypatch):
+    said = "no adapter directory, nor a function" if pair[0] == "mine" and len(pair) == 2 else "a pair is needed, of"
+    refused(f"^start .*{said}", read_start, pair)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert read_start(("mine", "~")) == read_start(("mine", own_function)) == Variant("mine")
+
+
+@pytest.mark.parametrize(("name", "allowed"), [
+    ("eva", True), ("eva-ranks", True), ("random-frozen-a", True), ("eva-frozen-a", True), ("random", False),
+    ("pissa", False), ("bank-nearest", False), ("orthogonal", False),
+])  # fmt: skip
+def test_equal_parameters_are_for_starts_whose_ranks_or_size_may_differ(name, allowed):
+    start = f"{name}+equal-parameters"
+    if allowed:
+        assert read_start(start) == Variant(name, equal_parameters=True)
+    else:
+        refused(f"^start '{name}' takes no ranks from data, so it cannot be run with equal", read_start, start)

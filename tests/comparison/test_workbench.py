@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,14 @@ from transformers import AutoModelForSequenceClassification
 from lora_init.collection.processes import digest_of
 from lora_init.comparison import outlook, workbench
 from lora_init.comparison.runs import Run
+from lora_init.comparison.training import TrainingResult
 from lora_init.comparison.variants import Variant
+from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
+from lora_init.layers.targets import find_targets
+from lora_init.rates.training_length import TrainingLength
 from tests.commands import save_model
-from tests.comparison.made import assert_same, compare, set_up_bench, snapshot, without_clock
+from tests.comparison.made import again, assert_same, compare, set_up_bench, snapshot, without_clock
 from tests.conftest import refused, tiny_llama
 
 
@@ -195,6 +200,7 @@ def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
     first = bench.carry_out(Run(Variant("eva"), 0, 1e-2))
     assert all(torch.equal(value, before[name]) for name, value in bench.loaded.model.state_dict().items())
+    assert "adapter" not in first
     bench.carry_out(Run(Variant("pissa"), 0, 1e-2))
     assert without_clock([bench.carry_out(Run(Variant("eva"), 0, 1e-2))]) == without_clock([first])
 
@@ -241,9 +247,15 @@ def test_what_is_no_fault_of_a_start_is_raised_and_what_is_makes_a_failed_run(ho
 
 @pytest.mark.parametrize("start", ["eva", "eva+2-batches", "eva-grad+3-batches", "eva-uncentred"])
 def test_statistics_are_kept_by_what_they_are_of(start, home, tmp_path, monkeypatch):
-    real, seen = workbench.collect, []
-    monkeypatch.setattr(workbench, "collect", lambda model, batches, *a, **k: seen.append(
-        (made := real(model, batches, *a, **k)).provenance.n_batches) or made)  # fmt: skip
+    real, seen, shown = workbench.collect, [], []
+
+    def collect(model, batches, *given, progress, **more):
+        made = real(model, batches, *given, progress=progress, **more)
+        seen.append(made.provenance.n_batches)
+        shown.append(progress)
+        return made
+
+    monkeypatch.setattr(workbench, "collect", collect)
     bench = set_up_bench(home, tmp_path, steps=4)
     bench.carry_out(Run(Variant.parse(start), 0, 1e-2))
     (file,) = (tmp_path / "statistics").iterdir()
@@ -252,6 +264,7 @@ def test_statistics_are_kept_by_what_they_are_of(start, home, tmp_path, monkeypa
         "eva-uncentred": ("uncentred", 8),
     }[start]  # fmt: skip
     assert file.name.rpartition("-")[0] == f"seed0-{kind}" and seen == [n_batches]
+    assert shown == [False]  # of a bar: the steps of the run have one
 
 
 @pytest.mark.parametrize(("text", "name"), [
@@ -324,3 +337,163 @@ def test_a_classifier_is_trained_in_float32_whatever_its_checkpoint_is_in(home, 
     given = dict(model=tmp_path / "half", label="first", completion=None)
     assert set_up_bench(home, tmp_path, **given).loaded.model.dtype == torch.float32
     refused("^dtype='bfloat16': the head of a classifier", set_up_bench, home, tmp_path, **given, dtype="bfloat16")
+
+
+def test_a_check_reads_a_few_batches_once_for_each_kind_and_builds_on_one_layer(home, tmp_path, monkeypatch):
+    bench = replace(set_up_bench(home, tmp_path), own={"mine": again})
+    collecting, preparing, collected, prepared = workbench.collect, workbench.prepare, [], []
+
+    def collect(model, batches, layers, **options):
+        collected.append((len(batches), layers, options["center"], options["gradients"], options["progress"]))
+        warnings.warn("so few batches", stacklevel=1)
+        return collecting(model, batches, layers, **options)
+
+    def prepare(variant, inputs):
+        made = preparing(variant, inputs)
+        prepared.append((str(variant), sorted(made.ranks.values())))
+        return made
+
+    monkeypatch.setattr(workbench, "collect", collect)
+    monkeypatch.setattr(workbench, "prepare", prepare)
+    before, filters = snapshot(bench.loaded.model), []
+    names = ("random", "eva", "eva-rho1", "eva-uncentred", "eva-grad", "lora-one", "pissa", "full", "bank-nearest",
+             "mine", "unknown")  # fmt: skip
+    with warnings.catch_warnings(action="error"):
+        filters += warnings.filters
+        bench.check([*map(Variant.parse, names)])
+        assert warnings.filters == filters
+    assert_same(before, snapshot(bench.loaded.model))
+    (first, *_) = find_targets(bench.loaded.model, "all-linear").layers
+    assert collected == [
+        (4, [first], True, False, False), (4, [first], False, False, False), (4, [first], True, True, False),
+    ]  # fmt: skip
+    assert prepared == [(name, [2] * (7 if name == "mine" else 1)) for name in names if name not in names[7:9]][:-1]
+
+
+@pytest.mark.parametrize(("n_train", "size", "wanted", "of_statistics", "held_out"), [
+    (100, 4, None, 8, 4), (40, 4, None, 8, 2), (24, 4, None, 5, 1), (24, 4, 3, 3, 1), (24, 4, 99, 5, 1),
+    (4, 4, None, 1, 1), (9, 4, None, 1, 1), (200, 1, 16, 16, 16),
+])  # fmt: skip
+def test_no_example_is_read_twice_and_some_are_left_for_the_size_of_a_step(
+    n_train, size, wanted, of_statistics, held_out, home, tmp_path
+):
+    bench = set_up_bench(home, tmp_path, train_samples=4)
+    task = replace(bench.task, train=bench.task.train * 50)
+    bench = replace(
+        bench, task=replace(task, train=task.train[:n_train]), training=replace(bench.training, batch_size=size)
+    )
+    assert (bench.n_batches(wanted), bench._n_held_out()) == (of_statistics, held_out)
+
+
+def changing(model, seed):
+    """A start that takes what it adds off the base."""
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    return again(model, seed)
+
+
+@pytest.mark.parametrize(("start", "status", "retained", "dialed", "kept"), [
+    ("random", "finished", True, True, True), ("random", "unstable", False, False, True),
+    ("pissa", "finished", True, False, True), ("mine", "finished", True, True, True),
+    ("changing", "finished", True, False, False), ("full", "finished", True, False, None),
+])  # fmt: skip
+def test_what_is_measured_and_kept_of_a_run_depends_on_its_start_and_its_end(
+    start, status, retained, dialed, kept, home, tmp_path, monkeypatch
+):
+    result = TrainingResult(status=status, report_loss=[3.0, 2.0])
+    monkeypatch.setattr(workbench, "train", lambda *_, **__: replace(result))
+    (tmp_path / "other.txt").write_text("one dog run\nmy red hats")
+    bench = set_up_bench(home, tmp_path, retain_data=tmp_path / "other.txt")
+    bench = replace(bench, own={"mine": again, "changing": changing}, strengths=(0.5, 1.0))
+    run = Run(Variant(start), 0, 1e-2)
+    record = bench.carry_out(run, keep=kept is not None)
+    assert (record["retain_loss"] is not None, record["dial"] is not None) == (retained, dialed)
+    if dialed:
+        assert [strength for strength, *_ in record["dial"]] == [0.5, 1.0]
+        assert record["dial"][1][1:] == [2.0, record["retain_loss"][1]]
+    assert ("adapter_model.safetensors" in record.get("adapter", ())) is bool(kept)
+    assert ("adapter" in record) is (kept is not None)
+    for fewer in (replace(bench, strengths=()), replace(bench, retain=None, _before={})):
+        record = fewer.carry_out(run)
+        assert record["dial"] is None and (record["retain_loss"] is not None) == (retained and fewer.retain is not None)
+
+
+def test_the_peak_of_memory_is_that_of_the_run_and_not_of_what_was_measured_before(home, tmp_path, monkeypatch):
+    seen, bench = [], set_up_bench(home, tmp_path)
+    for name in ("evaluate", "reset_peak", "prepare", "train", "peak_bytes"):
+        function = getattr(workbench, name)
+        monkeypatch.setattr(
+            workbench, name, lambda *a, name=name, function=function, **k: seen.append(name) or function(*a, **k)
+        )
+    bench.carry_out(Run(Variant("random"), 0, 1e-2))
+    assert seen == ["evaluate", "reset_peak", "prepare", "train", "peak_bytes"]
+
+
+def test_a_rate_is_measured_on_the_first_batches_and_for_the_length_of_the_runs(home, tmp_path, monkeypatch):
+    bench, asked = set_up_bench(home, tmp_path), []
+
+    def measure(model, batches, length, freeze_a):
+        asked.append(([batch["input_ids"].tolist() for batch in batches], length, freeze_a))
+        return len(asked)
+
+    monkeypatch.setattr(workbench, "measure_rate", measure)
+    starts = [Variant("random"), Variant("full"), Variant("random-frozen-a")]
+    assert bench.measured_rates(starts) == {"random": 1, "random-frozen-a": 2}
+    first = [bench.task.batch(items)["input_ids"].tolist() for items in bench.task.order(0, 4, 4)]
+    length = TrainingLength(6, 4, len(bench.task.train))
+    assert asked == [(first, length, False), (first, length, True)]
+
+
+def test_a_start_learns_from_the_first_examples_of_its_seed_and_is_stepped_on_the_next(home, tmp_path, monkeypatch):
+    bench, asked, real = set_up_bench(home, tmp_path), [], workbench.prepare
+    monkeypatch.setattr(workbench, "prepare", lambda variant, inputs: asked.append(inputs) or real(variant, inputs))
+    monkeypatch.setattr(workbench, "train", lambda *_, **__: TrainingResult(report_loss=[2.0]))
+    bench = replace(bench, own={"mine": again})
+    for name, seed, n in (("random", 0, 8), ("mine", 1, 8), ("random+3-batches", 2, 3)):
+        bench.carry_out(Run(Variant.parse(name), seed, 1e-2))
+        inputs = asked.pop()
+        batches = [bench.task.batch(items)["input_ids"].tolist() for items in bench.task.order(seed, n + 4, 4)]
+        assert [batch["input_ids"].tolist() for batch in inputs.batches] == batches[:n]
+        held_out = [row for batch in inputs.held_out() for row in batch["input_ids"].tolist()]
+        assert sorted(held_out) == sorted(row for batch in batches[n:] for row in batch)
+        assert (inputs.seed, inputs.own) == (seed, again if name == "mine" else None)
+
+
+def test_the_seconds_of_statistics_are_those_of_each_start_that_reads_them(home, tmp_path, monkeypatch):
+    bench = set_up_bench(home, tmp_path)
+    monkeypatch.setattr(workbench, "train", lambda *_, **__: TrainingResult(report_loss=[2.0]))
+    made = bench.statistics(0, True, False)
+    took = replace(made.provenance, seconds={"passes": 1000.0, "directions": 500.0})
+    bench.statistics = lambda *_: replace(made, provenance=took)
+    taken = {}
+    for name in ("random", "eva"):
+        taken[name] = bench.carry_out(Run(Variant(name), 0, 1e-2))["initialisation_seconds"]
+    assert 1500.0 < taken["eva"] < 1600.0 and 0.0 < taken["random"] < 100.0
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_new_head_is_drawn_as_wide_as_the_model_says_and_nothing_else_is(has_bias, home, tmp_path):
+    loaded = set_up_bench(home, tmp_path, "bert", label="first", completion=None).loaded
+    loaded.model.config.initializer_range = 0.5
+    if not has_bias:
+        loaded.model.classifier.bias = None
+    loaded = replace(loaded, drawn=frozenset({"classifier.weight", "bert.pooler.dense.weight"}))
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    Workbench._renew_head(None, loaded, 3)
+    after = loaded.model.state_dict()
+    head = after.pop("classifier.weight")
+    assert torch.equal(head, 0.5 * torch.randn(head.shape, generator=torch.Generator().manual_seed(3)))
+    assert not after.pop("classifier.bias", torch.zeros(1)).any()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+@pytest.mark.parametrize(("fold", "name"), [
+    ("train", "examples to train on"), ("selection", "examples to select by"), ("report", "examples to report"),
+])  # fmt: skip
+def test_settings_tell_other_examples_by_the_fold_that_they_are_in(fold, name, home, tmp_path):
+    bench = set_up_bench(home, tmp_path)
+    items = list(getattr(bench.task, fold))
+    other = replace(bench, task=replace(bench.task, **{fold: [*items[:-2], items[-1], items[-2]]}))
+    hashes, others = (one.settings("llama")["examples"] for one in (bench, other))
+    assert {key for key in hashes if hashes[key] != others[key]} == {name} and hashes.keys() == others.keys()
+    assert bench.folds == {"train": len(bench.task.train), "selection": 8, "report": 12}

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 import weakref
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,7 @@ from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Run, open_runs, read_runs
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.workers import Job, Remote, Worker, come_back, elsewhere, processes, run_all
+from lora_init.errors import LoraInitError
 from lora_init.layers.targets import find_targets
 from tests.comparison.made import again, compare, set_up_bench, without_clock
 from tests.comparisons import broken, record, settings
@@ -324,3 +326,133 @@ def test_how_long_the_last_runs_took_tells_most_of_the_next():
     assert running.seconds == [float(i) for i in range(10, 30)]
     log.records = {i: records[i] for i in range(3)}
     assert workers._Running(log, stub(), RunBudget(), print).seconds == [0.0, 1.0, 2.0]
+
+
+def test_a_run_here_has_a_bar_of_its_steps_and_is_told_whether_to_keep_its_adapter(monkeypatch):
+    bars, asked = [], []
+
+    class Bar:
+        def __init__(self, **options):
+            bars.append(options)
+
+        def __enter__(self):
+            return SimpleNamespace(update="a step more")
+
+        def __exit__(self, *_):
+            bars.append("closed")
+
+    def carry_out(*arguments):
+        asked.append(arguments)
+        return {"a": "record"}
+
+    monkeypatch.setattr(workers, "tqdm", Bar)
+    bench = SimpleNamespace(training=SimpleNamespace(steps=9), carry_out=carry_out)
+    assert workers.here(bench, True).submit("a run", "run 1/2").result() == {"a": "record"}
+    workers.here(bench, False).submit("the best", "again", keep=True)
+    assert asked == [("a run", "a step more", False), ("the best", "a step more", True)]
+    shown = {"desc": "run 1/2", "total": 9, "unit": "step", "leave": False, "disable": False}
+    assert bars == [shown, "closed", shown | {"desc": "again", "disable": True}, "closed"]
+
+
+def test_a_process_keeps_the_workbench_of_its_comparison_alone(monkeypatch):
+    made, threads = [], []
+
+    def carry_out(run, keep):
+        warnings.warn("the first process has shown it", stacklevel=1)
+        return {"run": run, "keep": keep}
+
+    def make(name):
+        made.append(name)
+        return SimpleNamespace(carry_out=carry_out, settings=lambda model: {"model": model})
+
+    monkeypatch.setattr(workers, "describe", lambda bench, model: bench.settings(model))
+    monkeypatch.setattr(workers, "_benches", {"before": "of another comparison"})
+    monkeypatch.setattr(workers.torch, "set_num_threads", threads.append)
+    first, second = (Job(partial(make, name), {"model": "llama"}, threads=n) for name, n in (("a", 5), ("b", 6)))
+    with warnings.catch_warnings(action="error"):
+        for job, keep in ((first, False), (first, True), (second, False)):
+            done = workers.carry_out(job, "a run", keep, "")
+            assert done == {"run": "a run", "keep": keep, "node": None}
+            assert [*workers._benches] == [job.key]
+    assert made == ["a", "b"] and threads == [5, 5, 6] and first.key != second.key
+
+
+def test_all_that_differs_in_a_process_is_named(monkeypatch):
+    monkeypatch.setattr(workers, "describe", lambda bench, model: {"model": model, "rank": 8, "torch": "2", "seed": 1})
+    job = Job(lambda: None, {"model": "llama", "rank": 4, "torch": "3", "seed": 1})
+    said = "rank is 8, not 4; torch is '2', not '3'. All nodes need the same versions, model, data and kind of device."
+    assert refused("", workers._set_up, job) == said
+
+
+def test_what_came_back_is_a_record_or_why_there_is_none_or_what_was_raised():
+    def ended(outcome):
+        future = Future()
+        future.set_exception(outcome) if isinstance(outcome, Exception) else future.set_result(outcome)
+        return future
+
+    assert come_back(ended({"a": "record"})) == {"a": "record"}
+    for text, why in (("It is gone. See\nthe log.", "It is gone."), ("gone", "gone."), ("gone...", "gone.")):
+        assert come_back(ended(RuntimeError(text))) == why
+    with pytest.raises(KeyError) as caught:
+        come_back(ended((KeyError("a"), "Traceback: there")))
+    assert str(caught.value.__cause__) == "Traceback: there"
+    refused("^it cannot start", come_back, ended(LoraInitError("it cannot start.")))
+
+
+class Pools:
+    """Pools of one process each, that do what they are told: answer, or die in a call or before it."""
+
+    def __init__(self, monkeypatch):
+        self.made, self.ended, self.dies = [], [], set()
+        monkeypatch.setattr(workers, "ProcessPoolExecutor", self.make)
+
+    def make(self, n, context, initializer, initargs):
+        (place,), number = initargs, len(self.made)
+        self.made.append((n, context.get_start_method(), initializer, place))
+
+        def submit(function, *arguments):
+            future = Future()
+            if (function is os.getpid and (number, "as it starts") in self.dies) or (
+                function is not os.getpid and (number, "in its call") in self.dies
+            ):
+                future.set_exception(BrokenProcessPool("gone."))
+            elif function is not os.getpid and (number, "before") in self.dies:
+                raise BrokenProcessPool("gone.")
+            else:
+                future.set_result(100 + number if function is os.getpid else function(*arguments))
+            return future
+
+        return SimpleNamespace(submit=submit, shutdown=lambda: self.ended.append(f"pool {number}"))
+
+
+def test_each_process_has_a_place_and_another_takes_that_of_one_that_died(monkeypatch):
+    pools = Pools(monkeypatch)
+    monkeypatch.setattr(os, "kill", lambda pid, number: pools.ended.append((pid, number)))
+    executor = processes(3)
+    calls = [executor.begin(max, 1, n) for n in range(2)]  # two at once
+    assert [call() for call, _ in calls] == [1, 1] and [place for *_, place in pools.made] == [0, 1]
+    pools.dies = {(0, "before"), (1, "in its call")}
+    last = executor.begin(max, 5, 6)[0]  # the third place had no call yet
+    assert executor.begin(max, 5, 7)[0]() == 7 and last() == 6
+    assert pools.made == [(1, "spawn", workers._begin, place) for place in (0, 1, 2, 0)]
+    with pytest.raises(BrokenProcessPool):
+        executor.begin(max, 1, 2)[0]()
+    calls = [executor.begin(max, 1, n) for n in (7, 8, 9)]
+    assert [call() for call, _ in calls] == [7, 8, 9] and [place for *_, place in pools.made[4:]] == [1]
+    executor.shutdown()
+    assert sorted(pools.ended, key=str) == sorted(
+        [f"pool {number}" for number in (2, 3, 4)] + [(number, signal.SIGKILL) for number in (102, 103, 104)], key=str
+    )
+
+
+def test_processes_that_have_ended_already_are_let_go_of(monkeypatch):
+    def kill(pid, number):
+        raise ProcessLookupError
+
+    pools = Pools(monkeypatch)
+    monkeypatch.setattr(os, "kill", kill)
+    executor = processes(2)
+    calls = [executor.begin(max, 1, 2), executor.begin(max, 1, 2)]
+    pools.dies = {(2, "as it starts")}
+    executor.shutdown()
+    assert len(calls) == 2 and pools.ended == ["pool 0", "pool 1"]

@@ -525,6 +525,8 @@ def test_the_best_strength_is_one_that_can_be_chosen(base, monkeypatch):
 @pytest.mark.parametrize(("asked", "rises", "tried"), [
     ({}, [0.9, 0.5, 0.2, 0.1, 0.05], [0.3, 1.0, 3.0, 10.0]),  # the task is lost at the fourth
     ({}, [0.9, 0.5, 0.495], [0.3, 1.0, 3.0]),  # the third gains nothing
+    ({}, [0.9, 0.5, 0.485, 0.4], [0.3, 1.0, 3.0, 10.0]),  # and here more than a hundredth of the rise as trained
+    ({"keep_within": 0.01}, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [0.3, 1.0, 3.0, 10.0, 30.0, 100.0]),
     ({}, [0.9, 0.95], [0.3, 1.0]),
     ({"keep_within": 0.3}, [0.9, 0.5, 0.2], [0.3, 1.0, 3.0]),
     ({"keep_within": 0.9}, [0.9], [0.3]),
