@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from lora_init.comparison.tasks import Item, LoadingOptions, find_answer, item_length, load_task, split_options
+from lora_init.comparison import tasks
+from lora_init.comparison.tasks import (
+    Item,
+    LoadingOptions,
+    find_answer,
+    fold_sizes,
+    item_length,
+    load_task,
+    read_choices,
+    split_options,
+)
 from lora_init.errors import LoraInitError
 from lora_init.loading.reader import IGNORED
 from tests.commands import WORDS
@@ -90,16 +100,32 @@ def test_rows_with_one_prompt_are_in_one_fold(tmp_path, tokenizer, form):
     assert (more.report, more.selection) == (task.report, task.selection)
 
 
-@pytest.mark.parametrize(("n_rows", "folds"), [(60, (30, 10, 20)), (400, (201, 66, 133)), (1000, (616, 128, 256))])
+@pytest.mark.parametrize(
+    ("n_rows", "folds"),
+    [(60, (30, 10, 20)), (300, (150, 50, 100)), (400, (201, 66, 133)), (1000, (616, 128, 256))],
+)
 def test_few_data_are_split_in_proportion(tmp_path, tokenizer, n_rows, folds, recwarn):
     rows = [" ".join(WORDS[i // 19**k % 19] for k in range(3)) for i in range(n_rows)]
     (tmp_path / "rows.txt").write_text("\n".join(rows))
     task = load_task(tmp_path / "rows.txt", tokenizer, LoadingOptions(), 8)
     assert (len(task.train), len(task.selection), len(task.report)) == folds
-    said = [str(warning.message) for warning in recwarn if "So few decide nothing" in str(warning.message)]
-    assert len(said) == (n_rows == 60)
     asked = load_task(tmp_path / "rows.txt", tokenizer, LoadingOptions(report_samples=20), 8)
     assert len(asked.report) == 20 and len(asked.selection) == min(128, (n_rows - 20) // 4)
+    # Of few to report only those are told that nobody asked for.
+    said = [str(warning.message) for warning in recwarn if "So few decide nothing" in str(warning.message)]
+    assert len(said) == (n_rows == 60)
+    asked = load_task(tmp_path / "rows.txt", tokenizer, LoadingOptions(selection_samples=20), 8)
+    assert len(asked.selection) == 20 and len(asked.report) == min(256, 2 * (n_rows - 20) // 5)
+
+
+@pytest.mark.parametrize(("asked", "n_prompts", "sizes"), [
+    ({}, 2, (1, 1)), ({}, 9, (3, 1)), ({}, 768, (256, 128)), ({}, 600, (200, 100)),
+    ({"selection_samples": 10}, 62, (20, 10)), ({"selection_samples": 10}, 9, (1, 10)),
+    ({"selection_samples": 10}, 900, (256, 10)), ({"report_samples": 50}, 40, (50, 1)),
+    ({"report_samples": 50, "selection_samples": 3}, 9, (50, 3)),
+])  # fmt: skip
+def test_what_is_asked_for_stays_and_the_rest_is_a_share(asked, n_prompts, sizes):
+    assert fold_sizes(LoadingOptions(**asked), n_prompts) == sizes
 
 
 def test_the_order_depends_on_the_seed_alone(home, tokenizer):
@@ -138,7 +164,11 @@ def test_choices(home, tokenizer, changes):
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(report_samples=0), "report_samples=0, expected a whole number of at least 1"),
     (dict(report_samples=112),
-     "2 examples to train on, 6 to select by and 112 to report; expected 4 or more, 6 and 112"),
+     "2 examples to train on, 6 to select by and 112 to report; expected 4 or more, 6 and 112. Lower --report-samp"),
+    (dict(report_samples=1.5), "report_samples=1.5, expected a whole number of at least 1"),
+    (dict(selection_samples=0), "selection_samples=0, expected a whole number of at least 1"),
+    (dict(train_samples=0, batch_size=1), "0 examples to train on, 6 to select by and 10 to report; expected 1"),
+    (dict(train_samples=-2), "0 examples to train on, 6 to select by and 10 to report; expected 4"),
     (dict(report_samples=500), "0 examples to train on, 0 to select by and 120 to report"),
     (dict(batch_size=64), "expected 64 or more"),
     (dict(label="class"), "label='class' is not a column. Columns of "),
@@ -178,7 +208,7 @@ def test_a_row_with_an_option_that_is_cut_off_is_left_out(tmp_path, tokenizer):
     (["red", " blue "], ["red", "blue"]),
     ("A. red\nB. blue\n\n", ["A. red", "B. blue"]),
     ({"text": ["red", "blue"], "label": ["A", "B"]}, ["red", "blue"]),
-    (None, []),
+    (None, []), ({"label": ["A", "B"]}, []), ({"text": "red\nblue"}, ["red", "blue"]), ([1, " ", 2.5], ["1", "2.5"]),
 ])  # fmt: skip
 def test_options(value, expected):
     assert split_options(value) == expected
@@ -218,3 +248,47 @@ def test_the_seed_of_the_split_decides_which_examples_are_in_which_fold(home, to
     assert (one.train, one.selection, one.report) == (again.train, again.selection, again.report)
     folds = [{tuple(item.tokens[0]) for item in task.report} for task in (one, other)]
     assert len(folds[0]) == len(folds[1]) == 10 and folds[0] != folds[1]
+
+
+@pytest.mark.parametrize(("row", "options", "read"), [
+    ({"right": "no", "options": ["no", "yes"]}, "yes, no ,maybe", (["yes", "no", "maybe"], 1)),
+    ({"right": "B", "kinds": "red\nblue"}, "kinds", (["red", "blue"], 1)),
+    ({"right": "red", "kinds": ["red"]}, "kinds", None), ({"right": "green", "kinds": ["red", "blue"]}, "kinds", None),
+    ({"right": 0}, "yes,no", (["yes", "no"], 0)),
+])  # fmt: skip
+def test_options_are_a_column_or_listed_by_commas(row, options, read):
+    assert read_choices(row, options, "right") == read
+
+
+def test_there_may_be_as_many_options_as_letters():
+    options = [f"option {i}" for i in range(26)]
+    assert [find_answer(letter, options) for letter in "aBzZ"] == [0, 1, 25, 25]
+    assert find_answer("{", options) is None and find_answer("26", options) is None
+
+
+def test_all_rows_may_have_the_options_that_are_listed_by_commas(home, tokenizer):
+    task = load(home, tokenizer, options="A,B", answer="letter", normalize=True, name="mine")
+    right = [item.answer for item in [*task.train, *task.selection, *task.report]]
+    assert {*right} == {0, 1} and all(len(item.choices) == 2 for item in task.report)
+    assert (task.label, task.normalize, task.padding, task.spelled_out) == ("mine", True, tokenizer.pad_token_id, True)
+    assert ", options A,B, answer letter, " in task.data and task.data.endswith("whose answer is none of the options")
+
+
+def test_rows_are_read_as_they_were_asked_for(home, tokenizer, monkeypatch):
+    asked, real_rows, real_reader = [], tasks.read_rows, tasks.open_reader
+
+    def read_rows(source, subset, split):
+        asked.append((subset, split))
+        return real_rows(source, None, "train")
+
+    def open_reader(data, tokenizer, max_length, wanted, **options):
+        asked.append((max_length, wanted.format, options))
+        return real_reader(data, tokenizer, max_length, wanted, **options)
+
+    monkeypatch.setattr(tasks, "read_rows", read_rows)
+    monkeypatch.setattr(tasks, "open_reader", open_reader)
+    settings = LoadingOptions(template="{passage}", label="first", subset="small", split="test", max_length=99,
+                              selection_samples=2, report_samples=2)  # fmt: skip
+    classes = [*"nmlkjihgfedcba", *"opqrstuvwxyz"]
+    load_task(home / "rows.jsonl", tokenizer, settings, 2, classes)
+    assert asked == [("small", "test"), (99, None, {"needs_labels": True, "known_classes": classes})]
