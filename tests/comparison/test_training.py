@@ -225,6 +225,8 @@ def test_a_classifier_is_scored(home):
     output = model(**batch)
     assert score.loss == pytest.approx(float(output.loss), rel=1e-5)
     assert score.metrics["accuracy"] == accuracy_score(batch["labels"], output.logits.argmax(1))
+    model.train()  # with dropout
+    assert evaluate(model, task, task.report, True) == score and model.training
 
 
 def test_evaluation_leaves_mode_and_weights(task, model):
@@ -257,4 +259,48 @@ def test_each_step_is_told_and_what_ended_early_has_no_loss_to_select_by(task):
     assert done.selection_loss == evaluate(model, task, task.selection).loss and len(done.data_order) == 32
     lost = train(with_adapter(), task, Training(3, 4, 0.0, [0, 2, 3]), plain_loss=-0.2, **asked)
     assert (lost.status, lost.selection_loss, lost.training_loss, lost.evaluation_points) == ("unstable", None, [], [0])
+    assert lost.metrics is None and done.metrics == evaluate(model, task, task.report, True).metrics
     assert lost.error.startswith("loss ") and lost.error.endswith(" after step 0, -0.2 for the plain model")
+
+
+def test_what_is_dropped_out_is_decided_by_the_seed_and_by_no_random_state_before(task):
+    losses = []
+    for seed, state in ((0, 1), (0, 2), (1, 2)):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj", "v_proj"]))
+        torch.manual_seed(state)
+        asked = dict(steps=2, points=(0, 2), rate=0.1, warmup=0.0)
+        losses.append(run(replace(task, train=task.train[:4]), seed, model=model, **asked)[1].training_loss[1])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_text_is_replayed_beside_each_step_and_again_when_all_were(task, monkeypatch):
+    losses, seen = [], []
+
+    def batch_loss(model, batch):
+        loss = real(model, batch)
+        losses.append(float(loss.detach()))
+        seen.append(batch["input_ids"].tolist())
+        return loss
+
+    real = training.batch_loss
+    monkeypatch.setattr(training, "batch_loss", batch_loss)
+    texts = [task.batch([item]) for item in task.report[:3]]
+    words, orders = [text["input_ids"].tolist() for text in texts], []
+    for seed in range(4):
+        seen.clear(), losses.clear()
+        _, done = run(task, seed, steps=5, points=(0, 5), replay=texts)
+        assert done.training_loss == losses[::2] and len(losses) == 10
+        replayed = [words.index(ids) for ids in seen[1::2]]
+        assert sorted(replayed[:3]) == [0, 1, 2] and replayed[3:] == replayed[:2]
+        assert seen[::2] == [task.batch(items)["input_ids"].tolist() for items in task.order(seed, 5, 4)]
+        orders.append(tuple(replayed))
+    assert len(set(orders)) > 1
+
+
+def test_a_run_whose_last_loss_is_far_above_the_plain_models_is_unstable(task, monkeypatch):
+    losses = iter([1.0, 9.0])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: training.Score(next(losses), None))
+    _, done = run(task, steps=2, points=(0, 2))
+    assert (done.status, done.selection_loss, done.report_loss) == ("unstable", None, [1.0, 9.0])
+    assert done.error == "loss 9 after step 2, 4 for the plain model"
