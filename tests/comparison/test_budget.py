@@ -178,3 +178,15 @@ def test_under_a_limit_random_alone_ends_and_a_better_start_is_timed():
     records, _ = spend(lambda run: loss(run) - 0.5 * (run.start.base == "eva") * (run.seed != 9), budget, plan)
     longer = {run for run in records if run.start.steps}
     assert longer == {Run(Variant("random", steps=120), seed, 1e-3) for seed in (0, 1, 2)}
+
+
+def test_a_better_start_is_timed_when_all_runs_have_ended_and_not_before():
+    plan = RunPlan([REFERENCE, Variant("eva")], [1e-3], range(4), "full", extend=0)
+    records = {run: record(run.start, run.learning_rate, run.seed, loss(run) - 0.5 * (run.start.base == "eva"))
+               for run in plan.runs(plan.starts, {})}  # fmt: skip
+    some = {run: one for run, one in records.items() if run.seed < 3 or run.start == REFERENCE}
+    assert {run.start for run in longer_runs(some)} == {Variant("random", steps=120)}
+    for ended, timed_seeds in ((some, []), (records, [0, 1, 2, 3])):
+        due, said = RunBudget().due(plan, plan.starts, ended)
+        assert [run.seed for run in due if run.start.steps] == timed_seeds and said == []
+        assert [run for run in due if not run.start.steps] == [*records]

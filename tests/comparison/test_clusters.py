@@ -305,6 +305,7 @@ def test_a_queue_that_does_not_begin_is_spoken_of(tmp_path, monkeypatch):
     assert len(ended) == 5 and "No run has come back yet" in lines[0]
     queue, lines = Queue(), []
     assert run_on(queue, tmp_path / "late", lines.append, RunBudget(0.1)) == {}
+    assert sum("No run has come back yet" in line for line in lines) == 1
     assert "time is out with 5 runs left" in lines[-1]
     assert len(queue.waiting) == 5 and all(future.cancelled() for future, _ in queue.waiting)
 
@@ -430,11 +431,12 @@ def test_ray_is_asked_for_the_address_that_was_named_and_once(name, where, tmp_p
     asked = []
     there = SimpleNamespace(
         __spec__=1, is_initialized=lambda: name == "open", cluster_resources=dict,
-        init=lambda address, **options: asked.append(address),
+        init=lambda address, **options: asked.append((address, options)),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "ray", there)
     open_executor("ray" if name == "open" else name, 1, tmp_path)
-    assert asked == ([] if where is None else [where])
+    # What the nodes print is not for this terminal.
+    assert asked == ([] if where is None else [(where, {"log_to_driver": False, "logging_level": "error"})])
 
 
 @pytest.mark.parametrize(("declared", "resources"), [
@@ -445,11 +447,13 @@ def test_dask_is_asked_for_a_gpu_where_a_worker_has_one(declared, resources, tmp
 
     class Client:
         scheduler = SimpleNamespace(
-            identity=lambda n_workers: {"workers": {i: {"resources": r, "host": f"node{i}"} for i, r in workers}}
+            identity=lambda n_workers: {
+                "workers": {i: {"resources": r, "host": f"node{i}"} for i, r in workers[: len(workers) + 1 + n_workers]}
+            }
         )
 
         def __init__(self, address, **options):
-            asked.append(address)
+            asked.append((address, options))
 
         def sync(self, function, **options):
             return function(**options)
@@ -464,7 +468,8 @@ def test_dask_is_asked_for_a_gpu_where_a_worker_has_one(declared, resources, tmp
     monkeypatch.setattr("distributed.Client", Client)
     executor = open_executor("dask:tcp://here:1", 0.5, tmp_path)
     assert executor.submit(max, 1, 2).result() == 2
-    assert asked == ["tcp://here:1", {"pure": False, "resources": resources}]
+    opened = ("tcp://here:1", {"timeout": 10, "set_as_default": False})
+    assert asked == [opened, {"pure": False, "resources": resources}]
     assert executor.nodes() == {i: f"node{i}" for i in range(len(declared))}
 
 
@@ -474,3 +479,71 @@ def test_runs_of_one_process_take_turns(monkeypatch):
     monkeypatch.setitem(workers._benches, "k", bench)
     carry_out(job, Run(REFERENCE, 0, 1e-3), False, "")
     assert held == [True] and not workers._one_run.locked()
+
+
+def test_a_call_that_is_canceled_ends_where_it_runs(tmp_path, monkeypatch):
+    """Ray kills its task. Dask has the processes that do it started anew, and no other."""
+    asked = []
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(
+        __spec__=1, is_initialized=lambda: True, nodes=list, cluster_resources=dict, get=print,
+        cancel=lambda *given, **how: asked.append((given, how)),
+        remote=lambda **options: lambda function: SimpleNamespace(remote=lambda *given: ("task", *given)),
+    ))  # fmt: skip
+    _, end = open_executor("ray", 1, tmp_path).begin(max, 1, 2)
+    end()
+    assert asked == [((("task", 1, 2),), {"force": True})]
+
+    class Client:
+        scheduler = SimpleNamespace(identity=lambda n_workers: {"workers": {}})
+
+        def __init__(self, address, **options):
+            pass
+
+        def sync(self, function, **options):
+            return function(**options)
+
+        def submit(self, function, *arguments, **options):
+            return SimpleNamespace(key="the call", result=None, cancel=lambda: asked.append("canceled"))
+
+        def processing(self):
+            return {"busy": ("another", "the call"), "other": ("another",), "idle": ()}
+
+        def restart_workers(self, names):
+            asked.append(names)
+
+        def close(self):
+            asked.append("closed")
+
+    monkeypatch.setattr("distributed.Client", Client)
+    asked.clear()
+    executor = open_executor("dask:tcp://here:1", 1, tmp_path)
+    executor.begin(max, 1, 2)[1]()
+    executor.shutdown()
+    assert asked == ["canceled", ["busy"], "closed"]
+
+
+def test_the_end_of_a_job_is_asked_for_once_a_second(monkeypatch):
+    asked, done = [], iter([False, False, True])
+    job = SimpleNamespace(done=lambda: next(done), result=lambda: 7, cancel=lambda: asked.append("canceled"))
+    monkeypatch.setattr("lora_init.comparison.clusters.time.sleep", asked.append)
+    jobs = SimpleNamespace(submit=lambda *call: asked.append(call) or job)  # as submitit's, which is no `Executor`
+    result, end = open_executor(jobs, 1, None).begin(max, 1, 2)
+    assert result() == 7 and asked == [(max, 1, 2), 1, 1, 1]
+    end()
+    assert asked[-1] == "canceled"
+
+
+def test_what_names_no_cluster_that_could_be_asked_is_refused(installed, tmp_path, monkeypatch):
+    remedy = "Start one with `ray start --head`, or name its address: ray://HOST:10001"
+    for name in ("ray://", "ray::", "ray:/"):
+        refused(f"^cluster '{name}' names no address. {remedy}", open_executor, name, 1, tmp_path)
+    refused("and got the class ThreadPoolExecutor", open_executor, ThreadPoolExecutor, 1, tmp_path)
+    (tmp_path / "empty.yaml").touch()
+    refused("empty.yaml holds no options, such as `partition: gpu`", open_executor, f"slurm:{tmp_path}/empty.yaml", 1,
+            tmp_path)  # fmt: skip
+    installed("lora_init.clusters", slurm=lambda address, gpus, directory: "theirs", more=lambda **options: None)
+    monkeypatch.setattr("submitit.SlurmExecutor", lambda folder: raises(OSError("no sbatch")))
+    refused("no sbatch", open_executor, "slurm", 1, tmp_path)  # ours
+    refused("cluster 'moer' is unknown. Did you mean more", open_executor, "moer", 1, tmp_path)
+    monkeypatch.setattr("lora_init.errors.find_spec", lambda name: None)
+    refused("^this needs distributed, which is not installed", open_executor, "dask:tcp://here:1", 1, tmp_path)
