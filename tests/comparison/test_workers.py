@@ -12,6 +12,7 @@ from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -456,3 +457,100 @@ def test_processes_that_have_ended_already_are_let_go_of(monkeypatch):
     pools.dies = {(2, "as it starts")}
     executor.shutdown()
     assert len(calls) == 2 and pools.ended == ["pool 0", "pool 1"]
+
+
+def test_how_long_the_rest_takes_is_told_by_the_runs_that_ended(tmp_path, monkeypatch):
+    now, lines, runs = [100.0], [], [Run(REFERENCE, seed, 1e-3) for seed in range(4)]
+
+    def ended():
+        now[0] += 10.0 if now[0] < 120.0 else 40.0  # the first two take 10 s
+
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    with open_runs(tmp_path / "out", settings()) as log:
+        run_all(lambda records: (runs, []), log, stub(ended=ended), RunBudget(), lines.append)
+    left = [line.partition("10 s")[2] for line in lines]
+    assert left == ["; about 30 s left", "; about 20 s left", "; about 20 s left", ""]
+
+
+def test_a_run_that_cannot_begin_yet_keeps_no_other_from_it(tmp_path):
+    """One runs already, and the rate of another is not known: what comes after them begins, as many as are taken."""
+    begun = []
+
+    def submit(run, title):
+        begun.append((run.seed, title.partition(" random")[0]))
+        return None if run.seed == 5 else Future()
+
+    runs = [Run(REFERENCE, seed, None if seed == 1 else 1e-3) for seed in range(7)]
+    with open_runs(tmp_path / "out", settings()) as log:
+        running = workers._Running(log, Worker(submit, at_once=3), RunBudget(), print)
+        running.begin(runs[:1], 7)
+        running.begin(runs, 7)
+        assert begun == [(0, "run 7/7"), (2, "run 2/7"), (3, "run 3/7")]
+        running.worker = Worker(submit, at_once=9)
+        running.begin(runs, 7)  # of which the worker takes no more than one
+    assert begun[3:] == [(4, "run 4/7"), (5, "run 5/7")] and [run.seed for run, _ in running.begun.values()] == [
+        0,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_the_end_of_the_first_of_several_runs_is_not_waited_for_with_the_others(tmp_path):
+    runs, first, late = [Run(REFERENCE, seed, 1e-3) for seed in range(3)], Future(), []
+
+    def submit(run, title):
+        if run.seed == 0:
+            return first
+        if run.seed == 2:  # which begins when the second has ended
+            first.set_result(record(run_seconds=1.0))
+        future = Future()
+        future.set_result(record(run.start, run.learning_rate, run.seed, run_seconds=1.0))
+        return future
+
+    def end():
+        late.append(1)
+        first.set_result(record(run_seconds=1.0))
+
+    timer = threading.Timer(2.0, end)
+    timer.start()
+    with open_runs(tmp_path / "out", settings()) as log:
+        run_all(lambda records: (runs, []), log, Worker(submit, at_once=2), RunBudget(), print)
+        timer.cancel()
+        assert len(log.records) == 3 and not late
+
+
+def test_all_is_lost_where_no_run_has_come_back_and_one_is_where_some_have(tmp_path):
+    run = Run(REFERENCE, 1, 1e-3)
+    with open_runs(tmp_path / "out", settings()) as log:
+        refused("two workers died while they did it, as when memory runs out. gone. No run has come back",
+                workers._given_up, run, "gone.", log)  # fmt: skip
+        log.add(record(seed=0))
+        failed = workers._given_up(run, "gone.", log)
+    assert (failed["status"], failed["seed"], failed["report_loss"]) == ("failed", 1, [])
+    assert failed["error"] == "two workers died while they did it, as when memory runs out. gone."
+
+
+def test_a_canceled_call_has_no_result_and_what_ending_it_raises_is_nobodys_matter(caplog, monkeypatch):
+    gate, began, raised = threading.Event(), SimpleQueue(), []
+
+    def begin(function, *arguments):
+        def result():
+            began.put(threading.current_thread())
+            gate.wait(60)
+            return function(*arguments)
+
+        def end():
+            raise OSError("it has ended")
+
+        return result, end
+
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    calls = [Remote(begin).submit(int, text) for text in ("7", "x")]
+    assert all(call.cancel() for call in calls)
+    gate.set()
+    for _ in calls:
+        thread = began.get(timeout=60)
+        thread.join(60)
+        assert thread.daemon
+    assert all(call.cancelled() for call in calls) and not caplog.records and not raised
