@@ -281,3 +281,44 @@ def test_the_report_tells_of_the_adapter_that_is_kept_where_it_is_of_the_start_t
         assert ("best/ holds the trained adapter of this" in (folder / "report.md").read_text()) == holds
     assert (folder / "differences.png").read_bytes() == b"png"
     assert "data:image/svg+xml;base64,PHN2Zz4=" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("held", "told"), [
+    (None, None), ("empty", None),
+    ("its run", ""),
+    ("eva, 0.01, seed 1", "holds eva, 0.01, seed 1 and stays; the best is now eva, 0.001, seed 1. Remove"),
+    ("notes.txt", "holds something else and stays; the best is now eva, 0.001, seed 1. Remove"),
+])  # fmt: skip
+def test_what_is_in_best_already_is_never_replaced(held, told, tmp_path):
+    runs = planted({"eva": -0.02}, rates=(1e-3,))
+    for run in runs:
+        run["selection_loss"] += run["seed"] != 1
+    folder = tmp_path / "best"
+    if held is not None:
+        folder.mkdir()
+        if held == "notes.txt":
+            (folder / held).touch()
+        elif held != "empty":
+            rate = 1e-3 if held == "its run" else 1e-2
+            (folder / "run.json").write_text(json.dumps(record("eva", rate, 1)))
+    if told is None:
+        with pytest.raises(Chosen, match=r"^\(1, True\)$"):
+            kept(tmp_path, runs, Chooser())
+        return
+    lines, _ = kept(tmp_path, runs, Chooser())
+    assert [line.startswith(f"{folder} {told} {folder} to have that one made") for line in lines] == [True] * bool(told)
+
+
+def test_without_a_start_to_use_nothing_is_kept(tmp_path):
+    assert kept(tmp_path, [], Chooser()) == ([], {})
+    done = record("eva", adapter={})
+    told = [f"{tmp_path / 'best'} is not made: eva changes the weights of the model"]
+    assert kept(tmp_path, planted({"eva": -0.02}, rates=(1e-3,)), Done(done)) == (told, {})
+
+
+def test_a_directory_is_found_below_the_home_of_a_user(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_init.comparison.report.pictures", lambda summary: {})
+    folder = write(tmp_path / "out", planted({"eva": -0.02}, rates=(1e-3,)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert describe_directory("~/out")["path"] == str(folder)
+    assert write_report("~/out") == [folder / "report.md", folder / "report.html"]

@@ -367,6 +367,13 @@ def test_positions_of_three_kinds_are_no_rows():
     assert not is_of_rows({"input_ids": ids, "labels": ids, "position_ids": torch.ones(3, 3, 4).long()})
 
 
+@pytest.mark.parametrize("more", [torch.ones(3), torch.ones(2, 4), [[1, 1, 1, 1]] * 3, None, torch.tensor(3)], ids=str)
+def test_a_batch_is_made_of_rows_if_each_of_its_tensors_is(more):
+    ids = torch.ones(3, 4).long()
+    assert is_of_rows({"input_ids": ids, "labels": ids, "more": torch.ones(3, 1)})
+    assert not is_of_rows({"input_ids": ids, "labels": ids, "more": more})
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_only_what_is_masked_is_padded(masked):
     examples = []
@@ -625,6 +632,7 @@ def test_text_to_keep_is_compared_with_the_task_whatever_its_order():
         for i in range(4)
     ]
     refused("keep: 50% of", dial, model, rows, rows[:6] + others[:6])
+    refused("keep: 10% of", dial, model, rows, rows[:1] + others[:9])
     assert not dial(model, rows, others[:31] + rows[:1]).notes
     answers = [row | {"input_ids": 63 - row["input_ids"]} for row in rows[:6]]  # the same answers to other prompts
     assert not dial(model, rows, answers).notes
@@ -652,7 +660,12 @@ def test_one_strength_needs_no_data_and_with_data_reports_both_ends():
     for more in (dict(keep=batches), dict(tokenizer=print)):
         said = "^strength=0.8 without batches measures nothing: leave keep= and tokenizer= out"
         refused(said, dial, model, strength=0.8, **more)
-    refused("^seed='x', expected a whole number", dial, model, batches, batches, seed="x")
+    for seed in ("x", 0.5, -(2**63) - 1):
+        refused(f"^seed={seed!r}, expected a whole number", dial, model, batches, batches, seed=seed)
+    assert dial(copy.deepcopy(model), batches, batches_for("llama", seed=1), strength=0.8, seed=-(2**63)).read == (
+        16,
+        16,
+    )
 
 
 def test_uniform_is_true_or_false():
@@ -836,3 +849,17 @@ def test_examples_are_told_by_their_tokens_and_labels_without_padding():
     assert _sequences([{"labels": labels}, whole]) == {
         (-100, 4, 5, 4, 5), (6, 7, -100, 6, 7), (3, 4, 5, 4, 5), (6, 7, 0, 6, 7),
     }  # fmt: skip
+
+
+def test_what_a_model_cannot_read_is_named():
+    model, batches = trained_model(dtype=torch.float32)
+    keep = batches_for("llama", seed=1)
+    refused(r"^dial\(\) got a dict for the batches", dial, model, batches[0], keep)
+    strange = [{name: value.clone() for name, value in batch.items()} for batch in batches]
+    strange[1]["input_ids"][0, 1] = 99
+    refused("^a batch: .* Has it a token or a label that is not in", dial, model, strange, keep, strength=0.5)
+    cut = {"input_ids": batches[0]["input_ids"], "labels": torch.ones(4, 3, dtype=torch.long)}
+    said = (
+        r"^a batch has labels \[4, 3\], and with nothing else beside tokens LlamaForCausalLM returns logits \[4, 12\]"
+    )
+    refused(said, label_losses, model, cut)

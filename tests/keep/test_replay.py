@@ -11,7 +11,7 @@ from lora_init import LoraInitError, load_batches
 from lora_init.keep import replay as room
 from lora_init.keep.replay import check_texts, replay, replayed, sample_texts
 from tests.commands import WORDS, save_model, tokenizer_of
-from tests.conftest import refused, tiny_gpt2, tiny_llama, tiny_t5
+from tests.conftest import refused, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
@@ -90,6 +90,8 @@ def test_for_chats_it_answers_questions(tokenizer):
 
 def test_what_cannot_write_is_refused(tokenizer, monkeypatch):
     refused("T5ForConditionalGeneration continues no text", replay, tiny_t5(), tokenizer)
+    refused("BertModel continues no text", replay, tiny_bert(None), tokenizer)
+    refused("tokenizer", replay, tiny_llama(), "a name")
     for more in ({}, {"chat": True}):
         tokenizer.chat_template = TEMPLATE
         with pytest.raises(LoraInitError, match=r"length=3000: .* and the model takes 64"):
@@ -135,6 +137,18 @@ def test_all_questions_are_asked_before_one_comes_again(tokenizer, monkeypatch):
     assert [line.partition(";")[0] for line in said] == [f"{n} of 97 texts written" for n in (32, 64, 96, 97)]
 
 
+def test_a_question_is_a_users_and_is_followed_by_what_an_answer_begins_with(tokenizer, monkeypatch):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}two {% endif %}{{ m.content[:7] }} {% endfor %}"
+        "{% if add_generation_prompt %}the cat{% endif %}"
+    )
+    calls = written(monkeypatch)
+    replay(tiny_llama(), tokenizer, 1, 6, chat=True)
+    ((prompts, *_),) = calls
+    words = tokenizer.decode(prompts[0]).split()
+    assert "two" in words and words[-2:] == ["the", "cat"]
+
+
 def test_a_text_begins_with_a_token_that_both_model_and_tokenizer_have(monkeypatch):
     calls, large = written(monkeypatch), tokenizer_of([*WORDS, *(f"w{i}" for i in range(200))])
     for tokenizer, most in ((large, 63), (tokenizer_of(WORDS), 3 + len(WORDS))):
@@ -156,7 +170,7 @@ def test_empty_texts_are_left_out_and_no_more_than_four_times_as_many_are_writte
     monkeypatch.setattr(torch, "randint", lambda n, shape: torch.zeros(shape, dtype=torch.long))
     assert replay(tiny_llama(), tokenizer, n=2) == [{"text": tokenizer.decode([5])}] and len(calls) == 1
     calls.clear()
-    assert replay(tiny_llama(), tokenizer, n=17) == [{"text": tokenizer.decode([5])}] * 3 and len(calls) == 3
+    assert replay(tiny_llama(), tokenizer, n=24) == [{"text": tokenizer.decode([5])}] * 3 and len(calls) == 3
 
 
 @pytest.mark.parametrize(("chat", "longest"), [(False, 1), (True, 10)])
