@@ -1,6 +1,7 @@
 """Every start: the plain model's output before the first step, the counts that are promised, and the way back."""
 
 import hashlib
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from lora_init.comparison.starts import (
     PreparedModel,
     StartInputs,
     a_weights,
+    adapter_files,
     check_quantized,
     hash_own,
     prepare,
@@ -537,3 +539,51 @@ def test_equal_parameters_are_for_starts_whose_ranks_or_size_may_differ(name, al
         assert read_start(start) == Variant(name, equal_parameters=True)
     else:
         refused(f"^start '{name}' takes no ranks from data, so it cannot be run with equal", read_start, start)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_corda_runs_the_model_without_dropout_and_leaves_no_hook(training):
+    case = Case("bert")
+    expected = case.made("corda").a
+    case.model.train(training)
+    before = snapshot(case.model)
+    prepared = case.prepare("corda")
+    assert all(torch.equal(a, expected[name]) for name, a in a_weights(prepared.peft_model).items())
+    assert {module.training for module in prepared.peft_model.modules()} == {training}
+    assert not any(module._forward_pre_hooks for module in prepared.peft_model.modules())
+    prepared.release()
+    unmasked = [{"input_ids": case.batches[0]["input_ids"]}]
+    refused("^start 'corda' does not apply here, PEFT says: 'attention_mask'", case.prepare, "corda", batches=unmasked)
+    assert_same(before, snapshot(case.model))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("start", ["random", "pissa", ("mine", unseeded)], ids=str)
+def test_an_adapter_is_in_the_mode_of_its_model_and_for_its_task(start, training):
+    case = Case("llama")
+    case.model.train(training)
+    prepared = case.prepare(start)
+    assert {module.training for module in prepared.peft_model.modules()} == {training}
+    task = None if isinstance(start, tuple) else "CAUSAL_LM"
+    assert prepared.peft_model.peft_config["default"].task_type == task
+
+
+def test_the_files_of_an_adapter_are_read_without_advice(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["embed_tokens", "v_proj"]))
+    with warnings.catch_warnings(action="error"):
+        filters = [*warnings.filters]
+        files = adapter_files(model)
+        assert warnings.filters == filters
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(tmp_path)
+    assert files == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+
+
+def test_pissa_goes_with_every_layer_that_has_as_many_singular_vectors():
+    shape = AdapterShape(rank=16, lora_alpha=8, task_type="CAUSAL_LM")  # as many as k_proj has outputs
+    for model in (tiny_llama(num_hidden_layers=1), tiny_gpt2()):
+        prepared = prepare(Variant("pissa"), StartInputs(model, shape, 0))
+        assert set(prepared.ranks.values()) == {16}
