@@ -13,6 +13,7 @@ from lora_init.comparison.size import SIZES, RequestedSize, fit
 from lora_init.comparison.tasks import CLASSIFICATION, LoadingOptions
 from lora_init.comparison.training import Training
 from lora_init.comparison.variants import Variant
+from lora_init.progress import duration
 from lora_init.rates.learning_rate import LearningRate, Response
 from lora_init.rates.training_length import TrainingLength
 from tests.comparison.made import compare, set_up_bench
@@ -128,3 +129,35 @@ def test_a_size_fits_if_a_tenth_more_than_it_takes_is_left(lay_out, monkeypatch)
     assert f"there is no answer: the least time for one is {least}" in said
     assert said.endswith("Or give it that by time=, shorten examples by max_length=, take fewer in a batch by "
                          "batch_size=, or choose a smaller model.")  # fmt: skip
+
+
+@pytest.mark.parametrize("rates", [[], [1e-4, 1e-3]])
+@pytest.mark.parametrize("pace", [SLOW, Pace(step=0.01, example=10.0)], ids=["steps take long", "scoring does"])
+def test_what_saves_time_is_named_the_most_first(lay_out, pace, rates):
+    bench, plan = lay_out(SIZES[-1])
+    plan = replace(plan, learning_rates=rates)
+    half = replace(bench, training=replace(bench.training, steps=12, evaluation_points=[0, 12]))
+
+    def seconds(bench, plan, n):
+        runs = replace(plan, seeds=plan.seeds[:n]).runs(plan.starts, {})
+        return (len(runs) + 2 + 2 * n + 1) * seconds_of_run(bench, pace) + seconds_of_statistics(bench, pace, runs)
+
+    needed = seconds(bench, plan, 3)
+    saved = {
+        "a single one of learning_rates=": needed - seconds(bench, replace(plan, learning_rates=[2e-3]), 3),
+        "seeds=2": needed - seconds(bench, plan, 2), "steps=12": needed - seconds(half, plan, 3),
+    }  # fmt: skip
+    names = sorted(saved, key=saved.get, reverse=True)
+    said = refused("there is no answer", fit, lambda size: (bench, plan), pace, RunBudget(1.0), True)
+    assert f". {', '.join(f'{name} saves {duration(1.1 * saved[name])}' for name in names)}. Or give it that" in said
+
+
+def test_what_was_measured_of_other_examples_is_measured_again(home, tmp_path):
+    bench = set_up_bench(home, tmp_path)
+    bench._before[0] = "of all examples"
+    requested = RequestedSize(LoadingOptions(selection_samples=8), None, 4, 0.1, None)
+    small, plan = requested.lay_out(
+        bench, RunPlan(STARTS[:2], [1e-4], range(3), "halving"), replace(SIZES[-1], report=5)
+    )
+    assert (len(small.task.report), len(small.task.selection), small._before) == (5, 8, {}) and plan.tuned
+    assert bench._before and (bench.training.steps, len(bench.task.report)) == (6, 12)
