@@ -448,7 +448,9 @@ def test_dask_is_asked_for_a_gpu_where_a_worker_has_one(declared, resources, tmp
     class Client:
         scheduler = SimpleNamespace(
             identity=lambda n_workers: {
-                "workers": {i: {"resources": r, "host": f"node{i}"} for i, r in workers[: len(workers) + 1 + n_workers]}
+                "workers": {
+                    i: {"resources": r, "host": f"node{i}"} for i, r in workers[: None if n_workers < 0 else n_workers]
+                }
             }
         )
 
@@ -537,6 +539,8 @@ def test_what_names_no_cluster_that_could_be_asked_is_refused(installed, tmp_pat
     remedy = "Start one with `ray start --head`, or name its address: ray://HOST:10001"
     for name in ("ray://", "ray::", "ray:/"):
         refused(f"^cluster '{name}' names no address. {remedy}", open_executor, name, 1, tmp_path)
+    queue = Queue()
+    assert open_executor(queue, 1, tmp_path) is queue  # an executor is taken as it is
     refused("and got the class ThreadPoolExecutor", open_executor, ThreadPoolExecutor, 1, tmp_path)
     (tmp_path / "empty.yaml").touch()
     refused("empty.yaml holds no options, such as `partition: gpu`", open_executor, f"slurm:{tmp_path}/empty.yaml", 1,
