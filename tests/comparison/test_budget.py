@@ -11,7 +11,7 @@ from lora_init.comparison.effects import effects
 from lora_init.comparison.findings import equal_time, summarise
 from lora_init.comparison.runs import Run, RunPlan, run_table
 from lora_init.comparison.variants import REFERENCE, Variant
-from tests.comparisons import planted, record, settings
+from tests.comparisons import broken, planted, record, settings
 from tests.conftest import refused
 
 
@@ -156,6 +156,9 @@ def test_the_verdict_at_equal_total_time():
      "Its start takes as long as 30.0 steps."),
     (900.0, 0.001, "no statement", "nothing can be said of eva, since random was trained for 120 steps, and could train"
      " for 960."),
+    (30.0, 0.0, "better", "eva is as at equal steps, since random gains nothing by more of them at its rate. "
+     "Its start takes as long as 30.0 steps."),
+    (60.0, 0.002, "better", "eva is still better than random"),  # just long enough
     (900.0, 0.05, "worse", "random is better than eva"),  # too short, and lower all the same
 ])  # fmt: skip
 def test_the_verdict_where_more_steps_do_not_decide(took, longer, outcome, said):
@@ -163,6 +166,64 @@ def test_the_verdict_where_more_steps_do_not_decide(took, longer, outcome, said)
     found = summarise(runs, settings())
     assert f"At equal total time {said}" in found.equal_time[0]
     assert equal_time(run_table(runs), found.verdicts)["eva"].outcome == outcome
+
+
+def with_start(runs, start, better, took):
+    """One start more, which ends as much below eva."""
+    own = [run for run in runs if run["start"] == "eva"]
+    return runs + [
+        run | {"start": start, "initialisation_seconds": took, "report_loss": [2.3, run["report_loss"][-1] - better]}
+        for run in own
+    ]  # fmt: skip
+
+
+def test_a_start_that_random_beats_in_the_same_time_is_not_advised():
+    runs = timed(30.0, 0.02)
+    found = summarise(runs, settings())
+    assert found.answer == (
+        "Use random at 1e-3 and train it for longer: eva ends 5.8 % lower after as many steps, but random ends lower "
+        "in the same total time. With random the loss on other text changes by +0.0400."
+    )
+    assert found.start == "random" and found.caveats[-1] == found.equal_time[0]
+    # Of two better starts the one that lasts is advised, though it ends higher.
+    other = summarise(with_start(runs, "orthogonal", -0.002, 0.0), settings())
+    assert other.start == "orthogonal" and other.answer.startswith("Use orthogonal at 1e-3")
+    assert [said.split(":")[0] for said in other.equal_time] == [
+        "At equal total time random is better than eva", "At equal total time orthogonal is still better than random",
+    ]  # fmt: skip
+    assert len(other.caveats) == 2 and all("was run at 1e-3 only" in doubt for doubt in other.caveats)
+
+
+def test_what_a_lead_is_worth_is_told_as_far_as_random_was_trained():
+    least = summarise(timed(3.0, 0.005), settings()).equal_time[0]
+    assert least.endswith("steps. Its lead is worth more than 100 % further steps of random.")
+    short = summarise(timed(900.0, 0.05), settings()).equal_time[0]
+    assert short.endswith(
+        "Random was trained for 120 steps, which is less time than that, and ends lower all the same."
+    )
+
+
+def test_the_longer_run_that_is_nearest_to_the_time_of_a_start_counts():
+    runs = timed(30.0, 0.02)
+    more = [run for run in timed(30.0, 0.9, steps=240) if "-steps" in run["start"]]
+    other = [run | {"start": f"random+32-alpha+{n}-steps", "evaluation_points": [0, n], "data_order": str(n)}
+             for n in (120, 240) for run in more]  # fmt: skip
+    expected = summarise(runs, settings()).equal_time
+    assert summarise([*runs, *more, *other], settings()).equal_time == expected
+    slow = [run | {"initialisation_seconds": 900.0 * (run["start"] == "eva")} for run in runs]
+    few = [run for run in timed(30.0, 0.001, steps=240) if "-steps" in run["start"]]
+    assert "trained for 240 steps, and could train for 960" in summarise([*slow, *few], settings()).equal_time[0]
+    # With a single seed of the longer run nothing can be shown.
+    once = [run for run in runs if "-steps" not in run["start"] or run["seed"] == 0]
+    assert "nothing can be said of eva" in summarise(once, settings()).equal_time[0]
+
+
+def test_random_trains_longer_for_the_sake_of_better_starts_alone():
+    """What is worse than random may take as long as it likes; and a rate at which random broke off has few steps."""
+    runs = [run for run in timed(10.0, 0.0) if "-steps" not in run["start"]]
+    runs = [*with_start(runs, "pissa", -0.03, 900.0), broken("unstable", "NaN", rate=1e-05)]
+    longer = longer_runs({Run.of(run): run for run in runs})
+    assert longer == [Run(Variant("random", steps=120), seed, 1e-3) for seed in range(3)]
 
 
 @pytest.mark.parametrize(("took", "steps"), [(10.0, 120), (60.0, 120), (61.0, 240), (900.0, 480)])

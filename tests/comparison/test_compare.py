@@ -1,10 +1,15 @@
 """compare() end to end on a tiny model: what it makes, that it goes on after a kill, and what it may claim."""
 
 import dataclasses
+import json
+import math
 import re
 import shlex
 import signal
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -12,17 +17,22 @@ import typer
 import lora_init
 from lora_init import Start
 from lora_init.cli.app import app as cli
+from lora_init.comparison import compare as comparing
 from lora_init.comparison import report, workbench
+from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.compare import Comparison, _init_command, _with_kept_rates
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.runs import Run, RunPlan, read_runs
+from lora_init.comparison.size import SIZES
 from lora_init.comparison.starts import AdapterShape, StartInputs, prepare
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.training import TrainingResult
 from lora_init.comparison.variants import REFERENCE, Variant
-from lora_init.comparison.workbench import RunRecord
+from lora_init.comparison.workbench import RunRecord, Workbench
 from lora_init.errors import LoraInitError
+from lora_init.rates.learning_rate import LearningRate, Response
+from lora_init.rates.training_length import TrainingLength
 from tests.collection.made import labelled
 from tests.commands import WORDS
 from tests.comparison.made import again, compare, set_up_bench, without_clock
@@ -420,3 +430,253 @@ def test_a_notebook_shows_the_differences_as_soon_as_there_are_any(tmp_path):
 
 
 # What is said meanwhile, and what is kept beside the runs
+
+
+class Reached(Exception):
+    """The model and the data would be read now."""
+
+
+@pytest.fixture
+def reach(tmp_path, monkeypatch):
+    """Call compare() up to where it reads the model and the data, and return what it hands on."""
+
+    def set_up(*given, **more):
+        raise Reached(*given, more)
+
+    monkeypatch.setattr(comparing, "set_up", set_up)
+    monkeypatch.chdir(tmp_path)
+
+    def call(**changes):
+        with pytest.raises(Reached) as caught:
+            lora_init.compare("model", "rows.jsonl", "out", **changes)
+        *_, shape, more = caught.value.args
+        return shape, more["sources"], more["training"]
+
+    return call
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(rank=0), "rank=0, expected a whole number of at least 1"),
+    (dict(rank=1.5), "rank=1.5, expected a whole number of at least 1"),
+    (dict(device="abacus"), "device 'abacus' cannot be used here"),
+    (dict(statistics_batches=[]), "statistics_batches=[]: expected numbers of batches, each once"),
+    (dict(statistics_batches=[4, "x"]), "statistics_batches=[4, 'x']: expected numbers of batches, each once"),
+    (dict(statistics_batches=0), "statistics_batches=[0]: expected numbers of batches, each once"),
+    (dict(starts="random,eva"), "starts='random,eva' is one text. Pass a list: starts=['random', 'eva']."),
+    (dict(starts=["random", 3]), "starts has 3: expected names, or pairs of a name and an adapter of your own."),
+    (dict(time=0), "time=0: expected a number above zero"),
+    (dict(precision=2), "precision=2: expected a number above zero and below 1"),
+    (dict(seeds=[1, 1]), "seeds=[1, 1]: expected whole numbers from 0 on, each once"),
+    (dict(learning_rates=2), "learning_rates=[2]: expected positive numbers up to 1"),
+    (dict(extend=-1), "extend=-1, expected a whole number of at least 0"),
+    (dict(extend=0.5), "extend=0.5, expected a whole number of at least 0"),
+    (dict(steps=0), "steps=0, expected a whole number of at least 1"),
+    (dict(steps=2.5), "steps=2.5, expected a whole number of at least 1"),
+    (dict(workers=2, executor="ray"), "workers=2 is for this machine, and a cluster has its own. Leave one out."),
+    (dict(gpus_per_run=2), "gpus_per_run=2 is for the name of a cluster. Leave it out."),
+    (dict(gpus_per_run=2, executor=FORKS), "gpus_per_run=2 is for the name of a cluster. Leave it out."),
+    (dict(gpus_per_run=1.5, executor="ray"), "gpus_per_run=1.5: expected a share of one GPU, or a whole number."),
+    (dict(gpus_per_run=math.inf, executor="ray"), "gpus_per_run=inf: expected a share of one GPU, or a whole number."),
+    (dict(gpus_per_run="2", executor="ray"), "gpus_per_run='2': expected a share of one GPU, or a whole number."),
+])  # fmt: skip
+@pytest.mark.usefixtures("reach")
+def test_what_the_arguments_alone_tell_is_refused_before_the_model_is_read(changes, message):
+    assert message in refused("", lora_init.compare, "model", "rows.jsonl", "out", **changes)
+
+
+def test_the_least_of_each_number_will_do_and_one_number_may_stand_for_a_list(reach):
+    shape, sources, training = reach(
+        rank=1, extend=0, steps=1, seeds=1, statistics_batches=1, learning_rates=1e-3, evaluation_points=1, starts="eva"
+    )
+    assert (shape, sources.statistics_batches) == (AdapterShape(1, 2, "all-linear"), 1)
+    assert [str(start) for start in sources.starts] == ["random", "eva"]
+    assert (training.steps, training.evaluation_points) == (1, [0, 1])
+    shape, sources, training = reach(rank=3, lora_alpha=5, statistics_batches=[7, 2])
+    assert (shape.lora_alpha, sources.statistics_batches, training.steps) == (5, 7, 100)
+    assert not (sources.own or sources.bank)
+
+
+def test_without_a_limit_there_are_five_seeds_and_with_one_as_many_as_it_may_spend():
+    limited = RunBudget(precision=0.1)
+    for seeds, budget, expected in (
+        (None, RunBudget(), [0, 1, 2, 3, 4]), (None, limited, [*range(32)]),
+        (2, limited, [0, 1]), ((3, 1), limited, [3, 1]),
+    ):  # fmt: skip
+        assert comparing._read_seeds(seeds, budget) == expected
+
+
+@pytest.mark.parametrize(("starts", "full", "names"), [
+    (None, False, ["random", "eva", "natural-gradient"]),
+    (["eva"], False, ["random", "eva"]), (["eva"], True, ["random", "eva", "full"]),
+    (["eva", "random"], False, ["eva", "random"]), (["full", "random"], True, ["full", "random"]),
+])  # fmt: skip
+def test_random_is_there_in_any_case_and_full_training_if_asked_for(starts, full, names):
+    assert [str(start) for start in comparing._read_starts(starts, full, None, goes_on=False)[0]] == names
+
+
+def test_paths_mean_the_same_in_another_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there = str(tmp_path / "there")
+    Path(there).mkdir()
+    Path(there, "adapter_model.safetensors").touch()
+    for given, expected in (
+        ("there", there), (Path("there"), there), ("~/there", there),
+        ("hub/id", "hub/id"), (None, None), (again, again),
+    ):  # fmt: skip
+        assert comparing._absolute(given) == expected
+    read = comparing._read_options(dict(retain_data="there", replay="there", weights="there", template="there"))
+    assert (read.retain_data, read.replay, read.weights, read.template) == (there, there, there, "there")
+    _, own = comparing._read_starts(["random", ("mine", "there"), ("yours", again)], False, None, goes_on=False)
+    assert own == {"mine": there, "yours": again}
+    (tmp_path / "model").mkdir()
+    assert [comparing.model_name(name) for name in ("model", "~/model", ".", "hub/id")] == [
+        "model", "model", tmp_path.name, "hub/id",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    (dict(normalize=True), "normalize=True goes with options=. Give both, or leave it out."),
+    (dict(answer="right"), "answer='right' goes with options=. Give both, or leave it out."),
+    (dict(retain_template="{a}"), "retain_template='{a}' goes with retain_data=. Give both, or leave it out."),
+    (dict(retain_samples=9), "retain_samples=9 goes with retain_data=. Give both, or leave it out."),
+    (dict(dial=False), "dial=False goes with retain_data=. Give both, or leave it out."),
+    (dict(dial=True, answer="answer", retain_samples=64), None), (dict(dial=False, retain_data="texts"), None),
+    (dict(normalize=True, options="a,b"), None),
+])  # fmt: skip
+def test_an_option_of_another_one_is_refused_without_it(changes, said):
+    if said is None:
+        assert {name: getattr(comparing._read_options(changes), name) for name in changes} == changes
+    else:
+        assert refused("", comparing._read_options, changes) == said
+
+
+def test_who_does_the_runs_is_chosen_by_what_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "open_executor", lambda *given: given)
+    monkeypatch.setattr(comparing, "processes", lambda n: f"{n} processes")
+    pool = object()
+    assert comparing._find_executor(None, None, 1, tmp_path) is None
+    assert comparing._find_executor(3, None, 1, tmp_path) == "3 processes"
+    assert comparing._find_executor(None, pool, 1, tmp_path) == (pool, 1, tmp_path)
+    for gpus in (0, 0.5, 1, 2, 3.0):
+        assert comparing._find_executor(None, "ray", gpus, tmp_path) == ("ray", gpus, tmp_path)
+
+
+def test_numbers_of_batches_end_at_what_the_data_make():
+    bench, lines = SimpleNamespace(n_batches=lambda wanted: min(wanted, 21)), []
+    starts = [REFERENCE, Variant("eva", batches=21)]
+    for given, found in (([4, 21], [4, 21]), ([16, 40, 80], [16, 21]), ([40], [21])):
+        assert comparing._possible_batches(bench, starts, given, lines.append) == found
+    said = "Statistics are from at most 21 batches: the training data make no more, and some are set aside."
+    assert lines == [said] * 2
+    starts.append(Variant("eva", batches=22))
+    refused(
+        r"start 'eva\+22-batches': the training data make 21 batches",
+        comparing._possible_batches,
+        bench,
+        starts,
+        [4],
+        print,
+    )
+
+
+def test_a_comparison_that_goes_on_has_the_size_that_it_had(tmp_path):
+    small = SIZES[2]
+    assert comparing._kept_size(tmp_path) is None
+    assert comparing._kept_size(write(tmp_path / "small", [], size=dataclasses.asdict(small))) == small
+    assert comparing._kept_size(write(tmp_path / "whole", [])) == SIZES[0]
+    plan = RunPlan([REFERENCE], [], [0], "full", recommended={"random": 1e-3})
+    for none in ({}, {"recommended": None}):  # as of rates that were asked for
+        assert _with_kept_rates(plan, write(tmp_path / "whole", [], **none)) == plan
+
+
+@pytest.fixture
+def doing(tmp_path, monkeypatch):
+    """Do runs that end as told; return what happened."""
+
+    def do(n_ended, error=None, report_error=None, budget=None):
+        happened, log = [], SimpleNamespace(records=dict.fromkeys(range(n_ended)), path=tmp_path)
+
+        def run_all(*given):
+            happened.append("runs")
+            if error:
+                raise error
+
+        def write_report(path):
+            happened.append("report")
+            if report_error:
+                raise report_error
+
+        monkeypatch.setattr(comparing, "run_all", run_all)
+        monkeypatch.setattr(comparing, "write_report", write_report)
+        monkeypatch.setattr(comparing, "keep_best", lambda *given: happened.append("best"))
+        with pytest.raises(type(error)) if error else nullcontext():
+            due = lambda records: ([*range(7)], [])  # noqa: E731
+            comparing._do_runs(log, None, due, budget or RunBudget(), "out", happened.append)
+        return happened
+
+    return do
+
+
+def test_what_is_done_at_the_end_of_all_runs_and_where_they_break_off(doing, monkeypatch):
+    assert doing(2) == ["runs", "best"]
+    monkeypatch.setattr("lora_init.comparison.budget.time.monotonic", lambda: 9.5)
+    assert doing(2, budget=RunBudget(10.0, began=0.0)) == ["runs", "best"]
+    assert doing(2, budget=RunBudget(9.0, began=0.0)) == ["runs"]  # the time is out
+    for wrong in (None, LoraInitError("in use"), OSError("full")):
+        assert doing(2, ValueError(), wrong) == ["runs", "report"]
+        kept = "out: 2 of 7 runs are kept, with their report. The same command goes on from there."
+        assert doing(2, KeyboardInterrupt(), wrong) == ["runs", "report", kept]
+    none = "out: no run had ended. The same command goes on from there."
+    assert doing(0, KeyboardInterrupt()) == ["runs", none] and doing(0, ValueError()) == ["runs"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_shown_if_asked_for_and_else_on_a_terminal(terminal, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert [comparing._shows_progress(wish) for wish in (None, True, False)] == [terminal, True, False]
+
+
+def test_the_command_that_makes_an_adapter_reads_as_the_runs_did():
+    bench = SimpleNamespace(
+        task=SimpleNamespace(spelled_out=True), shape=AdapterShape(3, 6, "all-linear"),
+        training=SimpleNamespace(batch_size=5),
+    )  # fmt: skip
+    given = dict(
+        template="{q}", format="chat", subset="s", max_length=99, dtype="bfloat16", quantize="nf4", label="kind"
+    )
+    words = shlex.split(_init_command("m", "d", LoadingOptions(**given), bench))
+    assert dict(zip(words[4::2], words[5::2], strict=True)) == {
+        "--template": "{q}", "--format": "chat", "--subset": "s", "--max-length": "99", "--dtype": "bfloat16",
+        "--quantize": "nf4", "--label": "kind", "--batch-size": "5", "--rank": "3", "--target-modules": "all-linear",
+    }  # fmt: skip
+    for completion, options, expected in (
+        (None, None, None), ("", None, None), ("", "a,b", " {right}"), (" so {right}", "a,b", " so {right}"),
+        (" so", None, " so"),
+    ):  # fmt: skip
+        asked = LoadingOptions(template="{q}", completion=completion, options=options, answer="right")
+        words = shlex.split(_init_command("m", "d", asked, bench))
+        assert dict(zip(words[4::2], words[5::2], strict=True)).get("--completion") == expected
+
+
+@pytest.mark.parametrize("workers", [None, 3])
+def test_a_dry_run_builds_each_start_and_shares_the_time_among_workers(workers, home, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(comparing, "look_ahead", lambda *given: seen.update(workers=given[-1]) or "outlook")
+    monkeypatch.setattr(Workbench, "check", lambda bench, starts: seen.update(checked=[*map(str, starts)]))
+    rate = LearningRate({"layer": Response(1.0, 0.0)}, TrainingLength(6))
+
+    def measured(bench, starts, blank=False):
+        return seen.update(blank=blank) or {str(start): rate for start in starts}
+
+    monkeypatch.setattr(Workbench, "measured_rates", measured)
+    found = compare(home, tmp_path / "out", learning_rates=None, dry_run=True, workers=workers)
+    assert seen == {"workers": workers or 1, "checked": ["random", "eva"], "blank": True}
+    assert (found.outlook, found.files) == ("outlook", []) and found.settings["recommended"]["eva"] == rate.rate
+    # Rates of a first call stay, also in what a later one plans: on another machine a last digit may differ.
+    kept = {"random": 1.1e-3, "eva": 2e-3}
+    settings_file = tmp_path / "out" / "settings.json"
+    settings_file.parent.mkdir()
+    settings_file.write_text(json.dumps(found.settings | {"recommended": kept}))
+    again = compare(home, tmp_path / "out", learning_rates=None, dry_run=True, workers=workers)
+    assert again.settings["recommended"] == kept

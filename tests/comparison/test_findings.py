@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_init.comparison.findings import data_needed, notes, summarise
+from lora_init.comparison.findings import data_needed, make_command, notes, summarise
 from lora_init.comparison.runs import run_table
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.variants import Variant
@@ -89,11 +89,29 @@ def test_where_it_is_not_known_which_rates_were_added_the_command_is_still_named
     assert said in found.answer and ("--extend 4" in found.answer) == (best == 1e-2), found.answer
 
 
+@pytest.mark.parametrize(("tried", "extend"), [
+    ((1e-4, 3e-4, 1e-3), None), ((3e-5, 1e-4, 3e-4, 1e-3), 3), ((1e-4, 3e-4, 1e-3, 3e-3), 3),
+])  # fmt: skip
+@pytest.mark.parametrize("given", [dict(learning_rates=[1e-4, 3e-4, 1e-3]),
+                                   dict(learning_rates=None, recommended={"random": 3e-4, "eva": 3e-4})])  # fmt: skip
+def test_rates_beyond_those_that_were_tried_first_count_as_added_on_their_own_side(given, tried, extend):
+    best = tried[0] if tried[0] < 1e-4 else tried[-1]
+    runs = [
+        record(name, rate, seed, 0.2 - 0.05 * (rate == best))
+        for name in ("random", "eva") for seed in range(3) for rate in tried
+    ]  # fmt: skip
+    found = summarise(runs, settings(extend=1, init="lora-init init", **given))
+    assert ("--extend 3" in found.answer) == (extend == 3) and found.answer.startswith("No advice yet"), found.answer
+    # The caveats are told, but nothing is advised and no command is given.
+    assert found.start is found.command is None and "tried" in found.caveats[0]
+
+
 def test_statistics_of_fewer_batches_are_compared_with_those_of_most():
-    shifts = {"eva+2-batches": 0.02, "eva+8-batches": 0.0, "eva+16-batches": -0.01, "orthogonal": 0.0}
-    found = data_needed(run_table(planted(shifts, rates=(1e-3,), spread=0.0001)))
+    shifts = {"eva+1-batches": 0.02, "eva+8-batches": 0.0, "eva+16-batches": -0.01, "orthogonal": 0.0}
+    lost = broken("failed", "no room", start="eva+4-batches")
+    found = data_needed(run_table([*planted(shifts, rates=(1e-3,), spread=0.0001), lost]))
     assert [said.partition(":")[0] for said in found] == [
-        "eva with 2 batches instead of 16", "eva with 8 batches instead of 16",
+        "eva with 1 batches instead of 16", "eva with 8 batches instead of 16",
     ]  # fmt: skip
     few, more = (float(re.search(r"differs by \+([\d.]+) %", said)[1]) for said in found)
     assert (few, more) == pytest.approx((18.75, 6.25), abs=0.5) and "worse" in found[0]  # 0.03 and 0.01 above 0.16
@@ -235,6 +253,35 @@ def test_without_a_winner_the_answer_is_what_could_have_been_shown():
     assert summarise([record()], settings()).answer == "The runs do not say yet which start to use."
 
 
+@pytest.mark.parametrize(("name", "rate", "options"), [
+    ("eva-rho1+32-alpha+6-batches", 3e-4,
+     "--samples 12 --max-batches 6 --lora-alpha 32 --method eva --rho 1 --learning-rate 3e-4"),
+    ("eva-rho1", None, "--samples 8 --max-batches 4 --lora-alpha 16 --method eva --rho 1"),
+    ("bank-nearest", 3e-4,
+     "--samples 8 --max-batches 4 --lora-alpha 16 --method from-bank --by nearest --bank BANK"),
+    ("eva-rho1+equal-parameters", 3e-4, None), (None, 3e-4, None),
+])  # fmt: skip
+def test_the_command_of_a_start_has_what_is_special_about_it(name, rate, options):
+    made = make_command(name, settings(init="lora-init init m d"), rate)
+    assert made == (options and f"lora-init init m d {options} --output adapter")
+    assert make_command(name, settings(), rate) is None
+
+
+def test_as_long_as_nothing_can_be_shown_no_start_is_advised():
+    found = summarise([record(), record(seed=1), record("eva")], settings(init="lora-init init"))
+    assert (found.answer, found.start, found.command, found.caveats) == (
+        "The runs do not say yet which start to use.", None, None, [],
+    )  # fmt: skip
+
+
+def test_runs_are_judged_without_any_settings():
+    runs = planted({"eva": -0.01, "pissa": 0.01}, rates=(3e-4, 1e-3))
+    found, usual = summarise(runs, {}), summarise(runs, settings(learning_rates=[3e-4, 1e-3]))
+    assert found.verdicts == usual.verdicts and (found.title, found.command) == ("Starts compared", None)
+    assert [*found.alphas] == ["random", "eva", "pissa"] and np.isnan([*found.alphas.values()]).all()
+    assert found.answer.endswith("To go on, give the same command with --extend 2.")
+
+
 def test_a_recommended_start_is_judged_at_its_own_rate_too():
     runs = planted({"eva+32-alpha": 0.0, "natural-gradient+80-alpha": 0.0})  # which end lowest at 1e-3
     rates = {"eva+32-alpha": 1e-4, "natural-gradient+80-alpha": 1e-3, "pissa": 1e-3}
@@ -297,6 +344,34 @@ def test_the_headroom_is_of_the_seeds_that_both_have():
     assert eva.closed == pytest.approx(-eva.mean / 0.05, rel=1e-6)
 
 
+@pytest.mark.parametrize("left", [0.0002, -0.01])
+def test_what_a_start_has_won_was_there_to_win(left):
+    runs = with_headroom(left, 0.04)
+    runs += [run | {"start": "olora", "report_loss": [2.3, 0.3]} for run in runs[:12]]
+    found = summarise(runs, settings())
+    assert [verdict.outcome for verdict in found.verdicts] == ["better", "worse"]
+    assert "nothing to win" not in found.headroom and found.headroom.endswith(
+        "would have shown." if left > 0 else "That is no lower than random."
+    )
+
+
+def test_the_plain_model_is_the_one_of_the_runs_of_random():
+    """On another seed, that of other starts alone, it may have another loss."""
+    plain = [2.2, 2.4, 9.0]
+    runs = [record("random", seed=seed, plain_loss=plain[seed]) for seed in (0, 1)]
+    runs += [record("eva", seed=seed, plain_loss=plain[seed]) for seed in range(3)]
+    assert summarise(runs, settings()).headroom.startswith("The plain model has a loss of 2.3000, and random")
+
+
+def test_a_start_with_fewer_runs_needs_a_larger_difference_to_show():
+    runs = [run for run in planted({"eva": 0.0, "pissa": 0.0}) if (run["start"], run["seed"]) != ("eva", 2)]
+    summary = summarise(runs + [run | {"start": "full"} for run in runs[:12]], settings())
+    few, all_ = (percent(one.detectable / one.reference) for one in summary.verdicts)
+    assert few != all_ and f"; a difference of {all_} to {few} or more would have shown." in summary.answer
+    left = summarise(runs + [run | {"start": "full", "report_loss": [2.3, 0.1]} for run in runs[:12]], settings())
+    assert left.headroom.endswith(f"A difference of {all_} or more would have shown.")
+
+
 # Forgetting and cost
 
 
@@ -348,6 +423,30 @@ def test_the_strength_that_keeps_most_is_chosen_at_the_loss_of_random():
     assert "frontiers" not in run_tables(summarise(planted({"eva": 0.0}), settings()))
 
 
+def test_of_a_rate_with_an_unstable_run_nothing_counts_as_kept():
+    runs = planted({"eva": 0.0}, rates=(1e-3,), spread=0.0)
+    runs += [record("eva", 1e-2, 0, 0.01, retain_loss=[3.1, 3.1]), broken("unstable", "NaN", start="eva", rate=1e-2)]
+    runs[-1]["seed"] = 1
+    assert "changes by +0.0400, with random by +0.0400" in summarise(runs, settings()).forgetting[0]
+
+
+def test_of_a_start_whose_forgetting_was_not_measured_nothing_is_said():
+    runs = planted({"eva": 0.0, "pissa": 0.0}, rates=(1e-3,))
+    runs = [run | {"retain_loss": None} if run["start"] == "eva" else run for run in runs]
+    (said,) = summarise(runs, settings()).forgetting
+    assert said.startswith("Forgetting at equal task loss, pissa: ")
+    alone = summarise([run for run in runs if run["start"] != "random"], settings())
+    assert alone.forgetting == [] and [one.outcome for one in alone.verdicts] == ["no statement"] * 2
+
+
+def test_that_strengths_were_chosen_is_said_where_some_runs_have_none():
+    runs = planted({"eva": 0.0}, rates=(1e-3,))
+    for run in runs:
+        run["dial"] = [[1.0, run["report_loss"][-1], run["retain_loss"][-1]]]
+    (said,) = summarise([*runs, broken("failed", "no room", start="pissa")], settings()).forgetting
+    assert said.endswith(", each adapter at the strength that keeps most.")
+
+
 # Other numbers
 
 
@@ -358,9 +457,10 @@ def test_fewer_parameters_are_a_part_of_the_verdict():
     found = verdict(summarise(runs, settings()))
     assert found.caveats == ["it trains 900 parameters, 10.0 % fewer than random"]
     assert found.sentence.endswith("Keep in mind: it trains 900 parameters, 10.0 % fewer than random.")
-    for run in runs:
-        run["trainable_parameters"] = 999 if run["start"] == "eva" else 1000
-    assert verdict(summarise(runs, settings())).caveats == []
+    for number, told in ((985, ["it trains 985 parameters, 1.5 % fewer than random"]), (999, [])):
+        for run in runs:
+            run["trainable_parameters"] = number if run["start"] == "eva" else 1000
+        assert verdict(summarise(runs, settings())).caveats == told
 
 
 def test_before_any_run_has_ended_that_is_all_that_is_said():
@@ -376,6 +476,21 @@ def test_where_runs_were_done_is_said_if_processors_differ():
     (note,) = [note for note in summarise(runs, settings()).notes if "Runs differ in" in note]
     assert "processor (A on the first machine: 1 runs, A on gpu-1: 1 runs, B on gpu-2: 2 runs)" in note
     assert not [note for note in summarise(runs[:2], settings()).notes if "Runs differ in" in note]
+
+
+@pytest.mark.parametrize(("places", "said"), [
+    ([("A", 1, None), ("B", 1, None)], "processor (A: 1 runs, B: 1 runs)"),
+    ([("A", 1, "x"), ("A", 2, "y")], "threads (1: 1 runs, 2: 1 runs)"),
+    ([("A", 1, "x"), ("B", 1, "y"), None], "processor (A on x: 1 runs, B on y: 1 runs)"),
+])  # fmt: skip
+def test_nodes_are_named_where_they_have_names_and_processors_differ(places, said):
+    runs = []
+    for seed, place in enumerate(places):
+        processor, threads, node = place or (None, None, "z")
+        about = {"processor": processor, "threads": threads, "versions": {}} if place else None
+        runs.append(record(seed=seed, circumstances=about, node=node))
+    told = noted(runs, starts=["random"], seeds=[*range(len(places))])
+    assert told == [f"Runs differ in {said}, so equal ones may differ by rounding."]
 
 
 # All that is said
@@ -466,7 +581,9 @@ def test_notes_tell_what_a_reader_could_be_misled_by():
         noted(runs, folds={"report": 100}) == noted(runs) == noted(runs, seeds=[0, 1, 2, 3], budget={"time": 9}) == []
     )
     only = [run for run in runs if run["seed"] == 0]
-    assert noted(only, seeds=[0]) == ["Rates were chosen on a single seed, so another may well be better."]
+    few_rates = [run for run in only if run["learning_rate"] > 3e-4]
+    for some in (only, few_rates):
+        assert noted(some, seeds=[0]) == ["Rates were chosen on a single seed, so another may well be better."]
     assert noted([run for run in only if run["learning_rate"] == 1e-3], seeds=[0]) == []
     assert noted([run for run in runs if run["start"] == "eva"])[0].startswith(
         "Every start is compared with random, and"
@@ -485,8 +602,11 @@ def test_notes_tell_what_a_reader_could_be_misled_by():
         slow += [record("eva", seed=seed, final=2.3 - gain if seed else 0.17) for seed in range(3)]
         assert noted(slow) == told
     # Where no start improves on the plain model, half of the best is nothing to go by.
-    ends = (("random", 3.0), ("eva", 4.0))
-    assert noted([record(start, seed=seed, final=end) for start, end in ends for seed in range(3)]) == []
+    for best, told in ((3.0, []), (2.3, []), (1.0, [few.replace("2 of 3", "3 of 3")])):
+        ends = (("random", best), ("eva", 4.0))
+        assert noted([record(start, seed=seed, final=end) for start, end in ends for seed in range(3)]) == told
+    lost = [broken("failed", why, start=start) for why, start in (("z", "eva"), ("a", "pissa"), ("z", "olora"))]
+    assert noted([record(), *lost], seeds=[0]) == ["2 runs failed (z): eva, olora.", "1 run failed (a): pissa."]
 
 
 def test_of_what_runs_differ_in_each_value_is_counted():
