@@ -188,3 +188,97 @@ def test_rates_far_above_the_others_are_cut_off_in_the_picture():
     # The lowest mean is 0.205, the median 0.305: means up to 0.605 are drawn, of which 0.41 is the highest run.
     low, high = plots._rate_limits(run_table(runs))
     assert (low, high) == pytest.approx((0.2 - 0.08 * 0.21, 0.41 + 0.08 * 0.21))
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """Draw the pictures of any runs: figures by name."""
+    monkeypatch.setattr(plots, "_saved", lambda figure, kind: figure)
+    return lambda runs: {name: kinds["svg"] for name, kinds in plots.pictures(summarise(runs, settings())).items()}
+
+
+def test_of_random_alone_there_are_pictures_without_a_legend(draw):
+    drawn = draw([record(seed=seed) for seed in (0, 1)])
+    assert [*drawn] == ["learning_curves", "learning_rates", "forgetting"]
+    assert all([*panels(figure)] == ["random"] and not figure.legends for figure in drawn.values())
+
+
+@pytest.mark.parametrize(("points", "is_drawn"), [([0, 60], False), ([0, 30, 60], True)])
+def test_a_curve_is_drawn_from_two_points_on(points, is_drawn, draw):
+    losses = [2.3, *[0.2] * (len(points) - 1)]
+    assert ("learning_curves" in draw([record(evaluation_points=points, report_loss=losses)])) == is_drawn
+
+
+def test_strengths_are_drawn_where_one_start_has_none(draw):
+    runs = exact()
+    for run in runs:
+        if run["status"] == "finished" and run["start"] != "pissa":  # whose base is changed
+            run["dial"] = [[1.0, run["report_loss"][-1], run["retain_loss"][-1]]]
+    drawn = draw(runs)
+    assert "frontiers" in drawn and "forgetting" not in drawn
+
+
+def test_differences_are_in_per_cent_of_the_loss_of_random_above(figures):
+    figure = figures()["differences"]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (above,) = axes.child_axes
+    assert above.get_xlim() == pytest.approx([100 * x / 0.21 for x in axes.get_xlim()])
+    there, back = above._functions
+    assert (there(0.021), back(10.0)) == pytest.approx((10.0, 0.021))
+
+
+def test_runs_without_any_difference_have_a_picture(draw):
+    (axes,) = draw([record(start, seed=seed) for start in ("random", "eva") for seed in range(3)])["differences"].axes
+    low, high = axes.get_xlim()
+    assert low < 0.0 < high
+
+
+def test_an_interval_far_longer_than_others_leaves_the_picture_but_no_pair_does(draw):
+    runs = [record(start, seed=seed, final=0.2 + 0.001 * ((seed * k) % 3) + 0.01 * seed)
+            for k, start in enumerate(("random", "a", "b", "c")) for seed in range(4)]  # fmt: skip
+    runs += [record("wide", seed=seed, final=0.2 + 0.01 * seed + 0.05 * (seed == 2)) for seed in range(4)]
+    (axes,) = draw(runs)["differences"].axes
+    low, high = axes.get_xlim()
+    pairs = [x for line in axes.get_lines() if line.get_marker() == "." for x in line.get_xdata()]
+    assert high == pytest.approx(1.1 * max(pairs)) and low == -high
+    ends = [max(line.get_xdata()) for line in axes.get_lines() if line.get_linewidth() == 1.8]
+    assert max(ends) > high > sorted(ends)[-2]
+
+
+def test_a_run_at_a_best_rate_is_shown_however_high_it_ends():
+    runs = [record("eva", rate, seed, end) for rate, ends in
+            {1e-4: (0.3, 0.3), 1e-3: (0.1, 0.9), 3e-3: (9.0, 9.0), 1e-2: (0.55, 0.55)}.items()
+            for seed, end in enumerate(ends)]  # fmt: skip
+    for run in runs:
+        run["selection_loss"] = 0.1 if run["learning_rate"] == 1e-3 else 1.0
+    low, high = plots._rate_limits(run_table(runs))
+    assert (low, high) == pytest.approx((0.1 - 0.08 * 0.8, 0.9 + 0.08 * 0.8))
+
+
+def test_dots_beyond_the_picture_are_left_out_and_many_rates_are_written_upright(draw):
+    ends = {1e-5: 9.0, 1e-4: 0.3, 1e-3: 0.2, 3e-3: 0.25, 1e-2: 0.4}
+    runs = [record("eva", rate, seed, end + 0.01 * seed) for rate, end in ends.items() for seed in (0, 1)]
+    (axes,) = draw(runs)["learning_rates"].axes
+    (dots,) = (line.get_ydata() for line in axes.get_lines() if line.get_marker() == ".")
+    assert len(dots) == 8 and max(dots) == pytest.approx(0.41)
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {90.0}
+    few = [run for run in runs if 1e-5 < run["learning_rate"] < 1e-2]
+    (axes,) = draw(few)["learning_rates"].axes
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {0.0} and len(axes.get_xticklabels()) == 3
+    assert not len(axes.get_xticks(minor=True))
+
+
+def test_a_long_name_is_broken_above_its_panel():
+    figure = plots._draw(["one-start+of-my-own+and-yours"], 1.0, lambda axes, name: axes.plot([1.0], label=name))
+    assert figure.axes[0].get_title() == "one-start +of-my-own\n+and-yours"
+
+
+def test_a_picture_holds_no_date_and_no_program_and_is_large_enough_to_print():
+    made = plots._draw(["a"], 1.0, lambda axes, _: axes.plot([1.0, 2.0]))
+    svg, png = plots._saved(made, "svg"), plots._saved(made, "png")
+    assert b"<svg" in svg and b"dc:date" not in svg and b"Software" not in png
+    width, height = (int.from_bytes(png[place : place + 4], "big") for place in (16, 20))
+    assert (width, height) == (860, 280)  # 4.3 to 1.4 inches
+    again = plots._draw(["a"], 1.0, lambda axes, _: axes.plot([1.0, 2.0]))
+    assert plots._saved(again, "svg") == svg

@@ -123,3 +123,22 @@ def test_tables_that_say_nothing_are_left_out():
         start | difference | in per cent | pairs | verdict
         eva | −0.0100 | −5.9 % | 1 | no statement
     """)
+
+
+def test_the_table_of_strengths_is_there_where_some_runs_have_none():
+    runs = exact()
+    for run in runs:
+        if run["status"] == "finished" and run["start"] != "pissa":  # whose base is changed
+            run["dial"] = [[1.0, run["report_loss"][-1], run["retain_loss"][-1]]]
+    assert written(run_tables(summarise(runs, settings()))["frontiers"])[:-1] == lines(DIALED)[:-1]
+
+
+def test_a_rate_has_the_mean_of_its_runs_that_finished_and_a_star_if_it_is_the_best():
+    runs = [record("random", 1e-3, 0, 0.2), broken("failed", "no room", rate=1e-3, seed=1)]
+    runs += [record("random", 3e-3, seed, 0.3 + seed) for seed in (0, 1)]
+    runs += [broken("unstable", "NaN", rate=1e-2, seed=seed) for seed in (0, 1)]
+    runs += [broken("failed", "no room", rate=1e-2, seed=2), broken("failed", "no room", rate=3e-2)]
+    assert written(run_tables(summarise(runs, settings()))["learning_rates"]) == lines("""
+        start | 1e-3 | 3e-3 | 1e-2 | 3e-2
+        random | 0.2000* | 0.8000 | unstable, 2 of 2 | failed
+    """)
