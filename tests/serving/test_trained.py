@@ -15,12 +15,14 @@ from lora_init.adapters.directory import start_digest
 from lora_init.files import digests_of
 from lora_init.layers.targets import Target
 from lora_init.loading.models import QUANTIZATIONS
+from lora_init.planning.lora_config import from_patterns
 from lora_init.serving.trained import (
     EMBEDDING,
     OTHER_UPDATES,
     Layer,
     Trained,
     _problem_of,
+    _with_renamed_patterns,
     note_of,
     read_trained,
     scalings,
@@ -318,6 +320,21 @@ PROBLEMS = [
 @pytest.mark.parametrize(("tensors", "problem"), PROBLEMS)
 def test_what_is_no_a_and_b_is_described(tensors, problem):
     assert _problem_of(tensors) == problem
+
+
+@pytest.mark.parametrize(("given", "rank", "alpha"), [({}, 8, 8), ({"r": 6, "lora_alpha": 7}, 6, 7)])
+def test_renamed_layers_and_parameters_keep_the_ranks_and_alphas_of_their_old_names(given, rank, alpha):
+    """A pattern may also have been written for a new name."""
+    patterns = {"rank_pattern": {"experts.down": 3, "^emb": 5, "new.h.up": 2}, "alpha_pattern": {"h.experts.up": 4}}
+    parts = "h.experts.base_layer.lora_A.weight", "h.experts.lora_A.weight", "h.up.lora_A.weight", "emb.lora_embedding_A"
+    config = {"target_parameters": ["h.experts.up", "h.experts.down"], "bias": "none"} | patterns | given
+    renames = {key: f"base_model.model.new.{key}" for key in parts}
+    found = _with_renamed_patterns(config, [*parts, "other.weight"], renames)
+    names = ["new.h.experts.down", "new.h.experts.up", "new.h.up", "new.emb"]
+    assert [*from_patterns(found["rank_pattern"], names, None).values()] == [3, rank, 2, 5]
+    assert [*from_patterns(found["alpha_pattern"], names, None).values()] == [alpha, 4, alpha, alpha]
+    assert found | patterns == config
+    assert _with_renamed_patterns({"bias": "none"}, parts, renames)["rank_pattern"].keys() >= {"^new\\.emb"}
 
 
 @pytest.mark.parametrize(("config", "found"), [
