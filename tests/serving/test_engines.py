@@ -16,7 +16,7 @@ from lora_init import export_adapter
 from lora_init.serving import experts, writers
 from lora_init.serving.base import read_base
 from lora_init.serving.engines import ENGINES, PEFT, check_rank, find_engine, vllm_rank
-from lora_init.serving.support import _not_taken, export_options, serving_note, why_not_as_it_is
+from lora_init.serving.support import _not_taken, export_options, serving_note, why_no_export, why_not_as_it_is
 from lora_init.serving.trained import EMBEDDING, Layer, Trained, read_trained
 from lora_init.serving.writers import gguf_names
 from tests.conftest import refused as one_line
@@ -298,9 +298,31 @@ EVERY = (
 
 
 def test_an_adapter_of_a_head_is_taken_where_that_has_a_weight_of_its_own():
-    note = " But not where 'lm_head' shares its weight with the input embedding, as `inspect --engine` tells."
-    assert serving_note(ALIKE | {"lm_head": 8}, {}) == EVERY + note
-    assert serving_note(ALIKE | {"lm_head": 0}, {}) == EVERY
+    for head in ("lm_head", "embed_out"):
+        note = f" But not where {head!r} shares its weight with the input embedding, as `inspect --engine` tells."
+        assert serving_note(ALIKE | {head: 8}, {}) == EVERY + note
+        assert serving_note(ALIKE | {head: 0}, {}) == EVERY
+
+
+def test_why_no_export_is_possible_is_told_with_its_options(base, tmp_path):
+    for name, settings in (("plain", dict(r=9)), ("dora", dict(use_dora=True)), ("large", dict(r=513))):
+        train(base, tmp_path / name, target_modules=["q_proj"], **settings)
+    remedy = "Write a whole model instead by `lora-init export --merge-into`, without an engine."
+    for engine, name, why in (
+        ("tgi", "plain", ""),  # in rank 16
+        ("vllm", "dora", f"vllm does not take DoRA. {remedy}"),
+        ("vllm", "large", "vllm takes at most rank 512, and this is 513. Choose one by `lora-init export --rank`."),
+    ):
+        assert why_no_export(engine, tmp_path / name, str(base), {}) == why
+
+
+def test_a_modelfile_names_a_directory_by_its_full_path_and_a_model_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(writers, "write_gguf", lambda *arguments: None)
+    (tmp_path / "here").mkdir()
+    for source, named in (("here", tmp_path.resolve() / "here"), ("me/base", "me/base")):
+        writers.write_ollama(tmp_path, None, Named("LlamaForCausalLM", source=source))
+        assert (tmp_path / "Modelfile").read_text("utf-8") == f"FROM {named}\nADAPTER ./adapter.gguf\n"
 
 
 @pytest.mark.parametrize(("config", "tensors", "note", "options"), [
@@ -353,8 +375,8 @@ def test_rows_are_sorted_for_the_two_kinds_that_llama_cpp_has_other_pairs_of():
 class Named:
     """A base of this architecture and of these modules."""
 
-    def __init__(self, architecture, *modules):
-        self.source, self.architecture, self.model = "base", architecture, self
+    def __init__(self, architecture, *modules, source="base"):
+        self.source, self.architecture, self.model = source, architecture, self
         self.modules = modules
 
     def named_modules(self):

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from lora_init import LoraInitError, check_fit, export_adapter
 from lora_init.adapters.directory import AdapterDirectory
@@ -36,7 +37,7 @@ from lora_init.serving.export import (
 )
 from lora_init.serving.trained import Layer, Trained, read_trained
 from tests.conftest import refused as one_line
-from tests.conftest import tiny_gpt2, tiny_llama, tiny_t5
+from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise, refused, train
 
 
@@ -595,6 +596,42 @@ def test_an_export_that_was_moved_is_served_from_where_it_is(base, tmp_path):
     record = json.loads((here / RECORD_FILE).read_text())
     (here / RECORD_FILE).write_text(json.dumps(record | {"engine": "rm -rf"}))
     assert exported_as(here) is None and exported_as(trained) is None
+
+
+def test_the_commands_for_an_export_are_those_that_were_told_when_it_was_written(base, tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "bert")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")
+    get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(
+        tmp_path / "c"
+    )
+    for trained, options in (
+        (train(base, tmp_path / "embedding", target_modules=["embed_tokens"]), {}),
+        (train(base, tmp_path / "ranks", **ADAPTERS["ranks, first match wins"]), dict(engine="vllm", keep_ranks=True)),
+        (tmp_path / "c", {}),
+    ):
+        told = export_adapter(trained, tmp_path / "out", overwrite=True, **options)
+        assert exported_as(told.path) == {"command": told.command, "verify": told.verify}
+    assert "num_labels=2)" in told.command
+
+
+def test_a_server_is_asked_by_the_trained_adapter_where_that_is_what_it_serves(base, tmp_path):
+    """PEFT loads neither MLX's form nor a merged model, and no start that a base gave up."""
+    plain = train(base, tmp_path / "plain", target_modules=["q_proj"])
+    start = train(base, tmp_path / "start", target_modules=["q_proj"])
+    (start / "lora_init.json").write_text('{"method": "lora-ga"}')
+    began, out, given = shutil.copytree(start, tmp_path / "began"), tmp_path / "out", dict(start=start)
+    for trained, options, asked in (
+        (plain, dict(engine="vllm"), out),
+        (plain, dict(engine="mlx"), plain),
+        (plain, dict(engine="mlx", rank=2), None),  # compressed
+        (plain, dict(merge_into=str(base)), plain),
+        (began, dict(engine="vllm") | given, out),
+        (began, dict(engine="mlx") | given, None),
+        (began, dict(merge_into=str(base)) | given, None),
+    ):
+        told = export_adapter(trained, out, overwrite=True, **options)
+        assert told.verify.startswith(f"lora-init verify {asked} ") if asked else told.verify == ""
+    assert export_adapter(plain, tmp_path / "more", "vllm", base=str(base)).verify.endswith(f" --base {base}")
 
 
 def test_the_next_smaller_rank_is_told_where_no_size_was_asked(base, tmp_path):
