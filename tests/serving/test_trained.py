@@ -326,7 +326,8 @@ def test_what_is_no_a_and_b_is_described(tensors, problem):
 def test_renamed_layers_and_parameters_keep_the_ranks_and_alphas_of_their_old_names(given, rank, alpha):
     """A pattern may also have been written for a new name."""
     patterns = {"rank_pattern": {"experts.down": 3, "^emb": 5, "new.h.up": 2}, "alpha_pattern": {"h.experts.up": 4}}
-    parts = "h.experts.base_layer.lora_A.weight", "h.experts.lora_A.weight", "h.up.lora_A.weight", "emb.lora_embedding_A"
+    linear = [f"{name}.lora_A.weight" for name in ("h.experts.base_layer", "h.experts", "h.up")]
+    parts = [*linear, "emb.lora_embedding_A"]
     config = {"target_parameters": ["h.experts.up", "h.experts.down"], "bias": "none"} | patterns | given
     renames = {key: f"base_model.model.new.{key}" for key in parts}
     found = _with_renamed_patterns(config, [*parts, "other.weight"], renames)
