@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +109,39 @@ def test_quiet_takes_the_progress_away_and_else_the_terminal_decides(command, wo
     assert got["command"] == "lora-init compare m 'a b.csv' --template '{a}'"  # which a shell takes again
 
 
+def test_what_is_typed_is_what_compare_is_asked_for(command, home, tmp_path, monkeypatch):
+    looked_at, asked = [], []
+
+    def stop(*words, **given):
+        asked.append((words, given))
+        raise LoraInitError("stopped")
+
+    @contextmanager
+    def importing(*words):
+        looked_at.append(words)
+        yield
+
+    monkeypatch.setattr("lora_init.comparison.compare.compare", stop)
+    monkeypatch.setattr(command_of, "importing", importing)
+    run(
+        *command, "--rank", 3, "--seeds", 2, "--label", "kind", "--dry-run", "--weights", "float", "--bank", "b",
+        "--time", "1h30m", "--precision", "2%", "--cluster", "ray", "--gpus-per-run", 0.5, "--extend", 2, "--full",
+        "--statistics-batches", "4,16", "--replay", "r", "--no-dial", "--eval-points", "1,2", "--starts", "eva,mine=d",
+        "--retain-template", r"{a}\n", "--selection-samples", 5, "--trust-remote-code", code=1,
+    )  # fmt: skip
+    ((words, given),) = asked
+    place = (str(home / "llama"), str(home / "rows.jsonl"))
+    assert looked_at == [place] and words == (*place, tmp_path / "out")
+    expected = dict(
+        rank=3, seeds=2, label="kind", dry_run=True, bank=Path("b"), time=5400.0, precision=0.02, executor="ray",
+        gpus_per_run=0.5, extend=2, full=True, statistics_batches=[4, 16], replay="r", dial=False,
+        evaluation_points=[1, 2], starts=["eva", ("mine", Path("d"))], learning_rates=[1e-3, 1e-2],
+        target_modules="all-linear", retain_template="{a}\n", selection_samples=5, trust_remote_code=True,
+        template="{passage}", completion=" {options}", weights="float", say=command_of.say,
+    )  # fmt: skip
+    assert {name: given.get(name) for name in expected} == expected
+
+
 def test_classes_are_counted_before_the_runs(home, tmp_path):
     rows = [f"the cat {word},{kind}" for word in WORDS for kind in ("pets", "zoo", "pets")]
     (tmp_path / "rows.csv").write_text("\n".join(["text,kind", *rows]))
@@ -152,6 +186,7 @@ def test_a_dry_run_says_what_it_would_do_and_take_and_writes_nothing(command, tm
     (["--statistics-batches", "few"], "--statistics-batches 'few': expected whole numbers"),
     (["--workers", 2, "--cluster", "ray"], "--workers 2 is for this machine"),
     (["--gpus-per-run", 0.5], "--gpus-per-run"),
+    (["--gpus-per-run", 0.5, "--workers", 2, "--time", "2h"], "--gpus-per-run: that is for --cluster. Leave it out."),
     (["--cluster", "rya"], "cluster 'rya' is unknown. Did you mean ray?"),
     (["--cluster", "slurm:nowhere.yaml"], "cluster 'slurm:nowhere.yaml': [Errno 2] No such file or directory"),
     (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from lora_init.building.build import build_adapter
 from lora_init.cli import ranks as ranks_command
 from lora_init.cli.app import app
 from lora_init.cli.ranks import PlanOptions, _kinds_table, read_overrides
@@ -18,6 +20,7 @@ from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import load_plan
 from lora_init.statistics.statistics import Statistics
 from tests.conftest import batches_for, refused, tiny_llama
+from tests.printed import printed
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +323,69 @@ def test_what_one_budget_reads_needs_a_plan_with_it(dtype, coverage, plans, said
         ranks_command._check_budgets(dtype, coverage, plans)
     else:
         refused(f"^{said}$", ranks_command._check_budgets, dtype, coverage, plans)
+
+
+@pytest.mark.parametrize("policy", ["eva", "uniform"])
+def test_ranks_that_are_only_compared_with_do_not_warn(file, monkeypatch, policy):
+    def warn(*arguments, **options):
+        warnings.warn("few directions", stacklevel=2)
+        return plan
+
+    stats = Statistics.load(file)
+    plan = allocate_ranks(stats, rank=2, policy=policy)
+    monkeypatch.setattr("lora_init.planning.allocate.allocate_ranks", warn)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ranks_command.totals_against_uniform(plan, stats)
+        assert not said
+        warnings.warn("later", stacklevel=1)  # which is heard as before
+    assert [str(one.message) for one in said] == ["later"]
+
+
+def test_notes_of_a_plan_are_printed_as_they_are_written(file):
+    stats = Statistics.load(file)
+    plan = allocate_ranks(stats, rank=2)
+    before = printed(ranks_command.show_plan, plan, stats)
+    after = printed(ranks_command.show_plan, replace(plan, notes=("[b]one[/b]", "two")), stats)
+    assert [line for line in after if line not in before] == ["note: [b]one[/b]", "note: two"]
+
+
+@pytest.mark.parametrize(("options", "lora_alpha", "use_rslora", "path"), [
+    ([], 8.0, False, "plan.json"), (["--lora-alpha", 6], 6.0, False, "plan.json"),
+    (["--lora-alpha", 3, "--use-rslora"], 3.0, True, "plan.json"), (["--output", "my.json"], 8.0, False, "my.json"),
+])  # fmt: skip
+def test_a_tool_is_told_the_scaling_the_rate_and_where_the_plan_is(
+    file, options, lora_alpha, use_rslora, path, tmp_path, monkeypatch
+):
+    asked = []
+
+    def snippet(plan, tool, *arguments):
+        asked.append((dict(plan), tool, *arguments))
+        return "settings"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lora_init.planning.snippets.snippet", snippet)
+    assert run(file, "--rank", 4, "--format", "peft", *options).stdout == "settings"
+    stats = Statistics.load(file)
+    plan = allocate_ranks(stats, rank=4)
+    built = build_adapter(stats, plan, lora_alpha=lora_alpha, use_rslora=use_rslora)
+    assert asked == [(dict(plan), "peft", lora_alpha, use_rslora, path, built.recommended, built.how_to_train)]
+
+
+def test_a_tool_reads_one_plan(file):
+    said = run(file, "--format", "peft", "--compare", "uniform", code=1)
+    assert said.stderr == "error: --format prints one plan for one tool. Leave --compare and --json out.\n"
+
+
+@pytest.mark.parametrize("options", [["--output", "plan.json"], ["--plot", "plan.svg"]])
+def test_quiet_leaves_out_the_tables_of_what_was_written(file, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lora_init.plots.pictures.save_picture", lambda plan, stats, path: path)
+    assert run(file, "-q", *options).stdout == ""
+    assert "q_proj" in run(file, "-q").stdout  # what was asked for is printed
+
+
+def test_a_picture_without_its_library_is_refused_before_anything_is_written(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_init.errors.find_spec", lambda name: None if name == "matplotlib" else name)
+    said = run(file, "--output", tmp_path / "plan.json", "--plot", tmp_path / "plan.svg", code=1)
+    assert "this needs matplotlib, which is not installed" in said.stderr and not [*tmp_path.iterdir()]

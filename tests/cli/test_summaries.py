@@ -1,9 +1,11 @@
 """What `init`, a dry run and the outlook of a comparison print: each line, and what each fact changes."""
 
+import io
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from lora_init.cli.compare import show_comparison, show_outlook
 from lora_init.cli.console import running
@@ -143,10 +145,26 @@ def test_a_comparison_says_all_that_was_found_in_its_order(monkeypatch):
         verdicts=[SimpleNamespace(sentence="verdict")], as_recommended=["recommended"], equal_time=["time"],
         forgetting=["forgets"], data_needed=["data"], command="lora-init compare",
     )  # fmt: skip
-    assert [line for line in printed(show_comparison, found) if line] == [
-        "answer", "note: caveat", "note: note [b]", "facts", "headroom", "headline", "verdict", "recommended", "time",
-        "forgets", "data", "differences", "start loss", "eva[1] 2 %", "lora-init compare",
+    assert printed(show_comparison, found) == [
+        "answer", "note: caveat", "note: note [b]", "", "facts", "headroom", "headline", "verdict", "recommended",
+        "time", "forgets", "data", "", "", "differences", "start loss", "eva[1] 2 %", "", "lora-init compare",
     ]  # fmt: skip
+
+
+def test_names_rates_and_numbers_of_an_outlook_stay_whole_where_the_width_is_short():
+    rates = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+    starts = [dict(name="natural-gradient", own_rate=1e-4, rates=rates, runs=7),
+              dict(name="eva[bold]", own_rate=3e-4, rates=rates, runs=12345)]  # fmt: skip
+    out = io.StringIO()
+    show_outlook(Console(file=out, width=44), OUTLOOK | dict(starts=starts, data="[b]chat[/b], " + "many rows " * 9))
+    table, text = out.getvalue().split("* is the measured rate")
+    words = table.split()
+    for name in ("natural-gradient", "1e-5", "3e-5", "1e-4*", "3e-4", "1e-3", "3e-3", "3e-4*", "7", "12345"):
+        assert name in words, table
+    lines = table.splitlines()
+    ends = [line.index(number) + len(number) for number in (" 7", "12345") for line in lines if number in line]
+    assert len({*ends}) == 1, table
+    assert f"Data: [b]chat[/b], {'many rows ' * 9}." in text.splitlines()
 
 
 def test_a_command_for_a_directory_can_be_typed_as_it_is_printed():

@@ -107,6 +107,15 @@ def test_inspect_prints_each_line_in_its_place(kind):
     assert printed(show, about) == [line.strip() for line in expected.strip().splitlines()]
 
 
+@pytest.mark.parametrize(("collected", "tops"), [
+    (1, [1]), (4, [1, 4]), (17, [1, 4, 16, 17]), (300, [1, 4, 16, 64, 256, 300]),
+])  # fmt: skip
+def test_spectra_are_summed_up_at_powers_of_four_and_at_all_that_was_collected(collected, tops):
+    heads = next(line for line in printed(show, STATISTICS | dict(layers={"h.0.up": layer([0.001] * collected, None)}))
+                 if line.startswith("layers count"))  # fmt: skip
+    assert heads == f"layers count d_in {' '.join(f'top {n}' for n in tops)} held out"
+
+
 START = "start unknown: lora_init did not make it"
 SAVE = "Next: name the base that it was trained on by --base, or save it again from the model that it was trained on"
 NEXT = "Next: lora-init export 'my adapter' --engine vllm -o 'my adapter-served'"
@@ -175,11 +184,16 @@ CHANGES = {
     "nothing": (PLAN, dict(totals=PLAN["totals"] | dict(layers=0, total_rank=0)),
                 ["file plan.json: plan for 3 of 4 layers", "rank 8 on average, 24 in all"],
                 ["file plan.json: plan for 0 of 4 layers", "rank 0 on average, 0 in all"]),
+    "one layer": (PLAN, dict(totals=PLAN["totals"] | dict(layers=1, total_rank=8)),
+                  ["file plan.json: plan for 3 of 4 layers", "rank 8 on average, 24 in all"],
+                  ["file plan.json: plan for 1 of 4 layers", "rank 8 on average, 8 in all"]),
     "named": (ADAPTER, dict(base_model="tiny", task_type="SEQ_CLS"), ["base model not named", "task type none"],
               ["base model tiny", "task type SEQ_CLS"]),
     "rsLoRA": (ADAPTER, dict(use_rslora=True), ["lora_alpha 16"], ["lora_alpha 16 with rsLoRA"]),
     "DoRA": (ADAPTER, dict(use_dora=True), ["lora_alpha 16"], ["lora_alpha 16 with DoRA"]),
     "ours": (ADAPTER, dict(origin=ORIGIN), [START], ["start eva, seed 3", *OF_ORIGIN, CAPTURED]),
+    "of no data": (ADAPTER, dict(origin=dict(method="random", seed=1)), [START],
+                   ["start random, seed 1", "data not described", "rows 0 in None batches, stopped: None"]),
     "whitened": (ADAPTER, dict(origin=ORIGIN | dict(whiten=True)), [START],
                  ["start eva, whitened, seed 3", *OF_ORIGIN, CAPTURED]),
     "unit rows": (ADAPTER, dict(origin=ORIGIN | dict(unit_rows=True, explained={})), [START],
@@ -223,12 +237,18 @@ CHANGES = {
     "measured": (ADAPTER, dict(merge=MERGE | dict(divergence=DIVERGENCE)), [], [*OF_MERGE[:3], MEASURED, OF_MERGE[3]]),
     "fits": (ADAPTER, dict(fit=FIT), [NEXT], [
         "fits LlamaForCausalLM tiny: all 8 tensors are applied", "a note", BASED]),
+    "fits the base that it names": (ADAPTER, dict(fit=FIT, base_model="tiny"), ["base model not named"], [
+        "base model tiny", "fits LlamaForCausalLM tiny: all 8 tensors are applied", "a note"]),
+    "fits another base": (ADAPTER, dict(fit=FIT, base_model="large"), ["base model not named", NEXT], [
+        "base model large", "fits LlamaForCausalLM tiny: all 8 tensors are applied", "a note", BASED]),
     "fits an engine": (ADAPTER, dict(fit=FIT | dict(engine="ollama")), [NEXT], [
         "fits LlamaForCausalLM tiny in ollama: all 8 tensors are applied", "a note", BASED.replace("vllm", "ollama")]),
     "names": (ADAPTER, misfit("name", "x has no place", renames={"x": "y"}), [NEXT], [
         MISFITS, "misfit: x has no place", "a note", BASED.replace("--engine", "--rename --engine")]),
     "shapes": (ADAPTER, misfit("shape", "x is wide"), [NEXT], [
         MISFITS, "misfit: x is wide", "a note", SAVE]),
+    "one name": (ADAPTER, misfit("shape", "x is wide", misfits=[{"kind": "shape", "where": "x"}] * 2), [NEXT], [
+        MISFITS.replace("2 names", "1 name"), "misfit: x is wide", "a note", SAVE]),
     "another base": (ADAPTER, dict(base_model="my base") | misfit("shape"), ["base model not named", NEXT], [
         "base model my base", MISFITS, "a note", "Next: lora-init inspect 'my adapter' --base 'my base'"]),
     "its base": (ADAPTER, dict(base_model="tiny") | misfit("shape"), ["base model not named", NEXT], [
@@ -258,6 +278,10 @@ CHANGES = {
                    ["Next: lora-init compare MODEL DATA -o runs"]),
     "another program": (RUNS, dict(command="rm -r x"), ["Next: lora-init init 'my model' d"],
                         ["Next: lora-init compare MODEL DATA -o runs"]),
+    "the word of a command": (RUNS, dict(command="rm init x"), ["Next: lora-init init 'my model' d"],
+                              ["Next: lora-init compare MODEL DATA -o runs"]),
+    "two commands": (RUNS, dict(command="lora-init init m; rm x"), ["Next: lora-init init 'my model' d"],
+                     ["Next: lora-init init 'm;' rm x"]),
     "another command": (RUNS, dict(command="lora-init export x"), ["Next: lora-init init 'my model' d"],
                         ["Next: lora-init compare MODEL DATA -o runs"]),
     "code of others": (RUNS, dict(command="lora-init init m d --trust-remote-code"),
