@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_init import build_adapter
@@ -287,6 +288,8 @@ def test_a_start_is_written_with_its_record_and_known_by_it(tmp_path, monkeypatc
     assert {file.name for file in path.iterdir()} == files
     found = AdapterDirectory(path)
     assert found.is_start and found.is_untrained and not found.adds_nothing
+    with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # without which transformers reads no file
     record = json.loads((path / "lora_init.json").read_text())
     assert found.origin == record and record.pop("sha256").keys() == {"adapter_model.safetensors"}
     assert record == {"method": "eva"}

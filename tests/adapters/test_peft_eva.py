@@ -196,11 +196,115 @@ def test_tau_decides_when_to_stop(tau, expected):
     assert len(calls) == expected
 
 
+def test_a_larger_tau_reads_on():
+    counts = []
+    for tau in (0.88, 0.92):
+        torch.manual_seed(0)
+        calls, settings = [], config(1.0, tau=tau, target_modules=["q_proj"])
+        quietly(ours.get_eva_state_dict, counted(tiny_llama(), calls), batches_for("llama", 40), settings)
+        counts.append(len(calls))
+    assert 8 < counts[0] < counts[1] < 40
+
+
 @pytest.mark.parametrize("rho", [1.0, 1.5, 2.0, 5000.0])
 def test_rho_bounds_the_ranks_and_the_budget_is_kept(rho):
     got = ranks(quietly(ours.get_eva_state_dict, tiny_llama(), batches_for("llama", 8), config(rho)))
     assert sum(got.values()) == 4 * 14 and max(got.values()) <= round(4 * rho)
     assert rho > 1 or set(got.values()) == {4}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_each_layer_has_the_rank_that_the_config_gives_it_and_rho_moves_them_between_layers(wrapped):
+    """By a pattern, which may begin with ^, whether the model has PEFT's prefix or not."""
+    patterns = {"^model.layers.0.self_attn.q_proj": 3, "v_proj": 1}
+    for rho in (1.0, 2.0):
+        model = tiny_llama()
+        settings = config(rho, r=2, target_modules=["q_proj", "v_proj"], rank_pattern=patterns)
+        if wrapped:
+            model, settings = wrap(model, settings), None
+        found = ranks(quietly(ours.get_eva_state_dict, model, batches_for("llama", 2), settings))
+        configured = {name: 1 if "v_proj" in name else 3 if name == Q else 2 for name in found}
+        assert len(found) == 4 and sum(found.values()) == sum(configured.values()) == 7
+        assert found == configured or rho > 1
+        assert all(rank <= rho * configured[name] for name, rank in found.items())
+
+
+def test_whitened_rows_are_pefts():
+    """But for one number: it grows with the number of rows, and PEFT stops elsewhere."""
+    batches, states = batches_for("llama", 1, batch_size=32) * 12, []
+    for module in (ours, theirs):
+        settings = config(1.0, tau=0.999, r=2, target_modules=["q_proj"], eva={"whiten": True})
+        states.append(quietly(module.get_eva_state_dict, structured_llama(), batches, settings))
+    for mine, other in zip(states[0].values(), states[1].values(), strict=True):
+        (first, second), (their_first, their_second) = mine.norm(dim=1), other.norm(dim=1)
+        assert 1.2 < float(second / first) == pytest.approx(float(their_second / their_first), rel=0.02)
+
+
+def test_what_layers_read_is_what_they_read_without_the_adapter():
+    model, batches = wrap(structured_llama(), config(1.0)), batches_for("llama", 2)
+    before = quietly(ours.get_eva_state_dict, model, batches)
+    for layer in layers_of(model).values():
+        nn.init.normal_(layer.lora_B["default"].weight)
+    after = quietly(ours.get_eva_state_dict, model, batches)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_adapter_that_is_named_is_the_one_that_is_initialized():
+    model = wrap(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter("second", config(1.0, r=3, target_modules=["v_proj"]))
+    model.set_adapter("second")
+    q_proj = layers_of(model)[Q].lora_A["default"].weight.clone()
+    batches, foreign = batches_for("llama", 2), {Q: torch.ones(5, 32)}
+    state = quietly(ours.get_eva_state_dict, model, batches, adapter_name="second")
+    assert ranks(state) == {V: 3, V.replace("layers.0", "layers.1"): 3}
+    # A tensor of a layer that has another adapter alone is of no use.
+    ours.initialize_lora_eva_weights(model, eva_state_dict=state | foreign, adapter_name="second")
+    layers = layers_of(model)
+    assert torch.equal(layers[V].lora_A["second"].weight, state[PREFIX + V])
+    assert model.active_adapters == ["second"] and torch.equal(layers[Q].lora_A["default"].weight, q_proj)
+    again = quietly(ours.initialize_lora_eva_weights, model, batches, adapter_name="second")
+    assert again is None and torch.equal(layers_of(model)[V].lora_A["second"].weight, state[PREFIX + V])
+
+
+class Pooled(nn.Module):
+    """A layer that is called by a keyword, and one that reads the first token of each text alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.proj, self.pooler = nn.Embedding(64, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, input_ids, **_):
+        hidden = self.embed(input_ids)
+        self.proj(input=hidden)
+        return self.pooler(hidden[:, 0])
+
+
+def test_a_layer_that_reads_no_tokens_counts_whole_and_inputs_may_be_named():
+    model, batches = Pooled(), batches_for("llama", 4, batch_size=8)
+    settings = config(1.0, tau=1.0, r=3, target_modules=["proj", "pooler"])
+    with torch.no_grad():
+        hidden = torch.cat([model.embed(batch["input_ids"]) for batch in batches]).double()
+    kept = torch.cat([batch["attention_mask"] for batch in batches]) == 1
+    rows = {"proj": hidden[kept], "pooler": hidden[:, 0]}
+    state = quietly(ours.get_eva_state_dict, model, batches, settings)
+    assert state.keys() == rows.keys()
+    for name, a in state.items():
+        assert principal_angles(a, exact_components(rows[name], 3)).max() < 0.02
+    own = {"pooler": lambda inputs, batch, name: inputs[0][:4]}
+    state = quietly(ours.get_eva_state_dict, model, batches, settings, prepare_layer_inputs_fn=own)
+    first_four = hidden[:, 0].unflatten(0, (4, 8))[:, :4].flatten(0, 1)
+    assert principal_angles(state["pooler"], exact_components(first_four, 3)).max() < 0.02
+
+
+@pytest.mark.parametrize("shown", [True, False, None])
+def test_progress_is_shown_unless_it_is_not_asked_for(shown, capsys):
+    asked = {} if shown is None else {"show_progress_bar": shown}
+    settings = config(target_modules=["q_proj"])
+    ours.get_eva_state_dict(tiny_llama(), batches_for("llama", 2), settings, **asked)
+    ours.initialize_lora_eva_weights(wrap(tiny_llama(), settings), batches_for("llama", 2), **asked)
+    assert capsys.readouterr().err.count("2/2") == (0 if shown is False else 2)
 
 
 def embedding_rows(model, batches, keep):
@@ -395,6 +499,33 @@ def test_layers_that_the_state_dict_does_not_name_are_pefts_and_named(eva_state)
     assert torch.equal(model(**batch).logits, before)
 
 
+@pytest.mark.parametrize("adjust", [True, False, None])
+def test_the_scaling_of_a_layer_stays_at_any_rank_unless_it_is_not_asked_for(adjust):
+    """A layer of rank 0 is a plain one again, and PEFT would adapt it by no name of the new config."""
+    names = [name.replace("layers.0", f"layers.{block}") for block in "01" for name in (Q, V)]
+    alphas = {"^model.layers.0.self_attn.v_proj": 2}
+    settings = config(
+        target_modules=["q_proj", "v_proj"], lora_alpha=8, alpha_pattern=alphas, eva={"adjust_scaling_factors": adjust}
+    )
+    model = wrap(tiny_llama(), settings)
+    if adjust is None:
+        model.peft_config["default"].eva_config = None
+    new_ranks = dict(zip(names, (1, 8, 4, 0), strict=True))
+    ours.initialize_lora_eva_weights(model, eva_state_dict={name: torch.ones(n, 32) for name, n in new_ranks.items()})
+    layers = layers_of(model)
+    assert {name: layer.r["default"] for name, layer in layers.items()} == dict(zip(names[:3], (1, 8, 4), strict=True))
+    scalings = (2.0, 0.5, 2.0) if adjust else (8.0, 0.25, 2.0)
+    assert [layers[name].scaling["default"] for name in names[:3]] == [*scalings]
+    written = model.peft_config["default"]
+    assert written.target_modules == {*names[:3]}
+    again = get_peft_model(tiny_llama(), LoraConfig(**{
+        name: getattr(written, name) for name in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+    }))  # fmt: skip
+    assert {name: (one.r, one.scaling) for name, one in layers_of(again).items()} == {
+        name: (one.r, one.scaling) for name, one in layers.items()
+    }
+
+
 def test_an_adapter_of_embeddings_alone_stays_pefts():
     model = wrap(tiny_llama(), config(target_modules=["embed_tokens"]))
     with pytest.warns(UserWarning, match=r"state_dict: \['model.embed_tokens'\]"):
@@ -436,12 +567,16 @@ def test_a_failure_in_the_middle_leaves_the_adapter_that_was_there(error, eva_st
 
 
 def test_an_adapter_beside_it_stays_where_it_is(eva_state):
-    model = wrap(tiny_llama(), config())
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    """Also where both train a module whole; the active one is the same as before."""
+    whole = ["lm_head"]
+    model = wrap(tiny_llama(), config(modules_to_save=whole))
+    beside = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=whole)
+    model.add_adapter("other", beside)
     kept = {name: value.clone() for name, value in model.state_dict().items() if ".other." in name}
     ours.initialize_lora_eva_weights(model, eva_state_dict=eva_state)
     after = model.state_dict()
-    assert kept and all(torch.equal(after[name], value) for name, value in kept.items())
+    assert any("lm_head" in name for name in kept) and all(torch.equal(after[name], kept[name]) for name in kept)
+    assert model.active_adapters == ["default"]
 
 
 # Where PEFT is wrong -------------------------------------------------------------------------------------------------
