@@ -77,7 +77,8 @@ def test_the_saved_config_is_a_plain_lora_config(tmp_path):
         "fan_in_fan_out", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern", "inference_mode",
         "auto_mapping",
     }  # fmt: skip
-    assert config["init_lora_weights"] is True and config["base_model_name_or_path"] == "org/name"
+    assert config["init_lora_weights"] is config["inference_mode"] is True
+    assert config["base_model_name_or_path"] == "org/name"
     assert config["target_modules"] == [n for n, r in uneven(stats).items() if r]  # full names, in model order
     origin = json.loads((tmp_path / "adapter" / "lora_init.json").read_text())
     assert origin["method"] == "eva" and origin["provenance"]["model_id"] == "org/name"
@@ -395,3 +396,76 @@ def test_what_a_correction_gives_back_is_a_share_of_what_was_lost(losses, exact,
     init = replace(init, start=find_start("qera"), losses=losses, exact_loss=exact)
     assert init.share_closed == share and correction_of(init).get("share_closed") == share
     assert re.search(words, start_in_words(init))
+
+
+def test_an_adapter_does_not_change_and_its_ranks_are_whole_numbers():
+    init = build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), 2)
+    assert {type(rank) for rank in init.ranks.values()} == {int}
+    with pytest.raises(AttributeError):
+        init.rank = 3
+
+
+def test_switches_are_true_or_false(tmp_path):
+    model = tiny_llama()
+    init = build_adapter(made_up_statistics(model, ["q_proj"]), 2)
+    refused("^correct_base='no', expected True or False.$", init.apply, model, correct_base="no")
+    refused("^overwrite=1, expected True or False.$", init.save_pretrained, tmp_path / "adapter", overwrite=1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_wrapped_model_is_the_one_inside(tmp_path):
+    model = tiny_llama()
+    init = build_adapter(made_up_statistics(model, ["q_proj"]), 2, modules_to_save=["lm_head"])
+    init.save_pretrained(tmp_path / "adapter", model=nn.DataParallel(model))
+    adapted = init.apply(nn.DataParallel(model))
+    assert isinstance(adapted, PeftModel) and adapted.get_base_model() is model
+
+
+@pytest.mark.parametrize(("name", "targets", "swapped"), [
+    ("gpt2", ["c_attn", "lm_head"], True), ("gpt2", ["lm_head"], False), ("llama", ["q_proj"], False),
+])  # fmt: skip
+def test_a_config_says_where_a_weight_is_transposed(name, targets, swapped):
+    init = build_adapter(made_up_statistics(MODELS[name](), targets), 2)
+    assert init.to_peft_config().fan_in_fan_out is swapped
+
+
+@pytest.mark.parametrize(("names", "trusted"), [
+    (["body.0.one", "body.1.one"], True), (["body.0.one", "top"], False), (["body.one", "body.two"], False),
+])  # fmt: skip
+def test_short_names_are_written_as_a_pattern_unless_the_model_tells_them_apart(names, trusted):
+    """They might end the name of another module, as that of a layer which statistics leave out."""
+    model = nn.Module()
+    for name in names:
+        parent = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.rpartition(".")[2], nn.Linear(8, 8))
+    model.config = NO_CONFIG
+    init = build_adapter(made_up_statistics(model, names, k=4), 2)
+    written = init.to_peft_config().target_modules
+    assert written == {*names} if trusted else isinstance(written, str)
+    assert init.to_peft_config(model).target_modules == {*names}
+
+
+def test_what_peft_draws_is_drawn_by_the_seed_and_no_weight_of_the_base_is_in_the_file(tmp_path):
+    model = tiny_llama()
+    init = build_adapter(collect(model, batches(), ["embed_tokens", "q_proj"], rank=2), 2, seed=3)
+    assert init.unsupported == {"model.embed_tokens": "Embedding"}
+    files = []
+    for number, one in enumerate((init, init, replace(init, seed=4))):
+        torch.manual_seed(number)
+        one.save_pretrained(tmp_path / str(number), model=model)
+        files.append(load_file(tmp_path / str(number) / "adapter_model.safetensors"))
+    first, again, other = files
+    assert len(first) == 6 and all(".lora_" in name for name in first)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_all_that_is_trained_whole_is_named_where_the_model_is_missing(tmp_path):
+    stats = made_up_statistics(tiny_bert(), ["query"], task_type="SEQ_CLS")
+    init = build_adapter(stats, 2, modules_to_save=["pooler"])
+    words = r"^task_type='SEQ_CLS', modules_to_save=\['pooler'\]: PEFT trains the head \(\w+ or \w+\), pooler whole"
+    refused(words, init.save_pretrained, tmp_path / "adapter")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 
 import lora_init
@@ -61,3 +62,32 @@ def test_what_b_a_adds_is_taken_off_the_weight_or_off_the_output_in_its_own_type
     exact = before.float() - x.float() @ added.T
     # A number of 16 bits is rounded three times: x A^T B^T, the output of the layer, and the difference.
     torch.testing.assert_close(other(x).float(), exact, rtol=0.0, atol=1e-4 if dtype == torch.float32 else 0.2)
+
+
+def test_what_is_taken_off_stays_the_start_whatever_becomes_of_it():
+    model, x = tiny_llama(), torch.randn(3, 32)
+    weights = {Q: LoraWeights(torch.randn(2, 32), torch.randn(32, 2))}
+    correct_outputs(model, weights, 1.0)
+    before = model.get_submodule(Q)(x)
+    for weight in weights[Q]:
+        weight.zero_()
+    assert torch.equal(model.get_submodule(Q)(x), before)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_corrected_base_with_its_start_computes_what_the_base_did(use_rslora, tmp_path):
+    model = tiny_llama()
+    tokens = {"input_ids": torch.arange(3, 15)[None]}
+    stats = lora_init.collect(model, [tokens | {"labels": tokens["input_ids"]}], ["q_proj"], rank=4, gradients=True)
+    start = build_adapter(stats, 2, "lora-ga", use_rslora=use_rslora).save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        before = model(**tokens).logits
+        lora_init.correct_base(model, start)
+        assert not torch.allclose(model(**tokens).logits, before, atol=1e-4)
+        assert torch.allclose(PeftModel.from_pretrained(model, start)(**tokens).logits, before, atol=1e-5)
+    refused(
+        "^correct_base.. takes a model in this place and got its name, 'org/name'",
+        lora_init.correct_base,
+        "org/name",
+        start,
+    )

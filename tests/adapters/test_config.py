@@ -142,7 +142,13 @@ def test_each_field_of_a_config_is_kept_or_refused_or_known_to_be_dropped():
 def test_what_cannot_be_kept_is_refused_by_its_name_at_both_entrances(name, stats):
     config = configured()
     setattr(config, name, SET[name])  # some would be refused by PEFT without others beside them
-    refused(f"^config sets {name}, which initialize", initialize, llama(), batches_for("llama", 4), config=config)
+    refused(
+        rf"^config sets {name}, which initialize\(\) decides",
+        initialize,
+        llama(),
+        batches_for("llama", 4),
+        config=config,
+    )
     refused(f"^config sets {name}, which build_adapter", build_adapter, stats, config=config)
 
 
@@ -251,3 +257,12 @@ def test_what_an_adapter_on_a_model_decides_is_refused_beside_it():
     for name, value in dict(rank=4, target_modules=["k_proj"], task_type=None, target_parameters=["experts"]).items():
         other = InitConfig.from_arguments("f()", **{name: value})
         refused(f"^{name}=.*: the adapter decides that and says ", read_adapter, model, other, "the adapter")
+
+
+def test_arguments_that_say_what_a_config_says_are_taken_as_it_was_written():
+    """PEFT writes the names of the layers in the place of "all-linear"."""
+    config = configured(target_modules="all-linear", exclude_modules=["k_proj"])
+    given = dict(target_modules="all-linear", exclude_modules=["k_proj"], rank=3)
+    found = read_config(llama(), config, InitConfig.from_arguments("initialize()", **given))
+    assert len(find_targets(llama(), found.layers.target_modules).layers) == 12
+    assert found.layers.exclude_modules is None

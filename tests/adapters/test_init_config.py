@@ -86,7 +86,13 @@ def test_each_option_goes_into_the_part_that_has_it():
 
 
 def test_an_argument_that_there_is_not_is_refused_with_the_nearest_of_all_that_there_are():
-    for wrong, right in (("rnk", "rank"), ("tokeniser", "tokenizer"), ("learning_rat", "learning_rate")):
+    for wrong, right in (
+        ("rnk", "rank"),
+        ("tokeniser", "tokenizer"),
+        ("learning_rat", "learning_rate"),
+        ("confg", "config"),
+        ("adapter_nam", "adapter_name"),
+    ):
         words = f"^taker.. has no argument {wrong}=. Did you mean {right}[?]"
         refused(words, InitConfig.from_arguments, "taker()", **{wrong: 1})
 
@@ -117,3 +123,21 @@ def test_what_takes_options_shows_them_without_what_the_command_line_needs():
     ]
     assert parameters["rank"].annotation is int and parameters["samples"].annotation == int | None
     assert [name for name, one in parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD] == ["rank", "rho"]
+
+
+def test_a_parameter_that_is_no_option_keeps_its_annotation():
+    def declared(own: complex, rank: int = 3) -> None: ...
+
+    @takes(declared)
+    def function(*args, **options) -> str:
+        return ""
+
+    own, rank = signature(function).parameters.values()
+    assert (own.annotation, rank.annotation, rank.default) == (declared.__annotations__["own"], int, 3)
+
+
+def test_what_is_given_does_not_change_afterwards():
+    config = InitConfig.from_arguments("taker()", rank=3)
+    with pytest.raises(AttributeError):
+        config.method = "eva"
+    assert InitConfig().given == {}

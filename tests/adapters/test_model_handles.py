@@ -7,8 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 import lora_init
+from lora_init.adapters.init_config import InitConfig
+from lora_init.adapters.model_handles import handle_of
 from lora_init.adapters.peft_model import adapter_layers, fill_in_place
-from tests.conftest import batches_for, refused, tiny_llama
+from tests.adapters.made import made_up_statistics
+from tests.conftest import batches_for, refused, tiny_bert, tiny_llama
 from tests.trainers.made import CONFIG, add_adapter
 
 
@@ -129,3 +132,46 @@ def test_a_start_whose_b_is_not_zero_is_filled_in_with_it():
         a, b = init.weights[name]
         assert b.any()
         assert torch.equal(layer.lora_A["default"].weight, a) and torch.equal(layer.lora_B["default"].weight, b)
+
+
+def test_a_rho_of_one_says_what_the_layers_have():
+    model = fresh()
+    assert filled(model, rho=1) is model
+
+
+# What a user freezes of an adapter on a classifier, or lets train; whether A counts as frozen; whether the head trains.
+FROZEN = {
+    "nothing": ([], False, None),
+    "one A": (["layer.0.attention.self.query.lora_A"], False, None),
+    "one B": (["layer.0.attention.self.query.lora_B"], False, None),
+    "all A": ([".lora_A."], True, None),
+    "the head": ([".modules_to_save."], False, False),
+    "a part of the head": ([".modules_to_save.default.bias"], False, None),
+    "all": ([""], False, None),
+}
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_what_trains_of_an_adapter_stays_so_and_its_type_too(case):
+    frozen, freeze_a, trains_head = FROZEN[case]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(tiny_bert(), config)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+        if "LayerNorm.weight" in name:
+            parameter.requires_grad_(True)
+    fresh = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not any(part in name for part in frozen))
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    handle = handle_of(model)
+    with handle.opened(InitConfig()) as options:
+        assert (options.shape.freeze_a, handle.trains_head) == (freeze_a, trains_head)
+        stats = made_up_statistics(handle.model, ["query", "value"], task_type="SEQ_CLS")
+        adapted = handle.put(lora_init.build_adapter(stats, 2, lora_alpha=4, freeze_a=freeze_a), "other")
+    after = {name.replace(".other.", ".default."): one for name, one in adapted.named_parameters()}
+    if case == "all":  # it was loaded to be served, and is to be trained now
+        before = {name: trains and "LayerNorm" not in name for name, trains in fresh.items()}
+    assert {name: parameter.requires_grad for name, parameter in after.items()} == before
+    assert {parameter.dtype for name, parameter in after.items() if ".lora_" in name} == {torch.bfloat16}

@@ -1,10 +1,13 @@
 """The adapter on a model: exactly the planned layers, ranks and scalings, or the model as it was."""
 
+import copy
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_init import build_adapter
@@ -12,8 +15,10 @@ from lora_init.adapters.directory import AdapterDirectory
 from lora_init.adapters.peft_model import (
     adapter_layers,
     as_it_was,
+    check_fresh,
     check_modules_to_save,
     fill_in_place,
+    load_adapter,
     remember,
     with_adapter,
 )
@@ -297,3 +302,104 @@ def test_weights_are_copied_only_where_that_is_asked_for(weights):
     model.weight.requires_grad_(False)
     restore()
     assert model.weight.requires_grad and torch.equal(model.weight, before if weights else before + 1.0)
+    data = model.weight.data
+    restore = remember(model, weights=True)
+    model.half()
+    restore()
+    assert model.weight.data_ptr() == data.data_ptr() and model.weight.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:Already found a")
+def test_an_adapter_is_fresh_until_one_of_its_numbers_was_trained():
+    """Layers of another adapter say nothing of it; of an embedding A is zero before training, and B is not."""
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    model.add_adapter("used", peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    layers = adapter_layers(model)
+    check_fresh(layers, "default", "it", "Begin anew.")
+    words = "^it is no fresh one: B is not zero. Begin anew.$"
+    refused(words, check_fresh, layers, "used", "it", "Begin anew.")
+    last = layers["model.layers.1.self_attn.q_proj"].lora_B["default"].weight
+    embedding = layers["model.embed_tokens"].lora_embedding_A["default"]
+    for weight in (last, embedding):
+        weight.data[0, 0] = 1.0
+        refused(words, check_fresh, layers, "default", "it", "Begin anew.")
+        weight.data[0, 0] = 0.0
+
+
+def test_where_a_is_shorter_the_rest_of_the_layer_stays():
+    """Also on a model that does not hold the configuration of its adapter."""
+    model = tiny_llama()
+    stats = made_up_statistics(model, ["q_proj"])
+    init = build_adapter(stats, RankAllocation(dict(zip(stats, (2, 4), strict=True)), 4), lora_alpha=8)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]), model)
+    vars(model).pop("peft_config", None)
+    before = {name: layer.lora_A["default"].weight.clone() for name, layer in adapter_layers(model).items()}
+    fill_in_place(model, init)
+    for (name, layer), rank in zip(adapter_layers(model).items(), (2, 4), strict=True):
+        a = layer.lora_A["default"].weight
+        assert torch.equal(a[:rank], init.weights[name].a) and torch.equal(a[rank:], before[name][rank:])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_put_on_a_model_is_in_its_mode(training, tmp_path):
+    """Layers of the adapter, modules that are trained whole, and the PeftModel itself."""
+    model = tiny_bert().train(training)
+    init = build_adapter(made_up_statistics(model, ["query"], task_type="SEQ_CLS"), 2, lora_dropout=0.1)
+    init.save_pretrained(tmp_path / "start", model=model)
+    for adapted in (
+        init.apply(copy.deepcopy(model)),
+        load_adapter(copy.deepcopy(model), AdapterDirectory(tmp_path / "start"), trainable=True),
+    ):
+        assert any("modules_to_save.default" in name for name, _ in adapted.named_modules())
+        assert {module.training for module in adapted.modules()} == {training}
+
+
+def test_a_linear_layer_of_another_class_takes_the_adapter_of_one():
+    """As a quantized one does."""
+    model = with_part_of(lambda layer: nn.modules.linear.NonDynamicallyQuantizableLinear(32, 32, bias=False))
+    init = build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), 2)
+    assert adapter_layers(init.apply(model)).keys() == init.weights.keys()
+    model, init = tiny_gpt2(), build_adapter(made_up_statistics(tiny_gpt2(), ["c_attn"]), 2)
+    model.transformer.h[0].attn.c_attn = nn.Linear(32, 96)  # whose weight is the other way round
+    refused("have Conv1D 32 -> 96, GPT2LMHeadModel has Linear 32 -> 96", init.apply, model)
+
+
+@pytest.mark.parametrize(("make", "names", "options"), [
+    (tiny_llama, ["q_proj", "embed_tokens"], {}),
+    (tiny_llama, ["q_proj"], dict(use_dora=True)),
+    (tiny_gpt2, ["c_attn", "lm_head"], {}),
+])  # fmt: skip
+def test_peft_says_nothing_about_an_adapter_that_was_put_on_as_planned(make, names, options, tmp_path):
+    init = build_adapter(made_up_statistics(make(), names, model_id="org/name"), 2, **options)
+    init.save_pretrained(tmp_path / "start")
+    model = make()
+    model.config._name_or_path = "mine"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # between releases of transformers and PEFT
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings")
+        with with_adapter(model, AdapterDirectory(tmp_path / "start")) as adapted:
+            assert adapter_layers(adapted)
+        assert adapter_layers(init.apply(model))
+
+
+@pytest.mark.parametrize(("change", "place"), [
+    (lambda tensors, name: tensors.pop(name), "on the model"),
+    (lambda tensors, name: tensors.update({name.replace("0", "9"): tensors[name].clone()}), "in the file"),
+])  # fmt: skip
+def test_a_tensor_that_the_file_or_the_model_has_alone_is_named(change, place, tmp_path):
+    build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), 2).save_pretrained(tmp_path / "start")
+    file = tmp_path / "start" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")
+    save_file(dict(tensors.items()), file)
+    words = f"start does not fit LlamaForCausalLM: 1 tensors are only {place}, the first is '.*lora_B.weight'. Name the"
+    refused(words, load_adapter, tiny_llama(), AdapterDirectory(tmp_path / "start"), trainable=True)
+
+
+def test_a_module_that_there_is_not_is_refused_with_the_nearest_names():
+    for wrong in ("q_prooj", "self_attn.q_prooj"):
+        words = f"^modules_to_save='{wrong}' is no module of LlamaForCausalLM. Closest: q_proj, "
+        refused(words, check_modules_to_save, tiny_llama(), [wrong])
+    words = "^modules_to_save='zzz' is no module of LlamaForCausalLM.$"
+    refused(words, check_modules_to_save, tiny_llama(), ["zzz"])

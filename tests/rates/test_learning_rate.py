@@ -45,6 +45,7 @@ from lora_init.statistics.spectrum import Sizes
 from tests.adapters.made import batches, tiny
 from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
 from tests.layers.made import BOTH, MODELS, mixtral, split
+from tests.serving.engine import word_tokenizer
 from tests.versions import needs_experts_by_peft
 
 ONE = {"layer": Response(2.0, 0.0)}
@@ -860,3 +861,31 @@ def test_no_more_than_eight_batches_are_read():
 def test_how_often_an_example_is_drawn_is_read_again():
     drawn = LearningRate(ONE, TrainingLength(100, 8, 40, seen=7.0))
     assert LearningRate.read(drawn.stored()).length == drawn.length and drawn.length.epochs == 7.0
+
+
+def test_the_length_of_the_training_is_in_examples_where_texts_are_given(llama):
+    adapted = get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"]))
+    texts = [{"text": text} for text in ["the cat sat", "a dog ran", "the dog sat"] * 4]
+    tokenizer = word_tokenizer()
+    found = learning_rate(adapted, texts, tokenizer=tokenizer, epochs=3, train_batch_size=6)
+    assert str(found.length) == "6 steps of 6 (3 epochs of 12 examples in batches of 6)"
+    assert learning_rate(adapted, texts, tokenizer=tokenizer, steps=4, train_batch_size=3).length.steps == 4
+    assert str(learning_rate(adapted, texts, tokenizer=tokenizer).length).startswith("2 steps of 8 (an epoch of 12")
+
+
+def test_a_layer_counts_where_a_or_b_trains():
+    model = llama_with("q_proj", "v_proj")
+    names = [*learning_rate(model, [TOKENS], steps=48).responses]
+    _, of_b, of_a, of_none = (adapter_layers(model)[name] for name in names)
+    of_b.lora_A["default"].requires_grad_(False)
+    of_a.lora_B["default"].requires_grad_(False)
+    for part in (of_none.lora_A, of_none.lora_B):
+        part.requires_grad_(False)
+    found = learning_rate(model, [TOKENS], steps=48)
+    assert [*found.responses] == names[:3] and not found.left_out
+    assert [one.quadratic > 0 for one in found.responses.values()] == [True, False, True]
+
+
+def test_an_adapter_on_the_output_embedding_is_measured_too():
+    found = learning_rate(llama_with("q_proj", "lm_head"), [TOKENS], steps=48)
+    assert "lm_head" in found.responses and len(found.responses) == 3 and not found.left_out
