@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 import lora_init
 from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.keep.replay import replayed
+from lora_init.training import callback as callback_module
 from tests.commands import save_model
 from tests.conftest import refused, tiny_bert, tiny_llama
 
@@ -202,6 +203,7 @@ def test_a_measured_rate_reaches_an_optimizer_whose_rate_is_not_the_trainers(tmp
     lambda adam: torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.LambdaLR(adam, lambda _: 1.0)]),
     lambda adam: torch.optim.lr_scheduler.OneCycleLR(adam, 1e-3, 3),
     lambda adam: torch.optim.lr_scheduler.CosineAnnealingLR(adam, 3, eta_min=5e-3),
+    lambda adam: torch.optim.lr_scheduler.ReduceLROnPlateau(adam, min_lr=5e-3),
     lambda adam: torch.optim.lr_scheduler.CyclicLR(adam, 1e-4, 1e-3, cycle_momentum=False),
     lambda adam: torch.optim.lr_scheduler.SequentialLR(
         adam, [torch.optim.lr_scheduler.ConstantLR(adam), torch.optim.lr_scheduler.ConstantLR(adam)], [1]
@@ -307,6 +309,12 @@ WRONG = {
     "replay in fp16": (model, dict(replay=0.125), dict(fp16=True), "which fp16, DeepSpeed and FSDP hold in forms of"),
     "a dial without held-out data": (model, dict(dial=True), {}, "dial needs an eval data set, and eval_strategy"),
     "a dial of DoRA": (lambda: model(use_dora=True), dict(dial=True), EVALUATED, "has use_dora, which has no strength"),
+    "a dial beside a module that is trained whole": (
+        lambda: model(modules_to_save=["lm_head"]),
+        dict(dial=True),
+        EVALUATED,
+        "lm_head",
+    ),
     "gradients of another loss": (
         model,
         dict(method="natural-gradient"),
@@ -370,10 +378,55 @@ def test_what_cannot_be_started_is_one_line_and_stays_as_it_was(tmp_path, case):
     ({"data": "mine"}, "has no argument data=: the trainer decides"),
     ({"replay": 8}, "replay=8: a share from 0 to 1 is expected"),
     ({"replay": True}, "replay=True: a share from 0 to 1"),
+    ({"replay": 1.5}, "replay=1.5: a share from 0 to 1"),
+    ({"replay": -0.1}, "replay=-0.1: a share from 0 to 1"),
+    ({"samples": 1.5}, "samples=1.5, expected a whole number of at least 1"),
     ({"dial": "yes"}, "dial='yes': true or false"),
 ])  # fmt: skip
 def test_wrong_options_are_refused_when_the_callback_is_made(options, expected):
     assert expected in refused("", lora_init.StartCallback, **options)
+
+
+def test_the_least_and_the_most_of_an_option_are_taken():
+    assert lora_init.StartCallback(samples=1, replay=1).replay == 1 and not lora_init.StartCallback(replay=0).replay
+
+
+@pytest.mark.parametrize(("steps", "n"), [(3, 3), (5, 4), (900, 512)])
+def test_the_base_writes_a_text_for_each_that_is_replayed_and_512_at_most(steps, n, tmp_path, monkeypatch):
+    """In a run that is resumed, too, and by the seed of the training."""
+    asked, adapted = [], model()
+    monkeypatch.setattr(callback_module, "replayed", lambda *given: asked.append(given) or [1, 2])
+    made = trainer(tmp_path, adapted, seed=7)
+    made.state.max_steps, made.state.global_step = steps, 1
+    callback = lora_init.StartCallback(samples=8, replay=0.1875)  # three quarters of a text in a step of four examples
+    begin = dict(optimizer=made.create_optimizer(), lr_scheduler=None, processing_class="a tokenizer")
+    callback.on_train_begin(made.args, made.state, made.control, model=adapted, **begin)
+    ((given_model, tokenizer, count, seed, batch_size, _),) = asked
+    assert (given_model, tokenizer, count, seed, batch_size) == (adapted, "a tokenizer", n, 7, 1)
+
+
+@pytest.mark.parametrize(("measured", "group", "rate"), [
+    ("measured", {"initial_lr": 2e-3}, 2e-3),
+    ("measured", {}, 1e-2),  # of a checkpoint without a schedule
+    (None, {"initial_lr": 2e-3}, 1e-2),
+])  # fmt: skip
+def test_a_resumed_run_has_the_rate_of_its_checkpoint_where_it_was_measured(measured, group, rate, tmp_path):
+    made = trainer(tmp_path, model())
+    made.state.global_step, optimizer = 2, made.create_optimizer()
+    optimizer.param_groups[0].update(group)
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.ones(1)], lr=1.0), lambda step: 1.0)
+    callback = lora_init.StartCallback(samples=8, learning_rate=measured)
+    begin = dict(model=made.model, optimizer=optimizer, lr_scheduler=schedule)
+    callback.on_train_begin(made.args, made.state, made.control, **begin)
+    assert made.args.learning_rate == rate
+
+
+def test_a_measured_rate_goes_on_by_a_schedule_of_torch(tmp_path):
+    made = with_own_optimizer(tmp_path, lambda adam: torch.optim.lr_scheduler.StepLR(adam, 1, 0.5))
+    made.train()
+    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+    assert made.args.learning_rate != 1e-2
+    assert rates == pytest.approx([made.args.learning_rate * part for part in (1.0, 0.5, 0.25)])
 
 
 class Config(dict):
@@ -394,6 +447,9 @@ def test_the_plugin_of_axolotl_hands_over_the_callback():
     refused("makes the adapter, too", plugin.pre_model_load, Config(lora_model_dir="start"))
     with pytest.raises(LoraInitError, match=r"Set lora_mlp_kernel: false, lora_o_kernel: false\."):
         plugin.pre_model_load(Config(lora_mlp_kernel=True, lora_o_kernel=True))
+    for name in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
+        words = rf"^axolotl's fused kernels bypass .* Set {name}: false\.$"
+        refused(words, plugin.pre_model_load, Config({name: True}))
     refused(r"Did you mean samples\?", plugin.pre_model_load, Config(lora_init={"sample": 8}))
     assert plugin.get_input_args() == "lora_init.training.axolotl.AxolotlArgs"
 
