@@ -22,6 +22,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
     get_scheduler,
 )  # fmt: skip
+from transformers.training_args import OptimizerNames
 
 import lora_init
 from lora_init import build_adapter, collect, initialize, learning_rate
@@ -34,7 +35,9 @@ from lora_init.rates.learning_rate import (
     NEW_HEAD,
     LearningRate,
     Response,
+    check_measured,
     factor,
+    is_adamw,
     response,
     schedule_of,
     share_of,
@@ -889,3 +892,41 @@ def test_a_layer_counts_where_a_or_b_trains():
 def test_an_adapter_on_the_output_embedding_is_measured_too():
     found = learning_rate(llama_with("q_proj", "lm_head"), [TOKENS], steps=48)
     assert "lm_head" in found.responses and len(found.responses) == 3 and not found.left_out
+
+
+@pytest.mark.parametrize(("settings", "steps", "expected"), [
+    (dict(lr_scheduler_type="cosine", warmup_steps=6), 10, "cosine (a warm-up of 6 of 10 steps)"),
+    (dict(lr_scheduler_type="cosine", warmup_steps=5), 10, "cosine"),
+    (dict(lr_scheduler_type="linear", warmup_steps=1), 1, "linear"),
+    (dict(lr_scheduler_type="cosine", warmup_steps=9, lr_scheduler_kwargs={"num_cycles": 3}), 10,
+     "cosine (num_cycles=3, a warm-up of 9 of 10 steps)"),
+])  # fmt: skip
+def test_a_warm_up_of_more_than_half_of_the_steps_is_a_part_of_the_schedule(settings, steps, expected):
+    asked = TrainingArguments(**settings)
+    assert schedule_of(asked, None, steps) == expected
+    asked.lr_scheduler_type = asked.lr_scheduler_type.value  # as a tool may write it
+    assert schedule_of(asked, None, steps) == expected
+
+
+def test_the_kinds_of_adamw_in_transformers_are_known_and_none_else():
+    names = {one.value for one in OptimizerNames}
+    assert {name for name in names if is_adamw(name)} == {
+        name for name in names if name.startswith(("adamw", "paged_adamw"))
+    }
+    for name in ("AdamW", "FusedAdam", "AnyPrecisionAdamW", "PagedAdamW8bit", "adam"):
+        assert is_adamw(name)
+
+
+def test_a_rate_is_set_for_models_of_text_and_for_others_with_a_warning():
+    assert check_measured("AdamW", True, "it", tiny_llama()) is None
+    with pytest.warns(lora_init.errors.LoraInitWarning, match="and ViTForImageClassification reads none: tune it"):
+        check_measured("AdamW", True, "it", tiny_vit())
+    refused(
+        "^learning_rate='measured': no rate was measured for the loss of it. ", check_measured, "AdamW", False, "it", 0
+    )
+
+
+def test_a_length_says_how_often_examples_are_drawn():
+    assert str(TrainingLength(100, 8, 40, seen=7.25)) == "100 steps of 8 (each drawn 7.2 times)"
+    assert str(TrainingLength(100, 8, 40, seen=1.04)) == "100 steps of 8"
+    assert str(TrainingLength(100, 8, 40, "a word", 7.0)) == "100 steps of 8 (a word)"

@@ -737,3 +737,16 @@ def test_a_collator_with_a_variable_that_comes_later_is_read_without_a_trace():
         assert next(iter(loader)) == [0, 1, 2, 3]
     later = None
     assert collate([]) == [] and later is None
+
+
+@pytest.mark.parametrize(("why", "stop_reason", "n_batches", "rows"), [
+    (loaders._AS_NEW, "exhausted", 50, 400), (loaders._AS_NEW, "exhausted", 1, 48),
+    (loaders._AS_NEW, "converged", 50, None), ("another", "exhausted", 50, None),
+])  # fmt: skip
+def test_a_stream_has_as_many_examples_as_a_pass_to_its_end_has_read(why, stop_reason, n_batches, rows):
+    """A batch of one process has 48 / 3 / 2 of them, and a step is no larger than the data."""
+    made = types.SimpleNamespace(provenance=types.SimpleNamespace(stop_reason=stop_reason, n_batches=n_batches))
+    length = TrainingLength(5, 48, why=why)
+    expected = length if rows is None else TrainingLength(5, 48, rows)
+    args = arguments(gradient_accumulation_steps=3, world_size=2)
+    assert loaders.of_stream(length, args, made) == expected and loaders.of_stream(None, args, made) is None

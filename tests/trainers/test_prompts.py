@@ -153,3 +153,13 @@ def test_what_follows_the_first_end_is_no_answer():
     batch = answered(["a b", "c"], stand_in(eos_token_id=2), model)
     assert batch["labels"][:, -4:].tolist() == [[5, 2, -100, -100], [5, 6, 7, 8]]
     assert batch["attention_mask"][:, -4:].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_messages_are_written_with_the_settings_that_the_trainer_has_for_its_template():
+    trainer = stand_in()
+    trainer.args.chat_template_kwargs = {"extra": "b"}
+    trainer.processing_class.chat_template = (
+        "{{ extra }} {% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} c{% endif %}"
+    )
+    batch = answered([[{"role": "user", "content": "a"}]], trainer, tiny_llama())
+    assert batch["input_ids"][0, :3].tolist() == [5, 4, 6]

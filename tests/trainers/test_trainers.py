@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitWarning
-from lora_init.trainers.trainers import TrainerIntegration
+from lora_init.trainers.trainers import TrainerIntegration, leaves_loss
 from tests.commands import tokenizer_of
 from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
 from tests.trainers.made import CHAT, WORDS, chats, of_class, plain, seen_by, sentences, settings
@@ -658,3 +658,20 @@ def test_another_fresh_start_of_peft_gives_way_to_the_one_from_data(theirs, tmp_
 
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+
+
+@pytest.mark.parametrize(("changes", "leaves"), [
+    ({}, True), ({"loss_type": "nll"}, True), ({"loss_type": "chunked_nll"}, True), ({"loss_type": "dft"}, False),
+    ({"label_smoothing_factor": 0.1}, False), ({"beta": 0.0}, False),
+])  # fmt: skip
+def test_arguments_leave_the_loss_to_the_model_unless_they_name_another(changes, leaves):
+    assert leaves_loss(types.SimpleNamespace(**{"label_smoothing_factor": 0.0} | changes)) is leaves
+
+
+@pytest.mark.parametrize(("what", "classifies"), [
+    ("Sequence", True), ("Image", True), ("Audio", True), ("Video", True), ("Token", False),
+])  # fmt: skip
+def test_a_classifier_is_known_by_the_name_of_its_class(what, classifies, tmp_path):
+    model = type(f"OwnFor{what}Classification", (torch.nn.Linear,), {})(2, 2)
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    assert TrainerIntegration(Trainer(model, args)).classifies is classifies
