@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitWarning
-from lora_init.trainers.trainers import TrainerIntegration, leaves_loss
+from lora_init.trainers.trainers import TrainerIntegration, _keep_for_training, leaves_loss
 from tests.commands import tokenizer_of
 from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
 from tests.trainers.made import CHAT, WORDS, chats, of_class, plain, seen_by, sentences, settings
@@ -675,3 +675,33 @@ def test_a_classifier_is_known_by_the_name_of_its_class(what, classifies, tmp_pa
     model = type(f"OwnFor{what}Classification", (torch.nn.Linear,), {})(2, 2)
     args = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
     assert TrainerIntegration(Trainer(model, args)).classifies is classifies
+
+
+class Once(IterableDataset):
+    """Rows that are there only once."""
+
+    def __init__(self):
+        self.rows, self.epoch = iter(range(5)), 0
+
+    def __iter__(self):
+        return self.rows
+
+    def __len__(self):
+        return 5
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+def test_rows_that_are_there_once_are_kept_for_training_unless_workers_read_them():
+    for rows, workers, kept in ((Once(), 0, True), (Once(), 2, False), ([1, 2], 0, False)):
+        trainer = types.SimpleNamespace(train_dataset=rows, args=types.SimpleNamespace(dataloader_num_workers=workers))
+        _keep_for_training(trainer)
+        assert (trainer.train_dataset is not rows) == kept
+        if kept:
+            twice = trainer.train_dataset
+            in_the_pass = iter(twice)
+            assert [next(in_the_pass), next(in_the_pass)] == [0, 1]
+            assert [*twice] == [0, 1, 2, 3, 4] and [*twice] == [] and len(twice) == 5
+            twice.set_epoch(3)
+            assert rows.epoch == twice.epoch == 3
