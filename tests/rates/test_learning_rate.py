@@ -2,8 +2,10 @@
 
 import copy
 import math
+import warnings
 from collections import OrderedDict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +40,7 @@ from lora_init.rates.learning_rate import (
     check_measured,
     factor,
     is_adamw,
+    made_by_torch,
     response,
     schedule_of,
     share_of,
@@ -918,7 +921,9 @@ def test_the_kinds_of_adamw_in_transformers_are_known_and_none_else():
 
 
 def test_a_rate_is_set_for_models_of_text_and_for_others_with_a_warning():
-    assert check_measured("AdamW", True, "it", tiny_llama()) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_measured("AdamW", True, "it", tiny_llama())
     with pytest.warns(lora_init.errors.LoraInitWarning, match="and ViTForImageClassification reads none: tune it"):
         check_measured("AdamW", True, "it", tiny_vit())
     refused(
@@ -930,3 +935,13 @@ def test_a_length_says_how_often_examples_are_drawn():
     assert str(TrainingLength(100, 8, 40, seen=7.25)) == "100 steps of 8 (each drawn 7.2 times)"
     assert str(TrainingLength(100, 8, 40, seen=1.04)) == "100 steps of 8"
     assert str(TrainingLength(100, 8, 40, "a word", 7.0)) == "100 steps of 8 (a word)"
+
+
+def test_a_record_keeps_the_words_the_layers_left_out_and_the_share():
+    rate = LearningRate(ONE, TrainingLength(48, 8, 480, "a word"), left_out=["x", "y"], share=0.5)
+    assert LearningRate.read(rate.stored()) == rate
+
+
+def test_a_schedule_that_accelerate_holds_is_the_one_inside():
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.ones(1)], lr=1.0), lambda step: 1.0)
+    assert made_by_torch(SimpleNamespace(scheduler=schedule)) is made_by_torch(schedule) is schedule
