@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tokenizers import normalizers, processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -19,6 +19,7 @@ from lora_init import LoraInitError, load_batches
 from lora_init.loading.batches import (
     Batches,
     _Drawn,
+    as_batches,
     check_tokenizer,
     collate,
     count_examples,
@@ -28,7 +29,7 @@ from lora_init.loading.batches import (
     padding_token,
 )
 from lora_init.loading.sources import read_rows
-from tests.conftest import refused
+from tests.conftest import refused, tiny_bert, tiny_llama
 from tests.loading.made import CHAT, bert_tokenizer, byte_tokenizer, texts
 from tests.versions import OLD_DATASETS
 
@@ -128,6 +129,8 @@ THINKING = (
 
 
 @pytest.mark.parametrize(("said", "labelled"), [
+    (["hi", "hello", "hello", "XY"], "hello<|im_end|>\n<think>\n\n</think>\n\nXY<|im_end|>\n"),
+    (["hi", " ", "?", "XY"], "<think>\n\n</think>\n\nXY<|im_end|>\n"),
     (["hi", "hello", "?", " 4 ", "?", "XY"], "hello<|im_end|>\n4<|im_end|>\n<think>\n\n</think>\n\nXY<|im_end|>\n"),
     (["hi", "hello", "and?"], "hello<|im_end|>\n"),
     ([None, "I begin", "hi", "XYZ"], "I begin<|im_end|>\n<think>\n\n</think>\n\nXYZ<|im_end|>\n"),
@@ -252,17 +255,21 @@ def test_a_classifier_pools_the_token_that_it_pools_in_training(bos):
     (dict(template="{passage}", label="label", completion="{label}"), "a classification has no completion"),
     (dict(template="{passage.__class__}"), "has no column 'passage.__class__'. Its columns: passage, label."),
     (dict(template="{passage[0]}"), "has no column 'passage[0]'"),
-    (dict(template="{passage:{label.__class__}}"), "only column names go in braces"),
-    (dict(template="{passage!r}"), "only column names go in braces"),
+    (dict(template="{passage:{label.__class__}}"), "__class__}}': only column names go in braces"),
+    (dict(template="{passage!r}"), "template='{passage!r}': only column names go in braces"),
     (dict(template="{pasage}"), "has no column 'pasage'. Its columns: passage, label."),
     (dict(template="{}"), "has no column ''"),
-    (dict(template="no column"), "names no column. Columns of"),
-    (dict(template="{passage"), "Write {{ for a brace"),
+    (dict(template="no column"), "template='no column' names no column. Columns of"),
+    (dict(template="{passage"), "template='{passage': expected '}' before end of string. Write {{ for a brace"),
     (dict(template="{passage}", completion="{answer}"), "completion='{answer}': "),
     (dict(format="chat"), "format='chat' is unknown. Choose from messages, sharegpt, prompt-completion,"),
     (dict(format="text", template="{passage}"), "format='text' and a template say two things. Give one"),
     (dict(format="alpaca"), "has the columns passage, label. Expected instruction and output; name others, such"),
-    (dict(completion="{label}"), "needs a template for the prompt"),
+    (dict(completion="{label}"), "completion='{label}' needs a template for the prompt"),
+    (dict(template="{passage}", seq2seq="no"), "seq2seq='no', expected True or False"),
+    (dict(template="{passage}", needs_labels=1), "needs_labels=1, expected True or False"),
+    (dict(template="{passage}", known_classes=["a"]), "known_classes= says in which order label= counts. Give both."),
+    (dict(template="{passage}", completion=3), "completion=3: expected a text with columns in braces"),
     (dict(), "has the columns passage, label. Expected messages, or conversations, or prompt and completion, or"),
     (dict(), "name others, such as template='{passage}' with completion=' {label}'."),
     (dict(label="label"), "name others, such as template='{passage}'."),
@@ -466,6 +473,21 @@ def test_rows_that_were_not_read_are_left_out_as_often_as_those_that_were():
     assert all(350 < n < 650 for n in counted), counted  # of 40 usable ones; all others would be 960
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_chats_of_which_nobody_learns_are_refused_also_where_every_token_counts(column):
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    rows = [{column: [{"role": "user", "content": f"hi {i}"}]} for i in range(3)]
+    said = r"^data in memory: no token of its 3 examples has a label.*begins before max_length=99\.$"
+    refused(said, load_batches, rows, tokenizer, needs_labels=False, max_length=99)
+    rows[1][column].append({"role": "assistant", "content": "a"})
+    assert load_batches(rows, tokenizer, needs_labels=False).n == 3
+
+
+def test_prompts_without_an_answer_within_the_limit_may_be_read_where_every_token_counts(tokenizer):
+    rows = [{"prompt": f"a long prompt {i}", "completion": "a"} for i in range(3)]
+    assert load_batches(rows, tokenizer, needs_labels=False, max_length=9).n == 3
+
+
 def test_a_description_says_what_was_passed_over(tokenizer):
     rows = [{"text": f"the cat {i}"} for i in range(9)]
     assert ", after the first 4, seed 3," in load_batches(rows, tokenizer, offset=4, samples=2, seed=3).description
@@ -569,6 +591,7 @@ def test_padding_is_what_the_tokenizer_pads_with_or_ends_by(pad, eos, token):
 
 def test_a_name_is_no_tokenizer():
     check_tokenizer(lambda text: [])
+    refused("^tokenizer='llama': expected the model's, from", load_batches, numbered(2), "llama")
     refused(
         r"^tokenizer='llama': expected the model's, from AutoTokenizer.from_pretrained\(\)\.$", check_tokenizer, "llama"
     )
@@ -603,14 +626,50 @@ def test_rows_of_any_columns_are_collated_by_what_they_hold():
     masked = collate(9, [{"input_ids": [1, 2], "attention_mask": [0, 1]}, {"input_ids": [5], "attention_mask": [1]}])
     assert as_lists(masked) == {"input_ids": [[1, 2], [5, 9]], "attention_mask": [[0, 1], [1, 0]]}
     assert as_lists(collate(9, [{"labels": [1]}, {"labels": [2, 3]}])) == {"labels": [[1, -100], [2, 3]]}
-    for odd in ([[0.5], [0.5, 1.5]], ["a", "b"], [None, None]):
+    for odd in ([[0.5], [0.5, 1.5]], ["a", "b"], [None, None], [[[1, 2]], [[1, 2], [3, 4]]], [1, [1]]):
         said = "^column 'x' of the data set: .*[^.]. Expected numbers in each row, of one shape unless they are tokens"
         refused(said, collate, 0, [{"x": value} for value in odd])
 
 
+TOKENIZED = [{"input_ids": [i] * i, "text": "x", "labels": [i] * i} for i in range(1, 9)]
+
+
+@pytest.mark.parametrize(("model", "columns", "pad"), [
+    (lambda: tiny_llama(pad_token_id=9), ["input_ids", "labels"], 9),
+    (lambda: tiny_llama(pad_token_id=None), ["input_ids", "labels"], 0),
+    (lambda: tiny_bert(None), ["input_ids", "labels"], 0),  # whose labels are for a loss of the caller's
+    (type("Reader", (torch.nn.Module,), {"forward": lambda self, text, input_ids: None}), None, 0),
+])  # fmt: skip
+def test_a_tokenized_set_is_read_in_the_columns_that_a_model_takes_and_padded_as_it_says(model, columns, pad):
+    rows = Dataset.from_list(TOKENIZED).remove_columns([] if columns else ["text"])
+    loader = as_batches(rows, model(), 5)
+    (batch,) = loader
+    assert [*batch] == ["input_ids", "labels", "attention_mask"] and batch["input_ids"].shape == (8, 8)
+    assert {*batch["input_ids"][batch["attention_mask"] == 0].tolist()} == {pad}
+    assert {*batch["labels"][batch["attention_mask"] == 0].tolist()} == {-100}
+    assert loader.settings == {"batch_size": 8, "seed of the sample": 5}
+
+
+def test_a_tokenized_stream_that_does_not_know_its_columns_is_drawn_by_the_seed():
+    stream = IterableDataset.from_generator(lambda: iter(TOKENIZED * 5))
+    assert stream.column_names is None
+    orders = [[row for b in as_batches(stream, tiny_llama(), seed) for row in b["labels"].max(1)[0].tolist()]
+              for seed in (0, 0, 1)]  # fmt: skip
+    assert orders[0] == orders[1] != orders[2] and orders[0] != [*range(1, 9)] * 5
+    assert sorted(orders[0]) == sorted([*range(1, 9)] * 5)
+    empty = IterableDataset.from_generator(lambda: iter([]))
+    refused("^the data set has the columns , and LlamaForCausalLM takes none", as_batches, empty, tiny_llama(), 0)
+
+
+def test_what_is_no_tokenized_set_is_given_back_as_it_is():
+    table = SimpleNamespace(select_columns=lambda names: pytest.fail("its columns were selected"))
+    for batches in ([{"input_ids": torch.ones(1, 2)}], table, iter([]), None):
+        assert as_batches(batches, None, 0) is batches
+
+
 @pytest.mark.parametrize(("how", "option", "said"), [
-    ({}, "retain_template", "or instruction and output, or text. Name one by retain_template=."),
-    ({}, "", "or instruction and output, or text. Rename one of them."),
+    ({}, "retain_template", r"or instruction and output, or text\. Name one by retain_template=\.$"),
+    ({}, "", r"or instruction and output, or text\. Rename one of them\.$"),
     ({"template": "{x}"}, "retain_template", "^retain_template='{x}': data in memory has no column 'x'. Its col"),
 ])  # fmt: skip
 def test_an_error_about_other_text_names_the_option_of_its_template(how, option, said, tokenizer):

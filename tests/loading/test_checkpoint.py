@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from lora_init.loading import checkpoint
@@ -39,6 +40,20 @@ def test_the_tensors_of_all_files_are_found_with_their_shapes(folder):
     index = {"weight_map": {name: f"{name}.safetensors" for name in weights}}
     (folder / INDEX_FILE).write_text(json.dumps(index))
     assert {name: one.file.name for name, one in find_tensors(str(folder)).items()} == index["weight_map"]
+
+
+def test_of_a_hub_no_weights_of_other_formats_are_fetched(folder, monkeypatch):
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    names = ["config.json", INDEX_FILE, "model-00001-of-00002.safetensors", "pytorch_model.bin", "consolidated.00.pth",
+             "model.Q4.gguf", "tf_model.h5", "original/model.safetensors", "onnx/config.json"]  # fmt: skip
+    fetched = []
+
+    def fetch(source, ignore_patterns):
+        fetched.extend([source, *filter_repo_objects(names, ignore_patterns=ignore_patterns)])
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert [*find_tensors("owner/name")] == ["a"] and fetched == ["owner/name", *names[:3]]
 
 
 def test_a_checkpoint_without_its_files_is_refused(folder):

@@ -114,7 +114,15 @@ def test_a_chat_is_rendered_with_the_tools_and_the_settings_of_its_row(tools, co
     head = "tools: add,sub\nbrief "
     expected = Example(head + WHOLE, [(head + ASKED, head + WHOLE)], str([USER]), rendered=True)
     assert read(row, chatty) == expected
-    assert read(row | {"tools": None, "chat_template_kwargs": None}, chatty) == read({column: [USER, ANSWER]}, chatty)
+    alone = Example(WHOLE, [(ASKED, WHOLE)], str([USER]), rendered=True)
+    for nothing in (None, "", []):
+        assert read({column: [USER, ANSWER], "tools": nothing, "chat_template_kwargs": nothing}, chatty) == alone
+
+
+def test_without_tools_a_template_is_told_that_there_are_none():
+    tokenizer = byte_tokenizer(chat_template="{{ 'none' if tools is none else tools | length }}")
+    for tools, text in ((None, "none"), ([], "none"), ("", "none"), ([{"name": "add"}], "1")):
+        assert read({"messages": [USER], "tools": tools}, tokenizer).text == text
 
 
 def test_a_prompt_as_messages_has_no_labels_and_is_what_is_answered(chatty):
@@ -143,6 +151,7 @@ BLANK = ANSWER | {"content": " "}
 @pytest.mark.parametrize(("turns", "empty"), [
     ([], True), (None, True), ([USER, BLANK], True), ([USER, BLANK, USER, BLANK], True), ([USER, BLANK, ANSWER], False),
     ([USER, BLANK | {"tool_calls": [{"name": "add"}]}], False), ([USER, BLANK | {"name": "bob"}], True),
+    ([USER, BLANK | {"content": []}], True),
     ([USER], False),
 ])  # fmt: skip
 def test_a_chat_is_empty_if_all_answers_are_and_call_no_tool(turns, empty, chatty):
@@ -152,7 +161,8 @@ def test_a_chat_is_empty_if_all_answers_are_and_call_no_tool(turns, empty, chatt
 @pytest.mark.parametrize(("messages", "said"), [
     (["hi"], r"^messages must be a list of \{'role': \.\.\., 'content': \.\.\.\}\.$"),
     ([USER, {"content": "x"}], "^messages must be a list of"),
-    ({"role": "user", "content": "x"}, "^messages must be a list of"),
+    ({"role": "user", "content": "x"}, "^messages must be a list of"), (3, "^messages must be a list of"),
+    ([USER, 3], "^messages must be a list of"), ([USER, ["role", "from"]], "^messages must be a list of"),
     ([USER, {"role": "assistant", "name": "bob"}], "^message 2, of 'assistant', has no content. Leave out the row.$"),
     ([USER, {"role": "assistant", "content": None}], "^message 2, of 'assistant', has no content"),
     ([{"from": "narrator", "value": "x"}], "^a message is from 'narrator', and expected is one of human, gpt, "),
@@ -182,6 +192,33 @@ def test_a_role_that_the_template_compares_with_is_known(quoted):
     assert read({"messages": critic}, byte_tokenizer(chat_template=template)).text.startswith("!")
     with pytest.warns(UserWarning, match="does not know the role 'critic'. Rename it"):
         read({"messages": critic}, byte_tokenizer(chat_template=CHAT))
+
+
+@pytest.mark.parametrize(("role", "kept", "said"), [
+    ("system", False, "the chat template leaves out the turns of the role 'system'. Rename it."),
+    ("user", False, "the chat template leaves out the turns of the role 'user'. Rename it."),
+    ("critic", False, "the chat template leaves out the turns of the role 'critic'. Rename it."),
+    ("critic", True, "the chat template does not know the role 'critic'. Rename it."),
+    *((role, True, None) for role in ("system", "user", "developer", "assistant", "tool")),
+    ("assistant", False, None), ("tool", False, None),  # whose words a template may write in another way
+])  # fmt: skip
+def test_roles_are_warned_of_whose_words_are_lost_or_whom_no_template_knows(role, kept, said, recwarn):
+    words = "m['content']" if kept else "'...'"
+    tokenizer = byte_tokenizer(chat_template=f"{{% for m in messages %}}{{{{ m['role'] + {words} }}}}{{% endfor %}}")
+    read({"messages": [{"role": role, "content": " a word "}]}, tokenizer)
+    assert [str(one.message) for one in recwarn] == [said] * (said is not None)
+
+
+def test_a_chat_of_parts_is_labelled_as_one_of_texts_is(recwarn):
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}{{ part['text'] }}{% endfor %}</>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [{"role": role, "content": [{"text": role}]} for role in ("user", "assistant", "user")]
+    whole = "<user>user</><assistant>assistant</>"
+    found = read({"messages": turns}, byte_tokenizer(chat_template=template))
+    assert (found.text, found.labelled) == (f"{whole}<user>user</>", [("<user>user</><assistant>", whole)])
+    assert not recwarn
 
 
 def test_a_message_of_json_text_is_read_as_its_mapping(chatty):

@@ -74,6 +74,7 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path):
 
     assert torch.equal(head(0), head(0))
     assert not torch.equal(head(0), head(1))
+    assert torch.equal(load_model(str(tmp_path), task_type="SEQ_CLS").model.classifier.weight, head(0))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -188,7 +189,7 @@ def test_a_quantized_model_and_its_new_head_are_read_in_the_type_that_runs(
     refused("stopped", source.load, dtype=dtype, device="cpu", quantize="nf4", n_labels=3)
     assert read["dtype"] == expected and read["num_labels"] == 3
     assert read["problem_type"] == "single_label_classification"
-    assert "score" in read["quantization_config"]["llm_int8_skip_modules"]
+    assert {*read["quantization_config"]["llm_int8_skip_modules"]} >= {"score", "classifier"}  # Llama's, BERT's
     assert read["device_map"] == {"": torch.device("cpu")}
     refused("stopped", source.load, dtype=dtype, device="cpu", quantize="nf4")
     assert "llm_int8_skip_modules" not in read["quantization_config"]
@@ -196,7 +197,7 @@ def test_a_quantized_model_and_its_new_head_are_read_in_the_type_that_runs(
 
 @pytest.mark.parametrize(("cuda", "mps", "rank", "expected"), [
     (4, True, "5", "cuda:1"),  # of torchrun: each process has its own
-    (4, True, "", "cuda"),
+    (4, True, "", "cuda"), (4, True, None, "cuda"),
     (4, True, "two", "cuda"),
     (0, True, "1", "mps"),
     (0, False, "1", "cpu"),
@@ -205,7 +206,9 @@ def test_the_first_gpu_is_taken_and_under_torchrun_each_process_has_its_own(cuda
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    if rank is None:
+        monkeypatch.delenv("LOCAL_RANK")
     tried = []
     monkeypatch.setattr(torch, "empty", lambda *_, device: tried.append(device))
     assert models.find_device("auto") == torch.device(expected) and tried == [torch.device(expected)]
@@ -220,19 +223,60 @@ def test_a_system_that_does_not_say_how_much_memory_it_has_keeps_half_precision(
 
     monkeypatch.setattr(models.os, "sysconf", unknown)
     assert not models.is_better_in_float32(torch.bfloat16, torch.device("cpu"), 1000)
+    assert models.is_better_in_float32(torch.bfloat16, torch.device("cpu"))  # of weights that take none
 
 
-def test_a_parameter_that_a_checkpoint_has_in_parts_is_put_together(tmp_path, monkeypatch):
+def test_a_model_is_moved_to_its_device(tmp_path):
+    found = load_model(str(save_model(tiny_llama(), tmp_path)), device="meta").model
+    assert {p.device.type for p in found.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(("known", "trusted"), [(True, False), (True, True), (False, False)])
+def test_a_model_of_the_hub_is_read_as_it_may_be(known, trusted, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked, config = [], SimpleNamespace(architectures=None, is_encoder_decoder=False)
+    monkeypatch.setattr(models, "check_hub", lambda *words: words == ("owner/name", "model") and known)
+    for kind, found in (("AutoConfig", config), ("AutoTokenizer", "a tokenizer")):
+        read = lambda *words, found=found, **how: asked.append((*words, how)) or found  # noqa: E731
+        monkeypatch.setattr(f"transformers.{kind}.from_pretrained", read)
+    source = open_model("owner/name", trust_remote_code=trusted)
+    how = {"trust_remote_code": trusted} | ({} if known else {"local_files_only": True})
+    assert asked == [("owner/name", how)] * 2 and source.options == how
+    assert (source.config, source.tokenizer, source.saved_as) == (config, "a tokenizer", "")
+
+
+def test_code_of_others_is_run_only_where_it_is_asked_for(monkeypatch, tmp_path):
+    path = str(save_model(tiny_llama(), tmp_path))
+    assert open_model(path).options == {"trust_remote_code": False}
+    kind = SimpleNamespace(from_config=lambda config, trust_remote_code: (config, trust_remote_code))
+    assert (on_meta(kind, "c"), on_meta(kind, "c", True)) == (("c", False), ("c", True))
+    opened = []
+    monkeypatch.setattr(
+        models, "open_model", lambda *words, **how: opened.append(how) or ModelSource.__new__(ModelSource)
+    )
+    monkeypatch.setattr(ModelSource, "load", lambda self, **how: how)
+    for given in ({}, {"task_type": "SEQ_CLS", "trust_remote_code": True}):
+        assert load_model("m", seed=3, **given) == {"seed": 3}
+        assert opened[-1] == {"task_type": None, "trust_remote_code": False} | given
+
+
+def test_a_task_that_there_is_not_is_refused_before_anything_is_read():
+    said = r"^task type 'CAUSAL' is unknown. Did you mean CAUSAL_LM\? Choose from SEQ_CLS, "
+    refused(said, open_model, "/none", task_type="CAUSAL")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_parameter_that_a_checkpoint_has_in_parts_is_put_together(dtype, tmp_path, monkeypatch):
     """Wherever a conversion puts an entry, it is read from there: here the odd rows, and the even ones transposed."""
 
     def saved(model, name, tensor):
         return {"odd": tensor[1::2].flip(0), "even": tensor[::2].T.contiguous()}
 
     monkeypatch.setattr(checkpoint, "as_saved", saved)
-    weight = torch.arange(20.0).reshape(5, 4)
+    weight = torch.rand(5, 4).to(dtype).float()
     (tmp_path / "config.json").write_text("{}")
     save_file(
-        {name: part.to(torch.bfloat16) for name, part in saved(None, "", weight).items()},
+        {name: part.to(dtype) for name, part in saved(None, "", weight).items()},
         tmp_path / "model.safetensors",
     )
     tensors, model = find_tensors(str(tmp_path)), tiny_llama()
@@ -313,7 +357,13 @@ def test_a_source_says_what_its_configuration_does():
     assert of_config().seq2seq is False and of_config().classes == ()
 
 
+def bare(name):
+    """A class of models without a configuration."""
+    return type(name, (torch.nn.Module,), {"forward": lambda self, input_ids: input_ids})
+
+
 @pytest.mark.parametrize(("make", "task"), [
+    (bare("OneForConditionalGeneration"), "CAUSAL_LM"), (bare("AnyClass"), None),
     (tiny_llama, "CAUSAL_LM"), (tiny_bert, "SEQ_CLS"), (tiny_t5, "SEQ_2_SEQ_LM"), (tiny_vit, None),
     (lambda: tiny_bert("MaskedLM"), None), (lambda: tiny_bert(None), "FEATURE_EXTRACTION"),
     (lambda: torch.nn.Linear(2, 2), None),
@@ -358,7 +408,7 @@ def test_what_can_be_no_model_is_refused(name, line, tmp_path):
         assert str(caught.value) == line.format(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["./a", "~/a", "/a/b", "a/b/c", "a\\b", " "])
+@pytest.mark.parametrize("name", ["./a", "~/a", "/a", "/a/b", "a/b/c", "a\\b", " "])
 def test_a_name_that_can_be_no_hub_id_is_of_a_directory(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "check_hub", lambda *_: pytest.fail("the hub was asked"))

@@ -1,5 +1,6 @@
 """One row becomes tokens with labels, or with its class; which classes a column has, and what is none."""
 
+import logging
 import re
 from collections import Counter
 
@@ -123,6 +124,7 @@ def test_the_columns_of_a_class_are_those_of_the_text_and_its_own():
     (["10", "9", "9"], (), {"9": 2, "10": 1}), (["10", "9", "x"], (), {"10": 1, "9": 1, "x": 1}),
     (["01", "1", "2"], (), {"01": 1, "1": 1, "2": 1}), ([True, False, True], (), {"False": 1, "True": 2}),
     (["a", "b"], ("c", "b", "a"), {"c": 0, "b": 1, "a": 1}), (["a", "b"], ("c", "b"), {"a": 1, "b": 1}),
+    (["a", "b"], ("b", "a"), {"b": 1, "a": 1}),
     ([2.0, 1.0, 2.0], (), {"1": 1, "2": 2}), (["nan", "1", "1"], (), {"1": 2, "nan": 1}),
     ([-1, 1, -1], (), {"-1": 2, "1": 1}),
 ])  # fmt: skip
@@ -142,6 +144,7 @@ def test_a_class_that_the_text_gives_away_is_refused():
 @pytest.mark.parametrize(("values", "said"), [
     (["a", "b"], "^label='x' is not a column. Columns of data in memory: k.$"),
     ([["a"], ["b"]], "^data in memory: column 'k' holds lists, and a row has one class. Name another.$"),
+    ([None, ["b"], ["a"]], "^data in memory: column 'k' holds lists, and a row has one class"),
     (["a", "a"], "^data in memory: column 'k' has 1 different values"),
 ])  # fmt: skip
 def test_a_column_that_has_no_classes_is_named(values, said):
@@ -209,9 +212,26 @@ def test_each_oddity_of_classes_is_warned_of_once_with_its_names():
     ]
 
 
+@pytest.mark.parametrize("word", ["nan", "None", "NULL", " N/A ", "na", "<NA>"])
+def test_what_a_missing_value_is_written_as_is_warned_of_as_a_class(word):
+    rows = read_rows([{"q": "x", "k": kind} for kind in (word, "b") * 2])
+    with pytest.warns(UserWarning) as warned:
+        count_classes(rows, "k", ["q"])
+    assert [str(one.message).partition(": what a")[0] for one in warned] == [f"data in memory, column 'k': {word!r}"]
+
+
+def test_a_text_beyond_the_limit_of_its_tokenizer_is_cut_without_a_word(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer, row = byte_tokenizer(model_max_length=3), {"text": "abcd"}
+    assert shown(opened([row], tokenizer)(row), tokenizer)[0] == ["a", "b", "c"] and not caplog.records
+    tokenizer("abcd")
+    assert "longer than the specified maximum" in caplog.text
+
+
 @pytest.mark.parametrize(("wanted", "said"), [
     (Wanted("{b}", "{k}"), None), (Wanted("{b}", label="k"), None),
     (Wanted("{x}"), "^template='{x}': .*data.csv has no column 'x'. Its columns: b, k"),
+    (Wanted("{b}", "{x}"), "^completion='{x}': .*data.csv has no column 'x'. Its columns: b, k"),
     (Wanted("{b}", label="x"), "^label='x' is not a column. Columns of .*data.csv: b, k.$"),
     (Wanted(label="k"), r"such as template='\{b\}'\.$"), (Wanted(), r"'\{b\}' with completion=' \{k\}'\.$"),
     (Wanted("{x}", "{k}", label="k"), None),  # refused later, for it is a class with a completion
@@ -225,6 +245,14 @@ def test_columns_are_looked_at_before_the_data_are_read(wanted, said, tmp_path):
         refused(said, check_columns, str(file), wanted)
     file.write_text("input_ids,x\n1,2\n")
     check_columns(str(file), wanted)  # tokens need no recipe
+
+
+@pytest.mark.parametrize("name", ["owner/name", "data.parquet", "."])
+def test_data_whose_columns_take_long_to_know_are_left_to_the_reading(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.parquet").touch()
+    monkeypatch.setattr("lora_init.loading.reader.read_rows", lambda *_: pytest.fail("the data were read"))
+    check_columns(name, Wanted("{x}"))
 
 
 def test_a_column_that_the_first_row_lacks_may_be_in_the_others(write):

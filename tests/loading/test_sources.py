@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import random
+import warnings
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -96,6 +97,8 @@ def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
         "hollow.jsonl": r"no usable example among 2 rows read as text \(2 left out with an empty field\)",
     }.items():
         refused(message, load_batches, tmp_path / name, tokenizer)
+    (tmp_path / "late.txt").write_bytes(b"\ncaf\xe9\n")
+    refused("late.txt, line 2: byte 0xe9", load_batches, tmp_path / "late.txt", tokenizer)
     with pytest.raises(LoraInitError, match=r"mix kinds of values in a column: .* Write all of it as text"):
         load_batches([{"text": "a"}, {"text": 1}], tokenizer)
 
@@ -194,12 +197,21 @@ def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, token
 
 @pytest.mark.parametrize("separator", [",", "\t"])
 def test_a_row_of_a_table_is_named_by_the_line_where_it_begins(tmp_path, separator):
-    lines = [separator.join(fields) for fields in (["text", "note"], ['"two\nlines"', "a"], [], ["one", "b"], ["", ""])]
+    fields = ["text", "note"], ['"two\nlines"', "a"], [], ["one", '"b\nc"'], ["two", "d"], ["", ""]
+    lines = [separator.join(of_row) for of_row in fields]
     file = tmp_path / f"data.{'csv' if separator == ',' else 'tsv'}.gz"
     file.write_bytes(gzip.compress("\n".join(lines).encode()))
     rows = read_rows(file)
-    assert [rows.place(i).rpartition(", ")[2] for i in range(2)] == ["line 2", "line 5"]
+    assert [rows.place(i).rpartition(", ")[2] for i in range(3)] == ["line 2", "line 5", "line 7"]
     assert read_rows([{"text": "one"}]).place(0) == "data in memory, row 1"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.parquet", "."])
+def test_a_row_of_what_has_no_row_a_line_is_named_by_its_number(name, tmp_path):
+    (tmp_path / "a.txt").write_text("\na\nb\n")
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b"}]')
+    Dataset.from_list([{"text": "a"}, {"text": "b"}]).to_parquet(tmp_path / "a.parquet")
+    assert sources.Rows(None, "data", tmp_path / name).place(1) == "data, row 2"
 
 
 @pytest.mark.parametrize("form", ["text", "chat", "list of words"])
@@ -219,6 +231,14 @@ def test_a_seed_draws_the_same_rows_of_a_stream_each_time(tokenizer):
     stream = Dataset.from_list([{"text": "x" * i} for i in range(1, 60)]).to_iterable_dataset()
     drawn = [texts(load_batches(stream, tokenizer, samples=8, seed=seed), tokenizer) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_rows_of_a_stream_are_drawn_from_twice_as_many(monkeypatch):
+    monkeypatch.setattr(sources, "MOST_STREAMED", 10)
+    stream = Dataset.from_list([{"i": i} for i in range(40)]).to_iterable_dataset()
+    drawn = [read_rows(stream, seed=seed).table["i"][:] for seed in range(4)]
+    assert {len(rows) for rows in drawn} == {10} and 10 <= max(map(max, drawn)) < 20
+    assert read_rows(stream).table["i"][:] == drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize(("n", "rows"), [(300, 300), (10_001, None)])
@@ -246,6 +266,22 @@ def test_a_name_that_datasets_does_not_read_is_told(name, mark, tmp_path, tokeni
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     monkeypatch.chdir(tmp_path)
     assert refused("datasets cannot read it", load_batches, name, tokenizer).endswith(f"leave {mark} out of its name.")
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.csv", b"text\n\n1,2,3\n"), ("cut off.jsonl.gz", ZIPPED[:18]), ("plain.jsonl.gz", b'{"text": "a"}\n'),
+    ("spoiled.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-20] + b"abc"),
+])  # fmt: skip
+def test_what_datasets_does_not_read_is_no_fault_of_a_plain_name(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert "its name" not in refused(f"{name}: datasets cannot read it: ", read_rows, tmp_path / name)
+
+
+def test_of_several_files_the_one_that_datasets_does_not_read_is_enough(tmp_path):
+    for name in ("a.jsonl.gz", "b[1].jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    said = refused("2 files: datasets cannot read it", read_rows, tmp_path / "*.gz")
+    assert said.endswith("leave '[' out of its name.")
 
 
 def test_a_folder_whose_name_would_be_a_pattern_is_a_name_before_a_pattern(tmp_path, tokenizer):
@@ -280,6 +316,12 @@ def test_data_are_called_by_what_says_most_without_the_path_to_them(names, label
 def test_what_a_folder_is_asked_for_is_a_part_of_its_name(write, tmp_path):
     write([{"text": "a"}], "rows/test.jsonl")
     assert read_rows(tmp_path / "rows", split="test").label == "rows/, test"
+    write([{"text": "b"}], "rows/small.jsonl")
+    (tmp_path / "rows" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: few\n  data_files: small.jsonl\n- config_name: all\n  data_files: '*.jsonl'\n---"
+    )
+    found = read_rows(tmp_path / "rows", "few")
+    assert (found.label, found.table.to_list()) == ("rows/ (few)", [{"text": "b"}])
 
 
 @pytest.mark.parametrize(("source", "options", "line"), [
@@ -311,10 +353,18 @@ def test_columns_of_a_file_are_read_from_its_beginning(name, content, columns, t
     assert columns_of(str(tmp_path / "*")) == []  # of several nobody knows
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "./x", "~/x", "/none/x", "a/b/c", "x.CSV", "x.csv.gz", "none/x.txt"])
+@pytest.mark.parametrize(
+    "name", ["x.jsonl", "./x", "~/x", "/none", "/none/x", "a/b/c", "x.CSV", "x.csv.gz", "none/x.txt"]
+)
 def test_a_name_that_can_be_no_hub_id_is_of_a_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(f"^data '{name}': no such file or folder.$", read_rows, name)
+
+
+@pytest.mark.parametrize("header", ['"text","b"', '"a\r\nb",c', "a", '"one, two",b', "\ufefftext,b"])
+def test_a_quick_look_finds_the_columns_that_the_reading_does(header, tmp_path):
+    (tmp_path / "a.csv").write_bytes(f"{header}\r\n1,2\r\n".replace("a\r\n1,2", "a\r\n1").encode())
+    assert columns_of(str(tmp_path / "a.csv")) == read_rows(tmp_path / "a.csv").table.column_names
 
 
 @pytest.mark.parametrize("name", ["owner/name", "name", "owner/name.py"])
@@ -341,6 +391,7 @@ def test_the_text_of_an_example_is_likely_in_the_longest_column_that_is_no_list(
     row = {"id": 1, "b": "x" * 5, "a": "y" * 5, "long": "z" * 9, "many": ["w"] * 50, "map": {"k": "v" * 50}}
     rows = read_rows([row] * 3)
     assert rows.texts() == ["long", "a", "b", "id"] and rows.texts(but="long") == ["a", "b", "id"]
+    assert read_rows([{"many": None, "a": "x"}, {"many": ["w" * 50], "a": "y"}]).texts() == ["a"]  # in some rows
     late = read_rows([{"a": "x", "b": ""}] * 100 + [{"a": "x", "b": "y" * 999}])
     assert late.texts() == ["a", "b"]  # a hundred rows are looked at
 
@@ -382,6 +433,8 @@ def test_points_in_time_are_the_texts_that_are_in_the_file(tmp_path):
         assert read_rows(source).table.to_list() == rows, source
     assert read_rows([lines, lines]).table.to_list() == rows * 2
     assert [*sources._json_rows(lines)] == [*sources._json_rows(table)] == rows
+    table.write_text('[{"text": "a\tb", "at": "2024-01-03T10:00:00"}]')  # a tab as it is, which strict readers refuse
+    assert read_rows(table).table.to_list() == [{"text": "a\tb", "at": "2024-01-03T10:00:00"}]
 
 
 @pytest.mark.parametrize(("header", "said"), [
@@ -418,6 +471,22 @@ def test_json_of_no_objects_is_refused(content, said, tmp_path):
     )
 
 
+@pytest.mark.parametrize("line", ["3 cats", "[[a]]", "null", '"a"'])
+def test_a_text_may_begin_as_json_of_no_objects_does(line, tmp_path):
+    (tmp_path / "rows.txt").write_text(f"{line}\n")
+    assert read_rows(tmp_path / "rows.txt").table.to_list() == [{"text": line}]
+
+
+def test_files_are_read_without_a_word_and_filters_of_warnings_stay(tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "rows.txt").write_text("a\n\nb\n")
+    datasets.enable_progress_bars()
+    before = [*warnings.filters]
+    assert [len(read_rows(tmp_path / name).table) for name in ("rows.csv", "rows.txt")] == [1, 2]
+    assert warnings.filters == before
+    assert capsys.readouterr() == ("", "")
+
+
 def test_what_datasets_shows_is_quiet_only_while_it_reads(monkeypatch):
     logger = logging.getLogger("datasets")
     for shown in (True, False):
@@ -438,6 +507,16 @@ def test_rows_in_memory_may_have_other_columns_each_and_their_gaps_are_empty():
     assert read_rows(frame).table.to_list() == [{"text": "a"}, {"text": "b"}]  # without its index
     parts = datasets.DatasetDict(test=Dataset.from_list([{"a": 1}]), dev=Dataset.from_list([{"a": 2}]))
     refused("^the data has no split 'train', only test, dev. Pass one of them alone.$", read_rows, parts)
+
+
+@pytest.mark.parametrize(("source", "kind"), [
+    ([{"text": "a"}, "b.jsonl"], "list"), (["b.jsonl", {"text": "a"}], "list"), ([{"text": "a"}, 3], "list"),
+    (iter([{"text": "a"}]), "list_iterator"), ({"text": ["a"]}, "dict"),
+])  # fmt: skip
+def test_what_is_no_table_in_memory_is_refused_by_its_kind(source, kind):
+    refused(
+        f"^data of type {kind}: expected a path, a hub id, a datasets.Dataset, a pandas DataFrame", read_rows, source
+    )
 
 
 def test_json_lines_name_the_line_that_is_none():
