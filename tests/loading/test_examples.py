@@ -211,13 +211,16 @@ def test_roles_are_warned_of_whose_words_are_lost_or_whom_no_template_knows(role
 
 def test_a_chat_of_parts_is_labelled_as_one_of_texts_is(recwarn):
     template = (
-        "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}{{ part['text'] }}{% endfor %}</>"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+        "{{ last if m['role'] == 'assistant' and loop.last }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     turns = [{"role": role, "content": [{"text": role}]} for role in ("user", "assistant", "user")]
-    whole = "<user>user</><assistant>assistant</>"
-    found = read({"messages": turns}, byte_tokenizer(chat_template=template))
-    assert (found.text, found.labelled) == (f"{whole}<user>user</>", [("<user>user</><assistant>", whole)])
+    asked, row = "<user>user</><assistant>", {"messages": turns}
+    for last in ("", "!"):  # also where an answer that is the last turn is written otherwise than with others after it
+        found = read(row, byte_tokenizer(chat_template=template.replace("last if", f"'{last}' if")))
+        assert found.text == f"{asked}assistant</><user>user</>"
+        assert found.labelled == [(asked, f"{asked}assistant{last}</>")]
     assert not recwarn
 
 

@@ -331,6 +331,13 @@ def test_half_of_the_weights_may_be_drawn_and_both_ways_of_naming_them_are_read(
         refused(said, models._drawn_weights, "m", model, loading)
 
 
+@pytest.mark.parametrize(("name", "method"), [("nf4", "nf4"), ("fp4", "fp4"), ("int8", "llm_int8")])
+def test_each_way_to_quantize_is_one_that_transformers_reads(name, method):
+    pytest.importorskip("bitsandbytes")
+    found = transformers.quantizers.AutoQuantizationConfig.from_dict(dict(models.QUANTIZATIONS[name]))
+    assert found.quantization_method() == method
+
+
 def test_a_model_without_weights_is_made_where_it_can_be():
     config = tiny_llama().config
     for kind in (transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM):
