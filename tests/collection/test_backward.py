@@ -131,10 +131,12 @@ def same(one, other):
 
 def test_gradient_checkpointing_gives_the_same_and_runs_layers_again():
     model, batches = tiny_llama(), labelled("llama")
-    plain = collect(model, batches, rank=4, gradients=True)
-    model.gradient_checkpointing_enable()
     runs = []
     handle = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: runs.append(1))
+    plain = collect(model, batches, rank=4, gradients=True)
+    assert len(runs) == len(batches)
+    runs.clear()
+    model.gradient_checkpointing_enable()
     same(plain, collect(model, batches, rank=4, gradients=True))
     handle.remove()
     assert len(runs) == 2 * len(batches)
@@ -259,6 +261,11 @@ def without_labels(batch):
     (None, {"loss": lambda o, b: o.logits},
      r"^batch 0: loss= returned a tensor of shape \(4, 12, 64\) for a loss, expected one number. Pass loss=, a fun"),
     (None, {"loss": lambda o, b: None}, "loss= returned NoneType for a loss, expected one number"),
+    (without_labels, {"loss": lambda o, b: None}, "for a loss, expected one number. Pass loss=, a function of what"),
+    (None, {"forward": lambda m, b: m(b["input_ids"])},
+     "^batch 0: LlamaForCausalLM.forward returned NoneType for a loss, expected one number. Pass loss=, a function of"),
+    (lambda batch: batch["input_ids"], {},
+     "^batch 0: LlamaForCausalLM.forward returned NoneType for a loss, expected one number. Pass loss=, a function of"),
     (None, {"loss": lambda o, b: o.loss.detach()}, "gives no gradient to any layer"),
     (None, {"gradients": False, "loss": lambda o, b: o.loss}, "loss= is for gradients=True"),
     (None, {"loss": of_something_else}, "loss of LlamaForCausalLM does not depend on any of the targeted layers"),
@@ -270,6 +277,20 @@ def without_labels(batch):
 def test_what_cannot_be_learned_from_is_said(change, options, message):
     batches = [change(batch) if change else batch for batch in labelled("llama")]
     refused(message, collect, tiny_llama(), batches, rank=4, **{"gradients": True} | options)
+
+
+def test_a_loss_that_does_not_depend_on_the_only_layer_is_said():
+    asked = dict(rank=2, gradients=True, loss=lambda output, batch: batch.sum() * torch.ones((), requires_grad=True))
+    refused("^batch 0: the loss of Sequential does not depend on any", collect, nn.Sequential(nn.Linear(6, 4)),
+            [torch.randn(9, 6)], **asked)  # fmt: skip
+
+
+def test_gradients_are_learned_also_where_the_caller_wants_none():
+    model, batches = tiny_llama(), labelled("llama")
+    expected = collect(model, batches[:2], ["down_proj"], rank=4, gradients=True)
+    with torch.no_grad():
+        same(expected, collect(model, batches[:2], ["down_proj"], rank=4, gradients=True))
+        assert not torch.is_grad_enabled()
 
 
 def test_a_layer_whose_input_is_changed_afterwards_is_named():

@@ -95,6 +95,7 @@ def test_a_batch_of_which_nothing_counts_is_passed_over(gradients):
     model, options = tiny_llama(), dict(token_mask="labels", rank=2, gradients=gradients)
     stats, others = (collect(model, some, **options) for some in (batches, [*batches[:2], batches[3]]))
     assert stats.provenance.n_batches == 4 and stats.provenance.n_samples == others.provenance.n_samples
+    assert stats.sizes == others.sizes and stats.provenance.n_labels == others.provenance.n_labels
     assert all(torch.equal(stats[name].components, others[name].components) for name in others)
     (note,) = stats.provenance.notes
     assert note.startswith("1 of 4 batches were passed over. batch 2: the mask keeps 0 of 48 tokens")
@@ -170,7 +171,13 @@ def test_mistakes_get_one_clear_line():
         ((name, value),) = settings.items()
         with pytest.raises(LoraInitError, match=f"^{name}={value!r}, expected a (whole )?number of at least"):
             collect(model, low_rank_inputs(2), **{"rank": 2, **settings})
-    refused("center='no', expected True or False", collect, model, low_rank_inputs(2), rank=2, center="no")
+    for name in ("center", "gradients", "overwrite"):
+        refused(f"^{name}='no', expected True or False", collect, model, low_rank_inputs(2), rank=2, **{name: "no"})
+    refused("^skip_bad_batches=-1, expected a ", collect, model, low_rank_inputs(2), rank=2, skip_bad_batches=-1)
+    refused(f"^seed={-(2**63) - 1}, expected a ", collect, model, low_rank_inputs(2), rank=2, seed=-(2**63) - 1)
+    assert collect(model, low_rank_inputs(2), rank=2, seed=-(2**63)).provenance.seed == -(2**63)
+    said = "^loss= is for gradients=True; without gradients no loss is computed.$"
+    refused(said, collect, model, low_rank_inputs(2), rank=2, loss=lambda output, batch: output.sum())
     refused("the data is empty", collect, model, [], rank=2)
     refused("no targeted layer received rows in 2 batches", collect, model, [torch.randn(0, 24)] * 2, rank=2)
     with pytest.raises(LoraInitError, match=r"a list of 'input_ids', expected a tensor.*return_tensors='pt'"):
@@ -237,6 +244,62 @@ def test_what_a_pass_says_of_itself():
 class Squares:
     def __call__(self, output, batch):
         return output.square().mean()
+
+
+def test_a_pass_without_a_description_says_nothing_of_its_data():
+    for data in ("", None):
+        assert collect(two_layers(), low_rank_inputs(1), rank=2, data=data).provenance.data == ""
+
+
+def test_rows_of_a_pass_are_those_of_the_layer_that_read_most():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all, self.first = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x):
+            return self.first(self.all(x)[:8])
+
+    stats = collect(Pooled(), low_rank_inputs(3), rank=2)
+    assert (stats["all"].n_samples, stats["first"].n_samples, stats.provenance.n_samples) == (192, 24, 192)
+
+
+class Pair(nn.Linear):
+    """A layer that returns more than what it computes."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def test_a_layer_whose_output_is_no_tensor_has_no_size_of_it():
+    model = nn.Sequential(Pair(24, 24), nn.Linear(24, 4))
+    stats = collect(model, low_rank_inputs(2), rank=2, forward=lambda model, batch: model[1](model[0](batch)[0]))
+    assert list(stats) == ["0", "1"] and list(stats.sizes) == ["1"]
+
+
+def test_a_layer_that_runs_in_some_batches_only_holds_no_other_up():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.odd, self.all = nn.Linear(24, 2), nn.Linear(24, 2)
+
+        def forward(self, x):
+            n.append(1)
+            odd = self.odd(x) if len(n) % 2 else 0.0
+            return self.all(x * 1.0) + odd
+
+    n = []
+    stats = collect(Odd(), low_rank_inputs(6), rank=2)
+    assert (stats["odd"].n_samples, stats["all"].n_samples) == (3 * 64, 6 * 64)
+    assert set(stats.held_out) == {"odd", "all"} and not any(map(math.isnan, stats.held_out.values()))
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0])
+def test_gradients_have_two_triplets_a_rank_at_least(rho):
+    asked = dict(rank=3, rho=rho, gradients=True, loss=lambda output, batch: output.square().mean())
+    stats = collect(nn.Sequential(nn.Linear(24, 24)), [torch.randn(64, 24) for _ in range(4)], **asked)
+    assert stats["0"].components.shape[0] == 3 * rho
+    assert len(stats.gradient("0").singular_values) == max(6, 3 * rho)
 
 
 def test_functions_are_known_by_their_names_and_layers_by_a_hash():

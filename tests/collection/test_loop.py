@@ -1,6 +1,9 @@
 """When a pass ends: the tolerance, the limit, Ctrl-C; and what is said of it."""
 
+import io
+import itertools
 import re
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 
 from lora_init import collect, principal_angles
+from lora_init.collection import loop
 from lora_init.collection.collect import Interrupted
 from lora_init.collection.loop import (
     MIN_BATCHES,
@@ -95,7 +99,8 @@ def test_data_are_enough_where_halves_agree_and_later_batches_bring_nothing_new(
 
 
 def test_a_share_falls_sharply_by_a_quarter_and_by_five_deviations():
-    assert falls_sharply([0.9, 0.91, 0.9, 0.6])
+    assert falls_sharply([0.9, 0.91, 0.9, 0.6]) and falls_sharply([0.85, 0.9, 0.95, 0.6])
+    assert not falls_sharply([0.8, 0.9, 1.0, 0.45])  # by less than five deviations
     assert not any(map(falls_sharply, ([0.9, 0.9001, 0.9, 0.8], [0.9, 0.3, 0.8, 0.5], [0.9, 0.9, 0.6])))
 
 
@@ -184,7 +189,9 @@ def test_the_progress_bar_is_quiet_unless_asked(capsys):
     assert capsys.readouterr().err == ""
     collect(two_layers(), low_rank_inputs(9), rank=2, progress=True)
     said = capsys.readouterr().err
-    assert "the start would keep" in said and re.search("[1-9]/9 ", said)
+    assert "the start would keep" in said and re.search("collect: .*[1-9]/9 .*batch", said)
+    collect(two_layers(), low_rank_inputs(3), rank=2, progress=True)
+    assert "would keep" not in capsys.readouterr().err  # of so few batches that is not known
 
 
 def record(*batches):
@@ -241,7 +248,7 @@ def test_a_batch_is_as_new_as_it_is_to_the_layers_that_ran():
 
 @pytest.mark.parametrize(("held_out", "captured", "share", "relative"), [
     (([3.0, 1.0, 9.0], 8.0), 1.0, 0.5, 0.5),  # of the components to report, of which there are two
-    (([3.0, 1.0, 9.0], 8.0), 0.8, 0.5, 0.625),
+    (([3.0, 1.0, 9.0], 8.0), 0.8, 0.5, 0.625), (([0.25, 0.125, 1.0], 0.75), 0.5, 0.5, 1.0),
     (([0.0, 0.0, 0.0], 0.0), 0.5, 1.0, 2.0),  # a batch without variance is no surprise
     (([3.0, 1.0, 9.0], 8.0), 0.0, 0.5, 1.0),
 ])  # fmt: skip
@@ -304,3 +311,92 @@ def test_an_error_of_a_batch_in_a_line():
 def test_the_progress_bar_ends_where_the_pass_does(batches, most, total):
     with progress_bar(batches, most, False) as bar:
         assert bar.total == total and bar.disable
+
+
+@pytest.mark.parametrize("progress", [None, True, False])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_progress_bar_is_shown_on_a_terminal_or_where_it_is_asked_for(progress, terminal, monkeypatch):
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", shown)
+    with progress_bar([1], 5, progress) as bar:
+        assert bar.disable is not (terminal if progress is None else progress)
+
+
+def test_the_time_of_a_pass_is_that_of_the_model_of_decompositions_and_of_the_data(monkeypatch):
+    """By a clock that goes on by a second each time it is read: forward passes have what decompositions do not."""
+    ticks = itertools.count(1.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=lambda: 0.0))
+    made = collect(two_layers(), low_rank_inputs(5), rank=2).provenance
+    # For each batch one reading, two layers' rows and two updates, beside which the forward pass has three.
+    assert made.seconds == {"forward": 15.0, "decomposition": 20.0, "data": 6.0}
+
+
+class Both(nn.Module):
+    """Two layers of one width, each with an input of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(256, 4), nn.Linear(256, 4)
+
+    def forward(self, one, other):
+        return self.one(one) + self.other(other)
+
+
+@pytest.mark.parametrize("all_fall", [True, False])
+def test_a_fall_is_told_where_it_is_that_of_more_than_half_of_the_inputs(all_fall, recwarn):
+    sorted_batches, steady = drifting(6, n=9)[0], drifting(0, n=9, seed=1)[0]
+    pairs = zip(sorted_batches, sorted_batches if all_fall else steady, strict=True)
+    # A copy, or the two would read one tensor and be one input.
+    collect(Both(), [{"one": one, "other": other.clone()} for one, other in pairs], rank=8)
+    said = [str(one.message).partition(", as if")[0] for one in recwarn]
+    words = "batch 6: far less of it is captured than of all batches before, in 2 of 2 inputs"
+    assert said[:1] == [words] if all_fall else said == []
+
+
+def test_a_steady_pass_warns_of_nothing(recwarn):
+    collect(two_layers(), low_rank_inputs(9), rank=2)
+    collect(two_layers(), low_rank_inputs(1), rank=2)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("where", ["in the model", "in the data"])
+def test_ctrl_c_ends_what_runs_at_once_and_no_batch_is_read_any_more(where):
+    drawn, gone_on = [], []
+
+    def interrupt(here):
+        if where == here and len(drawn) == 3:
+            signal.raise_signal(signal.SIGINT)
+            gone_on.append(here)
+
+    def stream():
+        for batch in low_rank_inputs(6):
+            drawn.append(1)
+            interrupt("in the data")
+            yield batch
+
+    def forward(model, batch):
+        interrupt("in the model")
+        return model(batch)
+
+    with pytest.raises(Interrupted) as caught:
+        collect(two_layers(), stream(), rank=2, forward=forward)
+    assert len(drawn) == 3 and not gone_on and caught.value.statistics.provenance.n_batches == 2
+
+
+def test_a_pass_needs_no_gradients_of_the_model():
+    seen = []
+    collect(
+        two_layers(), low_rank_inputs(2), rank=2,
+        forward=lambda model, batch: seen.append(torch.is_grad_enabled()) or model(batch),
+    )  # fmt: skip
+    assert seen == [False, False]
+
+
+def test_another_seed_draws_other_directions_to_begin_with():
+    """Decompositions are random: of rows with a flat spectrum each seed finds others."""
+    model, batches = nn.Sequential(nn.Linear(64, 64)), [torch.randn(200, 64) for _ in range(6)]
+    asked = dict(rank=2, gradients=True, loss=lambda output, batch: output.square().mean())
+    one, same, other = (collect(model, batches, **asked, seed=seed) for seed in (3, 3, 4))
+    for part in (lambda s: s["0"].components, lambda s: s.gradient("0").right):
+        assert torch.equal(part(one), part(same)) and not torch.equal(part(one), part(other))

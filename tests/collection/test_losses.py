@@ -46,7 +46,7 @@ def test_the_loss_of_a_classifier_is_that_of_transformers():
     (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForCausalLM", 3),
     (torch.tensor([[5, 5, -100], [-100, 5, 5]]), None, 3),
     (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForMaskedLM", 4),
-    (torch.tensor([1, 0, 1, -100]), "ForSequenceClassification", 3),
+    (torch.tensor([1, 0, 1, -100]), "ForSequenceClassification", 3), (torch.tensor([[5, -100, 5]]), "ForCausalLM", 1),
 ])  # fmt: skip
 def test_labels_are_counted_as_the_loss_averages_them(labels, loss_type, count):
     model = nn.Linear(2, 2)
@@ -159,6 +159,15 @@ def test_a_mean_loss_may_be_of_ones_own_forward_pass_and_loss():
     assert found == 3.0
     assert mean_loss(model, batches, lambda model, batch: batch.sum(), lambda output, batch: output + len(batch)) == 5.0
     refused("^mean_loss\\(\\) got texts for the batches", mean_loss, model, ["text"])
+
+
+def test_losses_are_measured_without_gradients():
+    model, batch, seen = tiny_llama(), answered(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    mean_loss(model, [batch]), text_loss(model, [batch]), sequence_losses(model, sequences(2), 0)
+    assert seen == [False] * 3
+    batch_loss(model, batch)  # which trainings differentiate
+    assert seen[3:] == [True]
 
 
 def test_a_strange_token_is_named_by_the_number_of_its_batch():

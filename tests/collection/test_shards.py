@@ -60,6 +60,16 @@ def test_a_pass_goes_on_where_each_process_was_and_with_as_many():
         refused(said, own_batches, TwoProcesses([THEIRS]), [OURS], used, in_step=False)
 
 
+class Called:
+    """What can be called counts by its type alone, whatever it holds."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __call__(self):
+        """Do nothing."""
+
+
 # In each row what is told apart; in one place what is the same in another form.
 DIGESTED = [
     [(np.array([1, 2]), [1, 2]), np.array([2, 1]), np.array([1, 2, 3])],
@@ -73,6 +83,8 @@ DIGESTED = [
     [(torch.ones(2, dtype=torch.bfloat16),), torch.ones(2, dtype=torch.float16)],
     [(SimpleNamespace(a=1), SimpleNamespace(a=1)), SimpleNamespace(a=2), SimpleNamespace()],
     [(print, len), "print"],
+    [(object(), object()), SimpleNamespace()],
+    [(Called(1), Called(2)), SimpleNamespace()],
 ]
 
 
@@ -118,6 +130,14 @@ def test_batches_are_read_by_where_they_are_also_past_those_that_cannot_be_read(
     assert shard.read(5) == 5 and shard.error is None  # past the one that failed
     with pytest.raises(StopIteration):
         shard.read(6)
+
+
+def test_no_more_is_read_to_begin_with_than_the_first_batch():
+    drawn = []
+    stream = (drawn.append(1) or batch for batch in (OURS, THEIRS, OURS))
+    shard = own_batches(Processes(alone=True), stream, [], in_step=False)
+    assert len(drawn) == 1 and shard.first == digest_of(OURS)
+    assert [torch.equal(shard.read(i), one) for i, one in enumerate((OURS, THEIRS, OURS))] == [True] * 3
 
 
 class Three(TwoProcesses):

@@ -1,8 +1,11 @@
 """One file for a pass: used if it is complete, gone on with if it is not, and refused if it is of something else."""
 
+import itertools
 import os
 import signal
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,6 +325,45 @@ def test_a_file_is_written_about_once_a_minute_and_at_the_end(every, often, tmp_
     monkeypatch.setattr(Statistics, "save", lambda self, path, *more: written.append(1) or real(self, path, *more))
     collect(MODELS["llama"](), batches_for("llama", n_batches=6), ["q_proj"], rank=2, statistics=tmp_path / "stats")
     assert (len(written) > 3) if often else len(written) == 1
+
+
+def test_a_file_is_written_again_a_minute_after_it_was_written(tmp_path, monkeypatch):
+    """By a clock that is read at the start, in each step and after each writing, and goes on by 25 s each time."""
+    now, at, real = itertools.count(0.0, 25.0), [], Statistics.save
+
+    def save(self, path, *more):
+        at.append(self.provenance.n_batches)
+        return real(self, path, *more)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 0.0, monotonic=lambda: next(now)))
+    monkeypatch.setattr(Statistics, "save", save)
+    for file in (None, tmp_path / "stats"):
+        collect(model(), batches_for("llama", n_batches=7), ["q_proj"], rank=2, tolerance=0.0, statistics=file)
+        assert at == ([] if file is None else [2, 5, 7])
+
+
+def test_of_no_batch_nothing_is_written(tmp_path, monkeypatch):
+    def interrupted(model, batch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        collect(model(), batches_for("llama"), statistics=tmp_path / "stats", forward=interrupted, **SETTINGS)
+    assert caught.value.statistics is None and not list(tmp_path.iterdir())
+
+
+def test_a_pass_that_was_interrupted_after_all_batches_has_no_more_to_read(tmp_path):
+    interrupt(tmp_path / "stats", 6)
+    made = collect(model(), batches_for("llama", n_batches=6), statistics=tmp_path / "stats", **SETTINGS).provenance
+    assert (made.complete, made.n_batches, made.stop_reason) == (True, 6, "exhausted")
+    assert Statistics.load(tmp_path / "stats").provenance == made
+
+
+def test_a_file_that_does_not_say_a_setting_is_of_the_same(tmp_path):
+    batches, file = batches_for("llama"), tmp_path / "stats"
+    old = collect(model(), batches, statistics=file, **SETTINGS)
+    settings = {name: value for name, value in old.provenance.settings.items() if name != "rho"}
+    replace(old, provenance=replace(old.provenance, settings=settings)).save(file)
+    assert collect(model(), batches, statistics=file, **SETTINGS, rho=1.5).provenance.settings == settings
 
 
 def test_a_file_that_cannot_be_written_is_a_warning_and_the_pass_goes_on(tmp_path, monkeypatch):
