@@ -103,6 +103,7 @@ def test_all_models_that_a_module_of_ones_own_holds_count():
     other = tiny_llama(rms_norm_eps=0.5)
     pair, changed = (nn.ModuleDict({"a": tiny_llama(), "b": b}) for b in (tiny_llama(), other))
     assert differing_config(model_config(pair), model_config(changed)) == "b.rms_norm_eps 1e-06 instead of 0.5"
+    assert not any(".model." in name for name in model_config(pair))  # a part has no configuration of its own
     pair.config = changed.config = {"width": 3}  # somebody's own says nothing of what is inside
     assert differing_config(model_config(pair), model_config(changed)).endswith("rms_norm_eps 1e-06 instead of 0.5")
 
@@ -112,7 +113,8 @@ def test_saved_buffers_are_part_of_a_model():
     norm.register_buffer("not_saved", torch.ones(2), persistent=False)
     before = json.loads(json.dumps(model_config(norm)))
     norm.not_saved.add_(1)
-    norm.num_batches_tracked = 5
+    norm[1].num_batches_tracked.add_(5)
+    norm.adapted = nn.ModuleDict({"lora_A": nn.BatchNorm1d(2)})  # an adapter's, which is not the base's
     assert differing_config(before, model_config(norm)) == ""
     assert "config.saved buffers" not in model_config(norm.to("meta")) and differing_config(before, {}) == ""
     norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -128,6 +130,43 @@ def test_the_token_that_a_classifier_ends_a_row_by_counts():
     first, second, unknown = map(model_config, made)
     assert differing_config(first, second) == "pad_token_id of score 0 instead of 2"
     assert differing_config(first, unknown) == ""
+
+
+class SeveralTexts:
+    """A configuration of two models of text, or, with one, of a model of text and another."""
+
+    pad_token_id, eos_token_id, model_type = 3, 4, "odd"
+
+    def __init__(self, text=None):
+        self.text = text
+
+    def to_dict(self):
+        return {"width": 2}
+
+    def get_text_config(self):
+        if self.text is None:
+            raise ValueError("several")
+        return self.text
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [(None, (3, 4)), (SimpleNamespace(pad_token_id=7, eos_token_id=[1]), (7,))]
+)
+def test_the_tokens_of_heads_are_those_of_the_text_or_of_all_where_there_are_several(text, tokens):
+    model = nn.ModuleDict({"score": nn.Linear(2, 2), "classification_head": nn.Linear(2, 2), "classifier": nn.ReLU()})
+    model.config = SeveralTexts(text)
+    names = ("config.pad_token_id of score", "config.eos_token_id of classification_head")
+    assert model_config(model) == {"config.width": 2, **dict(zip(names, tokens, strict=False))}
+
+
+def test_places_of_tokens_in_modules_have_names():
+    model = nn.ModuleDict(
+        {"position_table": nn.Embedding(4, 2, padding_idx=1), "table": nn.Embedding(4, 2, padding_idx=2)}
+    )
+    model.eos_token_id, model["table"].pad_index, model["table"].sep_token_id = 5, 6, [7]
+    assert model_config(model) == {
+        "config.end of the model": 5, "config.padding of position_table": 1, "config.padding of texts of table": 6,
+    }  # fmt: skip
 
 
 class Packed(torch.Tensor):
@@ -204,6 +243,10 @@ def test_a_configuration_is_flat_and_leaves_out_what_computes_nothing():
         "config.inner": "given", "config.inner.deep": "given", "config.inner.deep.x": None, "config.kinds": ["a"],
         "config.output_size": 4,
     }  # fmt: skip
+    frozen = type("FrozenDict", (dict,), {"__module__": "diffusers.configuration_utils"})
+    whole = nn.ModuleDict({"a": Configured(x=1)})  # which a configuration of diffusers is of
+    whole.config = frozen(y=2)
+    assert model_config(whole) == {"config.y": 2}
     pair = nn.ModuleDict({"a": Configured(x=1), "b": nn.ModuleDict({"c": Configured(x=2)})})
     assert model_config(pair) == {"config.x": 1, "config.b.c": "given", "config.b.c.x": 2}
 

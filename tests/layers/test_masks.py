@@ -190,6 +190,22 @@ def test_masks_of_another_shape_are_one_line(changes, token_mask, message):
     refused(re.escape(message), TokenMasks(tiny_llama(), token_mask).start, batch)
 
 
+@pytest.mark.parametrize(("build", "token_mask", "gradients", "fit"), [
+    (tiny_llama, "attention", False, True),  # nobody reads them
+    (tiny_llama, "attention", True, False),
+    (tiny_llama, "labels", False, False),
+    (tiny_bert, "attention", True, True),  # several classes of a sequence
+    (tiny_t5, "labels", False, True),  # an answer has its own length
+])  # fmt: skip
+def test_labels_of_another_length_are_refused_where_each_is_of_a_token(build, token_mask, gradients, fit):
+    masks = TokenMasks(build(), token_mask, gradients)
+    batch = {**batches_for("llama")[0], "labels": torch.ones(4, 3, dtype=torch.long)}
+    if fit:
+        masks.start(batch)
+    else:
+        refused(r"^labels of shape \(4, 3\), and input_ids \(4, 12\): a label for each token is n", masks.start, batch)
+
+
 def test_an_input_of_one_dimension_is_one_row():
     masks = TokenMasks(tiny_llama(), "attention")
     masks.start(batches_for("llama")[0])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lora_init import find_targets
-from lora_init.layers.grid import _is_cross
+from lora_init.layers.grid import _is_cross, by_purpose
 from tests.conftest import MODELS, refused, tiny_gpt2, tiny_llama, tiny_t5
 from tests.layers.made import SIZES, bart, gpt2_with_cross_attention
 
@@ -114,6 +114,57 @@ def test_the_layers_of_each_purpose(case):
             assert list(find_targets(model, purpose).layers) == names, purpose
             continue
         refused(rf"^target_modules='{purpose}': \w+ has no such layers. It has att", find_targets, model, purpose)
+
+
+def test_what_a_model_has_instead_is_said_with_names_and_numbers():
+    words = (
+        r"^target_modules='cross-attention': LlamaForCausalLM has no such layers. It has attention \(q_proj, k_proj, "
+        r"v_proj, o_proj: 8 layers\) and mlp \(gate_proj, up_proj, down_proj: 6 layers\). Name layers instead; "
+        "target_parameters= names fused experts.$"
+    )
+    refused(words, find_targets, tiny_llama(), "cross-attention")
+    refused(
+        r"Sequential has no such layers. It has neither\. Name", find_targets, nn.Sequential(nn.Linear(2, 2)), "mlp"
+    )
+
+
+def of_class(kind, **parts):
+    made = type(kind, (nn.Module,), {})()
+    for name, part in parts.items():
+        setattr(made, name, part)
+    return made
+
+
+BESIDE = dict(self_attn=of_class("Attention", q=nn.Linear(2, 2)))  # which makes a row of blocks of what holds it
+
+
+@pytest.mark.parametrize(("part", "purposes"), [
+    (dict(Attn=of_class("Mixer", x=nn.Linear(2, 2))), ["attention"]),
+    (dict(mixer=of_class("NewAttention2", x=nn.Linear(2, 2))), ["attention"]),
+    (dict(mixer=of_class("AttentionMixer", x=nn.Linear(2, 2))), []),
+    (dict(attn=of_class("AttnBlock", x=nn.Linear(2, 2))), []),
+    (dict(attn=of_class("AttnLayer", x=nn.Linear(2, 2))), []),
+    (dict(CrossAttn=of_class("Mixer", x=nn.Linear(2, 2))), ["attention", "cross-attention"]),
+    (dict(mixer=of_class("CROSSAttention", x=nn.Linear(2, 2))), ["attention", "cross-attention"]),
+    (dict(attn=of_class("Mixer", attn2=of_class("Mixer", x=nn.Linear(2, 2)))), ["attention", "cross-attention"]),
+    (dict(attn2=of_class("Mixer", attn=of_class("Mixer", x=nn.Linear(2, 2)))), ["attention", "cross-attention"]),
+    (dict(MLP=of_class("Mixer", x=nn.Linear(2, 2))), ["mlp"]),
+    (dict(mlp=of_class("Mixer", gate=of_class("Mixer", x=nn.Linear(2, 2)))), []),
+    (dict(mlp=nn.ModuleList([of_class("Mixer", x=nn.Linear(2, 2))])), ["mlp"]),
+    (dict(mixer=of_class("Mixer", x=nn.Linear(2, 2))), []),
+])  # fmt: skip
+def test_the_purpose_of_a_layer_follows_from_classes_and_attributes_around_it(part, purposes):
+    model = nn.ModuleDict({"layers": nn.ModuleList([of_class("Own", **BESIDE, **part)]), "rest": nn.ModuleList()})
+    found = by_purpose(dict(model.named_modules()), [n for n, _ in model.named_modules() if n.endswith(".x")])
+    assert [purpose for purpose, names in found.items() if names] == sorted(purposes)
+
+
+def test_an_mlp_is_inside_a_block_that_has_an_attention():
+    block = of_class("Own", mlp=of_class("Mixer", x=nn.Linear(2, 2)))
+    model = nn.ModuleDict({"layers": nn.ModuleList([of_class("Own", **BESIDE)]), "rest": nn.ModuleList([block])})
+    model["mlp"] = of_class("Mixer", x=nn.Linear(2, 2))
+    modules = dict(model.named_modules())
+    assert not any(by_purpose(modules, ["rest.0.mlp.x", "mlp.x"]).values())
 
 
 def test_a_module_that_says_what_it_is_is_that_whatever_its_name():

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init.layers.rows import Experts, Patches, check_peft, expert_group, patches_of, routed
+from lora_init.layers import rows as rows_module
+from lora_init.layers.rows import (
+    Experts,
+    Patches,
+    check_peft,
+    expert_group,
+    find_parameters,
+    patches_of,
+    routed,
+)  # fmt: skip
 from tests.conftest import refused
 
 
@@ -94,3 +103,25 @@ def test_the_first_tensor_of_each_type_is_meant():
     for args, kwargs in (((chosen, hidden), {}), ((None, hidden, hidden + 1), {"x": chosen, "y": chosen + 1})):
         rows, experts = routed("m", args, kwargs)
         assert torch.equal(rows, hidden) and torch.equal(experts, chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn])
+def test_weights_of_two_bytes_are_adapted_and_those_of_one_are_refused(dtype):
+    owner = nn.Module()
+    owner.own = nn.Parameter(torch.ones(2, 3).to(dtype), requires_grad=False)
+    modules = {"": nn.Module(), "m": owner}
+    if dtype.itemsize > 1:
+        assert find_parameters(modules, ["own"], [], "Model") == {"m.own": None}
+    else:
+        said = rf"^target_parameters selects 'm.own', which is quantized \({dtype}\), and PEFT adds to weights in float"
+        refused(said, find_parameters, modules, ["own"], [], "Model")
+
+
+def test_experts_are_refused_for_the_release_of_peft_that_is_installed(monkeypatch):
+    modules = {"m": Gated()}
+    for release in ("0.18.0", "0.19.0"):
+        monkeypatch.setattr(rows_module, "version", {"peft": release}.__getitem__)
+        refused(f"^'m.down_proj': PEFT {release} ex", find_parameters, modules, ["down_proj"], [], "Model")
+    monkeypatch.setattr(rows_module, "version", {"peft": "0.19.1"}.__getitem__)
+    found = find_parameters(modules, ["down_proj", "gate_up_proj"], [], "Model")
+    assert [*found] == ["m.gate_up_proj", "m.down_proj"] and found["m.down_proj"].in_features == 4

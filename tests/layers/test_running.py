@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BatchEncoding
 
+from lora_init import LoraInitError
 from lora_init.layers.running import (
     call_model,
     check_batches,
@@ -127,6 +128,61 @@ def test_keywords_that_a_model_does_not_take_are_named():
     words = "^the batch has 'y', 'z', which Recorder.forward does not take. Leave them out, or pass forward=.$"
     refused(words, call_model, Recorder(), {"x": X, "y": Y, "z": Y})
     assert call_model(tiny_llama(), {"input_ids": IDS.int()}).logits.shape == (1, 3, 64)
+
+
+def test_a_model_takes_any_keywords_where_one_of_its_parameters_does():
+    class Open(Recorder):
+        def forward(self, x=None, **others):
+            self.seen = others
+
+    model = Open()
+    call_model(model, {"x": X, "y": Y})
+    assert [*model.seen] == ["y"]
+
+
+@pytest.mark.parametrize(("labels", "got"), [
+    (IDS[:, :2], r"torch.int64 \[1, 2\]"), (IDS.int(), r"torch.int32 \[1, 3\]"), (IDS[0], r"torch.int64 \[3\]"),
+])  # fmt: skip
+def test_labels_that_are_none_of_each_token_are_one_line(labels, got):
+    words = rf"^labels of the batch are {got}, expected \[1, 3\] as input_ids, in int64\.$"
+    refused(words, call_model, tiny_llama(), {"input_ids": IDS, "labels": labels}, with_labels=True)
+    refused(words, call_model, OwnLoss(), {"input_ids": IDS, "labels": labels}, with_labels=True)
+
+
+def test_labels_of_the_last_tokens_go_with_logits_of_these_alone():
+    batch = {"input_ids": IDS, "labels": IDS[:, 1:], "logits_to_keep": 2}
+    assert call_model(tiny_llama(), batch, with_labels=True).logits.shape == (1, 2, 64)
+
+
+class OwnLoss(nn.Module):
+    """A user's own model, which may take other labels, and raises for these."""
+
+    loss_type = "ForCausalLM"
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, input_ids, labels):
+        raise ValueError("labels")
+
+
+def test_what_a_users_own_model_raises_passes_where_its_labels_are_of_tokens():
+    with pytest.raises(ValueError, match="labels"):
+        call_model(OwnLoss(), {"input_ids": IDS, "labels": IDS}, with_labels=True)
+
+
+@pytest.mark.parametrize("merged", [0, 1])
+def test_an_adapter_of_which_a_layer_is_merged_cannot_be_left_out(merged):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].merged, model[1].merged = merged == 0, merged == 1
+    with (
+        pytest.raises(
+            LoraInitError, match=r"^the adapter is merged into the base .* Call unmerge_adapter\(\) first\.$"
+        ),
+        disabled(model),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("batches", "got"), [

@@ -9,12 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaModel, PretrainedConfig, PreTrainedModel
 
 from lora_init import LoraInitError, find_targets
 from lora_init.layers import targets
 from lora_init.layers.targets import (
     Target,
+    count_linear,
     file_prefixes,
     heads_of,
     is_in,
@@ -156,6 +157,7 @@ def test_a_layer_is_read_back_from_what_files_have_of_it(build, extras):
 def test_a_body_alone_gets_the_head_of_its_task():
     assert trains_new_head([], "SEQ_CLS", ()) and not trains_new_head([], "CAUSAL_LM", ())
     assert not trains_new_head(["head"], "SEQ_CLS", ()) and trains_new_head(["head"], None, ["head"])
+    assert trains_new_head(["body.head", "value"], None, ["value"])
 
 
 LINEAR = Target("a.up", "Linear", 6, 4)
@@ -236,6 +238,31 @@ class Wrapped(nn.Module):
         self.body, self.own, self.table, self.norm = body, nn.Linear(2, 2), nn.Embedding(3, 2), nn.LayerNorm(2)
 
 
+class Longer(LlamaModel):
+    """A user's class that adds to a library's body."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.value, self.empty = nn.Linear(4, 1), nn.Identity()
+
+
+class Speaking(Wrapped):
+    """One whose own layer makes its logits."""
+
+    def get_output_embeddings(self):
+        return self.own
+
+
+class Scratch(PreTrainedModel):
+    """A user's class that derives from no model of a library."""
+
+    config_class, base_model_prefix = PretrainedConfig, "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body, self.top = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
 class Extended(LlamaForCausalLM):
     """A user's class that adds to a library's."""
 
@@ -253,7 +280,68 @@ class Extended(LlamaForCausalLM):
     (lambda: Wrapped(tiny_llama()), [], ["own"]),
     (lambda: Wrapped(tiny_bert()), [], ["own", "body.classifier"]),
     (lambda: Extended(tiny_llama().config), [], ["value"]),
+    (lambda: Longer(tiny_llama().config), [], ["value"]),
+    (lambda: Speaking(tiny_llama()), [], []),
+    (lambda: Scratch(PretrainedConfig()), ["top"], ["top"]),
+    (lambda: nn.ModuleDict({"attend": nn.MultiheadAttention(2, 1)}), [], ["attend", "attend.out_proj"]),
 ])  # fmt: skip
 def test_heads_that_begin_at_random(build, heads, new):
     model = build()
-    assert heads_of(model) == heads and new_heads(model) == new
+    assert heads_of(model) == heads_of(nn.DataParallel(model)) == heads and new_heads(model) == new
+
+
+@pytest.mark.parametrize("library", ["transformers", "transformers_modules", "diffusers", "sentence_transformers"])
+def test_what_a_users_class_has_beside_a_model_of_a_library_is_new(library):
+    def made(module, **parts):
+        return type("Model", (nn.ModuleDict,), {"__module__": module, "from_pretrained": None})(parts)
+
+    body = made(f"{library}.models.some", up=nn.Linear(2, 2))
+    assert new_heads(body) == new_heads(made(f"{library}.models.pair", inner=tiny_bert())) == []
+    assert new_heads(made("own", body=body, head=nn.Linear(2, 2))) == ["head"]
+    assert new_heads(made("own", body=made("own", up=nn.Linear(2, 2)), head=nn.Linear(2, 2))) == []
+
+
+def test_what_an_adapter_adds_is_not_counted_among_the_linear_layers():
+    name = "model.layers.0.self_attn.q_proj"
+    for modules_to_save in (None, ["lm_head"]):
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=modules_to_save)
+        base = get_peft_model(tiny_llama(), config).get_base_model()
+        assert count_linear(base, [name]) == count_linear(base, ["lm_head"]) == 14
+    own, layer = OfDimensions(), nn.Linear(4, 4)
+    for held in (own, nn.ModuleDict({"base_layer": own})):
+        model = nn.ModuleDict({"own": held, "layer": layer})
+        assert [count_linear(model, names) for names in (["layer"], ["layer", "own.p2"])] == [1, 2]
+
+
+def test_two_layers_of_one_part_are_of_that_part_and_one_alone_of_the_whole():
+    text = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"text": text, "vision": nn.ModuleDict({"c": nn.Linear(4, 4)})})
+    named = (["text.a", "text.b"], ["text.a"], ["text.a", "vision.c"])
+    assert [count_linear(model, names) for names in named] == [2, 3, 3]
+
+
+class Packed(nn.Module):
+    """A linear layer of another library."""
+
+    in_features = out_features = 2
+
+
+def test_packed_layers_count_as_others_do_and_what_makes_the_logits_does_not():
+    model = Wrapped(nn.ModuleDict({"up": Packed(), "down": nn.Linear(2, 2)}))
+    model.own = Packed()
+    assert count_linear(model, ["body.up"]) == 3
+    model.get_output_embeddings = lambda: model.own
+    assert count_linear(model, ["body.up"]) == 2
+
+
+def test_a_class_is_a_linear_layer_of_transformers_by_its_name_and_its_width():
+    named, filters = (type(name, (nn.Module,), {})() for name in ("Conv1D", "Filters"))
+    filters.nf = 4
+    model = nn.ModuleDict({"named": named, "filters": filters, "linear": nn.Linear(2, 2)})
+    assert list(find_targets(model).layers) == ["linear"]
+    refused("selects 'named', a Conv1D, and an adapter needs a linear layer", find_targets, model, ["named"])
+
+
+def test_names_of_experts_are_explained_beside_others_that_match_nothing():
+    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+    refused(r"matches no layer of ModuleDict. It has the experts 0 to 1\.$", find_targets, model, ["up", "experts.5"])

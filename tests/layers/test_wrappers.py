@@ -261,6 +261,8 @@ def test_the_id_of_a_model_is_where_it_was_loaded_from():
     assert model_id(model) == model_id(nn.Linear(2, 2)) == ""
     model.config.name_or_path = "org/model"
     assert model_id(model) == "org/model"
+    model.config = SimpleNamespace(name_or_path=None)
+    assert model_id(model) == ""
 
 
 def test_how_a_model_was_quantized():
@@ -289,6 +291,13 @@ def test_weights_that_are_elsewhere_are_brought():
     found = dict(weights(model))
     assert [*found] == ["0.weight", "1.weight", "2.weight"]
     assert all(torch.equal(one, other) for one, other in zip(found.values(), plain, strict=True))
+
+
+def test_a_weight_that_is_in_place_is_taken_as_it_is():
+    """A layer may have a hook that offloads and a weight in memory, as one that is tied to another."""
+    layer = nn.Linear(2, 2, bias=False)
+    layer._hf_hook = SimpleNamespace(weights_map={})
+    assert torch.equal(dict(weights(layer))["weight"], layer.weight)
 
 
 class Split:

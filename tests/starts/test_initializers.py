@@ -50,6 +50,8 @@ def test_eva_fills_up_with_orthogonal_directions_where_the_data_had_no_more():
 def test_eva_refuses_a_rank_that_the_statistics_were_cut_below():
     with pytest.raises(LoraInitError, match=r"rank 5 needs 5 components and the statistics hold 4.*rank 4 at most"):
         eva(spectrum(), 5, layer_generator(0, "x"))
+    with pytest.raises(LoraInitError, match="the statistics hold 4"):  # six centred rows span five directions
+        eva(spectrum(n_samples=6), 5, layer_generator(0, "x"))
 
 
 def test_random_scaled_has_evas_energy_on_rows_and_the_directions_of_random():

@@ -16,6 +16,7 @@ from lora_init.starts.starts import (
     STARTS,
     buildable,
     changes_base,
+    compared_names,
     find_recipe,
     find_start,
     load_function,
@@ -54,6 +55,39 @@ def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights()
 def test_data_are_read_for_directions_or_for_ranks(name, moves_ranks, reads_data):
     recipe = find_recipe(name)
     assert (recipe.moves_ranks, recipe.reads_data) == (moves_ranks, reads_data)
+
+
+@pytest.mark.parametrize(("name", "takes_step", "measures", "corrects"), [
+    ("eva", False, (False, False), (False, False)),
+    ("natural-gradient-step", True, (True, False), (False, False)),  # whose gamma may be given
+    ("lora-one", True, (True, False), (False, False)),
+    ("lora-ga", False, (False, False), (False, False)),  # the base is corrected, and no loss tells its steps apart
+    ("qera", False, (True, True), (True, True)),
+    ("pissa", False, (False, False), (False, False)),
+    ("olora", False, (False, False), (False, False)),
+    ("loftq", False, (False, False), (False, True)),  # a plain base is rounded, and not corrected
+    ("bank-nearest", True, (True, True), (False, False)),
+    ("full", False, (False, False), (False, False)),
+])  # fmt: skip
+def test_a_loss_is_measured_where_a_step_is_searched_or_a_correction_checked(name, takes_step, measures, corrects):
+    start = find_start(name)
+    assert start.takes_step is takes_step and tuple(map(start.measures, (None, 2.0))) == measures
+    assert tuple(map(start.corrects, (False, True))) == corrects
+    assert start.changes_output is (takes_step or name == "qera")
+
+
+def test_the_name_of_a_variation_says_what_is_varied():
+    for name in [name for name in compared_names() if name not in start_names()]:
+        recipe, (first, _, rest) = find_recipe(name), name.partition("-")
+        if name.endswith("-ranks"):  # another start's ranks, with random
+            assert recipe.start.name == "random" and recipe.moves_ranks
+            assert recipe.policy == first and recipe.needs_gradient is (first == "gradient")
+            assert recipe.is_made_by_init is (first == "eva") and recipe.resized is (first != "eva")
+        else:
+            assert name.startswith(f"{recipe.start.name}-") and recipe.is_made_by_init and recipe.resized
+        assert recipe.center is ("uncentred" not in rest) and recipe.freeze_a is ("frozen-a" in rest)
+        if "rho" in rest:
+            assert recipe.rho == float(rest[3])
 
 
 @pytest.fixture
@@ -129,10 +163,16 @@ def test_a_start_from_a_bank_is_made_by_the_options_that_it_names(way):
 
 
 @pytest.mark.parametrize(
-    ("what", "said"), [({"gamma": -1}, "gamma=-1, expected a positive number"), ({"gamma": math.inf}, "gamma=inf")]
+    ("what", "said"),
+    [
+        ({"gamma": -1}, "gamma=-1, expected a positive number"),
+        ({"gamma": 0}, "gamma=0,"),
+        ({"gamma": math.inf}, "gamma=inf"),
+    ],
 )
 def test_what_cannot_be_true_of_a_start_is_refused_where_it_is_made(what, said):
     refused(f"start 'odd': {said}", Start, "odd", "", function=leading, **what)
+    assert Start("small", "", function=leading, gamma=0.01).gamma == 0.01
 
 
 def test_a_start_may_take_the_weight_of_the_base(packages, stats):

@@ -226,7 +226,7 @@ def test_layers_that_ran_in_one_part_only_come_from_it():
     assert merged.sizes["both"] == pytest.approx((0.1 * x_a + 0.9 * x_b, math.sqrt(0.1 * y_a**2 + 0.9 * y_b**2)))
     assert all(merged.sizes[way] == pytest.approx(part.sizes[way]) for way, part in (("left", a), ("right", b)))
     older = replace(b, sizes={})  # which lacks them: nothing is known of all rows of what it ran
-    assert {*a.merge(older).sizes} == {"left"}
+    assert {*a.merge(older).sizes} == {"left"} and {*replace(a, sizes={}).merge(b).sizes} == {"right"}
     assert "part 1, right: never ran; PEFT's own initialization." in merged.provenance.notes
     assert list(b.merge(a)) == ["left", "both", "right"]
 
@@ -422,6 +422,8 @@ def test_rows_that_begin_at_one_place_are_the_same_whatever_the_batches():
         refused("part 2 and part 1 hold the same rows, which would count twice", first.merge, made(**same))
     for other in ({"offset": 8}, {"seed": 1}, {"template": "{text} {text}"}):
         first.merge(made(**other))
+    asked = {"template": "{text}"}
+    made(**asked, completion="{text}").merge(made(**asked, completion="{text} {text}"))
 
 
 A, B = "en/a.jsonl: 64 of 200 examples", "en/b.jsonl: 64 of 300 examples"
@@ -565,3 +567,12 @@ def test_one_set_alone_is_only_cut():
     found = mix([whole], 4, [0.1])
     assert torch.equal(found.components, whole.components[:4]) and found.total_variance == whole.total_variance
     assert torch.equal(found.explained_variance, whole.explained_variance[:4]) and found.n_samples == 300
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_a_set_of_one_row_counts_as_one(center):
+    sets = [torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])]
+    merged = mix([spectrum_of(one, None, center) for one in sets], 2)
+    whole = spectrum_of(torch.cat(sets), None, center)
+    assert merged.total_variance == pytest.approx(whole.total_variance) and merged.n_samples == 3
+    torch.testing.assert_close(merged.explained_variance, whole.explained_variance, rtol=1e-6, atol=1e-6)

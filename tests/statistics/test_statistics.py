@@ -58,6 +58,13 @@ def test_a_size_of_zero_is_one(path):
     assert found.sizes[down] == (0.0, 0.0)
 
 
+def test_rows_without_variance_come_back(tmp_path):
+    stats = made_by_hand()
+    still = Spectrum(torch.eye(4)[:2], torch.tensor([0.0, 0.0]).double(), 0.0, torch.ones(4), 9)
+    found = Statistics.load(replace(stats, groups={"q": still}).save(tmp_path / "stats.st"))
+    assert found.total_variance("k") == 0.0 and found["q"].explained_variance.tolist() == [0.0, 0.0]
+
+
 def test_a_file_from_before_sizes_were_measured_is_read(path):
     found = Statistics.load(rewritten(path, lambda header: header.pop("sizes")))
     assert found.sizes == {} and [*found] == [*Statistics.load(path)]
@@ -185,6 +192,7 @@ def rewritten(path, change, tensors=None):
     lambda header: header["layers"]["model.layers.0.mlp.down_proj"].__setitem__(2, 32),
     lambda header: header["groups"]["model.layers.0.mlp.down_proj"].update(total_variance="x"),
     lambda header: header["groups"]["model.layers.0.mlp.down_proj"].update(total_variance=-1.0),
+    lambda header: header["groups"]["model.layers.0.mlp.down_proj"].update(total_variance=math.inf),
     lambda header: header["groups"]["model.layers.0.mlp.down_proj"].update(n_samples=-5),
     lambda header: header["layers"]["model.layers.0.mlp.down_proj"].append({"experts": 20_000_000}),
     lambda header: header["layers"]["model.layers.0.mlp.down_proj"].append({"kernel": [3, 3]}),
@@ -202,6 +210,11 @@ def test_parts_that_do_not_fit_are_refused(path, change):
     ("explained_variance", lambda along: -along),
     ("components", lambda rows: rows * 1e30),
     ("components", lambda rows: rows.int()),
+    ("components", lambda rows: rows[1:].clone()),
+    ("components", lambda rows: rows[:, 1:].contiguous()),
+    ("components", lambda rows: rows * 1.01),
+    ("explained_variance", lambda along: along[:, None].clone()),
+    ("explained_variance", lambda along: along[1:].clone()),
 ])  # fmt: skip
 def test_numbers_that_no_pass_can_have_found_are_refused(path, part, change):
     name = f"model.layers.0.self_attn.q_proj/{part}"
