@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_init.errors import LoraInitError
 from lora_init.starts.initializers import (
+    as_large_as_random,
     energy,
     eva,
     gaussian,
@@ -69,6 +70,21 @@ def test_random_scaled_has_evas_energy_on_rows_and_the_directions_of_random():
     assert energy(found, a.float()) == pytest.approx(float(measured[0]), rel=0.02)
     nothing = Spectrum(torch.empty(0, 12), torch.empty(0, dtype=torch.float64), 0.0, torch.zeros(12), 9)
     assert torch.equal(random_scaled(nothing, 4, layer_generator(0, "x")), drawn.float())
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_size_of_a_does_not_depend_on_the_size_of_what_the_layer_reads(scale):
+    source = spectrum()
+    other = Spectrum(
+        source.components, source.explained_variance * scale, source.total_variance * scale, source.mean, 100
+    )
+    sized = [as_large_as_random(one, one.components[:3]) for one in (source, other)]
+    drawn = [random_scaled(one, 3, layer_generator(0, "x")) for one in (source, other)]
+    for first, second in (sized, drawn):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7)
+    for one in (source, other):  # the energy that random has on average
+        a = as_large_as_random(one, one.components[:3])
+        assert energy(one, a) == pytest.approx(3 / (3 * 12) * one.total_variance)
 
 
 @pytest.mark.parametrize(("initialisation", "of"), [(eva, spectrum(n_samples=4)), (orthogonal, 12)])

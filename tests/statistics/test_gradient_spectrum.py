@@ -164,6 +164,32 @@ def test_two_sums_agree_by_the_cosine_between_them():
     assert fitted(data, 8).agreement(fitted([(-g, x) for g, x in data], 8), 4) == 0.0
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_they_agree_as_much_whatever_their_size(scale):
+    data = batches(rank=5)
+    parts = [fitted([(g * scale, x) for g, x in part], 8) for part in (data[:2], data[2:])]
+    assert parts[0].agreement(parts[1], 4) == pytest.approx(fitted(data[:2], 8).agreement(fitted(data[2:], 8), 4))
+
+
+def test_a_seed_alone_decides_which_directions_are_tried_first():
+    data, found = batches(), []
+    for of_caller, seed in ((1, 3), (2, 3), (2, 4)):
+        torch.manual_seed(of_caller)
+        state = torch.get_rng_state()
+        found.append(dense(fitted(data, 4, seed=seed).triplets(4)))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_of_one_token_with_one_label_the_mean_is_its_own_gradient():
+    g, x = torch.tensor([[3.0, 0.0, 4.0]]), torch.tensor([[1.0, 2.0]])
+    weighted = ExactPCA(2).partial_fit(x).spectrum()
+    found = freeze_gradient(fitted([(g, x)], 2), weighted, n_labels=1)
+    made = dense((found.left, found.singular_values, found.right))
+    torch.testing.assert_close(made, (g.T @ x).double(), rtol=1e-5, atol=1e-5)
+    assert found.output_moment.tolist() == [9.0, 0.0, 16.0] and found.n_samples == 1
+
+
 def test_nothing_agrees_with_nothing_and_zeros_with_all():
     data, zeros = batches(rank=5)[:2], [(torch.zeros(9, 24), torch.randn(9, 40))]
     one, empty, idle = fitted(data, 4), MeanGradient(4), fitted(zeros, 4)

@@ -321,7 +321,9 @@ def test_other_misuse_is_refused(kind):
     refused("floating point", decomposition.partial_fit, torch.ones(9, 6, dtype=torch.long))
     refused("centered", decomposition.merge, kind(2, center=False).partial_fit(torch.randn(9, 6)))
     refused("width 5, expected 6", decomposition.merge, kind(2).partial_fit(torch.randn(9, 5)))
-    refused("n_components=0", IncrementalSVD, 0)
+    for number in (0, -1, 2.5):
+        refused(f"n_components={number}", IncrementalSVD, number)
+    assert IncrementalSVD(1).n_components == 1
 
 
 def test_of_no_rows_nothing_is_captured_and_of_constant_rows_all():
@@ -359,6 +361,15 @@ def test_what_is_captured_is_of_the_components_that_are_reported():
     assert svd.captured == pytest.approx(float(spectrum.explained_variance.sum()) / spectrum.total_variance)
     assert svd.agreement(IncrementalSVD(3), 2) == IncrementalSVD(3).agreement(svd, 2) == 0.0
     assert svd.agreement(svd, 2) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_shares_do_not_depend_on_the_size_of_the_rows(scale):
+    found = []
+    for factor in (1.0, scale):
+        one, other = (IncrementalSVD(4).partial_fit(rows * factor) for rows in decaying_rows(300, 40).split(150))
+        found.append([one.captured, one.agreement(other, 4), *one.spectrum().explained_variance_ratio.tolist()])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_a_seed_decides_where_a_first_batch_begins():

@@ -514,6 +514,20 @@ def test_what_a_merge_says_of_its_parts():
     assert whole.complete and not any("components" in note for note in whole.notes)
 
 
+def test_by_labels_rows_with_gradients_are_others_than_those_without():
+    labels = dict(token_mask="labels")
+    a, b = part(torch.randn(20, 12), 3, gradients=True, **labels), part(torch.randn(30, 12), 3, **labels)
+    words = r"^part 2 was made with gradients=False, part 1 with gradients=True\. Collect both the same way\.$"
+    refused(words, a.merge, b)
+
+
+def test_the_rest_of_a_pass_may_begin_with_the_same_rows():
+    rows = torch.randn(20, 12)
+    a, b = part(rows, 3), part(rows, 3)
+    refused("^part 2 and part 1 hold the same rows", a.merge, b)
+    assert a.continued_by(b)["a"].n_samples == 40
+
+
 @pytest.mark.parametrize(("parts", "size"), [
     ([[(3, 1.0)], [(5, 0.9)]], 5),  # the first has left nothing out
     ([[(3, 0.9)], [(5, 0.9)]], 3),
