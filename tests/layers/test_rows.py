@@ -10,6 +10,7 @@ from lora_init.layers.rows import (
     Patches,
     check_peft,
     expert_group,
+    experts_of,
     find_parameters,
     patches_of,
     routed,
@@ -76,6 +77,38 @@ class Gated(nn.Module):
         return gate.relu() * up
 
 
+def gated(**changes):
+    module = Gated()
+    for name, value in changes.items():
+        setattr(module, name, value)
+    return module
+
+
+def plain(**parts):
+    module = nn.Module()
+    module.down_proj = nn.Parameter(torch.randn(3, 5, 4))
+    for name, value in parts.items():
+        setattr(module, name, value)
+    return module
+
+
+@pytest.mark.parametrize(("module", "ending", "widths"), [
+    (gated(), "gate_up_proj", (3, 5, 8)),
+    (gated(), "down_proj", (3, 4, 5)),
+    (gated(is_transposed=True), "gate_up_proj", (3, 8, 5)),
+    (gated(own=nn.Parameter(torch.randn(3, 8, 5))), "own", None),
+    (gated(down_proj=nn.Parameter(torch.randn(5, 4))), "down_proj", None),
+    (gated(down_proj=nn.Parameter(torch.ones(3, 5, 4).to(torch.int8), requires_grad=False)), "down_proj", None),
+    (gated(), "absent", None),
+    (plain(is_transposed=False), "down_proj", None),  # without a first matrix, or without the interface
+    (plain(gate_up_proj=nn.Parameter(torch.randn(3, 8, 5))), "down_proj", None),
+    (plain(gate_up_proj=nn.Parameter(torch.randn(3, 8, 5)), is_transposed=False), "down_proj", None),
+])  # fmt: skip
+def test_a_parameter_is_of_experts_by_the_interface_of_its_module(module, ending, widths):
+    found = experts_of(f"m.{ending}", module)
+    assert found is widths is None or (found.n_experts, found.in_features, found.out_features) == widths
+
+
 def test_the_rows_of_each_expert_by_hand():
     module, hidden = Gated(), torch.randn(4, 5)
     chosen = torch.tensor([[0, 2], [2, 0], [0, 0], [2, 2]])
@@ -96,6 +129,17 @@ def test_the_rows_of_each_expert_by_hand():
     of_two = inside[0] @ module.down_proj[0].T  # one of two that are added up
     torch.testing.assert_close(second.output(inside[0], 0, chosen), of_two / 2**0.25)
     assert expert_group("m.up", 3) == "m.up.3"
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(2, 8)])
+def test_experts_without_a_gate_have_their_activation_alone(bias):
+    module, hidden, chosen = gated(), torch.randn(4, 5), torch.tensor([[1], [0], [1], [1]])
+    del module.gate_up_proj
+    module.up_proj, module.act_fn, module.up_proj_bias = nn.Parameter(torch.randn(2, 8, 5)), torch.tanh, bias
+    rows = dict(Experts("m.down_proj", module, 2, 8, 5).rows(hidden, chosen))
+    for expert, places in ((0, [1]), (1, [0, 2, 3])):
+        inside = hidden[places] @ module.up_proj[expert].T + (0.0 if bias is None else bias[expert])
+        torch.testing.assert_close(rows[expert], inside.tanh())
 
 
 def test_the_first_tensor_of_each_type_is_meant():

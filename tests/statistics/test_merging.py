@@ -521,6 +521,21 @@ def test_by_labels_rows_with_gradients_are_others_than_those_without():
     refused(words, a.merge, b)
 
 
+def test_rows_with_other_means_in_one_layer_are_other_rows():
+    """Also where numbers and variances are the same: of whole numbers both are exact."""
+    rows = torch.randint(0, 4, (16, 12)).float()
+    one, other = part(rows, 3), part(rows + 8.0, 3)
+    assert one.total_variance("a") == other.total_variance("a")
+    assert one.merge(other)["a"].n_samples == 32
+    targets = {name: replace(one.targets["a"], name=name) for name in "ab"}
+    pairs = [
+        replace(one, groups={"a": one["a"], "b": of_b["a"]}, group_of={"a": "a", "b": "b"}, targets=targets)
+        for of_b in (one, other)
+    ]
+    assert pairs[0].merge(pairs[1])["b"].n_samples == 32
+    refused("hold the same rows", pairs[0].merge, replace(pairs[0]))
+
+
 def test_the_rest_of_a_pass_may_begin_with_the_same_rows():
     rows = torch.randn(20, 12)
     a, b = part(rows, 3), part(rows, 3)

@@ -234,6 +234,14 @@ def test_a_notebook_shows_the_table_in_four_digits():
     assert "&lt;" not in shown and shown.startswith(f"<p>{stats!r}</p>")
     for value in table["total_variance"]:
         assert f"<td>{value:.4g}</td>" in shown
+    assert 'border="1"' not in shown
+
+
+def test_a_notebook_shows_the_first_and_the_last_of_many_layers():
+    names, one = [f"layer{i}" for i in range(30)], made_by_hand()
+    many = replace(one, group_of=dict.fromkeys(names, "q"), targets=dict.fromkeys(names, one.targets["q"]))
+    found = [name for name in names if f"<th>{name}</th>" in many._repr_html_()]
+    assert found == [*names[:10], *names[-10:]]
 
 
 def made_by_hand(**about):
