@@ -134,6 +134,21 @@ def test_mistakes_get_one_clear_line():
     refused("linear layers are named: none", find_targets, nn.ModuleDict({"norm": nn.LayerNorm(3)}), ["q"])
 
 
+TWO = "'{}' (2 layers)"
+
+
+@pytest.mark.parametrize(("targets", "hint"), [
+    (["qproj", "q_porj"], f"Closest names: {', '.join(map(TWO.format, ['q_proj', 'v_proj', 'o_proj']))}."),  # each once
+    (["lm_haed"], "Closest names: 'lm_head' (1 layer)."),
+    (r".*(k|v)_porj$", f"Closest names: {', '.join(map(TWO.format, ['v_proj', 'q_proj', 'o_proj']))}."),
+    ("zzz.*", "Its linear layers are named: " + ", ".join(
+        TWO.format(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ) + "."),
+])  # fmt: skip
+def test_what_matches_nothing_is_answered_with_names_that_there_are(targets, hint):
+    assert refused("matches no layer of LlamaForCausalLM", find_targets, tiny_llama(), targets).endswith(f"LM. {hint}")
+
+
 def test_an_expression_that_takes_exponential_time_is_refused_in_a_moment(monkeypatch):
     monkeypatch.setattr(targets, "_PATIENCE", 0.01)
     slow = r"(a|\w|.)+\.(a|\w|.)+!"
