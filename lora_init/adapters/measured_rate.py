@@ -21,6 +21,7 @@ from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers, check_fresh
 from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.collection.loop import row_norms
+from lora_init.collection.processes import Processes
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.grid import layers_in
 from lora_init.layers.masks import NothingCountsError, TokenMasks
@@ -54,7 +55,8 @@ def learning_rate(
 
     Any adapter of PEFT whose B is zero will do: of `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` or
     `initialize`. Its gradients are not needed, and the model is as it was afterwards. One rate for all layers; the
-    optimizer is AdamW with batches of 4 to 32, see `LearningRate`.
+    optimizer is AdamW with batches of 4 to 32, see `LearningRate`. The processes of a process group measure together,
+    as in `collect`: each calls this function with batches of its own, and all get one rate.
 
     Args:
         model: A model with the adapter.
@@ -200,6 +202,8 @@ def measure_responses(
         for layer in readable.values():
             layer.lora_variant = {}  # DoRA also multiplies A by a unit matrix, which is no input
         _run_batches(base, hooks, batches, sums)
+    with Processes() as processes:
+        sums.add_all(processes.gather((sums.sums, sums.read)))
     if not sums.sums:
         raise LoraInitError("no batch has a token that counts, so no rate can be told. Check attention_mask.")
     responses: dict[str, Response] = {}
@@ -295,6 +299,15 @@ class _Sums(Sink):
         self.sums: dict[str, tuple[float, int]] = {}  # by key: the sum, and how many tokens it is over
         self.read: set[str] = set()  # experts that got tokens
         self._a_of_expert = a_of_expert  # the layer and the A [r, d_in] of each expert
+
+    def add_all(self, everywhere: Iterable[tuple[dict[str, tuple[float, int]], set[str]]]) -> None:
+        """Take the sums, and the experts that got tokens, of all processes together."""
+        self.sums = {}
+        for sums, read in everywhere:
+            self.read |= read
+            for key, one in sums.items():
+                total, count = self.sums.get(key, (0.0, 0))
+                self.sums[key] = total + one[0], count + one[1]
 
     def rows(self, group: str, rows: Tensor) -> None:
         """Add to the sum of a group."""

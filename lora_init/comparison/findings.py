@@ -303,7 +303,7 @@ def answer(
         edges=edges,
         rates=best_rates(table),
         could=[min(detectable), max(detectable)] if detectable else [],
-        forgotten=by_start.get(start or "", by_start.get(RANDOM)),
+        forgotten=by_start.get(start or RANDOM),
         extend=_next_extend(table, edges, settings),
     )
     if start is None:

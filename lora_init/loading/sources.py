@@ -264,6 +264,7 @@ def _load(label: str, **arguments: Any) -> Any:
     try:
         table = datasets.load_dataset(**names)
         if arguments["path"] == "json":
+            table.data.validate(full=True)  # its reader takes what is no UTF-8, far into a file
             table = _as_written(table, arguments["data_files"])
         return table
     except Exception as error:  # `datasets` raises what its readers, file systems and the hub's client raise
@@ -352,7 +353,7 @@ def _check_lines(files: Sequence[str]) -> None:
         file = Path(name)
         if _suffix(file) != ".jsonl":
             continue
-        with suppress(OSError, EOFError, zlib.error), _opened(file) as lines:
+        with suppress(OSError, EOFError, zlib.error, UnicodeDecodeError), _opened(file) as lines:
             _json_lines(lines, _label_of(file))
 
 

@@ -33,6 +33,7 @@ WRITE_NO_TEXT = {
     "SEQ_CLS": "a classifier", "TOKEN_CLS": "a classifier of tokens", "QUESTION_ANS": "a model that finds answers",
     "FEATURE_EXTRACTION": "an encoder",
 }  # fmt: skip
+_IN_TWO_PARTS = "SEQ_2_SEQ_LM"  # PEFT's name for encoder-decoder models, whose text engines write without adapters
 _OF_EXPERTS = "adapter of experts"
 _NO_EXPERTS = f"takes no {_OF_EXPERTS}"
 _HEADS = ("lm_head", "embed_out")  # names of output embeddings in transformers, GPT-NeoX's last
@@ -61,6 +62,8 @@ def serving_note(
         )
     if kind := WRITE_NO_TEXT.get(str(config.get("task_type"))):
         return f"PEFT takes this adapter as it is. It is of {kind}, and the engines of `lora-init export` write text."
+    if str(config.get("task_type")) == _IN_TWO_PARTS:
+        return "PEFT takes this adapter as it is. No engine is known to serve adapters of an encoder-decoder model."
     for key in _PEFT_ALONE:
         if config.get(key):
             return f"PEFT takes this adapter as it is. It was trained with {key}, which no other does."
@@ -103,7 +106,7 @@ def export_options(config: Mapping[str, Any], tensors: Iterable[str]) -> str | N
     """Return the options with which `export` writes an adapter, for an engine where one takes it; None if it cannot."""
     if any(config.get(key) for key in _PEFT_ALONE):
         return None
-    if str(config.get("task_type")) in WRITE_NO_TEXT:  # PEFT's own directory
+    if str(config.get("task_type")) in (*WRITE_NO_TEXT, _IN_TWO_PARTS):  # PEFT's own directory
         return ""
     extra = _rarest_extra(config, tensors)
     engines = [name for name, engine in ENGINES.items() if extra is None or _exports(engine, extra)]

@@ -34,8 +34,8 @@ _OTHER_BASE = 0.03  # share of the variance within prompts; a served base that m
 # What may be left over: so many times the engine's noise, and a share of the effect, since an adapter is rounded, too.
 # A factor that is searched explains nine tenths. One wrong layer of two hundred left a hundredth (SmolLM2 in vLLM).
 _NOISES, _LEFT, _LEFT_BY_FAULT, _LEFT_WITHOUT_NOISE = 3.0, 0.001, 0.1, 0.2
-# The weight of a part that is not as trained is this far from its own and that of each other this near, in an answer of
-# which that much is the adapter. Another base, a token too many or a missing block move those of all parts.
+# The weight of a part that is not as trained is this far from its own, and each other weight this near, in an answer of
+# which that much is the adapter. Another base, a token too many or a missing block move the weights of all parts.
 _PART_OFF, _PART_SAME, _PART_FITS = 0.1, 0.02, 0.0
 _PROMPTS = 0.75  # share of the prompts that fit where a router may have sent tokens of the rest to other experts
 EXPERTS = "experts"  # how modules of experts are called, and the part that they are
@@ -179,8 +179,8 @@ def diagnose(
     answered, values, measured = int(returned.any(1).sum()), int(returned.sum()), not bool(at_base.isnan().all())
     # Each is NaN where nothing was returned, and no comparison below holds of it.
     noise, residual, from_base = _distance(at_base, plain), _distance(observed, trained), _distance(observed, plain)
-    # What may be left: `allowed` of an adapter that is served as trained, `by_list` of a fault of the list, `by_base` of
-    # an answer of the base, and `of_effect` of a factor that is searched. A distance above `suspicious` is worth
+    # What may be left: `allowed` of an adapter that is served as trained, `by_base` of what the base answers, `by_list`
+    # of another fault of the list, and `of_effect` of a factor that is searched. A distance above `suspicious` is worth
     # looking for faults.
     of_effect = _LEFT_BY_FAULT * max(effect, from_base)
     if measured:

@@ -469,3 +469,9 @@ def test_all_that_is_trained_whole_is_named_where_the_model_is_missing(tmp_path)
     init = build_adapter(stats, 2, modules_to_save=["pooler"])
     words = r"^task_type='SEQ_CLS', modules_to_save=\['pooler'\]: PEFT trains the head \(\w+ or \w+\), pooler whole"
     refused(words, init.save_pretrained, tmp_path / "adapter")
+
+
+def test_two_adapters_of_one_form_are_two():
+    stats = made_up_statistics(tiny_llama(), task_type="CAUSAL_LM")
+    one, other = (build_adapter(stats, 2, "random", seed=seed, modules_to_save=["lm_head"]) for seed in (0, 1))
+    assert one == one and one != other and len({one, other}) == 2

@@ -423,6 +423,15 @@ def test_the_strength_that_keeps_most_is_chosen_at_the_loss_of_random():
     assert "frontiers" not in run_tables(summarise(planted({"eva": 0.0}), settings()))
 
 
+def test_of_a_winner_whose_forgetting_was_not_measured_nothing_is_told():
+    runs = planted({"eva": -0.02}, rates=(1e-3,), spread=0.0002)
+    for run in runs:
+        if run["start"] == "eva":
+            run["retain_loss"] = None
+    found = summarise(runs, settings())
+    assert found.start == "eva" and "forget" not in found.answer
+
+
 def test_of_a_rate_with_an_unstable_run_nothing_counts_as_kept():
     runs = planted({"eva": 0.0}, rates=(1e-3,), spread=0.0)
     runs += [record("eva", 1e-2, 0, 0.01, retain_loss=[3.1, 3.1]), broken("unstable", "NaN", start="eva", rate=1e-2)]

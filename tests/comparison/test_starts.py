@@ -558,7 +558,7 @@ def test_corda_runs_the_model_without_dropout_and_leaves_no_hook(training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("start", ["random", "pissa", ("mine", unseeded)], ids=str)
+@pytest.mark.parametrize("start", ["random", "pissa", ("mine", unseeded)], ids=["random", "pissa", "of one's own"])
 def test_an_adapter_is_in_the_mode_of_its_model_and_for_its_task(start, training):
     case = Case("llama")
     case.model.train(training)

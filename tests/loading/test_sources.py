@@ -522,3 +522,9 @@ def test_what_is_no_table_in_memory_is_refused_by_its_kind(source, kind):
 def test_json_lines_name_the_line_that_is_none():
     assert sources._json_lines(['{"a": 1}\n', " \n", "[2]"], "here") == [{"a": 1}, [2]]
     refused("^here, line 3 is not JSON: .*Is it cut off.$", sources._json_lines, ["1", "\n", "{"], "here")
+
+
+def test_what_is_no_utf8_late_in_a_file_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_LOOKED_AT", 16)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' * 5 + b'{"text": "\xe9"}\n')
+    refused(r"a\.jsonl: datasets cannot read it: .*UTF8 sequence at string index 5", read_rows, tmp_path / "a.jsonl")

@@ -28,7 +28,9 @@ from transformers.training_args import OptimizerNames
 
 import lora_init
 from lora_init import build_adapter, collect, initialize, learning_rate
+from lora_init.adapters import measured_rate
 from lora_init.adapters.peft_model import adapter_layers
+from lora_init.collection.processes import Processes
 from lora_init.layers.rows import experts_of
 from lora_init.layers.targets import count_linear, find_targets
 from lora_init.rates.learning_rate import (
@@ -49,7 +51,7 @@ from lora_init.rates.learning_rate import (
 from lora_init.rates.training_length import TrainingLength
 from lora_init.statistics.spectrum import Sizes
 from tests.adapters.made import batches, tiny
-from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
+from tests.conftest import batches_for, refused, tiny_bert, tiny_llama, tiny_vit
 from tests.layers.made import BOTH, MODELS, mixtral, split
 from tests.serving.engine import word_tokenizer
 from tests.versions import needs_experts_by_peft
@@ -945,3 +947,21 @@ def test_a_record_keeps_the_words_the_layers_left_out_and_the_share():
 def test_a_schedule_that_accelerate_holds_is_the_one_inside():
     schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.ones(1)], lr=1.0), lambda step: 1.0)
     assert made_by_torch(SimpleNamespace(scheduler=schedule)) is made_by_torch(schedule) is schedule
+
+
+def test_processes_with_batches_of_their_own_measure_one_rate(monkeypatch):
+    """As many processes would: each tells the others its sums. The second call stands for the first process."""
+    told, model = [], initialize(tiny_llama(), data := batches_for("llama"), rank=2)
+
+    class Both(Processes):
+        def gather(self, value):
+            told.append(value)
+            return [*told]
+
+    alone = learning_rate(model, data)
+    monkeypatch.setattr(measured_rate, "Processes", Both)
+    first, together = learning_rate(model, data[1:]), learning_rate(model, data[:1])
+    assert together.responses.keys() == alone.responses.keys()
+    for name, one in alone.responses.items():
+        assert together.responses[name] == pytest.approx(one, rel=1e-6)
+        assert first.responses[name].linear != pytest.approx(one.linear, rel=1e-4)

@@ -239,6 +239,12 @@ def test_an_engine_gets_room_for_the_rank_of_the_config_where_no_layer_has_it():
     assert "--max-lora-rank 64" in serving_note({"h.0.q_proj": 8, "h.1.q_proj": 8}, config)
 
 
+def test_no_engine_is_named_for_an_encoder_decoder_model():
+    config = {"task_type": "SEQ_2_SEQ_LM", "lora_alpha": 4}
+    assert serving_note({"encoder.q": 2}, config).endswith("serve adapters of an encoder-decoder model.")
+    assert export_options(config, []) == ""  # PEFT's own directory
+
+
 @pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, 513)])
 def test_vllm_makes_room_for_a_rank(rank, room):
     assert vllm_rank(rank) == room
