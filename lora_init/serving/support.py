@@ -60,13 +60,8 @@ def serving_note(
             f"It began as {base_change}, which changes the base weights, so no engine takes it as it is. "
             "`lora-init export --start DIRECTORY`, of the adapter before training, converts it."
         )
-    if kind := WRITE_NO_TEXT.get(str(config.get("task_type"))):
-        return f"PEFT takes this adapter as it is. It is of {kind}, and the engines of `lora-init export` write text."
-    if str(config.get("task_type")) == _IN_TWO_PARTS:
-        return "PEFT takes this adapter as it is. No engine is known to serve adapters of an encoder-decoder model."
-    for key in _PEFT_ALONE:
-        if config.get(key):
-            return f"PEFT takes this adapter as it is. It was trained with {key}, which no other does."
+    if reason := _why_peft_alone(config):
+        return f"PEFT takes this adapter as it is. {reason}"
     extra = _rarest_extra(config, tensors)
     if extra is not None:
         note = "PEFT takes this adapter as it is."
@@ -82,6 +77,19 @@ def serving_note(
         if rank and name.rpartition(".")[2] in _HEADS:
             note += f" But not where {name!r} shares its weight with the input embedding, as `inspect --engine` tells."
     return note
+
+
+def _why_peft_alone(config: Mapping[str, Any]) -> str:
+    """Write why no engine serves an adapter for this task, or trained in this way; empty if one does."""
+    task = str(config.get("task_type"))
+    if kind := WRITE_NO_TEXT.get(task):
+        return f"It is of {kind}, and the engines of `lora-init export` write text."
+    if task == _IN_TWO_PARTS:
+        return "No engine is known to serve adapters of an encoder-decoder model."
+    for key in _PEFT_ALONE:
+        if config.get(key):
+            return f"It was trained with {key}, which no other does."
+    return ""
 
 
 def _which_take(ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
