@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
-# A hundred processes of the tests read what the first has compiled: two thirds of the time.
+# A hundred processes of the tests read what the first has compiled, which saves a third of the time.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help venv test quick mutants test-oldest test-serving check format docs demo bench clean
 

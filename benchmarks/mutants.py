@@ -308,12 +308,10 @@ class _First:
 
 def _child(pipe: Any, copy: Path, tests: list[str]) -> None:
     os.setsid()
-    sys.dont_write_bytecode = False  # each of thousands of forks reads what the first has compiled
     for name in [name for name in sys.modules if name.partition(".")[0] in _OURS]:
         del sys.modules[name]
     sys.path[:] = [str(copy), *(one for one in sys.path if one not in ("", str(ROOT)))]
     os.environ["PYTHONPATH"] = str(copy)
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.chdir(copy)
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):

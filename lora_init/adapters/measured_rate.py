@@ -305,9 +305,8 @@ class _Sums(Sink):
         self.sums = {}
         for sums, read in everywhere:
             self.read |= read
-            for key, one in sums.items():
-                total, count = self.sums.get(key, (0.0, 0))
-                self.sums[key] = total + one[0], count + one[1]
+            for key, (added, n) in sums.items():
+                self._put(key, added, n)
 
     def rows(self, group: str, rows: Tensor) -> None:
         """Add to the sum of a group."""
@@ -326,11 +325,14 @@ class _Sums(Sink):
             self._add(layer, layer, row_norms(y, tokens, 2).square() / y.shape[-1])
 
     def _add(self, key: str, layer: str, values: Tensor) -> None:
-        total, count = self.sums.get(key, (0.0, 0))
         added = float(values.sum())
         if not math.isfinite(added):
             raise LoraInitError(f"layer {layer!r}: what it reads or computes contains NaN or inf. Check the model.")
-        self.sums[key] = total + added, count + len(values)
+        self._put(key, added, len(values))
+
+    def _put(self, key: str, added: float, n: int) -> None:
+        total, count = self.sums.get(key, (0.0, 0))
+        self.sums[key] = total + added, count + n
 
     def mean(self, key: str) -> float:
         """Compute the mean over tokens; 0 where there was none."""

@@ -347,8 +347,9 @@ def _other_part(
         effects.append((run(alone) - plain)[returned])  # prompts x vocabulary -> values
     a = torch.stack(effects, 1).double()  # values x parts
     b = torch.stack([(one - plain)[returned] for one in (observed, trained)], 1).double()  # values x 2
-    weights = torch.linalg.lstsq(a, b).solution.tolist()
-    off = {part: abs(served / own - 1) for part, (served, own) in zip(parts, weights, strict=True)}
+    served, own = torch.linalg.lstsq(a, b).solution.unbind(1)
+    # A part that adds nothing has no weight either time, and is as trained.
+    off = dict(zip(parts, (served / own - 1).abs().nan_to_num(0.0).tolist(), strict=True))
     *_, next_to_it, most = sorted(off, key=off.__getitem__)
     return f"; {most} alone not as trained" if off[most] > _PART_OFF and off[next_to_it] < _PART_SAME else ""
 

@@ -463,6 +463,16 @@ def test_near_the_noise_another_adapter_is_neither_this_one_nor_none(times, size
     assert model.judge(model.by() + 0.012 * model.sign).startswith("served as trained: 0.012 off")
 
 
+def test_a_part_that_adds_nothing_is_as_trained():
+    model = Sum()
+    for name in EXPERTS:
+        model.parts[name] = torch.zeros_like(model.parts[name])
+    model.effect = rms(model.by() - model.plain)
+    other = (model.by() - model.plain).roll(1, -1)
+    assert " alone" not in model.judge(model.by() + 0.2 * other)
+    assert "; self_attn alone not as trained;" in model.judge(model.by(self_attn=1.13) + 0.15 * other)
+
+
 def test_a_factor_on_the_whole_is_not_taken_for_one_part():
     model = Sum()
     mlp = model.by(self_attn=0.0) - model.plain
