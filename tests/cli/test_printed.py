@@ -42,6 +42,7 @@ def printed(folder):
             text = re.sub(r"\b[0-9a-f]{16,}\b", "#", text)  # fingerprints
             text = re.sub(r"(?<![\w-])[+\u2212-]?\d[\d,.]*(e[+-]?\d+)?(\+cpu)?", "#", text)
             text = re.sub(r"# (min|h)\b", "# s", text)  # as long as a machine takes
+            text = text.replace("Time: about # s to # s", "Time: about # s")  # and as sure of it as it is
             text = text.replace("higher than random", "lower than random")  # after two steps
             lines = [" ".join(line.split()) for line in text.splitlines()]
             texts.append("\n".join([f"$ lora-init {typed}", *filter(None, lines)]))
