@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,7 @@ def estimate(read: Opened, loading: LoadingQuantized, config: InitConfig, rho: f
         inputs.add((name.rpartition(".")[0], target.in_features))
     used = (batches or [])[: config.run.max_batches]
     tokens = sum(batch["input_ids"].numel() for batch in used)
-    operations = float(2 * _n_multiplied(model) * tokens)  # a product and a sum for each weight and token
+    operations = _operations(model, used)
     if config.needs_gradient:
         operations *= _BACKWARD
     weights_bytes = _weights_bytes(model, dtype, loading.quantize)
@@ -99,6 +99,15 @@ def _dtype(model: Any, config: Any, loading: LoadingQuantized, place: torch.devi
 
 def _n_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _operations(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> float:
+    """Count a product and a sum for each weight and token; a decoder behind an encoder reads the labels."""
+    every, read = _n_multiplied(model), sum(batch["input_ids"].numel() for batch in batches)
+    if not model.config.is_encoder_decoder:
+        return 2.0 * every * read
+    decoder, written = _n_multiplied(model.get_decoder()), sum(batch["labels"].numel() for batch in batches)
+    return 2.0 * ((every - decoder) * read + decoder * written)
 
 
 def _n_multiplied(model: Any) -> float:
