@@ -102,11 +102,14 @@ def _n_parameters(model: Any) -> int:
 
 
 def _operations(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> float:
-    """Count a product and a sum for each weight and token; a decoder behind an encoder reads the labels."""
+    """Count a product and a sum for each weight and token; behind an encoder, a decoder reads what it is to write."""
     every, read = _n_multiplied(model), sum(batch["input_ids"].numel() for batch in batches)
     if not model.config.is_encoder_decoder:
         return 2.0 * every * read
-    decoder, written = _n_multiplied(model.get_decoder()), sum(batch["labels"].numel() for batch in batches)
+    decoder, written = _n_multiplied(model.get_decoder()), 0
+    for batch in batches:
+        # A class is not written: to tell one, the decoder reads the input as well.
+        written += batch["labels" if batch["labels"].dim() == 2 else "input_ids"].numel()
     return 2.0 * ((every - decoder) * read + decoder * written)
 
 

@@ -33,23 +33,27 @@ def test_a_token_is_multiplied_with_the_experts_that_it_is_sent_to(at_once):
     assert dry_run._n_multiplied(model) == of_layers
 
 
-def test_a_decoder_behind_an_encoder_reads_the_labels():
+@pytest.mark.parametrize(("labels", "read"), [((2, 3), 3), ((2,), 9)], ids=["text", "classes"])
+def test_a_decoder_behind_an_encoder_reads_what_it_is_to_write(labels, read):
     """Counted by hook: the weights of each linear layer times the rows that it gets, but keys and values across."""
-    model, products = tiny_t5(), []
-    across = set()
+    model, products, across = tiny_t5(), [], set()
     for block in model.decoder.block:
         across |= {block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
             module.register_forward_hook(lambda m, args, out: products.append((m, args[0].shape[:-1].numel())))
-    batches = [{"input_ids": torch.ones(2, 9, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long)}] * 2
-    for batch in batches:
-        model(**batch)
-    counted = sum(2 * m.weight.numel() * (rows if m not in across else 6) for m, rows in products)
+    batch = {"input_ids": torch.ones(2, 9, dtype=torch.long), "labels": torch.ones(*labels, dtype=torch.long)}
+    model(input_ids=batch["input_ids"], decoder_input_ids=torch.ones(2, read, dtype=torch.long))
+    counted = sum(2 * m.weight.numel() * (rows if m not in across else 2 * read) for m, rows in products)
     # A table of distances is looked up, and is small.
     tables = [p.numel() for name, p in model.named_parameters() if "relative_attention_bias" in name]
-    assert dry_run._operations(model, batches) == counted + 2 * 2 * (tables[0] * 18 + tables[1] * 6)
-    assert dry_run._operations(tiny_llama(), batches) == 2 * 36 * dry_run._n_multiplied(tiny_llama())
+    expected = counted + 2 * (tables[0] * 18 + tables[1] * 2 * read)
+    assert dry_run._operations(model, [batch, batch]) == 2 * expected
+
+
+def test_a_decoder_alone_reads_the_input():
+    batches = [{"input_ids": torch.ones(2, 9, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long)}]
+    assert dry_run._operations(tiny_llama(), batches) == 2 * 18 * dry_run._n_multiplied(tiny_llama())
 
 
 @pytest.mark.parametrize(("quantize", "each"), [("nf4", 0.5625), ("fp4", 0.5625), ("int8", 1.0)])
