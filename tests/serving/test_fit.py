@@ -28,6 +28,7 @@ from lora_init.serving.fit import (
     _core,
     _expert_in,
     _part_of,
+    compare,
 )
 from lora_init.serving.trained import read_trained
 from tests.commands import assert_one_line_error, run
@@ -64,7 +65,7 @@ BASES = {
     "tied": lambda: tiny_llama(tie_word_embeddings=True), "bert": lambda: tiny_bert(None), "classifier": tiny_bert,
     "wide": lambda: tiny_llama(hidden_size=48), "deep": lambda: tiny_llama(num_hidden_layers=1),
     "more tokens": lambda: tiny_llama(vocab_size=70), "qwen3": qwen3,
-    "other weights": lambda: (torch.manual_seed(5), tiny_llama())[1],
+    "other weights": lambda: (torch.manual_seed(5), tiny_llama())[1], "body": lambda: tiny_llama().model,
 }  # fmt: skip
 
 
@@ -146,6 +147,13 @@ def test_a_right_pair_fits(bases, tmp_path, case):
     found = check_fit(tmp_path / "a", str(bases / "shards") if case == "shards" else None)
     assert found.misfits == () and found.lines == [] and found.tensors == len(load_file(
         tmp_path / "a" / "adapter_model.safetensors"))  # fmt: skip
+
+
+def test_a_task_that_adds_generate_alone_fits_a_base_without_it(bases, tmp_path):
+    adapter(bases, "body", tmp_path / "a", task_type=None, target_modules=["q_proj"])
+    change(tmp_path / "a", task_type="CAUSAL_LM")
+    found = compare(tmp_path / "a", None, "vllm")  # an engine has the class of the checkpoint
+    assert (found.model_class, found.misfits) == ("LlamaModel", ())
 
 
 # What is changed, the base, the engine, and what is said: first the base it is made on, with its settings.
