@@ -652,6 +652,13 @@ def test_adapters_of_a_half_precision_model_keep_their_type():
     assert kinds == [{torch.float32, torch.bfloat16}, {torch.float32}, {torch.bfloat16}]
 
 
+def test_directions_go_where_the_first_weight_with_numbers_is():
+    weights = [nn.Parameter(torch.ones(1, device=place)) for place in ("meta", "cpu")]
+    elsewhere = torch.device("cuda", 1)  # which need not be there
+    assert ours._device_of(nn.ParameterList(weights), elsewhere) == torch.device("cpu")
+    assert ours._device_of(nn.ParameterList(weights[:1]), elsewhere) == elsewhere
+
+
 def eva_of_a_share(rank, size, folder):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

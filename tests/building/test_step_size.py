@@ -173,6 +173,16 @@ def test_batches_of_no_known_form_are_set_aside_whole(make):
     assert [id(one) for one in (*aside, *others)] == [id(one) for one in batches] and len(aside) == 4
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 5)], ids=["of pairs of tokens", "with a cache"])
+def test_examples_are_told_apart_by_their_tokens_where_the_mask_is_of_another_shape(shape):
+    ids = [torch.tensor([[i, 1, 2], [i, 1, 3]]) for i in (4, 5)]
+    batches = [{"input_ids": ids[i % 2], "attention_mask": torch.ones(shape)} for i in range(8)]
+    with pytest.warns(UserWarning, match="on 1 of 4 different examples"):
+        aside, others = hold_out(batches)
+    aside, others = ([row.tolist() for batch in part for row in batch["input_ids"]] for part in (aside, others))
+    assert aside == [[4, 1, 2]] and len(others) == 12 and aside[0] not in others
+
+
 def modes(model):
     return [module.training for module in model.modules()]
 

@@ -328,6 +328,11 @@ def test_what_an_adapter_adds_is_not_counted_among_the_linear_layers():
         assert [count_linear(model, names) for names in (["layer"], ["layer", "own.p2"])] == [1, 2]
 
 
+def test_the_head_of_a_task_is_not_counted_among_the_linear_layers_which_peft_trains_whole():
+    counts = [count_linear(tiny_bert(), ["bert.pooler.dense"], task_type) for task_type in (None, "SEQ_CLS")]
+    assert counts[0] == counts[1] + 1 == 14
+
+
 def test_two_layers_of_one_part_are_of_that_part_and_one_alone_of_the_whole():
     text = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     model = nn.ModuleDict({"text": text, "vision": nn.ModuleDict({"c": nn.Linear(4, 4)})})
