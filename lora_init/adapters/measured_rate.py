@@ -38,6 +38,9 @@ from lora_init.statistics.spectrum import Sizes
 _MAX_BATCHES = 8
 # In the keys of sums: a suffix for the A of a layer, a prefix for what a group of layers reads.
 _A, _X = " A", "input of "
+# Classes of PEFT's variants of LoRA that add B A x, begin so: to a weight of another length, to some tokens, or with
+# gradients that take less memory.
+_OF_B_A = ("Dora", "ALora", "Velora")
 
 
 def learning_rate(
@@ -53,10 +56,10 @@ def learning_rate(
 ) -> LearningRate:
     """Compute the learning rate of a LoRA adapter from at most eight forward passes, before it is trained.
 
-    Any adapter of PEFT whose B is zero will do: of `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` or
-    `initialize`. Its gradients are not needed, and the model is as it was afterwards. One rate for all layers; the
-    optimizer is AdamW with batches of 4 to 32, see `LearningRate`. The processes of a process group measure together,
-    as in `collect`: each calls this function with batches of its own, and all get one rate.
+    Any LoRA, DoRA or aLoRA of PEFT whose B is zero will do: of `get_peft_model`, `PeftModel.from_pretrained`,
+    `add_adapter` or `initialize`. Its gradients are not needed, and the model is as it was afterwards. One rate for all
+    layers; the optimizer is AdamW with batches of 4 to 32, see `LearningRate`. The processes of a process group measure
+    together, as in `collect`: each calls this function with batches of its own, and all get one rate.
 
     Args:
         model: A model with the adapter.
@@ -74,7 +77,8 @@ def learning_rate(
         much they move.
 
     Raises:
-        LoraInitError: There is no such adapter, or its B is not zero; no batch has a token; NaN or inf in a layer.
+        LoraInitError: There is no such adapter, or its B is not zero, or it is another variant of LoRA; no batch has a
+            token; NaN or inf in a layer.
     """
     if not isinstance(freeze_a, bool):
         raise LoraInitError(f"freeze_a={freeze_a!r}: true or false is expected.")
@@ -109,6 +113,7 @@ def measure_rate(
     """Measure the rate of an adapter, whatever its B is: of starts whose B is not zero the rule holds as well."""
     model = unwrapped(model)
     base, layers = without_adapter(model), _trained(layers_of(model, adapter_name), adapter_name)
+    _check_update(layers, adapter_name)
     config = _config_of(model, adapter_name)
     if config is not None and not freeze_a:
         freeze_a = bool(carried(config.to_dict()).get("freeze_a"))
@@ -161,6 +166,18 @@ def layers_of(model: Any, adapter_name: str) -> dict[str, Any]:
     layers = adapter_layers(unwrapped(model), adapter_name)
     # By plain names, since a part of the model may be compiled: layers are counted, and tokens masked, by these.
     return {plain_name(name): layer for name, layer in layers.items()}
+
+
+def _check_update(layers: Mapping[str, Any], adapter_name: str) -> None:
+    """Refuse variants of LoRA in which a layer gets something else than B A x of its input, which the rule is for."""
+    for name, layer in layers.items():
+        variant = type(getattr(layer, "lora_variant", {}).get(adapter_name)).__name__
+        if variant != "NoneType" and not variant.lstrip("_").startswith(_OF_B_A):
+            kind = variant.partition("Linear")[0].removesuffix("Embedding")
+            raise LoraInitError(
+                f"the adapter {adapter_name!r} adds {kind} to {name!r}, and the rule for a rate is for LoRA, DoRA and "
+                "aLoRA. Compare a few rates, such as 1e-4, 3e-4 and 1e-3, in short trainings."
+            )
 
 
 def _trained(layers: Mapping[str, Any], adapter_name: str) -> Mapping[str, Any]:

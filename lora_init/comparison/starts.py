@@ -90,7 +90,7 @@ class PreparedModel:
     gamma: float | None  # the number that B A was divided by, where B is not zero and the start is ours
     # Puts the plain model back, bit for bit; `peft_model` is of no use afterwards
     release: Callable[[], None] = field(repr=False)
-    changes_base: bool = False  # whether the trained adapter is none for the plain model, whose weights were changed
+    changes_base: bool  # whether the trained adapter is none for the plain model, whose weights were changed
 
     @property
     def trainable_parameters(self) -> int:

@@ -204,3 +204,16 @@ def test_help_fits_a_screen_and_help_all_has_every_option(name, monkeypatch):
     assert re.match(rf"Usage: lora-init {name} \[OPTIONS\]( \[?[A-Z]+\]?(\.\.\.)?)*\n", short)
     options = [one for one in _COMMANDS[name].params if one.param_type_name == "option"]
     assert all(one.opts[0] in whole for one in options) and "--quiet" in whole and "--quiet" not in short
+
+
+@pytest.mark.parametrize(("own", "then"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(own, then, monkeypatch):
+    """PyTorch is imported after that, which reads it."""
+    seen = []
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")  # so that it is as before afterwards
+    if own is None:
+        del os.environ["OMP_WAIT_POLICY"]
+    monkeypatch.setattr(cli, "app", lambda: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    monkeypatch.setattr(cli.signal, "signal", lambda *words: None)
+    cli.main()
+    assert seen == [then]

@@ -5,6 +5,7 @@ import runpy
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from lora_init.cli.ranks import PlanOptions, _kinds_table, read_overrides
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.budgets import COVERAGES
 from lora_init.planning.plan import load_plan
 from lora_init.statistics.statistics import Statistics
 from tests.conftest import batches_for, refused, tiny_llama
@@ -298,6 +300,10 @@ def test_the_plan_of_the_options_is_named_as_a_variant_is(arguments, label):
 ])  # fmt: skip
 def test_the_next_command_names_the_plan_if_there_is_a_file_of_it(model, plan, words):
     assert ranks_command._init_command(model, Path("my s"), plan) == words
+
+
+def test_both_coverages_can_be_asked_for():
+    assert get_args(ranks_command.Coverage) == COVERAGES
 
 
 def test_options_that_are_not_given_are_what_allocate_ranks_has():

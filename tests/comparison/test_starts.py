@@ -464,7 +464,7 @@ def test_the_scale_of_a_is_the_root_mean_square_of_the_norms_of_its_rows():
         rows = [row for a in a_weights(model).values() for row in a.data]
         for row, norm in zip(rows, norms, strict=True):
             row.zero_()[3] = -norm
-        prepared = PreparedModel(model, 0.0, None, lambda: None)
+        prepared = PreparedModel(model, 0.0, None, lambda: None, False)
         assert prepared.a_scale == pytest.approx(scale) and set(prepared.ranks.values()) == {2}
 
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
@@ -261,6 +262,21 @@ def test_an_adapter_that_no_pass_goes_through_is_named(adapted, change):
     else:
         getattr(adapted.base_model, change)()
     assert "adapter 'default' is not active, disabled or merged" in refused("", learning_rate, adapted, batches())
+
+
+VARIANTS = {
+    "BdLora": lambda: dict(use_bdlora=peft.BdLoraConfig(target_modules_bd_b=["0", "2"], nblocks=2)),
+    "Kasa": lambda: dict(kasa_config=peft.KasaConfig()),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_that_does_not_add_b_a_x_has_no_rate(name):
+    try:
+        adapted = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["0", "2"], **VARIANTS[name]()))
+    except (AttributeError, TypeError) as error:
+        pytest.skip(f"this PEFT has none: {error}")
+    assert f"the adapter 'default' adds {name} to '0', and the rule" in refused("", learning_rate, adapted, batches())
 
 
 fused = needs_experts_by_peft

@@ -9,6 +9,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from lora_init.serving.fit import (
     _converted_by_peft,
     _core,
     _expert_in,
+    _Fit,
     _part_of,
     compare,
 )
@@ -147,6 +149,12 @@ def test_a_right_pair_fits(bases, tmp_path, case):
     found = check_fit(tmp_path / "a", str(bases / "shards") if case == "shards" else None)
     assert found.misfits == () and found.lines == [] and found.tensors == len(load_file(
         tmp_path / "a" / "adapter_model.safetensors"))  # fmt: skip
+
+
+def test_of_a_base_without_layers_none_is_nearest():
+    layers = SimpleNamespace(_by_core={"q_proj": ["layers.0.q_proj", "layers.1.q_proj"], "up": ["layers.0.up"]})
+    assert _Fit._nearest_layer(layers, "layers.1.q_prj") == "layers.1.q_proj"
+    assert _Fit._nearest_layer(SimpleNamespace(_by_core={}), "layers.1.q_proj") == "-"
 
 
 def test_a_task_that_adds_generate_alone_fits_a_base_without_it(bases, tmp_path):
