@@ -41,6 +41,11 @@ def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
                 f"layer {name!r} is quantized, so that its weight cannot give up what B A adds. "
                 "Load the model in float, or pass correct_base=False to apply()."
             )
+        if weight.is_meta or hasattr(weight, "full_tensor"):
+            raise LoraInitError(
+                f"layer {name!r} is offloaded or sharded, so that its weight cannot give up what B A adds. Load the "
+                "model whole, correct it, and shard it afterwards."
+            )
         if owners[id(weight)] > 1:
             raise LoraInitError(
                 f"layer {name!r} shares its weight with another module, as tied embeddings do, which must not give up "

@@ -220,12 +220,16 @@ def measure_responses(
             layer.lora_variant = {}  # DoRA also multiplies A by a unit matrix, which is no input
         _run_batches(base, hooks, batches, sums)
     with Processes() as processes:
-        sums.add_all(processes.gather((sums.sums, sums.read)))
+        everywhere = processes.gather((sums.sums, sums.read, hooks.group_of))
+    groups: dict[str, str] = {}
+    for *_, found in everywhere:
+        groups |= found  # a process without a token has found none
+    sums.add_all(everywhere)
     if not sums.sums:
         raise LoraInitError("no batch has a token that counts, so no rate can be told. Check attention_mask.")
     responses: dict[str, Response] = {}
     for name, layer in readable.items():
-        group = hooks.group_of.get(name, name)  # layers that read the same tensor have one sum of inputs
+        group = groups.get(name, name)  # layers that read the same tensor have one sum of inputs
         size = Sizes(sums.mean(_X + group), sums.mean(name) ** 0.5)
         moves = _response_of(layer, adapter_name, size, sums.mean(name + _A), freeze_a)
         if moves is not None:
@@ -317,10 +321,10 @@ class _Sums(Sink):
         self.read: set[str] = set()  # experts that got tokens
         self._a_of_expert = a_of_expert  # the layer and the A [r, d_in] of each expert
 
-    def add_all(self, everywhere: Iterable[tuple[dict[str, tuple[float, int]], set[str]]]) -> None:
+    def add_all(self, everywhere: Iterable[tuple[dict[str, tuple[float, int]], set[str], dict[str, str]]]) -> None:
         """Take the sums, and the experts that got tokens, of all processes together."""
         self.sums = {}
-        for sums, read in everywhere:
+        for sums, read, _ in everywhere:
             self.read |= read
             for key, (added, n) in sums.items():
                 self._put(key, added, n)

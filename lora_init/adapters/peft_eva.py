@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lora_init.adapters.peft_model import adapter_layers, as_it_was, match_modes, remember
+from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_in_memory, match_modes, remember
 from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
@@ -224,6 +224,8 @@ def initialize_lora_eva_weights(
         raise ValueError("`initialize_lora_eva_weights` currently only works with a single active adapter")
     if model.peft_config[adapter_name].init_lora_weights != "eva":  # type: ignore[index, union-attr]
         raise ValueError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
+    layers = adapter_layers(model, adapter_name)
+    check_in_memory({name: layer.get_base_layer() for name, layer in layers.items()}, "initialize_lora_eva_weights()")
     if eva_state_dict is None:
         if dataloader is None:
             raise ValueError("dataloader is required if eva_state_dict is not provided")

@@ -24,7 +24,7 @@ from torch import nn
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, Target, find_targets, is_in
-from lora_init.layers.wrappers import plain_name, without_adapter
+from lora_init.layers.wrappers import is_away, plain_name, without_adapter
 from lora_init.planning.lora_config import exact_pattern
 from lora_init.third_party_internals import has_added_adapter
 
@@ -45,6 +45,17 @@ def check_plain(model: Any, taker: str) -> None:
         remover = _remover_of(model)
         raise LoraInitError(
             f"{type(model).__name__} already has an adapter. Call its {remover} first, or give {taker} the plain model."
+        )
+
+
+def check_in_memory(layers: Mapping[str, nn.Module], taker: str) -> None:
+    """Refuse layers whose weights accelerate keeps elsewhere: PEFT would make A and B without numbers, too."""
+    away = [name for name, layer in layers.items() if is_away(layer)]
+    if away:
+        raise LoraInitError(
+            f"{taker}: {len(away)} of {len(layers)} layers are offloaded, the first is {away[0]!r}, and A and B would "
+            "be lost there. Save the start by build_adapter(collect(...)).save_pretrained(directory), and put it on "
+            "where the model is in memory."
         )
 
 
@@ -132,6 +143,7 @@ def check_fits(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
                 "Apply the adapter to the model that the statistics come from."
             )
     _check_layers(model, targets, named, origin)
+    check_in_memory({target.module: modules[target.module] for target in targets.values()}, "apply()")
     check_modules_to_save(model, init.modules_to_save)
 
 
@@ -370,7 +382,7 @@ def load_adapter(model: nn.Module, directory: AdapterDirectory, trainable: bool)
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             peft_model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, LookupError, OSError) as error:
         raise LoraInitError(
             f"{path} cannot be put on {type(model).__name__}: {in_one_line(error)} Name the model it was made for."
         ) from error

@@ -13,11 +13,11 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.config import read_config
 from lora_init.adapters.init_config import InitConfig, Options, takes
 from lora_init.adapters.model_handles import ModelHandle
-from lora_init.adapters.peft_model import check_plain, is_filled
+from lora_init.adapters.peft_model import check_in_memory, check_plain, is_filled
 from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, warn
-from lora_init.layers.targets import HEADS, is_in
-from lora_init.layers.wrappers import is_below
+from lora_init.layers.targets import HEADS, find_targets, is_in
+from lora_init.layers.wrappers import is_below, is_offloaded, plain_names
 from lora_init.trainers.registry import find_handle, find_trainer, is_trainer
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def initialize(
             if not handle.wraps_anew:
                 raise LoraInitError("config= is for a plain model, and this one has an adapter with a LoraConfig.")
             init_config = read_config(handle.model, config, init_config)
+        if is_offloaded(handle.model):  # before the pass
+            check_in_memory(_layers_of(handle.model, init_config), "initialize()")
         with handle.opened(choose(init_config, classifies)) as opened:
             fed, read = handle.feed(batches, opened)
             return _applied(run(handle, fed, read, tokenizer), handle, adapter_name)
@@ -137,6 +139,11 @@ def initialize(
     if init_config.run.progress is not False and integration.is_main_process:
         _print_made(init, integration, time.perf_counter() - began)
     return adapted
+
+
+def _layers_of(model: nn.Module, init_config: InitConfig) -> dict[str, nn.Module]:
+    targets, modules = find_targets(model, **vars(init_config.layers)), plain_names(model)
+    return {target.module: modules[target.module] for target in targets.layers.values()}
 
 
 def _without_none(**arguments: Any) -> dict[str, Any]:

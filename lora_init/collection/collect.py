@@ -34,12 +34,12 @@ from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, count_linear, f
 from lora_init.layers.wrappers import (
     Precision,
     class_name,
-    gathered,
     is_sharded,
     is_tensor_parallel,
     model_id,
     plain_names,
     quantization_of,
+    read_weight,
     unwrapped,
 )
 from lora_init.loading.batches import as_batches
@@ -601,7 +601,7 @@ def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectru
     for name, gradient in complete.items():
         weight = getattr(job.modules[name], "weight", None)
         if isinstance(weight, nn.Parameter) and weight.is_floating_point():
-            matrix = gathered(weight.detach())
+            matrix = read_weight(job.modules[name], "weight", weight)
             if type(matrix) is not torch.Tensor:  # quantized by torchao, which calls its numbers floats
                 continue
             if result.targets[name].kind == "Conv1D":

@@ -241,6 +241,8 @@ def dial(
     where = f"adapter {name!r}"
     if any(layer.disable_adapters for layer in layers.values()):
         raise LoraInitError(f"{where} is disabled, so what would be measured is the base. Enable it first.")
+    if any(b.is_meta for b in _outputs(model).values()):
+        raise LoraInitError(f"{where} is offloaded, at least in part. Load the model in memory to scale its B.")
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_dialable(model.peft_config[name].to_dict(), (key for key in tensors if ".lora_" not in key), where)
     if all(adds_nothing(layer, name) for layer in layers.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,7 +18,7 @@ from torch import nn
 from lora_init.errors import LoraInitError, warn
 from lora_init.layers.grid import PURPOSES, by_purpose, layers_in
 from lora_init.layers.rows import CONVOLUTIONS, Experts, experts_of, experts_there, find_parameters, patches_of
-from lora_init.layers.wrappers import class_name, is_below, plain_names, unwrapped
+from lora_init.layers.wrappers import class_name, is_below, plain_name, plain_names, unwrapped
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -428,7 +428,7 @@ def find_targets(
         target_parameters: Names of parameters, or dot-separated endings of names, of fused experts.
 
     Warns:
-        UserWarning: A name in `exclude_modules` matches nothing.
+        UserWarning: A name in `exclude_modules` matches nothing; or a layer stands in several modules.
 
     Raises:
         LoraInitError: A name or expression matches nothing, an expression takes more than a second for a name, or a
@@ -451,6 +451,7 @@ def find_targets(
         for name in _unmatched(modules, exclude_modules):
             closest = _closest_names(modules, [name])
             warn(f"{{exclude_modules}} matches nothing in {type(model).__name__}. {closest}", exclude_modules=name)
+    _warn_of_other_places(model, selected)
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
         raise LoraInitError(
@@ -460,6 +461,23 @@ def find_targets(
             exclude_modules=exclude_modules,
         )
     return _described(_in_model_order([*selected, *parameters], named), modules, parameters)
+
+
+def _warn_of_other_places(model: nn.Module, names: Iterable[str]) -> None:
+    """Warn of a layer that several modules hold, since PEFT puts its adapter into the first of them alone."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)  # names of a module, by who holds it as what
+    for name, module in modules.items():
+        holder, _, attribute = name.rpartition(".")
+        places[id(module)].setdefault((id(modules[holder]), attribute), plain_name(name))
+    others = {first: rest for first, *rest in map(dict.values, places.values()) if rest}
+    for name in names:
+        if name in others:
+            warn(
+                f"{name} is one layer with {', '.join(others[name])}. PEFT adapts it in the first place alone, and its "
+                "start is of the inputs in all of them. Leave it out: {exclude_modules}.",
+                exclude_modules=name,
+            )
 
 
 def _check_names(**arguments: Any) -> None:

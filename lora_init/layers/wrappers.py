@@ -95,6 +95,11 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(_offloaded_weights(module) for module in model.modules())
 
 
+def is_away(module: nn.Module) -> bool:
+    """Check whether a layer's own weights are without numbers here, since accelerate keeps them elsewhere."""
+    return bool(_offloaded_weights(module)) and any(one.is_meta for one in module.parameters(recurse=False))
+
+
 def _fsdp_module() -> Any:
     # Importing it takes a second, and where it was not imported nothing is sharded: no class.
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
@@ -114,14 +119,19 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     In a sharded model all processes have to do this at once. It gathers one parameter at a time.
     """
-    offloaded = {name: _offloaded_weights(module) for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, _, ending = name.rpartition(".")
-        tensor: Any = parameter.detach()
-        # accelerate leaves a tensor without data in the place of a weight that is on disk or in memory.
-        if tensor.device.type == "meta" and offloaded[owner] is not None:
-            tensor = offloaded[owner][ending]
-        yield plain_name(name), gathered(tensor)
+        yield plain_name(name), read_weight(modules[owner], ending, parameter)
+
+
+def read_weight(module: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """Gather a weight of a module that has this name there, from all processes or from where it is offloaded to."""
+    tensor: Any = weight.detach()
+    # accelerate leaves a tensor without data in the place of a weight that is on disk or in memory.
+    if tensor.is_meta and (offloaded := _offloaded_weights(module)) is not None:
+        tensor = offloaded[name]
+    return gathered(tensor)
 
 
 def gathered(tensor: Any) -> Tensor:

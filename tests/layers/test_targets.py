@@ -328,6 +328,20 @@ def test_what_an_adapter_adds_is_not_counted_among_the_linear_layers():
         assert [count_linear(model, names) for names in (["layer"], ["layer", "own.p2"])] == [1, 2]
 
 
+def test_a_layer_that_two_modules_hold_is_named():
+    layer, block = nn.Linear(2, 2), nn.ModuleDict({"up": nn.Linear(2, 2)})
+    several = nn.ModuleList([layer, nn.Linear(2, 2), layer])
+    shared = nn.ModuleDict({"one": nn.ModuleDict({"up": layer}), "two": several})
+    with pytest.warns(UserWarning, match="^one.up is one layer with two.0, two.2. PEFT adapts it in the first") as seen:
+        assert list(find_targets(shared).layers) == ["one.up", "two.1"]
+    assert len(seen) == 1 and str(seen[0].message).endswith("Leave it out: exclude_modules='one.up'.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_targets(shared, exclude_modules=["one.up"])
+        # A block in two places holds its layer once, and so PEFT's adapter acts in both.
+        assert list(find_targets(nn.ModuleDict({"one": block, "two": block})).layers) == ["one.up"]
+
+
 def test_the_head_of_a_task_is_not_counted_among_the_linear_layers_which_peft_trains_whole():
     counts = [count_linear(tiny_bert(), ["bert.pooler.dense"], task_type) for task_type in (None, "SEQ_CLS")]
     assert counts[0] == counts[1] + 1 == 14

@@ -981,3 +981,21 @@ def test_processes_with_batches_of_their_own_measure_one_rate(monkeypatch):
     for name, one in alone.responses.items():
         assert together.responses[name] == pytest.approx(one, rel=1e-6)
         assert first.responses[name].linear != pytest.approx(one.linear, rel=1e-4)
+
+
+@pytest.mark.parametrize("own", ["none", "masked"])
+def test_a_process_without_a_token_measures_the_rate_of_the_others(own, monkeypatch):
+    told, model = [], initialize(tiny_llama(), data := batches_for("llama"), rank=2)
+
+    class Both(Processes):
+        def gather(self, value):
+            told.append(value)
+            return [*told]
+
+    alone = learning_rate(model, data)
+    monkeypatch.setattr(measured_rate, "Processes", Both)
+    learning_rate(model, data)
+    masked = [batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in data]
+    monkeypatch.setattr(measured_rate, "check_batches", lambda *words: None)
+    idle = learning_rate(model, iter([]) if own == "none" else masked)
+    assert idle.responses == alone.responses
