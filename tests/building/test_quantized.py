@@ -250,6 +250,7 @@ def test_without_a_loss_the_distance_to_the_outputs_of_the_whole_weights_counts(
     errors = QuantizationErrors(model, {DOWN: find_targets(model, [DOWN]).layers[DOWN]}, directory)
     data, cosines = [], []
     for batch in batches:
+        batch["attention_mask"][0, :3] = 0
         data.append({"input_ids": batch["input_ids"]} | ({"attention_mask": batch["attention_mask"]} if masked else {}))
         with torch.no_grad():
             got, wanted = (one(**data[-1]).logits for one in (model, plain()))

@@ -161,11 +161,12 @@ def test_a_loss_and_a_forward_of_ones_own():
     assert len(asked) == len(batches)
 
 
-def test_a_layer_that_the_loss_does_not_reach_has_no_gradient_and_is_named():
+@pytest.mark.parametrize("shape", [(9, 6), (3, 3, 6)])
+def test_a_layer_that_the_loss_does_not_reach_has_no_gradient_and_is_named(shape):
     model = nn.ModuleDict({"used": nn.Linear(6, 4), "unused": nn.Linear(6, 4)})
     forward = lambda m, x: (m["used"](x), m["unused"](x))[0]  # noqa: E731
     stats = collect(
-        model, [torch.randn(9, 6) for _ in range(3)], rank=2, gradients=True, forward=forward,
+        model, [torch.randn(shape) for _ in range(3)], rank=2, gradients=True, forward=forward,
         loss=lambda output, batch: output.square().mean(),
     )  # fmt: skip
     assert stats.gradient("used").weighted.total_variance > 0.0

@@ -587,3 +587,18 @@ def test_pissa_goes_with_every_layer_that_has_as_many_singular_vectors():
     for model in (tiny_llama(num_hidden_layers=1), tiny_gpt2()):
         prepared = prepare(Variant("pissa"), StartInputs(model, shape, 0))
         assert set(prepared.ranks.values()) == {16}
+
+
+def test_a_start_from_a_bank_has_the_lora_alpha_of_the_comparison(monkeypatch):
+    made = []
+
+    def start_from_bank(*_, **shape):
+        made.append(shape)
+        return SimpleNamespace(init=SimpleNamespace(apply=lambda model: model, gamma=0.5))
+
+    monkeypatch.setattr("lora_init.bank.start.start_from_bank", start_from_bank)
+    monkeypatch.setattr("lora_init.bank.embeddings.embed", lambda *words: None)
+    shape = AdapterShape(3, lora_alpha=7)
+    inputs = StartInputs(tiny_llama(), shape, 0, bank=SimpleNamespace(encoder=""), held_out=list)
+    prepared = prepare(Variant.parse(BANK_STARTS[0]), inputs)
+    assert prepared.gamma == 0.5 and (made[0]["rank"], made[0]["shape"].lora_alpha) == (3, 7)

@@ -174,6 +174,8 @@ def test_all_linear_says_that_fused_experts_are_left_out_and_how_to_take_them():
         f"fused experts hold {share:.0%} of the weights and get no adapter: "
         "target_parameters=['experts.down_proj', 'experts.gate_up_proj'] adds it."
     )
+    listed = list(find_targets(mixtral()).layers)  # the same in other words
+    assert note in collect(mixtral(), batches(2), listed, rank=2).provenance.notes
     both, chosen = dict(target_parameters=BOTH), dict(target_modules=["q_proj"])
     for model, settings in ((mixtral(), both), (mixtral(), chosen), (tiny_llama(), {})):
         assert not any("fused" in n for n in collect(model, batches(2), rank=2, **settings).provenance.notes)

@@ -87,7 +87,7 @@ def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
         "semicolons.csv": "columns are separated by a semicolon, expected a comma. Save it with commas",
         "latin.csv": "latin.csv, line 3: byte 0xe9 is not valid UTF-8, .* iconv -f LATIN1 -t UTF-8",
         "latin.jsonl": "latin.jsonl, line 1: byte 0xe9 is not valid UTF-8",
-        "wide.txt": "byte 0xff is not valid UTF-8, .* iconv -f UTF-16",
+        "wide.txt": "byte 0xff is not valid UTF-8, .* iconv -f UTF-16 -t",
         "missing.jsonl": "missing.jsonl': no such file or folder",
         "empty.jsonl": "the data is empty",
         "blank.csv": "the data is empty",

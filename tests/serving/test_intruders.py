@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lora_init.serving.intruders import (
     _leading,
     intruder_dimensions,
     left_singular_vectors,
+    without_intruders,
 )
 from tests.commands import save_model
 from tests.comparison.made import assert_same, snapshot
@@ -212,6 +214,9 @@ def test_what_peft_cannot_reduce_is_refused(tmp_path):
         "layer 'transformer.h.0.attn.c_attn' is a Conv1D: PEFT reduces linear layers alone", reduce, "gpt2", tiny_gpt2()
     )
     refused("reduce_intruders= takes the base model and got str. Load it first", reduce, "llama", "llama")
+    layers = {"q_proj": SimpleNamespace(experts=0), "experts.down_proj": SimpleNamespace(experts=4)}
+    some = SimpleNamespace(others={}, dora=False, layers=layers)
+    refused("in plain LoRA only, without DoRA, modules_to_save and ex", without_intruders, some, tmp_path, tiny_llama())
     config = json.loads((tmp_path / "llama adapter/adapter_config.json").read_text()) | {"init_lora_weights": "pissa"}
     (tmp_path / "llama adapter/adapter_config.json").write_text(json.dumps(config))
     shutil.copytree(tmp_path / "llama adapter", tmp_path / "start")

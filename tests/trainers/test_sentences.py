@@ -122,7 +122,8 @@ def test_a_reranker_keeps_its_head(label, method, tmp_path):
 def test_without_a_trainer_texts_are_enough(kind, tmp_path):
     model = encoder(tmp_path, kind, **({"num_labels": 1} if kind == "CrossEncoder" else {}))
     data = TEXTS if kind == "SentenceTransformer" else list(zip(*PAIRS.values(), strict=True))
-    assert lora_init.initialize(model, data, rank=2) is model
+    assert lora_init.initialize(model, data, rank=2, statistics=(file := tmp_path / "stats.safetensors")) is model
+    assert lora_init.Statistics.load(file).provenance.data == f"{len(data)} texts"
     assert adapter_layers(model[0].model) and model[0].model.peft_config["default"].r == 2
     tokens = [model.preprocess(data[:16]), model.preprocess(data[16:])]
     other = encoder(tmp_path, kind, **({"num_labels": 1} if kind == "CrossEncoder" else {}))
