@@ -716,10 +716,8 @@ def test_what_an_export_lost_is_said_of_one_that_is_served_as_it_is(lost, served
     assert found.prompts == 1
 
 
-@pytest.mark.parametrize(("served", "found"), [
-    (1.1, None), (1 / 1.1, None), (1.2, 1.2), (0.5, 0.5), (48.0, 48.0), (80.0, None),
-])  # fmt: skip
-def test_a_factor_of_about_one_is_none_and_neither_is_one_far_beyond_those_that_are_searched(served, found):
+@pytest.mark.parametrize(("served", "found"), [(1.1, None), (1 / 1.1, None), (1.2, 1.2), (0.5, 0.5), (16.0, 16.0)])
+def test_a_factor_of_about_one_is_none(served, found):
     effect = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     fault, distance = verify_room._factor_that_fits(
         effect * served, "", ["q_proj"], lambda fault: effect * fault.factors["q_proj"]
