@@ -115,8 +115,7 @@ def initialize(
             if not handle.wraps_anew:
                 raise LoraInitError("config= is for a plain model, and this one has an adapter with a LoraConfig.")
             init_config = read_config(handle.model, config, init_config)
-        if is_offloaded(handle.model):  # before the pass
-            check_in_memory(_layers_of(handle.model, init_config), "initialize()")
+        _check_in_memory(handle.model, init_config)
         with handle.opened(choose(init_config, classifies)) as opened:
             fed, read = handle.feed(batches, opened)
             return _applied(run(handle, fed, read, tokenizer), handle, adapter_name)
@@ -141,9 +140,11 @@ def initialize(
     return adapted
 
 
-def _layers_of(model: nn.Module, init_config: InitConfig) -> dict[str, nn.Module]:
-    targets, modules = find_targets(model, **vars(init_config.layers)), plain_names(model)
-    return {target.module: modules[target.module] for target in targets.layers.values()}
+def _check_in_memory(model: nn.Module, init_config: InitConfig) -> None:
+    """Refuse, before the pass, a model of which layers that would get an adapter are offloaded."""
+    if is_offloaded(model):
+        targets, modules = find_targets(model, **vars(init_config.layers)).layers, plain_names(model)
+        check_in_memory({one.module: modules[one.module] for one in targets.values()}, "initialize()")
 
 
 def _without_none(**arguments: Any) -> dict[str, Any]:

@@ -241,13 +241,11 @@ def dial(
     where = f"adapter {name!r}"
     if any(layer.disable_adapters for layer in layers.values()):
         raise LoraInitError(f"{where} is disabled, so what would be measured is the base. Enable it first.")
-    if any(b.is_meta for b in _outputs(model).values()):
-        raise LoraInitError(f"{where} is offloaded, at least in part. Load the model in memory to scale its B.")
+    _check_scalable(layers, where)
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_dialable(model.peft_config[name].to_dict(), (key for key in tensors if ".lora_" not in key), where)
     if all(adds_nothing(layer, name) for layer in layers.values()):
         raise LoraInitError(f"{where}: B A is zero in every layer, so it was never trained. Train it first.")
-    _check_scalable(layers, where)
     if batches is None and strength is not None:
         if keep is not None or tokenizer is not None:
             raise LoraInitError(
@@ -271,6 +269,8 @@ def _check_scalable(layers: Mapping[str, Any], where: str) -> None:
         # Then the weight of the base holds the update, whatever the scaling is.
         if layer.merged:
             raise LoraInitError(f"{where} is merged into the base. Call unmerge_adapter() first.")
+        if any(weight.is_meta for key, weight in layer.named_parameters() if "lora_" in key):
+            raise LoraInitError(f"{where} is offloaded, at least in part. Load the model in memory to scale its B.")
         if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
             raise LoraInitError(
                 f"{where} adapts {name!r}, an nn.MultiheadAttention: two adapters, one inside the other."
