@@ -161,6 +161,26 @@ def test_fewer_directions_than_rank_leave_a_multiple_of_a_convolutions_groups():
     lora_layers(init.apply(model))["0"](torch.randn(1, 4, 6))
 
 
+def test_a_layer_whose_rows_are_all_alike_is_left_out_of_the_adapter():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    nn.init.zeros_(model[0].weight)
+    stats = collect(model, [torch.randn(16, 4)], rank=4)
+    with pytest.warns(UserWarning, match=r"^1 of 2 layers get fewer ranks .* \(first: '1', 0 of 4\)"):
+        init = build_adapter(stats, 4)  # as many as the layer is wide
+    assert init.ranks == {"0": 4} and init.left_out == ("1",) and init.rank == 4
+
+
+def test_a_plan_for_another_model_is_refused():
+    stats = made_up_statistics(nn.Sequential(nn.Linear(4, 4)), ["0"])
+    one, other = (replace(stats, provenance=replace(stats.provenance, fingerprint=f)) for f in ("f1", "f2"))
+    refused("the plan was made for .* another: ", build_adapter, other, allocate_ranks(one, rank=2))
+
+
+def test_one_layer_alone_has_the_average_rank():
+    init = build_adapter(made_up_statistics(nn.Sequential(nn.Linear(8, 4)), ["0"]), 3)
+    assert (init.rank, init.lora_alpha) == (3, 6)
+
+
 @pytest.mark.parametrize("thing", [tiny_llama, lambda: "stats.safetensors"])
 def test_build_adapter_takes_statistics_first(thing):
     said = refused(r"^build_adapter\(\) takes statistics first and got a", build_adapter, thing(), 4)
@@ -239,10 +259,12 @@ def test_what_is_trained_whole_or_not_selected_has_no_adapter():
         (dict(modules_to_save=["table", "b"]), ["a"], {}),
         (dict(config=peft.LoraConfig(r=2, target_modules=["b"])), ["b"], {}),
         (dict(config=peft.LoraConfig(r=2, target_modules=["b", "table"])), ["b"], {"table": "Embedding"}),
+        (dict(config=peft.LoraConfig(r=1, target_modules=["b"]), ranks={"a": 0, "b": 2}), ["b"], {}),
     ):
-        init = build_adapter(stats, 2, **options)
+        init = build_adapter(stats, **{"ranks": 2} | options)
         assert ([*init.weights], init.unsupported) == (layers, unsupported)
-        assert init.left_out == tuple(name for name in ("a", "b") if name not in layers) and init.rank == 2
+        assert init.left_out == tuple(name for name in ("a", "b") if name not in layers)
+        assert init.rank == (1 if "ranks" in options else 2)  # of two layers of which one has none
 
 
 def test_a_layer_of_unknown_size_is_no_part_of_the_rate():
@@ -270,6 +292,8 @@ def test_a_correction_says_how_far_the_errors_moved_the_output_before_and_after(
         left = errors[name] - 1.5 * b @ a
         assert init.errors[name] == pytest.approx([error_seen(stats[name], one) for one in (errors[name], left)])
     assert [*init.errors] == [*stats]
+    exact = build_adapter(stats, 2, "qera", errors={name: one.double() for name, one in errors.items()}, lora_alpha=3)
+    assert [*exact.errors.values()] == [pytest.approx(moved, rel=1e-5) for moved in init.errors.values()]
     assert init.error_size == pytest.approx(float(sum(one.square().sum() for one in errors.values())) ** 0.5)
 
 
@@ -297,7 +321,7 @@ def test_what_peft_does_not_do_with_experts_is_refused(shape, targets, what):
     ("lora-one", dict(unit_rows=True), "unit_rows=True with method='lora-one': its rows have a size of their own."),
     ("random", dict(unit_rows=True), "unit_rows=True with method='random': its rows have a size of their own."),
     ("lora-one", dict(gamma=math.inf), "gamma=inf with method='lora-one': it is a positive number, for 'natural-gra"),
-    ("qera", dict(gamma=1.0), "gamma=1.0 with method='qera': it is a positive number, for 'natural-gradient-step', 'l"),
+    ("qera", dict(gamma=1.0), "gamma=1.0 with method='qera': it is a positive number, for 'natural-gradient-step', 'lora-ga', 'lora-one'."),
     ("orthogonal", dict(whiten=True), "whiten=True is for the start eva; method='orthogonal' has no variances to divi"),
     ("lora-ga", dict(use_dora=True), "method='lora-ga' starts with B other than zero, and DoRA's magnitudes are those"),
     ("eva", dict(lora_dropout=-0.1), "lora_dropout=-0.1 must be at least 0 and less than 1."),

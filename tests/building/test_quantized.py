@@ -1,7 +1,8 @@
 """Quantized bases: what rounding took is read layer by layer, and given back by the start that is made for it."""
 
+import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from lora_init.building.quantized import loss_or_distance, read_product, with_lo
 from lora_init.layers.targets import Target
 from lora_init.loading.models import QUANTIZATIONS, load_model
 from tests.adapters.made import made_up_statistics, same, snapshot
-from tests.collection.made import PackedLinear
+from tests.collection.made import PackedLinear, rounded
 from tests.commands import save_model
 from tests.conftest import batches_for, refused, tiny_llama
 
@@ -209,6 +210,68 @@ def test_a_layer_that_computes_no_product_is_refused_and_keeps_its_bias(kind, me
     assert model[0].bias is before and (before is not None) == bias
 
 
+class Dropping(nn.Linear):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Bare(nn.Module):
+    """A layer without any parameter or buffer."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrices = [matrix]
+
+    def forward(self, x):
+        return x @ self.matrices[0].T
+
+
+def test_a_layer_is_read_as_it_is_used_and_draws_no_random_number():
+    layer, state = Dropping(4, 6).train(), torch.random.get_rng_state()
+    target = Target("0", "Linear", 4, 6)
+    torch.testing.assert_close(read_product(layer, target, torch.float32, "here"), layer.weight)
+    assert layer.training and torch.equal(torch.random.get_rng_state(), state)
+    torch.testing.assert_close(read_product(Bare(layer.weight), target, torch.float32, "here"), layer.weight)
+
+
+def test_a_float_model_of_16_bits_may_have_been_rounded(directory):
+    model = rounded(plain()).bfloat16()
+    errors = QuantizationErrors(model, find_targets(model).layers, directory)
+    wanted = plain().get_submodule(DOWN).weight - model.get_submodule(DOWN).weight.float()
+    torch.testing.assert_close(errors[DOWN], wanted)
+    check_refused(r"\|W - Q\| is 1\.\d+ \|W\|.*quantization makes 0\.9 at most", rounded(plain(seed=4)), directory)
+
+
+def test_a_packed_weight_that_lost_nothing_has_an_error_of_zero(tmp_path):
+    model = plain()
+    layer = PackedLinear(model.get_submodule(DOWN))
+    model.get_submodule(DOWN).weight.data = layer.qweight / 1000
+    model.save_pretrained(tmp_path)
+    model.set_submodule(DOWN, layer)
+    errors = QuantizationErrors(model, {DOWN: find_targets(model, [DOWN]).layers[DOWN]}, tmp_path)
+    assert float(errors[DOWN].abs().max()) < 1e-6
+
+
+def test_a_square_weight_is_undone_before_anything_else_was_read(directory):
+    model, name = plain(), "model.layers.0.self_attn.q_proj"
+    layer = PackedLinear(model.get_submodule(name))
+    model.set_submodule(name, layer)
+    errors = QuantizationErrors(model, {name: find_targets(model, [name]).layers[name]}, directory)
+    rows = torch.randn(3, 64)
+    with errors.undone():
+        torch.testing.assert_close(layer(rows), rows @ plain().get_submodule(name).weight.T)
+
+
+def test_a_layer_that_is_missing_in_part_or_unknown_to_the_checkpoint_is_refused(directory):
+    model = plain()
+    model.extra = nn.Linear(64, 64)
+    extra = find_targets(model, ["extra"]).layers
+    words = re.escape(f"layer 'extra', a Linear: its weight [64, 64] is not in '{directory}'. Name the float model")
+    refused(f"^{words}", QuantizationErrors, model, extra, directory)
+    model.extra.weight = nn.Parameter(torch.empty(64, 64, device="meta"))
+    refused("^layer 'extra', a Linear: its weights are not in memory", QuantizationErrors, model, extra, directory)
+
+
 def test_what_has_no_whole_matrix_is_refused_before_anything_is_read(directory):
     model = plain()
     model.conv = nn.Conv2d(3, 4, 2)
@@ -261,6 +324,26 @@ def test_without_a_loss_the_distance_to_the_outputs_of_the_whole_weights_counts(
     distance = loss_or_distance(model, errors, data)
     assert distance(model) == pytest.approx(expected, rel=1e-3) and 0.0 <= distance(plain()) < 1e-6
     refused("^no batch is left to measure the loss on. Give more examples.$", loss_or_distance, model, errors, [])
+
+
+def test_the_distance_of_a_model_that_takes_and_returns_tensors():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5)).train()
+    other, batches = nn.Linear(4, 6).eval(), [torch.randn(3, 4), torch.randn(2, 4)]
+    distance = loss_or_distance(
+        model, SimpleNamespace(undone=nullcontext), batches, forward=lambda model, batch: model(batch)
+    )
+    rows = torch.cat(batches)
+    expected = 1 - torch.cosine_similarity(model[0](rows), other(rows), dim=-1).mean().item()
+    assert distance(model) == pytest.approx(0, abs=1e-6) and distance(other) == pytest.approx(expected, rel=1e-3)
+    assert model.training
+
+
+def test_a_mask_of_tokens_says_nothing_of_outputs_that_are_one_for_each_text():
+    batch = {"x": torch.randn(3, 4), "attention_mask": torch.ones(3, 7)}
+    distance = loss_or_distance(
+        nn.Linear(4, 2), SimpleNamespace(undone=nullcontext), [batch], forward=lambda model, batch: (model(batch["x"]),)
+    )
+    assert 0 <= distance(nn.Linear(4, 2)) <= 2
 
 
 def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):

@@ -145,7 +145,9 @@ def with_picture(*numbers):
 
 
 @pytest.mark.parametrize("make", [
-    lambda i: unmasked((1, i), (2, i)), lambda i: with_picture(i, i + 8), lambda i: with_picture(i + 0.5, -i - 1)
+    lambda i: unmasked((1, i), (2, i)), lambda i: with_picture(i, i + 8), lambda i: with_picture(i + 0.5, -i - 1),
+    lambda i: unmasked((1, i), (2, i)) | {"attention_mask": torch.ones(2, 1, 2, 2)},  # one for each pair of tokens
+    lambda i: {"input_values": torch.tensor([[1.0, i], [2.0, i]]), "attention_mask": torch.ones(2, 2)},  # of sound
 ])  # fmt: skip
 def test_examples_without_a_mask_are_the_same_if_all_their_numbers_are(make):
     """16 different ones, four times each, in batches of two: none may be on both sides."""
@@ -166,7 +168,11 @@ def test_a_picture_with_two_labels_is_two_examples():
     assert [batch["labels"].tolist() for batch in others] == [[1]] * 5
 
 
-@pytest.mark.parametrize("make", [lambda: torch.ones(3, 4), lambda: (torch.ones(3, 4), torch.ones(3)), dict])
+@pytest.mark.parametrize("make", [
+    lambda: torch.ones(3, 4), lambda: (torch.ones(3, 4), torch.ones(3)), dict,
+    lambda: {"input_ids": torch.ones(2, 3), "step": torch.tensor(1)},
+    lambda: {"input_ids": torch.ones(2, 3), "names": ["a", "b"]},
+])  # fmt: skip
 def test_batches_of_no_known_form_are_set_aside_whole(make):
     batches = [make() for _ in range(40)]
     aside, others = hold_out(iter(batches))
@@ -181,6 +187,13 @@ def test_examples_are_told_apart_by_their_tokens_where_the_mask_is_of_another_sh
         aside, others = hold_out(batches)
     aside, others = ([row.tolist() for batch in part for row in batch["input_ids"]] for part in (aside, others))
     assert aside == [[4, 1, 2]] and len(others) == 12 and aside[0] not in others
+
+
+def test_no_more_of_a_stream_is_read_than_four_times_what_is_set_aside():
+    read = []
+    aside, others = hold_out(seen_by(numbered(400), read))
+    assert len(rows_of(aside)) == 16 and len(rows_of(read)) == 64
+    assert len(rows_of(others)) == 400 - 16 and len(read) == 100
 
 
 def modes(model):

@@ -315,6 +315,34 @@ def test_what_nobody_can_spend_is_noted():
     )
 
 
+def test_what_a_further_step_would_cost_more_than_is_left_is_not_noted():
+    """One layer is at its largest rank, and the others would take more if there were more."""
+    plan = allocate_ranks(statistics(MIXED, THIN), parameters=106, rho=2, overrides={"h.0.up": {"max_rank": 1}})
+    assert tuple(plan.values()) == (1, 1, 1, 0) and plan.notes == ()
+
+
+def test_ranks_that_are_all_fixed_are_a_plan():
+    plan = allocate_ranks(statistics(WIDE), total_rank=3, rho=2, max_rank=0, overrides={"h.1.up": {"rank": 2}})
+    assert tuple(plan.values()) == (0, 2, 0)
+    unspent = "1 of 3 ranks stay unspent: every layer has the largest rank that the limits and rho allow."
+    assert plan.notes == (unspent,)
+
+
+def test_layers_of_unequal_width_each_have_their_own_largest_rank_and_cost():
+    stats = statistics(WIDE, [(8, 8), (64, 64), (32, 32)])
+    words = "the cheapest step costs 16 parameters.$"
+    refused(words, allocate_ranks, stats, parameters=15, rho=2)
+    words = "^rank=65 lets a layer have rank 64, .* Collect again with rank 64 and rho=2, or ask for less"
+    refused(words, allocate_ranks, stats, rank=65, rho=2)
+    assert dict(allocate_ranks(stats, rank=2, rho=9e18)) == dict(allocate_ranks(stats, rank=2, rho=32))
+
+
+def test_of_many_equal_layers_the_first_ones_get_the_ranks():
+    """More of them than a sort by insertion takes, which keeps the order of what is equal by itself."""
+    plan = allocate_ranks(statistics([[0.4, 0.3, 0.2, 0.1]] * 40), total_rank=60, rho=2)
+    assert tuple(plan.values()) == (2,) * 20 + (1,) * 20
+
+
 def test_what_more_to_collect_is_said_in_full():
     stats = statistics(MIXED, THIN)
     told = refused("^rank=3 lets", allocate_ranks, stats, rank=3, rho=2)
@@ -408,7 +436,10 @@ def test_layers_with_fewer_directions_than_rank_are_warned_of_once():
     assert list(plan.values()) == [4, 2] and not plan.notes and len(said) == 1
     with pytest.warns(UserWarning, match="'h.0.up' and 1 other layer got as many"):
         few = allocate_ranks(statistics([[0.4, 0.3], [0.6, 0.4]], n_samples=3), rank=16)
-    assert list(few.values()) == [2, 2]
+    assert list(few.values()) == [2, 2] and few.notes == ()  # a warning has said it
+    with pytest.warns(UserWarning, match="'h.1.up' got as many"):
+        one = allocate_ranks(statistics([[0.4, 0.3, 0.2, 0.1], [0.6, 0.4]], n_samples=1000), rank=8, max_rank=4)
+    assert list(one.values()) == [4, 2] and one.notes == ()
     with pytest.warns(UserWarning, match="'h.1.up' got as many"):
         least = allocate_ranks(statistics([[0.3, 0.2, 0.1, 0.1], [0.6]]), rank=2, rho=2, min_rank=2)
     assert list(least.values()) == [3, 1]  # min_rank asks for what the data does not have

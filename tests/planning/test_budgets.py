@@ -14,6 +14,8 @@ COUNTS = dict(n_layers=3, default_rank=5, n_parameters=1001, dtype="bfloat16", c
     ({"rank": "2"}, Budget("rank", 2, "ranks", 6), "rank=2"),
     ({"total_rank": 7}, Budget("total_rank", 7, "ranks", 7), "total_rank=7"),
     ({"parameters": "1.5k"}, Budget("parameters", 1500, "parameters", 1500), "parameters=1,500"),
+    ({"parameters": "0.5B"}, Budget("parameters", 500_000_000, "parameters", 500_000_000), "parameters=500,000,000"),
+    ({"parameters": "2g"}, Budget("parameters", 2 * 10**9, "parameters", 2 * 10**9), "parameters=2,000,000,000"),
     ({"parameters": 10**12}, Budget("parameters", 10**12, "parameters", 10**12), "parameters=1,000,000,000,000"),
     ({"fraction": 0.0105}, Budget("fraction", 0.0105, "parameters", 10), "fraction=0.0105"),  # not above what was asked
     ({"fraction": 1}, Budget("fraction", 1.0, "parameters", 1001), "fraction=1.0"),

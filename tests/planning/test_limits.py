@@ -70,6 +70,12 @@ def test_later_overrides_win_and_groups_divide_each_rank():
     assert layer_limits(targets(), {}, None, ("b", "*b")) == {"a": Limits(), "m.c": Limits()}
 
 
+def test_the_limits_that_a_caller_gives_stay_as_they_are():
+    overrides = {"*": {"rank": 4}}
+    assert {*layer_limits(targets(), {}, overrides, ()).values()} == {Limits(4, 4)}
+    assert overrides == {"*": {"rank": 4}}
+
+
 @pytest.mark.parametrize(("overrides", "exclude", "message"), [
     ([("a", {})], (), r"^overrides=\[\('a', \{\}\)\]: a mapping such as \{'up_proj': \{'max_rank': 8\}\} is needed.$"),
     ({"a": {"rank": "2"}}, (), r"^overrides\['a'\]: m.._rank='2', expected a whole number"),

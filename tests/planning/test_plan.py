@@ -139,6 +139,25 @@ def test_a_plan_by_hand_survives_its_file(tmp_path):
     )
 
 
+def test_a_layer_of_full_rank_and_one_with_a_single_output_survive_their_file(tmp_path):
+    targets = {"up": Target("up", "Linear", 4, 9), "score": Target("score", "Linear", 9, 1)}
+    plan = RankAllocation({"up": 4, "score": 1}, 2, targets, {"up": 1.0, "score": 0.5})
+    assert dict(load_plan(save_plan(plan, tmp_path / "plan.json")).targets) == targets
+
+
+def test_a_plan_is_equal_to_its_ranks_and_does_not_change():
+    plan = RankAllocation({"a": 1, "b": 2}, 1, policy="eva")
+    assert plan == {"a": 1, "b": 2} == plan and plan != {"a": 1} and plan == replace(plan, policy="uniform")
+    with pytest.raises(AttributeError):
+        plan.rank = 2
+
+
+def test_the_file_of_a_plan_can_be_read_by_people(tmp_path):
+    plan = RankAllocation({"über": 1}, 1, {"über": Target("über", "Linear", 2, 2)}, {"über": 1.0})
+    text = save_plan(plan, tmp_path / "plan.json").read_text(encoding="utf-8")
+    assert '\n "layers": {\n  "über": {\n   "rank": 1,\n' in text and text.endswith("\n}\n")
+
+
 def test_a_plan_in_words():
     plan, by_hand = full_plan()[1], RankAllocation({"a": 3, "b": 1, "c": 0}, 2)
     assert repr(plan) == "RankAllocation(5 of 6 layers with rank 1 to 2, total rank 7)"
@@ -264,4 +283,4 @@ def test_a_plan_goes_where_the_home_of_its_user_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
     plan = allocate_ranks(statistics({"a": [0.5, 0.25]}), rank=1)
     save_plan(plan, "~/plan.json")
-    assert dict(load_plan(tmp_path / "plan.json")) == dict(plan)
+    assert dict(load_plan(tmp_path / "plan.json")) == dict(load_plan("~/plan.json")) == dict(plan)

@@ -92,6 +92,13 @@ def test_what_is_wrong_with_one_is_one_line_with_its_name(packages, policy, said
     assert find_policy("eva") is POLICIES["eva"]
 
 
+def test_worths_are_told_apart_to_the_last_digit():
+    def rule(name, spectrum):
+        return [0.5 + 1e-12 * (name == "b")]
+
+    assert dict(allocate_ranks(statistics({"a": [0.5], "b": [0.5]}), total_rank=1, policy=rule)) == {"a": 0, "b": 1}
+
+
 def test_one_that_has_a_name_of_ours_is_not_used(packages):
     packages(eva=Policy(doubled))
     with pytest.warns(UserWarning, match="policy 'eva' of an unknown package is not used"):

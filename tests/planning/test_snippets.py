@@ -11,6 +11,7 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 
+from lora_init.layers.targets import Target
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
 from lora_init.planning.plan import plan_to_dict
 from lora_init.planning.snippets import TOOLS, snippet
@@ -224,6 +225,27 @@ def test_a_plan_by_hand_as_the_whole_text_of_a_tool(tool):
     ) + "\n"  # fmt: skip
 
 
+def test_fused_experts_are_named_as_the_parameters_that_they_are():
+    targets = {"up": Target("up", "Linear", 8, 8), "experts.größe": Target("experts.größe", "E", 8, 8, experts=2)}
+    plan = RankAllocation({"up": 2, "experts.größe": 2}, 2, targets)
+    names = {}
+    exec(snippet(plan, "peft", 4), names)
+    assert names["config"].target_modules == {"up"} and names["config"].target_parameters == ["experts.größe"]
+    text = snippet(plan, "axolotl", 4)
+    assert yaml.safe_load(text)["lora_target_parameters"] == ["experts.größe"] and "größe" in text
+
+
+def test_the_model_of_a_plan_is_the_one_that_trl_loads():
+    plan, _ = allocated(model_and_statistics("CAUSAL_LM")[1])
+    assert "AutoModelForCausalLM.from_pretrained('some/model')" in snippet(plan, "trl")
+
+
+def test_what_was_not_measured_is_not_written():
+    assert 'SFTConfig("trained", learning_rate=0.001)' in snippet(
+        RankAllocation(WORDS, 2), "trl", 4, recommended={"learning_rate": 1e-3}
+    )
+
+
 def test_a_plan_as_data_for_other_programs():
     plan, _ = allocated(model_and_statistics("CAUSAL_LM")[1])
     text = snippet(replace(plan, notes=("ä",)), "json")
@@ -235,7 +257,7 @@ def test_unknown_formats_and_empty_plans():
     plan, _ = allocated(model_and_statistics()[1])
     refused(r"format='toml' is unknown. Choose from peft, trl, axolotl", snippet, plan, "toml")
     for alpha in (0, math.nan, -1):
-        refused("expected a number above 0", snippet, plan, "peft", alpha)
+        refused("^lora_alpha=.*, expected a number above 0", snippet, plan, "peft", alpha)
     nothing = replace(plan, ranks=dict.fromkeys(plan, 0))
     for tool in TOOLS:
         refused("no layer any rank", snippet, nothing, tool)
