@@ -228,7 +228,8 @@ def test_texts_in_place_of_batches_are_refused(given, columns):
 
 
 @pytest.mark.parametrize("given", [
-    [{"input_ids": torch.ones(1, 2), "text": "a"}], [torch.ones(2, 3)], [[{"x": torch.ones(1), "text": "a"}]], [[]], [], (), [{}],
+    [{"input_ids": torch.ones(1, 2), "text": "a"}], [torch.ones(2, 3)], [[{"x": torch.ones(1), "text": "a"}]], [[]],
+    [], (), [{}],
 ])  # fmt: skip
 def test_batches_are_taken_as_they_are(given):
     found = take(given, nn.Sequential(nn.Linear(2, 2)), options(), None)

@@ -1,6 +1,8 @@
 """The heat map: a cell for each rank, in its place, that can be read."""
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lora_init.plots.heat_map import heat_map_figure, map_size
 
@@ -36,3 +38,17 @@ def test_the_map_grows_with_kinds_and_blocks_and_a_notebook_shows_it():
     ranks = {f"l.{block}.{kind}": 2 for block in range(30) for kind in ("q", "k", "v")}
     assert map_size(ranks) == pytest.approx((3 * 0.36 + 1.2, 30 * 0.17 + 2.4))
     assert heat_map_figure({"l.0.q": 2})._repr_png_().startswith(b"\x89PNG")
+
+
+def test_names_stand_as_they_are_and_words_fit_their_cells():
+    figure = heat_map_figure({"l.0.$q^$": 2, "l.1.$q^$": 0})
+    (axes,) = figure.axes
+    names, blocks = axes.get_xticklabels(), axes.get_yticklabels()
+    assert [name.get_text() for name in names] == ["$q^$"] and not any(name.get_parse_math() for name in names)
+    looks = {(name.get_rotation(), name.get_ha(), name.get_rotation_mode(), name.get_fontsize()) for name in names}
+    assert looks == {(40, "left", "anchor", 8)}
+    assert {one.get_fontsize() for one in (*axes.texts, *blocks)} == {7}
+    assert axes.xaxis.get_tick_params()["length"] == axes.yaxis.get_tick_params()["length"] == 0
+    (cells,) = axes.collections
+    assert to_hex(cells.get_edgecolor()[0]) == "#dddddd" and cells.get_linewidth()[0] == 0.4
+    assert isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine) and figure.dpi == 110

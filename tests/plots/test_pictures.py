@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
@@ -73,6 +74,49 @@ def test_panels_show_what_is_explained_from_nothing_to_all_in_per_cent():
     star = curve.lines[-1]
     assert star.get_label() == f"this plan: 4.6k, {plan.explained_variance:.1%}" and star.get_marker() == "*"
     assert star.get_xydata().tolist() == [[plan.parameters, plan.explained_variance]]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    stats = llama_like(2)
+    return make_figure(replace(allocate_ranks(stats, rank=4), policy="$^$"), stats)
+
+
+def test_lines_are_thin_and_words_small_and_names_stand_as_they_are(drawn):
+    _, *panels, curve = every_axes(drawn)
+    assert {(axes.title.get_fontsize(), axes.title.get_parse_math()) for axes in panels} == {(9, False)}
+    for axes in (*panels, curve):
+        for axis in (axes.xaxis, axes.yaxis):
+            assert axis.get_tick_params()["labelsize"] == 8 and axis.get_tick_params()["grid_alpha"] == 0.25
+            assert axis.get_tick_params()["gridOn"]
+    lines, dots = panels[0].lines[::2], panels[0].lines[1::2]
+    assert {(line.get_linewidth(), line.get_alpha()) for line in lines} == {(0.7, 0.55)}
+    edges = {(dot.get_markersize(), dot.get_markeredgecolor(), dot.get_markeredgewidth()) for dot in dots}
+    assert edges == {(4, "black", 0.5)}
+    *lines, star = curve.lines
+    assert {(line.get_linewidth(), line.get_markersize()) for line in lines} == {(1.4, 3.5)}
+    assert (star.get_markersize(), star.get_markeredgecolor(), star.get_color()) == (15, "white", "#CC0066")
+    assert star.get_zorder() > max(line.get_zorder() for line in lines)
+    assert curve.xaxis.label.get_fontsize() == curve.yaxis.label.get_fontsize() == 9
+    minor = curve.xaxis.get_tick_params("minor")
+    assert (minor["labelsize"], minor["grid_alpha"], minor["gridOn"]) == (8, 0.25, True)
+    legend = curve.get_legend()
+    assert {text.get_fontsize() for text in legend.get_texts()} == {8} and legend.get_frame().get_alpha() == 0.9
+
+
+def test_what_stands_beside_and_below_the_pictures_has_room(drawn):
+    left, right = drawn.subfigs
+    upper, lower = right.subfigs
+    sizes = [text.get_fontsize() for part in (left, upper, lower, drawn) for text in part.texts]
+    assert sizes == [11, 10, 9, 10, 8]
+    assert not drawn.texts[0].get_parse_math() and "policy $^$, " in drawn.get_supxlabel()
+    assert [part.get_suptitle().count("\n") for part in (left, upper, lower)] == [0, 0, 0]  # there is room for a line
+    assert drawn.get_supxlabel().count("\n") == 0 and upper.get_supxlabel() == "components"
+    assert left.bbox.width / right.bbox.width == pytest.approx(2.64 / 10.2)
+    assert upper.bbox.height / lower.bbox.height == pytest.approx(1.9 / 3.4)
+    panels = [axes for axes in every_axes(drawn) if "average rank" in axes.get_title()]
+    assert all(panels[0].get_shared_y_axes().joined(panels[0], other) for other in panels)
+    assert isinstance(drawn.get_layout_engine(), ConstrainedLayoutEngine) and drawn.dpi == 110
 
 
 def test_curves_have_what_each_policy_explains_from_an_eighth_of_the_parameters_to_all_components():
