@@ -133,6 +133,17 @@ def test_a_trainer_of_a_classifier_keeps_its_head(name, tmp_path):
     assert_kept(adapted, tmp_path, batch)
 
 
+class Parts(torch.nn.Linear):
+    """A head with a layer of its own, and another one in it."""
+
+    def __init__(self):
+        super().__init__(16, 3)
+        self.before = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        return super().forward(self.before(x))
+
+
 class Own(torch.nn.Module):
     """A head of one's own on the body of a checkpoint."""
 
@@ -142,6 +153,14 @@ class Own(torch.nn.Module):
 
     def forward(self, input_ids):
         return self.head(self.body(input_ids).last_hidden_state)
+
+
+def test_a_head_of_several_layers_is_told_of_once(recwarn):
+    model = Own().eval()
+    model.head, model.scorer = Parts(), torch.nn.Linear(16, 2)
+    initialize(model, [{"input_ids": torch.arange(12).reshape(2, 6)}], rank=1, target_modules=["query"])
+    (told,) = [str(one.message) for one in recwarn if "checkpoint's class" in str(one.message)]
+    assert told.startswith("head, scorer: no part") and told.endswith("modules_to_save=['head', 'scorer'].")
 
 
 @pytest.mark.parametrize(("targets", "whole", "is_told"), [

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -10,6 +11,8 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
 from lora_init import LoraInitError, Statistics, initialize, load_batches
+from lora_init.building.initialize import _print_made
+from lora_init.trainers.trainers import TrainerIntegration
 from tests.collection.made import labelled
 from tests.conftest import refused, tiny_bert, tiny_llama
 from tests.loading.made import bert_tokenizer, byte_tokenizer
@@ -72,7 +75,7 @@ def test_classes_are_those_of_the_models_head():
         return output.loss
 
     reading = dict(tokenizer=bert_tokenizer(), template="{text}", label="kind", batch_size=2)
-    adapted = initialize(model, rows, rank=2, method="natural-gradient", rho=1, loss=loss, **reading)
+    adapted = initialize(model, rows, rank=2, rho=1, loss=loss, **reading)  # of classes it asks for gradients
     expected = load_batches(rows, known_classes=("odd", "even"), **reading)
     assert seen == [label for batch in expected for label in batch["labels"].tolist()]
     assert adapted.peft_config["default"].task_type == "SEQ_CLS"
@@ -131,6 +134,34 @@ def test_a_learning_rate_that_no_trainer_can_be_given_is_refused_before_a_batch_
     for rate, given in (("measured", (llama(), map(read.append, ["a batch"]))), (1e-3, (trainer,))):
         refused(f"^{re.escape(said.format(repr(rate)))}$", initialize, *given, rank=2, learning_rate=rate)
     assert read == [] and type(trainer.model).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(("ranks", "words"), [
+    ((4, 1, 2, 2), "eva: 4 layers, rank 1 to 4, "), ((1, 3, 3), "eva: 3 layers, rank 1 to 3, "),
+    ((3, 3), "eva: 2 layers, rank 3, "), ((2,), "eva: 1 layers, rank 2, "),
+])  # fmt: skip
+def test_what_was_made_is_one_line_beside_the_output_of_a_program(ranks, words, capsys):
+    init = SimpleNamespace(method="eva", how_to_train="Train so.", ranks=dict(enumerate(ranks)))
+    init.provenance = SimpleNamespace(n_batches=3)
+    _print_made(init, SimpleNamespace(has_plain_loss=True, batch_size=8), 1.5)
+    assert capsys.readouterr() == ("", f"{words}3 batches of 8 examples, 1.5 s. Train so.\n")
+
+
+def test_of_all_processes_one_says_what_was_made(tmp_path, monkeypatch, capsys):
+    for is_main in (True, False):
+        monkeypatch.setattr(TrainerIntegration, "is_main_process", is_main)
+        trainer = plain(tmp_path, byte_tokenizer(pad_token="<|pad|>"), llama())
+        initialize(trainer, rank=2, target_modules=["q_proj"])
+        assert ("batches of 4 examples" in capsys.readouterr().err) == is_main
+
+
+def test_a_trainer_learns_from_texts_of_ones_own(tmp_path):
+    trainer = plain(tmp_path, byte_tokenizer(), llama())
+    adapted = initialize(trainer, ROWS, rank=2, tokenizer=byte_tokenizer(), **READING)
+    theirs = weights(initialize(llama(), ROWS, rank=2, tokenizer=byte_tokenizer(), **READING))
+    assert trainer.model is adapted
+    for name, tensor in weights(adapted).items():
+        assert torch.equal(tensor, theirs[name]), name
 
 
 @pytest.mark.parametrize(("name", "start"), [("default", "START"), ("other", "START/other")])

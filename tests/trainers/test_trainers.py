@@ -634,7 +634,7 @@ def test_a_measured_rate_is_that_of_the_trainers_own_steps(tmp_path, tokenizer):
 def test_it_ends_with_one_line_on_stderr(tmp_path, tokenizer, capsys):
     lora_init.initialize(sft(tmp_path, tokenizer), rank=4)
     line = capsys.readouterr().err.splitlines()[-1]
-    said = r"eva: 14 layers, rank [\d to]+, \d+ batches of 4 examples, \d+\.\d s\. "
+    said = r"eva: 14 layers, rank [\d to]+, \d+ batches of 4 examples, \d{1,2}\.\d s\. "
     assert re.fullmatch(said + "Train with AdamW at .*", line)
     lora_init.initialize(dpo(tmp_path, tokenizer, peft_config=LoraConfig(**LORA)))
     line = capsys.readouterr().err.splitlines()[-1]
