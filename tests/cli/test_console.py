@@ -1,6 +1,7 @@
 """What all commands share: one line per error, its words, signals; under torchrun one result and one exit code."""
 
 import json
+import logging
 import os
 import re
 import warnings
@@ -212,6 +213,18 @@ def test_a_pipe_is_as_wide_as_the_ranks_of_a_model_unless_its_reader_says_how_wi
     assert console.make_console().width == width
 
 
+def test_a_terminal_keeps_its_width_and_shows_lines_whole_and_without_colours(monkeypatch, capsys):
+    for name in ("COLUMNS", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: os.terminal_size((55, 20)))
+    terminal = console.make_console()
+    assert terminal.is_terminal and terminal.width == 55
+    terminal.print("rank 12 of 'q_proj' " * 9)
+    assert capsys.readouterr().out == "rank 12 of 'q_proj' " * 9 + "\n"
+
+
 @pytest.mark.parametrize(("options", "in_python", "on_the_command_line"), [
     ({"overwrite": True}, "overwrite=True", "--overwrite"),
     ({"center": False}, "center=False", "--no-center"),
@@ -341,6 +354,18 @@ def test_an_error_is_one_line_and_an_exit_code(error, code, said, running, capsy
     assert capsys.readouterr() == ("", said)
 
 
+def test_who_reads_no_further_hears_of_no_error(running, monkeypatch, capsys):
+    """As `head` does, which leaves before the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            print("a line", flush=True)
+        print("another", flush=True)  # as Python does at its end
+    assert ended.value.code == 1 and capsys.readouterr().err == ""
+
+
 def test_a_warning_is_printed_once_and_kept_in_the_words_of_python(running, monkeypatch, capsys):
     running.options, running.warned = {"rank": ("--rank", "")}, {"an older one"}
     shown = warnings.showwarning
@@ -377,12 +402,14 @@ def test_names_are_looked_at_before_torch_is_imported_and_then_the_libraries_are
         monkeypatch.setattr(f"lora_init.loading.{place}", lambda *words, place=place: looked.append((place, *words)))
     monkeypatch.setattr(transformers.logging, "set_verbosity_error", lambda: looked.append("quiet"))
     monkeypatch.setattr(transformers.logging, "disable_progress_bar", lambda: looked.append("no bar"))
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "level", logging.WARNING)
     running.wanted = wanted
     with console.importing("m", "d"):
         looked.append("block")
     columns = [("reader.check_columns", "d", "wanted")] if wanted else []
     found = [("models.check_model_source", "m"), ("sources.check_data", "d"), *columns, "block"]
-    assert looked == [*found, "quiet", "no bar"]
+    assert looked == [*found, "quiet", "no bar"] and hub.level == logging.ERROR
     looked.clear()
     with console.importing():
         running.verbose = True
@@ -403,16 +430,19 @@ def test_processes_of_a_launch_join_and_part_whatever_happens(monkeypatch):
     assert done == ["gloo", "parted"]
 
 
-def test_a_silent_process_prints_nothing_more_to_stdout(capfd):
+def test_a_silent_process_prints_nothing_more_to_stdout(capfd, monkeypatch):
     kept = os.dup(1)
     try:
-        console.silence()
+        with open(1, "w", closefd=False) as out:
+            monkeypatch.setattr("sys.stdout", out)
+            print("before")  # which is not lost, although it is in a buffer yet
+            console.silence()
         os.write(1, b"from C")
         os.write(2, b"an error")
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-    assert capfd.readouterr() == ("", "an error")
+    assert capfd.readouterr() == ("before\n", "an error")
 
 
 @pytest.mark.parametrize(("value", "typed"), [

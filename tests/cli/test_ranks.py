@@ -230,6 +230,15 @@ def test_a_variant_changes_what_it_names_and_a_budget_takes_the_place_of_the_oth
     assert ranks_command.read_variants([text], BASE) == {text: expected} and BASE["total_rank"] == 5
 
 
+@pytest.mark.parametrize(("key", "value", "read"), [
+    ("total-rank", "9", 9), ("parameters", "2.5M", "2.5M"), ("fraction", "0.01", 0.01), ("variance", "0.5", 0.5),
+    ("dtype", "bfloat16", "bfloat16"), ("coverage", "total", "total"), ("policy", "uniform", "uniform"),
+    ("max-rank", "8", 8), ("multiple-of", "4", 4), ("allowed-ranks", "8/16", (8, 16)),
+])  # fmt: skip
+def test_each_limit_of_a_plan_can_be_varied(key, value, read):
+    assert ranks_command.read_variants([f"{key}={value}"], BASE)[f"{key}={value}"][key.replace("-", "_")] == read
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("unifrom", "--compare 'unifrom': expected a policy, or a change such as 'rank=8'. Did you mean uniform? Choose"),
     ("tie=1", "--compare 'tie=1': 'tie' is unknown. "), ("rank", "--compare 'rank': expected a policy"),
