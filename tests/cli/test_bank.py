@@ -1,13 +1,21 @@
 """`lora-init bank`, and `init --method from-bank`: from trained adapters to one that starts where they ended."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import make_dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lora_init.adapters.init_config import Reading
+from lora_init.bank.embeddings import MOST_PROMPTS
+from lora_init.bank.store import INDEX
 from lora_init.cli import bank as command
+from lora_init.cli.console import running
+from lora_init.errors import LoraInitError
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from lora_init.starts.starts import BANK_WAYS
@@ -123,6 +131,93 @@ def test_the_list_has_a_row_for_each_entry_and_says_what_is_there(bank):
     assert lines[-1] == f"Next: lora-init init MODEL DATA --method from-bank --bank {bank} -o started"
 
 
+ENTRY = make_dataclass("Entry", [("task", str, "t"), ("rank", int, 4), ("n_prompts", int, 5)])
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """What each step of adding an entry is asked for; nothing is read or loaded."""
+    asked = {}
+
+    def step(place, result):
+        def ask(*words, **how):
+            asked[place.rpartition(".")[2]] = (*words, how)
+            return result(*words) if callable(result) else result
+
+        monkeypatch.setattr(f"lora_init.{place}", ask)
+
+    trained = SimpleNamespace(base="its base")
+    loaded = SimpleNamespace(model="weights", tokenizer="words", seq2seq="is seq2seq")
+    step("bank.store.check_plain_lora", None)
+    step("bank.store.open_bank", SimpleNamespace(entries={}, encoder="encoder of the bank"))
+    step(
+        "bank.store.add_entry",
+        lambda bank, name, *_: SimpleNamespace(path=bank.path, entries={name: ENTRY()}, tasks="t"),
+    )
+    step("bank.embeddings.embed", "embeddings")
+    step("layers.identity.fingerprint", "print")
+    step("loading.models.load_model", loaded)
+    step("loading.batches.load_batches", SimpleNamespace(description="rows", settings={}))
+    step("serving.base.read_base", "plain")
+    step("serving.base.with_changed_copies", "changed")
+    step("serving.trained.read_trained", trained)
+    step("statistics.statistics.Statistics.load", SimpleNamespace(provenance=SimpleNamespace(settings={})))
+    monkeypatch.setattr(command, "importing", lambda *names: asked.update(importing=names) or nullcontext())
+    monkeypatch.setattr(command, "read_encoder", lambda name: f"read {name}")
+    return asked
+
+
+def test_an_entry_is_what_was_asked_for(added, tmp_path, capsys):
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / INDEX).touch()
+    words = dict(model="m", encoder="e", task="sums", samples=7, max_length=9, trust_remote_code=True)
+    command.add(tmp_path / "bank", "a", "d", statistics="s", name="n", reading=Reading(template="{x}"), **words)
+    assert added["importing"] == ("m", "d") and added["read_base"][0] == added["load_model"][0] == "m"
+    assert added["read_base"][2] == added["load_model"][1] == {"trust_remote_code": True}
+    *read, how = added["load_batches"]
+    asked = {"samples": 7, "max_length": 9, "seq2seq": "is seq2seq", "template": "{x}"}
+    assert read == ["d", "words"] and asked.items() <= how.items()
+    assert added["embed"][3] == "read e"
+    bank, *of_entry = added["add_entry"]
+    assert bank.encoder == "e"  # and not the bank's own, so that `add_entry` refuses it
+    assert of_entry[0] == "n" and of_entry[3] == {"task": "sums", "data": "rows", "statistics": "s"}
+    assert "bank: n, task t, rank 4, 5 prompts. In all 1, tasks: 1.\n" in capsys.readouterr().out
+    running.quiet = True
+    command.add(tmp_path / "bank", Path("dir/A b_"), "d", reading=Reading())
+    assert capsys.readouterr() == ("", "")
+    assert added["load_model"] == ("its base", {"trust_remote_code": False})
+    assert added["load_batches"][-1]["samples"] == MOST_PROMPTS
+    bank, *of_entry = added["add_entry"]
+    assert bank.encoder == "encoder of the bank" and added["embed"][3] == "read encoder of the bank"
+    assert of_entry[0] == "A-b" and of_entry[3] == {"task": "A-b", "data": "rows", "statistics": None}
+
+
+def test_what_is_no_bank_and_no_plain_adapter_are_refused_before_the_base_is_loaded(added, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").touch()
+    refused("notes.txt is a file", command.add, tmp_path / "notes.txt", "a", "d", name="n", reading=Reading())
+    refused("a name has letters", command.add, tmp_path / "bank", "a", "d", name="a b", reading=Reading())
+
+    def check(trained):
+        raise LoraInitError("it is not plain.")
+
+    monkeypatch.setattr("lora_init.bank.store.check_plain_lora", check)
+    refused("it is not plain", command.add, tmp_path / "bank", "a", "d", name="n", reading=Reading())
+    assert "load_model" not in added and "embed" not in added
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_list_names_the_encoder_and_which_entries_have_statistics(quiet, monkeypatch, capsys, tmp_path):
+    entry = make_dataclass("Entry", ["task", "rank", "n_prompts", "statistics_sha256", "data"])
+    entries = {"a": entry("sums", 4, 32, "0a1b", "rows.jsonl: 32 of 40"), "b": entry("[b]", 8, 16, "", "chat: 16")}
+    about = dict(path=tmp_path, entries=entries, tasks=["sums", "[b]"], model="Llama tiny", encoder="org/encoder")
+    monkeypatch.setattr("lora_init.bank.store.open_bank", lambda path: SimpleNamespace(**about))
+    running.quiet = quiet  # a list was asked for, and is printed all the same
+    command.list_(tmp_path)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in ("prompts embedded by org/encoder", "a sums 4 32 yes rows.jsonl", "b [b] 8 16 - chat"):
+        assert line in lines, lines
+
+
 @pytest.mark.parametrize(("steps", "said"), [
     (17, [2, 4, 6, 8, 10, 12, 14, 16]), (3, [1, 2, 3]), (None, [*range(200, 1601, 200)]),
 ])  # fmt: skip
@@ -135,7 +230,7 @@ def test_a_training_says_about_eight_times_how_far_it_is(steps, said, explained,
         for step in range(1, steps + 1):
             report(step, 0.5)
         decoder = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 1234)] * 2)
-        return SimpleNamespace(save=lambda bank: tmp_path / "g", decoder=decoder, explained=explained)
+        return SimpleNamespace(save=lambda bank: tmp_path / "[b]g", decoder=decoder, explained=explained)
 
     opened = SimpleNamespace(path=tmp_path, tasks={"a": 1, "b": 2})
     monkeypatch.setattr("lora_init.bank.generator.train_generator", train)
@@ -147,11 +242,14 @@ def test_a_training_says_about_eight_times_how_far_it_is(steps, said, explained,
         f"step {step} of {steps or 1600}: error 0.500 of the variance of the weights" for step in said
     ]
     line = (
-        f"{tmp_path / 'g'}: 2,468 parameters. From prompts of its 2 tasks that it did not see it reproduces {words} "
+        f"{tmp_path / '[b]g'}: 2,468 parameters. From prompts of its 2 tasks that it did not see it reproduces {words} "
         "what distinguishes their adapters."
     )
     follows = f"Next: lora-init init MODEL DATA --method from-bank --bank {tmp_path} -o started"
     assert " ".join(out.split()) == f"{line} {follows}"
+    running.quiet = True
+    command.train(tmp_path, steps=steps)
+    assert asked[1] == (opened, None, 0) and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["", "encoder"])
@@ -177,16 +275,17 @@ def test_one_encoder_embeds_the_prompts_of_all_entries(home, adapters, tmp_path,
 ROWS = {"digest of the rows": "a"}
 
 
-@pytest.mark.parametrize(("settings", "is_other"), [
-    (ROWS, False), ({}, False), ({"digest of the rows": None}, False), ({"digest of the rows": "b"}, True),
+@pytest.mark.parametrize(("settings", "here", "is_other"), [
+    (ROWS, ROWS, False), ({}, ROWS, False), ({"digest of the rows": None}, ROWS, False), (ROWS, {}, False),
+    ({"digest of the rows": "b"}, ROWS, True),
 ])  # fmt: skip
-def test_statistics_of_other_rows_are_refused_where_both_are_known(settings, is_other):
+def test_statistics_of_other_rows_are_refused_where_both_are_known(settings, here, is_other):
     stats = SimpleNamespace(path="s", provenance=SimpleNamespace(settings=settings, data="rows"))
     if is_other:
         said = r"^s is of other data \(rows\). Name what init made of this data.$"
-        refused(said, command._check_of_these, stats, SimpleNamespace(settings=ROWS))
+        refused(said, command._check_of_these, stats, SimpleNamespace(settings=here))
     else:
-        command._check_of_these(stats, SimpleNamespace(settings=ROWS))
+        command._check_of_these(stats, SimpleNamespace(settings=here))
 
 
 def test_an_entry_takes_no_statistics_of_other_data(bank, adapters, home, tmp_path):

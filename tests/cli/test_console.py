@@ -358,7 +358,7 @@ def test_who_reads_no_further_hears_of_no_error(running, monkeypatch, capsys):
     """As `head` does, which leaves before the end."""
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as out:
+    with os.fdopen(writer, "w") as out:
         monkeypatch.setattr("sys.stdout", out)
         with pytest.raises(SystemExit) as ended, one_line_errors():
             print("a line", flush=True)
