@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_init.cli.console import Running
+from lora_init.adapters.init_config import Reading
+from lora_init.cli import dial as command_of
+from lora_init.cli.console import Running, running
 from lora_init.cli.dial import _check_options
+from lora_init.cli.options import Loading, LoadingQuantized
 from lora_init.errors import LoraInitError
-from lora_init.keep.dial import strengths
+from lora_init.keep.dial import Rule, strengths
 from tests.commands import WORDS, assert_one_line_error, run, save_model, write_data
-from tests.conftest import tiny_bert, tiny_llama
+from tests.conftest import refused, tiny_bert, tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 
@@ -242,3 +249,123 @@ def test_a_dial_needs_a_task_or_a_strength_and_other_text_to_keep(
         with pytest.raises(LoraInitError) as caught:
             _check_options(data, keep, strength)
         assert str(caught.value) == line.format(tmp_path.name)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What each step of a dial is asked for; nothing is read, loaded or measured."""
+    asked = {}
+
+    def step(place, result=None):
+        def ask(*words, **how):
+            asked[place.rpartition(".")[2]] = (*words, how)
+            return result
+
+        monkeypatch.setattr(f"lora_init.{place}", ask)
+
+    trained = SimpleNamespace(config="config", others={}, layers={"a": 1}, adds_nothing=False, base="its", quantized="")
+    source = SimpleNamespace(
+        tokenizer="words", seq2seq="is seq2seq", config=SimpleNamespace(), name="base", task_type="CAUSAL_LM",
+        check_quantized=lambda how: asked.update(checked=how),
+        load=lambda **how: SimpleNamespace(model="weights", tokenizer="words"),
+    )  # fmt: skip
+    read = SimpleNamespace(n=36)
+    found = SimpleNamespace(summary=lambda: {"chosen by": "the loss"}, to_dict=lambda: {"chosen": 1})
+    for name, result in {
+        "files.check_free": None, "keep.dial.check_dialable": None, "keep.dial.choose_dial": found,
+        "keep.dialed.write_dialed": "out", "loading.batches.load_batches": read, "loading.batches.load_other": read,
+        "loading.models.open_model": source, "serving.base.read_base": SimpleNamespace(parameters={}),
+        "serving.base.with_changed_copies": trained, "serving.fit.check_fit": SimpleNamespace(check=lambda: None),
+        "serving.support.export_options": None, "serving.trained.read_trained": trained,
+        "serving.trained.with_parameters": trained, "adapters.peft_model.with_adapter": nullcontext("model"),
+        "adapters.directory.AdapterDirectory": SimpleNamespace(config="config", shapes={}),
+    }.items():  # fmt: skip
+        step(name, result)
+    monkeypatch.setattr(command_of, "importing", lambda *names, **data: nullcontext())
+    return SimpleNamespace(asked=asked, trained=trained, source=source, read=read)
+
+
+@pytest.mark.parametrize(("samples", "batch", "kept_batch"), [(36, 4, 4), (60, 6, 4), (192, 8, 4), (400, 8, 4)])
+def test_a_dial_reads_as_many_examples_as_asked_in_nine_batches_at_least(samples, batch, kept_batch, steps, tmp_path):
+    how = dict(samples=samples, max_length=9, seed=3, loading=LoadingQuantized(quantize="nf4"))
+    command_of.dial("a", "d", output=tmp_path / "out", keep="k", reading=Reading(template="{x}"), **how)
+    of_task, of_kept = steps.asked["load_batches"], steps.asked["load_other"]
+    both = dict(tokenizer="words", max_length=9, seed=3, seq2seq="is seq2seq")
+    task = both | vars(Reading(template="{x}")) | dict(samples=samples, batch_size=batch)
+    assert of_task == ("d", task) and of_kept == ("k", both | dict(samples=samples // 2, batch_size=kept_batch))
+    assert steps.asked["checked"] == "nf4"
+    assert steps.asked["choose_dial"] == ("model", Rule(), steps.read, steps.read, "words", 3, command_of.say, {})
+
+
+def test_few_examples_are_refused_before_the_weights_are_loaded(steps, tmp_path, monkeypatch):
+    how = dict(output=tmp_path / "out", reading=Reading(), loading=LoadingQuantized())
+    steps.source.load = None  # a call would be a TypeError
+    steps.read.n = 2
+    refused("^DATA d: 2 examples, and at least", command_of.dial, "a", "d", **how)
+    monkeypatch.setattr("lora_init.loading.batches.load_batches", lambda *words, **how: SimpleNamespace(n=36))
+    refused("^--keep k: 2 examples, and at least", command_of.dial, "a", "d", keep="k", **how)
+
+
+@pytest.mark.parametrize(("made_on", "quantize", "saved_as", "warned"), [
+    ("nf4", None, None, True), ("", None, None, False), ("nf4", "nf4", None, False), ("nf4", None, {"bits": 4}, False),
+])  # fmt: skip
+def test_a_base_in_other_numbers_than_in_training_is_warned_of(made_on, quantize, saved_as, warned, steps, tmp_path):
+    steps.trained.quantized, steps.source.config.quantization_config = made_on, saved_as
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        how = dict(reading=Reading(), loading=LoadingQuantized(quantize=quantize))
+        command_of.dial("a", "d", output=tmp_path / "out", **how)
+    texts = ["a was made on a base in nf4, and this one is not: --quantize nf4."] if warned else []
+    assert [str(one.message) for one in said] == texts
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_dial_writes_where_and_how_it_was_asked(quiet, steps, tmp_path, monkeypatch, capsys):
+    needed, out = [], tmp_path / "out"
+    monkeypatch.setattr(command_of, "require", needed.append)
+    running.quiet = quiet
+    how = dict(output=out, reading=Reading(), loading=LoadingQuantized())
+    command_of.dial("a", "d", **how)
+    assert needed == ["matplotlib"]  # which draws what was found
+    assert steps.asked["check_free"][:2] == (out, False)
+    assert steps.asked["write_dialed"][4:] == (False, False, {}) and steps.asked["load_batches"][-1]["seed"] == 0
+    command_of.dial("a", "d", overwrite=True, alpha_pattern=True, **how)
+    assert steps.asked["check_free"][:2] == (out, True) and steps.asked["write_dialed"][4:] == (True, True, {})
+    command_of.dial("a", "d", overwrite=True, **how)
+    assert steps.asked["write_dialed"][4:] == (True, False, {})
+    assert ("the loss" in capsys.readouterr().out) is not quiet
+
+
+def test_replay_names_what_it_cannot_write_or_continue(steps, tmp_path, monkeypatch):
+    how = dict(loading=Loading())
+    refused(
+        r"texts are written as JSON lines\. Name the file so: r\.jsonl\.$",
+        command_of.replay,
+        "m",
+        tmp_path / "r.txt",
+        **how,
+    )
+    refused(r"Name the file so: rows\.jsonl\.$", command_of.replay, "m", tmp_path / "rows", **how)
+    steps.source.task_type, steps.source.saved_as, steps.source.auto_class = "SEQ_CLS", None, "AutoModelForX"
+    refused("^m is a AutoModelForX, which continues no text.$", command_of.replay, "m", tmp_path / "r.json", **how)
+    steps.source.saved_as = "BertForX"
+    refused("^m is a BertForX, which continues no text.$", command_of.replay, "m", tmp_path / "r.jsonl", **how)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_replay_writes_in_the_home_folder_as_it_says(quiet, steps, tmp_path, monkeypatch, capsys):
+    written = []
+
+    def write(*words):
+        written.append(words)
+        return [{"text": "é"}, {"text": "b"}]
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("lora_init.keep.replay.check_texts", lambda *words: None)
+    monkeypatch.setattr("lora_init.keep.replay.replay", write)
+    running.quiet = quiet
+    command_of.replay("m", Path("~/r.json"), loading=Loading())
+    assert written == [("weights", "words", 256, 64, 0, False, command_of.say)]
+    rows = [json.loads(line) for line in (tmp_path / "r.json").read_text().splitlines()]
+    assert rows == [{"text": "é"}, {"text": "b"}]
+    assert ("columns ['text']" in " ".join(capsys.readouterr().out.split())) is not quiet
