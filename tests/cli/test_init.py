@@ -4,6 +4,10 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
+from dataclasses import make_dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init import Statistics, allocate_ranks, build_adapter, collect, load_batches
-from lora_init.cli.console import Running
+from lora_init.adapters.init_config import Correction, Layers, PassOptions, Ranks, Reading, Sample, Shape
+from lora_init.cli import init as command_of
+from lora_init.cli.console import Running, running
 from lora_init.cli.init import FromBank, _check_words
+from lora_init.cli.options import Length, LoadingQuantized
 from lora_init.collection.backward import NoGradientsError
 from lora_init.loading import models
 from lora_init.loading.models import load_model
@@ -606,3 +613,38 @@ def test_a_mixture_needs_scipy(by, monkeypatch):
     monkeypatch.setattr("lora_init.cli.init.require", asked.append)
     _check_words("from-bank", "d", FromBank(bank="b", by=by), None)
     assert asked == (["scipy"] if by == "mixture" else [])
+
+
+@pytest.mark.parametrize(("rank", "quiet"), [(None, False), (0, True), (1, False)])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("bank", [None, Path("b")])
+def test_the_first_process_writes_an_adapter_as_was_asked(bank, overwrite, rank, quiet, monkeypatch, capsys):
+    saved, kinds = [], [("length", str, ""), ("learning_rate", float, None)]
+    save = {"save_pretrained": lambda built, path, **how: saved.append((built, path, how))}
+    made = make_dataclass("Made", kinds, namespace=save)
+    config = SimpleNamespace(start=SimpleNamespace(name="eva"), ranks=SimpleNamespace(rank=2, rho=1.0))
+    opened = SimpleNamespace(length="as long", examples=SimpleNamespace(held_out=[]))
+    for place, result in {
+        "source.find_statistics": None, "source.are_of_classes": False, "source.check_named": (config, None, 1.0),
+        "source.read_named": (opened, config), "source.load_named": (SimpleNamespace(model="weights"), config),
+        "source.collect_named": ("stats", config), "init.importing": nullcontext(), "init.process_rank": rank,
+        "init.on_demand": lambda path: "bank", "init.start_from": SimpleNamespace(init=made()),
+        "init.summary_of": {}, "init.summary_of_bank": {},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"lora_init.cli.{place}", lambda *words, result=result: result)
+    for name in ("show_summary", "show_bank_summary"):
+        monkeypatch.setattr(command_of, name, lambda console, content, name=name: console.print(name))
+    monkeypatch.setattr("lora_init.building.pipeline.choose", lambda config, classes: config)
+    monkeypatch.setattr("lora_init.building.pipeline.build", lambda *words: made())
+    monkeypatch.setattr("lora_init.planning.allocate.allocate_ranks", lambda *words: "plan")
+    running.quiet = quiet
+    command_of.init(
+        "m", "d", output=Path("~/out"), method="from-bank" if bank else None, overwrite=overwrite, ranks=Ranks(),
+        learning_rate=None if bank else 1e-3, length=Length(), reading=Reading(), sample=Sample(), layers=Layers(),
+        shape=Shape(), correction=Correction(), run=PassOptions(), loading=LoadingQuantized(),
+        from_bank=FromBank(bank=bank),
+    )  # fmt: skip
+    expected = (made("as long", None if bank else 1e-3), Path("~/out"), dict(overwrite=overwrite, model="weights"))
+    assert saved == ([] if rank == 1 else [expected])
+    shown = "show_bank_summary\n" if bank else "show_summary\n"
+    assert capsys.readouterr().out == ("" if quiet or rank == 1 else shown)
