@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from tokenizers import processors
 
 from lora_init.adapters.init_config import Reading
 from lora_init.cli import verify
+from lora_init.cli.options import Loading
 from lora_init.errors import LoraInitError
 from tests.commands import tokenizer_of
 from tests.conftest import refused
@@ -169,3 +171,47 @@ def test_a_text_that_has_other_tokens_is_no_prompt(write_rows):
     assert [*verify._texts(rows, tokenizer)] == [" a b", "a b", " a b c", "a b c"]  # its first token is added again
     half = write_rows([{"text": "a\u00e9b"}])  # a letter of two bytes, which are two tokens
     assert {*verify._texts(half, byte_tokenizer())} == {"a"}
+
+
+@pytest.mark.parametrize(("as_chat", "chats", "prompts"), [
+    (True, ["a chat"], ["a chat"]), (False, ["a chat"], ["a text"]), (True, [], ["a text"]), (False, [], ["a text"]),
+])  # fmt: skip
+@pytest.mark.parametrize("n", [None, 5])
+def test_twice_as_many_prompts_are_read_as_are_asked_in_the_form_that_the_server_takes(
+    n, as_chat, chats, prompts, monkeypatch
+):
+    asked, a = {}, Path("a")
+
+    def step(place, result):
+        monkeypatch.setattr(
+            place, lambda *words, **how: asked.update({place.rpartition(".")[2]: (*words, how)}) or result
+        )
+
+    loaded = SimpleNamespace(tokenizer="words")
+    for name, result in {
+        "_check_adapters": None, "_find_served": {a: ("mine", "llama")}, "_bases_of": {a: "base"}, "_chats": chats,
+        "_asks_as_chat": as_chat, "_check_can_answer": None, "_prompts": ["a text"], "_show": None,
+        "_verify_one": SimpleNamespace(verdict="served as trained"), "importing": nullcontext(),
+    }.items():  # fmt: skip
+        step(f"lora_init.cli.verify.{name}", result)
+    step("lora_init.serving.server.Server", SimpleNamespace(models=[], url="u"))
+    step("lora_init.loading.models.open_model", SimpleNamespace(name="base", load=lambda **how: loaded))
+    reading, loading = Reading(completion=" {b}"), Loading(trust_remote_code=True)
+    more = {} if n is None else {"n": n, "timeout": 2.0, "max_length": 9}
+    verify.verify([a], "u", data="d", reading=reading, api_key="key", loading=loading, **more)
+    n = n or 32
+    assert asked["Server"] == ("u", "key", more.get("timeout", 60.0), {})
+    assert asked["_chats"] == ("d", reading, 2 * n, {}) and asked["_asks_as_chat"][-1] == {"prefers_chat": bool(chats)}
+    assert asked["open_model"] == ("base", {"trust_remote_code": True}) and asked["_bases_of"][2] is True
+    assert asked["_verify_one"][2] == prompts and asked["_verify_one"][-2:] == (n, {})
+    if prompts == ["a text"]:
+        how = vars(reading) | {"samples": 2 * n, "max_length": more.get("max_length", 512)}
+        assert asked["_prompts"] == ("d", "words", as_chat, how)
+
+
+def test_chats_are_those_of_the_subset_and_split_that_are_named(monkeypatch):
+    asked = []
+    rows = SimpleNamespace(table=SimpleNamespace(column_names=["text"]))
+    monkeypatch.setattr("lora_init.loading.sources.read_rows", lambda *words: asked.append(words) or rows)
+    assert verify._chats("d", Reading(subset="main", split="test"), 4) == []
+    assert asked == [("d", "main", "test")]
