@@ -61,6 +61,7 @@ def test_a_warning_names_the_line_that_called(case):
     (ImportError("of no module"), "unexpected ImportError: of no module. LORA_INIT_DEBUG=1 shows where."),
     (FileNotFoundError(2, "No such file or directory", "a.json"), "a.json: No such file or directory."),
     (OSError("x is not a local folder"), "x is not a local folder."),
+    (OSError(28, "No space left on device"), "[Errno 28] No space left on device."),
     (OSError(5, "", "a.json"), "[Errno 5] : 'a.json'."),
     (MemoryError(), "out of memory. Try a smaller --batch-size or --max-length, or --dtype bfloat16."),
 ])  # fmt: skip

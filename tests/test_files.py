@@ -74,6 +74,19 @@ def test_only_a_file_of_the_same_kind_is_replaced_and_only_if_asked(tmp_path, ki
             refused(f"is no {kind}, so it is never replaced", check_writable, path, True, kind)
 
 
+@pytest.mark.parametrize("kind", ["statistics file", "weights"])
+def test_what_a_file_of_tensors_is_may_stand_at_the_end_of_a_long_header(kind, tmp_path):
+    """Statistics of a model with thousands of layers have a header of megabytes."""
+    named = {"statistics file": "lora_init.statistics", "weights": "pt"}[kind]
+    header = f'{{"__metadata__":{{"header":"{"x" * 10_000}","format":"{named}"}}}}'.encode()
+    path = tmp_path / "file"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    if kind == "weights":
+        refused("is no statistics file", check_writable, path, True, "statistics file")
+    else:
+        check_writable(path, True, kind)
+
+
 def test_a_directory_is_no_file_and_has_to_exist(tmp_path):
     refused("is a directory, and a file is needed", check_writable, tmp_path, True, "plan")
     with pytest.raises(LoraInitError, match=r"there is no directory .*none. Create it first"):
@@ -132,6 +145,16 @@ def test_a_full_disk_and_a_file_in_the_way_are_found_before_the_work(tmp_path, m
     refused("No space left on device", check_free, tmp_path / "out", False, "marker", ())
     refused("No space left on device", check_writable, tmp_path / "plan.json", False, "plan")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_gives_no_reason_is_named_all_the_same(tmp_path, monkeypatch):
+    def fail(self, *content, **options):
+        raise OSError("out of order")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    refused("out: cannot be written: out of order", new_directory(tmp_path / "out", False, "marker", ()).__enter__)
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    refused(r"cannot be written to \(out of order\)", check_free, tmp_path / "out", False, "marker", ())
 
 
 def killed_while_writing(path, kind):
@@ -291,6 +314,33 @@ def test_only_what_dead_processes_of_this_machine_have_left_here_is_swept(tmp_pa
     files._sweep(tmp_path / "none" / "out", "tmp")  # where nothing can be left
 
 
+def test_what_another_process_sweeps_at_the_same_time_does_not_end_the_sweeping(tmp_path, monkeypatch):
+    names = [f".out.{pid}-{files._machine()}-0123abcd.tmp" for pid in (5, 6, 7)]
+    for name in names:
+        (tmp_path / name).touch()
+
+    def swept(pid):
+        if len([*tmp_path.iterdir()]) == 3:
+            (tmp_path / names[pid - 5]).unlink()
+        return False
+
+    monkeypatch.setattr(files, "_runs", swept)
+    files._sweep(tmp_path / "out", "tmp")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_lock_that_somebody_has_removed_is_no_error(tmp_path):
+    with locked(tmp_path / "run", ""):
+        (tmp_path / ".run.lock").unlink()
+
+
+def test_a_file_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.extend(path.read_bytes() for path in tmp_path.iterdir()))
+    write_whole(tmp_path / "out", b"whole")
+    assert synced == [b"whole"]
+
+
 @pytest.mark.parametrize(("error", "runs"), [(None, True), (ProcessLookupError, False), (PermissionError, True)])
 def test_a_process_of_somebody_else_runs(error, runs, monkeypatch):
     asked = []
@@ -351,6 +401,31 @@ def test_a_directory_that_is_replaced_has_only_what_is_new(tmp_path):
     assert [*path.parent.iterdir()] == [path]
     line = refused("pass overwrite", check_free, path, False, "marker", ())
     assert line == f"{path} exists and is not empty. Choose another directory, or pass overwrite=True."
+
+
+@pytest.mark.parametrize("error", [OSError("out of order"), KeyboardInterrupt()])
+def test_a_directory_that_cannot_be_put_in_its_place_leaves_the_one_that_was_there(error, tmp_path, monkeypatch):
+    path, rename, moved = tmp_path / "out", Path.rename, []
+    path.mkdir()
+    write_json(path / "marker", {})
+
+    def failing(self, target):
+        moved.append(target.name if self == path else self.name)
+        if len(moved) == 2:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises((LoraInitError, KeyboardInterrupt)), new_directory(path, True, "marker", ("marker",)) as fresh:
+        (fresh / "new").touch()
+    assert [*tmp_path.iterdir()] == [path] and [one.name for one in path.iterdir()] == ["marker"]
+    assert [name[-4:] for name in moved] == [".old", ".tmp", ".old"]
+
+
+def test_what_may_not_be_replaced_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    for path, said in ((tmp_path, "exists and is not empty"), (tmp_path / "file", "file is a file, and a directory")):
+        refused(said, new_directory(path, False, "marker", ()).__enter__)
 
 
 def test_somebody_who_writes_there_meanwhile_keeps_what_was_written(tmp_path):

@@ -137,6 +137,7 @@ def test_variables_from_outside_can_be_set_back():
     assert (n, value) == (1, 1)
     later = None
     assert len(third_party_internals.cells_of(function)) == 2 and later is None
+    assert third_party_internals.cells_of(own_names) == []
 
 
 def test_transformers_experts_have_a_gate():
@@ -161,6 +162,25 @@ def test_transformers_decoders_with_a_plain_loss_are_told(build, plain):
     output = model(**batch)
     aligned = nn.functional.cross_entropy(output.logits[0], batch["labels"][0])
     assert torch.isclose(output.loss, aligned) == plain  # what the name claims
+
+
+@pytest.mark.parametrize(("forward", "module", "plain"), [
+    (lambda self, logits: nn.CrossEntropyLoss()(logits), "transformers.models.x", True),
+    (lambda self, logits: nn.CrossEntropyLoss()(logits), "theirs.transformers", False),
+    (lambda self, logits: nn.functional.mse_loss(logits), "transformers.models.x", False),
+    (lambda self, shift_logits: nn.CrossEntropyLoss()(shift_logits), "transformers.models.x", False),
+    (lambda self, logits: self.loss_function(nn.CrossEntropyLoss, logits), "transformers.models.x", False),
+])  # fmt: skip
+def test_a_loss_is_plain_by_what_its_forward_names(forward, module, plain):
+    made = type("XForCausalLM", (), {"forward": forward, "__module__": module})
+    assert third_party_internals.has_plain_loss(made()) is plain
+
+
+@pytest.mark.parametrize("name", ["XLMWithLMHeadModel", "FlaubertWithLMHeadModel", "ProphetNetForCausalLM"])
+def test_transformers_has_three_more_whose_plain_loss_is_computed_elsewhere(name):
+    import transformers
+
+    assert third_party_internals.has_plain_loss(object.__new__(getattr(transformers, name)))
 
 
 def test_typer_shows_the_error_that_all_wrong_words_are():

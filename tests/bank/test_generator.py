@@ -169,6 +169,53 @@ def test_a_generator_comes_back_from_its_bank(small):
         assert torch.equal(again.a, layer.a) and torch.equal(again.b, layer.b) and not layer.a.requires_grad
 
 
+def test_numbers_of_prompts_are_counted_from_their_mean_in_their_spread(tmp_path, monkeypatch):
+    bank, seen = bank_of(tmp_path / "bank", n_prompts=16), []
+
+    class Silent(torch.nn.Module):
+        """It writes the mean of the bank, whatever the prompts."""
+
+        def __init__(self, *sizes):
+            super().__init__()
+            self.zero = torch.nn.Parameter(torch.zeros(1, 1, 10, 128))
+
+        def forward(self, condition):
+            return 0.0 * self.zero
+
+    plain = generator._conditions
+    monkeypatch.setattr(generator, "Decoder", Silent)
+    monkeypatch.setattr(generator, "_conditions", lambda rows, chosen: seen.append(rows) or plain(rows, chosen))
+    found = train_generator(bank, steps=16)
+    assert found.explained == pytest.approx(0.0, abs=1e-6)  # as much as a mean does
+    rows = torch.cat([*{rows.data_ptr(): rows for rows in seen}.values()])
+    assert len(rows) == 32
+    torch.testing.assert_close(rows.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows.std(0), torch.ones(5))
+
+
+def test_adapters_are_turned_towards_the_first_and_do_what_they_did(tmp_path):
+    bank = bank_of(tmp_path / "bank", n=3)
+    found = generator.aligned(bank, 2)
+    for name, layers in found.items():
+        for place, layer in bank.layers(name).items():
+            torch.testing.assert_close(layers[place].b @ layers[place].a, layer.b @ layer.a, atol=1e-5, rtol=1e-5)
+    first = found["e0"]
+    for name in ("e1", "e2"):
+        for place, layer in found[name].items():
+            # Nearest where what both have in common is symmetric, and its values are no less than zero.
+            common = first[place].a @ layer.a.T + first[place].b.T @ layer.b
+            torch.testing.assert_close(common, common.T, atol=1e-4, rtol=1e-4)
+            assert torch.linalg.eigvalsh(common).min() > -1e-4
+
+
+def test_two_of_several_adapters_may_be_the_same_and_two_prompts_are_enough(tmp_path):
+    bank = bank_of(tmp_path / "bank", n_prompts=2)
+    for name in bank.entries:
+        prompts = torch.randn(2, 5)
+        bank = add_entry(bank, f"{name}-again", Trained({}, bank.layers(name), {}), prompts, task="again", data="")
+    assert train_generator(bank, steps=1).tasks == ["t0", "t1", "again"]
+
+
 def test_the_last_eighth_of_the_prompts_is_never_trained_on(tmp_path, monkeypatch):
     bank = bank_of(tmp_path / "bank", n_prompts=16)
     plain, seen = generator._conditions, {True: [], False: []}
@@ -185,6 +232,9 @@ def test_the_last_eighth_of_the_prompts_is_never_trained_on(tmp_path, monkeypatc
 def test_adapters_are_cut_to_the_rank_that_is_asked_for(tmp_path):
     bank = bank_of(tmp_path / "bank")
     assert math.prod(train_generator(bank, 1, steps=1).shapes["q"]) == 1 * 3 * 4
+    low = {name: Layer(layer.a[:1], layer.b[:, :1].contiguous(), 1.0) for name, layer in adapter(seed=5).items()}
+    both = add_entry(bank, "low", Trained({}, low, {}), torch.randn(9, 5), task="low", data="")
+    assert train_generator(both, steps=1).shapes["q"] == (1, 3, 4)  # the least of all
     alone = Bank(tmp_path / "bank", "f", "a model", "", {"e0": bank.entries["e0"]})
     words = "^.*bank has one task, and a generator learns from what differs. Add another task.$"
     refused(words, train_generator, alone, steps=1)

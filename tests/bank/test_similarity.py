@@ -65,6 +65,17 @@ def test_the_order_of_a_bank_by_hand(similarity, order):
     }
 
 
+@pytest.mark.parametrize(("new", "ranks", "overlap"), [
+    ([1], 2, 0.0), ([0], 2, 1.0),  # as many directions as both have
+    ([0, 2], 1, 1.0), ([2, 0], 1, 0.0), ([2, 0], 2, 0.5),  # as many as the adapter has ranks
+])  # fmt: skip
+def test_directions_are_compared_as_far_as_both_have_them_and_the_adapter_has_ranks(new, ranks, overlap):
+    entries = {name: SimpleNamespace(task=f"t{name}", rank=ranks) for name in MEANS}
+    bank = Made(**vars(BANK) | {"entries": entries})
+    found = neighbours(bank, NEW, statistics(new), "subspaces")
+    assert {one.name: one.overlap for one in found}["a"] == overlap
+
+
 def test_a_dimension_that_is_the_same_in_all_prompts_says_nothing():
     class Wider(Made):
         def embeddings(self, name):

@@ -1,19 +1,21 @@
 """The ways from a bank to a start: each finds the task it is for, and an unrelated bank is refused."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from lora_init.adapters.init_config import Shape
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import balanced, load_generator, train_generator
 from lora_init.bank.mixture import MOST_PASSES, find_weights, stack
 from lora_init.bank.similarity import neighbours
-from lora_init.bank.start import mixed_adapter, start_from_bank
+from lora_init.bank.start import mixed_adapter, mixture, start_from_bank
 from lora_init.bank.store import add_entry, open_bank
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
@@ -23,7 +25,7 @@ from lora_init.serving.trained import Layer, read_trained
 from lora_init.statistics.statistics import Provenance
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
 from tests.bank import made
-from tests.conftest import refused, tiny_bert, tiny_t5
+from tests.conftest import refused, tiny_bert, tiny_llama, tiny_t5
 from tests.loading.made import bert_tokenizer, byte_tokenizer
 
 
@@ -62,6 +64,20 @@ def test_an_encoder_reads_the_text_of_the_prompts():
     assert torch.allclose(found[0], states[-1][0].mean(0), atol=1e-6)
 
 
+def test_an_encoder_reads_as_much_of_a_prompt_as_it_takes():
+    tokenizer, encoder = byte_tokenizer(), bert()
+    encoder.tokenizer.model_max_length = 4
+    long, short = ({"input_ids": torch.tensor([tokenizer(text)["input_ids"]])} for text in ("a b c d e", "a b"))
+    found = embed(made.base(), [long, short], tokenizer, encoder)
+    assert torch.equal(found[0], found[1])
+
+
+def test_the_middle_layer_is_that_after_half_of_the_blocks():
+    model, ids = tiny_llama(num_hidden_layers=4), torch.randint(3, 60, (1, 6))
+    states = model.model(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(embed(model, [{"input_ids": ids}])[0], states[2][0].mean(0))
+
+
 def test_an_encoder_decoder_embeds_by_its_encoder():
     model, ids = tiny_t5(), torch.randint(3, 64, (1, 9))
     states = model.encoder(ids, output_hidden_states=True).hidden_states
@@ -74,12 +90,13 @@ class Silent(torch.nn.Module):
         return input_ids
 
 
-IDS = {"input_ids": torch.randint(3, 64, (2, 5))}
+IDS = {"input_ids": torch.arange(3, 13).view(2, 5)}
 
 
 def of_nan():
+    """A model with NaN in one token's embedding, which one prompt has."""
     model = made.base()
-    model.model.embed_tokens.weight.data[:] = math.nan
+    model.model.embed_tokens.weight.data[IDS["input_ids"][0, 0]] = math.nan
     return model
 
 
@@ -245,6 +262,47 @@ def test_an_entry_of_other_widths_than_the_models_is_refused():
     )
 
 
+@pytest.mark.parametrize("name", ["model.layers.7.self_attn.q_proj", "score"])
+def test_an_entry_of_a_layer_that_is_none_of_the_models_own_is_refused(name):
+    """A head for classes is trained whole, and is no layer to adapt."""
+    there = {"model.layers.0.self_attn.q_proj": Layer(torch.ones(1, 32), torch.ones(32, 1), 1.0)}
+    odd = there | {name: Layer(torch.ones(1, 32), torch.ones(2, 1), 1.0)}
+    model = AutoModelForSequenceClassification.from_config(made.base().config)
+    refused(re.escape(name), mixed_adapter, model, Provenance("", "", "", [], task_type="SEQ_CLS"), "nearest", odd)
+
+
+def test_a_sum_is_measured_at_its_full_size():
+    name = "model.layers.0.self_attn.q_proj"
+    update_of = {name: Layer(torch.randn(3, 32), torch.randn(32, 3), 1.0)}
+    found = mixed_adapter(made.base(), Provenance("", "", "", []), "mixture", update_of)
+    a, b = found.weights[name]
+    torch.testing.assert_close(found.scaling * b @ a, update(update_of[name]))
+
+
+def test_a_mixture_is_of_the_nearest_alone_if_there_are_many(bank, monkeypatch):
+    monkeypatch.setattr("lora_init.bank.start.MOST_ADAPTERS", 2)
+    found = mixture(bank, ["task1", "task0", "task2"], None, lambda adapters: ([1.0] * len(adapters), 3))
+    assert found.weights == {"task1": 1.0, "task0": 1.0} and found.passes == 3
+
+
+def test_a_model_that_has_an_adapter_is_no_base_and_a_wrapped_one_is(bank):
+    wrapped = torch.nn.DataParallel(made.base())
+    wrapped.module.config.name_or_path = "org/base"
+    embeddings = embed(made.base(), made.batches(1))
+    found = start_from_bank(bank, wrapped, embeddings, None, rank=4)
+    assert (found.init.provenance.model_id, found.init.provenance.model_class) == ("org/base", "LlamaForCausalLM")
+    assert not any(name.startswith("module.") for name in found.init.targets)
+    adapted = found.init.apply(made.base())
+    refused(
+        r"already has an adapter.* give start_from_bank\(\) the plain", start_from_bank, bank, adapted, embeddings, None
+    )
+
+
+def test_a_size_that_is_given_is_taken_and_the_loss_is_told_with_it(bank):
+    found = start(bank, 1, shape=Shape(gamma=3.0)).init
+    assert found.gamma == 3.0 and found.losses[1] < found.losses[0]
+
+
 def test_rotating_an_adapter_changes_nothing(trained, tmp_path):
     """The same adapter twice, once with its A and B rotated: there is nothing left to tell apart."""
     from lora_init.bank.generator import aligned
@@ -391,7 +449,7 @@ def test_what_a_start_says_of_itself(bank):
     assert start(bank, 1, aside=None, order=order).weights == {"task2": 1.0}
 
 
-def test_weights_are_searched_from_each_alone_and_their_mean():
+def test_weights_are_searched_from_each_alone_and_their_mean(monkeypatch):
     """What is measured first, how often at most, and that a loss that is not finite is no choice."""
     layers = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
     widths = {layers[0]: (32, 32), layers[1]: (48, 32)}
@@ -414,3 +472,9 @@ def test_weights_are_searched_from_each_alone_and_their_mean():
     for found, (one, other) in zip(seen, ((1, 0), (0, 1), (0.5, 0.5)), strict=False):
         assert torch.allclose(found, whole * torch.tensor([one, other, other]))
     assert weights == [0.5, 0.5] and passes == len(seen) <= MOST_PASSES
+    # The search begins a step of a quarter from the best of these.
+    assert float((seen[3] / whole - 0.5).abs().max()) == pytest.approx(0.25, abs=1e-4)
+    monkeypatch.setattr("lora_init.bank.mixture.MOST_PASSES", 8)
+    assert find_weights(model, adapters, build, loss_of)[1] <= 8
+    monkeypatch.setattr("lora_init.errors.find_spec", lambda name: None)
+    refused("^this needs scipy, which is not installed", find_weights, model, adapters, build, loss_of)

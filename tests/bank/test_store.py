@@ -202,6 +202,7 @@ def test_what_an_index_says(tmp_path):
     assert TensorFile(bank.path / "one.safetensors", "lora_init.bank_entry", 1).header["scalings"] == {
         "up": 0.5, "down": 2.0,
     }  # fmt: skip
+    assert TensorFile(bank.path / "two.safetensors", "lora_init.bank_entry", 1).header["task"] == "other"
     assert bank.embeddings("one").dtype == torch.float32
     assert {name: layer.scaling for name, layer in bank.layers("one").items()} == {"up": 0.5, "down": 2.0}
 
@@ -217,6 +218,7 @@ def test_a_refused_entry_leaves_nothing_behind(tmp_path):
     with pytest.raises(LoraInitError):
         small(path, statistics=tmp_path / "nowhere")
     assert not path.exists() and small(path, name="x" * 80).entries
+    assert small(tmp_path / "deep" / "er" / "bank").entries
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -13,6 +13,7 @@ from lora_init.comparison.runs import (
     RunPlan,
     _excerpts,
     best_rates,
+    by_seed,
     half_decade,
     open_runs,
     peek,
@@ -141,6 +142,33 @@ def test_where_no_rate_is_stable_lower_ones_are_tried(statuses, tried):
     assert sorted({run.learning_rate for run in done}) == tried and {run.seed for run in planned} == {0, 1}
 
 
+def test_a_start_without_a_stable_rate_leaves_the_others_their_other_seeds():
+    def loss(run):
+        return 1.0, "unstable" if run.start == REFERENCE else "finished"
+
+    done, _ = carry_out("halving", loss)
+    assert [(run.start.base, run.learning_rate) for run in done if run.seed == 2] == [("eva", 1e-3)]
+
+
+def test_a_rate_that_is_unstable_adds_none_where_the_best_one_is_in_the_middle():
+    def loss(run):
+        return abs(math.log(run.learning_rate / 1e-3)), "unstable" if run.learning_rate == 3e-3 else "finished"
+
+    done, _ = carry_out("halving", loss, ["eva"], (3e-4, 1e-3, 3e-3), extend=2)
+    assert {run.learning_rate for run in done} == {3e-4, 1e-3, 3e-3}
+
+
+def test_of_a_start_that_is_not_tuned_no_other_rate_is_tried():
+    own = {"random": 1e-3, "eva": 3e-3}
+    plan, records = RunPlan([*map(Variant, own)], [], SEEDS, "halving", 2, own, tuned=False), {}
+    for run in plan.runs(plan.starts, records):
+        if run.learning_rate:
+            records[run] = record(run.start, run.learning_rate, run.seed, abs(math.log(run.learning_rate / 1e-3)))
+    planned = plan.runs(plan.starts, records)
+    assert {run.learning_rate for run in planned if run.start.base == "eva"} == {3e-3}
+    assert {run.learning_rate for run in planned if run.start == REFERENCE} == {3.3e-4, 1e-3, 3e-3}
+
+
 def test_rates_are_tried_in_rising_order_whatever_order_they_are_given_in():
     plan = RunPlan([REFERENCE, Variant("full")], [3e-3, 1e-3], [7, 4], "full", extend=0)
     assert [plan.given_rates(start) for start in plan.starts] == [[1e-3, 3e-3], [1e-4, 3e-4]]
@@ -233,6 +261,14 @@ def test_other_data_is_noticed(tmp_path):
     assert len(read_runs(tmp_path)) == 3
 
 
+def test_runs_of_one_length_saw_the_same_data_however_often_they_were_evaluated(tmp_path):
+    with open_runs(tmp_path / "new" / "runs", settings()) as log:
+        log.add(record(evaluation_points=[0, 4, 8]))
+        log.add(record("eva", evaluation_points=[0, 4, 9], data_order="longer"))
+        log.add(record("pissa", evaluation_points=[0, 8]))
+        refused("saw other data than random", log.add, record("olora", evaluation_points=[0, 8], data_order="x"))
+
+
 # Results
 
 
@@ -265,6 +301,18 @@ def test_random_is_first_and_the_rest_in_the_order_asked_for():
     assert [*run_table(map(record, names), ["theirs+2-alpha"])["start"]] == [
         "theirs", "eva", "eva+2-batches", "eva+16-batches", "eva+32-alpha",
     ]  # fmt: skip
+
+
+def test_rows_go_by_start_then_by_rate_then_by_seed():
+    order = [(start, rate, seed) for start in ("random", "pissa", "pissa+4-batches", "eva") for rate in (1e-4, 1e-3)
+             for seed in (0, 1)]  # fmt: skip
+    runs = [record(start, rate, seed, rate + seed) for start, rate, seed in sorted(order, key=lambda run: run[::-1])]
+    table = run_table(reversed(runs), ["pissa", "eva"])
+    assert [*zip(table["start"], table["learning_rate"], table["seed"], strict=True)] == order
+    starts = [*dict.fromkeys(table["start"])]
+    assert [*best_rates(table).items()] == [(start, 1e-4) for start in starts]
+    losses = by_seed(table)
+    assert [*losses.index] == starts and losses.to_numpy().tolist() == [[1e-4, 1e-4 + 1]] * 4
 
 
 def test_a_row_of_the_table_has_what_the_record_and_its_name_say():
@@ -423,6 +471,9 @@ EXCERPTS = {
     ("a" * 200 + "b", "a" * 200 + "c"): ("..." + "a" * 40 + "b", "..." + "a" * 40 + "c"),
     ("b" + "a" * 200, "c"): ("b" + "a" * 119 + "...", "c"),
     ("a" * 121, "a" * 122): ("..." + "a" * 40, "..." + "a" * 41),
+    ("a" * 119 + "b", "a" * 119 + "c"): ("a" * 119 + "b", "a" * 119 + "c"),
+    ("a" * 120 + "b", "a" * 120 + "c"): ("..." + "a" * 40 + "b", "..." + "a" * 40 + "c"),
+    ("b" + "a" * 120, "c"): ("b" + "a" * 119 + "...", "c"),
 }
 
 

@@ -166,6 +166,21 @@ def test_no_rank_is_above_the_widest_layer_and_the_largest_that_vllm_has(rank, w
         refused(said, check_most_rank, rank, widest)
 
 
+def test_the_widest_layer_is_the_one_whose_update_may_have_the_highest_rank():
+    """The narrower side of each layer counts."""
+    layers = {"h.0.up": layer(700, 600, rank=1), "h.0.down": layer(900, 5, rank=1)}
+    trained = Trained({}, layers, {})
+    refused("^rank=601: no layer of this adapter can have more than rank 600", fit, trained, 601, None, False, {})
+    assert {one.rank for one in fit(trained, 600, None, False, {})[0].layers.values()} == {600}
+
+
+@pytest.mark.parametrize("keep_ranks", [False, True])
+def test_a_budget_counts_a_rank_of_all_experts(keep_ranks):
+    trained = Trained({}, {"experts": Layer(torch.randn(3, 4, 12), torch.randn(3, 9, 4), 0.7)}, {})
+    for most, rank in ((2 * 3 * 21, 2), (2 * 3 * 21 - 1, 1)):
+        assert fit(trained, None, most, keep_ranks, {})[0].layers["experts"].rank == rank
+
+
 def test_a_budget_of_parameters_counts_what_a_rank_costs():
     none = torch.zeros(0)
     factors = {"wide": Factors(none, none, none, (8.0, 1.0)), "thin": Factors(none, none, none, (0.1, 0.001))}
