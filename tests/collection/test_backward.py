@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init.collection.activations import ActivationHooks
+from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.collection.backward import BackwardHooks
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.layers import wrappers
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import call_model
+from lora_init.layers.targets import find_targets
 from tests.collection.made import counts_of, exact, labelled
 from tests.conftest import MODELS, batches_for, refused, tiny_llama
 
@@ -321,3 +322,23 @@ def test_a_sharded_model_holds_its_parts_alone_before_gradients_are_switched_off
     with BackwardHooks(ActivationHooks(model, {"1": model[1]}, TokenMasks(model, "attention")), {}, call_model):
         assert asked == [True] and not model[0].weight.requires_grad
     assert model[0].weight.requires_grad
+
+
+def test_gradients_are_handed_out_in_the_precision_of_the_tensors_themselves():
+    """The backward pass runs under the autocast of the model, and what receives its gradients does not."""
+    handed = []
+
+    class Watching(Sink):
+        def gradient(self, layer, x, g):
+            handed.append((layer, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+
+    def with_labels(model, batch):
+        return model(**batch)
+
+    model, batch = tiny_llama(), labelled("llama")[0]
+    targets = find_targets(model, ["down_proj"]).layers
+    modules = {name: model.get_submodule(name) for name in targets}
+    hooks = ActivationHooks(model, modules, TokenMasks(model, "attention"), to_the_end=True)
+    with torch.autocast("cpu", torch.bfloat16), hooks, BackwardHooks(hooks, targets, with_labels) as backward:
+        backward.run(batch, Watching())
+    assert sorted(handed) == [(name, False, False) for name in sorted(targets)]

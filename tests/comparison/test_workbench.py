@@ -1,14 +1,18 @@
 """One run of a comparison: what it reads, trains and leaves; full weights, classifiers, the settings of a machine."""
 
 import json
+import platform
 import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+import lora_init
 from lora_init.collection.processes import digest_of
 from lora_init.comparison import outlook, workbench
 from lora_init.comparison.runs import Run
@@ -16,6 +20,7 @@ from lora_init.comparison.training import TrainingResult
 from lora_init.comparison.variants import Variant
 from lora_init.comparison.workbench import Workbench
 from lora_init.errors import LoraInitError
+from lora_init.layers.identity import fingerprint, model_config
 from lora_init.layers.targets import find_targets
 from lora_init.rates.training_length import TrainingLength
 from tests.commands import save_model
@@ -307,6 +312,43 @@ def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
     assert {record["status"] for record in classes.records} == {"finished"}
 
 
+def test_settings_say_all_that_shapes_a_run(home, tmp_path):
+    bench = set_up_bench(home, tmp_path)
+    made, model = bench.settings("its name"), bench.loaded.model
+    known = {name: made.pop(name) for name in ("fingerprint", "config", "examples", "data")}
+    assert known["fingerprint"] == fingerprint(model) and known["config"] == model_config(model)
+    assert "rows.jsonl" in known["data"] == bench.task.data and len(known["examples"]) == 3
+    assert made == {
+        "format": 3, "task": bench.task.label, "kind": bench.task.kind, "model": "its name",
+        "model_class": "LlamaForCausalLM", "folds": bench.folds, "normalize": bench.task.normalize, "retain_data": None,
+        **asdict(bench.shape), "dtype": "float32", "device": "cpu", **asdict(bench.training),
+        "schedule": "linear warm-up, cosine to zero",
+        "optimizer": "AdamW, no weight decay, gradients clipped to norm 1", "statistics_batches": 8,
+    }  # fmt: skip
+    assert json.loads(json.dumps(made)) == made
+    bank = SimpleNamespace(in_words=lambda: "bank: 2 adapters")
+    more = replace(bench, strengths=(0.5, 1.0), bank=bank, own={"mine": again}).settings("its name")
+    assert (more["strengths"], more["bank"], [*more["own"]]) == ([0.5, 1.0], "bank: 2 adapters", ["mine"])
+
+
+def test_the_texts_beside_the_examples_and_the_float_weights_are_told_by_what_they_hold(home, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(f"one dog run to the {name}\nmy red hats")
+        torch.manual_seed(len(name) + (name == "two"))
+        save_model(tiny_llama(num_hidden_layers=1), tmp_path / name / "model")
+
+    def hashes(retain, replay, weights):
+        given = dict(retain_data=tmp_path / retain / "text.txt", replay=tmp_path / replay / "text.txt")
+        bench = set_up_bench(home, tmp_path, **given)
+        return replace(bench, float_weights=tmp_path / weights / "model").settings("llama")["examples"]
+
+    first = hashes("one", "one", "one")
+    for place, name in enumerate(("text to retain", "text to replay", "float weights")):
+        other = hashes(*["two" if i == place else "one" for i in range(3)])
+        assert {key for key in first if first[key] != other[key]} == {name}
+
+
 @pytest.mark.parametrize("asked", [{"retain_data"}, {"replay"}, {"retain_data", "replay"}, set()])
 def test_the_texts_beside_the_examples_are_told_in_the_settings(asked, home, tmp_path):
     for name in asked:
@@ -315,6 +357,69 @@ def test_the_texts_beside_the_examples_are_told_in_the_settings(asked, home, tmp
     told = {name: made.get(name) for name in ("retain_data", "replay")}
     assert {name for name, text in told.items() if text is not None} == asked
     assert all(name in told[name] and "2 of 2 examples" in told[name] for name in asked)
+
+
+def test_statistics_are_of_the_first_batches_of_a_seed_and_the_layers_that_get_an_adapter(home, tmp_path, monkeypatch):
+    seen, real = [], workbench.collect
+
+    def collect(model, batches, *given, **more):
+        seen.extend(batch["input_ids"].tolist() for batch in batches)
+        return real(model, batches, *given, **more)
+
+    monkeypatch.setattr(workbench, "collect", collect)
+    bench = set_up_bench(home, tmp_path, target_modules=["v_proj"])
+    stats = bench.statistics(3, center=True, gradients=False, n_batches=2)
+    assert seen == [bench.task.batch(items)["input_ids"].tolist() for items in bench.task.order(3, 2, 4)]
+    assert [*stats] == ["model.layers.0.self_attn.v_proj"]
+    classifier = set_up_bench(home, tmp_path, "bert", label="first", completion=None)
+    stats = classifier.statistics(0, center=True, gradients=False, n_batches=1)
+    assert len([*stats]) > 3 and "classifier" not in stats  # which is trained whole
+
+
+def test_a_training_is_given_what_its_run_says(home, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        workbench, "train", lambda *words, **how: given.append((words[1:], how)) or TrainingResult(report_loss=[2.0])
+    )
+    (tmp_path / "text.txt").write_text("one dog run\nmy red hats")
+    bench = set_up_bench(home, tmp_path, replay=tmp_path / "text.txt")
+
+    def on_step():
+        pass
+
+    record = bench.carry_out(Run(Variant("random"), 2, 3e-3), on_step)
+    how = dict(learning_rate=3e-3, seed=2, plain_loss=record["plain_loss"], replay=bench.replay, on_step=on_step)
+    assert given.pop() == ((bench.task, bench.training), how)
+    replace(bench, replay=None).carry_out(Run(Variant("random", steps=9), 2, 3e-3))
+    (words, how), longer = given.pop(), replace(bench.training, steps=9, evaluation_points=[0, 9])
+    assert words == (bench.task, longer) and how["replay"] == ()
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_ranks_are_kept_where_they_differ_from_the_one_that_was_asked_for(model, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(workbench, "train", lambda *_, **__: TrainingResult(report_loss=[2.0]))
+    more = dict(label="first", completion=None) if model == "bert" else {}
+    bench = set_up_bench(home, tmp_path, model, **more)
+    records = {name: bench.carry_out(Run(Variant(name), 0, 1e-2)) for name in ("random", "gradient-ranks")}
+    assert records["random"]["ranks"] is None and records["gradient-ranks"]["ranks"] is not None
+    assert all(0.0 < record["run_seconds"] < 60.0 for record in records.values())
+
+
+def test_a_start_that_does_not_fit_has_no_rate_and_the_others_have(home, tmp_path):
+    bench = replace(set_up_bench(home, tmp_path), own={"mine": does_not_fit})
+    before = snapshot(bench.loaded.model)
+    assert [*bench.measured_rates([Variant("mine"), Variant("random")])] == ["random"]
+    assert_same(before, snapshot(bench.loaded.model))
+
+
+def test_the_circumstances_of_a_run_are_what_rounds_its_sums():
+    made = workbench.circumstances()
+    assert made["threads"] == torch.get_num_threads() and made["processor"]
+    assert made["versions"] == {
+        "lora_init": lora_init.__version__, "torch": version("torch"), "transformers": version("transformers"),
+        "peft": version("peft"), "python": platform.python_version(),
+    }  # fmt: skip
+    assert [*made] == ["threads", "processor", "versions"]
 
 
 def test_statistics_of_a_seed_say_what_they_were_made_of(home, tmp_path):
@@ -400,7 +505,7 @@ def changing(model, seed):
 def test_what_is_measured_and_kept_of_a_run_depends_on_its_start_and_its_end(
     start, status, retained, dialed, kept, home, tmp_path, monkeypatch
 ):
-    result = TrainingResult(status=status, report_loss=[3.0, 2.0])
+    result = TrainingResult(status=status, report_loss=[3.0, 2.5, 2.0])
     monkeypatch.setattr(workbench, "train", lambda *_, **__: replace(result))
     (tmp_path / "other.txt").write_text("one dog run\nmy red hats")
     bench = set_up_bench(home, tmp_path, retain_data=tmp_path / "other.txt")

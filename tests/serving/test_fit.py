@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModel, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -630,6 +631,48 @@ def test_the_revision_of_a_base_in_the_hubs_cache_is_compared(bases, tmp_path):
         change(directory, revision=revision)
         found = check_fit(directory, base)  # a path, as Python has it
         assert [line for line in found.lines if "revision" in line] == said and not found.stops
+
+
+def test_the_base_that_an_adapter_names_is_sought_at_its_revision(bases, tmp_path, monkeypatch):
+    sought, find = [], checkpoint.checkpoint_of
+    monkeypatch.setattr("lora_init.serving.fit.checkpoint_of", lambda *words: sought.append(words) or find(*words))
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    change(directory, revision="v2", base_model_name_or_path="somebody/llama")
+    check_fit(directory, str(bases / "llama"))
+    assert sought == [(str(bases / "llama"), "v2"), ("somebody/llama", "v2")]
+
+
+@pytest.mark.parametrize("task", ["Sequence", "Token"])
+def test_a_classifier_has_as_many_labels_as_it_was_trained_for(bases, tmp_path, task):
+    """The head in the file is the adapter's own; the model that the base makes has two labels."""
+    model = getattr(transformers, f"AutoModelFor{task}Classification").from_pretrained(bases / "bert", num_labels=3)
+    kind = {"Sequence": "SEQ_CLS", "Token": "TOKEN_CLS"}[task]
+    get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type=kind)).save_pretrained(tmp_path / "a")
+    found = check_fit(tmp_path / "a", str(bases / "bert"))
+    assert found.misfits == () and found.model_class == f"BertFor{task}Classification"
+
+
+def test_what_a_record_says_of_a_base_that_was_quantized_is_not_compared(bases, ours, tmp_path):
+    """Its weights were others than those in its files."""
+    directory = shutil.copytree(ours, tmp_path / "a")
+    origin = directory_room.AdapterDirectory(ours).origin
+    for quantized, fits in ((None, False), ({"quant_method": "bitsandbytes"}, True)):
+        known = origin["provenance"] | {"fingerprint": "0" * 32, "quantisation": quantized}
+        change(directory, **directory_room.carrying(origin | {"provenance": known}, "CAUSAL_LM"))
+        assert (check_fit(directory, str(bases / "llama")).misfits == ()) is fits
+
+
+def test_a_checkpoint_that_was_saved_without_its_head_is_compared_by_its_weights(bases, tmp_path):
+    body = AutoModel.from_pretrained(bases / "tied")
+    body.save_pretrained(tmp_path / "body")
+    made = lora_init.initialize(load(tmp_path / "body"), batches_for("llama"), rank=2, method="random")
+    made.save_pretrained(tmp_path / "a")
+    change(tmp_path / "a", base_model_name_or_path="gone")
+    assert check_fit(tmp_path / "a", str(tmp_path / "body")).misfits == ()
+    body.embed_tokens.weight.data.add_(1)
+    body.save_pretrained(tmp_path / "other")
+    (misfit,) = check_fit(tmp_path / "a", str(tmp_path / "other")).misfits
+    assert misfit.problem.startswith("is for a base of the same form with other weights")
 
 
 @pytest.mark.parametrize("named", ["somebody/llama", "no/name/of the hub", "{tmp}/damaged"])
