@@ -142,3 +142,11 @@ def test_a_rate_has_the_mean_of_its_runs_that_finished_and_a_star_if_it_is_the_b
         start | 1e-3 | 3e-3 | 1e-2 | 3e-2
         random | 0.2000* | 0.8000 | unstable, 2 of 2 | failed
     """)
+
+
+def test_without_random_nothing_is_measured_by_its_best_run():
+    runs = [record("eva", 1e-3, seed, 0.2 + seed) for seed in (0, 1)]
+    assert written(run_tables(summarise(runs, settings()))["best"]) == lines("""
+        start | rate | lora_alpha | runs | mean loss | lowest to highest | loss at step 0
+        eva | 1e-3 | 16 | 2 | 0.7000 | 0.2000 to 1.2000 | 2.3000
+    """)

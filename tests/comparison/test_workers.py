@@ -270,6 +270,22 @@ class Full(Executor):
         self.closed.append(options)
 
 
+def test_an_executor_is_given_each_call_once_and_may_tell_its_nodes():
+    given, job = [], Job(dies_at_once, {})
+
+    def submit(*words):
+        given.append(words)
+        return Future()
+
+    worker = elsewhere(SimpleNamespace(submit=submit, nodes=lambda: {1: "a"}), job, False, at_once=3)
+    for how in ({}, {"keep": True}, {}):
+        worker.submit("a run", "its title", **how)
+    assert [words[:-1] for words in given] == [(workers.carry_out, job, "a run", keep) for keep in (False, True, False)]
+    assert len({words[-1] for words in given}) == 3
+    assert worker.nodes() == {1: "a"} and worker.at_once == 3 and not worker.queues
+    assert elsewhere(SimpleNamespace(submit=submit), job, False).nodes() == {}
+
+
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_an_executor_that_is_not_ours_stays_open_and_its_calls_are_canceled(is_ours):
     first, executor = Run(REFERENCE, 0, 1e-3), Full(1)
@@ -351,6 +367,7 @@ def test_a_run_here_has_a_bar_of_its_steps_and_is_told_whether_to_keep_its_adapt
     assert workers.here(bench, True).submit("a run", "run 1/2").result() == {"a": "record"}
     workers.here(bench, False).submit("the best", "again", keep=True)
     assert asked == [("a run", "a step more", False), ("the best", "a step more", True)]
+    assert workers.here(bench, True).at_once == 1 and workers.here(bench, True).nodes() == {}
     shown = {"desc": "run 1/2", "total": 9, "unit": "step", "leave": False, "disable": False}
     assert bars == [shown, "closed", shown | {"desc": "again", "disable": True}, "closed"]
 
@@ -371,10 +388,11 @@ def test_a_process_keeps_the_workbench_of_its_comparison_alone(monkeypatch):
     monkeypatch.setattr(workers.torch, "set_num_threads", threads.append)
     first, second = (Job(partial(make, name), {"model": "llama"}, threads=n) for name, n in (("a", 5), ("b", 6)))
     with warnings.catch_warnings(action="error"):
+        filters = [*warnings.filters]
         for job, keep in ((first, False), (first, True), (second, False)):
             done = workers.carry_out(job, "a run", keep, "")
             assert done == {"run": "a run", "keep": keep, "node": None}
-            assert [*workers._benches] == [job.key]
+            assert [*workers._benches] == [job.key] and warnings.filters == filters
     assert made == ["a", "b"] and threads == [5, 5, 6] and first.key != second.key
 
 
@@ -470,6 +488,12 @@ def test_how_long_the_rest_takes_is_told_by_the_runs_that_ended(tmp_path, monkey
         run_all(lambda records: (runs, []), log, stub(ended=ended), RunBudget(), lines.append)
     left = [line.partition("10 s")[2] for line in lines]
     assert left == ["; about 30 s left", "; about 20 s left", "; about 20 s left", ""]
+    now[0] = 100.0
+    lines.clear()
+    with open_runs(tmp_path / "two", settings()) as log:  # of which two end before they are looked at
+        run_all(lambda records: (runs, []), log, stub(ended=ended, at_once=2), RunBudget(), lines.append)
+    left = [line.partition("10 s")[2] for line in lines]
+    assert left == ["; about 30 s left", "; about 10 s left", "; about 30 s left", ""]
 
 
 def test_a_run_that_cannot_begin_yet_keeps_no_other_from_it(tmp_path):
