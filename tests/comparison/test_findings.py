@@ -282,6 +282,11 @@ def test_runs_are_judged_without_any_settings():
     assert found.answer.endswith("To go on, give the same command with --extend 2.")
 
 
+def test_a_start_is_told_with_its_own_lora_alpha_if_it_has_one():
+    runs = [record(name) for name in ("random", "eva", "eva+32-alpha", "full")]
+    assert summarise(runs, settings()).alphas == {"random": 16.0, "eva": 16.0, "eva+32-alpha": 32}
+
+
 def test_a_recommended_start_is_judged_at_its_own_rate_too():
     runs = planted({"eva+32-alpha": 0.0, "natural-gradient+80-alpha": 0.0})  # which end lowest at 1e-3
     rates = {"eva+32-alpha": 1e-4, "natural-gradient+80-alpha": 1e-3, "pissa": 1e-3}
