@@ -145,9 +145,11 @@ class Dial:
         for point in uniform:
             right.annotate(f" {point.strength:g}", (point.rise, point.task), fontsize=10)
         right.set(xlabel="rise of the loss on text to keep", ylabel="loss on the task")
-        for axes in (left, right):
+        # Where the curves leave room: the one rises, the other falls. The "best" place is searched for, with a warning
+        # where that takes a second.
+        for axes, place in ((left, "upper left"), (right, "upper right")):
             axes.grid(alpha=0.25)
-            axes.legend()
+            axes.legend(loc=place)
         # A rule is plain text: "$" in it begins no formula.
         figure.suptitle(f"Examples to choose by: {self.rule}", fontsize=11, parse_math=False)
         return figure

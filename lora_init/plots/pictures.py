@@ -132,7 +132,7 @@ def draw_budget_curve(axes: Any, plan: RankAllocation, curves: Mapping[str, Mapp
     axes.set_ylabel("variance explained,\nmean over layers", fontsize=9)
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=8, loc="best", framealpha=0.9)
+    axes.legend(fontsize=8, loc="lower right", framealpha=0.9)  # below curves that rise
 
 
 def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
