@@ -51,6 +51,15 @@ def test_a_warning_names_the_line_that_called(case):
     assert found.filename == __file__ and first <= found.lineno <= first + lines
 
 
+def test_a_warning_of_a_hook_that_a_library_calls_names_the_line_of_the_user():
+    ours, theirs = {"__name__": "lora_init.ours", "warn": warn}, {"__name__": "theirs"}
+    exec("def begin(library): library(hook)\ndef hook(): warn('few rows')", ours)
+    exec("def library(hook): hook()", theirs)
+    with pytest.warns(LoraInitWarning, match="few rows") as warned:
+        ours["begin"](theirs["library"])
+    assert warned[0].filename == __file__
+
+
 @pytest.mark.parametrize(("error", "line"), [
     (ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot"),
      "this needs matplotlib, which is not installed. Install it: pip install 'lora-init[plots]'"),

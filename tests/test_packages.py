@@ -44,6 +44,7 @@ def test_a_function_that_does_not_say_what_it_takes_is_taken():
     check_takes(max, "f", "a", "b")  # written in C
     check_takes(lambda a, *more: 0, "f", "a", "b")
     refused(r"^f takes \(a\), and is called with \(a, b\)", check_takes, lambda a: 0, "f", "a", "b")
+    refused(r"^f takes \(a, b\), and is called with \(a\)", check_takes, lambda a, b: 0, "f", "a")
     refused(r"^f is 3, expected a function of \(a, b\)", check_takes, 3, "f", "a", "b")
 
 

@@ -43,6 +43,19 @@ def test_integers_give_up_nothing(as_parameter):
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
+def test_a_tied_weight_gives_up_nothing_and_the_output_may():
+    """The head's weight is the embedding's, which must stay."""
+    model, batch = tiny_llama(tie_word_embeddings=True), {"input_ids": torch.arange(12).reshape(2, 6)}
+    before, weight = model(**batch).logits, model.lm_head.weight.detach().clone()
+    init = replace(build_adapter(made_up_statistics(model, ["lm_head"]), 2), start=find_start("lora-ga"))
+    for pair in init.weights.values():
+        pair.b.normal_()
+    refused("^layer 'lm_head' shares its weight .* or pass correct_base=False to apply", init.apply, model)
+    adapted = init.apply(model, correct_base=False)
+    torch.testing.assert_close(adapted(**batch).logits, before, atol=1e-5, rtol=1e-4)
+    assert torch.equal(model.get_input_embeddings().weight, weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("make", "name"), [(tiny_llama, Q), (tiny_gpt2, "transformer.h.0.attn.c_attn")])
 def test_what_b_a_adds_is_taken_off_the_weight_or_off_the_output_in_its_own_type(make, name, dtype):

@@ -474,6 +474,10 @@ def test_weights_are_searched_from_each_alone_and_their_mean(monkeypatch):
     assert weights == [0.5, 0.5] and passes == len(seen) <= MOST_PASSES
     # The search begins a step of a quarter from the best of these.
     assert float((seen[3] / whole - 0.5).abs().max()) == pytest.approx(0.25, abs=1e-4)
+    # Where the search ends is worse than where it has been.
+    with monkeypatch.context() as patched:
+        patched.setattr("scipy.optimize.minimize", lambda measure, first, **_: measure([3.0, 3.0]))
+        assert find_weights(model, adapters, build, loss_of) == ([0.5, 0.5], 4)
     monkeypatch.setattr("lora_init.bank.mixture.MOST_PASSES", 8)
     assert find_weights(model, adapters, build, loss_of)[1] <= 8
     monkeypatch.setattr("lora_init.errors.find_spec", lambda name: None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -144,6 +145,25 @@ def test_statistics_of_another_model_are_refused(bank, trained, tmp_path):
 def _add(path, folder, name):
     torch.set_num_threads(1)
     made.add(path, 1, folder, name=name)
+
+
+def test_what_another_process_has_added_while_one_waited_for_it_stays(tmp_path, monkeypatch):
+    layers = {"q": Layer(torch.ones(1, 2), torch.ones(3, 1), 1.0)}
+
+    def add(name, lock):
+        monkeypatch.setattr("lora_init.bank.store.FileLock", lock)
+        bank = Bank(tmp_path / "bank", "f", "a model", "")
+        return add_entry(bank, name, Trained({}, layers, {}), torch.ones(2, 4), task="t", data="")
+
+    add("first", lambda path: nullcontext())
+
+    @contextmanager
+    def waited(path):
+        add("second", lambda path: nullcontext())
+        yield
+
+    assert {*add("third", waited).entries} == {"first", "second", "third"}
+    assert {*open_bank(tmp_path / "bank").entries} == {"first", "second", "third"}
 
 
 def test_two_processes_add_at_once(bank, trained):

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from lora_init import initialize
+from tests.conftest import tiny_bert
 
 TEXT = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 DECODER = dict(vocab_size=64, d_model=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -176,3 +177,9 @@ def test_a_head_of_ones_own_that_is_not_trained_whole_is_told_of(targets, whole,
         "train it whole: modules_to_save=['head']."
     )
     assert told == [said] * is_told
+
+
+def test_a_head_that_peft_trains_for_the_task_is_not_told_of(recwarn):
+    batch = {"input_ids": torch.arange(12).reshape(2, 6)}
+    initialize(tiny_bert(), [batch], rank=1, target_modules=["query"], task_type="SEQ_CLS")
+    assert not [one for one in recwarn if "checkpoint's class" in str(one.message)]

@@ -89,6 +89,18 @@ def test_what_is_written_does_what_was_chosen(more, place, undrawn, tmp_path):
         assert all(torch.equal(old[name], tensor) for name, tensor in new.items())
 
 
+def test_the_export_that_is_printed_is_of_what_was_written(place, tmp_path, monkeypatch):
+    def options(config, shapes):
+        alphas.append(config["lora_alpha"])
+        return "-x"
+
+    alphas = []
+    monkeypatch.setattr("lora_init.serving.support.export_options", options)
+    done = run("dial", place / "trained", "--strength", 0.6, "-o", tmp_path / "kept")
+    assert done.exit_code == 0 and alphas == [pytest.approx(0.6 * 8)]
+    assert " ".join(done.stdout.split()).endswith(f"{tmp_path / 'kept'} -x -o {tmp_path / 'kept-served'}")
+
+
 def test_strengths_are_measured_on_the_base_that_is_named(place, tmp_path):
     """An adapter may name one that is not here."""
     shutil.copytree(place / "trained", tmp_path / "moved")

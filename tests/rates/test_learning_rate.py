@@ -813,6 +813,10 @@ def test_a_head_that_was_set_to_train_by_hand_is_new():
     model.get_base_model().classifier.requires_grad_(True)
     found = learning_rate(model, [TOKENS], steps=100)
     told = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad = False
+    assert learning_rate(model, [TOKENS], steps=100).new_head
     assert found.new_head and found.rate / learning_rate(told, [TOKENS], steps=100).rate == pytest.approx(1.0, rel=0.2)
 
 
