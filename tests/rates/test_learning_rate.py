@@ -969,17 +969,24 @@ def test_a_schedule_that_accelerate_holds_is_the_one_inside():
     assert made_by_torch(SimpleNamespace(scheduler=schedule)) is made_by_torch(schedule) is schedule
 
 
-def test_processes_with_batches_of_their_own_measure_one_rate(monkeypatch):
-    """As many processes would: each tells the others its sums. The second call stands for the first process."""
-    told, model = [], initialize(tiny_llama(), data := batches_for("llama"), rank=2)
+@pytest.fixture
+def told(monkeypatch):
+    """What processes tell each other, as one after the other in this one. Emptied, it is as if none had begun."""
+    values = []
 
-    class Both(Processes):
+    class Together(Processes):
         def gather(self, value):
-            told.append(value)
-            return [*told]
+            values.append(value)
+            return [*values]
 
+    monkeypatch.setattr(measured_rate, "Processes", Together)
+    return values
+
+
+def test_processes_with_batches_of_their_own_measure_one_rate(told):
+    model = initialize(tiny_llama(), data := batches_for("llama"), rank=2)
     alone = learning_rate(model, data)
-    monkeypatch.setattr(measured_rate, "Processes", Both)
+    told.clear()
     first, together = learning_rate(model, data[1:]), learning_rate(model, data[:1])
     assert together.responses.keys() == alone.responses.keys()
     for name, one in alone.responses.items():
@@ -988,18 +995,10 @@ def test_processes_with_batches_of_their_own_measure_one_rate(monkeypatch):
 
 
 @pytest.mark.parametrize("own", ["none", "masked"])
-def test_a_process_without_a_token_measures_the_rate_of_the_others(own, monkeypatch):
-    told, model = [], initialize(tiny_llama(), data := batches_for("llama"), rank=2)
-
-    class Both(Processes):
-        def gather(self, value):
-            told.append(value)
-            return [*told]
-
-    alone = learning_rate(model, data)
-    monkeypatch.setattr(measured_rate, "Processes", Both)
-    learning_rate(model, data)
+def test_a_process_without_a_token_measures_the_rate_of_the_others(own, told, monkeypatch):
+    model = initialize(tiny_llama(), data := batches_for("llama"), rank=2)
+    others = learning_rate(model, data)
     masked = [batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in data]
     monkeypatch.setattr(measured_rate, "check_batches", lambda *words: None)
     idle = learning_rate(model, iter([]) if own == "none" else masked)
-    assert idle.responses == alone.responses
+    assert len(told) == 2 and idle.responses == others.responses
