@@ -3,9 +3,12 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import lora_init
 from lora_init import find_step_size, mean_loss
@@ -294,3 +297,36 @@ def test_few_new_examples_are_enough_where_a_quarter_is_fewer():
 def test_whole_batches_of_a_quarter_at_most_are_held_out(n_examples, batch_size, n):
     assert n_held_out(n_examples, batch_size) == n
     assert most_held_out(batch_size) == max(16, 4 * batch_size)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (dict(model=lambda model: get_peft_model(model, LoraConfig(r=1))), "PeftModel already has an adapter"),
+    (dict(model=lambda model: "a name"), "find_step_size() takes a model in this place and got its name, 'a name'"),
+    (dict(build=lambda: None), "build takes (), and is called with (gamma)"),
+    (dict(build="lora-one"), "build is 'lora-one', expected a function of (gamma)"),
+    (dict(loss_of=lambda model, batches: 0.0), "loss_of takes (model, batches), and is called with (model)"),
+    (dict(loss_of=2.0), "loss_of is 2.0, expected a function of (model)"),
+])  # fmt: skip
+def test_what_no_size_can_be_found_with_is_refused_before_a_loss_is_measured(change, said):
+    def build(gamma):
+        raise AssertionError("it was built")
+
+    def loss_of(model):
+        raise AssertionError("a loss was measured")
+
+    given = dict(model=lambda model: model, build=build, loss_of=loss_of) | change
+    model = given["model"](tiny_llama())
+    assert said in refused("", find_step_size, model, given["build"], given["loss_of"])
+
+
+def test_a_wrapped_model_is_measured_without_its_wrapper(case):
+    model, _, stats = case
+    seen = []
+
+    def loss_of(measured):
+        seen.append(measured)
+        return 3.0 - len(seen)
+
+    build = partial(build_adapter, stats, 4, "lora-one")
+    find_step_size(nn.DataParallel(copied(model)), lambda gamma: build(gamma=gamma), loss_of, gamma=2.0)
+    assert [type(one).__name__ for one in seen] == ["LlamaForCausalLM"] * 2
