@@ -329,6 +329,21 @@ def test_what_another_process_sweeps_at_the_same_time_does_not_end_the_sweeping(
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_folder_that_cannot_be_swept_whole_does_not_end_the_sweeping(tmp_path, monkeypatch):
+    for pid in (5, 6):
+        (tmp_path / f".out.{pid}-{files._machine()}-0123abcd.tmp").mkdir()
+    tried = []
+
+    def rmdir(path, *_, **__):
+        tried.append(path)
+        raise PermissionError(path)
+
+    monkeypatch.setattr(files, "_runs", lambda pid: False)
+    monkeypatch.setattr(files.os, "rmdir", rmdir)
+    files._sweep(tmp_path / "out", "tmp")
+    assert len(tried) == 2
+
+
 def test_a_lock_that_somebody_has_removed_is_no_error(tmp_path):
     with locked(tmp_path / "run", ""):
         (tmp_path / ".run.lock").unlink()

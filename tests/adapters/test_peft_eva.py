@@ -347,6 +347,11 @@ def test_a_layer_that_never_runs_leaves_its_rank_to_nobody():
     assert sum(map(len, state.values())) == 2 * 4 and not any("spare" in name for name in state)
 
 
+def test_an_input_that_is_no_tensor_is_named():
+    functions = ours._Functions(config(), None, None, theirs.prepare_layer_inputs_fn_language_modeling)
+    assert "layer 'q'" in refused("", functions.rows, "q", (["no tensor"],), {})
+
+
 def test_functions_of_the_callers_decide_about_rows():
     model, batches, names = structured_llama(), batches_for("llama", 6, batch_size=8), []
 

@@ -50,6 +50,7 @@ _COMMANDS |= {f"bank {name}": one for name, one in _GROUP.commands["bank"].comma
     ["init", "model", "data", "-o", "out", "--batch-size", "0"],
     ["init", "model", "data", "-o", "out", "--method", "magic"],
     ["init", "model", "data", "-o", "out", "--no-such-option"],
+    ["compare", "model", "data", "-o", "out", "--data-seed", "-1"],
     ["inspect"],
     ["bank", "add", "bank"],
     ["--nonsense"],

@@ -75,3 +75,14 @@ def test_commands_are_listed_with_their_whole_first_sentence():
     for name, command in typer.main.get_command(app).commands.items():
         sentence = " ".join(command.help.split()).partition(". ")[0].rstrip(".")
         assert f" {name} {sentence}." in shown
+
+
+def test_an_option_that_is_hidden_ends_no_list():
+    some = typer.Typer()
+
+    @some.command()
+    def command(first: int = 1, second: int = typer.Option(2, hidden=True), third: int = 3) -> None: ...
+
+    made = typer.main.get_command(some)
+    options = grouped_options(made, made.make_context("some", []))["Options"]
+    assert [words.split()[0] for words, _ in options if "completion" not in words] == ["--first", "--third", "--help"]

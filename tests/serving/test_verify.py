@@ -683,8 +683,9 @@ def test_answers_are_those_of_each_prompt_alone_whatever_the_batches(monkeypatch
     ({"w1"}, "^prompts={'w1'}: expected a list of texts or chats.$"),
     (["w1", 3], "^prompts has 3: expected texts, or chats as lists of messages.$"),
 ])  # fmt: skip
-def test_what_is_no_list_of_prompts_is_refused(prompts, said):
+def test_what_is_no_list_of_prompts_is_refused(prompts, said, home):
     refused(said, verify_room.check_prompts, prompts)
+    refused(said, lora_init.verify, home / "plain", None, None, prompts, None)  # before anything is looked at
     verify_room.check_prompts(["w1", [{"role": "user", "content": "w1"}]])
 
 
