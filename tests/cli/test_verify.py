@@ -158,8 +158,8 @@ def test_a_text_is_cut_where_its_answer_begins_and_in_the_middle_of_it(write_row
     rows = write_rows([{"prompt": "ab", "completion": "cdefg"}])
     assert [*verify._texts(rows, byte_tokenizer())] == ["ab", "ab", "abcd", "abcd"]
     assert verify._prompts(rows, byte_tokenizer(), as_chat=False) == ["ab", "abcd"]
-    first = write_rows([{"prompt": "ab", "completion": "\0defg"}])  # the token of number 0
-    assert [*verify._texts(first, byte_tokenizer())] == ["ab", "ab", "ab\0d", "ab\0d"]
+    first = write_rows([{"prompt": "ab", "completion": "!defg"}])  # the token of number 0
+    assert [*verify._texts(first, byte_tokenizer())] == ["ab", "ab", "ab!d", "ab!d"]
     plain = write_rows([{"text": "abcde"}])
     assert {*verify._texts(plain, byte_tokenizer())} == {"a", "abc"}  # the first token is no answer
 

@@ -18,6 +18,7 @@ from lora_init.keep.dial import (
     STRONGEST,
     Rule,
     _batched,
+    _pad,
     _read,
     _search,
     _sequences,
@@ -863,3 +864,13 @@ def test_what_a_model_cannot_read_is_named():
         r"^a batch has labels \[4, 3\], and with nothing else beside tokens LlamaForCausalLM returns logits \[4, 12\]"
     )
     refused(said, label_losses, model, cut)
+
+
+def test_examples_are_put_together_with_padding_that_does_not_count():
+    rows = [
+        {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)), "labels": torch.tensor([ids])}
+        for ids in ([7, 8, 9], [6])
+    ]
+    batch = _pad(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[7, 8, 9], [6, -100, -100]]
