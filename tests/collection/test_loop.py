@@ -203,6 +203,17 @@ def record(*batches):
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (3, 1), (3, 3), (1, 4)])
+def test_shares_of_processes_count_by_the_batches_that_they_are_of(counts):
+    """The later half, of all processes."""
+    one, other = record(), record()
+    one.shares = [(2 * i, 0.1 * i, 1.0) for i in range(counts[0])]
+    other.shares = [(2 * i + 1, 0.5 + 0.1 * i, 1.0) for i in range(counts[1])]
+    both = sorted(one.shares + other.shares)
+    one.merge(other)
+    assert one.held_out() == pytest.approx(np.mean([share for _, share, _ in both[len(both) // 2 :]]))
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (3, 1), (3, 3), (1, 4)])
 def test_halves_of_processes_merge_into_halves(counts):
     """Whatever number of batches each has; what they would keep is known as soon as there are two batches."""
     rows = torch.randn(sum(counts), 100, 32, generator=torch.Generator().manual_seed(0)) * 0.8 ** torch.arange(32)

@@ -222,6 +222,11 @@ def test_the_right_one(value, expected):
     assert find_answer(value, ["red", "blue", "white"]) == expected
 
 
+@pytest.mark.parametrize(("options", "found"), [(["y", "n"], [0, 1, 0, 1]), (["B", "A"], [None, None, 1, 0])])
+def test_an_option_that_is_a_letter_is_found_by_its_text_first(options, found):
+    assert [find_answer(value, options) for value in ("y", "n", "a", "b")] == found
+
+
 @pytest.mark.parametrize(("answers", "spelled_out"), [
     (["the", "none of them", "red"], True), (["none of them", " the ", "red"], True),
     (["the", "none of them", "B"], False), (["A", "none of them", "B"], False),

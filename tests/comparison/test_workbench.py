@@ -169,6 +169,13 @@ def test_rates_are_measured_on_the_head_that_is_trained(home, tmp_path, monkeypa
     assert torch.equal(head, drawn)
 
 
+def test_the_loss_of_the_float_model_is_without_the_error_of_any_layer(home, tmp_path, monkeypatch):
+    bench, asked = set_up_bench(home, tmp_path, target_modules=["q_proj"]), []
+    monkeypatch.setattr(type(bench), "_errors", lambda self, modules: asked.append(modules))
+    bench._measure_before()
+    assert asked == ["all-linear"] and bench.shape.target_modules == ["q_proj"]
+
+
 @pytest.mark.parametrize("blank", [True, False])
 def test_the_rate_of_a_frozen_a_is_its_own(home, tmp_path, blank):
     bench = set_up_bench(home, tmp_path, steps=12)  # of fewer, rates that are rounded are the same

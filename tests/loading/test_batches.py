@@ -623,6 +623,8 @@ def test_rows_of_any_columns_are_collated_by_what_they_hold():
     assert as_lists(found) == {
         "input_ids": [[1, 2], [5, 9]], "other": [[3, 4], [6, 0]], "labels": [1, 0], "attention_mask": [[1, 1], [1, 0]],
     }  # fmt: skip
+    ends = collate(2, [{"input_ids": [1, 2]}, {"input_ids": [5]}])  # the end of a turn may be what pads
+    assert as_lists(ends) == {"input_ids": [[1, 2], [5, 2]], "attention_mask": [[1, 1], [1, 0]]}
     masked = collate(9, [{"input_ids": [1, 2], "attention_mask": [0, 1]}, {"input_ids": [5], "attention_mask": [1]}])
     assert as_lists(masked) == {"input_ids": [[1, 2], [5, 9]], "attention_mask": [[0, 1], [1, 0]]}
     assert as_lists(collate(9, [{"labels": [1]}, {"labels": [2, 3]}])) == {"labels": [[1, -100], [2, 3]]}

@@ -86,6 +86,9 @@ def test_a_plan_survives_its_file_copies_and_pickles(tmp_path):
         same(plan, other)
         other.check(stats)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    for exclude in ({"q_proj"}, frozenset({"q_proj"}), ("q_proj",)):  # as the caller had it
+        asked = replace(plan, settings={**plan.settings, "exclude": exclude})
+        assert load_plan(save_plan(asked, tmp_path / "other.json")).settings["exclude"] == ["q_proj"]
 
 
 def test_a_plan_for_another_model_is_refused():

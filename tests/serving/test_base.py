@@ -244,6 +244,15 @@ def test_a_weight_that_a_start_changed_is_put_back_before_it_is_compared(ends, d
     assert with_changed_copies(packed, base_of(base), start).others == packed.copies
 
 
+def test_a_weight_whose_start_was_saved_in_16_bits_is_the_base_s_own_as_far_as_these_tell(base):
+    key, weight = "base_model.model.lm_head.base_layer.weight", load_file(base / "model.safetensors")["lm_head.weight"]
+    began = Layer(torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4), 0.5)
+    copied = weight - 0.5 * began.b @ began.a
+    start = Trained({}, {"lm_head": replace(began, a=began.a.bfloat16(), b=began.b.bfloat16())}, {})
+    for own, changed in ((copied, False), (copied + torch.arange(64)[:, None] // 63, True)):
+        assert bool(with_changed_copies(replace(start, copies={key: own}), base_of(base), start).others) == changed
+
+
 def test_a_copy_in_another_type_is_the_same_if_it_is_rounded_alone(base):
     weight = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
     key = "base_model.model.model.embed_tokens.base_layer.weight"

@@ -6,10 +6,12 @@ import re
 import shutil
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 import lora_init
@@ -727,3 +729,13 @@ def test_a_factor_of_about_one_is_none(served, found):
         assert fault is None
     else:
         assert fault.factors == {"q_proj": pytest.approx(found, rel=0.02)} and distance < 0.03 * found
+
+
+def test_a_chat_has_the_special_tokens_of_its_template_and_a_text_those_of_the_tokenizer():
+    tokenizer = tokenizer_of(["a", "b"], bos_token="<s>")
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.chat_template = "{{ bos_token }}{% for one in messages %}{{ one['content'] }}{% endfor %}"
+    reader = SimpleNamespace(_read={}, tokenizer=tokenizer)
+    for prompt in ("a b", [{"role": "user", "content": "a b"}]):
+        assert tokenizer.convert_ids_to_tokens(Local._tokens(reader, prompt).tolist()) == ["<s>", "a", "b"]

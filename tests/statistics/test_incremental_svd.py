@@ -248,6 +248,7 @@ def extremes():
         "sizes of 1e18": [batch * 1e18 for batch in plain],
         "sizes of 1e18 from the second batch on": [plain[0], *(batch * 1e18 for batch in plain[1:])],
         "sizes of 1e-18": [batch * 1e-18 for batch in plain],
+        "sizes of 1e-24": [batch * 1e-24 for batch in plain],
         "a mean of 1e18 for one batch": [*plain[:3], plain[3] + 1e18, *plain[4:]],
         "one direction of 10,000 times the spread": [falling(400, 64, first=1e4, seed=seed) for seed in range(16)],
         "the same from the fourth batch on": [falling(400, 64, first=1e4 if i > 2 else 1, seed=i) for i in range(16)],

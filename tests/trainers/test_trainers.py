@@ -677,6 +677,15 @@ def test_a_classifier_is_known_by_the_name_of_its_class(what, classifies, tmp_pa
     assert TrainerIntegration(Trainer(model, args)).classifies is classifies
 
 
+def test_a_classifier_with_a_loss_of_its_own_counts_as_none_whatever_its_task(tmp_path):
+    model = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    found = []
+    for smoothing in (0.0, 0.1):
+        args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, label_smoothing_factor=smoothing)
+        found.append(TrainerIntegration(Trainer(model, args)).classifies)
+    assert found == [True, False]
+
+
 class Once(IterableDataset):
     """Rows that are there only once."""
 
