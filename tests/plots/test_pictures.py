@@ -139,6 +139,9 @@ def test_curves_have_what_each_policy_explains_from_an_eighth_of_the_parameters_
     small = allocate_ranks(stats, rank=1)  # rho is 1, at which there is nothing to decide
     curves = budget_curves(small, stats)
     assert max(curves["eva"]) <= 8 * small.parameters
+    assert small.settings["rho"] == 1 and curves == budget_curves(
+        replace(small, settings={**small.settings, "rho": 2.0}), stats
+    )
     assert any(share != curves["uniform"].get(cost) for cost, share in curves["eva"].items())
 
 
