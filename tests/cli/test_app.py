@@ -37,6 +37,7 @@ from lora_init.starts.starts import FROM_BANK, buildable
 from tests.commands import assert_one_line_error, run
 from tests.loading.made import byte_tokenizer
 
+_TEMPLATES = ("template", "completion", "retain_template")
 _GROUP = typer.main.get_command(cli.app)
 _COMMANDS = {name: one for name, one in _GROUP.commands.items() if name != "bank"}
 _COMMANDS |= {f"bank {name}": one for name, one in _GROUP.commands["bank"].commands.items()}
@@ -218,3 +219,11 @@ def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(own, then, monke
     monkeypatch.setattr(cli.signal, "signal", lambda *words: None)
     cli.main()
     assert seen == [then]
+
+
+@pytest.mark.parametrize(("name", "option"), [
+    (name, one) for name, command in _COMMANDS.items() for one in command.params if one.name in _TEMPLATES
+], ids=lambda value: getattr(value, "name", value))  # fmt: skip
+def test_a_line_end_that_is_typed_in_a_template_is_one(name, option):
+    context = _COMMANDS[name].make_context(name, [], resilient_parsing=True)
+    assert option.process_value(context, "a\\nb") == "a\nb"

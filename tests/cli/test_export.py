@@ -331,3 +331,18 @@ def test_what_cannot_be_read_ends_the_command_only_where_it_is_alone(n, monkeypa
 def test_a_row_of_several_exports_is_whole_whatever_became_of_it(changes, row):
     summary = {"path": "out/a", "failed": None, "rank": 8, "n_bytes": 1_260_000, "error": 0.0123, "smaller": None}
     assert export._row(summary | changes) == row
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_base_is_loaded_where_intruders_are_reduced_in_it(asked, trained, tmp_path, monkeypatch):
+    loaded, given = SimpleNamespace(model=object()), []
+
+    def export_adapter(*_, reduce_intruders, **__):
+        given.append(reduce_intruders)
+        raise LoraInitError("seen")
+
+    monkeypatch.setattr(export, "require_version", lambda *words: None)
+    monkeypatch.setattr(export, "_load", lambda *words: loaded)
+    monkeypatch.setattr("lora_init.serving.export.export_adapter", export_adapter)
+    done = run("export", trained, "-o", tmp_path / "out", *["--reduce-intruders"] * asked)
+    assert "seen" in done.stderr and given == [loaded.model if asked else None]

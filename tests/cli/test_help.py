@@ -41,7 +41,8 @@ def test_the_whole_has_every_option_once_and_one_screen_those_without_a_heading(
     assert len(rows) == len({*rows}) == sum(not getattr(one, "hidden", False) for one in command.params) + 1  # --help
     of_all = {words.partition(" ")[0] for words, _ in whole["Options"]}
     assert {words.partition(" ")[0] for words, _ in short["Options"]} == of_all
-    assert all(words == words.upper() for words, _ in whole["Arguments"] if "<" not in words)
+    named = [words.partition(" ")[0] for words, _ in whole["Arguments"]]
+    assert named and all(name == name.upper() for name in named)
     for rows in (*whole.values(), *short.values()):
         assert not [words for words, _ in rows if len(words) > (70 if rows in whole.values() else 80)]
 

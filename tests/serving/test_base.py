@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_init.serving.base import (
     Base,
     _class_for,
+    _first_misfit,
     _places,
     build_base,
     is_for,
@@ -57,6 +58,17 @@ def test_a_base_that_lacks_a_layer_of_the_adapter_is_refused(base, tmp_path):
         layer = f"model.layers.{2 if name == 'shorter' else 0}.self_attn.q_proj"
         said = f"the adapter's layer '{layer}' is not in LlamaForCausalLM '.*{name}' with its widths. .* (base=)"
         refused(said.replace("(", r"\(").replace(")", r"\)"), read_base, str(tmp_path / name), trained)
+
+
+@pytest.mark.parametrize(("a", "b", "there"), [
+    ((2, 8), (6, 2), True), ((2, 9), (6, 2), False), ((2, 8), (7, 2), False), ((2, 8, 1), (6, 2, 1), False),
+])  # fmt: skip
+def test_a_layer_that_has_no_name_yet_has_to_be_in_the_base_too(a, b, there):
+    """As experts in a file, until their parameters are known."""
+    tensors = dict(zip(LINEAR, (torch.zeros(a), torch.zeros(b)), strict=True))
+    trained = Trained({}, {}, {}, unnamed={"mlp.experts": tensors})
+    found = _first_misfit(trained, Base("", None, {"mlp.experts": (8, 6)}, {}))
+    assert found == (None if there else "mlp.experts")
 
 
 def test_a_copied_weight_is_dropped_if_the_checkpoint_has_the_same(base, tmp_path):
