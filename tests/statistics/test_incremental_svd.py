@@ -1,6 +1,7 @@
 """The decompositions: against numpy and scikit-learn, by their laws, and on planted spectra."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA, IncrementalPCA
 
 from lora_init import ExactPCA, IncrementalSVD, principal_angles
+from lora_init.statistics.incremental_svd import _State
 from tests import reference
 from tests.conftest import refused
 
@@ -391,3 +393,12 @@ def test_the_state_of_a_merge_is_that_of_all_rows_in_any_order():
     assert found[0].total_variance == pytest.approx(found[1].total_variance, rel=1e-9)
     torch.testing.assert_close(found[0].mean, found[1].mean)
     assert principal_angles(found[0].components, found[1].components).max() < 0.02
+
+
+def test_what_no_direction_is_known_of_has_the_mean_variance_of_the_rest():
+    """Two known directions of width 6, with 8 and 4 of a scatter of 16: the other four have 1 each."""
+    moments = SimpleNamespace(scatter=16.0)
+    state = _State(moments, torch.eye(6)[:2], torch.tensor([8.0, 4.0]), torch.eye(6)[:2])
+    overlap = torch.tensor([[1.0, 0.0], [0.0, 0.5]])  # squared cosines: the second of two lies half in the other four
+    assert state.captured_by(overlap) == pytest.approx((8.0 + 0.5 * 4.0 + 0.5 * 1.0) / 12.0)
+    assert state.captured_by(overlap[1:]) == pytest.approx((0.5 * 4.0 + 0.5 * 1.0) / 8.0)
