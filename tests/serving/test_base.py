@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from lora_init.layers.targets import Target
 from lora_init.serving.base import (
     Base,
     _class_for,
@@ -20,6 +21,7 @@ from lora_init.serving.base import (
     is_for,
     is_transposed,
     merged,
+    parameters_of,
     plan_merge,
     read_base,
     widths_of,
@@ -318,3 +320,9 @@ def test_a_class_is_for_the_models_of_its_configuration():
     assert [is_for(name, config) for name in classes] == [True, True, False, None, None]
     outer = SimpleNamespace(get_text_config=lambda: config)  # of a multimodal model
     assert is_for("LlamaModel", outer) is True and is_for("MistralModel", outer) is False
+
+
+def test_the_weight_of_a_linear_layer_is_adapted_as_the_layer_is():
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    found = parameters_of(tiny_llama(), {"target_parameters": ["q_proj.weight"]})
+    assert found == {name: Target(f"{name}.weight", "Linear", 32, 32) for name in names}
