@@ -224,8 +224,7 @@ def initialize_lora_eva_weights(
         raise ValueError("`initialize_lora_eva_weights` currently only works with a single active adapter")
     if model.peft_config[adapter_name].init_lora_weights != "eva":  # type: ignore[index, union-attr]
         raise ValueError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
-    layers = adapter_layers(model, adapter_name)
-    check_in_memory({name: layer.get_base_layer() for name, layer in layers.items()}, "initialize_lora_eva_weights()")
+    check_in_memory(adapter_layers(model, adapter_name), "initialize_lora_eva_weights()")
     if eva_state_dict is None:
         if dataloader is None:
             raise ValueError("dataloader is required if eva_state_dict is not provided")

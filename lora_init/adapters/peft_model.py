@@ -50,7 +50,7 @@ def check_plain(model: Any, taker: str) -> None:
 
 def check_in_memory(layers: Mapping[str, nn.Module], taker: str) -> None:
     """Refuse layers whose weights accelerate keeps elsewhere: PEFT would make A and B without numbers, too."""
-    away = [name for name, layer in layers.items() if is_away(layer)]
+    away = [name for name, layer in layers.items() if is_away(getattr(layer, "base_layer", layer))]  # PEFT's, or plain
     if away:
         raise LoraInitError(
             f"{taker}: {len(away)} of {len(layers)} layers are offloaded, the first is {away[0]!r}, and A and B would "

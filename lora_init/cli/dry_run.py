@@ -108,8 +108,9 @@ def _operations(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> fl
         return 2.0 * every * read
     decoder, written = _n_multiplied(model.get_decoder()), 0
     for batch in batches:
+        labels = batch.get("labels")
         # A class is not written: to tell one, the decoder reads the input as well.
-        written += batch["labels" if batch["labels"].dim() == 2 else "input_ids"].numel()
+        written += (batch["input_ids"] if labels is None or labels.dim() != 2 else labels).numel()
     return 2.0 * ((every - decoder) * read + decoder * written)
 
 

@@ -97,7 +97,7 @@ def is_offloaded(model: nn.Module) -> bool:
 
 def is_away(module: nn.Module) -> bool:
     """Check whether a layer's own weights are without numbers here, since accelerate keeps them elsewhere."""
-    return bool(_offloaded_weights(module)) and any(one.is_meta for one in module.parameters(recurse=False))
+    return _offloaded_weights(module) is not None and any(one.is_meta for one in module.parameters(recurse=False))
 
 
 def _fsdp_module() -> Any:

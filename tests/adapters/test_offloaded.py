@@ -9,6 +9,7 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 import lora_init
 from lora_init import LoraInitError, build_adapter, collect, correct_base
 from lora_init.adapters.peft_eva import initialize_lora_eva_weights
+from lora_init.adapters.peft_model import check_in_memory
 from tests.collection.made import labelled
 from tests.conftest import batches_for, tiny_llama
 
@@ -96,3 +97,11 @@ def test_an_adapter_that_is_offloaded_is_not_dialed_in_part(tmp_path):
     with pytest.raises(LoraInitError, match="adapter 'default' is offloaded, at least in part"):
         lora_init.dial(peft_model, strength=0.5)
     assert all(torch.equal(p, before[name]) for name, p in peft_model.named_parameters() if name in before)
+
+
+def test_layers_that_have_an_adapter_already_are_known_as_offloaded_too(tmp_path):
+    peft_model = get_peft_model(plain(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model = offloaded(peft_model.get_base_model(), tmp_path / "offloaded")
+    layers = {name: one for name, one in model.named_modules() if name.endswith("q_proj")}
+    with pytest.raises(LoraInitError, match=r"^it: 1 of 2 layers are offloaded, the first is 'model.layers.1"):
+        check_in_memory(layers, "it")

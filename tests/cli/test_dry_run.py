@@ -49,6 +49,8 @@ def test_a_decoder_behind_an_encoder_reads_what_it_is_to_write(labels, read):
     tables = [p.numel() for name, p in model.named_parameters() if "relative_attention_bias" in name]
     expected = counted + 2 * (tables[0] * 18 + tables[1] * 2 * read)
     assert dry_run._operations(model, [batch, batch]) == 2 * expected
+    if len(labels) == 1:  # and so it does where there is no label
+        assert dry_run._operations(model, [{"input_ids": batch["input_ids"]}]) == expected
 
 
 def test_a_decoder_alone_reads_the_input():
