@@ -9,6 +9,7 @@ statistics, so hooks on its A measure the second one here as well.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -221,10 +222,8 @@ def measure_responses(
         _run_batches(base, hooks, batches, sums)
     with Processes() as processes:
         everywhere = processes.gather((sums.sums, sums.read, hooks.group_of))
-    groups: dict[str, str] = {}
-    for *_, found in everywhere:
-        groups |= found  # a process without a token has found none
-    sums.add_all(everywhere)
+    sums.add_all(part[:2] for part in everywhere)
+    groups = ChainMap(*(found for *_, found in everywhere))  # a process without a token has found none
     if not sums.sums:
         raise LoraInitError("no batch has a token that counts, so no rate can be told. Check attention_mask.")
     responses: dict[str, Response] = {}
@@ -321,10 +320,10 @@ class _Sums(Sink):
         self.read: set[str] = set()  # experts that got tokens
         self._a_of_expert = a_of_expert  # the layer and the A [r, d_in] of each expert
 
-    def add_all(self, everywhere: Iterable[tuple[dict[str, tuple[float, int]], set[str], dict[str, str]]]) -> None:
+    def add_all(self, everywhere: Iterable[tuple[dict[str, tuple[float, int]], set[str]]]) -> None:
         """Take the sums, and the experts that got tokens, of all processes together."""
         self.sums = {}
-        for sums, read, _ in everywhere:
+        for sums, read in everywhere:
             self.read |= read
             for key, (added, n) in sums.items():
                 self._put(key, added, n)

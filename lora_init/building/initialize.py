@@ -115,7 +115,7 @@ def initialize(
             if not handle.wraps_anew:
                 raise LoraInitError("config= is for a plain model, and this one has an adapter with a LoraConfig.")
             init_config = read_config(handle.model, config, init_config)
-        _check_in_memory(handle.model, init_config)
+        _check_targets(handle.model, init_config)
         with handle.opened(choose(init_config, classifies)) as opened:
             fed, read = handle.feed(batches, opened)
             return _applied(run(handle, fed, read, tokenizer), handle, adapter_name)
@@ -140,7 +140,7 @@ def initialize(
     return adapted
 
 
-def _check_in_memory(model: nn.Module, init_config: InitConfig) -> None:
+def _check_targets(model: nn.Module, init_config: InitConfig) -> None:
     """Refuse, before the pass, a model of which layers that would get an adapter are offloaded."""
     if is_offloaded(model):
         targets, modules = find_targets(model, **vars(init_config.layers)).layers, plain_names(model)
