@@ -211,7 +211,7 @@ class StartCallback(TrainerCallback):
                     name = f"a trainer with {type(args).__name__}"
                     check_measured(type(optimizer).__name__, is_plain_loss, name, handle.model)
                     _check_one_rate(optimizer)
-                    _check_schedule(rest.get("lr_scheduler"))
+                    _check_schedule(rest.get("lr_scheduler"), args.lr_scheduler_kwargs)
                 # The first batch was read to see what it has, and is learned from, too.
                 init = run(handle, chain([first], batches), config.with_options(data="training batches"))
             handle.put(init, "")  # now: the data may hold parameters, which are put back as they were, too
@@ -225,7 +225,8 @@ class StartCallback(TrainerCallback):
             for line in rate.far_off(trained_at, type(optimizer).__name__, schedule):
                 warn(line)
         what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
-        _say(state, f"{what}; the learning rate is {trained_at:.2g}.")
+        known = "" if is_plain_loss else f": none was measured for the loss of a trainer with {type(args).__name__}"
+        _say(state, f"{what}; the learning rate is {trained_at:.2g}{known}.")
 
 
 class FilledHandle(InPlaceHandle):
@@ -308,15 +309,18 @@ def _check_one_rate(optimizer: Any) -> None:
         )
 
 
-def _check_schedule(scheduler: Any) -> None:
+def _check_schedule(scheduler: Any, kwargs: Any) -> None:
     """Refuse schedules that hold rates of their own beside the optimizer's."""
     own = torch.optim.lr_scheduler
     made = made_by_torch(scheduler)
     has_least_rate = bool(getattr(made, "eta_min", 0) or any(getattr(made, "min_lrs", ())))
+    if not {"min_lr", "min_lr_rate"} & {*(kwargs or {})}:  # given ready, it no longer says which of them it was made by
+        settings = (getattr(function, "keywords", {}) for function in getattr(made, "lr_lambdas", ()))
+        has_least_rate = has_least_rate or any(one.get("min_lr_rate") for one in settings)
     if has_least_rate or isinstance(made, (own.OneCycleLR, own.CyclicLR, own.SequentialLR, own.ChainedScheduler)):
         raise LoraInitError(
             f"learning_rate='measured': {type(made).__name__} has rates of its own, which would stay. Take a schedule "
-            "of transformers, or leave it out, and tune them."
+            "of transformers by lr_scheduler_type, or leave it out, and tune them."
         )
 
 
@@ -330,8 +334,9 @@ def _set_rate(rate: float, optimizer: Any, scheduler: Any, kwargs: Any) -> None:
                 group[name] = group[name] * factor  # not in place: both may be one tensor
     _set_shares(factor, schedule, kwargs)
     # The share that a schedule ends at may be a part of the first step, too, as of cosine_warmup_with_min_lr.
-    for group, function in zip(optimizer.param_groups, getattr(schedule, "lr_lambdas", ()), strict=False):
-        group["lr"] = group["initial_lr"] * function(schedule.last_epoch)
+    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        for group, function in zip(optimizer.param_groups, schedule.lr_lambdas, strict=False):
+            group["lr"] = group["initial_lr"] * function(schedule.last_epoch)
     # By its state, which every schedule of torch gives and takes.
     state = schedule.state_dict()
     if "base_lrs" in state:

@@ -9,7 +9,7 @@ import torch
 from peft import LoKrConfig, LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments, get_cosine_with_min_lr_schedule_with_warmup
 
 import lora_init
 from lora_init.errors import LoraInitError, LoraInitWarning
@@ -208,6 +208,7 @@ def test_a_measured_rate_reaches_an_optimizer_whose_rate_is_not_the_trainers(tmp
     lambda adam: torch.optim.lr_scheduler.SequentialLR(
         adam, [torch.optim.lr_scheduler.ConstantLR(adam), torch.optim.lr_scheduler.ConstantLR(adam)], [1]
     ),
+    lambda adam: get_cosine_with_min_lr_schedule_with_warmup(adam, 0, 3, min_lr=1e-4),
 ])  # fmt: skip
 def test_a_schedule_with_rates_of_its_own_is_refused(schedule, tmp_path):
     made = with_own_optimizer(tmp_path, schedule)
@@ -215,8 +216,20 @@ def test_a_schedule_with_rates_of_its_own_is_refused(schedule, tmp_path):
     refused(f"learning_rate='measured': {name} has rates of its own, which would stay", made.train)
 
 
+def test_a_schedule_whose_factors_are_from_step_to_step_begins_at_the_measured_rate(tmp_path):
+    made = with_own_optimizer(tmp_path, lambda adam: torch.optim.lr_scheduler.MultiplicativeLR(adam, lambda step: 0.5))
+    made.train()
+    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([made.args.learning_rate * share for share in (1, 0.5, 0.25)])
+
+
 class Preferences(TrainingArguments):
     beta = 0.1
+
+
+def test_the_callback_says_that_no_rate_was_measured_for_another_loss(tmp_path, capsys):
+    trainer(tmp_path, model(), lora_init.StartCallback(samples=8), kind=Preferences).train()
+    assert "is 0.01: none was measured for the loss of a trainer with Preferences." in capsys.readouterr().err
 
 
 class Named(TrainingArguments):
