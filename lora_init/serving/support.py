@@ -276,6 +276,8 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
         remedy = "Write a whole model instead by {merge_into}, without an engine."
         if trained.config.get("alora_invocation_tokens"):  # merged, it would act on every token
             remedy = "Serve it with PEFT."
+        elif trained.config.get("trainable_token_indices"):
+            remedy = "Serve it with PEFT, or save the whole model that its merge_and_unload() returns."
         raise LoraInitError(f"{name} does not take {extra}. {remedy}", merge_into=...)
     copied = next(iter(trained.copies.keys() & trained.others.keys()), None)
     if copied is not None:

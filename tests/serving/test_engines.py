@@ -311,13 +311,23 @@ def test_an_adapter_of_a_head_is_taken_where_that_has_a_weight_of_its_own():
 
 
 def test_why_no_export_is_possible_is_told_with_its_options(base, tmp_path):
-    for name, settings in (("plain", dict(r=9)), ("dora", dict(use_dora=True)), ("large", dict(r=513))):
+    for name, settings in (
+        ("plain", dict(r=9)),
+        ("dora", dict(use_dora=True)),
+        ("large", dict(r=513)),
+        ("tokens", dict(trainable_token_indices=[3])),
+        ("aLoRA", dict(alora_invocation_tokens=[1])),
+    ):
         train(base, tmp_path / name, target_modules=["q_proj"], **settings)
     remedy = "Write a whole model instead by `lora-init export --merge-into`, without an engine."
+    rows = "'model.embed_tokens.token_adapter.trainable_tokens_delta', of modules_to_save or the like"
+    by_peft = "Serve it with PEFT, or save the whole model that its merge_and_unload() returns."
     for engine, name, why in (
         ("tgi", "plain", ""),  # in rank 16
         ("vllm", "dora", f"vllm does not take DoRA. {remedy}"),
         ("vllm", "large", "vllm takes at most rank 512, and this is 513. Choose one by `lora-init export --rank`."),
+        ("vllm", "tokens", f"vllm does not take a tensor that is no adapter ({rows}). {by_peft}"),
+        ("vllm", "aLoRA", "vllm does not take alora_invocation_tokens. Serve it with PEFT."),
     ):
         assert why_no_export(engine, tmp_path / name, str(base), {}) == why
 
