@@ -177,7 +177,8 @@ def compare(
     # Texts are read here, before the import, so that a misspelt one is refused at once.
     if starts is not None:
         given["starts"] = [_read_start(word) for word in read_names(starts)]
-    given["learning_rates"] = learning_rates and read_numbers("--learning-rates", learning_rates, float)
+    if learning_rates is not None:
+        given["learning_rates"] = read_numbers("--learning-rates", learning_rates, float)
     if points is not None:
         given["evaluation_points"] = read_numbers("--eval-points", points, int)
     given["target_modules"] = read_modules(runs.target_modules)

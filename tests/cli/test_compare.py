@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,6 +172,8 @@ def test_a_dry_run_says_what_it_would_do_and_take_and_writes_nothing(command, tm
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["--starts", " , "], "--starts '': expected names, each once."),
+    (["--starts", ""], "--starts '': expected names, each once."),
     (["--starts", "random,evva"], "start 'evva' is unknown. Did you mean eva"),
     (["--learning-rates", "1e-3,fast"], "--learning-rates '1e-3,fast': expected numbers separated by commas."),
     (["--learning-rates", "-1e-3"], "--learning-rates -0.001: expected positive numbers"),
@@ -254,7 +256,7 @@ def test_a_start_may_be_a_directory_by_a_name(word, start):
 
 @pytest.mark.parametrize(("data", "workers", "cluster", "time", "given", "said"), [
     ("-", None, None, None, "", None), ("d", 2, "ray", None, "", None), ("d", None, None, "2h", "", None),
-    ("-", 2, None, None, "", "DATA '-': workers read"), ("-", None, "ray", None, "", "DATA '-': workers read"),
+    ("-", 1, None, None, "", "DATA '-': workers read"), ("-", None, "ray", None, "", "DATA '-': workers read"),
     ("d", None, None, None, "gpus_per_run", "--it: that is for --cluster. Leave it out."),
     ("d", None, "ray", None, "gpus_per_run", None), ("d", None, "ray", "2h", "", "--time counts from now on, waiting"),
 ])  # fmt: skip
@@ -282,7 +284,8 @@ def test_a_comparison_ends_with_where_its_report_is_and_an_error_if_a_run_failed
     if best:
         (tmp_path / "best").mkdir()
     summary = SimpleNamespace(verdicts=[], notes=["a note"])
-    records = [{"status": "finished"}, {"status": "failed" if failed else "finished"}]
+    # A loss that rises is a finding about a rate, and no fault of the run.
+    records = [{"status": "unstable"}, {"status": "failed" if failed else "finished"}]
     made = SimpleNamespace(outlook=None, directory=tmp_path, settings={"rank": 2}, records=records, summary=summary)
     monkeypatch.setattr(command_of, "say", said.append)
     monkeypatch.setattr(command_of, "running", Running(as_json=as_json))
@@ -303,3 +306,22 @@ def test_a_comparison_ends_with_where_its_report_is_and_an_error_if_a_run_failed
     assert printed == [(content, True)]
     lines = [f"{tmp_path / 'report.html'}: written", f"{tmp_path / 'best'}: the trained adapter of the best start"]
     assert said == ([] if as_json else lines[: 1 + best])
+
+
+@pytest.mark.parametrize("option", ["learning-rates", "eval-points", "statistics-batches", "time", "precision"])
+def test_an_option_of_no_words_is_refused_and_not_taken_as_one_that_was_left_out(option, monkeypatch):
+    """As a script types it whose variable is empty."""
+    monkeypatch.setattr("lora_init.comparison.compare.compare", None)
+    monkeypatch.setattr(command_of, "importing", lambda *words: nullcontext())
+    result = run("compare", "m", "d", "-o", "none", f"--{option}", "", code=1)
+    assert result.stderr.startswith(f"error: --{option} '': expected ")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_an_outlook_is_what_was_asked_for_so_that_quiet_does_not_hide_it(quiet, monkeypatch):
+    shown = []
+    monkeypatch.setattr("lora_init.cli.console.running", Running(quiet=quiet))
+    monkeypatch.setattr(command_of, "show_outlook", lambda console, ahead: shown.append(ahead))
+    outlook = SimpleNamespace(to_dict=lambda: {"ended": 0})
+    command_of._print_comparison(SimpleNamespace(outlook=outlook, planned=[], settings={"data": "chat"}))
+    assert shown == [{"runs": [], "ended": 0, "data": "chat"}]
