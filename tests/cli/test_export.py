@@ -1,6 +1,7 @@
 """`lora-init export`: what it prints, that its errors are one line, and the losses it measures."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from lora_init.cli import export
 from lora_init.cli.console import Running
 from lora_init.errors import LoraInitError
+from lora_init.loading.examples import MAX_LENGTH
 from lora_init.serving.export import Exported
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import refused, tiny_bert, tiny_llama
@@ -346,3 +348,78 @@ def test_the_base_is_loaded_where_intruders_are_reduced_in_it(asked, trained, tm
     monkeypatch.setattr("lora_init.serving.export.export_adapter", export_adapter)
     done = run("export", trained, "-o", tmp_path / "out", *["--reduce-intruders"] * asked)
     assert "seen" in done.stderr and given == [loaded.model if asked else None]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_is_typed_reaches_the_export_and_the_losses_are_before_and_after_it(n, trained, tmp_path, monkeypatch):
+    looked_at, loaded_by, read_by, exported_by, measured = [], [], [], [], []
+    loaded = SimpleNamespace(model=None, tokenizer="its words", seq2seq="both")
+    other = train(tmp_path / "base", tmp_path / "other", target_modules=["q_proj"])
+    adapters = [trained, other][:n]
+
+    @contextmanager
+    def importing(**words):
+        looked_at.append(words)
+        yield
+
+    def export_adapter(directory, place, *words, **how):
+        exported_by.append((directory, place, *words, how))
+        return Exported(**PLAIN | dict(path=place))
+
+    monkeypatch.setattr(export, "importing", importing)
+    monkeypatch.setattr(export, "_check_before_loading", lambda *words: looked_at.append(words[1:]))
+    monkeypatch.setattr(export, "_load", lambda *words: loaded_by.append(words) or loaded)
+    monkeypatch.setattr(export, "_losses", lambda *words: measured.append(words) or {"losses": [2.0, 1.0]})
+    monkeypatch.setattr("lora_init.loading.batches.load_batches", lambda *words, **how: read_by.append((words, how)))
+    monkeypatch.setattr("lora_init.serving.export.export_adapter", export_adapter)
+    typed = ["--rank", 3, "--base", "b", "--data", "d", "--template", "{a}", "--keep-ranks", "--trust-remote-code"]
+    for more, samples, max_length in ((["--samples", 5, "--max-length", 9], 5, 9), ([], 64, MAX_LENGTH)):
+        done = run("export", *adapters, "-o", tmp_path / "out", *typed, *more)
+        assert done.exit_code == 0, done.output
+        assert looked_at == [{"data": "d"}, ("b", 3, "d", None, True)] and loaded_by == [(adapters, "b", True)]
+        ((words, how),) = read_by
+        assert words == ("d", "its words") and how["seq2seq"] == "both" and how["template"] == "{a}"
+        assert (how["samples"], how["max_length"]) == (samples, max_length)
+        places = [tmp_path / "out"] if n == 1 else [tmp_path / "out" / one.name for one in adapters]
+        assert [asked[:4] for asked in exported_by] == [(*pair, None, 3) for pair in zip(adapters, places, strict=True)]
+        for *_, how in exported_by:
+            assert how["trust_remote_code"] and how["keep_ranks"] and not how["overwrite"] and how["base"] == "b"
+        assert [words[2:] for words in measured] == [*zip(adapters, places, strict=True)]
+        for seen in (looked_at, loaded_by, read_by, exported_by, measured):
+            seen.clear()
+
+
+@pytest.mark.parametrize(("words", "summary"), [([], True), (["-q"], False)])
+def test_quiet_takes_away_the_summary_of_several_exports(words, summary, trained, tmp_path):
+    other = train(tmp_path / "base", tmp_path / "other", target_modules=["q_proj"])
+    done = run("export", trained, other, "-o", tmp_path / "out", *words)
+    assert done.exit_code == 0 and (done.stdout != "") is summary
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["other", "trained"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_brackets_in_notes_and_commands_are_no_markup(n, trained, tmp_path, monkeypatch):
+    def made(_, place, *words, **how):
+        return Exported(**PLAIN | dict(path=place, command="serve a[b]c", verify="ask a[b]c", notes=("note a[b]c",)))
+
+    monkeypatch.setattr("lora_init.serving.export.export_adapter", made)
+    other = train(tmp_path / "base", tmp_path / "other", target_modules=["q_proj"])
+    shown = run("export", *[trained, other][:n], "-o", tmp_path / "out").stdout
+    assert shown.count("serve a[b]c") == shown.count("ask a[b]c") == n and ("note a[b]c" in shown) == (n == 1)
+
+
+def test_an_option_in_the_failure_of_one_of_several_is_written_as_it_is_typed(trained, tmp_path):
+    other = train(tmp_path / "base", tmp_path / "other", target_modules=["q_proj"])
+    done = run("export", trained, other, "-o", tmp_path / "out", "--rank", 1000)
+    assert done.exit_code == 1
+    for directory, line in zip((trained, other), done.stderr.splitlines(), strict=True):
+        assert line.startswith(f"error: {directory}: --rank 1000: no layer of this adapter can have more than rank ")
+
+
+def test_where_all_of_several_failed_no_command_is_printed(trained, tmp_path):
+    other = train(tmp_path / "base", tmp_path / "other", target_modules=["q_proj"])
+    for directory in (trained, other):
+        (directory / "adapter_model.safetensors").unlink()
+    done = run("export", trained, other, "-o", tmp_path / "out", "--base", tmp_path / "base")
+    assert done.exit_code == 1 and len(done.stderr.splitlines()) == 2
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [["trained", "failed"], ["other", "failed"]]
