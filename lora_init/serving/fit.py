@@ -244,6 +244,9 @@ class _Fit:
         self.refused = ""
         try:
             parameters_of(model, adapter.config)  # which refuses experts that this PEFT misreads
+            _check_start(adapter.config.get("init_lora_weights"))
+            for pattern in ("rank_pattern", "alpha_pattern"):
+                from_patterns(adapter.config.get(pattern), (), 0)  # which refuses what is no regular expression
             peft_model = self._adapted(rank_pattern={}, alpha_pattern={})  # which PEFT takes long for; see `_rank_of`
             state, weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False), peft_model.state_dict()
         except _REFUSED as error:
@@ -478,6 +481,22 @@ class _Fit:
         if "_A" in end:  # [r, d_in]; B is [d_out, r], and a magnitude [d_out]
             return shape[-1] == d_in
         return shape[0] == d_out
+
+
+def _check_start(name: Any) -> None:
+    """Refuse the name of a start that this PEFT does not know, as PEFT does where it loads the adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    if not isinstance(name, str):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = LoraConfig(r=1, init_lora_weights=name, target_modules=["0"])  # type: ignore[arg-type]
+            get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config)
+        except _REFUSED as error:
+            if f"={name!r}" in str(error):  # other errors are of data or settings that this small model lacks
+                raise
 
 
 def _converted_by_peft(misnamed: Mapping[str, str | None]) -> str:

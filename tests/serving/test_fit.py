@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModel, LoraConfig, get_peft_model
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 import lora_init
 from lora_init import LoraInitError, check_fit, export_adapter
@@ -150,6 +150,26 @@ def test_a_right_pair_fits(bases, tmp_path, case):
     found = check_fit(tmp_path / "a", str(bases / "shards") if case == "shards" else None)
     assert found.misfits == () and found.lines == [] and found.tensors == len(load_file(
         tmp_path / "a" / "adapter_model.safetensors"))  # fmt: skip
+
+
+def test_a_start_that_this_peft_knows_fits_whatever_it_needed(bases, tmp_path):
+    adapter(bases, "llama", tmp_path / "a", **QV)
+    for name in ("gaussian", "eva", "olora", "pissa", "pissa_niter_4", "corda", "loftq", "orthogonal", False):
+        change(tmp_path / "a", init_lora_weights=name, loftq_config={"loftq_bits": 4})
+        assert check_fit(tmp_path / "a").misfits == (), name
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    ({"alpha_pattern": {"(": 4}}, "is no regular expression"), ({"alpha_pattern": {"*q_proj": 4}}, "nothing to repeat"),
+    ({"rank_pattern": {"[q": 4}}, "is no regular expression"),
+    ({"init_lora_weights": "of_tomorrow"}, "Unknown initialization init_lora_weights='of_tomorrow'"),
+])  # fmt: skip
+def test_a_configuration_that_peft_cannot_load_does_not_fit(config, said, bases, tmp_path):
+    adapter(bases, "llama", tmp_path / "a", **QV)
+    change(tmp_path / "a", **config)
+    with pytest.raises((ValueError, re.error)):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases / "llama"), tmp_path / "a")
+    assert re.search(said, check_fit(tmp_path / "a").lines[0])
 
 
 def test_of_a_base_without_layers_none_is_nearest():
