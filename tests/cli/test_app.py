@@ -71,6 +71,24 @@ def test_without_arguments_it_prints_four_things_to_do_and_their_commands():
         _COMMANDS[name].make_context(name, rest)
 
 
+@pytest.mark.parametrize(("typed", "said"), [
+    (["iniit"], "No such command 'iniit'. Did you mean 'init'? See lora-init --help."),
+    (["merge", "a.safetensors", "b.safetensors", "-o", ""], "output '.': this directory itself cannot be written anew."),
+    (["init", "base", "data.jsonl", "-o", ""], "output '.': this directory itself cannot be written anew."),
+])  # fmt: skip
+def test_a_mistyped_word_is_told_in_one_line_with_the_nearest(typed, said):
+    done = run(*typed)
+    assert_one_line_error(done, said, code=2 if len(typed) == 1 else 1)
+
+
+@pytest.mark.parametrize(("names", "said"), [([], "none"), (["A", "B"], "A 80 GB, B 80 GB")])
+def test_env_lists_the_gpus(names, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    about = lambda i: SimpleNamespace(name=names[i], total_memory=80 * 10**9)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", about)
+    assert json.loads(run("env", "--json").stdout)["gpus"] == said
+
+
 def test_a_group_of_commands_without_a_word_lists_its_commands():
     done = run("bank")
     assert done.exit_code == 2 and done.stderr.startswith("Usage: lora-init bank") and "error: " not in done.stderr
