@@ -7,6 +7,7 @@ PEFT, with rules that depend on the model and on the release; so PEFT itself sel
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def read_config(model: nn.Module, config: LoraConfig, init_config: InitConfig) -
     with as_it_was(model):
         try:  # on the meta device: only names are read
             peft_model = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, re.error) as error:
             raise LoraInitError(f"config does not fit {type(model).__name__}: {in_one_line(error)}") from error
         read = read_adapter(peft_model, init_config, "config", config)
     if config.task_type:

@@ -21,7 +21,7 @@ from lora_init.errors import LoraInitError, did_you_mean, require
 from lora_init.files import check_writable
 from lora_init.layers.grid import layer_grid
 from lora_init.planning.policies import POLICIES, policy_names
-from lora_init.planning.snippets import TOOLS
+from lora_init.planning.snippets import RANKS_ALONE, TOOLS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -320,8 +320,12 @@ def ranks(
         tool and (compare or running.as_json), "--format prints one plan for one tool. Leave --compare and --json out."
     )
     # All that is wrong with the words comes before torch is imported and the file is read.
-    _check_budgets(options.dtype, options.coverage, [arguments, *variants.values()])
-    _refuse(not tool and (lora_alpha is not None or use_rslora), "--lora-alpha and --use-rslora are for --format.")
+    _check_unread(options, [arguments, *variants.values()])
+    has_scaling = tool is not None and tool not in RANKS_ALONE
+    _refuse(
+        not has_scaling and (lora_alpha is not None or use_rslora),
+        f"--lora-alpha and --use-rslora are for --format, but {' and '.join(RANKS_ALONE)} hold no scaling.",
+    )
     _check_outputs(output, plot, overwrite)
     from lora_init.planning.allocate import allocate_ranks
     from lora_init.planning.plan import plan_to_dict, save_plan
@@ -376,10 +380,17 @@ def _print_for_tool(
     typer.echo(snippet(plan, tool, built.lora_alpha, use_rslora, path, built.recommended, built.how_to_train), nl=False)
 
 
-def _check_budgets(dtype: str | None, coverage: str | None, plans: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what only some budgets read, where no plan has one of them."""
-    _refuse(dtype and not any(plan.get("megabytes") for plan in plans), "--dtype is for --megabytes.")
-    _refuse(coverage and not any(plan.get("variance") for plan in plans), "--coverage is for --variance.")
+def _check_unread(options: PlanOptions, plans: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what only some budgets and policies read, where no plan has one of them."""
+    _refuse(options.dtype and not any(plan.get("megabytes") for plan in plans), "--dtype is for --megabytes.")
+    _refuse(options.coverage and not any(plan.get("variance") for plan in plans), "--coverage is for --variance.")
+    reads_rho = any(not plan.get("variance") and plan["policy"] != "uniform" for plan in plans)
+    _refuse(options.rho is not None and not reads_rho, "--rho does nothing with --variance or --policy uniform.")
+    in_every_layer = all(plan.get("variance") and plan["coverage"] == _COVERAGE for plan in plans)
+    _refuse(
+        options.policy != "eva" and in_every_layer,
+        f"--policy does nothing with --variance in {_COVERAGE.replace('-', ' ')}. Leave it out, or give a --coverage.",
+    )
 
 
 def _refuse(condition: object, message: str) -> None:

@@ -188,3 +188,4 @@ TOOLS = {
     "json": _json,
     "csv": _csv,
 }
+RANKS_ALONE = ("json", "csv")  # have no place for a scaling

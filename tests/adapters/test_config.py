@@ -203,6 +203,8 @@ def test_a_config_that_does_not_fit_its_model_is_refused_in_one_line():
         config,
         InitConfig(),
     )
+    said = "^config does not fit LlamaForCausalLM: missing .*, unterminated subpattern"
+    refused(said, read_config, llama(), LoraConfig(target_modules="("), InitConfig())
     refused("^config=str: a LoraConfig of PEFT is expected.$", read_config, llama(), "lora", InitConfig())
     config = LoraConfig(target_modules=["q_proj", "v_proj"])
     options = InitConfig.from_arguments("initialize()", None, exclude_modules=["v_proj"])

@@ -73,7 +73,7 @@ def test_without_arguments_it_prints_four_things_to_do_and_their_commands():
 
 @pytest.mark.parametrize(("typed", "said"), [
     (["iniit"], "No such command 'iniit'. Did you mean 'init'? See lora-init --help."),
-    (["merge", "a.safetensors", "b.safetensors", "-o", ""], "output '.': this directory itself cannot be written anew."),
+    (["merge", "a", "b", "-o", ""], "output '.': this directory itself cannot be written anew."),
     (["init", "base", "data.jsonl", "-o", ""], "output '.': this directory itself cannot be written anew."),
 ])  # fmt: skip
 def test_a_mistyped_word_is_told_in_one_line_with_the_nearest(typed, said):

@@ -135,8 +135,8 @@ def test_ranks(home, tmp_path):
     given, budget, tool = {"rho": 2.0, "rank": 4}, {"rho": 2.0}, {"rank": 4, "tool": "peft"}
     probes = {
         "rank": Try(3, budget), "total_rank": Try(50, budget), "parameters": Try("3k", budget),
-        "fraction": Try(0.05, budget), "megabytes": Try(0.01, budget), "variance": Try(0.5, budget),
-        "dtype": Try("float16", budget | {"megabytes": 0.01}), "coverage": Try("total", budget | {"variance": 0.5}),
+        "fraction": Try(0.05, budget), "megabytes": Try(0.01, budget), "variance": Try(0.5),
+        "dtype": Try("float16", budget | {"megabytes": 0.01}), "coverage": Try("total", {"variance": 0.5}),
         "policy": Try("cost-aware", given), "rho": Try(1.0, given), "min_rank": Try(3, given),
         "max_rank": Try(5, given), "multiple_of": Try(3, given), "allowed_ranks": Try("3,6", given),
         "tie": Try("q_proj,o_proj", given), "uniform_per_kind": Try(True, given),

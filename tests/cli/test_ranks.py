@@ -118,6 +118,11 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     (["--coverage", "total", "--compare", "uniform"], "--coverage is for --variance"),
     (["--lora-alpha", 8], "--lora-alpha and --use-rslora are for --format"),
     (["--use-rslora", "--json"], "--lora-alpha and --use-rslora are for --format"),
+    (["--format", "csv", "--lora-alpha", 8], "are for --format, but json and csv hold no scaling."),
+    (["--format", "json", "--use-rslora"], "are for --format, but json and csv hold no scaling."),
+    (["--variance", 0.5, "--rho", 2], "--rho does nothing with --variance or --policy uniform."),
+    (["--rank", 4, "--policy", "uniform", "--rho", 2], "--rho does nothing with --variance or --policy uniform."),
+    (["--variance", 0.5, "--policy", "uniform"], "--policy does nothing with --variance in every layer. Leave it out"),
     (["--format", "peft", "--lora-alpha", 0], "--lora-alpha 0, expected a number above 0"),
     (["--tie", "q_proj"], "ties nothing"),
 ])  # fmt: skip
@@ -328,16 +333,24 @@ def test_options_that_are_not_given_are_what_allocate_ranks_has():
     assert [given[name] for name in names] == [[8, 16], [["a", "b"]], ["c"], "float16", "total"]
 
 
-@pytest.mark.parametrize(("dtype", "coverage", "plans", "said"), [
-    ("float16", None, [{}, {"megabytes": 1}], None), (None, "total", [{"variance": 0.5}, {}], None),
-    ("float16", None, [{"variance": 0.5}], "--dtype is for --megabytes."), (None, None, [{}], None),
-    (None, "total", [{"megabytes": 1}], "--coverage is for --variance."),
+RHO = "--rho does nothing with --variance or --policy uniform."
+POLICY = "--policy does nothing with --variance in every layer. Leave it out, or give a --coverage."
+
+
+@pytest.mark.parametrize(("given", "changes", "said"), [
+    ({"dtype": "float16"}, [{}, {"megabytes": 1}], None), ({"coverage": "total"}, [{"variance": 0.5}, {}], None),
+    ({"dtype": "float16"}, [{"variance": 0.5}], "--dtype is for --megabytes."), ({}, [{}], None),
+    ({"coverage": "total"}, [{"megabytes": 1}], "--coverage is for --variance."),
+    ({"rho": 2.0}, [{"policy": "uniform"}, {}], None), ({"rho": 2.0}, [{"policy": "uniform"}, {"variance": 0.5}], RHO),
+    ({"policy": "greedy"}, [{"variance": 0.5}], POLICY), ({"policy": "greedy"}, [{"variance": 0.5}, {}], None),
+    ({"policy": "greedy"}, [{"variance": 0.5, "coverage": "total"}], None),
 ])  # fmt: skip
-def test_what_one_budget_reads_needs_a_plan_with_it(dtype, coverage, plans, said):
+def test_what_some_plans_read_needs_one_of_them(given, changes, said):
+    plans = [{"policy": "eva", "coverage": "every-layer"} | change for change in changes]
     if said is None:
-        ranks_command._check_budgets(dtype, coverage, plans)
+        ranks_command._check_unread(PlanOptions(**given), plans)
     else:
-        refused(f"^{said}$", ranks_command._check_budgets, dtype, coverage, plans)
+        refused(f"^{said}$", ranks_command._check_unread, PlanOptions(**given), plans)
 
 
 @pytest.mark.parametrize("policy", ["eva", "uniform"])
