@@ -94,6 +94,12 @@ def test_a_config_selects_fused_experts_by_the_names_of_parameters():
         assert {*build_adapter(stats, 2, config=config).weights} == expected
 
 
+@needs_experts_by_peft
+def test_a_config_of_experts_alone_selects_no_layer_by_name():
+    found = read_config(mixtral(), LoraConfig(r=2, target_modules=[], target_parameters=BOTH), InitConfig())
+    assert found.layers.target_modules == [] and set(found.layers.target_parameters or ()) == set(BOTH)
+
+
 REFUSED = [
     (configured(), dict(lora_alpha=16), "^lora_alpha=16: config decides that and says 9"),
     (configured(), dict(use_dora=True), "^use_dora=True: config decides that and says False"),

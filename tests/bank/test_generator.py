@@ -193,6 +193,16 @@ def test_numbers_of_prompts_are_counted_from_their_mean_in_their_spread(tmp_path
     torch.testing.assert_close(rows.std(0), torch.ones(5))
 
 
+def test_a_dimension_that_is_the_same_in_all_prompts_is_no_nan(tmp_path, monkeypatch):
+    prompts = generator._prompts
+    monkeypatch.setattr(generator, "_prompts", lambda bank: {
+        name: torch.cat([rows[:, :4], torch.ones(len(rows), 1)], 1) for name, rows in prompts(bank).items()
+    })  # fmt: skip
+    losses = {}
+    found = train_generator(bank_of(tmp_path / "bank"), steps=2, say=losses.__setitem__)
+    assert math.isfinite(found.explained) and all(map(math.isfinite, losses.values()))
+
+
 def test_adapters_are_turned_towards_the_first_and_do_what_they_did(tmp_path):
     bank = bank_of(tmp_path / "bank", n=3)
     found = generator.aligned(bank, 2)

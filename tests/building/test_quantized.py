@@ -252,6 +252,15 @@ def test_a_packed_weight_that_lost_nothing_has_an_error_of_zero(tmp_path):
     assert float(errors[DOWN].abs().max()) < 1e-6
 
 
+def test_a_packed_weight_of_zeros_has_an_error_of_zero(tmp_path):
+    model = plain()
+    torch.nn.init.zeros_(model.get_submodule(DOWN).weight)
+    model.save_pretrained(tmp_path)
+    model.set_submodule(DOWN, PackedLinear(model.get_submodule(DOWN)))
+    errors = QuantizationErrors(model, {DOWN: find_targets(model, [DOWN]).layers[DOWN]}, tmp_path)
+    assert float(errors[DOWN].abs().max()) == 0
+
+
 def test_a_square_weight_is_undone_before_anything_else_was_read(directory):
     model, name = plain(), "model.layers.0.self_attn.q_proj"
     layer = PackedLinear(model.get_submodule(name))

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 from peft import LoraConfig, get_peft_model
 
+import lora_init
 from lora_init.adapters.init_config import Reading
 from lora_init.cli import describe as about
 from lora_init.cli.describe import damage_of, describe
 from lora_init.errors import LoraInitError
 from lora_init.files import digests_of
 from lora_init.serving.trained import DIAL_FILE
-from tests.conftest import refused, tiny_llama
+from tests.conftest import batches_for, refused, tiny_llama
 from tests.layers.made import mixtral
 from tests.versions import needs_experts_by_peft
 
@@ -144,6 +145,14 @@ def test_a_merge_is_described_by_its_layers_and_measured_where_there_are_data(wi
         *([("load_model", "base", ("dtype", "float32"), trusted), ("load_batches", data, "tokenizer", *reading),
            ("divergence", "model", "read adapter", "batches", "int8")] if with_data else []),
     ]  # fmt: skip
+
+
+def test_ranks_are_in_the_order_of_the_model(tmp_path):
+    model = tiny_llama(num_hidden_layers=11)
+    stats = lora_init.collect(model, batches_for("llama", 2), ["q_proj"], rank=2)
+    lora_init.build_adapter(stats, 2).save_pretrained(tmp_path / "adapter")
+    blocks = [int(name.split(".")[2]) for name in describe(tmp_path / "adapter")["ranks"]]
+    assert blocks == [*range(11)]
 
 
 @pytest.mark.parametrize("given", [None, pytest.param(["mlp.experts.down_proj"], marks=needs_experts_by_peft)])

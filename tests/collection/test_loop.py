@@ -310,6 +310,17 @@ def test_why_a_pass_ended(flags, reason):
         assert str(_outcome(run, processes, *flags)[0]) == "rank 1 failed: batch 7: other"
 
 
+@pytest.mark.parametrize(("n_converged", "reason"), [(1, "exhausted"), (2, "converged")])
+def test_a_pass_has_converged_where_every_process_has(n_converged, reason, monkeypatch):
+    found = SimpleNamespace(keeps=None, bad=[], stop_reason="")
+    run = SimpleNamespace(found=found, failure=None, failed="", converged=False, forget=lambda: None)
+    processes = SimpleNamespace(
+        size=2, rank=1, interrupted=False, merge=lambda one: one, sum=lambda *flags: [0, n_converged, 0, 0, 0]
+    )
+    monkeypatch.setattr(loop, "_next_batch", lambda *arguments: (0, None))
+    assert loop.run_pass(run, None, 8, processes, None).stop_reason == reason
+
+
 def test_an_error_of_a_batch_in_a_line():
     assert _line(LoraInitError("batch 1: said."), "batch 2") == "batch 1: said."
     assert _line(ValueError("bad\nmore"), "batch 2").startswith("batch 2: ValueError: bad")

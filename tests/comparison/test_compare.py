@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import typer
 
@@ -185,6 +186,14 @@ def test_the_best_rate_of_two_seeds_goes_to_the_other(home, tmp_path):
 
 
 # Going on
+
+
+def test_what_is_done_to_its_table_changes_no_comparison():
+    table = pd.DataFrame({"start": ["eva", "random"], "loss": [1.0, 2.0]})
+    comparison = SimpleNamespace(summary=SimpleNamespace(table=table))
+    Comparison.to_pandas(comparison).drop(columns="loss", inplace=True)
+    Comparison.to_pandas(comparison).loc[0, "loss"] = 9.0
+    assert [*Comparison.to_pandas(comparison).columns] == ["start", "loss"] and [*table["loss"]] == [1.0, 2.0]
 
 
 def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatch):

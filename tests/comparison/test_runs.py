@@ -214,7 +214,11 @@ def test_full_fine_tuning_has_rates_of_a_tenth():
     assert {run.learning_rate for run in done if run.start.base == "full"} == {1e-4, 3e-4}
 
 
-@pytest.mark.parametrize(("rate", "up", "expected"), [(2e-4, True, 6e-4), (2e-4, False, 6e-5), (1e-2, True, 3e-2)])
+@pytest.mark.parametrize(("rate", "up", "expected"), [
+    (2e-4, True, 6e-4), (2e-4, False, 6e-5), (1e-2, True, 3e-2),
+    *[(3 * ten, True, 10 * ten) for ten in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)],
+    *[(3 * ten, False, ten) for ten in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)],
+])  # fmt: skip
 def test_half_decades(rate, up, expected):
     assert half_decade(rate, up) == expected
 

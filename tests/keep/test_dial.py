@@ -131,6 +131,15 @@ def test_a_fit_needs_gradients_of_b_alone(monkeypatch):
     assert needed and all("lora_B" in name for name in needed)
 
 
+def test_a_layer_that_no_batch_reaches_keeps_the_strength_that_it_began_with():
+    model, batches = trained_model(dtype=torch.float32)
+    last = next(module for name, module in model.named_modules() if name.endswith("layers.1"))
+    last.forward = lambda hidden, *arguments, **settings: hidden
+    found = fit_strengths(model, batches[:1], batches[1:2], 0.5, 0.5, steps=2)
+    stayed = {name: value == 0.5 for name, value in found.items()}
+    assert stayed == {name: "layers.1." in name for name in found} and any(stayed.values())
+
+
 def test_a_fit_begins_at_one_strength_for_all_layers_or_at_one_each():
     model, batches = trained_model(dtype=torch.float32)
     fit = partial(fit_strengths, model, batches[:1], batches[1:2], 0.5, steps=1)

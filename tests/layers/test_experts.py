@@ -189,6 +189,8 @@ def test_mistakes_get_one_clear_line():
     refused("must be a list of names", find_targets, model, target_parameters="experts.down_proj")
     model.own = torch.nn.Parameter(torch.zeros(2, 4, 4))  # of the model itself, which PEFT cannot wrap
     refused(r"\['own'\] matches no parameter", find_targets, model, target_parameters=["own"])
+    # A name ends where a word does.
+    refused(r"\['up_proj'\] matches no parameter", find_targets, mixtral(), target_parameters=["up_proj"])
     refused("PEFT takes one of the two", find_targets, model, target_parameters=["q_proj.weight"])
     with pytest.raises(LoraInitError, match=r"gate_up_proj_bias' of shape \(4, 48\), which is no weight"):
         find_targets(gpt_oss(), target_parameters=["experts.gate_up_proj_bias"])

@@ -364,16 +364,18 @@ def test_a_source_says_what_its_configuration_does():
     assert of_config().seq2seq is False and of_config().classes == ()
 
 
-def bare(name):
+def bare(name, reads="input_ids"):
     """A class of models without a configuration."""
-    return type(name, (torch.nn.Module,), {"forward": lambda self, input_ids: input_ids})
+    forward = {"input_ids": lambda self, input_ids: input_ids, "input_values": lambda self, input_values: input_values}
+    return type(name, (torch.nn.Module,), {"forward": forward[reads]})
 
 
 @pytest.mark.parametrize(("make", "task"), [
     (bare("OneForConditionalGeneration"), "CAUSAL_LM"), (bare("AnyClass"), None),
     (tiny_llama, "CAUSAL_LM"), (tiny_bert, "SEQ_CLS"), (tiny_t5, "SEQ_2_SEQ_LM"), (tiny_vit, None),
     (lambda: tiny_bert("MaskedLM"), None), (lambda: tiny_bert(None), "FEATURE_EXTRACTION"),
-    (lambda: torch.nn.Linear(2, 2), None),
+    (lambda: torch.nn.Linear(2, 2), None), (bare("SoundForSequenceClassification", "input_values"), None),
+    (bare("TextForSequenceClassification"), "SEQ_CLS"),
 ])  # fmt: skip
 def test_the_task_of_a_model_is_that_of_its_class_if_it_reads_tokens(make, task):
     assert task_of(make()) == task

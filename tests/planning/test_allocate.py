@@ -50,6 +50,13 @@ def test_eva_is_the_best_of_all_allocations_and_ties_go_to_the_earlier_layer(rat
     assert ranks == equal[worths.index(min(worths))]
 
 
+def test_a_share_that_a_rank_reaches_exactly_is_reached():
+    """Sums of floats fall short of it: 0.7 + 0.1 is less than 0.8, and all four less than 1."""
+    made = statistics([[0.7, 0.1, 0.1, 0.1]] * 2)
+    for share, rank in ((0.7, 1), (0.8, 2), (1.0, 4)):
+        assert [*allocate_ranks(made, variance=share).values()] == [rank, rank]
+
+
 def test_a_layer_may_get_nothing_and_layers_with_one_input_tie():
     ratios = {"b.0.q": [0.5, 0.25, 0.125, 0.0625], "b.0.o": [0.0, 0.0, 0.0, 0.0]}
     group_of = {"b.0.q": "b.0.q", "b.0.k": "b.0.q", "b.0.o": "b.0.o"}

@@ -21,6 +21,11 @@ def test_an_alpha_gives_exactly_its_scaling(use_rslora):
                     assert type(alpha) is int
 
 
+def test_an_alpha_that_misses_a_whole_number_by_rounding_is_that_number():
+    alpha = alpha_for(scaling_of(24, 22), 55)  # 59.99999999999999 as a product
+    assert alpha == 60 and type(alpha) is int
+
+
 def test_a_thousand_layers_have_no_more_keys_than_ranks():
     """PEFT tries every key on every layer, and Python forgets compiled expressions beyond 512 of them."""
     ranks = {

@@ -37,6 +37,11 @@ def test_it_is_the_closed_form_of_the_dense_matrix():
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
+def test_a_layer_that_quantization_left_as_it_was_begins_at_zero():
+    made, a, b = product(spectrum_of(), torch.zeros(D_OUT, 12, dtype=torch.float64))
+    assert not made.any() and not b.any() and bool(a.isfinite().all()) and bool(a.any())
+
+
 def test_no_other_matrix_of_the_rank_does_better():
     spectrum, error = spectrum_of(), error_of()
     made, a, b = product(spectrum, error)

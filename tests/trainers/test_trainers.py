@@ -456,6 +456,14 @@ def test_a_measured_rate_reaches_an_optimizer_that_was_given_with_its_own(tmp_pa
     assert given == {"lr": 1e-5}  # a second trainer may be made with it
 
 
+@pytest.mark.parametrize(("given", "rate"), [({"lr": 1e-5}, 1e-5), ({}, None)])
+def test_the_rate_of_an_optimizer_that_was_given_with_its_own(given, rate, tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer)
+    assert TrainerIntegration(trainer).learning_rate == trainer.args.learning_rate
+    trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, given)
+    assert TrainerIntegration(trainer).learning_rate == rate
+
+
 def test_a_warm_up_of_more_than_half_of_the_steps_is_told_of(tmp_path, tokenizer):
     assert TrainerIntegration(plain(tmp_path, tokenizer, max_steps=8, warmup_steps=4)).schedule == "linear"
     trainer = plain(tmp_path, tokenizer, max_steps=8, warmup_steps=5)
