@@ -489,7 +489,7 @@ def _check_start(name: Any) -> None:
 
     if not isinstance(name, str):
         return
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             config = LoraConfig(r=1, init_lora_weights=name, target_modules=["0"])  # type: ignore[arg-type]

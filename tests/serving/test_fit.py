@@ -156,7 +156,9 @@ def test_a_start_that_this_peft_knows_fits_whatever_it_needed(bases, tmp_path):
     adapter(bases, "llama", tmp_path / "a", **QV)
     for name in ("gaussian", "eva", "olora", "pissa", "pissa_niter_4", "corda", "loftq", "orthogonal", False):
         change(tmp_path / "a", init_lora_weights=name, loftq_config={"loftq_bits": 4})
+        state = torch.random.get_rng_state()
         assert check_fit(tmp_path / "a").misfits == (), name
+        assert torch.equal(torch.random.get_rng_state(), state), name
 
 
 @pytest.mark.parametrize(("config", "said"), [
