@@ -303,6 +303,14 @@ def made_by_torch(scheduler: Any) -> Any:
     return getattr(scheduler, "scheduler", scheduler)
 
 
+def shares_of(scheduler: Any) -> Sequence[Any]:
+    """Return the functions of a `LambdaLR`, from a step to the share of the rate that it began with; none of others."""
+    from torch.optim.lr_scheduler import MultiplicativeLR  # whose functions give factors from one step to the next
+
+    functions: Sequence[Any] = getattr(scheduler, "lr_lambdas", ())
+    return () if isinstance(scheduler, MultiplicativeLR) else functions
+
+
 def schedule_of(settings: Any, scheduler: Any = None, steps: int = 0) -> str:
     """Name the schedule of a trainer's arguments, with its own settings; another that was made by what it does.
 
@@ -325,7 +333,8 @@ def schedule_of(settings: Any, scheduler: Any = None, steps: int = 0) -> str:
 
 def _is_curve(scheduler: Any, name: str, steps: int) -> bool:
     """Check whether factors of a `LambdaLR` fall along a curve from their highest, which is 1, to 0 after `steps`."""
-    for function in getattr(scheduler, "lr_lambdas", ()):
+    functions = shares_of(scheduler)
+    for function in functions:
         factors = [function(step) for step in range(steps + 1)]
         highest = factors.index(max(factors))  # the end of the warm-up
         if highest > max(1, steps / 2):
@@ -337,7 +346,7 @@ def _is_curve(scheduler: Any, name: str, steps: int) -> bool:
                 expected = (1 + math.cos(math.pi * share)) / 2
             if not abs(factors[step] - expected) <= 0.01:  # nor where it is NaN
                 return False
-    return steps > 0 and hasattr(scheduler, "lr_lambdas")
+    return steps > 0 and bool(functions)
 
 
 def training_in_words(rate: LearningRate | None, asked: float | None = None) -> str:

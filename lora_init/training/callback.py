@@ -23,7 +23,7 @@ from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, check_number, is_number, warn
 from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
-from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of
+from lora_init.rates.learning_rate import check_measured, made_by_torch, schedule_of, shares_of
 from lora_init.starts.starts import DEFAULT
 from lora_init.trainers.loaders import (
     batch_of_one_process,
@@ -315,7 +315,7 @@ def _check_schedule(scheduler: Any, kwargs: Any) -> None:
     made = made_by_torch(scheduler)
     has_least_rate = bool(getattr(made, "eta_min", 0) or any(getattr(made, "min_lrs", ())))
     if not {"min_lr", "min_lr_rate"} & {*(kwargs or {})}:  # given ready, it no longer says which of them it was made by
-        settings = (getattr(function, "keywords", {}) for function in getattr(made, "lr_lambdas", ()))
+        settings = (getattr(function, "keywords", {}) for function in shares_of(made))
         has_least_rate = has_least_rate or any(one.get("min_lr_rate") for one in settings)
     if has_least_rate or isinstance(made, (own.OneCycleLR, own.CyclicLR, own.SequentialLR, own.ChainedScheduler)):
         raise LoraInitError(
@@ -334,9 +334,8 @@ def _set_rate(rate: float, optimizer: Any, scheduler: Any, kwargs: Any) -> None:
                 group[name] = group[name] * factor  # not in place: both may be one tensor
     _set_shares(factor, schedule, kwargs)
     # The share that a schedule ends at may be a part of the first step, too, as of cosine_warmup_with_min_lr.
-    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-        for group, function in zip(optimizer.param_groups, schedule.lr_lambdas, strict=False):
-            group["lr"] = group["initial_lr"] * function(schedule.last_epoch)
+    for group, function in zip(optimizer.param_groups, shares_of(schedule), strict=False):
+        group["lr"] = group["initial_lr"] * function(schedule.last_epoch)
     # By its state, which every schedule of torch gives and takes.
     state = schedule.state_dict()
     if "base_lrs" in state:
@@ -353,7 +352,7 @@ def _set_shares(factor: float, scheduler: Any, kwargs: Any) -> None:
     shares = {"lr_init": factor}
     if "min_lr" in (kwargs or {}):  # without it the share itself was given, and holds of any rate
         shares["min_lr_rate"] = 1 / factor
-    functions = {id(function): function for function in getattr(schedule, "lr_lambdas", ())}  # groups share one
+    functions = {id(function): function for function in shares_of(schedule)}  # groups share one
     for function in functions.values():
         settings = getattr(function, "keywords", {})  # transformers makes them by functools.partial
         for name, share in shares.items():

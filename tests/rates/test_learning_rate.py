@@ -398,6 +398,9 @@ def test_a_rate_is_far_off_beyond_three_times_or_as_far_as_the_best_is_known(len
     ("cosine", {}, lambda adam: get_cosine_schedule_with_warmup(adam, 8, 8), "LambdaLR"),  # which only rises
     ("cosine", {}, lambda adam: torch.optim.lr_scheduler.LambdaLR(adam, lambda step: math.nan), "LambdaLR"),
     ("cosine", {}, torch.optim.lr_scheduler.ConstantLR, "ConstantLR"),
+    # Factors from step to step, whose product is another curve than they are.
+    ("linear", {}, lambda adam: torch.optim.lr_scheduler.MultiplicativeLR(adam, lambda step: 1 - step / 8),
+     "MultiplicativeLR"),
     ("cosine_with_restarts", {}, "cosine_with_restarts", "cosine_with_restarts"),
 ])  # fmt: skip
 def test_a_schedule_is_what_multiplies_the_rate(name, more, made_by, expected):
