@@ -118,7 +118,7 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     if not has_length(data) or not has_length(loader):
         each = _examples_of_a_batch(args, loader, _draw(loader, 1))
         return TrainingLength(steps, max(1, round(each * accumulated)), why="" if loader is None else _AS_NEW)
-    epochs = steps / math.ceil(len(loader) / accumulated)
+    epochs = steps / max(1, math.ceil(len(loader) / accumulated))  # no batch where `drop_last` leaves none
     drawn = _draw(loader, max(1.0, epochs))
     each = _examples_of_a_batch(args, loader, drawn)
     if not drawn.batches:  # then each example comes once in an epoch, as far as is known

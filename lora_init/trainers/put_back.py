@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -73,9 +73,11 @@ def put_back_values(holder: Any, stack: ExitStack, seen: set[int]) -> None:
 
 
 def _slots(held: Any) -> dict[str, Any]:
-    # Each class names its own alone, and a slot that was never set has no value.
-    names = [name for kind in type(held).__mro__ for name in getattr(kind, "__slots__", ())]
-    return {name: getattr(held, name) for name in names if not name.startswith("__") and hasattr(held, name)}
+    # Each class has its own alone, under the names by which they are reached: that of a private slot begins with its
+    # class. A slot that was never set has no value.
+    slotted = [vars(kind) for kind in type(held).__mro__ if "__slots__" in vars(kind)]
+    names = [name for own in slotted for name, one in own.items() if isinstance(one, MemberDescriptorType)]
+    return {name: getattr(held, name) for name in names if hasattr(held, name)}
 
 
 def _state_of(held: Any) -> tuple[Any, ...]:

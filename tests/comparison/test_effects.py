@@ -76,6 +76,39 @@ def test_runs_that_are_missing_do_no_harm():
     assert set(found) == set(whole) and found["a"].high - found["a"].mean > whole["a"].high - whole["a"].mean
 
 
+@pytest.mark.parametrize("some", [["random", "a"], list(STARTS)])
+def test_a_seed_that_no_start_has_or_one_alone_changes_nothing(some):
+    """Whatever it ends at: a single run of a seed is fitted by the level of that seed."""
+    losses = layout(np.random.default_rng(2)).loc[some]
+    before = effects(losses, "random")
+    losses[[8, 9]] = np.nan
+    losses.loc["a", 9] = 50.0
+    found = effects(losses, "random")
+    for start, effect in before.items():
+        assert (found[start].mean, found[start].low, found[start].high) == pytest.approx(
+            (effect.mean, effect.low, effect.high), rel=1e-6
+        )
+
+
+def test_of_four_starts_with_the_same_seed_one_that_scatters_is_known_and_of_three_none():
+    losses = layout(np.random.default_rng(0), 6, noise=0.01)
+    losses.loc["a"] += 3.0 * np.arange(6) ** 2
+    assert list(unlike_spreads(losses.iloc[:4])) == ["a"] and unlike_spreads(losses.iloc[:3]) == {}
+
+
+@pytest.mark.parametrize("n_starts", [4, 5])
+def test_a_start_scatters_as_many_times_as_much_as_its_distances_from_the_others_say(n_starts):
+    losses = layout(np.random.default_rng(0), 6, noise=0.01).iloc[:n_starts]
+    losses.loc["a", 1] += 0.3
+    residuals = losses.sub(losses.mean(axis=1), axis=0)
+    residuals -= residuals.mean()
+    apart = {start: residuals.loc[start] - residuals.drop(index=start).median() for start in losses.index}
+    spreads = {start: np.var(one, ddof=1) for start, one in apart.items()}
+    # The median of the variances of six normal numbers is as much below their mean as that of chi-squared with 5.
+    usual = np.median([spread for start, spread in spreads.items() if start != "a"]) / (stats.chi2.median(5) / 5)
+    assert unlike_spreads(losses) == pytest.approx({"a": np.sqrt(spreads["a"] / usual)})
+
+
 def test_fewer_than_two_pairs_have_no_effect():
     losses = layout(np.random.default_rng(0))
     losses.loc["a", [0, 1, 2]] = np.nan

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_init.comparison.findings import data_needed, make_command, notes, summarise
+from lora_init.comparison.findings import data_needed, equal_loss, make_command, notes, summarise
 from lora_init.comparison.runs import run_table
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.variants import Variant
@@ -188,6 +188,11 @@ def test_without_a_pair_the_reason_and_the_loss_of_random_are_said():
     assert failed.sentence.endswith("since eva has no rate with a finished run and no unstable one.")
     for found in (apart, failed):
         assert (found.differences, found.mean, found.reference) == ({}, None, pytest.approx(0.17))
+    # Where both lack a rate, it is the start that its own sentence names.
+    neither = [broken("failed", "no room", start=start) for start in ("random", "eva")]
+    for runs, lacking in ((neither, "eva"), ([neither[0], record("eva")], "random")):
+        alone = verdict(summarise(runs, settings()))
+        assert alone.reference is None and f"since {lacking} has no rate with a finished run" in alone.sentence
 
 
 # Rates
@@ -461,6 +466,20 @@ def test_that_strengths_were_chosen_is_said_where_some_runs_have_none():
     assert said.endswith(", each adapter at the strength that keeps most.")
 
 
+@pytest.mark.parametrize("dialed", [False, True])
+@pytest.mark.parametrize(("above", "final", "rise"), [
+    (0.0, 0.2, 0.1), (0.0, 0.2001, None), (0.25, 0.25, 0.1), (0.25, 0.2501, None), (-0.25, 0.15, 0.1),
+])  # fmt: skip
+def test_a_run_that_ends_at_the_very_task_loss_reaches_it(above, final, rise, dialed):
+    runs = [record("random", final=0.2), record("eva", final=final, retain_loss=[3.0, 3.1])]
+    if dialed:
+        runs[1]["dial"] = [[0.0, 2.3, 3.0], [1.0, final, 3.1]]
+    found = equal_loss(run_table(runs), above)
+    assert ("eva" in found.index) == (rise is not None)
+    if rise:
+        assert found.loc["eva", 0] == pytest.approx(rise)
+
+
 # Other numbers
 
 
@@ -615,6 +634,8 @@ def test_notes_tell_what_a_reader_could_be_misled_by():
         slow = [record(seed=seed) for seed in range(3)]
         slow += [record("eva", seed=seed, final=2.3 - gain if seed else 0.17) for seed in range(3)]
         assert noted(slow) == told
+    fewer = [run for run in slow if (run["start"], run["seed"]) != ("eva", 2)]  # the seeds of the start count
+    assert noted(fewer, seeds=[0, 1]) == [few.replace("2 of 3", "1 of 2")]
     # Where no start improves on the plain model, half of the best is nothing to go by.
     for best, told in ((3.0, []), (2.3, []), (1.0, [few.replace("2 of 3", "3 of 3")])):
         ends = (("random", best), ("eva", 4.0))

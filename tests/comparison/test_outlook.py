@@ -56,6 +56,10 @@ def test_the_time_is_that_of_all_runs_and_of_each_pass_over_data_once(ahead):
     assert found.seconds == pytest.approx(len(runs) * RUN + 5 * PASSES)
     alone, some = ahead(replace(PLAN, starts=PLAN.starts[:1]))
     assert alone.seconds == pytest.approx(len(some) * RUN)  # random reads no data
+    # Statistics that are centered differ from those that are not; ranks, rates and scales share a pass.
+    for starts, n_passes in (("eva-uncentred", 2), ("eva-rho2", 1), ("eva+32-alpha", 1)):
+        both, some = ahead(replace(PLAN, starts=[*map(Variant.parse, ("random", "eva", starts))]))
+        assert both.seconds == pytest.approx(len(some) * RUN + 5 * n_passes * 32 * 4 * EXAMPLE * 1.2)
 
 
 def test_what_has_ended_takes_no_time_again(ahead):

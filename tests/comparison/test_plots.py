@@ -234,10 +234,15 @@ def test_runs_without_any_difference_have_a_picture(draw):
     assert low < 0.0 < high
 
 
-def test_an_interval_far_longer_than_others_leaves_the_picture_but_no_pair_does(draw):
-    runs = [record(start, seed=seed, final=0.2 + 0.001 * ((seed * k) % 3) + 0.01 * seed)
-            for k, start in enumerate(("random", "a", "b", "c")) for seed in range(4)]  # fmt: skip
-    runs += [record("wide", seed=seed, final=0.2 + 0.01 * seed + 0.05 * (seed == 2)) for seed in range(4)]
+@pytest.mark.parametrize("place", [1, 4])
+def test_an_interval_far_longer_than_others_leaves_the_picture_but_no_pair_does(place, draw):
+    """Whether its start is the first or the last."""
+    starts = ["random", "a", "b", "c"]
+    shifts = {start: [0.001 * ((seed * k) % 3) for seed in range(4)] for k, start in enumerate(starts)}
+    shifts["wide"] = [0.0, 0.0, 0.05, 0.0]
+    starts.insert(place, "wide")
+    runs = [record(start, seed=seed, final=0.2 + shifts[start][seed] + 0.01 * seed)
+            for start in starts for seed in range(4)]  # fmt: skip
     (axes,) = draw(runs)["differences"].axes
     low, high = axes.get_xlim()
     pairs = [x for line in axes.get_lines() if line.get_marker() == "." for x in line.get_xdata()]

@@ -58,6 +58,22 @@ class Inherits(Slots):
         self.more = [1]
 
 
+class Private:
+    """An object with one slot alone, which is named without a list, and is private."""
+
+    __slots__ = "__held"
+
+    def __init__(self):
+        self.__held = [1]
+
+    def change(self):
+        self.__held.append(2)
+        self.__held = None
+
+    def values(self):
+        return self.__held
+
+
 @dataclass(frozen=True)
 class Frozen:
     held: list = field(default_factory=list)
@@ -84,11 +100,12 @@ def function(items, generator=random.Random(2), *, counts=Counter()):  # noqa: B
 
 
 def counting():
-    n, kept = 0, [1]
+    n, kept, first = 0, [1], None
 
     def count():
-        nonlocal n
+        nonlocal n, first
         n += 1
+        first = first or n
         kept.append(n)
         return n, len(kept)
 
@@ -108,6 +125,7 @@ STATES = {
     (list, tuple, deque): lambda one: [state(value) for value in one],
     partial: lambda one: state([one.args, one.keywords]),
     Inherits: lambda one: state([one.held, one.more]),
+    Private: lambda one: state(one.values()),
 }
 
 
@@ -140,6 +158,7 @@ CHANGES = {
     "what an attribute holds": (Own([1]), lambda one: one.held.append(2)),
     "what is replaced and changed": (Own([1]), lambda one: (one.held.append(2), rebind(one))),
     "slots, also of a class above": (Inherits(), change_slots),
+    "a private slot": (Private(), Private.change),
     "a frozen object": (Frozen([1]), lambda one: (one.held.append(2), object.__setattr__(one, "held", 3))),
     "eight objects deep": (Own(Own(Own(Own(Own(Own(Own(Own(1)))))))), lambda one: setattr(deep(one, 7), "held", 2)),
     "containers are no objects": (Own([Own({"a": Own(1)})]), lambda one: rebind(one.held[0].held["a"])),

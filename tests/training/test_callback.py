@@ -335,6 +335,7 @@ WRONG = {
         "is not what the model computes from",
     ),
     "a trained embedding": (trained_embedding, {}, {}, "is no fresh one"),
+    "no batch": (model, {}, dict(data=rows(3), dataloader_drop_last=True), "there is no batch to learn from: the data"),
     "a stream": (model, {}, dict(data=Stream()), "the data are a stream (Stream), of which training would miss"),
 }
 
