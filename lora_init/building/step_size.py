@@ -62,7 +62,8 @@ def find_step_size(
         The adapter with that gamma, and `losses` with what was measured.
 
     Raises:
-        LoraInitError: The loss is not finite, or no gamma in that range lowers it below the plain model's loss.
+        LoraInitError: The start changes the base weights instead of the output, the loss is not finite, or no gamma in
+            that range lowers it below the plain model's loss.
 
     Example:
         >>> from functools import partial
@@ -74,9 +75,10 @@ def find_step_size(
     check_takes(loss_of, "loss_of", "model")
     model = unwrapped(model)
     with torch.random.fork_rng(devices=[]), as_it_was(model):  # PEFT draws an A for a candidate
-        before = loss_of(model)
         built_with = gamma or first
         init = build(built_with)
+        _check_output_changes(init)
+        before = loss_of(model)
         layers = adapter_layers(init.apply(model)).values()
 
         # Each candidate differs from the adapter that is on the model by one number, so it is not built anew.
@@ -100,6 +102,15 @@ def find_step_size(
             gamma=best,
         )
     return replace(build(best), losses=(before, loss))
+
+
+def _check_output_changes(init: AdapterInit) -> None:
+    """Refuse a start such as LoRA-GA's, before `apply` takes it off the base weights, which nothing would give back."""
+    if init.corrects_base:
+        raise LoraInitError(
+            f"method {init.method!r} takes from the base weights what it adds, so the loss before training is the same "
+            "with any gamma. Pass the gamma to build_adapter()."
+        )
 
 
 def _lowest(measure: Callable[[float], float], first: float) -> float:

@@ -319,6 +319,19 @@ def test_what_no_size_can_be_found_with_is_refused_before_a_loss_is_measured(cha
     assert said in refused("", find_step_size, model, given["build"], given["loss_of"])
 
 
+@pytest.mark.parametrize("gamma", [None, 8.0])
+def test_a_start_that_changes_the_base_has_no_size_to_search_and_leaves_the_base_alone(case, gamma):
+    model, _, stats = case
+    searched = copied(model)
+
+    def build(gamma):
+        return build_adapter(stats, 4, "lora-ga", gamma=gamma)
+
+    refused("'lora-ga' takes from the base weights what it adds", find_step_size, searched, build, lambda m: 1.0, gamma)
+    for before, after in zip(model.parameters(), searched.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
 def test_a_wrapped_model_is_measured_without_its_wrapper(case):
     model, _, stats = case
     seen = []
