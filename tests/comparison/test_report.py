@@ -53,7 +53,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     runs = planted({"eva": -0.01, HOSTILE: 0.004})
-    folder = write(tmp_path_factory.mktemp("full"), runs, note=HOSTILE, model=HOSTILE)
+    folder = write(tmp_path_factory.mktemp("full"), runs, note=HOSTILE, model=HOSTILE, lines="one\n\n# two\n| three")
     return runs, folder, write_report(folder)
 
 
@@ -85,6 +85,7 @@ def test_text_from_users_is_text_everywhere(full):
     hostile = [row for row in rows if "script" in row]
     assert hostile
     assert all(r"\|\*\_" in row for row in hostile)
+    assert r"| lines | one \# two \| three |" in rows
 
 
 SECTIONS = {

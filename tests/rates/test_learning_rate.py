@@ -936,6 +936,14 @@ def test_a_warm_up_of_more_than_half_of_the_steps_is_a_part_of_the_schedule(sett
     assert schedule_of(asked, None, steps) == expected
 
 
+def test_the_warm_up_of_a_schedule_that_is_there_already_is_its_own():
+    """Whatever the arguments say of one."""
+    asked, adam = TrainingArguments(lr_scheduler_type="cosine", warmup_steps=7), torch.optim.AdamW([torch.ones(1)])
+    for steps, expected in ((1, "cosine"), (4, "cosine"), (5, "LambdaLR")):
+        assert schedule_of(asked, get_cosine_schedule_with_warmup(adam, steps, 8), 8) == expected
+    assert schedule_of(asked, None, 8) == "cosine (a warm-up of 7 of 8 steps)"
+
+
 def test_the_kinds_of_adamw_in_transformers_are_known_and_none_else():
     names = {one.value for one in OptimizerNames}
     assert {name for name in names if is_adamw(name)} == {

@@ -629,6 +629,13 @@ def test_processes_that_draw_parts_draw_all_of_the_data_together(shuffle):
     assert loaders.length_of(accumulated, 4, loader) == TrainingLength(4, 16, 16)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_training_that_ends_within_an_epoch_has_the_examples_of_a_whole_one(steps):
+    sampler = torch.utils.data.SubsetRandomSampler(range(8))
+    loader = torch.utils.data.DataLoader(range(16), 4, sampler=sampler, collate_fn=of_ids)
+    assert loaders.length_of(arguments(), steps, loader) == TrainingLength(steps, 4, 8)
+
+
 def test_a_batch_that_is_split_among_processes_has_no_more_examples():
     nothing = loaders._Drawn()
     for split, n in ((True, 6.0), (False, 18.0)):

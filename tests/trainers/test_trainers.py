@@ -444,6 +444,20 @@ def test_a_schedule_that_the_arguments_do_not_name_is_told_of(kind, tmp_path, to
     assert [line.removesuffix(": tune it.") for line in said] == schedules
 
 
+class OwnBoth(Trainer):
+    def create_optimizer_and_scheduler(self, num_training_steps):
+        super().create_optimizer_and_scheduler(num_training_steps)
+
+
+@pytest.mark.parametrize(("kind", "optimizer", "schedule"), [
+    (Trainer, "adamw_torch", "linear"), (OwnOptimizer, None, "linear"), (OwnClass, None, "linear"),
+    (OwnSchedule, "adamw_torch", None), (OwnBoth, None, None),
+])  # fmt: skip
+def test_what_a_method_of_ones_own_may_make_is_named_so(kind, optimizer, schedule, tmp_path, tokenizer):
+    found, own = TrainerIntegration(of_class(kind)(tmp_path, tokenizer)), f"that {kind.__name__} makes itself"
+    assert found.optimizer.removesuffix("_fused") == (optimizer or own) and found.schedule == (schedule or own)
+
+
 def test_a_measured_rate_reaches_an_optimizer_that_was_given_with_its_own(tmp_path, tokenizer):
     trainer = plain(tmp_path, tokenizer, max_steps=2, lr_scheduler_type="constant", logging_steps=1)
     given = {"lr": 1e-5}

@@ -48,6 +48,14 @@ def test_an_adapter_on_a_head_that_the_loss_multiplies_by_is_refused(target_modu
         _check_head(model, targets, "SFTTrainer")
 
 
+def test_a_head_is_known_by_what_it_is_and_not_by_its_name():
+    fused = Fused(tiny_llama().config)
+    fused.words, fused.lm_head = fused.lm_head, torch.nn.Linear(16, 16)
+    fused.get_output_embeddings = lambda: fused.words
+    refused("^OwnTrainer computes its loss from the weight of the head", _check_head, fused, ["words"], "OwnTrainer")
+    _check_head(fused, ["lm_head"], "OwnTrainer")
+
+
 def test_no_adapter_is_checked_on_a_head_where_one_is_there_already(integration, monkeypatch):
     """It has its layers."""
     monkeypatch.setattr("lora_init.trainers.trainers.TrainerIntegration.check", lambda self, config: None)

@@ -227,8 +227,9 @@ class Preferences(TrainingArguments):
     beta = 0.1
 
 
+@pytest.mark.filterwarnings("error::lora_init.errors.LoraInitWarning")  # such as that SGD has another one
 def test_the_callback_says_that_no_rate_was_measured_for_another_loss(tmp_path, capsys):
-    trainer(tmp_path, model(), lora_init.StartCallback(samples=8), kind=Preferences).train()
+    trainer(tmp_path, model(), lora_init.StartCallback(samples=8), kind=Preferences, optim="sgd").train()
     assert "is 0.01: none was measured for the loss of a trainer with Preferences." in capsys.readouterr().err
 
 
@@ -373,6 +374,13 @@ def test_a_dial_among_several_processes_is_refused(tmp_path, monkeypatch):
     assert words.startswith("dial works in one process. Leave it out, and take the command `lora-init dial` afterwards")
 
 
+def test_a_dial_without_held_out_data_is_refused_where_a_run_is_resumed_too(tmp_path):
+    callback, made = lora_init.StartCallback(samples=8, dial=True), trainer(tmp_path, model())
+    made.state.global_step, begin = 2, dict(model=made.model, optimizer=made.create_optimizer(), lr_scheduler=None)
+    words = "^dial needs an eval data set, and eval_strategy steps or epoch"
+    refused(words, callback.on_train_begin, made.args, made.state, made.control, **begin)
+
+
 @pytest.mark.parametrize("case", WRONG)
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_started_is_one_line_and_stays_as_it_was(tmp_path, case):
@@ -433,6 +441,30 @@ def test_a_resumed_run_has_the_rate_of_its_checkpoint_where_it_was_measured(meas
     begin = dict(model=made.model, optimizer=optimizer, lr_scheduler=schedule)
     callback.on_train_begin(made.args, made.state, made.control, **begin)
     assert made.args.learning_rate == rate
+
+
+@pytest.mark.parametrize("make", [
+    lambda adam, share: torch.optim.lr_scheduler.LambdaLR(adam, lambda step: share),
+    lambda adam, share: torch.optim.lr_scheduler.ConstantLR(adam, share, 9),
+])  # fmt: skip
+@pytest.mark.parametrize(("kind", "share"), [(float, 0.5), (torch.tensor, 1.0)])
+def test_a_rate_is_set_in_all_places_where_optimizer_and_schedule_keep_it(kind, share, make):
+    """As if both had been made with it, also where one tensor stands in two of the places."""
+
+    def made(rate):
+        adam = torch.optim.AdamW([torch.ones(1)], lr=kind(rate))
+        return adam, make(adam, share)
+
+    (adam, schedule), (expected, other) = made(1e-3), made(3e-3)
+    group, like = adam.param_groups[0], expected.param_groups[0]
+    if share == 1.0:
+        group["initial_lr"] = group["lr"]
+    callback_module._set_rate(3e-3, adam, schedule, None)
+    for ours, theirs in (
+        ([group["lr"], group["initial_lr"]], [like["lr"], like["initial_lr"]]),
+        (schedule.base_lrs, other.base_lrs), (schedule.get_last_lr(), other.get_last_lr()),
+    ):  # fmt: skip
+        assert [*map(float, ours)] == pytest.approx([*map(float, theirs)])
 
 
 def test_a_measured_rate_goes_on_by_a_schedule_of_torch(tmp_path):
@@ -514,6 +546,20 @@ def test_processes_that_share_out_the_texts_of_a_step_have_the_gradient_of_one(s
     assert any(one.abs().max() > 0 for one in alone.values())
     for name, expected in alone.items():
         torch.testing.assert_close((first[name] + second[name]) / 2, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_texts_are_trained_on_with_dropout_after_an_evaluation_too(tmp_path, tokenizer):
+    texts, found = replayed(model(), tokenizer, 2, 42, 1), []
+    for evaluated in (False, True):
+        adapted = model(lora_dropout=0.5)
+        adapted.get_base_model().model.layers[0].self_attn.q_proj.lora_B.default.weight.data.fill_(0.1)
+        callback, made = lora_init.StartCallback(samples=8, replay=0.5), trainer(tmp_path, adapted)
+        callback.texts = texts
+        adapted.train(not evaluated)
+        torch.manual_seed(0)
+        callback.on_step_begin(made.args, made.state, made.control, model=adapted)
+        found.append([one.grad for one in adapted.parameters() if one.grad is not None])
+    assert found[0] and all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 class Replays(lora_init.StartCallback):
