@@ -160,7 +160,10 @@ def test_with_checkpointing_of_the_older_kind_gradients_reach_the_adapter(with_a
     more = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}, max_steps=1)
     model = get_peft_model(tiny_llama(), LoraConfig(**LORA)) if with_adapter else None
     trainer = plain(tmp_path, tokenizer, model, **more)
+    embedding = trainer.model.get_input_embeddings()
+    before = len(embedding._forward_hooks)
     model = lora_init.initialize(trainer, **({} if with_adapter else {"rank": 2}))
+    assert len(embedding._forward_hooks) == before + (not with_adapter)  # once, by whoever made the adapter
     trainer.train()
     layers = adapter_layers(model).values()
     assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in layers)
@@ -442,6 +445,38 @@ def test_a_schedule_that_the_arguments_do_not_name_is_told_of(kind, tmp_path, to
         f"the learning rate was measured with the schedule cosine and linear, and not with {one}" for one in of
     ]
     assert [line.removesuffix(": tune it.") for line in said] == schedules
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "training_step"])
+def test_a_loss_that_was_put_into_a_class_of_the_library_is_nobodys(name, tmp_path, tokenizer, monkeypatch):
+    trainer = plain(tmp_path, tokenizer)
+    assert TrainerIntegration(trainer).source_of_loss == "Trainer" and TrainerIntegration(trainer).has_plain_loss
+    monkeypatch.setattr(Trainer, name, lambda self, model, inputs, *given, **more: model(**inputs).logits.sum())
+    assert TrainerIntegration(trainer).source_of_loss == "" and not TrainerIntegration(trainer).has_plain_loss
+
+
+class Reads(torch.nn.Module):
+    """A model of tokens, or of what stands in for them."""
+
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, encoder_outputs=None):
+        return {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "encoder_outputs": encoder_outputs}
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds", "encoder_outputs", "attention_mask"])
+def test_embeddings_or_the_outputs_of_an_encoder_stand_in_for_tokens(name, tmp_path, tokenizer):
+    integration, model, batch = (
+        TrainerIntegration(plain(tmp_path, tokenizer)),
+        Reads(),
+        {name: torch.ones(2, 3, dtype=torch.int64)},
+    )
+    integration.handle = types.SimpleNamespace(model=model)
+    run = integration.forward(with_labels=False)
+    if name == "attention_mask":
+        refused("^a batch of Trainer has attention_mask, and Reads needs input_ids", run, model, batch)
+    else:
+        assert run(model, batch)[name] is batch[name]
 
 
 class OwnBoth(Trainer):
