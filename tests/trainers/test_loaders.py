@@ -640,7 +640,8 @@ def test_a_batch_that_is_split_among_processes_has_no_more_examples():
     nothing = loaders._Drawn()
     for split, n in ((True, 6.0), (False, 18.0)):
         inner = types.SimpleNamespace(split_batches=split)
-        for how in (dict(batch_sampler=inner), dict(split_batches=split)):
+        dispatches = dict(batch_sampler=types.SimpleNamespace(), split_batches=split)  # batches of a plain sampler
+        for how in (dict(batch_sampler=inner), dict(split_batches=split), dispatches):
             loader = types.SimpleNamespace(batch_size=6, **how)
             assert loaders._examples_of_a_batch(arguments(world_size=3), loader, nothing) == n
     of_arguments = loaders._examples_of_a_batch(arguments(world_size=3), types.SimpleNamespace(), nothing)
