@@ -80,7 +80,7 @@ class RunBudget:
                 # Runs of later seeds, which another plan may have left, have no say in this stage.
                 of_stage = [record for run, record in records.items() if run.seed in seeds[:n]]
                 going, why = self._judge(going, of_stage)
-                reasons.append(f"After {n} seeds: {why}.")
+                reasons.append(f"After {min(n, len(seeds))} seeds: {why}.")
                 if going in ([], [REFERENCE]) or n >= len(seeds):  # random alone has nothing to be compared with
                     break
             planned = [run for run in planned if run in records]

@@ -6,14 +6,16 @@ import inspect
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from html import escape
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lora_init.adapters.init_config import SCALING
@@ -179,7 +181,7 @@ def compare(
         KeyboardInterrupt: Ctrl-C; the report is written from the runs that ended.
     """
     # First all that can be refused from the arguments alone: to load the model and to run it take time.
-    _check_model(model, rank)
+    _check_model(model, rank, batch_size)
     check_switches(full=full, dry_run=dry_run)
     options = _read_options(loading)
     find_device(options.device)
@@ -197,7 +199,7 @@ def compare(
     size = _kept_size(directory)
     if lora_alpha is None:
         lora_alpha = alpha_for(SCALING, rank)
-    shape = AdapterShape(rank, lora_alpha, target_modules)
+    shape = AdapterShape(_plain(rank), _plain(lora_alpha), target_modules)
     sources = Sources(batches[0], variants, own, _absolute(bank))
 
     # Other processes make a workbench of their own by the same call: it can be pickled, and its paths are absolute.
@@ -307,7 +309,7 @@ def _read_seeds(seeds: int | Sequence[int] | None, budget: RunBudget) -> list[in
     """Read which seeds, or how many; by default five, and under a limit as many as it may spend."""
     if seeds is None:
         seeds = STAGES[-1] if budget.limited else 5
-    return list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
+    return list(range(seeds)) if isinstance(seeds, Integral) and is_number(seeds) else _listed(seeds)
 
 
 def _read_rates(learning_rates: Any) -> list[Any]:
@@ -316,15 +318,18 @@ def _read_rates(learning_rates: Any) -> list[Any]:
     return _listed(learning_rates)
 
 
-def _check_model(model: Any, rank: Any) -> None:
+def _check_model(model: Any, rank: Any, batch_size: Any) -> None:
     require("matplotlib", "scipy", "sklearn")  # they are needed at the end, and their absence should not wait for it
     if not isinstance(model, (str, Path)):
         raise LoraInitError(f"compare() takes a directory or hub id in this place and got a {type(model).__name__}.")
     check_number("rank", rank, 1, whole=True)
+    check_number("batch_size", batch_size, 1, whole=True)
 
 
 def _find_executor(workers: int | None, given: Any, gpus: float, directory: Path) -> Any:
     """Return what does the runs; None for this process."""
+    if workers is not None:
+        check_number("workers", workers, 1, whole=True)
     if workers and given is not None:
         raise LoraInitError("{workers} is for this machine, and a cluster has its own. Leave one out.", workers=workers)
     if gpus != 1 and not isinstance(given, str):
@@ -390,10 +395,15 @@ def _with_reference(starts: list[str | tuple[str, Any]], full: bool) -> list[str
 
 
 def _listed(numbers: Any) -> list[Any]:
-    # A text is listed as it is, since `RunPlan` refuses it in words; its letters would be nonsense.
-    if isinstance(numbers, str) or is_number(numbers):
-        return [numbers]
-    return list(numbers)
+    # A text is listed as it is, since it is refused in words later; its letters would be nonsense.
+    if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+        numbers = [numbers]
+    return [_plain(number) for number in numbers]
+
+
+def _plain(number: Any) -> Any:
+    """Return a number of numpy as one of Python: neither JSON nor torch's generators take the other."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | None:
@@ -401,12 +411,16 @@ def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | Non
     check_number("extend", extend, 0, whole=True)
     if steps is not None:
         check_number("steps", steps, 1, whole=True)
-    return None if points is None else _listed(points)
+    listed = None if points is None else _listed(points)
+    for point in listed or ():  # a step that no run comes to would not be measured, and nobody be told
+        check_number("evaluation_points", point, 0, whole=True)
+    return listed
 
 
 def _read_batches(given: int | Sequence[int]) -> list[int]:
-    batches = [given] if isinstance(given, int) else list(given)
-    all_numbers = all(is_number(n) for n in batches)  # before `min`, which cannot order numbers and words
+    batches = _listed(given)
+    # Before `min`, which cannot order numbers and words.
+    all_numbers = all(is_number(n) and isinstance(n, Integral) for n in batches)
     if not batches or not all_numbers or min(batches) < 1 or len(set(batches)) < len(batches):
         raise LoraInitError("{statistics_batches}: expected numbers of batches, each once.", statistics_batches=batches)
     return batches

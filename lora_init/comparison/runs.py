@@ -9,12 +9,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, product
+from numbers import Integral
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 
 from lora_init.comparison.variants import REFERENCE, Variant
@@ -89,7 +91,8 @@ class RunPlan:
             raise LoraInitError(
                 "{learning_rates}: expected positive numbers up to 1, each once.", learning_rates=list(rates)
             )
-        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        all_whole = all(isinstance(seed, Integral) for seed in seeds)
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or not all_whole:
             raise LoraInitError("{seeds}: expected whole numbers from 0 on, each once.", seeds=list(seeds))
         if self.sweep not in ("halving", "full"):
             raise LoraInitError(
@@ -406,7 +409,7 @@ class RunDirectory:
                     f"{run.title} saw other data than {other.title}. The data or the library changed between runs; "
                     "start again in another directory."
                 )
-        kept = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON has no NaN
+        kept = json.loads(_as_json(record), parse_constant=lambda _: None)  # JSON has no NaN
         write_whole(self.path / RUNS / run.file, f"{json.dumps(kept)}\n".encode())
         self.records[run] = kept  # as it will be read again
 
@@ -435,8 +438,13 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
         merged = dict(settings)
         if (path / SETTINGS_FILE).exists():
             merged |= _merge_growing(read_settings(path), settings)
-        write_whole(path / SETTINGS_FILE, (json.dumps(merged, indent=2) + "\n").encode())
+        write_whole(path / SETTINGS_FILE, (_as_json(merged, indent=2) + "\n").encode())
         yield RunDirectory(path, merged, ended)
+
+
+def _as_json(content: Mapping[str, Any], indent: int | None = None) -> str:
+    """Write plain values as JSON, and those of numpy as the numbers that they are."""
+    return json.dumps(content, indent=indent, default=np.generic.item)
 
 
 def _merge_growing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -454,7 +462,7 @@ def peek(path: Path, settings: Mapping[str, Any]) -> dict[Run, Record]:
     """Read the runs in a directory, if there are any, and change nothing."""
     if (path / SETTINGS_FILE).exists():
         # Through JSON, since what was read from the file has lists for tuples and text for keys.
-        _check_same(path, read_settings(path), json.loads(json.dumps(settings)))
+        _check_same(path, read_settings(path), json.loads(_as_json(settings)))
     return {Run.of(record): record for record in read_runs(path)}
 
 

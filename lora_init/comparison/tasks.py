@@ -189,6 +189,8 @@ def load_task(
     and a row whose prompt is in a fold before is left out: the model would have seen the question that it is scored by.
     """
     _check_sizes(selection_samples=loading.selection_samples, report_samples=loading.report_samples)
+    check_number("train_samples", loading.train_samples, whole=True)
+    check_number("max_length", loading.max_length, 2, whole=True)
     data = read_rows(source, loading.subset, loading.split)
     names, name = list(data.table.column_names), data.label
     kind = _kind(loading, names, name)

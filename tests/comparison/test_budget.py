@@ -115,6 +115,29 @@ def test_one_who_is_surely_better_sets_what_the_others_have_to_reach():
     assert stops(losses, 0.01) == (over | enough, {})
 
 
+def test_the_best_of_those_that_are_surely_better_is_the_one_to_reach():
+    ends = {"random": 1.0, "good": 0.8, "best": 0.7, "bad": 0.9}
+    for names in (["good", "best", "bad"], ["best", "bad"]):
+        over, left = stops(pd.DataFrame({name: [ends[name]] * 4 for name in ("random", *names)}).T, None)
+        assert {*left} == {"best"} and {*over} == {*names} - {"best"}
+        assert all(said.endswith("gets no more, as it cannot win any more against best") for said in over.values())
+
+
+def test_a_start_whose_difference_is_known_exactly_as_wanted_stops():
+    losses = layout({"good": 0.8}, 4)
+    known = effects(losses, "random")["good"].detectable / float(losses.loc["random"].mean())
+    assert "good" in stops(losses, known)[0] and "good" in stops(losses, np.nextafter(known, 0.0))[1]
+
+
+@pytest.mark.parametrize("n_seeds", [3, 5])
+def test_no_more_stages_are_decided_on_than_there_are_seeds_for(n_seeds):
+    plan = replace(PLAN, seeds=range(n_seeds), starts=PLAN.starts[:2])
+    records, said = spend(loss, RunBudget(precision=1e-6), plan)
+    stages = {3: [3], 5: [3, 4, 5]}[n_seeds]
+    assert [line.partition(" seeds:")[0] for line in said] == [f"After {n}" for n in stages]
+    assert {run.seed for run in records} == {*range(n_seeds)}
+
+
 # What a better start is worth in time
 
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import typer
@@ -32,8 +33,10 @@ from lora_init.comparison.training import TrainingResult
 from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.workbench import RunRecord, Workbench
 from lora_init.errors import LoraInitError
+from lora_init.layers.targets import find_targets
 from lora_init.rates.learning_rate import LearningRate, Response
 from lora_init.rates.training_length import TrainingLength
+from tests import comparisons
 from tests.collection.made import labelled
 from tests.commands import WORDS
 from tests.comparison.made import again, compare, set_up_bench, without_clock
@@ -481,6 +484,18 @@ def reach(tmp_path, monkeypatch):
     (dict(extend=0.5), "extend=0.5, expected a whole number of at least 0"),
     (dict(steps=0), "steps=0, expected a whole number of at least 1"),
     (dict(steps=2.5), "steps=2.5, expected a whole number of at least 1"),
+    (dict(batch_size=0), "batch_size=0, expected a whole number of at least 1"),
+    (dict(batch_size=2.5), "batch_size=2.5, expected a whole number of at least 1"),
+    (dict(workers=-1), "workers=-1, expected a whole number of at least 1"),
+    (dict(workers=1.5), "workers=1.5, expected a whole number of at least 1"),
+    (dict(seeds=[0.5]), "seeds=[0.5]: expected whole numbers from 0 on, each once"),
+    (dict(seeds=5.0), "seeds=[5.0]: expected whole numbers from 0 on, each once"),
+    (dict(seeds=True), "seeds=[True]: expected numbers"),
+    (dict(statistics_batches=[4, 2.5]), "statistics_batches=[4, 2.5]: expected numbers of batches, each once"),
+    (dict(statistics_batches=2.5), "statistics_batches=[2.5]: expected numbers of batches, each once"),
+    (dict(evaluation_points=[2.5]), "evaluation_points=2.5, expected a whole number of at least 0"),
+    (dict(evaluation_points="10"), "evaluation_points='10', expected a whole number of at least 0"),
+    (dict(gpus_per_run=0.5), "gpus_per_run=0.5 is for the name of a cluster. Leave it out."),
     (dict(workers=2, executor="ray"), "workers=2 is for this machine, and a cluster has its own. Leave one out."),
     (dict(gpus_per_run=2), "gpus_per_run=2 is for the name of a cluster. Leave it out."),
     (dict(gpus_per_run=2, executor=FORKS), "gpus_per_run=2 is for the name of a cluster. Leave it out."),
@@ -503,6 +518,44 @@ def test_the_least_of_each_number_will_do_and_one_number_may_stand_for_a_list(re
     shape, sources, training = reach(rank=3, lora_alpha=5, statistics_batches=[7, 2])
     assert (shape.lora_alpha, sources.statistics_batches, training.steps) == (5, 7, 100)
     assert not (sources.own or sources.bank)
+
+
+def test_numbers_of_numpy_are_taken_as_those_of_python(reach):
+    """Neither the files of a comparison nor the generators that seeds are for take the others."""
+    shape, sources, training = reach(
+        rank=np.int64(3), lora_alpha=np.float32(5), statistics_batches=np.int64(7), seeds=np.int64(2),
+        evaluation_points=np.array([2, 50]), learning_rates=np.float32(1e-3),
+    )  # fmt: skip
+    assert (shape, sources.statistics_batches) == (AdapterShape(3, 5, "all-linear"), 7)
+    assert training.evaluation_points == [0, 2, 50, 100]
+    for numbers in (comparing._read_seeds(np.int64(2), RunBudget()), comparing._read_seeds(np.arange(2), RunBudget())):
+        assert numbers == [0, 1]
+        json.dumps([numbers, shape.rank, shape.lora_alpha, sources.statistics_batches, training.evaluation_points])
+
+
+@pytest.mark.parametrize(("modules", "alike"), [
+    (["q_proj"], True), (["q_proj", "o_proj"], True), (["q_proj", "k_proj"], False),
+    (["up_proj", "down_proj"], True), (["q_proj", "up_proj"], False),
+])  # fmt: skip
+def test_layers_cost_the_same_that_have_as_many_inputs_and_outputs_in_all(modules, alike):
+    layers = find_targets(tiny_llama(num_hidden_layers=1), modules).layers
+    assert len(layers) == len(modules) and comparing._ranks_cost_the_same(layers) is alike
+
+
+def test_a_dry_run_of_what_has_begun_plans_what_follows_from_the_runs_that_ended(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "look_ahead", lambda *given: "outlook")
+    monkeypatch.setattr(Workbench, "check", lambda bench, starts: None)
+    asked = dict(starts=["random"], seeds=3, dry_run=True)
+    first = compare(home, tmp_path / "out", **asked)
+    assert [run.learning_rate for run in first.planned if run.seed == 2] == [None] and first.records == []
+    swept = [
+        comparisons.record(run.start, run.learning_rate, run.seed, run.learning_rate)
+        for run in first.planned if run.seed < 2
+    ]  # fmt: skip
+    write(tmp_path / "out", swept)
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(first.settings))
+    again = compare(home, tmp_path / "out", **asked)
+    assert [run.learning_rate for run in again.planned if run.seed == 2] == [1e-3] and len(again.records) == 4
 
 
 def test_without_a_limit_there_are_five_seeds_and_with_one_as_many_as_it_may_spend():

@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lora_init.comparison.runs import (
@@ -14,6 +15,7 @@ from lora_init.comparison.runs import (
     _excerpts,
     best_rates,
     by_seed,
+    choose_rate,
     half_decade,
     open_runs,
     peek,
@@ -212,6 +214,17 @@ def test_a_single_rate_and_failed_runs_add_no_rates():
 def test_full_fine_tuning_has_rates_of_a_tenth():
     done, _ = carry_out("halving", lambda run: (1.0, "finished"), ["random", "full"], (1e-3, 3e-3))
     assert {run.learning_rate for run in done if run.start.base == "full"} == {1e-4, 3e-4}
+    plan = RunPlan([Variant("full")], [1.25e-3, 1.234e-2, 3e-3], SEEDS, "halving")
+    assert plan.given_rates(Variant("full")) == [1.25e-4, 3e-4, 1.234e-3]
+
+
+def test_a_start_has_the_rate_of_the_nearest_that_was_measured():
+    """That of itself, else that of the same without equal parameters, else that of its base alone."""
+    names = ["eva+32-alpha+equal-parameters", "eva+32-alpha", "eva"]
+    start, measured = Variant.parse(names[0]), dict(zip(names, (1e-3, 2e-3, 3e-3), strict=True))
+    for name in names:
+        assert predicted_rate(start, measured) == measured.pop(name)
+    assert predicted_rate(start, {"random": 1e-3}) is None
 
 
 @pytest.mark.parametrize(("rate", "up", "expected"), [
@@ -247,6 +260,7 @@ def test_a_rate_that_is_unstable_is_not_chosen_or_gives_way_to_the_next(unstable
     (dict(seeds=[]), r"seeds=\[\]: expected whole numbers"),
     (dict(seeds=[0, 0]), "each once"),
     (dict(seeds=[3, -1]), r"seeds=\[3, -1\]: expected whole numbers from 0 on, each once"),
+    (dict(seeds=[0, 1.0]), r"seeds=\[0, 1.0\]: expected whole numbers from 0 on, each once"),
     (dict(learning_rates=[1.01]), r"learning_rates=\[1.01\]: expected positive numbers up to 1"),
     (dict(seeds=["0"]), r"learning_rates=\[0.001\] and seeds=\['0'\]: expected numbers\."),
     (dict(sweep="grid"), "sweep='grid' is unknown"),
@@ -285,7 +299,8 @@ def test_the_best_rate_is_picked_on_the_seeds_that_all_rates_have():
     # Seed 1 is harder for every rate, and only the best one is run with it.
     assert best_of(*sweep, record("eva", 1e-3, 1, 0.50)) == 1e-3
     assert best_of() is None
-    assert best_of(record("eva", 1e-3, 0, 0.2), record("eva", 1e-4, 0, 0.2)) == 1e-4  # the lower of two that are equal
+    equal = [record("eva", 1e-3, 0, 0.2), record("eva", 1e-4, 0, 0.2)]
+    assert best_of(*equal) == choose_rate(equal) == choose_rate(equal[::-1]) == 1e-4  # the lower of the two
     # Without a seed in common each rate has the mean of its own.
     assert best_of(record("eva", 1e-3, 0, 0.3), record("eva", 1e-3, 2, 0.1), record("eva", 1e-4, 1, 0.21)) == 1e-3
 
@@ -364,6 +379,23 @@ def test_another_configuration_is_refused_and_named(tmp_path):
             refused(message, opening, tmp_path, **changes)
     assert (tmp_path / "settings.json").read_bytes() == before
     keep(tmp_path, threads=2, versions={"torch": "9"}, command="x")
+
+
+def test_a_setting_that_is_left_out_is_another_configuration_unless_it_may_change(tmp_path):
+    keep(tmp_path, record(), replay="texts", strengths=[0.5, 1.0], size={"steps": 4}, budget={"time": 9})
+    refused(r"strengths was \[0.5, 1.0\], now None", keep, tmp_path, replay="texts")
+    refused("replay was 'texts', now None", keep, tmp_path, strengths=[0.5, 1.0])
+    keep(tmp_path, replay="texts", strengths=[0.5, 1.0], bank=None)
+    assert len(read_runs(tmp_path)) == 1
+
+
+def test_numbers_of_numpy_are_kept_as_those_of_python(tmp_path):
+    theirs = dict(steps=np.int64(60), lora_alpha=np.float32(16), seeds=[np.int64(0)], warmup=np.float64(0.5))
+    log = keep(tmp_path, record(seed=np.int64(3), final=np.float32(0.5)), **theirs)
+    assert read_settings(tmp_path)["steps"] == 60 and read_settings(tmp_path)["seeds"] == [0]
+    assert [one["selection_loss"] for one in log.records.values()] == [0.5]
+    again = keep(tmp_path, steps=60, warmup=0.5, seeds=[0])
+    assert again.records == log.records
 
 
 # What may be another when a comparison goes on: it shapes no run that is there.

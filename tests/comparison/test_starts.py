@@ -10,6 +10,7 @@ import torch
 
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
+from lora_init.comparison import starts as starting
 from lora_init.comparison.starts import (
     AdapterShape,
     PreparedModel,
@@ -602,3 +603,16 @@ def test_a_start_from_a_bank_has_the_lora_alpha_of_the_comparison(monkeypatch):
     inputs = StartInputs(tiny_llama(), shape, 0, bank=SimpleNamespace(encoder=""), held_out=list)
     prepared = prepare(Variant.parse(BANK_STARTS[0]), inputs)
     assert prepared.gamma == 0.5 and (made[0]["rank"], made[0]["shape"].lora_alpha) == (3, 7)
+
+
+@pytest.mark.parametrize("name", ["loftq", "loftq+9-alpha"])
+def test_a_correction_of_a_quantized_base_has_the_lora_alpha_of_its_run(name, monkeypatch):
+    made = []
+
+    def build_adapter(stats, rank, start, **shape):
+        made.append((rank, shape["lora_alpha"]))
+        return SimpleNamespace(apply=lambda model: model)
+
+    monkeypatch.setattr(starting, "build_adapter", build_adapter)
+    prepare(Variant.parse(name), StartInputs(tiny_llama(), AdapterShape(3, lora_alpha=7), 0, errors="of the base"))
+    assert made == [(3, Variant.parse(name).alpha or 7)]

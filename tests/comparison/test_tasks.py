@@ -121,7 +121,8 @@ def test_few_data_are_split_in_proportion(tmp_path, tokenizer, n_rows, folds, re
 @pytest.mark.parametrize(("asked", "n_prompts", "sizes"), [
     ({}, 2, (1, 1)), ({}, 9, (3, 1)), ({}, 768, (256, 128)), ({}, 600, (200, 100)),
     ({"selection_samples": 10}, 62, (20, 10)), ({"selection_samples": 10}, 9, (1, 10)),
-    ({"selection_samples": 10}, 900, (256, 10)), ({"report_samples": 50}, 40, (50, 1)),
+    ({"selection_samples": 10}, 63, (21, 10)), ({"selection_samples": 10}, 900, (256, 10)),
+    ({"report_samples": 50}, 40, (50, 1)),
     ({"report_samples": 50, "selection_samples": 3}, 9, (50, 3)),
 ])  # fmt: skip
 def test_what_is_asked_for_stays_and_the_rest_is_a_share(asked, n_prompts, sizes):
@@ -168,7 +169,10 @@ def test_choices(home, tokenizer, changes):
     (dict(report_samples=1.5), "report_samples=1.5, expected a whole number of at least 1"),
     (dict(selection_samples=0), "selection_samples=0, expected a whole number of at least 1"),
     (dict(train_samples=0, batch_size=1), "0 examples to train on, 6 to select by and 10 to report; expected 1"),
-    (dict(train_samples=-2), "0 examples to train on, 6 to select by and 10 to report; expected 4"),
+    (dict(train_samples=-2), "train_samples=-2, expected a whole number of at least 0"),
+    (dict(train_samples=1.5), "train_samples=1.5, expected a whole number of at least 0"),
+    (dict(max_length=1), "max_length=1, expected a whole number of at least 2"),
+    (dict(max_length=9.5), "max_length=9.5, expected a whole number of at least 2"),
     (dict(report_samples=500), "0 examples to train on, 0 to select by and 120 to report"),
     (dict(batch_size=64), "expected 64 or more"),
     (dict(label="class"), "label='class' is not a column. Columns of "),
@@ -181,6 +185,7 @@ def test_choices(home, tokenizer, changes):
     (dict(options="options", template="{passage} {answer}"), "gives the answer away"),
     (dict(options="options", completion=" {letter}"), "must name {answer}"),
     (dict(options="listed", answer="key"), "answer='key' is not a column. Columns of "),
+    (dict(options="yes, "), "options='yes, ' is not a column, and not a list of options"),
     (dict(options="opts"), "options='opts' is not a column, and not a list of options"),
     (dict(options="listed", answer="text"), "120 left out whose answer is none of the options"),
     (dict(completion=" {empty}"), "120 left out with an empty field"),
@@ -216,7 +221,23 @@ def test_options(value, expected):
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("blue", 1), ("BLUE ", 1), ("a", 0), ("C", 2), (2, 2), ("2", 2), ("D", None), (3, None), ("green", None)],
+    [
+        ("blue", 1),
+        ("BLUE ", 1),
+        ("a", 0),
+        ("C", 2),
+        (2, 2),
+        ("2", 2),
+        ("D", None),
+        (3, None),
+        ("green", None),
+        ("\u00b2", None),
+        ("\u0662", 2),
+        ("1.0", None),
+        ("-1", None),
+        ("", None),
+        (None, None),
+    ],
 )
 def test_the_right_one(value, expected):
     assert find_answer(value, ["red", "blue", "white"]) == expected

@@ -97,6 +97,10 @@ def test_the_schedule():
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
     assert factors[4:] == sorted(factors[4:], reverse=True) and 0 < factors[-1] < 0.01
     assert Training(1, 4, 0.0, [0, 1]).factor(0) == 1.0
+    # To the nearest whole number: 0.29 x 100 is 28.999999999999996.
+    for steps, warmup, n_warm in ((100, 0.29, 29), (100, 0.57, 57), (10, 0.26, 3), (10, 0.24, 2), (6, 0.05, 0)):
+        factors = [Training(steps, 4, warmup, [0, steps]).factor(step) for step in range(steps)]
+        assert factors.index(1.0) == max(0, n_warm - 1) and factors.count(1.0) == (2 if n_warm else 1)
     all_warm = Training(4, 4, 0.9, [0, 4])  # the scheduler asks once more, after the last step
     assert [all_warm.factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 

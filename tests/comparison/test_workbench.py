@@ -169,6 +169,20 @@ def test_rates_are_measured_on_the_head_that_is_trained(home, tmp_path, monkeypa
     assert torch.equal(head, drawn)
 
 
+def test_full_training_of_a_quantized_classifier_starts_at_the_head_of_all_others(home, tmp_path, monkeypatch):
+    """The float model is loaded anew for each run, with a head that the library draws."""
+    bench, other = (set_up_bench(home, tmp_path, "bert", label="first", completion=None) for _ in range(2))
+    other.loaded.model.classifier.weight.data.fill_(3.0)
+    monkeypatch.setattr(Workbench, "_errors", lambda *_: None)
+    bench = replace(bench, float_model=lambda: other.loaded)
+    for seed in (0, 1):
+        prepared = bench._prepare(Variant("full"), seed)
+        bench._renew_head(bench.loaded, seed)
+        assert prepared.peft_model is other.loaded.model
+        assert torch.equal(prepared.peft_model.classifier.weight, bench.loaded.model.classifier.weight)
+        prepared.release()
+
+
 def test_the_loss_of_the_float_model_is_without_the_error_of_any_layer(home, tmp_path, monkeypatch):
     bench, asked = set_up_bench(home, tmp_path, target_modules=["q_proj"]), []
     monkeypatch.setattr(type(bench), "_errors", lambda self, modules: asked.append(modules))
@@ -193,6 +207,14 @@ def test_a_dry_run_tells_the_rates_that_starts_of_their_size_have(home, tmp_path
     for name in names:  # up to 5 times apart, where all were told the rate of `random`
         assert told[name].rate == pytest.approx(run[name].rate, rel=0.4), name
     assert told["random"].rate > 3 * told["eva+32-alpha"].rate
+
+
+def test_a_dry_run_measures_what_has_the_same_size_once(home, tmp_path, monkeypatch):
+    bench, asked = set_up_bench(home, tmp_path), []
+    monkeypatch.setattr(workbench, "measure_rate", lambda *given, **how: asked.append(how["freeze_a"]) or len(asked))
+    names = ["random", "eva", "eva-rho2+equal-parameters", "eva-frozen-a", "eva-frozen-a+equal-parameters"]
+    told = bench.measured_rates([*map(Variant.parse, names)], blank=True)
+    assert asked == [False, True, True] and [told[name] for name in names] == [1, 1, 1, 2, 3]
 
 
 def test_a_frozen_a_of_as_many_parameters_has_the_rate_of_its_own_rank(home, tmp_path):

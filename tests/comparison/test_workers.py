@@ -544,6 +544,50 @@ def test_the_end_of_the_first_of_several_runs_is_not_waited_for_with_the_others(
         assert len(log.records) == 3 and not late
 
 
+def test_what_was_decided_is_reported_once_though_it_may_be_taken_back(tmp_path):
+    runs, lines = [Run(REFERENCE, seed, 1e-3) for seed in range(3)], []
+    decided = iter([["a"], [], ["a"], ["a", "b"]])
+    with open_runs(tmp_path / "out", settings()) as log:
+        run_all(lambda records: (runs, next(decided)), log, stub(), RunBudget(), lines.append)
+    assert [line for line in lines if len(line) == 1] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("at_once", "n_left"), [(2, 2), (workers.AHEAD, 0)])
+def test_once_the_time_is_out_what_waits_in_a_queue_is_canceled_and_what_runs_here_is_not(
+    at_once, n_left, tmp_path, monkeypatch
+):
+    now, runs = [0.0], [Run(REFERENCE, seed, 1e-3) for seed in range(2)]
+    monkeypatch.setattr("lora_init.comparison.budget.time.monotonic", lambda: now[0])
+    with open_runs(tmp_path / "out", settings()) as log:
+        running = workers._Running(log, Worker(lambda *_: Future(), at_once), RunBudget(9.0, began=0.0), print)
+        running.begin(runs, 2)
+        futures, now[0] = [*running.begun], 9.5
+        running.begin(runs, 2)
+    assert len(futures) == 2 and len(running.begun) == n_left
+    assert [future.cancelled() for future in futures] == [n_left == 0] * 2
+
+
+def test_a_run_that_is_done_again_is_one_that_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "wait", lambda begun, *_: SimpleNamespace(done=[*begun]))
+    monkeypatch.setattr(workers.time, "monotonic", lambda: 100.0)
+    lines, runs = [], [Run(REFERENCE, seed, 1e-3) for seed in range(4)]
+    with open_runs(tmp_path / "out", settings()) as log:
+        run_all(lambda records: (runs, []), log, stub([runs[0]], at_once=2), RunBudget(), lines.append)
+    left = [line.partition("10 s")[2] for line in lines if "gone" not in line]
+    assert left == ["; about 30 s left", "; about 10 s left", "; about 3 s left", ""] and len(lines) == 5
+
+
+def test_what_is_raised_on_the_machine_of_the_comparison_names_no_node(monkeypatch):
+    def make():
+        raise LoraInitError("no such model.")
+
+    monkeypatch.setattr(workers, "_benches", {})
+    for job, said in ((Job(make, {}), "no such model."), (Job(make, {}, node="other"), "node here: no such model.")):
+        monkeypatch.setattr("platform.node", lambda job=job: "here" if job.node == "other" else job.node)
+        error, written = workers.carry_out(job, Run(REFERENCE, 0, 1e-3), False, "")
+        assert str(error) == said and "Traceback" in written
+
+
 def test_all_is_lost_where_no_run_has_come_back_and_one_is_where_some_have(tmp_path):
     run = Run(REFERENCE, 1, 1e-3)
     with open_runs(tmp_path / "out", settings()) as log:
