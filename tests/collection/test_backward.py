@@ -14,6 +14,7 @@ from lora_init.layers.running import call_model
 from lora_init.layers.targets import find_targets
 from tests.collection.made import counts_of, exact, labelled
 from tests.conftest import MODELS, batches_for, refused, tiny_llama
+from tests.layers.made import BOTH, mixtral
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -160,6 +161,60 @@ def test_a_loss_and_a_forward_of_ones_own():
         collect(model, batches, rank=4, gradients=True, forward=forward, loss=loss),
     )
     assert len(asked) == len(batches)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_loss_is_one_number_of_any_shape(shape):
+    model, batches = nn.Sequential(nn.Linear(6, 4)), [torch.randn(9, 6) for _ in range(2)]
+
+    def found(shape):
+        return collect(model, batches, rank=2, gradients=True, loss=lambda y, batch: y.square().mean().reshape(shape))
+
+    assert torch.equal(found(shape).gradient("0").left, found(()).gradient("0").left)
+
+
+def doubled_in_part(y):
+    y[:, 1:].mul_(2.0)
+    return y
+
+
+@pytest.mark.parametrize("change", [torch.relu_, lambda y: y.add_(1.0), doubled_in_part])
+def test_what_a_first_layer_computes_may_be_changed_in_place(change):
+    """As by nn.ReLU(inplace=True): no gradient is wanted of anything before it."""
+
+    def found(change):
+        torch.manual_seed(0)
+        model, batches = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 3)]), [torch.randn(9, 6) for _ in range(2)]
+        return collect(
+            model, batches, rank=2, gradients=True, loss=lambda y, batch: y.square().mean(),
+            forward=lambda model, x: model[1](change(model[0](x))),
+        )  # fmt: skip
+
+    stats, expected = found(change), found(lambda y: change(y.clone()))
+    for name in stats:
+        assert torch.equal(stats.gradient(name).left, expected.gradient(name).left)
+
+
+def test_experts_have_no_gradients_and_are_named_before_the_pass():
+    asked = dict(target_parameters=BOTH, gradients=True)
+    words = (
+        r"^layer 'model\.layers\.0\.mlp\.experts\.gate_up_proj' is a MixtralExperts: gradient statistics are for linear "
+        r"layers\. Leave it out of the targets, or collect without gradients\.$"
+    )
+    refused(words, collect, mixtral(), labelled("llama"), ["q_proj"], rank=2, **asked)
+    words = r"^layer '0' is a Conv1d: gradient"
+    refused(words, collect, nn.Sequential(nn.Conv1d(2, 3, 3)), [torch.randn(2, 2, 9)], ["0"], rank=2, gradients=True)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_checkpointed_and_keeps_it():
+    """Such as one that accelerate has put in: it moves weights, and would move them twice."""
+    model, batches, runs = tiny_llama(), labelled("llama"), []
+    model.gradient_checkpointing_enable()
+    plain = collect(model, batches, ["down_proj"], rank=4, gradients=True)
+    own, layer = model.model.layers[0].forward, model.model.layers[0]
+    layer.forward = wrapped = lambda *args, **kwargs: runs.append(1) or own(*args, **kwargs)
+    same(plain, collect(model, batches, ["down_proj"], rank=4, gradients=True))
+    assert len(runs) == len(batches) and layer.forward is wrapped
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (3, 3, 6)])
