@@ -137,7 +137,9 @@ def length_of(args: Any, steps: int, loader: Any = None) -> TrainingLength:
     # sum c^2 / sum c times, which is 1 if each comes once.
     again = sum(count * count for count in counts.values()) / counts.total() - 1.0  # how often a draw comes once more
     seen = 1.0 + again * epochs / drawn.epochs
-    return length if abs(seen / length.epochs - 1.0) < _EVEN else replace(length, seen=seen)
+    whole, part = divmod(length.epochs, 1.0)  # by the end of 1.5 epochs half of all examples have come twice
+    even = (whole**2 * (1.0 - part) + (whole + 1.0) ** 2 * part) / length.epochs
+    return length if abs(seen / even - 1.0) < _EVEN else replace(length, seen=seen)
 
 
 def batch_of_one_process(length: TrainingLength, args: Any) -> float:

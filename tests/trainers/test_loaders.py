@@ -86,6 +86,14 @@ def test_an_example_is_seen_as_often_as_its_sampler_draws_it(sampler, rows, epoc
     assert (f"each drawn {length.epochs:.1f} times" in str(length)) == bool(length.seen)
 
 
+@pytest.mark.parametrize("epochs", [0.5, 1.0, 1.25, 1.5, 1.75, 2.5])
+def test_a_training_that_ends_within_an_epoch_of_plain_data_is_as_long_as_init_says(epochs, tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer, num_train_epochs=epochs, max_steps=-1)
+    trainer.train_dataset = [{"input_ids": [1, 3, 5 + i], "labels": [2, 3, 4]} for i in range(16)]
+    length = TrainerIntegration(trainer).length
+    assert (length.seen, length.epochs) == (0.0, max(1.0, epochs))
+
+
 def test_what_is_left_out_of_an_epoch_comes_in_another(tmp_path, tokenizer):
     trainer = plain(
         tmp_path, tokenizer, num_train_epochs=12, max_steps=-1, per_device_train_batch_size=9,
