@@ -150,6 +150,7 @@ def test_an_answer_lasts_to_its_first_end_or_is_whole_where_there_is_none(ends):
 def test_what_follows_the_first_end_is_no_answer():
     model, answers = tiny_llama(), torch.tensor([[5, 2, 6, 2], [5, 6, 7, 8]])
     model.generate = lambda input_ids, **settings: torch.cat([input_ids, answers], 1)
+    model.generation_config.eos_token_id = 7  # the trainer's own goes before it
     batch = answered(["a b", "c"], stand_in(eos_token_id=2), model)
     assert batch["labels"][:, -4:].tolist() == [[5, 2, -100, -100], [5, 6, 7, 8]]
     assert batch["attention_mask"][:, -4:].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
