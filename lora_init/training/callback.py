@@ -213,9 +213,8 @@ class StartCallback(TrainerCallback):
                     _check_one_rate(optimizer)
                     _check_schedule(rest.get("lr_scheduler"), args.lr_scheduler_kwargs)
                 # The first batch was read to see what it has, and is learned from, too.
-                init = run(
-                    handle, chain([first] if first else [], batches), config.with_options(data="training batches")
-                )
+                batches = chain(filter(None, [first]), batches)  # there may be none
+                init = run(handle, batches, config.with_options(data="training batches"))
             handle.put(init, "")  # now: the data may hold parameters, which are put back as they were, too
         rate = replace(init, length=of_stream(length, args, init)).rate
         if self.measured and rate and _rate_of(optimizer):
