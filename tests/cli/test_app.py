@@ -239,6 +239,23 @@ def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(own, then, monke
     assert seen == [then]
 
 
+@pytest.mark.parametrize(("rank", "words", "runs"), [
+    (None, ["rate", "a", "d"], True), (0, ["rate", "a", "d"], True), (1, ["rate", "a", "d"], False), (1, [], False),
+    (1, ["init", "m", "d"], True), (1, ["rate", "init", "d"], False), (1, ["bank", "add", "init"], False),
+])  # fmt: skip
+def test_of_several_processes_the_first_does_all_and_the_others_only_the_pass_of_init(rank, words, runs, monkeypatch):
+    """The first word tells it: a directory may be named init, too."""
+    did = []
+    monkeypatch.setattr(cli, "process_rank", lambda: rank)
+    monkeypatch.setattr(cli, "silence", lambda: did.append("silence"))
+    monkeypatch.setattr(cli, "app", lambda: did.append("runs"))
+    monkeypatch.setattr(cli.signal, "signal", lambda *words: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setattr("sys.argv", ["lora-init", *words])
+    cli.main()
+    assert did == ["silence"] * bool(rank) + ["runs"] * runs
+
+
 @pytest.mark.parametrize(("name", "option"), [
     (name, one) for name, command in _COMMANDS.items() for one in command.params if one.name in _TEMPLATES
 ], ids=lambda value: getattr(value, "name", value))  # fmt: skip

@@ -192,6 +192,27 @@ def test_an_entry_is_what_was_asked_for(added, tmp_path, capsys):
     assert of_entry[0] == "A-b" and of_entry[3] == {"task": "A-b", "data": "rows", "statistics": None}
 
 
+@pytest.mark.parametrize("bank", ["bank", "~/bank"])
+@pytest.mark.parametrize(("directory", "name"), [
+    ("A b_", "A-b"), ("-start-", "start"), ("_x.y_", "x-y"), ("é a", "a"), ("a--b", "a--b"), ("new", None),
+])  # fmt: skip
+def test_an_entry_is_named_after_its_directory_in_a_bank_that_may_be_in_the_home_folder(
+    directory, name, bank, added, tmp_path, monkeypatch
+):
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / INDEX).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there = SimpleNamespace(entries={"new": 1}, encoder="of the bank")
+    monkeypatch.setattr("lora_init.bank.store.open_bank", lambda path: there)
+    if name is None:
+        said = "has an entry 'new' already and replaces none"
+        refused(said, command.add, Path(bank), Path(directory), "d", reading=Reading())
+        return
+    command.add(Path(bank), Path(directory), "d", reading=Reading())
+    assert added["add_entry"][1] == name and added["add_entry"][0].encoder == "of the bank"
+
+
 def test_what_is_no_bank_and_no_plain_adapter_are_refused_before_the_base_is_loaded(added, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").touch()
     refused("notes.txt is a file", command.add, tmp_path / "notes.txt", "a", "d", name="n", reading=Reading())

@@ -42,7 +42,7 @@ def made(monkeypatch):
     def work(
         data: Annotated[str, Argument(help="Data.")],
         template: Annotated[str | None, Option(help="Template.")] = None,
-        output: Annotated[Path | None, Option("--output", "-o", help="To write.")] = None,
+        output: Annotated[Path | None, Option("--output", "--into", "-o", help="To write.")] = None,
         options: Annotated[str | None, Option(help="Options.")] = None,
         *,
         group: Group,

@@ -1,12 +1,14 @@
 """The parts of what `lora-init inspect` reads; tests/cli/test_inspect.py has the command."""
 
 import json
-from dataclasses import make_dataclass
+from contextlib import nullcontext
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import lora_init
 from lora_init.adapters.init_config import Reading
@@ -14,7 +16,9 @@ from lora_init.cli import describe as about
 from lora_init.cli.describe import damage_of, describe
 from lora_init.errors import LoraInitError
 from lora_init.files import digests_of
+from lora_init.planning.plan import RankAllocation
 from lora_init.serving.trained import DIAL_FILE
+from tests.adapters.made import made_up_statistics
 from tests.conftest import batches_for, refused, tiny_llama
 from tests.layers.made import mixtral
 from tests.versions import needs_experts_by_peft
@@ -145,6 +149,62 @@ def test_a_merge_is_described_by_its_layers_and_measured_where_there_are_data(wi
         *([("load_model", "base", ("dtype", "float32"), trusted), ("load_batches", data, "tokenizer", *reading),
            ("divergence", "model", "read adapter", "batches", "int8")] if with_data else []),
     ]  # fmt: skip
+
+
+def test_layers_that_read_one_input_have_its_held_out_share(tmp_path):
+    stats = lora_init.collect(tiny_llama(), batches_for("llama", 4), ["q_proj", "k_proj", "down_proj"], rank=2)
+    layers = describe(stats.save(tmp_path / "s"))["layers"]
+    assert any(name != layer["input_shared_with"] for name, layer in layers.items())
+    for layer in layers.values():
+        assert layer["held_out"] == layers[layer["input_shared_with"]]["held_out"] is not None
+
+
+def test_layers_that_a_plan_leaves_out_count_for_engines_that_want_all(tmp_path):
+    """Also those of a block without any adapter, which the weights don't tell from a model that ends there."""
+    stats = made_up_statistics(tiny_llama(), ["q_proj"], task_type="CAUSAL_LM")
+    for name, last in (("all", 4), ("first", 0)):
+        plan = RankAllocation(dict(zip(stats, (4, last), strict=True)), 4, dict(stats.targets))
+        lora_init.build_adapter(stats, plan, "random").save_pretrained(tmp_path / name)
+        takes = describe(tmp_path / name)["serving"].partition(" as it is. ")[0]
+        assert ("SGLang" in takes) == (name == "all")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_rate_that_was_asked_for_is_told_after_training_as_well(trained, tmp_path):
+    """The rule's own is not: it is of sizes in a record that does not travel."""
+    stats = made_up_statistics(tiny_llama(), ["q_proj"], task_type="CAUSAL_LM")
+    for name, own in (("asked", 0.00123), ("rule", None)):
+        built = replace(lora_init.build_adapter(stats, 2, "random"), learning_rate=own)
+        built.save_pretrained(tmp_path / name)
+        if trained:
+            model = PeftModel.from_pretrained(tiny_llama(), tmp_path / name, is_trainable=True)
+            with torch.no_grad():
+                next(p for key, p in model.named_parameters() if "lora_B" in key).fill_(0.1)
+            model.save_pretrained(tmp_path / name)
+        told = describe(tmp_path / name)
+        assert told["untrained"] is not trained and told["origin"]["method"] == "random"
+        assert bool(told["train"]) == (not trained or own is not None)
+        assert own is None or "1.23e-3" in told["train"]
+
+
+@pytest.mark.parametrize(("task", "asked"), [
+    ("CAUSAL_LM", "CAUSAL_LM"), ("SEQ_CLS", "SEQ_CLS"), (None, None), ("PROMPT", None), (7, None),
+])  # fmt: skip
+def test_intruders_are_counted_in_the_class_of_the_checkpoint_where_the_task_is_no_class(task, asked, monkeypatch):
+    loaded, layer = [], SimpleNamespace(count=1, of=2, energy_share=float("nan"), similarities=(0.75, 0.25, 0.5))
+    counted = SimpleNamespace(layers={"a": layer}, count=1, of=2, energy_share=0.5, skipped={"e": "Embedding"})
+    monkeypatch.setattr("lora_init.adapters.directory.AdapterDirectory", lambda path: SimpleNamespace(n_labels=3))
+    load = lambda *words, **how: loaded.append((*words, how)) or SimpleNamespace(model="weights")  # noqa: E731
+    monkeypatch.setattr("lora_init.loading.models.load_model", load)
+    monkeypatch.setattr("lora_init.serving.intruders.intruder_dimensions", lambda *words: counted)
+    monkeypatch.setattr(about, "importing", lambda *names: nullcontext())
+    description = {"what": "adapter", "task_type": task, "base_model": "named"}
+    for model in (None, "typed"):
+        found = about.describe_intruders(Path("a"), description, model, True)
+        how = {"task_type": asked, "trust_remote_code": True, "device": "cpu", "n_labels": 3}
+        assert loaded.pop() == (found["model"], how) and found["model"] == (model or "named")
+        assert found["layers"] == {"a": {"count": 1, "of": 2, "energy_share": None, "least_similarity": 0.25}}
+        assert found["skipped"] == {"e": "Embedding"}
 
 
 def test_ranks_are_in_the_order_of_the_model(tmp_path):

@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +15,67 @@ from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init import cli
+from lora_init.adapters.init_config import Reading
+from lora_init.cli import inspect as command
+from lora_init.cli.console import running
+from lora_init.cli.options import Length
 from tests.commands import assert_one_line_error, run, save_model
 from tests.comparisons import broken, planted, write
-from tests.conftest import tiny_llama
+from tests.conftest import refused, tiny_llama
 from tests.processes import Processes, free_port
 from tests.serving.made import train
 
 QV = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """What `inspect` asks about each path; nothing is read. A name with "start" is of an untrained adapter."""
+    asked = []
+    for name in ("fit", "intruders", "merge"):
+        found = {"fits": True, "count": 0, "of": name}
+        look = lambda path, *words, name=name, found=found: asked.append((name, str(path))) or found  # noqa: E731
+        monkeypatch.setattr(command, f"describe_{name}", look)
+    about = lambda path, *words: {"what": "adapter", "train": "t" if "start" in str(path) else None}  # noqa: E731
+    monkeypatch.setattr(command, "describe", about)
+    how = dict(length=Length(), reading=Reading())
+    return SimpleNamespace(
+        asked=asked, inspect=lambda *paths, **more: command.inspect([*map(Path, paths)], **how | more)
+    )
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, []), ({"base": "b"}, ["fit"]), ({"engine": "vllm"}, ["fit"]), ({"intruders": True}, ["intruders"]),
+    ({"merge_type": "int8"}, ["merge"]), ({"base": "b", "intruders": True}, ["intruders"]),
+    ({"base": "b", "merge_type": "int8"}, ["merge"]),
+    ({"base": "b", "intruders": True, "merge_type": "int8"}, ["intruders", "merge"]),
+    ({"engine": "vllm", "merge_type": "int8"}, ["fit", "merge"]),
+    ({"engine": "vllm", "base": "b", "intruders": True}, ["fit", "intruders"]),
+])  # fmt: skip
+def test_a_base_asks_for_a_check_unless_another_question_reads_it(options, expected, looks, capsys):
+    running.as_json = True
+    looks.inspect("a", "b", **options)
+    assert sorted(looks.asked) == sorted((name, path) for name in expected for path in "ab")
+    for found in json.loads(capsys.readouterr().out):
+        assert {*found} - {"what", "train"} == {*expected}
+
+
+@pytest.mark.parametrize(("paths", "idle"), [
+    (["start"], False), (["start", "a"], False), (["a", "start"], False), (["a"], True), (["a", "b"], True),
+])  # fmt: skip
+def test_a_length_needs_one_adapter_whose_rate_depends_on_it(paths, idle, looks):
+    running.as_json, running.options, running.given = True, {"steps": ("--steps", "")}, {"steps"}
+    if idle:
+        refused(
+            "^--steps: only the rate of an adapter that is not trained yet depends on it. Leave", looks.inspect, *paths
+        )
+    else:
+        looks.inspect(*paths)
+
+
+def test_of_several_the_one_that_is_damaged_is_named(looks, monkeypatch):
+    monkeypatch.setattr(command, "show", lambda console, about: {"start": 1}[about["train"] or "start"])
+    refused("^start is damaged: KeyError 't'. Make it again.$", looks.inspect, "a", "start", "b")
 
 
 @pytest.fixture(scope="module")

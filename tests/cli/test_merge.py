@@ -69,6 +69,12 @@ def test_what_is_there_stays_unless_told(run, home, tmp_path):
     assert_one_line_error(run("a", "b", output="own/below"), "there is no directory")
 
 
+@pytest.mark.parametrize(("more", "printed"), [([], True), (["-q"], False), (["-q", "--json"], True)])
+def test_quiet_leaves_out_what_was_written_but_not_the_json_that_was_asked_for(run, tmp_path, more, printed):
+    done = run("a", "b", *more)
+    assert (done.exit_code, bool(done.stdout)) == (0, printed) and (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["a"], "one part alone"),
     (["a", "b", "--weights", "0.7,0.2"], "their sum is 0.9, expected positive numbers whose sum is 1"),

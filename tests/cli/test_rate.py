@@ -48,6 +48,17 @@ def test_it_prints_the_rate_of_any_adapter_before_training(folder, home):
     assert result.exit_code == 0 and result.stdout.startswith("Train with AdamW at "), result.output
 
 
+@pytest.mark.parametrize(("given", "steps", "epochs"), [
+    ({"--steps": 12}, 12, 2.0), ({"--epochs": 3}, 18, 3.0), ({}, 6, 1.0), ({"--train-batch-size": 16}, 3, 1.0),
+    ({"--steps": 6, "--train-batch-size": 16}, 6, 2.0),
+])  # fmt: skip
+def test_steps_and_epochs_of_the_training_follow_from_each_other_and_the_rows(given, steps, epochs, folder, home):
+    """48 rows are six steps of eight."""
+    words = [word for option in given.items() for word in option]
+    told = json.loads(run("rate", folder / "start", home / "text.txt", *words, "--json").stdout)
+    assert (told["steps"], told["epochs"]) == (steps, epochs)
+
+
 @pytest.mark.parametrize("base", ["model", "body"])
 def test_the_rate_of_a_classifier_is_that_of_its_new_head(base, folder, home, tmp_path):
     """Whose base is a language model, or a body alone: the checkpoint has no head."""

@@ -114,6 +114,16 @@ def test_what_a_correction_leaves_is_named_by_the_layers_at_both_ends():
     }
 
 
+@pytest.mark.parametrize(("closed", "said"), [
+    (None, "quantization does not raise it"), (0.0, "0% of the difference is closed"),
+    (-0.25, "-25% of the difference is closed"), (1.0, "100% of the difference is closed"),
+])  # fmt: skip
+def test_a_correction_that_wins_nothing_back_is_told_from_a_quantization_that_costs_nothing(closed, said):
+    losses = {"float": 2.0, "quantised": 2.5, "corrected": 2.5}
+    found = correction_facts({"errors": {"a": (1.0, 1.0)}, "losses": losses, "share_closed": closed})
+    assert found["loss"] == f"2 in float, 2.5 quantised, 2.5 corrected: {said}"
+
+
 @pytest.mark.parametrize(("blocks", "width", "bands"), [(10, 33, 1), (10, 32, 2), (11, 36, 1), (11, 35, 2), (3, 1, 3)])
 def test_a_table_of_ranks_has_a_band_for_as_many_blocks_as_fit(blocks, width, bands):
     """A cell is a space and the longest number, of ranks or of blocks: two digits from the eleventh block on."""

@@ -37,6 +37,24 @@ def test_a_name_that_was_typed_or_of_several_must_be_served(several, model, want
     assert found == {Path("a"): ("there", "base")} and asked == [("a", wanted, "base")]
 
 
+@pytest.mark.parametrize("texts", [["no base."], ["no base.", "no base."], ["one.", "two.", "one."]])
+def test_where_no_adapter_can_be_asked_about_each_reason_is_said_once(texts, monkeypatch, capsys):
+    paths = [Path(name) for name in "abc"[: len(texts)]]
+
+    def bases(served, base, trusted, failures):
+        failures.texts.update(zip(paths, texts, strict=True))
+        return {}
+
+    monkeypatch.setattr("lora_init.serving.server.Server", lambda *words: SimpleNamespace(models=[]))
+    for name, found in {"_check_adapters": None, "_find_served": {}, "importing": nullcontext()}.items():
+        monkeypatch.setattr(verify, name, lambda *words, found=found, **how: found)
+    monkeypatch.setattr(verify, "_bases_of", bases)
+    with pytest.raises(SystemExit) as ended:
+        verify.verify(paths, "u", reading=Reading(), loading=Loading())
+    assert ended.value.code == verify.UNKNOWN
+    assert capsys.readouterr().err == f"error: {' '.join(dict.fromkeys(texts))}\n"
+
+
 def test_an_error_of_one_of_several_is_noted_and_of_a_single_one_raised():
     failures = verify._Failures(several=True)
     with failures.noting(Path("a")):

@@ -166,12 +166,15 @@ def misfit(kind, *lines, **more):
     return {"fit": FIT | dict(fits=False, misfits=misfits, lines=[*lines]) | more}
 
 
+NOTHING_KEPT = {"h.0.up": STATISTICS["layers"]["h.0.up"] | {"held_out": 0.0}}
 MISFITS = "fits LlamaForCausalLM tiny: no: 2 names below"
 CHANGES = {
     "excluded": (STATISTICS, dict(exclude_modules=["head"]), ["targets all-linear"],
                  ["targets all-linear without ['head']"]),
     "no words": (STATISTICS, dict(data=""), ["data chat"], ["data not described"]),
     "labels": (STATISTICS, dict(token_mask="labels"), ["tokens all but padding"], ["tokens those with a label"]),
+    "nothing of held-out data": (STATISTICS, dict(layers=STATISTICS["layers"] | NOTHING_KEPT), [
+        "up 2 8/16 40.0% 75.0% 80.0% 50.0%"], ["up 2 8/16 40.0% 75.0% 80.0% 20.0%"]),
     "halves": (STATISTICS, dict(keeps=0.87), ["rows 1,234 in 5 batches, stopped: converged"],
                ["rows 1,234 in 5 batches, stopped: converged; on other data the start would keep 87%"]),
     "not centered": (STATISTICS, dict(center=False), ["decomposition centered (PCA)"],
@@ -258,6 +261,9 @@ CHANGES = {
     "only merged": (ADAPTER, misfit("export", "use --merge-into"), [NEXT], [
         MISFITS, "misfit: use --merge-into", "a note",
         "Next: lora-init export 'my adapter' --merge-into tiny -o 'my adapter-served'"]),
+    "form and shapes": (ADAPTER, misfit("shape", "use --merge-into", "x is wide", misfits=[
+        {"kind": kind, "where": where} for kind, where in (("export", "x"), ("shape", "y"))]), [NEXT], [
+        MISFITS, "misfit: use --merge-into", "misfit: x is wide", "a note", SAVE]),
     "only PEFT": (ADAPTER, misfit("export", "no"), [NEXT], [
         MISFITS, "misfit: no", "a note", "Next: do as the misfit says, or serve it with PEFT"]),
     "engine and start": (ADAPTER, dict(base_change="lora-ga") | misfit("export", engine="vllm"), [NEXT], [
