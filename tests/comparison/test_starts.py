@@ -616,3 +616,10 @@ def test_a_correction_of_a_quantized_base_has_the_lora_alpha_of_its_run(name, mo
     monkeypatch.setattr(starting, "build_adapter", build_adapter)
     prepare(Variant.parse(name), StartInputs(tiny_llama(), AdapterShape(3, lora_alpha=7), 0, errors="of the base"))
     assert made == [(3, Variant.parse(name).alpha or 7)]
+
+
+@pytest.mark.parametrize(("layers", "times"), [(["down_proj"], 2), (["up_proj"], 1.5)])  # 64 or 32 inputs
+def test_a_frozen_a_of_as_many_parameters_has_twice_the_rank_at_most(layers, times):
+    """As many directions as statistics have: with wide inputs B alone could have more ranks than that."""
+    prepared = Case("llama").prepare("random-frozen-a+equal-parameters", target_modules=layers)
+    assert len(prepared.ranks) == 2 and {*prepared.ranks.values()} == {times * RANK}
