@@ -443,7 +443,7 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
 
 
 def _as_json(content: Mapping[str, Any], indent: int | None = None) -> str:
-    """Write plain values as JSON, and those of numpy as the numbers that they are."""
+    """Write plain values as JSON, numbers of numpy among them."""
     return json.dumps(content, indent=indent, default=np.generic.item)
 
 

@@ -73,8 +73,8 @@ def put_back_values(holder: Any, stack: ExitStack, seen: set[int]) -> None:
 
 
 def _slots(held: Any) -> dict[str, Any]:
-    # Each class has its own alone, under the names by which they are reached: that of a private slot begins with its
-    # class. A slot that was never set has no value.
+    # Each class has its own alone, under the names by which they are reached: a private slot's begins with its class. A
+    # slot that was never set has no value.
     slotted = [vars(kind) for kind in type(held).__mro__ if "__slots__" in vars(kind)]
     names = [name for own in slotted for name, one in own.items() if isinstance(one, MemberDescriptorType)]
     return {name: getattr(held, name) for name in names if hasattr(held, name)}

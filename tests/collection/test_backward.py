@@ -198,8 +198,8 @@ def test_what_a_first_layer_computes_may_be_changed_in_place(change):
 def test_experts_have_no_gradients_and_are_named_before_the_pass():
     asked = dict(target_parameters=BOTH, gradients=True)
     words = (
-        r"^layer 'model\.layers\.0\.mlp\.experts\.gate_up_proj' is a MixtralExperts: gradient statistics are for linear "
-        r"layers\. Leave it out of the targets, or collect without gradients\.$"
+        r"^layer 'model\.layers\.0\.mlp\.experts\.gate_up_proj' is a MixtralExperts: gradient statistics are for "
+        r"linear layers\. Leave it out of the targets, or collect without gradients\.$"
     )
     refused(words, collect, mixtral(), labelled("llama"), ["q_proj"], rank=2, **asked)
     words = r"^layer '0' is a Conv1d: gradient"
