@@ -284,6 +284,8 @@ def test_a_start_is_written_with_its_record_and_known_by_it(tmp_path, monkeypatc
     config = {"peft_type": "LORA", "r": 2} | carrying({"method": "short"}, None)
     path = write_start("start", {A: torch.ones(2, 4), B: ONES}, config, {"method": "eva"}, "a card", False)
     assert path == tmp_path / "start" and (path / "README.md").read_text() == "a card"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert write_start("~/home", {B: ONES}, config, {}, "a card", False) == tmp_path / "home"
     files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "lora_init.json"}
     assert {file.name for file in path.iterdir()} == files
     found = AdapterDirectory(path)

@@ -206,11 +206,12 @@ def test_a_larger_tau_reads_on():
     assert 8 < counts[0] < counts[1] < 40
 
 
-@pytest.mark.parametrize("rho", [1.0, 1.5, 2.0, 5000.0])
+@pytest.mark.parametrize("rho", [1.0, 1.2, 1.5, 2.0, 5000.0])
 def test_rho_bounds_the_ranks_and_the_budget_is_kept(rho):
     got = ranks(quietly(ours.get_eva_state_dict, tiny_llama(), batches_for("llama", 8), config(rho)))
     assert sum(got.values()) == 4 * 14 and max(got.values()) <= round(4 * rho)
     assert rho > 1 or set(got.values()) == {4}
+    assert rho > 1.5 or max(got.values()) == round(4 * rho)  # which some layer comes to
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -571,17 +572,19 @@ def test_a_failure_in_the_middle_leaves_the_adapter_that_was_there(error, eva_st
     assert model.peft_config["default"].rank_pattern == patterns
 
 
-def test_an_adapter_beside_it_stays_where_it_is(eva_state):
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_an_adapter_beside_it_stays_where_it_is(eva_state, active):
     """Also where both train a module whole; the active one is the same as before."""
     whole = ["lm_head"]
     model = wrap(tiny_llama(), config(modules_to_save=whole))
     beside = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=whole)
     model.add_adapter("other", beside)
+    model.set_adapter(active)
     kept = {name: value.clone() for name, value in model.state_dict().items() if ".other." in name}
-    ours.initialize_lora_eva_weights(model, eva_state_dict=eva_state)
+    ours.initialize_lora_eva_weights(model, eva_state_dict=eva_state, adapter_name="default")
     after = model.state_dict()
     assert any("lm_head" in name for name in kept) and all(torch.equal(after[name], kept[name]) for name in kept)
-    assert model.active_adapters == ["default"]
+    assert model.active_adapters == [active]
 
 
 # Where PEFT is wrong -------------------------------------------------------------------------------------------------

@@ -242,6 +242,16 @@ def test_random_weights_that_an_adapter_would_not_hold_are_refused():
     check_modules_to_save(model, [], "CAUSAL_LM", drawn)
 
 
+def test_gradients_are_put_back_and_those_that_came_meanwhile_are_gone():
+    layer = nn.Linear(2, 3)
+    kept = layer.weight.grad = torch.ones(3, 2)
+    restore = remember(layer)
+    layer(torch.ones(1, 2)).sum().backward()
+    layer.weight.grad = None
+    restore()
+    assert layer.weight.grad is kept and layer.bias.grad is None
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch, error):
     from peft.tuners.lora import LoraModel

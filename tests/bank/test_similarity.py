@@ -65,6 +65,18 @@ def test_the_order_of_a_bank_by_hand(similarity, order):
     }
 
 
+def test_of_equal_places_the_one_whose_prompts_are_nearer_is_first():
+    # Each task shares one direction of two: overlaps tie, and so do the places of b (2 and 1) and c (1 and 2).
+    assert [one.name for one in neighbours(BANK, NEW, statistics([1, 2]), "both")] == ["a", "c", "b"]
+
+
+def test_layers_that_read_one_tensor_count_once():
+    known = statistics([0, 1])
+    known["o"] = SimpleNamespace(components=torch.eye(4)[[2, 3]])  # of which a has neither direction
+    overlaps = {one.name: one.overlap for one in neighbours(BANK, NEW, known, "both")}
+    assert overlaps == {"a": 0.5, "b": 0.5, "c": 0.5}
+
+
 @pytest.mark.parametrize(("new", "ranks", "overlap"), [
     ([1], 2, 0.0), ([0], 2, 1.0),  # as many directions as both have
     ([0, 2], 1, 1.0), ([2, 0], 1, 0.0), ([2, 0], 2, 0.5),  # as many as the adapter has ranks

@@ -480,6 +480,8 @@ def test_rules_choose_what_they_say():
 
     assert chosen() == chosen(lose=0.02) == 0.5 and chosen(lose=0.01) == 0.7 and chosen(lose=0.0) == 1.0
     assert chosen(keep_within=0.1) == 0.7 and chosen(keep_within=0.0) == 0.5
+    assert chosen([point(0.4, 9.0, 0.1)], keep_within=0.1) == 0.4  # at the limit is within it
+    assert chosen([point(0.4, 1.0, 9.0)], lose=0.0) == 0.4
     assert Rule(keep_within=0.1).choose(9.0, points[2:]) == points[2]
     assert chosen(points[1:]) == 0.7 and chosen([point(0.6, 1.1, 0.0)]) == 0.5  # the first of them where one is
     with pytest.warns(UserWarning, match=r"strength=9: above 1\.5 the dial itself chooses none"):

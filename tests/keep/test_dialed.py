@@ -80,6 +80,8 @@ def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_
     told = {"sha256": digest} | json.loads(json.dumps(found(layers, weight).to_dict()))
     assert json.loads((path / "dial.json").read_text()) == told
     refused("exists", write_dialed, tmp_path / "out", trained, base, found(layers, weight))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert write_dialed("~/home", trained, base, found(layers, weight)) == tmp_path / "home"
     assert write_dialed(tmp_path / "out", trained, base, Dial.unmeasured("another rule", layers), True) == path
     card = (path / "README.md").read_text()  # without numbers there is no picture
     assert "another rule" in card and "png" not in card and not (path / "dial.png").exists()
