@@ -267,7 +267,7 @@ class Pass(Sink):
         collected, seconds = self.found, self.found.seconds
         start, before = time.perf_counter(), seconds["decomposition"]
         try:
-            with naming_strange_tokens(name):
+            with naming_strange_tokens():  # the batch is named below
                 self._n_labels = self._run(batch, self)
             for layer, mean in collected.gradients.items():
                 with self._computing(layer):

@@ -93,14 +93,15 @@ def check_batches(batches: Any, taker: str) -> None:
 
 
 @contextmanager
-def naming_strange_tokens(where: str) -> Iterator[None]:
-    """Say what torch's error about an index means of a batch called `where`."""
+def naming_strange_tokens(where: str = "") -> Iterator[None]:
+    """Say what torch's error about an index means of a batch, called `where` unless the caller names it."""
     try:
         yield
     except IndexError as error:
-        raise LoraInitError(
-            f"{where}: {str(error).rstrip('.')}. Has it a token or a label that is not in the model's vocabulary?"
-        ) from error
+        named = LoraInitError(
+            f"{str(error).rstrip('.')}. Has it a token or a label that is not in the model's vocabulary?"
+        )
+        raise named.within(where) from error
 
 
 def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:

@@ -232,6 +232,28 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradient_and_is_named(shape
     assert {stats.gradient(name).weighted.n_samples for name in stats} == {27}  # each row once
 
 
+@pytest.mark.parametrize("reached", [[True, False], [False, True], [False, False, False, True]])
+def test_a_layer_has_an_effect_where_the_loss_of_any_batch_depends_on_it(reached):
+    """Even batches go to one half of what is known, odd ones to the other."""
+    model = nn.ModuleDict({"all": nn.Linear(6, 4), "some": nn.Linear(6, 4)})
+    batches = [{"x": torch.randn(9, 6), "factor": torch.tensor(float(one))} for one in reached]
+    made = collect(
+        model, batches, rank=2, gradients=True,
+        forward=lambda m, batch: m["all"](batch["x"]) + batch["factor"] * m["some"](batch["x"]),
+        loss=lambda output, batch: output.square().mean(),
+    ).provenance  # fmt: skip
+    assert not any("does not depend" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_importance_is_known_of_weights_of_every_type(dtype):
+    model, rows = nn.Sequential(nn.Linear(6, 4)), [torch.randn(9, 6) for _ in range(2)]
+    asked = dict(rank=4, rho=1.5, gradients=True, loss=lambda output, batch: output.float().square().mean())
+    expected = collect(model, rows, **asked).gradient("0").importance
+    found = collect(model.to(dtype), [one.to(dtype) for one in rows], **asked).gradient("0").importance
+    assert found == pytest.approx(expected, rel=0.05)  # bfloat16 has three digits
+
+
 @pytest.mark.parametrize("fails_at", ["the loss", "backward"])
 def test_a_batch_that_failed_leaves_nothing_to_those_after_it(fails_at):
     """No row of it, and none twice: sums are those of a pass that never saw it."""

@@ -102,6 +102,26 @@ def test_a_batch_of_which_nothing_counts_is_passed_over(gradients):
     refused(r"^batch 0: the mask keeps 0 of", collect, tiny_llama(), [batches[2]] * 2, **options)
 
 
+def test_of_batches_that_add_nothing_the_first_reason_is_told():
+    """Of those of which nothing counts, and of those that fail; each names its batch once."""
+    batches = batches_for("llama", 6)
+    for empty in (1, 3):
+        batches[empty]["attention_mask"] = torch.zeros(4, 12).long()
+    for bad in (2, 4):
+        batches[bad]["input_ids"] = torch.full((4, 12), 99)
+    passed, failed = collect(tiny_llama(), batches, rank=2, skip_bad_batches=2).provenance.notes
+    assert passed.startswith("2 of 6 batches were passed over. batch 1: the mask keeps 0 of 48 tokens")
+    assert failed.startswith("2 of 6 batches failed and were left out. batch 2: index out of range")
+
+
+@pytest.mark.parametrize(("rank", "rho", "kept"), [
+    (7, 1.1, 8), (3, 1.1, 3), (3, 1.5, 4), (5, 1.5, 8), (11, 2.0, 22), (12, 2.0, 24), (16, 2.0, 24),
+])  # fmt: skip
+def test_components_are_rho_times_the_rank_to_the_nearest_number_and_no_more_than_the_width(rank, rho, kept):
+    rows = [torch.randn(64, 24) for _ in range(2)]
+    assert collect(nn.Sequential(nn.Linear(24, 4)), rows, rank=rank, rho=rho)["0"].n_components == kept
+
+
 def test_nan_is_reported_with_layer_count_and_row():
     model, batches = two_layers(), low_rank_inputs(3)
     batches[1][17:20] = float("nan")
@@ -194,7 +214,7 @@ def test_mistakes_get_one_clear_line():
         collect(model, low_rank_inputs(2), rank=2, gradients=True, loss="mse")
     refused("collect got a list for the batches", collect, model, [1, 2], rank=2)
     refused(r"collect got a str for the model, expected a torch.nn.Module\. Load it first", collect, "gpt2", [], rank=2)
-    with pytest.raises(LoraInitError, match="batch 0: index out of range in self"):
+    with pytest.raises(LoraInitError, match=r"^batch 0: index out of range in self"):
         collect(tiny_llama(), [{"input_ids": torch.full((1, 4), 9999)}], rank=2)
 
     def exhausted(model, batch):
@@ -213,9 +233,9 @@ def test_what_a_pass_says_of_itself():
     model, batches = tiny_llama(), batches_for("llama", n_batches=3)
     model.config.name_or_path = "some/model"
     made = collect(
-        model, batches, ("v_proj", "q_proj"), exclude_modules={"layers.1.self_attn.v_proj"}, task_type="CAUSAL_LM",
-        rank=3, rho=1.5, center=False, token_mask="labels", max_batches=np.int64(2), tolerance=0.5, seed=7, data="rows",
-        skip_bad_batches=1,
+        model, batches, ("v_proj", "q_proj"), exclude_modules=("up_proj", "layers.1.self_attn.v_proj"),
+        task_type="CAUSAL_LM", rank=3, rho=1.5, center=False, token_mask="labels", max_batches=np.int64(2),
+        tolerance=0.5, seed=7, data="rows", skip_bad_batches=1,
     ).provenance  # fmt: skip
     found = asdict(made)
     n_rows = sum(int((batch["labels"] != -100).sum()) for batch in batches[:2])
@@ -228,7 +248,7 @@ def test_what_a_pass_says_of_itself():
     assert found == dict(
         model_id="some/model", model_class="LlamaForCausalLM", fingerprint=fingerprint(model),
         target_modules=["q_proj", "v_proj"], target_parameters=None, n_parameters=model.num_parameters(), n_linear=14,
-        exclude_modules=["layers.1.self_attn.v_proj"], task_type="CAUSAL_LM", data="rows", center=False,
+        exclude_modules=["layers.1.self_attn.v_proj", "up_proj"], task_type="CAUSAL_LM", data="rows", center=False,
         token_mask="labels", seed=7, rank=3, n_batches=2, n_samples=n_rows, stop_reason="max_batches", notes=[],
         gradients=False, n_labels=0, complete=True, quantisation=None,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -243,10 +244,15 @@ def test_ctrl_c_is_noted_and_raised_at_the_end_or_at_once_where_nobody_waits():
             done.append("in time")
         signal.raise_signal(signal.SIGINT)
         done.append("noted again")
+    with pytest.raises(KeyboardInterrupt), Processes() as alone:
+        with suppress(KeyboardInterrupt), alone.interruptible():
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # what was complete is kept meanwhile
+        done.append("noted once more")
     with pytest.raises(ValueError, match="first"), Processes() as alone:
         signal.raise_signal(signal.SIGINT)
         raise ValueError("first")
-    assert done == ["noted", "in time", "noted again"]
+    assert done == ["noted", "in time", "noted again", "noted once more"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -142,6 +142,15 @@ def test_other_settings_data_and_models_are_refused(complete, changes, expected,
     assert file.read_bytes() == content and counting.n == 0
 
 
+def test_batches_beyond_those_that_a_pass_may_read_are_not_compared(tmp_path):
+    file, batches, counting = tmp_path / "stats", batches_for("llama", n_batches=6), Counting()
+    asked = SETTINGS | {"max_batches": 3, "statistics": file, "forward": counting}
+    for some in (batches, batches[:3], [*batches[:3], *batches_for("llama", seed=1)]):
+        assert collect(model(), some, **asked).provenance.n_batches == counting.n == 3
+    with pytest.raises(OtherSettingsError, match="from other data"):
+        collect(model(), [*batches[:2], batches[3]], **asked)
+
+
 class Held:
     """A batch of one's own, which holds what the model takes."""
 

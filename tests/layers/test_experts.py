@@ -95,6 +95,13 @@ def test_padding_does_not_count(name):
         assert sum(s.n_samples for key, s in stats.groups.items() if key.startswith(f"{up}.")) == 2 * n_tokens
 
 
+def test_how_well_new_rows_are_captured_is_known_of_each_input():
+    """Of each expert's rows, too, as files and tables have it."""
+    stats = collect(mixtral(), batches(), ["q_proj"], rank=2, target_parameters=BOTH)
+    assert stats.held_out.keys() == stats.groups.keys() > {*stats}
+    assert all(0.0 < share <= 1.0 for share in stats.held_out.values())
+
+
 @every_model
 def test_the_adapter_changes_nothing_and_loads_in_peft(name, tmp_path):
     model = MODELS[name]()

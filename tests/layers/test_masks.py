@@ -44,6 +44,11 @@ def test_a_label_counts_where_it_is_predicted_if_there_are_gradients(build, grad
     assert counted(model, labelled_at(7, 8), layer, gradients=gradients)[0].nonzero().flatten().tolist() == expected
 
 
+def test_a_label_of_the_first_token_is_predicted_by_nothing():
+    """Not by the last one, which predicts what comes after the text."""
+    assert counted(tiny_llama(), labelled_at(0, 4, 11), "a.layer")[0].nonzero().flatten().tolist() == [3, 10]
+
+
 def test_inputs_before_the_last_label_count_in_a_decoder():
     """Later tokens read what has no label itself; by labels it does not count."""
     layer = "decoder.block.0.layer.0.SelfAttention.q"

@@ -192,6 +192,7 @@ def test_the_parameters_of_a_pair_are_those_of_its_shapes(target, shapes, module
     assert target.parameters(2, freeze_a=True) == b
     assert target.parameters(2, use_dora=True) == a + b + target.out_features
     assert target.parameters(2, freeze_a=True, use_dora=True) == b + target.out_features
+    assert target.parameters(0, freeze_a=True, use_dora=True) == 0
     read = read_target(target.name, target.kind, target.in_features, target.out_features, extras)
     assert read == target
 

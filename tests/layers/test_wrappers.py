@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_init import ExactPCA, collect, find_targets, principal_angles
+from lora_init.layers import wrappers
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.wrappers import (
     Precision,
@@ -313,13 +314,15 @@ class Split:
         return self.device
 
 
-def test_what_processes_hold_in_parts_is_gathered_where_they_can_talk():
+def test_what_processes_hold_in_parts_is_gathered_where_they_can_talk(monkeypatch):
     whole = torch.ones(2)
     assert gathered(whole) is whole and gathered(Split()) == "cpu"
     assert not is_tensor_parallel(nn.Linear(2, 2)) and not is_sharded(nn.Linear(2, 2))
     layer = nn.Linear(2, 2)
     layer.weight.full_tensor = lambda: None
     assert is_tensor_parallel(layer)
+    monkeypatch.setattr(wrappers, "_fsdp_module", lambda: nn.Linear)
+    assert is_sharded(layer) and not is_tensor_parallel(layer)  # whose parameters are gathered before it is called
 
 
 def test_precision_is_switched_as_it_was():

@@ -205,6 +205,26 @@ class Towers(nn.Module):
         return getattr(self, way)(x) + self.both(x)
 
 
+def test_experts_that_ran_in_one_part_only_come_from_it_in_either_order():
+    model, batches = mixtral(), batches_for("llama", n_batches=4)
+    asked = dict(targets=["q_proj"], target_parameters=BOTH, rank=2)
+    both, other = passed(model, batches[:2], **asked), passed(model, batches[2:], **asked)
+    experts = {name for name, target in both.targets.items() if target.experts}
+    lacking = {name: target.kind for name, target in other.targets.items() if target.experts}
+    alone = replace(
+        other,
+        groups={name: one for name, one in other.groups.items() if not any(name.startswith(some) for some in experts)},
+        group_of={name: group for name, group in other.group_of.items() if name not in experts},
+        targets={name: target for name, target in other.targets.items() if name not in experts},
+        unsupported=lacking, sizes={},
+    )  # fmt: skip
+    for merged in (both.merge(alone), alone.merge(both), alone.merge(both, weights=[0.4, 0.6])):
+        assert {*merged.groups} == {*both.groups} and merged.targets == both.targets
+        for name in experts:
+            for found, own in zip(merged.of_experts(name), both.of_experts(name), strict=True):
+                assert torch.equal(found.components, own.components) and found.n_samples == own.n_samples
+
+
 def test_layers_that_ran_in_one_part_only_come_from_it():
     model = Towers()
     generator = torch.Generator().manual_seed(0)
@@ -519,6 +539,8 @@ def test_by_labels_rows_with_gradients_are_others_than_those_without():
     a, b = part(torch.randn(20, 12), 3, gradients=True, **labels), part(torch.randn(30, 12), 3, **labels)
     words = r"^part 2 was made with gradients=False, part 1 with gradients=True\. Collect both the same way\.$"
     refused(words, a.merge, b)
+    words = words.replace("False", "?").replace("True", "False").replace("?", "True")
+    refused(words, b.merge, a)
 
 
 def test_rows_with_other_means_in_one_layer_are_other_rows():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_init import ExactPCA, IncrementalSVD, principal_angles
-from lora_init.statistics.spectrum import Moments, Spectrum, check_rows, freeze, principal_directions
+from lora_init.statistics.spectrum import Moments, Spectrum, _leading, check_rows, freeze, principal_directions
 from lora_init.statistics.spectrum import raise_if_not_finite as check_finite
 from tests.conftest import refused
 
@@ -26,6 +26,18 @@ def test_what_is_left_out_is_spread_over_the_other_directions(kept, width, total
     found = spectrum(kept, width, total)
     assert found.n_components == len(kept) and found.noise_variance == noise
     assert found.explained_variance_ratio.tolist() == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(3, 5), torch.zeros(5, 3), torch.full((3, 5), 1e-200)])
+def test_rows_of_which_nothing_is_left_have_no_directions(rows):
+    weights, directions = principal_directions(rows.double(), 3)
+    assert weights.shape == (0,) and directions.shape == (0, rows.shape[1])
+
+
+@pytest.mark.parametrize("largest", [-1e-30, 0.0])
+def test_eigenvalues_that_rounding_makes_negative_are_none(largest):
+    weights, vectors = _leading(torch.tensor([-2e-30, largest]).double().diag(), 2)
+    assert weights.shape == (0,) and vectors.shape == (2, 0)
 
 
 def test_a_result_has_signs_lengths_and_variances_by_rule():
