@@ -190,8 +190,10 @@ def test_the_progress_bar_is_quiet_unless_asked(capsys):
     collect(two_layers(), low_rank_inputs(9), rank=2, progress=True)
     said = capsys.readouterr().err
     assert "the start would keep" in said and re.search("collect: .*[1-9]/9 .*batch", said)
-    collect(two_layers(), low_rank_inputs(3), rank=2, progress=True)
-    assert "would keep" not in capsys.readouterr().err  # of so few batches that is not known
+    for n_batches in (3, MIN_BATCHES - 1, MIN_BATCHES):
+        collect(two_layers(), low_rank_inputs(n_batches), rank=2, progress=True)
+        # Of few batches that is not known.
+        assert ("would keep" in capsys.readouterr().err) is (n_batches == MIN_BATCHES)
 
 
 def record(*batches):

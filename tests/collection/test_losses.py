@@ -175,6 +175,15 @@ def test_a_strange_token_is_named_by_the_number_of_its_batch():
     refused("^batch 2: index out of range in self. Has it a token or a label", mean_loss, tiny_llama(), batches)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_first_label_of_any_row_is_predicted(order):
+    ids = [5, 6, 7, 8, 9, 10]
+    rows = [(ids, [-100] * first + ids[first:]) for first in (5, 3, 4)][::order]
+    model, batch = tiny_llama(), pad_batch(rows, 0)
+    assert batch_loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert token_losses(model, batch)[1].sum() == 6
+
+
 def test_only_the_logits_that_predict_a_label_are_computed():
     model, batch, seen = tiny_llama(), answered(), []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))

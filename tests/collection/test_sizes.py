@@ -18,6 +18,13 @@ def test_sizes_are_those_of_the_tokens_that_count_without_the_bias():
     assert found["2"].output == pytest.approx(float((hidden @ model[2].weight.T).square().mean().sqrt()), rel=1e-6)
 
 
+def test_sizes_are_of_rows_however_they_are_laid_out():
+    flat = batches(3)
+    laid = [rows.reshape(2, -1, 2, rows.shape[-1]) for rows in flat]
+    one, two = (collect(tiny(), data, rank=2).sizes for data in (flat, laid))
+    assert {name: pytest.approx(pair, rel=1e-6) for name, pair in one.items()} == two
+
+
 def test_padding_does_not_count():
     llama, tokens = tiny_llama(), {"input_ids": torch.randint(3, 64, (4, 12))}
     padded = {**tokens, "input_ids": nn.functional.pad(tokens["input_ids"], (0, 5), value=7)}

@@ -79,6 +79,20 @@ def test_a_module_that_runs_twice_in_a_pass_counts_twice():
     assert twice.n_samples == once.n_samples == sum(len(g) for g, _ in data)
 
 
+def test_directions_are_chosen_anew_where_there_are_half_as_many_rows_again_and_once_a_batch():
+    (g, x), mean, chosen = batches(n_batches=1)[0], MeanGradient(4), []
+    for number in range(24):
+        before, tried = mean._state and mean._state.outputs, []
+        for part in (slice(0, 40), slice(40, 50)):
+            mean.project(g[part], x[part])
+            tried.append(mean._pending.outputs)
+        mean.update()
+        assert torch.equal(*tried)  # sums are images of one Q and V
+        if before is None or not torch.equal(before, mean._state.outputs):
+            chosen.append(number)
+    assert chosen == [0, 2, 3, 5, 8, 12, 18]
+
+
 def test_squares_are_exact():
     data = batches()
     torch.testing.assert_close(

@@ -219,6 +219,22 @@ def test_rows_that_are_gathered_count_like_all_others(center):
     assert reference.captured(rows, spectrum.components, center) > 0.9999 * reference.captured(rows, components, center)
 
 
+@pytest.mark.parametrize(("n", "width", "gathered"), [
+    (99, 40, True), (100, 40, False), (60, 4095, True), (60, 4096, False),
+])  # fmt: skip
+def test_rows_are_gathered_up_to_a_quarter_of_those_before_unless_they_are_wide(n, width, gathered):
+    svd = IncrementalSVD(1).partial_fit(torch.randn(400, width)).partial_fit(torch.randn(n, width))
+    assert (svd._gathered is not None) is gathered and svd.n_samples == 400 + n
+
+
+@pytest.mark.parametrize(("factor", "exactly"), [(9.0, False), (11.0, True)])
+@pytest.mark.parametrize("n", [40, 4000])
+def test_rows_of_a_hundred_times_the_mean_square_are_taken_in_exactly_however_many_they_are(factor, exactly, n):
+    svd = IncrementalSVD(4).partial_fit(torch.randn(400, 40))
+    svd.project(torch.randn(n, 40) * factor)
+    assert (svd._few is not None) is exactly and (svd._sums is None) is exactly
+
+
 def falling(n, d, scale=1.0, first=1.0, seed=0):
     """Rows whose variances fall as 1 / j, the first direction `first` times as wide."""
     generator = torch.Generator().manual_seed(seed)
@@ -301,6 +317,13 @@ def test_no_rows_one_row_and_constant_rows(kind):
     assert constant.total_variance == pytest.approx(0.0, abs=1e-8)
     assert constant.explained_variance_ratio.sum() <= 1.0
     torch.testing.assert_close(constant.mean, torch.full((5,), 7.3))
+
+
+@pytest.mark.parametrize("row", [[7.3, 0.1, 1e3], [1e-9, -3e7, 0.7]])
+@pytest.mark.parametrize("n", [3, 300])
+def test_rounding_of_a_mean_is_no_direction(row, n):
+    svd = IncrementalSVD(2).partial_fit(torch.tensor(row).expand(n, -1))
+    assert svd.spectrum().n_components == 0 and svd.spectrum().total_variance == 0.0
 
 
 @pytest.mark.parametrize("kind", BOTH)
