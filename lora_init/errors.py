@@ -10,7 +10,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeGuard
 
 # Libraries that only some things need, and the extra of this package that installs each.
 EXTRAS = {
@@ -187,6 +187,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Return whether a value is a whole number, of Python or numpy; True and False are none, nor is 2.0."""
+    return is_number(value) and isinstance(value, Integral)
+
+
 def check_switches(**switches: Any) -> None:
     """Refuse what is neither True nor False: a text such as "no" would count as true."""
     for name, value in switches.items():
@@ -198,7 +203,7 @@ def check_number(
     name: str, value: Any, least: float = 0, *, whole: bool = False, above: bool = False, hint: str = ""
 ) -> None:
     """Refuse anything but a finite number of at least `least`; with `above` a larger one, with `whole` a whole one."""
-    fits = is_number(value) and (isinstance(value, Integral) or not whole)
+    fits = is_whole(value) if whole else is_number(value)
     # The comparison refuses NaN, too. 2**63 is the first whole number that torch cannot hold.
     if not fits or not least <= value < 2**63 or (above and value == least):
         kind = "whole number" if whole else "number"

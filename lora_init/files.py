@@ -348,6 +348,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def as_plain(value: Any) -> Any:
+    """Return a setting as JSON has it: numbers of numpy and torch are no numbers there, nor is a tuple a list."""
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [as_plain(item) for item in value]
+    if hasattr(value, "item"):
+        return value.item()
+    return value
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -11,11 +11,9 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from html import escape
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from lora_init.adapters.init_config import SCALING
@@ -43,8 +41,8 @@ from lora_init.comparison.tasks import LoadingOptions
 from lora_init.comparison.variants import Variant, by_batches
 from lora_init.comparison.workbench import Workbench, circumstances
 from lora_init.comparison.workers import Job, Worker, describe, elsewhere, here, processes, run_all
-from lora_init.errors import LoraInitError, check_number, check_switches, did_you_mean, is_number, require
-from lora_init.files import as_path
+from lora_init.errors import LoraInitError, check_number, check_switches, did_you_mean, is_number, is_whole, require
+from lora_init.files import as_path, as_plain
 from lora_init.layers.targets import Target, find_targets
 from lora_init.loading.models import find_device
 from lora_init.loading.reader import classes_in_words
@@ -199,7 +197,7 @@ def compare(
     size = _kept_size(directory)
     if lora_alpha is None:
         lora_alpha = alpha_for(SCALING, rank)
-    shape = AdapterShape(_plain(rank), _plain(lora_alpha), target_modules)
+    shape = AdapterShape(as_plain(rank), as_plain(lora_alpha), target_modules)
     sources = Sources(batches[0], variants, own, _absolute(bank))
 
     # Other processes make a workbench of their own by the same call: it can be pickled, and its paths are absolute.
@@ -309,7 +307,7 @@ def _read_seeds(seeds: int | Sequence[int] | None, budget: RunBudget) -> list[in
     """Read which seeds, or how many; by default five, and under a limit as many as it may spend."""
     if seeds is None:
         seeds = STAGES[-1] if budget.limited else 5
-    return list(range(seeds)) if isinstance(seeds, Integral) and is_number(seeds) else _listed(seeds)
+    return list(range(seeds)) if is_whole(seeds) else _listed(seeds)
 
 
 def _read_rates(learning_rates: Any) -> list[Any]:
@@ -398,12 +396,7 @@ def _listed(numbers: Any) -> list[Any]:
     # A text is listed as it is, since it is refused in words later; its letters would be nonsense.
     if isinstance(numbers, str) or not isinstance(numbers, Iterable):
         numbers = [numbers]
-    return [_plain(number) for number in numbers]
-
-
-def _plain(number: Any) -> Any:
-    """Return a number of numpy as one of Python: neither JSON nor torch's generators take the other."""
-    return number.item() if isinstance(number, np.generic) else number
+    return [as_plain(number) for number in numbers]  # torch's generators take no numbers of numpy
 
 
 def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | None:
@@ -419,9 +412,8 @@ def _read_points(steps: int | None, extend: int, points: Any) -> list[int] | Non
 
 def _read_batches(given: int | Sequence[int]) -> list[int]:
     batches = _listed(given)
-    # Before `min`, which cannot order numbers and words.
-    all_numbers = all(is_number(n) and isinstance(n, Integral) for n in batches)
-    if not batches or not all_numbers or min(batches) < 1 or len(set(batches)) < len(batches):
+    all_whole = all(map(is_whole, batches))  # before `min`, which cannot order numbers and words
+    if not batches or not all_whole or min(batches) < 1 or len(set(batches)) < len(batches):
         raise LoraInitError("{statistics_batches}: expected numbers of batches, each once.", statistics_batches=batches)
     return batches
 

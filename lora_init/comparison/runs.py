@@ -9,19 +9,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, product
-from numbers import Integral
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import pandas as pd
 
 from lora_init.comparison.variants import REFERENCE, Variant
-from lora_init.errors import LoraInitError, did_you_mean, is_number
-from lora_init.files import check_output, locked, parse_json, read_json, write_whole
+from lora_init.errors import LoraInitError, did_you_mean, is_number, is_whole
+from lora_init.files import as_plain, check_output, locked, parse_json, read_json, write_whole
 from lora_init.starts.starts import FULL, RANDOM
 
 Record = dict[str, Any]
@@ -91,8 +89,7 @@ class RunPlan:
             raise LoraInitError(
                 "{learning_rates}: expected positive numbers up to 1, each once.", learning_rates=list(rates)
             )
-        all_whole = all(isinstance(seed, Integral) for seed in seeds)
-        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or not all_whole:
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or not all(map(is_whole, seeds)):
             raise LoraInitError("{seeds}: expected whole numbers from 0 on, each once.", seeds=list(seeds))
         if self.sweep not in ("halving", "full"):
             raise LoraInitError(
@@ -409,7 +406,7 @@ class RunDirectory:
                     f"{run.title} saw other data than {other.title}. The data or the library changed between runs; "
                     "start again in another directory."
                 )
-        kept = json.loads(_as_json(record), parse_constant=lambda _: None)  # JSON has no NaN
+        kept = json.loads(json.dumps(as_plain(record)), parse_constant=lambda _: None)  # JSON has no NaN
         write_whole(self.path / RUNS / run.file, f"{json.dumps(kept)}\n".encode())
         self.records[run] = kept  # as it will be read again
 
@@ -438,13 +435,8 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
         merged = dict(settings)
         if (path / SETTINGS_FILE).exists():
             merged |= _merge_growing(read_settings(path), settings)
-        write_whole(path / SETTINGS_FILE, (_as_json(merged, indent=2) + "\n").encode())
+        write_whole(path / SETTINGS_FILE, (json.dumps(as_plain(merged), indent=2) + "\n").encode())
         yield RunDirectory(path, merged, ended)
-
-
-def _as_json(content: Mapping[str, Any], indent: int | None = None) -> str:
-    """Write plain values as JSON, numbers of numpy among them."""
-    return json.dumps(content, indent=indent, default=np.generic.item)
 
 
 def _merge_growing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -462,7 +454,7 @@ def peek(path: Path, settings: Mapping[str, Any]) -> dict[Run, Record]:
     """Read the runs in a directory, if there are any, and change nothing."""
     if (path / SETTINGS_FILE).exists():
         # Through JSON, since what was read from the file has lists for tuples and text for keys.
-        _check_same(path, read_settings(path), json.loads(_as_json(settings)))
+        _check_same(path, read_settings(path), json.loads(json.dumps(as_plain(settings))))
     return {Run.of(record): record for record in read_runs(path)}
 
 

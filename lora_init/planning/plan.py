@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.files import read_fields, read_json, write_whole
+from lora_init.files import as_plain, read_fields, read_json, write_whole
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import Target, read_target
 from lora_init.on_demand import on_demand
@@ -269,7 +269,7 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
         "rank": plan.rank,
         "policy": plan.policy,
         "budget": budget,
-        "settings": _plain(plan.settings),
+        "settings": as_plain(plan.settings),
         "totals": {
             "layers": n_adapted,
             "total_rank": plan.total_rank,
@@ -283,17 +283,6 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
         "notes": list(plan.notes),
         "provenance": provenance,
     }
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting as JSON has it: numbers of numpy and torch are no numbers there, nor is a tuple a list."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        return value.item()
-    return value
 
 
 def save_plan(plan: RankAllocation, path: str | Path) -> Path:

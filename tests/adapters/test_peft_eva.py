@@ -581,7 +581,7 @@ def test_an_adapter_beside_it_stays_where_it_is(eva_state, active):
     model.add_adapter("other", beside)
     model.set_adapter(active)
     kept = {name: value.clone() for name, value in model.state_dict().items() if ".other." in name}
-    ours.initialize_lora_eva_weights(model, eva_state_dict=eva_state, adapter_name="default")
+    ours.initialize_lora_eva_weights(model, eva_state_dict=eva_state)
     after = model.state_dict()
     assert any("lm_head" in name for name in kept) and all(torch.equal(after[name], kept[name]) for name in kept)
     assert model.active_adapters == [active]
