@@ -449,6 +449,22 @@ def test_short_names_are_written_as_a_pattern_unless_the_model_tells_them_apart(
     assert init.to_peft_config(model).target_modules == {*names}
 
 
+def test_without_the_model_a_list_of_names_selects_no_layer_that_was_left_out():
+    """PEFT takes a name of a list for an ending."""
+    stats = made_up_statistics(tiny_llama(), ["q_proj", "v_proj"])
+    init = build_adapter(stats, 2)
+    for left_out, kind in ((("other.model.layers.0.self_attn.v_proj",), str), (("another",), set)):
+        assert isinstance(replace(init, left_out=left_out).to_peft_config().target_modules, kind)
+
+
+def test_a_parameter_that_keeps_pefts_start_is_selected_as_one():
+    init = build_adapter(made_up_statistics(tiny_llama(), ["q_proj"]), 2)
+    init = replace(init, unsupported={"model.table": "Embedding", "model.scale": "Parameter"})
+    config = init.to_peft_config()
+    assert config.target_parameters == ["model.scale"] and "table" in str(config.target_modules)
+    assert "scale" not in str(config.target_modules)
+
+
 def test_what_peft_draws_is_drawn_by_the_seed_and_no_weight_of_the_base_is_in_the_file(tmp_path):
     model = tiny_llama()
     init = build_adapter(collect(model, batches(), ["embed_tokens", "q_proj"], rank=2), 2, seed=3)

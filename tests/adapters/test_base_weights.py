@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_init
 from lora_init import build_adapter
-from lora_init.adapters.base_weights import correct_outputs, correct_weights
+from lora_init.adapters.base_weights import check_correctable, correct_outputs, correct_weights
 from lora_init.starts.starts import find_start
 from lora_init.starts.weights import LoraWeights
 from tests.adapters.made import made_up_statistics
@@ -41,6 +41,20 @@ def test_integers_give_up_nothing(as_parameter):
         layer.weight = torch.ones(32, 32)
     refused(f"^layer '{Q}' is quantized, so .* or pass correct_base=False to apply", init.apply, model)
     assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("where", ["offloaded", "sharded"])
+def test_a_weight_that_is_not_here_whole_gives_up_nothing(where):
+    model = tiny_llama()
+    init = replace(build_adapter(made_up_statistics(model, ["q_proj"]), 2), start=find_start("lora-ga"))
+    layer = model.get_submodule(Q)
+    if where == "offloaded":
+        layer.to("meta")
+    else:
+        layer.weight.full_tensor = lambda: None  # as a DTensor has it
+    refused(
+        f"^layer '{Q}' is offloaded or sharded, so .* shard it afterwards.$", check_correctable, model, init.targets
+    )
 
 
 def test_a_tied_weight_gives_up_nothing_and_the_output_may():

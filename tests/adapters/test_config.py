@@ -274,3 +274,9 @@ def test_arguments_that_say_what_a_config_says_are_taken_as_it_was_written():
     found = read_config(llama(), config, InitConfig.from_arguments("initialize()", **given))
     assert len(find_targets(llama(), found.layers.target_modules).layers) == 12
     assert found.layers.exclude_modules is None
+
+
+@pytest.mark.parametrize("start", [True, "gaussian"])
+def test_an_untrained_adapter_may_have_begun_by_a_start_of_peft(start):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start))
+    assert read_adapter(model, InitConfig(), "the adapter").ranks.rank == 2

@@ -175,3 +175,13 @@ def test_what_trains_of_an_adapter_stays_so_and_its_type_too(case):
         before = {name: trains and "LayerNorm" not in name for name, trains in fresh.items()}
     assert {name: parameter.requires_grad for name, parameter in after.items()} == before
     assert {parameter.dtype for name, parameter in after.items() if ".lora_" in name} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("freeze_a", [True, False])
+def test_a_is_frozen_on_an_adapter_that_is_there_where_it_is_asked_for(freeze_a):
+    handle = handle_of(get_peft_model(tiny_llama(), LoraConfig(**CONFIG)))
+    with handle.opened(InitConfig()):
+        stats = made_up_statistics(handle.model, CONFIG["target_modules"])
+        adapted = handle.put(lora_init.build_adapter(stats, 4, lora_alpha=8, freeze_a=freeze_a), "default")
+    for name, parameter in adapted.named_parameters():
+        assert parameter.requires_grad is (".lora_B." in name or (".lora_A." in name and not freeze_a)), name

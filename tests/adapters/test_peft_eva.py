@@ -299,6 +299,25 @@ def test_a_layer_that_reads_no_tokens_counts_whole_and_inputs_may_be_named():
     assert principal_angles(state["pooler"], exact_components(first_four, 3)).max() < 0.02
 
 
+class Backwards(nn.Module):
+    """Two layers that read the same numbers, and run in another order than they stand in."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.second, self.first = nn.Embedding(64, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, input_ids, **_):
+        hidden = self.embed(input_ids)
+        return self.first(hidden.clone()) + self.second(hidden.clone())
+
+
+def test_ties_go_to_the_layer_that_stands_earlier_in_the_model_whichever_runs_first():
+    settings = config(2.0, tau=0.5, r=1, target_modules=["first", "second"], rank_pattern={"first": 2})
+    state = quietly(ours.get_eva_state_dict, Backwards(), batches_for("llama", 8), settings)
+    # Of each layer the first direction, and the budget of three leaves one that both could have.
+    assert [(name, len(a)) for name, a in state.items()] == [("second", 2), ("first", 1)]
+
+
 @pytest.mark.parametrize("shown", [True, False, None])
 def test_progress_is_shown_unless_it_is_not_asked_for(shown, capsys):
     asked = {} if shown is None else {"show_progress_bar": shown}

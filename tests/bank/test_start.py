@@ -281,8 +281,8 @@ def test_a_sum_is_measured_at_its_full_size():
 
 def test_a_mixture_is_of_the_nearest_alone_if_there_are_many(bank, monkeypatch):
     monkeypatch.setattr("lora_init.bank.start.MOST_ADAPTERS", 2)
-    found = mixture(bank, ["task1", "task0", "task2"], None, lambda adapters: ([1.0] * len(adapters), 3))
-    assert found.weights == {"task1": 1.0, "task0": 1.0} and found.passes == 3
+    found = mixture(bank, ["task1", "task0", "task2"], None, lambda adapters: ([0.7, 0.3], 3))
+    assert found.weights == {"task1": 0.7, "task0": 0.3} and found.passes == 3
 
 
 def test_a_model_that_has_an_adapter_is_no_base_and_a_wrapped_one_is(bank):

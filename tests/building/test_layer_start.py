@@ -142,6 +142,14 @@ def test_what_a_function_returns_is_checked(start, words, stats):
     assert said == f"layer '{DOWN}': start 'mine': its function {words}"
 
 
+def test_who_interrupts_a_function_gets_no_error_of_the_start(stats):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        layer_start(BuildContext(made(interrupted), stats, Shape()), DOWN, 3, None)
+
+
 def test_the_error_of_a_layer_is_checked_and_read_in_float32_at_least(stats):
     context = BuildContext(find_start("qera"), stats, Shape())
     assert BuildContext(find_start("eva"), stats, Shape()).error(DOWN) is None

@@ -166,6 +166,9 @@ def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
     for file in doubled.glob("*.safetensors"):
         save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     check_refused("0.50", model, doubled)
+    for file in doubled.glob("*.safetensors"):
+        save_file({name: tensor * torch.nan for name, tensor in load_file(file).items()}, file)
+    check_refused(r"\|W - Q\| is nan \|W\|", model, doubled)
     check_refused("it was not quantized", plain(), directory)
     with torch.device("meta"), pytest.raises(LoraInitError, match="not in memory"):
         QuantizationErrors(plain(), find_targets(plain()).layers, directory)

@@ -606,6 +606,11 @@ def packed(batch):
     return {"input_ids": batch["input_ids"], "position_ids": positions, "labels": batch["labels"]}
 
 
+def positioned(batch):
+    """All that a plain batch has, and positions that begin anew."""
+    return batch | packed(batch)
+
+
 def embedded(batch):
     embedding = tiny_llama().double().get_input_embeddings()
     return {key: batch[key] for key in ("attention_mask", "labels")} | {
@@ -613,7 +618,7 @@ def embedded(batch):
     }
 
 
-@pytest.mark.parametrize("change", [packed, embedded])
+@pytest.mark.parametrize("change", [packed, positioned, embedded])
 def test_the_loss_is_that_of_the_whole_batch(change):
     model, (batch, *_) = trained_model()
     batch = change(batch)

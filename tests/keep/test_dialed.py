@@ -104,6 +104,8 @@ def test_rows_that_were_set_before_training_stay_whatever_the_strength(form, tmp
     path = write_dialed(tmp_path / "out", trained, base, dialed, alpha_pattern=form == "in alpha_pattern")
     written = PeftModel.from_pretrained(load(tmp_path), path).eval()
     torch.testing.assert_close(written(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    # A scaling of 0 could not be divided by again, as another dial or an export does.
+    assert all(layer.scaling > 0 for layer in read_trained(path).layers.values())
 
 
 @pytest.mark.parametrize(("change", "text"), [

@@ -181,7 +181,8 @@ def test_a_text_may_be_as_long_as_the_model_has_positions(chat, longest, tokeniz
     most = 64 + 1 - longest
     check_texts(config, tokenizer, most, chat)
     said = f"length={most + 1}: with its beginning a text has 66 tokens, and the model takes 64"
-    refused(said, check_texts, config, tokenizer, most + 1, chat)
+    for own in (config, SimpleNamespace(get_text_config=lambda: config)):  # also of a model of text and images
+        refused(said, check_texts, own, tokenizer, most + 1, chat)
     check_texts(SimpleNamespace(get_text_config=object), tokenizer, 10**6, chat)  # of a model without a limit
 
 

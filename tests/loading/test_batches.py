@@ -133,6 +133,8 @@ THINKING = (
     (["hi", " ", "?", "XY"], "<think>\n\n</think>\n\nXY<|im_end|>\n"),
     (["hi", "hello", "?", " 4 ", "?", "XY"], "hello<|im_end|>\n4<|im_end|>\n<think>\n\n</think>\n\nXY<|im_end|>\n"),
     (["hi", "hello", "and?"], "hello<|im_end|>\n"),
+    (["hi", "XL", "?", "XY"], "XL<|im_end|>\n<think>\n\n</think>\n\nXY<|im_end|>\n"),
+    (["hi", "1 X", "?", "4"], "1 X<|im_end|>\n<think>\n\n</think>\n\n4<|im_end|>\n"),
     ([None, "I begin", "hi", "XYZ"], "I begin<|im_end|>\n<think>\n\n</think>\n\nXYZ<|im_end|>\n"),
     ([None, "user"], "user<|im_end|>\n"),
 ])  # fmt: skip
@@ -561,6 +563,11 @@ def test_what_is_warned_of_begins_at_its_share(rows, how, said, tokenizer, recwa
     assert [str(one.message) for one in recwarn] == [f"data in memory: {line}" for line in said]
 
 
+def test_tokens_that_run_on_as_labels_are_no_duplicate():
+    for other, n in ((([1], [2, 3]), 0), (([1, 2], [3]), 1)):
+        assert _Drawn([([1, 2], [3]), other], 0, Counter(), 8).n_duplicates == n
+
+
 def test_what_was_drawn_is_counted():
     examples = [([1, 2, 3], [-100, 2, 3]), ([1, 2, 3], [1, 2, 3]), ([1, 2, 3], [-100, 2, -100]), ([1, 2], [-100, 2])]
     drawn = _Drawn([*examples, examples[0]], 2, Counter({"as a": 3, "as b": 1}), 3)
@@ -627,7 +634,8 @@ def test_rows_of_any_columns_are_collated_by_what_they_hold():
     assert as_lists(ends) == {"input_ids": [[1, 2], [5, 2]], "attention_mask": [[1, 1], [1, 0]]}
     masked = collate(9, [{"input_ids": [1, 2], "attention_mask": [0, 1]}, {"input_ids": [5], "attention_mask": [1]}])
     assert as_lists(masked) == {"input_ids": [[1, 2], [5, 9]], "attention_mask": [[0, 1], [1, 0]]}
-    assert as_lists(collate(9, [{"labels": [1]}, {"labels": [2, 3]}])) == {"labels": [[1, -100], [2, 3]]}
+    for name in ("label", "labels"):  # classes of tokens
+        assert as_lists(collate(9, [{name: [1]}, {name: [2, 3]}])) == {"labels": [[1, -100], [2, 3]]}
     for odd in ([[0.5], [0.5, 1.5]], ["a", "b"], [None, None], [[[1, 2]], [[1, 2], [3, 4]]], [1, [1]]):
         said = "^column 'x' of the data set: .*[^.]. Expected numbers in each row, of one shape unless they are tokens"
         refused(said, collate, 0, [{"x": value} for value in odd])

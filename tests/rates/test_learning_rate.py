@@ -338,6 +338,30 @@ def test_an_expert_counts_for_the_tokens_that_the_router_sends_to_it(name, token
 
 @fused
 @pytest.mark.filterwarnings("ignore")
+def test_an_expert_is_unread_if_no_process_sent_it_a_token_and_its_layer_moves(told):
+    model = mixtral(num_local_experts=6, num_experts_per_tok=1)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=BOTH))
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    gates = [model.model.layers[block].mlp.gate.weight.data for block in (0, 1)]
+    data, unread = batches_for("llama", 1), []
+    for chosen in ((0, 1), (2, 3)):  # of each process: the experts that its tokens go to
+        for gate in gates:  # rows that point there and back, of which one is the best for each token
+            gate.zero_()
+            gate[chosen[0]], gate[chosen[1]] = gate[chosen[0]] + 1.0, gate[chosen[1]] - 1.0
+        unread.append([name for name in learning_rate(adapted, data).left_out if ".layers.1." in name])
+    ends = [f"model.layers.1.mlp.{end}.{expert}" for end in BOTH for expert in range(experts.num_experts)]
+    assert sorted(unread[1]) == sorted(name for name in ends if name.endswith((".4", ".5")))
+    told.clear()
+    (layer,) = [one for name, one in adapter_layers(adapted).items() if name.endswith("layers.1.mlp.experts.down_proj")]
+    nn.init.zeros_(layer.lora_A["default"].weight)
+    left_out = learning_rate(adapted, data).left_out  # a layer that does not move is named once, and no expert of it
+    assert [name for name in left_out if "layers.1.mlp.experts.down_proj" in name] == [
+        "model.layers.1.mlp.experts.down_proj"
+    ]
+
+
+@fused
+@pytest.mark.filterwarnings("ignore")
 def test_the_rates_of_experts_by_collect_and_by_learning_rate_agree(tokens):
     model = mixtral()
     data = [{"input_ids": torch.randint(3, 64, (8, 12))} for _ in range(4)]
@@ -657,6 +681,19 @@ def test_an_older_file_has_no_sizes_and_its_adapter_says_how_to_get_a_rate():
     assert "`lora-init rate` measures it" in init.how_to_train
 
 
+def test_without_a_length_the_rate_is_for_an_epoch_of_the_rows():
+    stats = collect(tiny(), batches(), rank=2)
+    rows = replace(stats, provenance=replace(stats.provenance, settings={"rows": 4000}))
+    assert build_adapter(rows, 2).rate.length == TrainingLength.plan(4000) != build_adapter(stats, 2).rate.length
+
+
+def test_a_head_that_is_known_not_to_train_raises_no_rate():
+    stats = collect(tiny_bert(), batches_for("bert"), ["query"], rank=2, task_type="SEQ_CLS")
+    init = build_adapter(stats, 2)
+    found = [replace(init, trains_head=trains).rate.new_head for trains in (None, True, False)]
+    assert found == [True, True, False]
+
+
 @pytest.mark.parametrize(("rows", "batch_size"), [(9, 8), (5, 8), (1, 8), (33, 32), (48, 8), (7, 1)])
 def test_epochs_that_are_said_are_those_that_the_rate_is_divided_by(rows, batch_size):
     assert TrainingLength.plan(rows, epochs=3, batch_size=batch_size).epochs == 3.0
@@ -812,7 +849,7 @@ def test_a_whole_number_of_a_settings_file_is_a_number_of_steps():
 
 def test_a_head_that_was_set_to_train_by_hand_is_new():
     model = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"], bias="all"))
-    assert not learning_rate(model, [TOKENS], steps=100).new_head
+    assert not learning_rate(model, [TOKENS], steps=100).new_head  # of whose head the bias trains
     model.get_base_model().classifier.requires_grad_(True)
     found = learning_rate(model, [TOKENS], steps=100)
     told = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))

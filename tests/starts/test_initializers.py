@@ -116,6 +116,20 @@ def test_whitening_survives_directions_without_variance():
     assert torch.equal(whitening_scale(dead, 3), torch.ones(3))
 
 
+def test_the_rounding_noise_of_a_direction_is_not_whitened():
+    """Below the resolution of float32 a direction takes the scale of the last one that is above it."""
+    source = spectrum(k=3, variances=[4.0, 1.0, 1e-15], total=5.0)  # singular values of 1 and 1.6e-8 of the first
+    scale = whitening_scale(source, 3)
+    assert scale[2] == scale[1] and eva(source, 3, layer_generator(0, "x"), whiten=True).abs().max() < 1.0
+    kept = whitening_scale(spectrum(k=3, variances=[4.0, 1.0, 1e-12], total=5.0), 3)  # 5e-7 of the first
+    assert kept[2] == pytest.approx((99 * 1e-12) ** 0.25)
+
+
+def test_a_component_below_the_noise_has_as_much_energy_as_the_noise():
+    source = spectrum(k=2, variances=[5.0, 0.25], total=15.25)  # ten other directions of variance 1
+    assert [energy(source, source.components[i : i + 1]) for i in (0, 1)] == pytest.approx([5.0, 1.0])
+
+
 def test_random_is_pefts_kaiming_draw():
     rows = random(400, 64, layer_generator(3, "x"))
     expected = nn.init.kaiming_uniform_(torch.empty(64, 400), a=5**0.5, generator=layer_generator(3, "x"))
