@@ -252,13 +252,13 @@ class AdapterInit(Shape):
             if self.corrects_base and correct_base:
                 check_correctable(plain, self.targets)
             adapted = attach(plain, self, adapter_name)
+            if self.freeze_a:
+                freeze_a(adapted, adapter_name)
         # After `attach`: where that fails, it leaves the model as it was.
         if self.corrects_base and correct_base:
             correct_weights(plain, self.weights, self.scaling)
         elif self.corrects_base:
             correct_outputs(plain, self.weights, self.scaling)
-        if self.freeze_a:
-            freeze_a(adapted, adapter_name)
         result: PeftModel = adapted
         return result
 

@@ -39,6 +39,8 @@ else:  # the registry decides what there is
 
 RANK = 16
 SCALING = 2.0  # lora_alpha / rank where nothing else is asked for, as most of PEFT's users have it
+# How --help writes that an option takes a list, which is then given once.
+LIST = "A,B,..."
 HELP_OF_WEIGHTS = "The float model that a quantized MODEL was made of. Default: MODEL itself."
 _BY_DEFAULT = find_start(DEFAULT)
 # Of `takes`: the parameters that are shown, and what the function returns.
@@ -150,18 +152,21 @@ class Layers(_Checked):
     target_modules: Annotated[
         str | Collection[str],
         dict(
-            kind=str, callback=read_modules,
+            kind=str, metavar=LIST, callback=read_modules,
             help="all-linear, attention, mlp, cross-attention, names, or a regular expression for full names.",
         ),
     ] = "all-linear"  # fmt: skip
     exclude_modules: Annotated[
         str | Collection[str] | None,
-        dict(kind=str | None, callback=read_modules, help="Names, or a regular expression, to leave out."),
+        dict(
+            kind=str | None, metavar=LIST, callback=read_modules, help="Names, or a regular expression, to leave out."
+        ),
     ] = None
     target_parameters: Annotated[
         Collection[str] | None,
         dict(
             kind=str | None,
+            metavar=LIST,
             callback=lambda text: read_names(text) or None,
             help="Names of fused parameters of experts.",
         ),
@@ -188,7 +193,13 @@ class Shape(_Checked):
     lora_dropout: float = 0.0
     modules_to_save: Annotated[
         Sequence[str],
-        dict(kind=str | None, callback=read_names, help="Modules to train whole, such as lm_head.", default=None),
+        dict(
+            kind=str | None,
+            metavar=LIST,
+            callback=read_names,
+            help="Modules to train whole, such as lm_head.",
+            default=None,
+        ),
     ] = ()
     freeze_a: Annotated[bool, dict(help="Train B alone: see the adapter's README.md.")] = False
     whiten: Annotated[bool, dict(help="With eva: scale each row by its variance.")] = False

@@ -255,7 +255,10 @@ def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
 
 @torch.no_grad()
 def fill_in_place(model: Any, init: AdapterInit) -> None:
-    """Copy A and B into the fresh layers that a model has from `add_adapter`; where A is shorter the rest stays."""
+    """Copy A and B into the fresh layers that a model has from `add_adapter`, and freeze A if the start does.
+
+    Where A is shorter than the layer's the rest stays.
+    """
     layers, name = adapter_layers(model), type(model).__name__
     adapter = next(iter(getattr(model, "peft_config", {})), "default")
     if len(getattr(model, "peft_config", ())) > 1:
@@ -287,6 +290,8 @@ def fill_in_place(model: Any, init: AdapterInit) -> None:
         # Into the tensors that are there, which an optimizer may hold already.
         layers[layer].lora_A[adapter].weight[: len(a)].copy_(a)
         layers[layer].lora_B[adapter].weight[:, : len(a)].copy_(b)
+    if init.freeze_a:
+        freeze_a(model, adapter)
 
 
 def freeze_a(adapted: nn.Module, adapter_name: str) -> None:

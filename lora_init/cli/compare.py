@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Argument, Option
 
-from lora_init.adapters.init_config import Ranks, Reading, Sample, read_modules, read_names, unescape
+from lora_init.adapters.init_config import LIST, Ranks, Reading, Sample, read_modules, read_names, unescape
 from lora_init.cli.console import FAILED, importing, print_result, refuse_idle, running, say
 from lora_init.cli.options import (
     FloatWeights,
@@ -88,13 +88,14 @@ class RunOptions:
     lora_alpha: Annotated[float | None, dict(help="The adapter is scaled by lora_alpha / rank. Default: rank x 2.")] = (
         None
     )
-    target_modules: Annotated[str, dict(help="As for lora-init init.")] = "all-linear"
+    target_modules: Annotated[str, dict(metavar=LIST, help="As for lora-init init.")] = "all-linear"
     steps: Annotated[int | None, dict(min=1, help="Steps of each run. Default: 100, with --time at most that.")] = None
     batch_size: Annotated[int, as_declared(Sample, "batch_size")] = BATCH_SIZE
     warmup: Annotated[float, dict(help="Share of the steps in which the learning rate rises.")] = 0.1
     # Lists are typed as texts, and read by `compare`.
     eval_points: Annotated[
-        str | None, dict(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
+        str | None,
+        dict(metavar=LIST, help="Steps after which to measure, such as 10,20,50. Default: every quarter."),
     ] = None
     sweep: Annotated[
         Literal["halving", "full"] | None,
@@ -111,7 +112,8 @@ class RunOptions:
     full: Annotated[bool, dict(help="Also train all weights, to say how much there is to win.")] = False
     # As text, since several numbers are compared as starts of their own, such as eva+16-batches.
     statistics_batches: Annotated[
-        str, dict(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
+        str,
+        dict(metavar=LIST, help="Training batches that statistics are made from; 4,16,64 compares these numbers."),
     ] = "32"
     # Half the width of a verdict's interval, as a share of random's loss.
     precision: Annotated[str | None, dict(help="Add seeds until every verdict is this precise, such as 1%.")] = None
@@ -137,13 +139,17 @@ def compare(
     starts: Annotated[
         str | None,
         Option(
-            help=f"Names separated by commas. Default: {RANDOM}, {DEFAULT} and {DEFAULT_FOR_CLASSES}. "
-            "mine=DIRECTORY is an adapter of your own, eva+32-alpha has a lora_alpha of its own."
+            metavar=LIST,
+            help=f"Default: {RANDOM}, {DEFAULT} and {DEFAULT_FOR_CLASSES}. "
+            "mine=DIRECTORY is an adapter of your own, eva+32-alpha has a lora_alpha of its own.",
         ),
     ] = None,
     learning_rates: Annotated[
         str | None,
-        Option(help="Tried for every start. Default: three around its measured rate, as init prints it."),
+        Option(
+            metavar=LIST,
+            help="Tried for every start. Default: three around its measured rate, as init prints it.",
+        ),
     ] = None,
     seeds: Annotated[
         int | None, Option(min=1, help="Seeds: 0, 1, 2 and so on. Default: 5, with a limit at most 32.")

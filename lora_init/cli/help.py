@@ -1,12 +1,15 @@
-"""The help of a command: on one screen the options that everybody needs; with --help-all every option, in groups."""
+"""Commands of the program: their help, on one screen or with --help-all in groups, and how their words are read."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from lora_init.adapters.init_config import LIST
 
 # Headings of --help-all in this order. Options without a `rich_help_panel` come before them, and are in --help.
 _PANELS = (
@@ -49,6 +52,14 @@ class ListedCommands(_Unbroken, TyperGroup):
 
 class GroupedCommand(_Unbroken, TyperCommand):
     """Writes the options that everybody needs, and with --help-all every option under a heading for each group."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words, in which a list is given once: of two, click would take the last alone."""
+        given: Any = self.make_parser(ctx).parse_args(args=[*args])[-1]  # the parameter of each word, in order
+        for parameter, n in Counter(given).items():
+            if n > 1 and parameter.metavar == LIST and not ctx.resilient_parsing:
+                ctx.fail(f"{parameter.opts[0]} is given {n} times. Give it once, with commas between its items.")
+        return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Name arguments in capitals, as sentences and examples do."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from lora_init.adapters.init_config import LIST
 from lora_init.cli.console import print_result
 from lora_init.cli.describe import describe
 from lora_init.cli.options import read_numbers
@@ -26,7 +27,8 @@ def merge(
     ],
     output: Annotated[Path, Option("--output", "-o", help="Statistics file to write.", show_default=False)],
     weights: Annotated[
-        str | None, Option(help="Share of each file, as 0.7,0.3. Default: each row counts once.")
+        str | None,
+        Option(metavar=LIST, help="Share of each file, as 0.7,0.3. Default: each row counts once."),
     ] = None,
     overwrite: Annotated[bool, Option(help="Replace the file that is there.")] = False,
 ) -> None:

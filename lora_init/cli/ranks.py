@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 import typer
 from typer import Argument, Option
 
-from lora_init.adapters.init_config import read_names
+from lora_init.adapters.init_config import LIST, read_names
 from lora_init.cli.console import print_next, print_result, running, say
 from lora_init.cli.options import WrittenAs, read_numbers
 from lora_init.cli.tables import Cells, facts, rank_table
@@ -269,7 +269,9 @@ class PlanOptions:
     min_rank: Annotated[int, dict(help="Smallest rank; 0 lets a layer go without.")] = 0
     max_rank: Annotated[int | None, dict(help="Largest rank.")] = None
     multiple_of: Annotated[int, dict(help="Ranks are multiples of this.")] = 1
-    allowed_ranks: Annotated[str | None, dict(help="The only ranks there are, such as 8,16,32,64.")] = None
+    allowed_ranks: Annotated[str | None, dict(metavar=LIST, help="The only ranks there are, such as 8,16,32,64.")] = (
+        None
+    )
     tie: Annotated[list[str] | None, dict(help="Layers of one rank in each block, as q_proj,k_proj. Repeatable.")] = (
         None
     )

@@ -257,8 +257,6 @@ class FilledHandle(InPlaceHandle):
         """Put the layers back and fill them."""
         self.restore()
         fill_in_place(self.given, init)
-        if init.freeze_a:
-            freeze_a(self.given, next(iter(self.given.peft_config)))
         return self.given
 
 

@@ -185,3 +185,14 @@ def test_a_is_frozen_on_an_adapter_that_is_there_where_it_is_asked_for(freeze_a)
         adapted = handle.put(lora_init.build_adapter(stats, 4, lora_alpha=8, freeze_a=freeze_a), "default")
     for name, parameter in adapted.named_parameters():
         assert parameter.requires_grad is (".lora_B." in name or (".lora_A." in name and not freeze_a)), name
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_a_is_frozen_in_an_adapter_of_any_name(name):
+    """One from `add_adapter` has its own."""
+    model = tiny_llama()
+    inject_adapter_in_model(LoraConfig(**CONFIG), model, name)
+    model._hf_peft_config_loaded = True
+    lora_init.initialize(model, batches_for("llama"), freeze_a=True)
+    trains = {layer: parameter.requires_grad for layer, parameter in model.named_parameters() if ".lora_" in layer}
+    assert len(trains) == 8 and all(flag is (f".lora_B.{name}." in layer) for layer, flag in trains.items())

@@ -61,6 +61,30 @@ def test_wrong_usage_exits_with_2(arguments):
     assert_one_line_error(run(*arguments), "--help.", code=2)
 
 
+LISTS = {
+    "init": ["--exclude-modules", "--modules-to-save", "--target-modules", "--target-parameters"],
+    "compare": ["--eval-points", "--learning-rates", "--starts", "--statistics-batches", "--target-modules"],
+    "merge": ["--weights"],
+    "ranks": ["--allowed-ranks"],
+}
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_a_list_is_given_once_and_all_else_may_be_given_anew(name):
+    """Of two lists click would take the last one without a word."""
+    told = []
+    for option in _COMMANDS[name].params:
+        if option.param_type_name == "option" and option.name not in ("help", "help_all"):
+            values = [] if option.is_flag else ["1"]
+            said = run(*name.split(), option.opts[0], *values, option.opts[-1], *values).stderr
+            if said.startswith(f"error: {option.opts[0]} is given 2 times. Give it once, with commas between its ite"):
+                told.append(option.opts[0])
+    assert sorted(told) == LISTS.get(name, [])
+    if name == "init":
+        last = _COMMANDS[name].make_context(name, ["m", "d", "-o", "x", "--rank", "2", "-o", "y", "--rank", "4"]).params
+        assert (last["rank"], str(last["output"])) == (4, "y")
+
+
 def test_without_arguments_it_prints_four_things_to_do_and_their_commands():
     result = run()
     assert result.exit_code == 0 and re.findall(r"^(\d)\. ", result.stdout, re.MULTILINE) == ["1", "2", "3", "4"]
