@@ -109,13 +109,13 @@ def load_batches(
         LoraInitError: The source is missing, unreadable or empty, a column is missing, no row is usable, an argument
             is out of range, or a label goes with a completion or is no class.
     """
-    check_number("batch_size", batch_size, 1)
-    check_number("max_length", max_length, 2)
-    check_number("seed", seed)
-    check_number("offset", offset)
+    check_number("batch_size", batch_size, 1, whole=True)
+    check_number("max_length", max_length, 2, whole=True)
+    check_number("seed", seed, whole=True)
+    check_number("offset", offset, whole=True)
     check_switches(seq2seq=seq2seq, needs_labels=needs_labels)
     if samples is not None:
-        check_number("samples", samples, 1, hint=" None is for all.")
+        check_number("samples", samples, 1, whole=True, hint=" None is for all.")
     _check_templates(template=template, completion=completion)
     if known_classes and label is None:
         raise LoraInitError("known_classes= says in which order {label} counts. Give both.", label=...)

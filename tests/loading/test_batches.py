@@ -275,13 +275,16 @@ def test_a_classifier_pools_the_token_that_it_pools_in_training(bos):
     (dict(), "has the columns passage, label. Expected messages, or conversations, or prompt and completion, or"),
     (dict(), "name others, such as template='{passage}' with completion=' {label}'."),
     (dict(label="label"), "name others, such as template='{passage}'."),
-    (dict(template="{passage}", batch_size=0), "batch_size=0, expected a number of at least 1"),
-    (dict(template="{passage}", batch_size="8"), "batch_size='8', expected a number of at least 1"),
+    (dict(template="{passage}", batch_size=0), "batch_size=0, expected a whole number of at least 1"),
+    (dict(template="{passage}", batch_size="8"), "batch_size='8', expected a whole number of at least 1"),
+    (dict(template="{passage}", batch_size=2.5), "batch_size=2.5, expected a whole number of at least 1"),
+    (dict(template="{passage}", max_length=9.5), "max_length=9.5, expected a whole number of at least 2"),
+    (dict(template="{passage}", samples=2.5), "samples=2.5, expected a whole number of at least 1"),
     (dict(template=3), "template=3: expected a text with columns in braces"),
-    (dict(template="{passage}", max_length=1), "max_length=1, expected a number of at least 2"),
-    (dict(template="{passage}", samples=0), "samples=0, expected a number of at least 1"),
-    (dict(template="{passage}", seed=-1), "seed=-1, expected a number of at least 0"),
-    (dict(template="{passage}", offset=-1), "offset=-1, expected a number of at least 0"),
+    (dict(template="{passage}", max_length=1), "max_length=1, expected a whole number of at least 2"),
+    (dict(template="{passage}", samples=0), "samples=0, expected a whole number of at least 1"),
+    (dict(template="{passage}", seed=-1), "seed=-1, expected a whole number of at least 0"),
+    (dict(template="{passage}", offset=-1), "offset=-1, expected a whole number of at least 0"),
     (dict(template="{passage}", offset=1), "no usable example among 1 rows read as template '{passage}' after the"),
     (dict(template="{passage}", seq2seq=True), "an encoder-decoder model needs a prompt"),
     (dict(template="{passage}", completion="{label}", max_length=4), "1 left out without a labelled token among"),
@@ -685,7 +688,7 @@ def test_what_is_no_tokenized_set_is_given_back_as_it_is():
 def test_an_error_about_other_text_names_the_option_of_its_template(how, option, said, tokenizer):
     line = refused(said, load_other, [{"a": "x", "b": "y"}], tokenizer, option, **how)
     assert "such as" not in line and " template" not in line
-    with pytest.raises(LoraInitError, match=r"^max_length=1, expected a number of at least 2\.$"):
+    with pytest.raises(LoraInitError, match=r"^max_length=1, expected a whole number of at least 2\.$"):
         load_other(numbered(2), tokenizer, option, max_length=1)
 
 
