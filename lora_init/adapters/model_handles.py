@@ -46,6 +46,10 @@ class ModelHandle:
         """Add what an adapter that is there says; refuse one that is in use."""
         return config
 
+    def name_of_adapter(self, asked_for: str | None) -> str:
+        """Return PEFT's name for the adapter to come: what is asked for, or what one that is there is called."""
+        return asked_for or next(iter(getattr(self.given, "peft_config", {})), "default")
+
     def check(self, start: Start) -> None:
         """Refuse a start that changes the base where that would be lost."""
         if start.corrects_base and self.base_stays:
@@ -131,6 +135,16 @@ class InPlaceHandle(ModelHandle):
 
     in_place, wraps_anew = True, False
     base_stays = "an adapter from add_adapter() is saved without them"
+
+    def name_of_adapter(self, asked_for: str | None) -> str:
+        """Return the name that the adapter has, and refuse another one: its layers stay."""
+        own = super().name_of_adapter(None)
+        if asked_for not in (None, own):
+            raise LoraInitError(
+                f"adapter_name={asked_for!r}: the adapter on {type(self.given).__name__} is named {own!r}, and keeps "
+                "its name. Leave adapter_name out."
+            )
+        return own
 
     def read(self, config: InitConfig) -> InitConfig:
         """Read the LoraConfig; every layer has its rank, as the libraries' files expect."""

@@ -34,7 +34,7 @@ class _Given:
     _: KW_ONLY
     tokenizer: Any = None
     config: LoraConfig | None = None
-    adapter_name: str = "default"
+    adapter_name: str | None = None
     learning_rate: Literal["measured"] | None = None
 
 
@@ -53,7 +53,7 @@ def initialize(
     *,
     tokenizer: Any = None,
     config: LoraConfig | None = None,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     learning_rate: Literal["measured"] | None = None,
     **options: Any,
 ) -> PeftModel | Any:
@@ -84,7 +84,7 @@ def initialize(
             dropout, modules that are trained whole, and the layers that PEFT selects by it (`exclude_modules`,
             `layers_to_transform` and so on). A setting beyond these raises an error that names it, and so does an
             argument that contradicts the config.
-        adapter_name: PEFT's name for the adapter.
+        adapter_name: PEFT's name for the adapter. Default: what a fresh adapter that is there is called, else "default".
         learning_rate: With a trainer, `"measured"` sets its learning rate to the one that the pass predicts for its
             steps. Other optimizers than AdamW raise, and so do other losses than the model's own, such as DPO's:
             nothing was measured for them. By default the trainer keeps its rate, and a warning says if it is far off.
@@ -115,19 +115,21 @@ def initialize(
             if not handle.wraps_anew:
                 raise LoraInitError("config= is for a plain model, and this one has an adapter with a LoraConfig.")
             init_config = read_config(handle.model, config, init_config)
+        name = handle.name_of_adapter(adapter_name)
         _check_targets(handle.model, init_config)
         with handle.opened(choose(init_config, classifies)) as opened:
             fed, read = handle.feed(batches, opened)
-            return _applied(run(handle, fed, read, tokenizer), handle, adapter_name)
+            return _applied(run(handle, fed, read, tokenizer), handle, name)
     _check_beside_trainer(config, batches, tokenizer)
     began, integration = time.perf_counter(), find_trainer(model)
     if learning_rate:
         integration.check_rate()  # before the pass: it refuses optimizers and losses that no rate was measured for
+    name = integration.handle.name_of_adapter(adapter_name)
     with integration.opened(choose(init_config, classifies or integration.classifies)) as (read, own):
         given = own if batches is None else batches
         init = run(integration.handle, given, read, tokenizer)
         init = replace(init, length=integration.length_after(init, own_data=batches is None))
-        adapted = _applied(init, integration.handle, adapter_name)
+        adapted = _applied(init, integration.handle, name)
     integration.hand_over(adapted)
     if learning_rate and init.rate:
         integration.set_rate(init.rate.rate)

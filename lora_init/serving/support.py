@@ -272,6 +272,8 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
     if engine is PEFT:  # which trained it
         return
     extra = next(_not_taken(engine, trained, base), None)
+    if base.model.config.is_encoder_decoder:
+        extra = "adapters of an encoder-decoder model"
     if extra is not None:
         remedy = "Write a whole model instead by {merge_into}, without an engine."
         if trained.config.get("alora_invocation_tokens"):  # merged, it would act on every token

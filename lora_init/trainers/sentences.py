@@ -79,6 +79,10 @@ class SentenceHandle(ModelHandle):
                 own["forward"] = called
                 yield config
 
+    def name_of_adapter(self, asked_for: str | None) -> str:
+        """Return the name of the adapter of the model inside."""
+        return self.inner.name_of_adapter(asked_for)
+
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
         """Put the adapter on the model inside, and return the whole."""
         setattr(self.holder, self.attribute, self.inner.put(init, adapter_name))

@@ -282,7 +282,10 @@ def _keep_for_training(trainer: Any) -> None:
 
 def _is_known(made: Any) -> bool:
     """Return whether a class or function is of a library whose trainers are known here."""
-    return getattr(made, "__module__", "").partition(".")[0] in _KNOWN
+    module = getattr(made, "__module__", "")
+    # A patch may have the module of what it replaces, by functools.wraps; its globals are its own.
+    written_in = getattr(made, "__globals__", {}).get("__name__", module)
+    return all(name.partition(".")[0] in _KNOWN for name in (module, written_in))
 
 
 def has_own_loss(model: nn.Module) -> bool:

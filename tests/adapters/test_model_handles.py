@@ -196,3 +196,17 @@ def test_a_is_frozen_in_an_adapter_of_any_name(name):
     lora_init.initialize(model, batches_for("llama"), freeze_a=True)
     trains = {layer: parameter.requires_grad for layer, parameter in model.named_parameters() if ".lora_" in layer}
     assert len(trains) == 8 and all(flag is (f".lora_B.{name}." in layer) for layer, flag in trains.items())
+
+
+def test_an_adapter_that_is_filled_keeps_its_name():
+    model = fresh()
+    words = "^adapter_name='other': the adapter on LlamaForCausalLM is named 'default', and keeps its name. Leave"
+    refused(words, filled, model, adapter_name="other")
+    assert [*adapter_layers(filled(model, adapter_name="default"))] == [*adapter_layers(fresh())]
+
+
+@pytest.mark.parametrize(("asked_for", "name"), [(None, "mine"), ("other", "other"), ("mine", "mine")])
+def test_a_fresh_adapter_that_is_replaced_leaves_its_name(asked_for, name):
+    handle = handle_of(get_peft_model(tiny_llama(), LoraConfig(**CONFIG), adapter_name="mine"))
+    assert handle.name_of_adapter(asked_for) == name
+    assert handle_of(tiny_llama()).name_of_adapter(asked_for) == (asked_for or "default")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from lora_init import export_adapter
+from lora_init import check_fit, export_adapter
 from lora_init.serving import experts, writers
 from lora_init.serving.base import read_base
 from lora_init.serving.engines import ENGINES, PEFT, check_rank, find_engine, vllm_rank
@@ -20,6 +21,7 @@ from lora_init.serving.support import _not_taken, export_options, serving_note, 
 from lora_init.serving.trained import EMBEDDING, Layer, Trained, read_trained
 from lora_init.serving.writers import gguf_names
 from tests.conftest import refused as one_line
+from tests.conftest import tiny_bert, tiny_llama, tiny_t5
 from tests.quick import ROOT
 from tests.serving.made import ADAPTERS, config_of, load, refused, train
 from tests.versions import older
@@ -155,6 +157,33 @@ def test_what_an_engine_does_not_take_is_said_before_anything_is_written(engine,
     if (engine, name) == ("mlx", "DoRA"):
         return
     refused(f"{re.escape(engine)} does not take {REFUSED[name]}.*merge_into=", trained, tmp_path / "served", engine)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "tgi", "lorax"])
+@pytest.mark.parametrize("task_type", ["SEQ_2_SEQ_LM", None])
+def test_no_engine_takes_an_adapter_of_an_encoder_decoder(task_type, engine, tmp_path):
+    """The note of `inspect` says so by the task; the base tells it without one."""
+    tiny_t5().save_pretrained(tmp_path / "base")
+    model = type(tiny_t5()).from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q"], task_type=task_type)).save_pretrained(tmp_path / "a")
+    where = tmp_path / "a", tmp_path / "served", engine
+    one_line(f"^{engine} does not take adapters of an encoder-decoder model. .*merge_into=", export_adapter, *where)
+    said = [misfit.problem for misfit in check_fit(tmp_path / "a", engine=engine).misfits]
+    assert len(said) == 1 and "does not take adapters of an encoder-decoder model" in said[0]
+
+
+def test_an_adapter_of_a_model_that_writes_no_text_is_exported_with_a_word(tmp_path):
+    for make, told in ((tiny_bert, 1), (tiny_llama, 0)):
+        model = make().base_model if told else make()
+        model.save_pretrained(tmp_path / str(told))
+        model = type(model).from_pretrained(tmp_path / str(told))
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["query", "q_proj"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_()
+        model.save_pretrained(tmp_path / f"adapter{told}")
+        notes = export_adapter(tmp_path / f"adapter{told}", tmp_path / f"served{told}", "vllm").notes
+        assert [note for note in notes if "writes no text: whether vllm serves" in note] == [*notes][:told]
 
 
 TWO = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("q_proj", "v_proj")]

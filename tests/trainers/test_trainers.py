@@ -1,5 +1,6 @@
 """initialize(trainer): statistics from what the trainer trains on, and the adapter in the trainer."""
 
+import functools
 import json
 import re
 import types
@@ -17,7 +18,7 @@ from lora_init.errors import LoraInitWarning
 from lora_init.trainers.trainers import TrainerIntegration, _keep_for_training, leaves_loss
 from tests.commands import tokenizer_of
 from tests.conftest import refused, tiny_bert, tiny_llama, tiny_vit
-from tests.trainers.made import CHAT, WORDS, chats, of_class, plain, seen_by, sentences, settings
+from tests.trainers.made import CHAT, CONFIG, WORDS, chats, of_class, plain, seen_by, sentences, settings
 
 # These trainers take the rates that a tiny model learns at.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")
@@ -381,6 +382,17 @@ def with_own_model_loss(*given):
     return trainer
 
 
+def with_own_optimizer_under_its_name(*given):
+    trainer = plain(*given)
+
+    @functools.wraps(Trainer.create_optimizer)
+    def create_optimizer(*_):
+        return OwnOptimizer.create_optimizer(trainer)
+
+    trainer.create_optimizer = create_optimizer
+    return trainer
+
+
 class Seq2SeqTrainer(Trainer):  # named as one whose loss is known
     def compute_loss(self, model, inputs, *given, **more):
         return model(**inputs).logits.square().mean()
@@ -393,6 +405,7 @@ class OwnStep(Trainer):
 
 UNMEASURED = {
     "an optimizer of one's own": (of_class(OwnOptimizer), "for the optimizer that OwnOptimizer makes itself"),
+    "a patch": (with_own_optimizer_under_its_name, "for the optimizer that Trainer makes itself"),
     "its class": (of_class(OwnClass), "for the optimizer that OwnClass makes itself"),
     "SGD": (lambda *given: plain(*given, optim="sgd"), "for the optimizer sgd"),
     "Adafactor": (lambda *given: plain(*given, optim="adafactor"), "for the optimizer adafactor"),
@@ -445,6 +458,15 @@ def test_a_schedule_that_the_arguments_do_not_name_is_told_of(kind, tmp_path, to
         f"the learning rate was measured with the schedule cosine and linear, and not with {one}" for one in of
     ]
     assert [line.removesuffix(": tune it.") for line in said] == schedules
+
+
+def test_the_adapter_of_a_trainer_keeps_its_name(tmp_path, tokenizer):
+    """The trainer saves it in a folder of that name, and the user's own PeftModel knows no other."""
+    model = get_peft_model(tiny_llama(), LoraConfig(**CONFIG), adapter_name="mine")
+    trainer = plain(tmp_path, tokenizer, model)
+    assert [*lora_init.initialize(trainer).peft_config] == [*trainer.model.peft_config] == ["mine"]
+    trainer = plain(tmp_path, tokenizer, get_peft_model(tiny_llama(), LoraConfig(**CONFIG), adapter_name="mine"))
+    assert [*lora_init.initialize(trainer, adapter_name="other").peft_config] == ["other"]
 
 
 @pytest.mark.parametrize("name", ["compute_loss", "training_step"])
