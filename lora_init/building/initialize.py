@@ -84,7 +84,7 @@ def initialize(
             dropout, modules that are trained whole, and the layers that PEFT selects by it (`exclude_modules`,
             `layers_to_transform` and so on). A setting beyond these raises an error that names it, and so does an
             argument that contradicts the config.
-        adapter_name: PEFT's name for the adapter. Default: what a fresh adapter that is there is called, else "default".
+        adapter_name: PEFT's name for the adapter. Default: the name of a fresh adapter on it, else "default".
         learning_rate: With a trainer, `"measured"` sets its learning rate to the one that the pass predicts for its
             steps. Other optimizers than AdamW raise, and so do other losses than the model's own, such as DPO's:
             nothing was measured for them. By default the trainer keeps its rate, and a warning says if it is far off.
