@@ -229,7 +229,9 @@ def test_a_merge_goes_file_by_file_and_takes_the_tokenizer_along(base, tmp_path,
     (base / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
     trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
     monkeypatch.setattr(base_room, "SHARD_BYTES", 20_000)
+    (base / "adapter_config.json").write_text("{}")  # beside a merged model, transformers would load an adapter by it
     export_adapter(trained, tmp_path / "merged", merge_into=str(base))
+    (base / "adapter_config.json").unlink()
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert [file.name for file in files] == [f"model-{i + 1:05}.safetensors" for i in range(len(files))] and files[3:]
     index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
@@ -261,6 +263,11 @@ def test_intruders_are_reduced_as_peft_does_it(base, tmp_path):
     reduce_intruder_dimension(peft_model, logging_sink=None)
     torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(peft_model.eval()), atol=1e-4, rtol=1e-4)
     assert (logits(load(base), tmp_path / "served") - logits(load(base), trained)).abs().max() > 0.01
+    tensors = load_file(trained / "adapter_model.safetensors")  # which PEFT reads as float32
+    save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, trained / "adapter_model.safetensors")
+    export_adapter(trained, tmp_path / "narrow", reduce_intruders=model)
+    written = load_file(tmp_path / "narrow/adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in written} == {torch.bfloat16}
 
 
 def test_names_with_the_adapters_own_name_in_them_are_told_of_rename(base, tmp_path):
@@ -593,6 +600,7 @@ def test_an_export_that_was_moved_is_served_from_where_it_is(base, tmp_path):
     change = config_of(here) | {"base_model_name_or_path": "--trust"}
     (here / "adapter_config.json").write_text(json.dumps(change))
     assert exported_as(here) == {"command": f"vllm serve BASE {serve}", "verify": f"{ask} --base BASE"}
+    assert exported_as(here, "other") == {"command": f"vllm serve other {serve}", "verify": f"{ask} --base other"}
     record = json.loads((here / RECORD_FILE).read_text())
     (here / RECORD_FILE).write_text(json.dumps(record | {"engine": "rm -rf"}))
     assert exported_as(here) is None and exported_as(trained) is None

@@ -157,6 +157,8 @@ def test_an_adapter_directory(start, tmp_path):
     assert found.count == expected.count > 0
     for name, layer in expected.layers.items():
         assert found.layers[name].similarities == pytest.approx(layer.similarities, abs=1e-4)
+    said = "q_proj' has an adapter, and base= has no"  # what is given is not computed anew
+    refused(said, intruder_dimensions, model, tmp_path / "adapter", base={})
 
 
 def tiny_llama_again(model):
@@ -257,13 +259,14 @@ def test_numbers_that_no_vector_can_have_are_refused(wrong):
     assert intruder_dimensions(planted(1), k=1, threshold=1.0).of == 1
 
 
-@pytest.mark.parametrize("size", [127, 128, 160])
-def test_the_leading_vectors_are_the_same_by_lanczos_steps(size):
+@pytest.mark.parametrize(("size", "k"), [(127, 3), (128, 3), (160, 3), (160, 159), (160, 160), (160, 200)])
+def test_the_leading_vectors_are_the_same_by_lanczos_steps(size, k):
+    """Also of as many as there are or more, for which there are no such steps."""
     weight = torch.linalg.qr(torch.randn(170, size)).Q * torch.linspace(9, 1, size)
     u, s, _ = torch.linalg.svd(weight, full_matrices=False)
-    vectors, values = _leading(weight, 3)
-    assert vectors.shape == (170, 3)
-    torch.testing.assert_close(values, s[:3])
-    torch.testing.assert_close((vectors * u[:, :3]).sum(0).abs(), torch.ones(3))
-    vectors, values = _leading(torch.zeros(170, size), 3)
-    assert vectors.shape == (170, 3) and values.tolist() == [0.0] * 3
+    vectors, values = _leading(weight, k)
+    assert vectors.shape == (170, min(k, size))
+    torch.testing.assert_close(values, s[:k])
+    torch.testing.assert_close((vectors * u[:, :k]).sum(0).abs(), torch.ones(min(k, size)))
+    vectors, values = _leading(torch.zeros(170, size), k)
+    assert vectors.shape == (170, min(k, size)) and values.tolist() == [0.0] * min(k, size)

@@ -134,6 +134,24 @@ def test_the_divergence_is_that_of_the_merged_model(tmp_path):
         divergence(load(base).float(), AdapterDirectory(directory), [], "nf4")
 
 
+def test_the_rows_that_are_rounded_are_those_of_each_output_of_a_conv1d_too(tmp_path):
+    """It has its weight transposed, so that a model rounded along the rows that it has would be another."""
+    directory, base = make(tmp_path, "gpt2", size=20.0, dtype=torch.float32)
+    ids = torch.randint(3, 23, (2, 9))
+    found = divergence(load(base), AdapterDirectory(directory), [{"input_ids": ids, "labels": ids}], "int8")
+    adapted, rounded = load(base), load(base)
+    modules = dict(rounded.named_modules())
+    for name, weight, change in weights(directory, base):
+        after = weight + change  # [d_out, d_in]
+        step = after.abs().max(1, keepdim=True).values / 127
+        modules[name].weight.data = ((after / step).round() * step).mT
+        adapted.get_submodule(name).weight.data = after.mT
+    with torch.no_grad():
+        p, q = (model(input_ids=ids).logits[:, :-1].double().log_softmax(-1) for model in (adapted, rounded))
+    assert found.merged == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-2)
+    assert found.tokens == 16 and 0 < found.merged < found.base
+
+
 @pytest.mark.parametrize(("along", "noise", "lost", "first"), [
     (1.0, 0.0, None, "Merge:"),
     (0.5, 1.0, None, "Merge:"),
