@@ -457,7 +457,7 @@ def test_what_an_engine_does_not_take_of_an_adapter_is_listed():
     one = Layer(torch.ones(1, 3), torch.ones(4, 1), 1.0)
     layers = {
         "h.0.up": replace(one, magnitude=torch.ones(4)), "emb": replace(one, ends=EMBEDDING), "head": one,
-        "h.experts.2.up": one, "h.experts.up": Layer(torch.ones(3, 1, 3), torch.ones(3, 4, 1), 1.0),
+        "h.experts.12.up": one, "h.experts.up": Layer(torch.ones(3, 1, 3), torch.ones(3, 4, 1), 1.0),
         "router": Layer(torch.ones(1, 1, 3), torch.ones(1, 4, 1), 1.0),
     }  # fmt: skip
     config = {"alora_invocation_tokens": [1], "trainable_token_indices": [2], "bias": "all"}
@@ -472,7 +472,7 @@ def test_what_an_engine_does_not_take_of_an_adapter_is_listed():
         "an adapter of the embedding 'emb'",
         "an adapter of 'head', whose weight is also the input embedding's",
     ]
-    experts = ["an adapter of the expert 'h.experts.2.up'", "an adapter of the parameter 'h.experts.up' of 3 experts"]
+    experts = ["an adapter of the expert 'h.experts.12.up'", "an adapter of the parameter 'h.experts.up' of 3 experts"]
     assert [*_not_taken(ENGINES["tgi"], trained, base)] == ["DoRA", *embeddings, *experts, router, *others]
     assert [*_not_taken(ENGINES["mlx"], trained, base)] == [*embeddings, router, *others]
     base.tied = False

@@ -139,6 +139,30 @@ def test_what_a_start_took_off_a_head_is_put_back_once(method, new_rows, base, t
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_start_that_corrects_a_quantized_base_has_taken_nothing_off_a_head(base, tmp_path):
+    _, trained = with_head(base, tmp_path, new_rows=False, init_lora_weights=False)
+    (trained / "lora_init.json").write_text('{"method": "qera", "error_size": 1.0}')
+    export_adapter(trained, tmp_path / "engine", "vllm", start=tmp_path / "start")
+    model = load(base)
+    for part, sign in (("trained", 2.0), ("start", -2.0)):  # alpha / r = 2
+        tensors = load_file(tmp_path / part / "adapter_model.safetensors")
+        for key in [key for key in tensors if "lora_A" in key]:
+            name = key.removeprefix("base_model.model.").partition(".lora_A")[0]
+            model.get_submodule(name).weight.data += sign * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+    torch.testing.assert_close(logits(load(base), tmp_path / "engine"), logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_a_class_of_the_users_own_stays_named_for_peft_and_not_for_engines(base, tmp_path):
+    trained = train(base, tmp_path / "trained", target_modules=["q_proj"])
+    own = {"base_model_class": "MyLlama", "parent_library": "mine"}
+    (trained / "adapter_config.json").write_text(
+        json.dumps(config_of(trained) | {"task_type": None, "auto_mapping": own})
+    )
+    for engine, named in ((None, own), ("vllm", None)):
+        export_adapter(trained, tmp_path / "out", engine, overwrite=True)
+        assert config_of(tmp_path / "out").get("auto_mapping") == named
+
+
 def test_a_bias_beside_an_adapter_is_merged(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "base")
     trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["c_fc"], bias="all", fan_in_fan_out=True)
