@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_init import check_fit, export_adapter
 from lora_init.serving import experts, writers
@@ -141,6 +141,10 @@ def test_mlx_gets_one_rank_and_scale_and_transposed_factors(settings, base, tmp_
         if name in (expected := deltas(base, trained)):
             torch.testing.assert_close(parameters["scale"] * (a @ b).T, expected[name], atol=1e-5, rtol=1e-5)
     assert not tensors
+    tensors = load_file(trained / "adapter_model.safetensors")
+    save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, trained / "adapter_model.safetensors")
+    export_adapter(trained, tmp_path / "narrow", "mlx")  # also where B is multiplied by what scalings differ in
+    assert {one.dtype for one in load_file(tmp_path / "narrow/adapters.safetensors").values()} == {torch.bfloat16}
 
 
 REFUSED = {

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from lora_init import allocate_ranks, build_adapter, collect, dial, export_adapter
 from lora_init.serving import base as base_room
 from lora_init.serving.engines import ENGINES
+from lora_init.serving.experts import by_projection
+from lora_init.serving.support import on_base
 from lora_init.serving.trained import read_trained
 from tests.commands import assert_one_line_error, run
 from tests.layers.made import BOTH, COMMON, MODELS
@@ -363,6 +365,21 @@ def test_engines_get_of_each_expert_what_peft_adds_to_it(name, engine, base, tmp
     assert exported.verify.startswith(f"lora-init verify {trained} ")  # which PEFT reads of all families
     endings = {key.split(".")[-3] for key in tensors}
     assert {*config["target_modules"]} == endings and not config.get("target_parameters")
+
+
+@only("mixtral", "gpt_oss")
+def test_gate_and_up_projection_are_told_apart_where_a_release_does_not_say_how_they_lie(base, tmp_path):
+    """Releases of transformers before `is_concatenated` have GPT-OSS alone with pairs of rows, and it transposed."""
+    trained, found = train(base, tmp_path / "trained", target_modules=["q_proj"]), []
+    for says in (True, False):
+        adapter, made = on_base("sglang", read_trained(trained), str(base))
+        for module in made.model.modules():
+            if not says and hasattr(module, "is_concatenated"):
+                del module.is_concatenated
+        found.append(by_projection(adapter, made).layers)
+    assert found[0].keys() == found[1].keys() and sum("gate_proj" in name for name in found[0]) == 2
+    for name, layer in found[0].items():
+        assert torch.equal(layer.a, found[1][name].a) and torch.equal(layer.b, found[1][name].b)
 
 
 @only("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")

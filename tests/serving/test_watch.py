@@ -384,6 +384,11 @@ def test_the_steps_that_were_noted_last_are_kept(monkeypatch):
     for step in (1, 2, 1, 3):
         watch.note(model, step)
     assert watch._kept == {1: 8, 3: 8}
+    given = [*PROMPTS]
+    own = ServingWatch(word_tokenizer(), given, lambda prompt: {})
+    given.append("w1")  # answers of two steps are compared, which have to be those to the same prompts
+    own.note(model, 4)
+    assert own._kept == {4: 8}
     for many, keep in (([], 1), (PROMPTS, 0)):
         refused(
             f"^a watch needs a prompt and a step to keep, and got {len(many)} and keep={keep}",
