@@ -575,7 +575,7 @@ def test_values_vary_around_the_mean_of_their_prompt():
 def test_a_token_is_told_by_its_number_or_its_text():
     local = object.__new__(Local)
     local.size, local.tokenizer = 8, tokenizer_of(["a", "b"])
-    told = {"a": -1.0, 5: -2.0, "c": -3.0, 8: -4.0, -1: -5.0, "</s>": -6.0, 7: -7.0, 0: -8.0}
+    told = {"a": -1.0, 5: -2.0, "c": -3.0, 7: -7.0, 8: -4.0, -1: -5.0, "</s>": -6.0, 0: -8.0}
     rows = local.observe({"x": told, "y": {}}.get, ["y", "x"])
     nan = torch.nan
     expected = torch.tensor([[nan] * 8, [-8.0, nan, -6.0, nan, -1.0, -2.0, nan, -7.0]])
