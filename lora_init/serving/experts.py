@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ _SAME_IN_MLX = ("GptOssForCausalLM", "Dots1ForCausalLM")
 _DOWN = "down_proj"
 
 
+def is_concatenated(module: Any) -> bool:
+    """Return whether the rows of the gate stand before those of the up projection, or row by row as in GPT-OSS."""
+    # Releases of transformers before this attribute transpose GPT-OSS alone.
+    return bool(getattr(module, "is_concatenated", not module.is_transposed))
+
+
 def by_projection(trained: Trained, base: Base) -> Trained:
     """Cut what fused experts have in one parameter into gate and up projection, which share A.
 
@@ -39,7 +46,7 @@ def by_projection(trained: Trained, base: Base) -> Trained:
         if layer.experts and end == "gate_up_proj":
             module = base.model.get_submodule(owner)
             halves = layer.b.chunk(2, 1)  # experts x 2 d_out x r -> twice experts x d_out x r
-            if not getattr(module, "is_concatenated", not module.is_transposed):  # as GPT-OSS: gate and up row by row
+            if not is_concatenated(module):
                 halves = layer.b[:, ::2], layer.b[:, 1::2]
             for kind, b in zip(("gate_proj", "up_proj"), halves, strict=True):
                 layers[f"{owner}.{kind}"] = replace(layer, a=layer.a.clone(), b=b)  # files hold no tensor twice

@@ -22,7 +22,7 @@ from lora_init.layers.grid import layer_grid
 from lora_init.layers.running import disabled, restoring
 from lora_init.packages import check_takes
 from lora_init.serving.engines import VLLM_RANKS
-from lora_init.serving.experts import Change, misreadings
+from lora_init.serving.experts import Change, is_concatenated, misreadings
 from lora_init.serving.export import RECORD_FILE
 from lora_init.serving.trained import note_of
 from lora_init.starts.weights import LoraWeights
@@ -476,7 +476,7 @@ class Local:
             faults.append(Fault("a part is missing", "the magnitudes of DoRA", dict.fromkeys(names, 1.0), False))
         if self._fused:
             first = next(iter(self._fused.values()))
-            halves = bool(getattr(first.get_base_layer(), "is_concatenated", True))
+            halves = is_concatenated(first.get_base_layer())
             for (verdict, reason), experts in misreadings(first.num_experts, halves).items():
                 faults.append(Fault(verdict, reason, {}, experts=experts))
         return faults

@@ -20,6 +20,8 @@ from lora_init.serving.engines import ENGINES
 from lora_init.serving.experts import by_projection
 from lora_init.serving.support import on_base
 from lora_init.serving.trained import read_trained
+from lora_init.serving.verify import Local
+from lora_init.starts.weights import LoraWeights
 from tests.commands import assert_one_line_error, run
 from tests.layers.made import BOTH, COMMON, MODELS
 from tests.serving.made import IDS, config_of, refused
@@ -370,8 +372,17 @@ def test_engines_get_of_each_expert_what_peft_adds_to_it(name, engine, base, tmp
 @only("mixtral", "gpt_oss")
 def test_gate_and_up_projection_are_told_apart_where_a_release_does_not_say_how_they_lie(base, tmp_path):
     """Releases of transformers before `is_concatenated` have GPT-OSS alone with pairs of rows, and it transposed."""
-    trained, found = train(base, tmp_path / "trained", target_modules=["q_proj"]), []
+    trained, found, read = train(base, tmp_path / "trained", target_modules=["q_proj"]), [], []
+    served, of_one = (
+        PeftModel.from_pretrained(load(base), trained),
+        LoraWeights(torch.randn(4, 2, 32), torch.randn(4, 48, 2)),
+    )
     for says in (True, False):
+        for module in served.modules():
+            if not says and "is_concatenated" in vars(module):
+                del module.is_concatenated
+        changes = [fault.experts for fault in Local(served, None).faults() if fault.experts]
+        read.append([change(of_one) for part, change in changes if part == "gate_up_proj"])
         adapter, made = on_base("sglang", read_trained(trained), str(base))
         for module in made.model.modules():
             if not says and hasattr(module, "is_concatenated"):
@@ -380,6 +391,9 @@ def test_gate_and_up_projection_are_told_apart_where_a_release_does_not_say_how_
     assert found[0].keys() == found[1].keys() and sum("gate_proj" in name for name in found[0]) == 2
     for name, layer in found[0].items():
         assert torch.equal(layer.a, found[1][name].a) and torch.equal(layer.b, found[1][name].b)
+    assert len(read[0]) == len(read[1]) > 1  # what `verify` takes a wrong engine to have read
+    for first, second in zip(*read, strict=True):
+        assert torch.equal(first.a, second.a) and torch.equal(first.b, second.b)
 
 
 @only("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
