@@ -279,6 +279,19 @@ def test_a_sum_is_measured_at_its_full_size():
     torch.testing.assert_close(found.scaling * b @ a, update(update_of[name]))
 
 
+def test_the_search_for_its_size_begins_at_the_full_one(bank, monkeypatch):
+    """It was good where it was trained; a start from gradients has no size of its own, and begins elsewhere."""
+    begun = []
+
+    def search(model, build, loss_of, gamma=None, first=None):
+        begun.append(first)
+        return build(first)
+
+    monkeypatch.setattr("lora_init.bank.start.find_step_size", search)
+    start(bank, 0)
+    assert begun == [1.0]
+
+
 def test_a_mixture_is_of_the_nearest_alone_if_there_are_many(bank, monkeypatch):
     monkeypatch.setattr("lora_init.bank.start.MOST_ADAPTERS", 2)
     found = mixture(bank, ["task1", "task0", "task2"], None, lambda adapters: ([0.7, 0.3], 3))

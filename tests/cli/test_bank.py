@@ -51,6 +51,11 @@ def add(bank, adapter, home, *more):
     return run("bank", "add", bank, adapter, "--data", home / "rows.jsonl", *READ, *more)
 
 
+def test_an_entry_has_the_name_of_its_directory_whatever_it_is_called(bank, adapters, home, monkeypatch):
+    monkeypatch.chdir(adapters / "task 0")
+    assert json.loads(add(bank.parent / "new", ".", home, "--json").stdout)["entry"] == "task-0"
+
+
 def start(home, bank, *more):
     output = bank.parent / "out"
     command = ["init", home / "model", home / "rows.jsonl", *READ, "-o", output, "--rank", "2", "--samples", "24"]

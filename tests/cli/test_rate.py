@@ -13,7 +13,7 @@ from lora_init import build_adapter
 from lora_init.loading import models
 from tests.adapters.made import made_up_statistics
 from tests.commands import assert_one_line_error, run, save_model
-from tests.conftest import tiny_bert, tiny_llama
+from tests.conftest import tiny_bert, tiny_llama, tiny_t5
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,16 @@ def folder(home, tmp_path_factory):
 def test_it_prints_the_rate_of_any_adapter_before_training(folder, home):
     result = run("rate", folder / "start", home / "text.txt", "--steps", 100)
     assert result.exit_code == 0 and result.stdout.startswith("Train with AdamW at "), result.output
+
+
+def test_the_data_of_an_encoder_decoder_are_read_as_such(folder, home):
+    save_model(tiny_t5(), folder / "t5")
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "t5")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
+    model.save_pretrained(folder / "of t5")
+    assert_one_line_error(run("rate", folder / "of t5", home / "text.txt"), "an encoder-decoder model needs a prompt")
+    read = ["--template", "{passage}", "--completion", " {question}"]
+    assert run("rate", folder / "of t5", home / "rows.jsonl", *read).exit_code == 0
 
 
 @pytest.mark.parametrize(("given", "steps", "epochs"), [

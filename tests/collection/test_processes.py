@@ -229,6 +229,20 @@ def test_gradients_of_several_processes_are_those_of_one(size, tmp_path, gradien
 # What a process does alone, or would do beside others, in this one
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_handler_of_the_program_is_left_alone(number):
+    def own(*_):
+        pass
+
+    before = signal.signal(number, own)
+    try:
+        with Processes():
+            assert signal.getsignal(number) is own
+        assert signal.getsignal(number) is own
+    finally:
+        signal.signal(number, before)
+
+
 def test_ctrl_c_is_noted_and_raised_at_the_end_or_at_once_where_nobody_waits():
     done = []
     with pytest.raises(KeyboardInterrupt), Processes() as alone:
