@@ -6,7 +6,7 @@ import difflib
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -290,6 +290,7 @@ class _Fit:
             renames = new_names
         if misnamed and converts and self._converts():
             notes.append(_converted_by_peft(misnamed))
+            misfits += _misread_by_peft(misnamed, self.adapter.config)
         else:
             misfits += [misfit for misfit, _ in strangers.values()]
             misfits += missing
@@ -506,6 +507,20 @@ def _converted_by_peft(misnamed: Mapping[str, str | None]) -> str:
     else:
         how = "for engines `lora-init export --rename` does."
     return f"PEFT brings its names into the model's form; {how}"
+
+
+def _misread_by_peft(misnamed: Iterable[str], config: Mapping[str, Any]) -> Iterator[Misfit]:
+    """Describe a scaling that PEFT does not keep where it makes one parameter of the experts' own adapters."""
+    experts = [key.partition(".lora_")[0] for key in misnamed if _expert_in(key) >= 0]
+    alphas: dict[bool, set[Any]] = {True: set(), False: {None}}  # by whether they are of the down projection
+    for name, alpha in from_patterns(config.get("alpha_pattern"), experts, None).items():
+        alphas[name.endswith(("w2", "down_proj"))].add(alpha)
+    # Gate and up projection become one parameter, of twice the rank. All experts get one lora_alpha.
+    own = max(map(len, alphas.values())) > 1
+    if own or (experts and config.get("use_rslora")):
+        which = "an alpha_pattern of experts" if own else "use_rslora"
+        problem = f"has {which}, and PEFT brings adapters of single experts into the model's form with another scaling."
+        yield Misfit("config", CONFIG_FILE, f"{problem} Merge it with the release that trained it.")
 
 
 def _expert_in(key: str) -> int:

@@ -281,11 +281,13 @@ def _keep_for_training(trainer: Any) -> None:
 
 
 def _is_known(made: Any) -> bool:
-    """Return whether a class or function is of a library whose trainers are known here."""
-    module = getattr(made, "__module__", "")
-    # A patch may have the module of what it replaces, by functools.wraps; its globals are its own.
-    written_in = getattr(made, "__globals__", {}).get("__name__", module)
-    return all(name.partition(".")[0] in _KNOWN for name in (module, written_in))
+    """Return whether a class or function, and what a function wraps, is of a library whose trainers are known here."""
+    # A patch or a decorator may have the name and the module of what it replaces; globals are of where it was written.
+    written_in = getattr(made, "__globals__", {}).get("__name__", "")
+    if isinstance(made, type):
+        written_in = made.__module__
+    is_own = written_in.partition(".")[0] not in _KNOWN
+    return not is_own and (not hasattr(made, "__wrapped__") or _is_known(made.__wrapped__))
 
 
 def has_own_loss(model: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from lora_init.serving.fit import (
     _core,
     _expert_in,
     _Fit,
+    _misread_by_peft,
     _part_of,
     compare,
 )
@@ -918,3 +919,17 @@ def test_what_peft_converts_is_noted_with_how_engines_get_it():
     assert _converted_by_peft({"a": "b"}) == f"{said} engines `lora-init export --rename` does."
     single = {"a": "b", "experts.0.up": None}
     assert _converted_by_peft(single) == f"{said} `lora-init export` load and save it by PEFT."
+
+
+@pytest.mark.parametrize(("config", "which"), [
+    ({}, None), ({"use_rslora": True}, "use_rslora"), ({"alpha_pattern": {"w1": 8}}, "an alpha_pattern of experts"),
+    ({"alpha_pattern": {"w2": 8}}, None), ({"alpha_pattern": {"experts.1.w2": 8}}, "an alpha_pattern of experts"),
+    ({"alpha_pattern": {"q": 8}}, None),
+])  # fmt: skip
+def test_a_scaling_of_experts_that_peft_does_not_keep_is_a_misfit(config, which):
+    """As PEFT 0.21 does: r and lora_alpha of gate and up projection double, and w2 alone keeps a pattern of its own."""
+    layers = ["a.q", *(f"a.experts.{expert}.{kind}" for expert in (0, 1) for kind in ("w1", "w2", "w3"))]
+    names = [f"{layer}.lora_A.weight" for layer in layers]
+    said = [misfit.problem for misfit in _misread_by_peft(names, config)]
+    assert len(said) == (which is not None) and all(one.startswith(f"has {which}, and PEFT brings") for one in said)
+    assert not [*_misread_by_peft(names[:1], config)]  # names of other layers, which keep what they have

@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.utils.deprecation import deprecate_kwarg
 
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
@@ -393,6 +394,19 @@ def with_own_optimizer_under_its_name(*given):
     return trainer
 
 
+def with_own_optimizer_as_a_partial(*given):
+    trainer = plain(*given)
+    trainer.create_optimizer = functools.partial(OwnOptimizer.create_optimizer, trainer)
+    functools.update_wrapper(trainer.create_optimizer, Trainer.create_optimizer)
+    return trainer
+
+
+class OwnUnderTheirDecorator(Trainer):
+    @deprecate_kwarg("something", version="99.0")
+    def create_optimizer(self, *given):
+        return OwnOptimizer.create_optimizer(self, *given)
+
+
 class Seq2SeqTrainer(Trainer):  # named as one whose loss is known
     def compute_loss(self, model, inputs, *given, **more):
         return model(**inputs).logits.square().mean()
@@ -406,6 +420,8 @@ class OwnStep(Trainer):
 UNMEASURED = {
     "an optimizer of one's own": (of_class(OwnOptimizer), "for the optimizer that OwnOptimizer makes itself"),
     "a patch": (with_own_optimizer_under_its_name, "for the optimizer that Trainer makes itself"),
+    "a partial": (with_own_optimizer_as_a_partial, "for the optimizer that Trainer makes itself"),
+    "a decorator": (of_class(OwnUnderTheirDecorator), "for the optimizer that OwnUnderTheirDecorator makes itself"),
     "its class": (of_class(OwnClass), "for the optimizer that OwnClass makes itself"),
     "SGD": (lambda *given: plain(*given, optim="sgd"), "for the optimizer sgd"),
     "Adafactor": (lambda *given: plain(*given, optim="adafactor"), "for the optimizer adafactor"),
