@@ -14,6 +14,7 @@ import torch
 
 from lora_init.adapters.directory import card_header, hub_id, start_digest
 from lora_init.adapters.init_config import Shape
+from lora_init.files import as_plain
 
 if TYPE_CHECKING:
     from lora_init.adapters.adapter_init import AdapterInit
@@ -93,14 +94,14 @@ def origin_of(init: AdapterInit, short: bool = False) -> dict[str, Any]:
     The whole record is a file of the directory, which PEFT does not copy. The short one travels in a field of the
     LoraConfig, see `directory.carrying`, and so survives training.
     """
-    provenance = asdict(init.provenance)
+    provenance = as_plain(asdict(init.provenance))
     origin: dict[str, Any] = {}
     for option in fields(Shape):
         if option.name not in Shape.of_peft:  # the LoraConfig has those
             origin[option.name] = getattr(init, option.name)
     # The rank is in the LoraConfig as well. But PEFT doubles it there when it converts a start that changed the base,
     # and readers of the record see by the difference that this was done.
-    origin |= {"method": init.method, "seed": init.seed, "rank": init.rank}
+    origin |= {"method": init.method, "seed": as_plain(init.seed), "rank": as_plain(init.rank)}
     origin["recommended"] = init.recommended
     if init.learning_rate is not None:
         origin["learning_rate"] = init.learning_rate

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora_init.errors import LoraInitError, first_line
-from lora_init.files import as_path, check_place, parse_json, write_whole
+from lora_init.files import as_path, as_plain, check_place, parse_json, write_whole
 
 
 def write_tensors(
@@ -28,7 +28,7 @@ def write_tensors(
     for name, tensor in tensors.items():
         digests[name] = _digest(tensor)
         contiguous[name] = tensor.contiguous()
-    text = json.dumps({**header, "digests": digests})
+    text = json.dumps(as_plain({**header, "digests": digests}))
     # The header has the digests of the tensors, and its own digest stands beside it: together they cover the file.
     metadata = {"format": kind, "version": str(version), "header": text, "sha256": _sha256(text.encode())}
     check_place(path)

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from lora_init import LoraInitError, build_adapter, collect, initialize
 from lora_init.adapters.card import correction_of, start_in_words
 from lora_init.adapters.directory import AdapterDirectory, start_digest
 from lora_init.starts.starts import find_start
+from lora_init.statistics.statistics import Statistics
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, uneven
 from tests.conftest import MODELS, batches_for, refused, tiny_bert, tiny_llama
 from tests.versions import NO_CONFIG
@@ -491,3 +493,13 @@ def test_two_adapters_of_one_form_are_two():
     stats = made_up_statistics(tiny_llama(), task_type="CAUSAL_LM")
     one, other = (build_adapter(stats, 2, "random", seed=seed, modules_to_save=["lm_head"]) for seed in (0, 1))
     assert one == one and one != other and len({one, other}) == 2
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones(tmp_path):
+    """A seed comes from `np.arange`, and what was read with it is saved."""
+    stats = collect(tiny_llama(), batches(), ["q_proj"], rank=2, seed=np.int64(3))
+    stats.save(tmp_path / "statistics.safetensors")
+    assert Statistics.load(tmp_path / "statistics.safetensors").provenance.seed == 3
+    path = build_adapter(stats, np.int64(2), seed=np.int64(4)).save_pretrained(tmp_path / "adapter")
+    origin = json.loads((path / "lora_init.json").read_text())
+    assert (origin["seed"], origin["rank"], origin["provenance"]["seed"]) == (4, 2, 3)

@@ -449,7 +449,7 @@ def classes(*names):
 ])  # fmt: skip
 @pytest.mark.parametrize("needs_labels", [True, False])
 def test_what_is_odd_about_rows_is_said(tokenizer, rows, options, words, needs_labels):
-    tokenizer.chat_template = TWO_ROLES
+    tokenizer = byte_tokenizer(eos_token="<eos>", chat_template=TWO_ROLES)  # the other tests share theirs
     with pytest.warns(UserWarning, match=re.escape(words)):
         load_batches(rows, tokenizer, needs_labels=needs_labels, **options)
 
@@ -462,7 +462,8 @@ def test_what_is_odd_about_rows_is_said(tokenizer, rows, options, words, needs_l
 ])  # fmt: skip
 @pytest.mark.filterwarnings("error")
 def test_what_is_as_it_should_be_is_not_warned_of(tokenizer, rows, options):
-    tokenizer.chat_template = TWO_ROLES.replace("['user', 'assistant']", "['user', 'assistant', 'system', 'tool']")
+    roles = "['user', 'assistant', 'system', 'tool']"
+    tokenizer = byte_tokenizer(eos_token="<eos>", chat_template=TWO_ROLES.replace("['user', 'assistant']", roles))
     assert load_batches(rows, tokenizer, **options)
 
 
