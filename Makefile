@@ -37,7 +37,7 @@ $(VENV)/.docs-installed: $(INSTALLED)
 	@touch $@
 
 # The tests build what they need. The hub is never asked. One thread each, in one process more than there are cores, since
-# tests wait for processes of their own: on two cores all take 7 min 36 s so, and 9 min in two.
+# tests wait for processes of their own: on one day all took 7 min 36 s so, and 9 min in two (on another 10 min 28 s).
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(1 + (os.cpu_count() or 1))')
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
