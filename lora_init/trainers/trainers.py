@@ -286,8 +286,8 @@ def _is_known(made: Any) -> bool:
     written_in = getattr(made, "__globals__", {}).get("__name__", "")
     if isinstance(made, type):
         written_in = made.__module__
-    is_own = written_in.partition(".")[0] not in _KNOWN
-    return not is_own and (not hasattr(made, "__wrapped__") or _is_known(made.__wrapped__))
+    is_own, inner = written_in.partition(".")[0] not in _KNOWN, getattr(made, "__wrapped__", None)
+    return not is_own and (inner is None or _is_known(inner))
 
 
 def has_own_loss(model: nn.Module) -> bool:
