@@ -1,6 +1,7 @@
 """Private parts of other libraries are taken in one file. Each test names the one that a new release has broken."""
 
 import ast
+import functools
 import inspect
 import sys
 from functools import cache
@@ -181,6 +182,16 @@ def test_transformers_has_three_more_whose_plain_loss_is_computed_elsewhere(name
     import transformers
 
     assert third_party_internals.has_plain_loss(object.__new__(getattr(transformers, name)))
+
+
+def test_a_function_is_written_where_it_and_what_it_wraps_stand():
+    @functools.wraps(inspect.getsource)
+    def patch(*given):
+        return inspect.getsource(*given)
+
+    assert third_party_internals.written_in(patch) == [__name__, "inspect"]
+    assert third_party_internals.written_in(ast.NodeVisitor) == ["ast"]
+    assert third_party_internals.written_in(functools.partial(patch)) == [""]
 
 
 def test_typer_shows_the_error_that_all_wrong_words_are():

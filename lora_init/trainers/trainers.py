@@ -21,7 +21,7 @@ from lora_init.loading.models import task_of
 from lora_init.rates.learning_rate import check_measured, reads_text, schedule_of
 from lora_init.rates.training_length import TrainingLength
 from lora_init.starts.starts import DEFAULT
-from lora_init.third_party_internals import forget_loader
+from lora_init.third_party_internals import forget_loader, written_in
 from lora_init.trainers.loaders import (
     check_repeats,
     examples_of_a_step,
@@ -282,12 +282,7 @@ def _keep_for_training(trainer: Any) -> None:
 
 def _is_known(made: Any) -> bool:
     """Return whether a class or function, and what a function wraps, is of a library whose trainers are known here."""
-    # A patch or a decorator may have the name and the module of what it replaces; globals are of where it was written.
-    written_in = getattr(made, "__globals__", {}).get("__name__", "")
-    if isinstance(made, type):
-        written_in = made.__module__
-    is_own, inner = written_in.partition(".")[0] not in _KNOWN, getattr(made, "__wrapped__", None)
-    return not is_own and (inner is None or _is_known(inner))
+    return all(module.partition(".")[0] in _KNOWN for module in written_in(made))
 
 
 def has_own_loss(model: nn.Module) -> bool:
