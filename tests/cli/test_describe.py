@@ -193,10 +193,11 @@ def test_the_rate_that_was_asked_for_is_told_after_training_as_well(trained, tmp
 def test_intruders_are_counted_in_the_class_of_the_checkpoint_where_the_task_is_no_class(task, asked, monkeypatch):
     loaded, layer = [], SimpleNamespace(count=1, of=2, energy_share=float("nan"), similarities=(0.75, 0.25, 0.5))
     counted = SimpleNamespace(layers={"a": layer}, count=1, of=2, energy_share=0.5, skipped={"e": "Embedding"})
+    # First, or a module that is imported for it keeps the stand-ins of the next lines for good.
+    monkeypatch.setattr("lora_init.serving.intruders.intruder_dimensions", lambda *words: counted)
     monkeypatch.setattr("lora_init.adapters.directory.AdapterDirectory", lambda path: SimpleNamespace(n_labels=3))
     load = lambda *words, **how: loaded.append((*words, how)) or SimpleNamespace(model="weights")  # noqa: E731
     monkeypatch.setattr("lora_init.loading.models.load_model", load)
-    monkeypatch.setattr("lora_init.serving.intruders.intruder_dimensions", lambda *words: counted)
     monkeypatch.setattr(about, "importing", lambda *names: nullcontext())
     description = {"what": "adapter", "task_type": task, "base_model": "named"}
     for model in (None, "typed"):
