@@ -94,14 +94,14 @@ def origin_of(init: AdapterInit, short: bool = False) -> dict[str, Any]:
     The whole record is a file of the directory, which PEFT does not copy. The short one travels in a field of the
     LoraConfig, see `directory.carrying`, and so survives training.
     """
-    provenance = as_plain(asdict(init.provenance))
+    provenance = asdict(init.provenance)
     origin: dict[str, Any] = {}
     for option in fields(Shape):
         if option.name not in Shape.of_peft:  # the LoraConfig has those
             origin[option.name] = getattr(init, option.name)
     # The rank is in the LoraConfig as well. But PEFT doubles it there when it converts a start that changed the base,
     # and readers of the record see by the difference that this was done.
-    origin |= {"method": init.method, "seed": as_plain(init.seed), "rank": as_plain(init.rank)}
+    origin |= {"method": init.method, "seed": init.seed, "rank": init.rank}
     origin["recommended"] = init.recommended
     if init.learning_rate is not None:
         origin["learning_rate"] = init.learning_rate
@@ -117,8 +117,10 @@ def origin_of(init: AdapterInit, short: bool = False) -> dict[str, Any]:
     if short:
         for key in ("notes", "seconds", "versions"):
             provenance.pop(key, None)
-        return origin | {"provenance": provenance}
-    return origin | _layers_of(init) | {"provenance": provenance}
+    else:
+        origin |= _layers_of(init)
+    record: dict[str, Any] = as_plain(origin | {"provenance": provenance})
+    return record
 
 
 def _layers_of(init: AdapterInit) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_init.adapters.init_config import InitConfig, Shape
-from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_fresh
+from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_fresh, name_of_adapter
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, matches
 from lora_init.planning.lora_config import exact_pattern
@@ -179,7 +179,7 @@ def read_adapter(model: Any, init_config: InitConfig, whose: str, before: LoraCo
     from peft import LoraConfig
     from peft.tuners.lora.layer import ParamWrapper
 
-    adapter = next(iter(model.peft_config))
+    adapter = name_of_adapter(model)
     config, layers = model.peft_config[adapter], adapter_layers(model)
     if len(model.peft_config) > 1 or not isinstance(config, LoraConfig):
         raise LoraInitError(

@@ -253,6 +253,11 @@ def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
     return peft_model
 
 
+def name_of_adapter(model: Any) -> str:
+    """Return PEFT's name of the first adapter that a model has; "default" where there is none."""
+    return next(iter(getattr(model, "peft_config", {})), "default")
+
+
 @torch.no_grad()
 def fill_in_place(model: Any, init: AdapterInit) -> None:
     """Copy A and B into the fresh layers that a model has from `add_adapter`, and freeze A if the start does.
@@ -260,7 +265,7 @@ def fill_in_place(model: Any, init: AdapterInit) -> None:
     Where A is shorter than the layer's the rest stays.
     """
     layers, name = adapter_layers(model), type(model).__name__
-    adapter = next(iter(getattr(model, "peft_config", {})), "default")
+    adapter = name_of_adapter(model)
     if len(getattr(model, "peft_config", ())) > 1:
         raise LoraInitError(f"{name} has the adapters {', '.join(model.peft_config)}, and one is expected.")
     check_fresh(layers, adapter, f"the adapter on {name}", "Delete it, and call add_adapter() again.")

@@ -512,11 +512,11 @@ def _converted_by_peft(misnamed: Mapping[str, str | None]) -> str:
 def _misread_by_peft(misnamed: Iterable[str], config: Mapping[str, Any]) -> Iterator[Misfit]:
     """Describe a scaling that PEFT does not keep where it makes one parameter of the experts' own adapters."""
     experts = [key.partition(".lora_")[0] for key in misnamed if _expert_in(key) >= 0]
-    alphas: dict[bool, set[Any]] = {True: set(), False: {None}}  # by whether they are of the down projection
-    for name, alpha in from_patterns(config.get("alpha_pattern"), experts, None).items():
-        alphas[name.endswith(("w2", "down_proj"))].add(alpha)
-    # Gate and up projection become one parameter, of twice the rank. All experts get one lora_alpha.
-    own = max(map(len, alphas.values())) > 1
+    alphas = from_patterns(config.get("alpha_pattern"), experts, None)
+    # Down projections keep a lora_alpha of their own, if all have one. Gate and up projections keep none: they become
+    # one parameter, of twice the rank.
+    down = {name for name in experts if name.endswith(("w2", "down_proj"))}
+    own = len({alphas[name] for name in down}) > 1 or any(alphas[name] for name in {*experts} - down)
     if own or (experts and config.get("use_rslora")):
         which = "an alpha_pattern of experts" if own else "use_rslora"
         problem = f"has {which}, and PEFT brings adapters of single experts into the model's form with another scaling."

@@ -18,7 +18,7 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.directory import carried
 from lora_init.adapters.init_config import InitConfig
 from lora_init.adapters.model_handles import InPlaceHandle, PeftModelHandle
-from lora_init.adapters.peft_model import fill_in_place, freeze_a
+from lora_init.adapters.peft_model import fill_in_place, freeze_a, name_of_adapter
 from lora_init.building.pipeline import choose, run
 from lora_init.errors import LoraInitError, check_number, is_number, warn
 from lora_init.keep.dial import check_dialable, dial
@@ -121,7 +121,7 @@ class StartCallback(TrainerCallback):
     def _resume(self, model: Any, args: Any, state: TrainerState, rest: Any) -> None:
         """Leave the adapter alone, and set the rest of the schedule to the rate that was measured at the beginning."""
         if self.config.shape.freeze_a:
-            freeze_a(model, next(iter(model.peft_config)))
+            freeze_a(model, name_of_adapter(model))
         _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
         rate = rest["optimizer"].param_groups[0].get("initial_lr")  # the one that was measured, from the checkpoint
         made_for = rest["optimizer"].defaults.get("lr")
