@@ -8,11 +8,12 @@ this file imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -22,11 +23,13 @@ from typing import (
     ParamSpec,
     TypeAlias,
     TypeVar,
+    Union,
     get_args,
+    get_origin,
     get_type_hints,
 )
 
-from lora_init.errors import LoraInitError, check_number, check_switches, did_you_mean
+from lora_init.errors import LoraInitError, check_number, check_switches, did_you_mean, is_number, is_whole
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import BATCH_SIZE, FORMATS, MAX_LENGTH, SAMPLES
 from lora_init.planning.policies import RHO
@@ -46,6 +49,7 @@ _BY_DEFAULT = find_start(DEFAULT)
 # Of `takes`: the parameters that are shown, and what the function returns.
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_hints = cache(get_type_hints)  # what kind of value each field of a dataclass takes
 
 # The keys of an annotation, which `cli` reads: `help`; `min`, the smallest number, which `_Checked` holds in Python,
 # too; `kind`, the type on the command line where it is another one than in Python; `callback`, which reads the text;
@@ -75,7 +79,7 @@ def read_names(text: str | None) -> list[str]:
 @cache
 def _least(part: Any) -> dict[str, tuple[bool, float]]:
     """Find which fields of a dataclass have a smallest value, and whether they are whole numbers."""
-    plain, annotated = get_type_hints(part), get_type_hints(part, include_extras=True)
+    plain, annotated = _hints(part), get_type_hints(part, include_extras=True)
     least = {}
     for name, hint in plain.items():
         option = getattr(annotated[name], "__metadata__", [{}])[0]  # a field without one exists in Python only
@@ -85,8 +89,38 @@ def _least(part: Any) -> dict[str, tuple[bool, float]]:
     return least
 
 
+# How a message calls a kind of value; texts are all that has a choice.
+_IN_WORDS = {
+    str: "a text", Literal: "a text", Path: "a path", int: "a whole number", float: "a number", bool: "True or False",
+    Callable: "a function", Sequence: "a list of texts", Collection: "a list of texts",
+}  # fmt: skip
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Return whether a value is of the kind that an annotation names; numbers of numpy are numbers."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_is_a(value, part) for part in get_args(hint))
+    if kind in (Sequence, Collection):  # an array has what a collection needs, but `==` makes no bool of it
+        is_list = isinstance(value, (Sequence, Set)) and not isinstance(value, str)
+        return is_list and all(isinstance(one, str) for one in value)
+    if kind is Literal:
+        kind = str
+    if kind in (int, float):
+        return is_whole(value) if kind is int else is_number(value)
+    return isinstance(value, kind)
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another kind than an annotation names."""
+    if not _is_a(value, hint):
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+        words = [_IN_WORDS[get_origin(kind) or kind] for kind in kinds if kind is not NoneType]
+        raise LoraInitError(f"{{{name}}}, expected {' or '.join(words)}.", **{name: value})
+
+
 class _Checked:
-    """Refuses numbers below the declared minimum, as the command line does, and switches that are no True or False."""
+    """Refuses numbers below the declared minimum, as the command line does, and values of another kind."""
 
     def __post_init__(self) -> None:
         part: Any = type(self)
@@ -96,6 +130,11 @@ class _Checked:
             value = getattr(self, name)
             if value is not None:  # None stands for a default that is found later
                 check_number(name, value, least, whole=whole)
+        hints = _hints(part)
+        for option in fields(part):
+            value = getattr(self, option.name)
+            if value is not None or option.default != ():  # None is PEFT's empty list
+                _check_kind(option.name, value, hints[option.name])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ def learning_rate(
     """
     if not isinstance(freeze_a, bool):
         raise LoraInitError(f"freeze_a={freeze_a!r}: true or false is expected.")
-    layers = layers_of(model, adapter_name)
+    layers = layers_of(model, adapter_name) if isinstance(adapter_name, str) else {}
     if not layers:
         raise LoraInitError(
             f"learning_rate(): {type(model).__name__} has no LoRA adapter {adapter_name!r}. Put one on: initialize(), "

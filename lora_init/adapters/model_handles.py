@@ -17,7 +17,14 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.config import read_adapter
 from lora_init.adapters.init_config import InitConfig
 from lora_init.adapters.measured_rate import any_trains
-from lora_init.adapters.peft_model import adapter_layers, is_filled, name_of_adapter, remember, remove_adapters
+from lora_init.adapters.peft_model import (
+    adapter_layers,
+    check_adapter_name,
+    is_filled,
+    name_of_adapter,
+    remember,
+    remove_adapters,
+)
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import HEADS, heads_of, new_heads
 from lora_init.layers.wrappers import unwrapped, without_adapter
@@ -48,7 +55,10 @@ class ModelHandle:
 
     def name_of_adapter(self, asked_for: str | None) -> str:
         """Return PEFT's name for the adapter to come: what is asked for, or what one that is there is called."""
-        return asked_for or name_of_adapter(self.given)
+        if asked_for is None:
+            return name_of_adapter(self.given)
+        check_adapter_name(asked_for)
+        return asked_for
 
     def check(self, start: Start) -> None:
         """Refuse a start that changes the base where that would be lost."""

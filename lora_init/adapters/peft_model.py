@@ -120,12 +120,18 @@ def check_modules_to_save(
         )
 
 
-def check_fits(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
-    """Refuse a model that has an adapter already, or lacks a layer, or has one of another kind or width."""
+def check_adapter_name(adapter_name: Any) -> None:
+    """Refuse a name under which PEFT cannot save an adapter and read it again."""
     # PEFT only warns of a part of its prefix "lora_", after which weights are not reloaded properly; torch takes no dot
     # in the name of a submodule.
-    if not adapter_name or "." in adapter_name or adapter_name in "lora_":
+    fits = isinstance(adapter_name, str) and "." not in adapter_name and adapter_name not in "lora_"  # which "" is, too
+    if not fits:
         raise LoraInitError(f"adapter_name={adapter_name!r}: use a word without dots that is not a part of 'lora_'.")
+
+
+def check_fits(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
+    """Refuse a model that has an adapter already, or lacks a layer, or has one of another kind or width."""
+    check_adapter_name(adapter_name)
     check_plain(model, "apply()")
     modules = dict(model.named_modules())
     for name in modules:

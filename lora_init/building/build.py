@@ -48,10 +48,6 @@ def check_adapter_options(
         check_number("lora_alpha", lora_alpha, above=True, hint=" Leave it out to take what is best.")
     if not 0.0 <= shape.lora_dropout < 1.0:
         raise LoraInitError(f"lora_dropout={shape.lora_dropout!r} must be at least 0 and less than 1.")
-    if isinstance(shape.modules_to_save, str):
-        raise LoraInitError(
-            "{modules_to_save} must be a list of names, as in PEFT.", modules_to_save=shape.modules_to_save
-        )
     if output is not None:
         check_place(output, overwrite)
 
@@ -88,7 +84,7 @@ def _check_rows(start: Start, shape: Shape) -> None:
 def buildable_start(method: str) -> Start:
     """Look up a start that `build_adapter` makes."""
     known = buildable()
-    if method not in known:
+    if not isinstance(method, str) or method not in known:
         raise LoraInitError(f"{{method}} is unknown. {did_you_mean(str(method), known)}", method=method)
     return find_start(method)
 

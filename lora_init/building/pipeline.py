@@ -113,10 +113,10 @@ def collect_for(
 
 def choose(config: InitConfig, classifies: bool) -> InitConfig:
     """Find the start that was asked for, or the one that is recommended for the task."""
-    recommended = DEFAULT
-    if classifies:
-        recommended = DEFAULT_FOR_CLASSES
-    return replace(config, start=buildable_start(config.method or recommended))
+    method = config.method
+    if method is None:
+        method = DEFAULT_FOR_CLASSES if classifies else DEFAULT
+    return replace(config, start=buildable_start(method))
 
 
 def check(config: InitConfig, **place: Any) -> None:

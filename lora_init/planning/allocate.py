@@ -97,6 +97,11 @@ def allocate_ranks(
         variance=variance,
     )  # fmt: skip
     check_switches(uniform_per_kind=uniform_per_kind)
+    for name, value, default, other in (
+        ("dtype", dtype, "float32", "megabytes"), ("coverage", coverage, "every-layer", "variance")
+    ):  # fmt: skip
+        if budgets[other] is None and value != default:
+            raise LoraInitError(f"{{{name}}} is for the budget {other}. Leave it out.", **{name: value})
     made = stats.provenance
     budget = choose_budget(budgets, len(limits), made.rank, made.n_parameters, dtype, coverage)
     spectra = stack_spectra(stats, list(limits))

@@ -80,14 +80,20 @@ class TrainingLength:
             if times == 1.0:
                 number = "an epoch"
             return cls(expected, batch_size, rows, f"{number} of {rows:,} examples in batches of {batch_size}")
+        return length._held_against(times, expected)
+
+    def _held_against(self, epochs: float, expected: int) -> TrainingLength:
+        """Refuse steps that so many epochs do not have, and count how often each example is seen in them."""
         # They agree within a step for each epoch, whose last batch a trainer may drop.
-        if abs(steps - expected) > max(1.0, times):
+        if abs(self.steps - expected) > max(1.0, epochs):
             raise LoraInitError(
-                f"{{steps}} and {{epochs}} contradict: {times:g} epochs of {rows:,} examples in batches of "
-                f"{batch_size} are {expected} steps. Leave one of them out.",
-                steps=steps, epochs=epochs,
+                f"{{steps}} and {{epochs}} contradict: {epochs:g} epochs of {self.rows:,} examples in batches of "
+                f"{self.batch_size} are {expected} steps. Leave one of them out.",
+                steps=self.steps, epochs=epochs,
             )  # fmt: skip
-        return length
+        if self.rows and self.steps < expected:  # each epoch drops what fills no batch, so that all of them are full
+            return replace(self, seen=self.steps * self.batch_size / self.rows)
+        return self
 
     @classmethod
     def _of_stream(cls, steps: int | None, epochs: float | None, batch_size: int) -> TrainingLength:

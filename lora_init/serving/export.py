@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ from lora_init.layers.targets import PREFIX
 from lora_init.loading.models import CLASS_OF_TASK, kind_of
 from lora_init.on_demand import on_demand
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
-from lora_init.serving.base import Base, bring_checkpoint, plan_merge, write_merged
+from lora_init.serving.base import bring_checkpoint, plan_merge, write_merged
 from lora_init.serving.compress import check_most_rank, error_at, fit
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
 from lora_init.serving.experts import is_single
 from lora_init.serving.fit import compare
 from lora_init.serving.kept import Kept, kept_by_merge
-from lora_init.serving.support import WRITE_NO_TEXT, on_base
+from lora_init.serving.support import WRITE_NO_TEXT, note_without_text, on_base
 from lora_init.serving.trained import Trained, note_of, read_trained
 
 RECORD_FILE = "export.json"  # for which engine, what it lost, and hashes of what was written
@@ -179,7 +179,7 @@ def export_adapter(
     trained = trained.with_one_scaling()  # not earlier: what PEFT has reduced is for the scalings as they were read
     result = Exported(
         path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders,
-        error_share=share, notes=(*_notes(trained, began), *_without_text(engine, model)),
+        error_share=share, notes=(*_notes(trained, began), *note_without_text(engine, model)),
     )  # fmt: skip
     if sources is not None:
         server = ENGINES["vllm"].server.replace("{name}", "{path}")  # which serves a whole model under its path
@@ -255,12 +255,6 @@ def _notes(trained: Trained, began: AdapterDirectory) -> tuple[str, ...]:
         on = f"it was made on a base in {trained.quantized}: on another one, as --data measures it, it acts otherwise"
         return (*notes, on)
     return notes
-
-
-def _without_text(engine: str | None, base: Base) -> Iterator[str]:
-    """Say of a base without an output embedding, such as an encoder, that nobody knows whether an engine takes it."""
-    if engine and not base.embeddings[1]:
-        yield f"its base writes no text: whether {engine} serves an adapter of such a model was not tried"
 
 
 def _next_smaller(trained: Trained, rank: int) -> tuple[int, float] | None:

@@ -27,7 +27,7 @@ from lora_init.loading.models import on_meta
 from lora_init.planning.lora_config import from_patterns
 from lora_init.serving.base import Base, build_base, is_for, parameters_of, read_config, widths_of
 from lora_init.serving.engines import find_engine
-from lora_init.serving.support import why_no_export, why_not_as_it_is
+from lora_init.serving.support import try_export, why_not_as_it_is
 
 # Layer and part in the name of a tensor, also where the adapter's own name stands in it, as it does on the model.
 _PARTS = r"lora_(?:embedding_)?[AB]|lora_magnitude_vector"
@@ -168,7 +168,8 @@ def check_fit(
 def _with_engine(report: FitReport, adapter: AdapterDirectory, name: str, trust_remote_code: bool) -> FitReport:
     """Add to a report whether an engine takes the adapter, as it is or by `export`, and how many tensors that is."""
     engine, misfits = find_engine(name), list(report.misfits)
-    if problem := why_no_export(name, adapter.path, report.base, report.renames, trust_remote_code):
+    problem, notes = try_export(name, adapter.path, report.base, report.renames, trust_remote_code)
+    if problem:
         misfits.append(Misfit("export", str(adapter.path), problem))
         outcome = "gets none"
     elif reason := why_not_as_it_is(engine, adapter.ranks, adapter.config):
@@ -179,7 +180,7 @@ def _with_engine(report: FitReport, adapter: AdapterDirectory, name: str, trust_
         outcome = "takes them as they are"
     parts = Counter(map(_part_of, adapter.header))
     counts = ", ".join(f"{count} of {part}" for part, count in parts.items())
-    note = f"Tensors: {counts}. {engine.title} {outcome}."
+    note = " But ".join((f"Tensors: {counts}. {engine.title} {outcome}.", *(f"{text}." for text in notes)))
     return replace(report, misfits=tuple(misfits), notes=(*report.notes, note))
 
 

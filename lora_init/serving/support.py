@@ -13,6 +13,7 @@ from lora_init.adapters.directory import LORA_A, LORA_B
 from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import PREFIX
+from lora_init.loading.models import kind_of
 from lora_init.planning.lora_config import scaling_of
 from lora_init.serving.base import Base, read_base, with_changed_copies
 from lora_init.serving.engines import ENGINES, PEFT, Engine, check_rank, find_engine, vllm_rank
@@ -80,16 +81,37 @@ def serving_note(
 
 
 def _why_peft_alone(config: Mapping[str, Any]) -> str:
-    """Write why no engine serves an adapter for this task, or trained in this way; empty if one does."""
-    task = str(config.get("task_type"))
-    if kind := WRITE_NO_TEXT.get(task):
-        return f"It is of {kind}, and the engines of `lora-init export` write text."
-    if task == _IN_TWO_PARTS:
-        return "No engine is known to serve adapters of an encoder-decoder model."
+    """Write why no engine serves an adapter for this task or class, or trained in this way; empty if one does."""
+    if reason := _why_no_text(config):
+        return reason
     for key in _PEFT_ALONE:
         if config.get(key):
             return f"It was trained with {key}, which no other does."
     return ""
+
+
+def _why_no_text(config: Mapping[str, Any]) -> str:
+    """Write why no engine writes text with an adapter: by its task, or by the class that PEFT notes in place of one."""
+    task, name = config.get("task_type"), (config.get("auto_mapping") or {}).get("base_model_class")
+    if kind := WRITE_NO_TEXT.get(str(task)):
+        return f"It is of {kind}, and the engines of `lora-init export` write text."
+    if task == _IN_TWO_PARTS:
+        return "No engine is known to serve adapters of an encoder-decoder model."
+    if not task and name and not _may_write_text(name):
+        return f"No engine is known to serve adapters of {name}."
+    return ""
+
+
+def _may_write_text(name: str) -> bool:
+    """Return whether models of a class write text without an encoder; True of one that transformers does not have."""
+    import transformers
+
+    config_class = getattr(getattr(transformers, name, None), "config_class", None)
+    if config_class is None:
+        return True
+    # Other kinds do not depend on it, and not every configuration can be made without arguments.
+    kind = kind_of(name, name.endswith("ForConditionalGeneration") and config_class().is_encoder_decoder)
+    return kind is not None and kind[0] == "CAUSAL_LM"
 
 
 def _which_take(ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
@@ -114,7 +136,7 @@ def export_options(config: Mapping[str, Any], tensors: Iterable[str]) -> str | N
     """Return the options with which `export` writes an adapter, for an engine where one takes it; None if it cannot."""
     if any(config.get(key) for key in _PEFT_ALONE):
         return None
-    if str(config.get("task_type")) in (*WRITE_NO_TEXT, _IN_TWO_PARTS):  # PEFT's own directory
+    if _why_no_text(config):  # PEFT's own directory
         return ""
     extra = _rarest_extra(config, tensors)
     engines = [name for name, engine in ENGINES.items() if extra is None or _exports(engine, extra)]
@@ -230,17 +252,24 @@ def _with_verb(words: list[str], verb: str) -> str:
     return f"{_listed(words)} {verb}"
 
 
-def why_no_export(
+def try_export(
     engine: str, directory: Path, source: str, renames: Mapping[str, str], trust_remote_code: bool = False
-) -> str:
-    """Return why `export` refuses to write an adapter for an engine; empty if it writes it."""
+) -> tuple[str, tuple[str, ...]]:
+    """Return why `export` refuses to write an adapter for an engine, empty if it writes it; and what it then says."""
     try:
         trained = read_trained(directory, None, renames)
-        trained, _ = on_base(engine, trained, source, trust_remote_code=trust_remote_code)
+        trained, base = on_base(engine, trained, source, trust_remote_code=trust_remote_code)
         check_rank(engine, vllm_rank(trained.rank))  # which `export` chooses if none is given
     except LoraInitError as error:
-        return error.spelled(lambda name, _: f"`lora-init export --{name.replace('_', '-')}`")
-    return ""
+        return error.spelled(lambda name, _: f"`lora-init export --{name.replace('_', '-')}`"), ()
+    return "", note_without_text(engine, base)
+
+
+def note_without_text(engine: str | None, base: Base) -> tuple[str, ...]:
+    """Say of a base without an output embedding, such as an encoder, that nobody knows whether an engine takes it."""
+    if engine and not base.embeddings[1]:
+        return (f"its base writes no text: whether {engine} serves an adapter of such a model was not tried",)
+    return ()
 
 
 def on_base(

@@ -322,7 +322,7 @@ def test_layers_without_a_spectrum_are_in_the_file_with_pefts_start(tmp_path):
 def test_mistakes_get_one_clear_line(tmp_path):
     model = tiny_llama()
     stats = collect(model, batches(), ["q_proj"], rank=2)
-    refused("must be a list of names", build_adapter, stats, 2, modules_to_save="lm_head")
+    refused("^modules_to_save='lm_head', expected a list of texts", build_adapter, stats, 2, modules_to_save="lm_head")
     refused("hold every layer", build_adapter, stats, 2, modules_to_save=["self_attn"])
     init = build_adapter(stats, 2, modules_to_save=["lm_head"])
     with pytest.raises(LoraInitError, match=r"modules_to_save=\['lm_head'\]: PEFT trains lm_head whole.*Pass model="):

@@ -2,7 +2,9 @@
 
 from dataclasses import fields
 from inspect import Parameter, signature
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_init.adapters.init_config import (
@@ -59,8 +61,27 @@ def test_words_of_a_shell_are_read_as_they_are_meant():
     (PassOptions, dict(overwrite=1), "overwrite=1, expected True or False."),
     (Shape, dict(use_dora=None), "use_dora=None, expected True or False."),
     (Correction, dict(unchecked="yes"), "unchecked='yes', expected True or False."),
+    (Reading, dict(template=3), "template=3, expected a text."),
+    (Reading, dict(format=["text"]), "format=['text'], expected a text."),
+    (Reading, dict(split=None), "split=None, expected a text."),
+    (Sample, dict(known_classes="a"), "known_classes='a', expected a list of texts."),
+    (Sample, dict(offset=0.5), "offset=0.5, expected a whole number."),
+    (Sample, dict(seq2seq="no"), "seq2seq='no', expected True or False."),
+    (Sample, dict(label=np.array(["a", "b"])), "label=array(['a', 'b'], dtype='<U1'), expected a text."),
+    (Layers, dict(target_modules=np.ones(1)), "target_modules=array([1.]), expected a text or a list of texts."),
+    (Layers, dict(exclude_modules=0), "exclude_modules=0, expected a text or a list of texts."),
+    (Layers, dict(target_parameters="up"), "target_parameters='up', expected a list of texts."),
+    (Layers, dict(task_type=["CAUSAL_LM"]), "task_type=['CAUSAL_LM'], expected a text."),
+    (Shape, dict(lora_dropout="0.1"), "lora_dropout='0.1', expected a number."),
+    (Shape, dict(lora_alpha=True), "lora_alpha=True, expected a number."),
+    (Shape, dict(modules_to_save=3), "modules_to_save=3, expected a list of texts."),
+    (Shape, dict(modules_to_save=["score", 3]), "modules_to_save=['score', 3], expected a list of texts."),
+    (Correction, dict(weights=3), "weights=3, expected a text or a path."),
+    (PassOptions, dict(loss="mean"), "loss='mean', expected a function."),
+    (PassOptions, dict(data=None), "data=None, expected a text."),
+    (PassOptions, dict(statistics=0), "statistics=0, expected a text or a path."),
 ])  # fmt: skip
-def test_a_number_below_the_least_and_a_switch_that_is_none_are_refused(part, given, words):
+def test_a_number_below_the_least_and_a_value_of_another_kind_are_refused(part, given, words):
     assert refused(".", part, **given) == words
 
 
@@ -68,6 +89,14 @@ def test_the_least_numbers_are_taken_and_so_is_none_for_what_is_found_later():
     assert (Ranks(1, 1).rank, Ranks(1, 1.5).rho, Sample(samples=None).samples) == (1, 1.5, None)
     assert Sample(samples=1, batch_size=1, max_length=2).max_length == 2
     assert PassOptions(max_batches=1, skip_bad_batches=0, seed=0, tolerance=0.0).tolerance == 0.0
+
+
+def test_lists_of_every_kind_are_taken_and_numbers_of_numpy():
+    for names in (["up"], ("up",), {"up"}, {"up": 1}.keys()):
+        assert Layers(target_modules=names).target_modules == names
+    assert Layers(target_parameters=["a"], exclude_modules=None).exclude_modules is None
+    assert Shape(modules_to_save=None, lora_alpha=np.float32(2)).lora_alpha == 2
+    assert PassOptions(statistics=Path("a"), loss=len, tolerance=1, seed=np.int64(3)).seed == 3
 
 
 def test_each_option_goes_into_the_part_that_has_it():

@@ -1,6 +1,7 @@
 """Adapters that `add_adapter` of transformers and diffusers has put into a model: filled in place."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -203,6 +204,13 @@ def test_an_adapter_that_is_filled_keeps_its_name():
     words = "^adapter_name='other': the adapter on LlamaForCausalLM is named 'default', and keeps its name. Leave"
     refused(words, filled, model, adapter_name="other")
     assert [*adapter_layers(filled(model, adapter_name="default"))] == [*adapter_layers(fresh())]
+
+
+@pytest.mark.parametrize("name", ["mine.x", "a", "", 1, ["mine"]])
+def test_a_name_that_peft_cannot_save_is_refused_before_a_batch_is_read(name):
+    words = re.escape(f"adapter_name={name!r}: use a word without dots that is not a part of 'lora_'.")
+    refused(words, lora_init.initialize, tiny_llama(), iter([]), adapter_name=name)
+    refused(words, handle_of(get_peft_model(tiny_llama(), LoraConfig(**CONFIG))).name_of_adapter, name)
 
 
 @pytest.mark.parametrize(("asked_for", "name"), [(None, "mine"), ("other", "other"), ("mine", "mine")])

@@ -102,7 +102,7 @@ def test_what_can_be_known_before_the_pass_is_refused_before_it(tmp_path):
         (dict(method="random", whiten=True), "whiten=True"),
         (dict(lora_alpha=float("inf")), "lora_alpha=inf"),
         (dict(lora_dropout=-0.1), "lora_dropout=-0.1"),
-        (dict(modules_to_save="lm_head"), "must be a list of names"),
+        (dict(modules_to_save="lm_head"), "modules_to_save='lm_head', expected a list of texts"),
         (dict(modules_to_save=["lm_haed"]), "'lm_haed' is no module of LlamaForCausalLM. Closest: lm_head"),
     ):
         refused(message, lora_init.initialize, tiny_llama(), unread(), **arguments)

@@ -118,10 +118,11 @@ def test_the_rate_falls_a_little_with_the_steps_and_much_with_the_epochs():
     (500, {"epochs": 2, "batch_size": 32}, "32 steps of 32 (2 epochs of 500 examples in batches of 32)"),
     (500, {"steps": 40}, "40 steps of 8"),
     (900, {"steps": 480}, "480 steps of 8 (4.2 epochs of 900 examples)"),
-    (500, {"steps": 186, "epochs": 3}, "186 steps of 8 (3.0 epochs of 500 examples)"),
+    (500, {"steps": 186, "epochs": 3}, "186 steps of 8 (each drawn 3.0 times)"),  # none of four examples
     (500, {"steps": 192, "epochs": 3}, "192 steps of 8 (3.0 epochs of 500 examples)"),
     (500, {"steps": 31, "epochs": 0.5}, "31 steps of 8"),
     (500, {"steps": 67, "epochs": 1.05}, "67 steps of 8 (1.1 epochs of 500 examples)"),
+    (9, {"steps": 3, "epochs": 3}, "3 steps of 8 (each drawn 2.7 times)"),  # an epoch is one step, and not half of two
     (None, {}, "100 steps of 8 (assumed; say how many yours has)"),
     (None, {"steps": 30}, "30 steps of 8"),
     (None, {"steps": 375, "epochs": 3}, "375 steps of 8 (3.0 epochs of 1,000 examples)"),
@@ -233,6 +234,7 @@ def test_wrong_input_is_one_line(adapted):
     cases = {
         "has no LoRA adapter 'default'": lambda: learning_rate(tiny(), batches()),
         "has no LoRA adapter 'other'": lambda: learning_rate(adapted, batches(), adapter_name="other"),
+        "has no LoRA adapter ['other']": lambda: learning_rate(adapted, batches(), adapter_name=["other"]),
         "B is not zero. The rule is for adapters before training.": lambda: learning_rate(trained, batches()),
         "steps=0, expected a whole number of at least 1": lambda: learning_rate(adapted, batches(), steps=0),
         "no batch has a token that counts, so no rate": lambda: learning_rate(adapted, []),

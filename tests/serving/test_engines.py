@@ -17,7 +17,7 @@ from lora_init import check_fit, export_adapter
 from lora_init.serving import experts, writers
 from lora_init.serving.base import read_base
 from lora_init.serving.engines import ENGINES, PEFT, check_rank, find_engine, vllm_rank
-from lora_init.serving.support import _not_taken, export_options, serving_note, why_no_export, why_not_as_it_is
+from lora_init.serving.support import _not_taken, export_options, serving_note, try_export, why_not_as_it_is
 from lora_init.serving.trained import EMBEDDING, Layer, Trained, read_trained
 from lora_init.serving.writers import gguf_names
 from tests.conftest import refused as one_line
@@ -188,6 +188,30 @@ def test_an_adapter_of_a_model_that_writes_no_text_is_exported_with_a_word(tmp_p
         model.save_pretrained(tmp_path / f"adapter{told}")
         notes = export_adapter(tmp_path / f"adapter{told}", tmp_path / f"served{told}", "vllm").notes
         assert [note for note in notes if "writes no text: whether vllm serves" in note] == [*notes][:told]
+        said = check_fit(tmp_path / f"adapter{told}", engine="vllm").notes[-1]
+        assert ("as they are. But its base writes no text: whether vllm serves" in said) == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "writes"),
+    {
+        "LlamaForCausalLM": True, "GPT2LMHeadModel": True, "Qwen2VLForConditionalGeneration": True,
+        "UNet2DConditionModel": True,  # not transformers' own, so nothing is known
+        "Gemma4AssistantForCausalLM": True,  # has no configuration without arguments
+        "T5ForConditionalGeneration": False, "WhisperForConditionalGeneration": False, "BertModel": False,
+        "LlamaModel": False, "BertForMaskedLM": False, "ViTForImageClassification": False,
+    }.items(),
+)  # fmt: skip
+def test_without_a_task_the_class_of_its_base_says_whether_an_adapter_writes_text(name, writes):
+    """PEFT notes the class where no task is given; with one, the task counts."""
+    config = {"r": 8, "lora_alpha": 8, "task_type": None, "auto_mapping": {"base_model_class": name}}
+    note, alone = (
+        serving_note(ALIKE, config),
+        f"PEFT takes this adapter as it is. No engine is known to serve adapters of {name}.",
+    )
+    assert note == (EVERY if writes else alone)
+    assert export_options(config, []) == ("--engine vllm" if writes else "")
+    assert serving_note(ALIKE, config | {"task_type": "CAUSAL_LM"}) == EVERY
 
 
 TWO = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("q_proj", "v_proj")]
@@ -362,7 +386,7 @@ def test_why_no_export_is_possible_is_told_with_its_options(base, tmp_path):
         ("vllm", "tokens", f"vllm does not take a tensor that is no adapter ({rows}). {by_peft}"),
         ("vllm", "aLoRA", "vllm does not take alora_invocation_tokens. Serve it with PEFT."),
     ):
-        assert why_no_export(engine, tmp_path / name, str(base), {}) == why
+        assert try_export(engine, tmp_path / name, str(base), {}) == (why, ())
 
 
 def test_a_modelfile_names_a_directory_by_its_full_path_and_a_model_as_it_is(tmp_path, monkeypatch):
