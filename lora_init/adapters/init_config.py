@@ -42,8 +42,9 @@ else:  # the registry decides what there is
 
 RANK = 16
 SCALING = 2.0  # lora_alpha / rank where nothing else is asked for, as most of PEFT's users have it
-# How --help writes that an option takes a list, which is then given once.
+# How --help writes what an option takes that is given once: a list ...
 LIST = "A,B,..."
+DATA = "DATA"  # and data, which are a file, a folder, a pattern or a hub id
 HELP_OF_WEIGHTS = "The float model that a quantized MODEL was made of. Default: MODEL itself."
 _BY_DEFAULT = find_start(DEFAULT)
 # Of `takes`: the parameters that are shown, and what the function returns.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lora_init.adapters.init_config import Reading
+from lora_init.adapters.init_config import DATA, Reading
 from lora_init.cli.commands import command
 from lora_init.cli.console import busy, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands
@@ -48,7 +48,7 @@ BankPath = Annotated[Path, Argument(help="Directory of the bank.", show_default=
 def add(
     bank: BankPath,
     adapter: TrainedAdapter,
-    data: Annotated[str, Option(help="What it was trained on, as for init.", show_default=False)],
+    data: Annotated[str, Option(metavar=DATA, help="What it was trained on, as for init.", show_default=False)],
     statistics: Annotated[Path | None, Option(help="Statistics of this data, from init.")] = None,
     name: Annotated[str | None, Option(help="Name of the entry. Default: the directory's name.")] = None,
     task: Annotated[

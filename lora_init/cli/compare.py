@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from typer import Argument, Option
 
-from lora_init.adapters.init_config import LIST, Ranks, Reading, Sample, read_modules, read_names, unescape
+from lora_init.adapters.init_config import DATA, LIST, Ranks, Reading, Sample, read_modules, read_names, unescape
 from lora_init.cli.console import FAILED, importing, print_result, refuse_idle, running, say
 from lora_init.cli.options import (
     FloatWeights,
@@ -71,7 +71,7 @@ class TaskOptions:
     normalize: Annotated[bool, dict(help="With --options: divide the log-likelihood by the number of tokens.")] = False
     name: Annotated[str | None, dict(help="Name of the task in the report. Default: the data's name.")] = None
     # Its loss before and after training tells what was forgotten.
-    retain_data: Annotated[str | None, dict(help="Text of another kind, to measure forgetting.")] = None
+    retain_data: Annotated[str | None, dict(metavar=DATA, help="Text of another kind, to measure forgetting.")] = None
     # It is another kind of text, with columns of its own.
     retain_template: Annotated[str | None, dict(callback=unescape, help="How an example of it reads.")] = None
     retain_samples: Annotated[int, dict(min=1, help="Examples of it.")] = 64

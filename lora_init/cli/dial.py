@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.adapters.init_config import Reading
+from lora_init.adapters.init_config import DATA, Reading
 from lora_init.cli.commands import offered
 from lora_init.cli.console import busy, importing, print_next, print_result, refuse_idle, say
 from lora_init.cli.options import (
@@ -48,7 +48,8 @@ def dial(
     *,
     output: Annotated[Path, Option("--output", "-o", help="Directory to write.", show_default=False)],
     keep: Annotated[
-        str | None, Option(help="Text to keep, read by its own columns. Default: the base model writes some.")
+        str | None,
+        Option(metavar=DATA, help="Text to keep, read by its own columns. Default: the base model writes some."),
     ] = None,
     lose: Annotated[
         str | None, Option(help="Most loss on the task above the best strength's, such as 2% (the default).")

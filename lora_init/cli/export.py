@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.adapters.init_config import Reading, Sample
+from lora_init.adapters.init_config import DATA, Reading, Sample
 from lora_init.cli.commands import offered
 from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result, refuse_idle
 from lora_init.cli.options import BaseModel, MaxLength, TrustRemoteCode, WrittenAs, as_declared, of_adapter, one_base
@@ -48,7 +48,9 @@ def export(
     merge_into: Annotated[str | None, Option(help="Write this whole model with the adapter merged in.")] = None,
     reduce_intruders: Annotated[bool, of_adapter(help="Take most intruders out, by PEFT.")] = False,
     rename: Annotated[bool, of_adapter(help="Write names of tensors that fit the base: see inspect.")] = False,
-    data: Annotated[str | None, Option(help="Data to measure the loss on before and after, as for init.")] = None,
+    data: Annotated[
+        str | None, Option(metavar=DATA, help="Data to measure the loss on before and after, as for init.")
+    ] = None,
     *,
     reading: Reading,
     samples: Annotated[int, Option(rich_help_panel="Data", **as_declared(Sample, "samples"))] = 64,

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lora_init.adapters.init_config import LIST
+from lora_init.adapters.init_config import DATA, LIST
 
 # Headings of --help-all in this order. Options without a `rich_help_panel` come before them, and are in --help.
 _PANELS = (
@@ -54,11 +54,12 @@ class GroupedCommand(_Unbroken, TyperCommand):
     """Writes the options that everybody needs, and with --help-all every option under a heading for each group."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words, in which a list is given once: of two, click would take the last alone."""
+        """Read the words, in which a list or data are given once: of two, click would take the last alone."""
+        remedies = {LIST: ", with commas between its items", DATA: ", as a folder or a pattern of several files"}
         given: Any = self.make_parser(ctx).parse_args(args=[*args])[-1]  # the parameter of each word, in order
         for parameter, n in Counter(given).items():
-            if n > 1 and parameter.metavar == LIST and not ctx.resilient_parsing:
-                ctx.fail(f"{parameter.opts[0]} is given {n} times. Give it once, with commas between its items.")
+            if n > 1 and parameter.metavar in remedies and not ctx.resilient_parsing:
+                ctx.fail(f"{parameter.opts[0]} is given {n} times. Give it once{remedies[parameter.metavar]}.")
         return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from lora_init.adapters.init_config import Reading
+from lora_init.adapters.init_config import DATA, Reading
 from lora_init.cli.commands import offered
 from lora_init.cli.console import FAILED, print_result, refuse_idle
 from lora_init.cli.describe import damage_of, describe, describe_fit, describe_intruders, describe_merge
@@ -48,7 +48,9 @@ def inspect(
     statistics: Annotated[
         Path | None, Option(help="With --merge: statistics of the base, to count rounding where the data are.")
     ] = None,
-    data: Annotated[str | None, Option(help="With --merge: data to measure the divergence on, as for init.")] = None,
+    data: Annotated[
+        str | None, Option(metavar=DATA, help="With --merge: data to measure the divergence on, as for init.")
+    ] = None,
     *,
     length: Length,
     reading: Reading,

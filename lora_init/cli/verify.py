@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.adapters.init_config import Reading
+from lora_init.adapters.init_config import DATA, Reading
 from lora_init.cli.console import busy, importing, in_words, print_error, print_next, print_result
 from lora_init.cli.options import Loading, MaxLength, one_base
 from lora_init.cli.tables import facts
@@ -65,7 +65,7 @@ def verify(
     served_base: Annotated[str | None, Option(help="The base's name there. Default: what the server says.")] = None,
     base: Annotated[str | None, Option(help="Base model here. Default: the one that the adapter names.")] = None,
     data: Annotated[
-        str | None, Option(help="Data to take prompts from, as for init. Default: three sentences.")
+        str | None, Option(metavar=DATA, help="Data to take prompts from, as for init. Default: three sentences.")
     ] = None,
     *,
     reading: Reading,

@@ -67,18 +67,24 @@ LISTS = {
     "merge": ["--weights"],
     "ranks": ["--allowed-ranks"],
 }
+DATA = dict.fromkeys(("bank add", "export", "inspect", "verify"), "--data")
+DATA |= {"compare": "--retain-data", "dial": "--keep"}
 
 
 @pytest.mark.parametrize("name", _COMMANDS)
-def test_a_list_is_given_once_and_all_else_may_be_given_anew(name):
-    """Of two lists click would take the last one without a word."""
-    told = []
+def test_lists_and_data_are_given_once_and_all_else_may_be_given_anew(name):
+    """Of two, click would take the last one without a word."""
+    told, data = [], []
     for option in _COMMANDS[name].params:
         if option.param_type_name == "option" and option.name not in ("help", "help_all"):
             values = [] if option.is_flag else ["1"]
             said = run(*name.split(), option.opts[0], *values, option.opts[-1], *values).stderr
-            if said.startswith(f"error: {option.opts[0]} is given 2 times. Give it once, with commas between its ite"):
+            once = f"error: {option.opts[0]} is given 2 times. Give it once, "
+            if said.startswith(f"{once}with commas between its items."):
                 told.append(option.opts[0])
+            if said.startswith(f"{once}as a folder or a pattern of several files."):
+                data.append(option.opts[0])
+    assert data == ([DATA[name]] if name in DATA else [])
     assert sorted(told) == LISTS.get(name, [])
     if name == "init":
         last = _COMMANDS[name].make_context(name, ["m", "d", "-o", "x", "--rank", "2", "-o", "y", "--rank", "4"]).params

@@ -82,6 +82,7 @@ def test_what_was_added_is_said_to_scripts(bank, adapters, home):
 
 
 @pytest.mark.parametrize("by", ["nearest", "mixture", "generated", "mean"])
+@pytest.mark.slow
 def test_each_way_writes_an_adapter_that_peft_loads(by, bank, home):
     from peft import PeftModel
 

@@ -57,6 +57,7 @@ def run(*arguments, code=0):
     return result
 
 
+@pytest.mark.slow
 def test_it_compares_and_goes_on(command, tmp_path, monkeypatch):
     first = run(*command)
     monkeypatch.setattr("lora_init.comparison.report.pictures", lambda summary: {})  # once is enough
@@ -219,6 +220,7 @@ def interrupted(rank, size, folder, sent, *words):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, tmp_path, sent):
     ((code, out, errors),) = run_processes(interrupted, 1, tmp_path, sent, *map(str, command), MASTER_PORT=free_port())
     assert code == 130 and out == "" and "run 1/10" in errors

@@ -87,6 +87,7 @@ BUSY = {
 
 
 @pytest.mark.parametrize("words", BUSY)
+@pytest.mark.slow
 def test_what_takes_long_is_said_while_it_runs(words, made, undrawn, tmp_path, monkeypatch):
     """A terminal shows it, and nothing else tells a command that works from one that hangs."""
     said, enter = [], Status.__enter__
@@ -121,6 +122,7 @@ def test_two_processes_make_one_result_and_say_it_once(home, tmp_path):
 
 
 @needs_torchrun
+@pytest.mark.slow
 def test_the_example_trains_what_two_processes_found(tmp_path):
     words = [str(EXAMPLES / "two_processes.py"), "--output", str(tmp_path / "adapter")]
     (code, out, err), _ = run(command_line, 2, tmp_path, *words, MASTER_PORT=free_port())
@@ -132,6 +134,7 @@ def test_the_example_trains_what_two_processes_found(tmp_path):
 
 
 @needs_torchrun
+@pytest.mark.slow
 def test_each_process_says_what_is_wrong_with_it_and_all_end(home, tmp_path):
     init = ["init", str(home / "model"), str(home / "text.txt"), "-o"]
     (tmp_path / "full-1").mkdir()

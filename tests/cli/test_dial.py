@@ -72,6 +72,7 @@ def dialed(folder, output, *more):
 
 
 @pytest.mark.parametrize("more", [[], ["--strength", 0.6], ["--uniform", "--keep-within", 0.05], ["--alpha-pattern"]])
+@pytest.mark.slow
 def test_what_is_written_does_what_was_chosen(more, place, undrawn, tmp_path):
     found = dialed(place, tmp_path / "kept", *more)
     layers = found["chosen"]["layers"]
@@ -221,6 +222,7 @@ def test_rows_that_were_set_before_training_are_written(place, tmp_path):
     assert_one_line_error(run(*words), "lm_head.base_layer.weight: a bank holds plain LoRA of linear layers")
 
 
+@pytest.mark.slow
 def test_what_takes_long_says_in_a_log_how_far_it_is(place, tmp_path):
     words = ["dial", place / "trained", place / "task.txt", "--samples", 36]
     lines = run(*words, "-o", tmp_path / "kept").stderr.splitlines()  # the base writes the text to keep

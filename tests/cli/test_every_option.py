@@ -113,6 +113,7 @@ def beside(given):
     return {name: Try(probe.value, given) for name, probe in OPTIONS.items() if isinstance(probe, Try)}
 
 
+@pytest.mark.slow
 def test_rate(home, tmp_path, monkeypatch):
     rules = []  # what is printed has two digits
 
@@ -155,6 +156,7 @@ def test_merge(home, tmp_path):
     check_command("merge", words, home, tmp_path, {"weights": Try("0.1,0.9")}, lambda _, written: written)
 
 
+@pytest.mark.slow
 def test_dial(home, undrawn, tmp_path):
     def read(printed, written):
         found = json.loads(printed)
@@ -183,6 +185,7 @@ def test_replay(home, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_export(home, tmp_path):
     data = {"rank": 2, "data": "{home}/rows.jsonl", "template": "{passage}"}
     probes = beside(data) | {
@@ -217,6 +220,7 @@ def test_inspect_of_a_start(home, tmp_path):
     check_command("inspect", ["{home}/first"], home, tmp_path, probes, read)
 
 
+@pytest.mark.slow
 def test_verify(home, tmp_path):
     engine = Engine(tokenizer_of(WORDS))
     for name, directory in (("base", None), ("trained", "trained"), ("mine", "again"), ("foreign", None)):

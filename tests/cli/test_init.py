@@ -306,6 +306,7 @@ def test_a_dry_run_counts_no_batches_beyond_the_most(command):
     ("bfloat16", [], "AVX2", 4),  # which emulates it
     ("bfloat16", ["--dtype", "float16"], "AVX2", 2),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_a_dry_run_counts_the_bytes_of_the_type_that_would_run(
     command, home, tmp_path, monkeypatch, saved_in, words, instructions, n_bytes
 ):

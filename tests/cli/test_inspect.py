@@ -359,6 +359,7 @@ def into_a_closed_pipe(rank, size, folder, *words):
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])  # rich itself sees that the reader has left; `--json` goes without
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_sees_no_traceback(more, tmp_path):
     write(tmp_path / "runs", planted({"eva": -0.02}))
     words = ["inspect", str(tmp_path / "runs"), *more]

@@ -19,6 +19,7 @@ for words in {commands}:
 """
 
 
+@pytest.mark.slow
 def test_the_four_commands_run_without_the_extras(home, tmp_path):
     stats, adapter, plan = (str(tmp_path / name) for name in ("stats", "adapter", "plan.json"))
     commands = [

@@ -60,6 +60,7 @@ def made():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_what_each_command_prints_has_been_read():
     assert made().splitlines() == KEPT.read_text(encoding="utf-8").splitlines(), AGAIN
 

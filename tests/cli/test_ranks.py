@@ -132,6 +132,7 @@ def test_bad_input_is_one_line_and_exit_1(file, arguments, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_replaced_without_overwrite(file, tmp_path):
     statistics = file.read_bytes()
     rows = tmp_path / "rows.csv"
@@ -155,6 +156,7 @@ def test_nothing_is_replaced_without_overwrite(file, tmp_path):
     assert "both name" in run(file, "--output", "a.svg", "--plot", "a.svg", code=1).stderr
 
 
+@pytest.mark.slow
 def test_the_example_plans_with_and_without_a_file(file, tmp_path, monkeypatch, capfd):
     script = Path(__file__).parents[2] / "examples" / "rank_budget.py"
     for arguments in ([], [str(file), "2k", "3k"]):

@@ -92,6 +92,7 @@ def test_every_command_with_this_option_is_tried():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_code_that_comes_with_a_model_runs_where_it_is_allowed_alone(name, home, tmp_path, monkeypatch):
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])

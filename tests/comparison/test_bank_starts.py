@@ -32,6 +32,7 @@ def bank(home):
     return home / "bank"
 
 
+@pytest.mark.slow
 def test_starts_from_a_bank_are_runs_as_any_other(home, bank, tmp_path):
     starts = ["random", "bank-nearest", "bank-mixture", "bank-mean", "bank-generated"]
     found = compare(home, tmp_path / "out", starts=starts, bank=bank, learning_rates=[1e-3], seeds=1)

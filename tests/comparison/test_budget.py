@@ -70,6 +70,7 @@ PLAN = RunPlan(
 )
 
 
+@pytest.mark.slow
 def test_seeds_are_added_until_every_verdict_is_precise():
     records, said = spend(loss, RunBudget(precision=0.012), PLAN)
     counts = {one.base: len({run.seed for run in records if run.start == one}) for one in PLAN.starts}

@@ -70,6 +70,7 @@ def of_equal_steps(records):
     return [record for record in records if "-steps" not in record["start"]]
 
 
+@pytest.mark.slow
 def test_every_run_is_there_with_every_key(full):
     found, _ = full
     records = read_runs(found.directory)
@@ -114,6 +115,7 @@ def test_without_the_dial_adapters_are_evaluated_as_trained(full, home, tmp_path
     assert (found.directory / "frontiers.png").exists() and not (found.directory / "forgetting.png").exists()
 
 
+@pytest.mark.slow
 def test_every_start_is_trained_with_the_same_replayed_text(home, tmp_path):
     texts = home / "replay.txt"
     texts.write_text(
@@ -174,6 +176,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(tmp_path):
         lora_init.compare("no-model", "no-data", tmp_path / "file" / "out")
 
 
+@pytest.mark.slow
 def test_the_best_rate_of_two_seeds_goes_to_the_other(home, tmp_path):
     found = compare(home, tmp_path / "out", seeds=3, starts=["random", "eva-rho1"], learning_rates=[1e-4, 1e-2])
     for start in ("random", "eva-rho1"):
@@ -349,6 +352,7 @@ def useless(model, seed):
     return peft_model
 
 
+@pytest.mark.slow
 def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_path):
     found = compare(
         home, tmp_path / "out", starts=["random", ("useless", useless), ("again", again)], learning_rates=[1e-2],

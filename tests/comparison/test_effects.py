@@ -160,6 +160,7 @@ def test_of_two_starts_with_the_same_seed_neither_is_said_to_scatter():
     assert list(unlike_spreads(losses)) == ["a"]
 
 
+@pytest.mark.slow
 def test_false_winners_are_rare_over_all_starts_together():
     rng = np.random.default_rng(0)
     wrong = [any(effect.high < 0 for effect in effects(layout(rng), "random").values()) for _ in range(150)]
@@ -187,6 +188,7 @@ def with_holes(missing, seed):
 
 @settings(max_examples=10, deadline=None)
 @given(holes, st.integers(0, 100))
+@pytest.mark.slow
 def test_with_any_runs_missing_effects_are_those_of_least_squares(missing, seed):
     """The model that is fitted, written down anew: a number for each seed, one for each start but the reference."""
     losses = with_holes(missing, seed)

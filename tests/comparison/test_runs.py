@@ -458,6 +458,7 @@ def hold(directory, link):
             link.recv()
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_nothing(tmp_path):
     here, there = FORKS.Pipe()
     process = FORKS.Process(target=hold, args=(tmp_path, there), daemon=True)

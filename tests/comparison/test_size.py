@@ -67,6 +67,7 @@ def test_examples_that_are_cut_are_the_first(home, tmp_path):
     assert small.data.endswith("; the first 3 to select by and 5 to report are used") and task.cut(12, None) is task
 
 
+@pytest.mark.slow
 def test_a_comparison_in_a_limit_goes_on_at_its_size(home, tmp_path, monkeypatch):
     open_size = dict(steps=None, starts=None, evaluation_points=None, learning_rates=[1e-2], seeds=2)
     monkeypatch.setattr(comparing, "measure", lambda bench: Pace(10.0, 0.1))

@@ -149,6 +149,7 @@ def test_a_start_with_an_alpha_of_its_own_has_that_scaling_and_the_same_a(case, 
 
 
 @pytest.mark.parametrize("start", HERE)
+@pytest.mark.slow
 def test_seeds(case, start):
     one, again, other = (case.made(start, seed, time).a for seed, time in ((0, 1), (0, 2), (1, 1)))
     assert all(torch.equal(one[name], again[name]) for name in one)

@@ -46,6 +46,7 @@ def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
     assert len(seen) == len(set(seen)) == 32 and set(seen) <= trained and not set(seen) & scored
 
 
+@pytest.mark.slow
 def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
     real, calls = workbench.collect, []
     monkeypatch.setattr(workbench.Workbench, "check", lambda *_: None)  # which collects from one layer
@@ -116,6 +117,7 @@ def does_not_fit(model, seed):
     raise LoraInitError("this start does not fit.")
 
 
+@pytest.mark.slow
 def test_a_first_command_that_ended_before_its_settings_were_written_disturbs_nothing(home, undisturbed, tmp_path):
     """Its statistics are of another model."""
     before = {"model": "rotated", "starts": ("random", "eva", ("mine", does_not_fit))}
@@ -316,6 +318,7 @@ def test_the_processor_is_named_by_the_system_or_else_by_its_kind(text, name, tm
         assert workbench.processor() == (own or name if name == "z80" else name)
 
 
+@pytest.mark.slow
 def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
     """A language model and a classifier; the steps begin below random, the base is put back after each."""
     starts = ("random", "eva", "eva-grad", "grad-a", "natural-gradient", "lora-ga", "lora-one", "gradient-ranks")
