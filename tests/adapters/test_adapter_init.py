@@ -503,3 +503,5 @@ def test_numbers_of_numpy_are_kept_as_plain_ones(tmp_path):
     path = build_adapter(stats, np.int64(2), seed=np.int64(4)).save_pretrained(tmp_path / "adapter")
     origin = json.loads((path / "lora_init.json").read_text())
     assert (origin["seed"], origin["rank"], origin["provenance"]["seed"]) == (4, 2, 3)
+    build_adapter(stats, 2, lora_dropout=np.float32(0.5)).apply(tiny_llama()).save_pretrained(tmp_path / "trained")
+    assert json.loads((tmp_path / "trained/adapter_config.json").read_text())["lora_dropout"] == 0.5
