@@ -141,7 +141,8 @@ class Dial:
             (self.fitted, "one for each layer", {"fmt": "D", "color": "#009E73"}),
             ([self.chosen], "chosen", {"fmt": "*", "color": "#CC0066", "markersize": 13}),
         ):
-            right.errorbar([point.rise for point in points], [point.task for point in points], label=label, **style)
+            if points:  # none is fitted where one strength for all layers is chosen
+                right.errorbar([point.rise for point in points], [point.task for point in points], label=label, **style)
         for point in uniform:
             right.annotate(f" {point.strength:g}", (point.rise, point.task), fontsize=10)
         right.set(xlabel="rise of the loss on text to keep", ylabel="loss on the task")

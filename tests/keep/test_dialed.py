@@ -194,4 +194,6 @@ def test_the_picture_has_each_point_where_it_was_measured():
     assert [axes.get_ylabel() for axes in (left, right)] == ["loss above the base's", "loss on the task"]
     assert [[text.get_text() for text in axes.get_legend().texts] for axes in (left, right)] == [[*lines], [*points]]
     assert figure.get_suptitle() == "Examples to choose by: a rule"
+    unfitted = replace(measured(), fitted=()).plot().axes[1]
+    assert [text.get_text() for text in unfitted.get_legend().texts] == ["one strength", "chosen"]
     assert not replace(measured(), rule="at $x^2$").plot()._suptitle.get_parse_math()  # a rule is plain text
