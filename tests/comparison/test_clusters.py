@@ -258,6 +258,7 @@ def test_a_run_on_another_machine_names_it_and_one_on_this_machine_does_not(benc
     assert without_clock([here | {"node": "node-7"}]) == without_clock([there])
 
 
+@pytest.mark.slow
 def test_any_executor_does_the_runs_and_is_left_as_it_is(home, alone, tmp_path):
     (tmp_path / "before").touch()
     starts = ["random", ("mine", partial(met, tmp_path))]

@@ -202,6 +202,7 @@ def test_what_is_done_to_its_table_changes_no_comparison():
     assert [*Comparison.to_pandas(comparison).columns] == ["start", "loss"] and [*table["loss"]] == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatch):
     found = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"])
     written = read_runs(tmp_path / "out")

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 from matplotlib.ticker import FixedLocator
 
 from lora_init.comparison import plots
@@ -111,6 +112,7 @@ def read():
     return "\n".join(texts)
 
 
+@pytest.mark.slow
 def test_what_reports_say_and_pictures_draw_has_been_read():
     assert read().splitlines() == KEPT.read_text(encoding="utf-8").splitlines(), AGAIN
 

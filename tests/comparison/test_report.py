@@ -119,6 +119,7 @@ def test_each_section_and_column_has_the_name_by_which_a_reader_finds_it(full):
 # best/: the trained adapter of the best start, the very one of its run, never replaced unasked
 
 
+@pytest.mark.slow
 def test_the_adapter_of_the_best_start_is_kept_once_and_not_replaced(home, tmp_path, monkeypatch):
     lines, out = [], tmp_path / "out"
     found = compare(home, out, starts=["random", "orthogonal"], learning_rates=[1e-2], say=lines.append)

@@ -116,6 +116,7 @@ def trained(prepared, batch):
 
 
 @pytest.mark.parametrize("start", HERE)
+@pytest.mark.slow
 def test_a_start_leaves_the_output_and_release_the_model(case, start):
     before, output = snapshot(case.model), case.logits()
     prepared = case.prepare(start)
@@ -141,6 +142,7 @@ def test_a_way_that_a_start_cannot_be_run_is_refused_before_anything_is_loaded(s
 
 
 @pytest.mark.parametrize("start", HERE)
+@pytest.mark.slow
 def test_a_start_with_an_alpha_of_its_own_has_that_scaling_and_the_same_a(case, start):
     plain, scaled = case.made(start), case.made(f"{start}+24-alpha+5-batches")  # the batches are those of the caller
     assert (plain.scalings, scaled.scalings) == ({8 / RANK}, {24 / RANK})
@@ -157,6 +159,7 @@ def test_seeds(case, start):
     assert [torch.equal(one[name], other[name]) for name in one] == [not depends] * len(one)
 
 
+@pytest.mark.slow
 def test_parameter_counts(case):
     def count(start):
         made = case.made(start)

@@ -105,6 +105,7 @@ def first_statistics(home, tmp_path_factory):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_statistics_are_taken_for_the_same_model_data_and_layers_alone(
     home, others, first_statistics, tmp_path, before
 ):
@@ -534,6 +535,7 @@ def changing(model, seed):
     ("pissa", "finished", True, False, True), ("mine", "finished", True, True, True),
     ("changing", "finished", True, False, False), ("full", "finished", True, False, None),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_what_is_measured_and_kept_of_a_run_depends_on_its_start_and_its_end(
     start, status, retained, dialed, kept, home, tmp_path, monkeypatch
 ):

@@ -133,6 +133,7 @@ def deltas(base, adapter):
 
 @only("mixtral", "gpt_oss")
 @pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.slow
 def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
     trained = train(base, tmp_path / "trained", **ADAPTERS[name])
     exported = export_adapter(trained, tmp_path / "served")
@@ -195,6 +196,7 @@ def test_a_merged_model_does_what_peft_does(name, base, tmp_path, monkeypatch):
 
 @only("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4")
 @pytest.mark.parametrize("name", ["experts alone", "ranks and alphas", "rsLoRA", "one parameter"])
+@pytest.mark.slow
 def test_each_expert_of_the_merged_checkpoint_is_what_it_was_and_b_a(name, base, tmp_path, request):
     trained = train(base, tmp_path / "trained", **ADAPTERS[name])
     export_adapter(trained, tmp_path / "merged", merge_into=str(base))
@@ -336,6 +338,7 @@ CHECKPOINT = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
 @only("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("name", ["experts alone", "ranks and alphas", "rsLoRA", "one parameter"])
+@pytest.mark.slow
 def test_engines_get_of_each_expert_what_peft_adds_to_it(name, engine, base, tmp_path, request):
     trained = train(base, tmp_path / "trained", **ADAPTERS[name])
     exported = export_adapter(trained, tmp_path / "served", engine)

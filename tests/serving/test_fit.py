@@ -400,6 +400,7 @@ RENAMED = [(case, by) for case in NAMES for by in ("the model", "the file")[: 1 
 
 @pytest.mark.parametrize(("case", "patterns_by"), RENAMED)
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_renamed_adapter_does_what_it_did_before(bases, tmp_path, case, patterns_by):
     (name, settings), misname, _ = NAMES[case]
     layer = "model.layers.0.self_attn.q_proj"
@@ -724,6 +725,7 @@ TRAINED_WITH |= {
 @pytest.mark.parametrize("case", TRAINED_WITH)
 @pytest.mark.parametrize("engine", ["vllm", "tgi", "llama.cpp", "mlx"])
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_inspect_promises_what_export_writes(bases, tmp_path, case, engine):
     name, settings = TRAINED_WITH[case]
     directory = adapter(bases, name, tmp_path / "a", **settings)

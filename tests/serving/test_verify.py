@@ -136,6 +136,7 @@ def test_as_few_values_as_a_server_tells_are_enough(most, home, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_another_task_another_base_and_a_zero_adapter(dtype, home, tmp_path):
     engine = served(home, home / "other-task", dtype=dtype)
     done = ask(home, "plain", engine)
@@ -224,6 +225,7 @@ def test_chats_that_a_server_cannot_be_asked_are_named(home, monkeypatch):
     assert_one_line_error(done, "has no /chat/completions, and no text of", "chats.jsonl has the same tokens")
 
 
+@pytest.mark.slow
 def test_several_adapters_are_asked_about_with_one_base(home, tmp_path):
     engine = served(home, home / "plain")
     for name in ("plain", "dora", "damaged"):

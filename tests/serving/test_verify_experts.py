@@ -273,6 +273,7 @@ CASES = [(f, kind) for i, f in enumerate(FAULTS) for kind in (KINDS[i % 2], KIND
 
 
 @pytest.mark.parametrize(("fault", "kind"), CASES)
+@pytest.mark.slow
 def test_a_fault_in_experts_is_named(fault, kind, verified):
     plant, verdict, words = FAULTS[fault]
     found = verified(kind, plant("pairs" if kind == "gpt_oss" else "halves"))
@@ -311,6 +312,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("right", RIGHT)
+@pytest.mark.slow
 def test_right_experts_are_served_as_trained(right, homes, tmp_path):
     kind, settings, how = RIGHT[right]
     home, served = homes(kind), tmp_path / "served"
@@ -330,6 +332,7 @@ def test_right_experts_are_served_as_trained(right, homes, tmp_path):
 
 
 @pytest.mark.parametrize(("elsewhere", "verdict"), [(1, "served as trained"), (4, "another adapter")])
+@pytest.mark.slow
 def test_a_few_prompts_may_be_sent_to_other_experts(elsewhere, verdict, homes):
     """An engine in another precision, whose router sends the last tokens of some prompts elsewhere."""
     home, tokenizer = homes("mixtral"), word_tokenizer()

@@ -88,6 +88,7 @@ def states():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_twenty_synchronizations_raise_no_alarm(dtype, states):
     model = policy()
     engine, said = InProcess(model, DTYPES[dtype]), []
@@ -114,6 +115,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
 def test_a_fault_is_named(fault, states):
     model, (plant, verdict) = policy(), FAULTS[fault]
     engine, last = InProcess(model, torch.bfloat16), LAST

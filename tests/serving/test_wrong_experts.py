@@ -63,6 +63,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.slow
 def test_an_adapter_of_other_experts_than_its_base_has_is_refused(case, home, tmp_path, monkeypatch):
     name, base, message = MISFITS[case]
     adapter, base = home / f"{name} adapted", home / base
