@@ -155,7 +155,8 @@ def _without_none(**arguments: Any) -> dict[str, Any]:
 
 def _check_learning_rate(learning_rate: Any, model: Any) -> None:
     """Refuse any value but "measured", and that without a trainer."""
-    if learning_rate not in (None, "measured") or (learning_rate and not is_trainer(model)):
+    asked = learning_rate is not None
+    if asked and not (isinstance(learning_rate, str) and learning_rate == "measured" and is_trainer(model)):
         raise LoraInitError(
             f"learning_rate={learning_rate!r}: 'measured' sets the rate of a trainer. For a model call learning_rate()."
         )

@@ -24,7 +24,7 @@ from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, read_settings
 from lora_init.errors import LoraInitError, check_number, check_switches, explain, warn
-from lora_init.files import check_writable, locked
+from lora_init.files import as_path, check_writable, locked
 from lora_init.layers.grid import one_line_each, some, span
 from lora_init.layers.identity import count_parameters, dtype_of, fingerprint, model_config
 from lora_init.layers.masks import TokenMasks
@@ -269,7 +269,7 @@ def collect(
                 return forward(model, batch)
             return call_model(model, batch, with_labels=gradients)
 
-    file = None if statistics is None else Path(statistics).expanduser()
+    file = None if statistics is None else as_path(statistics, "statistics: a file")
     job = _Job(
         model, targets, modules, provenance, forward_as_called, loss, file, overwrite, progress,
         int(skip_bad_batches), left_out,

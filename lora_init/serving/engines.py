@@ -194,6 +194,6 @@ def find_engine(name: str | None) -> Engine:
     """Look an engine up; None is PEFT itself."""
     if name is None:
         return PEFT
-    if name not in ENGINES:
-        raise LoraInitError(f"engine {name!r} is unknown. {did_you_mean(name, ENGINES)}")
+    if not isinstance(name, str) or name not in ENGINES:
+        raise LoraInitError(f"engine {name!r} is unknown. {did_you_mean(str(name), ENGINES)}")
     return ENGINES[name]

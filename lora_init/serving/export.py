@@ -276,7 +276,7 @@ def check_reduction(reduces: bool, rename: bool, start: str | Path | None) -> No
 
 
 def _check_other(start: str | Path | None, directory: str | Path) -> None:
-    if start is not None and is_same_place(start, directory):
+    if start is not None and is_same_place(as_path(start, "start: the adapter before training"), directory):
         raise LoraInitError("{start} is the trained adapter itself. Name it as it was before training.", start=start)
 
 

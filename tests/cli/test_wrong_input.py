@@ -5,6 +5,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lora_init.adapters.directory import AdapterDirectory, write_files
 from lora_init.loading.models import ModelSource
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.comparisons import SMALL, make_home
-from tests.conftest import refused, tiny_llama
+from tests.conftest import batches_for, refused, tiny_llama
 
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
@@ -380,6 +381,22 @@ CALLS = {
     ),
     "nowhere to export to": (
         lambda compare: lora_init.export_adapter("trained", None), "output is needed, as a path, and got NoneType",
+    ),
+    "a number for the adapter before training": (
+        lambda compare: lora_init.export_adapter("trained", "served", start=3),
+        "start: the adapter before training is needed, as a path, and got int",
+    ),
+    "a list of engines": (
+        lambda compare: lora_init.export_adapter("trained", "served", ["vllm"]),
+        r"^engine \['vllm'\] is unknown. Did you mean vllm",
+    ),
+    "a number for a file of statistics": (
+        lambda compare: lora_init.collect(tiny_llama(), batches_for("llama"), statistics=3),
+        "statistics: a file is needed, as a path, and got int",
+    ),
+    "two rates": (
+        lambda compare: lora_init.initialize(tiny_llama(), [], learning_rate=np.array(["measured", "a"])),
+        "^learning_rate=array.*: 'measured' sets the rate of a trainer",
     ),
     "half a text": (
         lambda compare: lora_init.replay(tiny_llama(), AutoTokenizer, n=1.5),
