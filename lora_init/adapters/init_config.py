@@ -134,7 +134,7 @@ class _Checked:
         hints = _hints(part)
         for option in fields(part):
             value = getattr(self, option.name)
-            if value is not None or option.default != ():  # None is PEFT's empty list
+            if value is not None or option.default not in ("", ()):  # None is nothing, as PEFT has it for a list
                 _check_kind(option.name, value, hints[option.name])
 
 

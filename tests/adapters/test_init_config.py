@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peft import TaskType
 
 from lora_init.adapters.init_config import (
     Correction,
@@ -78,7 +79,7 @@ def test_words_of_a_shell_are_read_as_they_are_meant():
     (Shape, dict(modules_to_save=["score", 3]), "modules_to_save=['score', 3], expected a list of texts."),
     (Correction, dict(weights=3), "weights=3, expected a text or a path."),
     (PassOptions, dict(loss="mean"), "loss='mean', expected a function."),
-    (PassOptions, dict(data=None), "data=None, expected a text."),
+    (PassOptions, dict(data=3), "data=3, expected a text."),
     (PassOptions, dict(statistics=0), "statistics=0, expected a text or a path."),
 ])  # fmt: skip
 def test_a_number_below_the_least_and_a_value_of_another_kind_are_refused(part, given, words):
@@ -95,6 +96,7 @@ def test_lists_of_every_kind_are_taken_and_numbers_of_numpy():
     for names in (["up"], ("up",), {"up"}, {"up": 1}.keys()):
         assert Layers(target_modules=names).target_modules == names
     assert Layers(target_parameters=["a"], exclude_modules=None).exclude_modules is None
+    assert Layers(task_type=TaskType.CAUSAL_LM).task_type == "CAUSAL_LM" and PassOptions(data=None).data is None
     assert Shape(modules_to_save=None, lora_alpha=np.float32(2)).lora_alpha == 2
     assert PassOptions(statistics=Path("a"), loss=len, tolerance=1, seed=np.int64(3)).seed == 3
 
