@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, S
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from inspect import signature
+from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -29,7 +30,7 @@ from typing import (
     get_type_hints,
 )
 
-from lora_init.errors import LoraInitError, check_number, check_switches, did_you_mean, is_number, is_whole
+from lora_init.errors import LoraInitError, check_number, did_you_mean, is_number, is_whole
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import BATCH_SIZE, FORMATS, MAX_LENGTH, SAMPLES
 from lora_init.planning.policies import RHO
@@ -105,11 +106,9 @@ def _is_a(value: Any, hint: Any) -> bool:
     if kind in (Sequence, Collection):  # an array has what a collection needs, but `==` makes no bool of it
         is_list = isinstance(value, (Sequence, Set)) and not isinstance(value, str)
         return is_list and all(isinstance(one, str) for one in value)
-    if kind is Literal:
-        kind = str
     if kind in (int, float):
         return is_whole(value) if kind is int else is_number(value)
-    return isinstance(value, kind)
+    return isinstance(value, {Literal: str, Path: PathLike}.get(kind, kind))
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
@@ -125,8 +124,6 @@ class _Checked:
 
     def __post_init__(self) -> None:
         part: Any = type(self)
-        switches = [option.name for option in fields(part) if isinstance(option.default, bool)]
-        check_switches(**{name: getattr(self, name) for name in switches})
         for name, (whole, least) in _least(part).items():
             value = getattr(self, name)
             if value is not None:  # None stands for a default that is found later

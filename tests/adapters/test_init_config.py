@@ -92,7 +92,15 @@ def test_the_least_numbers_are_taken_and_so_is_none_for_what_is_found_later():
     assert PassOptions(max_batches=1, skip_bad_batches=0, seed=0, tolerance=0.0).tolerance == 0.0
 
 
-def test_lists_of_every_kind_are_taken_and_numbers_of_numpy():
+class Place:
+    """A path of another library, as `tmpdir` of pytest is one."""
+
+    def __fspath__(self):
+        return "a"
+
+
+def test_lists_and_paths_of_every_kind_are_taken_and_numbers_of_numpy():
+    assert isinstance(PassOptions(statistics=Place()).statistics, Place)
     for names in (["up"], ("up",), {"up"}, {"up": 1}.keys()):
         assert Layers(target_modules=names).target_modules == names
     assert Layers(target_parameters=["a"], exclude_modules=None).exclude_modules is None
