@@ -123,7 +123,7 @@ def choose_budget(
 
 def bytes_per_parameter(dtype: str) -> int:
     """Return the size of a saved parameter."""
-    if dtype not in _BYTES:
+    if not isinstance(dtype, str) or dtype not in _BYTES:
         raise LoraInitError(f"{{dtype}} is unknown. {did_you_mean(str(dtype), _BYTES)}", dtype=dtype)
     return _BYTES[dtype]
 

@@ -154,7 +154,7 @@ def find_policy(name: str) -> Policy:
     Raises:
         LoraInitError: It is unknown, or what a package has under its name is no policy.
     """
-    if name in POLICIES:
+    if isinstance(name, str) and name in POLICIES:
         _THEIRS.warn_of(name)
         return POLICIES[name]
     if name not in policy_names():

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 import lora_init
 from lora_init.adapters.directory import AdapterDirectory, write_files
 from lora_init.loading.models import ModelSource
+from tests.adapters.made import made_up_statistics
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.comparisons import SMALL, make_home
 from tests.conftest import batches_for, refused, tiny_llama
@@ -397,6 +398,22 @@ CALLS = {
     "two rates": (
         lambda compare: lora_init.initialize(tiny_llama(), [], learning_rate=np.array(["measured", "a"])),
         "^learning_rate=array.*: 'measured' sets the rate of a trainer",
+    ),
+    "a number for names of parameters": (
+        lambda compare: lora_init.collect(tiny_llama(), batches_for("llama"), target_parameters=3),
+        "^target_parameters=3: expected a regular expression, or a list of names",
+    ),
+    "no layer to leave out": (
+        lambda compare: lora_init.collect(tiny_llama(), batches_for("llama"), exclude_modules=0),
+        "^exclude_modules=0: expected a regular expression",
+    ),
+    "a list of types": (
+        lambda compare: lora_init.allocate_ranks(made_up_statistics(tiny_llama()), megabytes=1, dtype=["float16"]),
+        r"^dtype=\['float16'\] is unknown",
+    ),
+    "a list of policies": (
+        lambda compare: lora_init.allocate_ranks(made_up_statistics(tiny_llama()), policy=["eva"]),
+        r"^policy=\['eva'\] is unknown",
     ),
     "half a text": (
         lambda compare: lora_init.replay(tiny_llama(), AutoTokenizer, n=1.5),
