@@ -335,9 +335,9 @@ def ranks(
 
     stats = Statistics.load(statistics)
     # The plan itself first: what is wrong with it is said before what is wrong with a variant.
-    plan = allocate_ranks(stats, **arguments)
+    plan = allocate_ranks(stats, **_read_by(arguments))
     plans = {_label(arguments, plan.rank): plan}
-    plans |= {name: allocate_ranks(stats, **changed) for name, changed in variants.items()}
+    plans |= {name: allocate_ranks(stats, **_read_by(changed)) for name, changed in variants.items()}
     # Files first: they are complete even where whoever reads the tables leaves early, as `head` does.
     if output is not None:
         say(f"{save_plan(plan, output)}: written")
@@ -380,6 +380,12 @@ def _print_for_tool(
     built = build_adapter(stats, plan, lora_alpha=lora_alpha, use_rslora=use_rslora)
     path = str(output or "plan.json")  # for those tools that read the plan itself
     typer.echo(snippet(plan, tool, built.lora_alpha, use_rslora, path, built.recommended, built.how_to_train), nl=False)
+
+
+def _read_by(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what the budget of a plan does not read: another plan of the same command may read it."""
+    readers = {"dtype": "megabytes", "coverage": "variance"}
+    return {name: value for name, value in plan.items() if name not in readers or plan.get(readers[name]) is not None}
 
 
 def _check_unread(options: PlanOptions, plans: Sequence[Mapping[str, Any]]) -> None:

@@ -246,6 +246,14 @@ def test_each_limit_of_a_plan_can_be_varied(key, value, read):
     assert ranks_command.read_variants([f"{key}={value}"], BASE)[f"{key}={value}"][key.replace("-", "_")] == read
 
 
+@pytest.mark.parametrize("words", [
+    "--megabytes 0.01 --dtype float16 --compare rank=2", "--rank 2 --dtype float16 --compare megabytes=0.01",
+    "--variance 0.2 --coverage total --compare rank=2", "--rank 2 --coverage total --compare variance=0.2",
+])  # fmt: skip
+def test_what_one_of_several_plans_reads_may_be_given(words, file):
+    assert "rank=2" in run(file, *words.split()).output
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("unifrom", "--compare 'unifrom': expected a policy, or a change such as 'rank=8'. Did you mean uniform? Choose"),
     ("tie=1", "--compare 'tie=1': 'tie' is unknown. "), ("rank", "--compare 'rank': expected a policy"),
