@@ -136,6 +136,15 @@ def test_a_length_is_completed_from_what_is_said(rows, said, expected):
     assert str(TrainingLength.plan(rows, **said)) == expected
 
 
+@pytest.mark.parametrize(("rows", "said"), [(9, (3, 3, 8)), (17, (6, 3, 8)), (12, (5, 5, 8)), (500, (186, 3, 8))])
+def test_another_length_is_counted_as_if_it_had_been_said_at_first(rows, said):
+    """`inspect` is told the length of a rate that was measured for another one."""
+    planned = TrainingLength.plan(rows, *said)
+    assert (
+        TrainingLength.plan(rows).changed(*said) == planned and planned.epochs > planned.steps / planned.steps_an_epoch
+    )
+
+
 @pytest.mark.parametrize(("rows", "said", "words"), [
     (
         500, {"steps": 185, "epochs": 3},
