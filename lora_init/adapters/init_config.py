@@ -43,9 +43,9 @@ else:  # the registry decides what there is
 
 RANK = 16
 SCALING = 2.0  # lora_alpha / rank where nothing else is asked for, as most of PEFT's users have it
-# How --help writes what an option takes that is given once: a list ...
+# How --help writes that an option takes a list, or data: each is given once, see `cli.help`.
 LIST = "A,B,..."
-DATA = "DATA"  # and data, which are a file, a folder, a pattern or a hub id
+DATA = "DATA"
 HELP_OF_WEIGHTS = "The float model that a quantized MODEL was made of. Default: MODEL itself."
 _BY_DEFAULT = find_start(DEFAULT)
 # Of `takes`: the parameters that are shown, and what the function returns.
@@ -99,10 +99,8 @@ _IN_WORDS = {
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Return whether a value is of the kind that an annotation names; numbers of numpy are numbers."""
+    """Return whether a value is of one kind; numbers of numpy are numbers."""
     kind = get_origin(hint) or hint
-    if kind in (Union, UnionType):
-        return any(_is_a(value, part) for part in get_args(hint))
     if kind in (Sequence, Collection):  # an array has what a collection needs, but `==` makes no bool of it
         is_list = isinstance(value, (Sequence, Set)) and not isinstance(value, str)
         return is_list and all(isinstance(one, str) for one in value)
@@ -112,9 +110,9 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value of another kind than an annotation names."""
-    if not _is_a(value, hint):
-        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    """Refuse a value of another kind than those that an annotation names."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not any(_is_a(value, kind) for kind in kinds):
         words = [_IN_WORDS[get_origin(kind) or kind] for kind in kinds if kind is not NoneType]
         raise LoraInitError(f"{{{name}}}, expected {' or '.join(words)}.", **{name: value})
 
@@ -128,11 +126,10 @@ class _Checked:
             value = getattr(self, name)
             if value is not None:  # None stands for a default that is found later
                 check_number(name, value, least, whole=whole)
-        hints = _hints(part)
         for option in fields(part):
             value = getattr(self, option.name)
             if value is not None or option.default not in ("", ()):  # None is nothing, as PEFT has it for a list
-                _check_kind(option.name, value, hints[option.name])
+                _check_kind(option.name, value, _hints(part)[option.name])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,8 +124,7 @@ def check_adapter_name(adapter_name: Any) -> None:
     """Refuse a name under which PEFT cannot save an adapter and read it again."""
     # PEFT only warns of a part of its prefix "lora_", after which weights are not reloaded properly; torch takes no dot
     # in the name of a submodule.
-    fits = isinstance(adapter_name, str) and "." not in adapter_name and adapter_name not in "lora_"  # which "" is, too
-    if not fits:
+    if not isinstance(adapter_name, str) or "." in adapter_name or adapter_name in "lora_":  # "" is a part of it
         raise LoraInitError(f"adapter_name={adapter_name!r}: use a word without dots that is not a part of 'lora_'.")
 
 

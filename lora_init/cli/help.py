@@ -17,6 +17,8 @@ _PANELS = (
     "Model", "Starts from a bank", "Output",
 )  # fmt: skip
 _WHOLE = "lora_init.whole_help"
+# What is given once, and how it holds several.
+_ONCE = {LIST: "with commas between its items", DATA: "as a folder or a pattern of several files"}
 _UNBROKEN = "\u2011"  # a hyphen at which no line ends, in place of those within names, such as lora-ga
 _WIDEST, _NARROW = 70, 40  # columns of an option and what it takes, in --help-all and in --help
 # How click writes a number, a range or a default, and what is shown instead.
@@ -55,11 +57,10 @@ class GroupedCommand(_Unbroken, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the words, in which a list or data are given once: of two, click would take the last alone."""
-        remedies = {LIST: ", with commas between its items", DATA: ", as a folder or a pattern of several files"}
         given: Any = self.make_parser(ctx).parse_args(args=[*args])[-1]  # the parameter of each word, in order
         for parameter, n in Counter(given).items():
-            if n > 1 and parameter.metavar in remedies and not ctx.resilient_parsing:
-                ctx.fail(f"{parameter.opts[0]} is given {n} times. Give it once{remedies[parameter.metavar]}.")
+            if n > 1 and parameter.metavar in _ONCE and not ctx.resilient_parsing:
+                ctx.fail(f"{parameter.opts[0]} is given {n} times. Give it once, {_ONCE[parameter.metavar]}.")
         return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:

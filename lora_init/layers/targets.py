@@ -441,7 +441,8 @@ def find_targets(
     """
     if not isinstance(model, nn.Module):
         raise LoraInitError(f"find_targets() takes a model in this place and got {type(model).__name__}.")
-    _check_names(target_modules=target_modules, exclude_modules=exclude_modules, target_parameters=target_parameters)
+    optional = {"exclude_modules": exclude_modules, "target_parameters": target_parameters}
+    _check_names(target_modules=target_modules, **{name: () if one is None else one for name, one in optional.items()})
     model = unwrapped(model)
     named = plain_names(model)
     modules = {name: module for name, module in named.items() if name}  # without the model itself, called ""
@@ -483,8 +484,6 @@ def _warn_of_other_places(model: nn.Module, names: Iterable[str]) -> None:
 def _check_names(**arguments: Any) -> None:
     for argument, given in arguments.items():
         # A string is a collection of strings, too.
-        if given is None and argument != "target_modules":
-            continue
         if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
             raise LoraInitError(
                 f"{{{argument}}}: expected a regular expression, or a list of names.", **{argument: given}

@@ -21,7 +21,7 @@ class TrainingLength:
         batch_size: Examples in a step, of all processes and of all batches that are accumulated.
         rows: Number of different examples; None if it is unknown, as of a stream: then none repeats.
         why: Where the number of steps comes from, in words; empty if it was given.
-        seen: How often an example of a step is seen in all, in the mean, where that is not told by steps and rows; else 0.
+        seen: How often an example of a step is seen in all, in the mean, where steps and rows do not tell it; else 0.
 
     Raises:
         LoraInitError: One of these is no number of at least 1, or a step has more examples than there are.

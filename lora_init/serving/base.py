@@ -149,11 +149,16 @@ def _class_for(adapter: Mapping[str, Any], saved: str, config: Any) -> str:
     return CLASS_OF_TASK.get(str(task), "")
 
 
-def is_for(name: str, config: Any) -> bool | None:
-    """Return whether a class of transformers is for models of a configuration; None for a name of no such class."""
+def config_class_of(name: str) -> Any:
+    """Return the class of the configuration that models of a class of transformers have; None for another name."""
     import transformers
 
-    kind = getattr(getattr(transformers, name, None), "config_class", None)
+    return getattr(getattr(transformers, name, None), "config_class", None)
+
+
+def is_for(name: str, config: Any) -> bool | None:
+    """Return whether a class of transformers is for models of a configuration; None for a name of no such class."""
+    kind = config_class_of(name)
     if kind is None:
         return None
     # A class for text takes the text part of a multimodal model's configuration.

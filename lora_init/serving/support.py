@@ -15,7 +15,7 @@ from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import PREFIX
 from lora_init.loading.models import kind_of
 from lora_init.planning.lora_config import scaling_of
-from lora_init.serving.base import Base, read_base, with_changed_copies
+from lora_init.serving.base import Base, config_class_of, read_base, with_changed_copies
 from lora_init.serving.engines import ENGINES, PEFT, Engine, check_rank, find_engine, vllm_rank
 from lora_init.serving.experts import is_single
 from lora_init.serving.trained import (
@@ -104,9 +104,7 @@ def _why_no_text(config: Mapping[str, Any]) -> str:
 
 def _may_write_text(name: str) -> bool:
     """Return whether models of a class write text without an encoder; True of one that transformers does not have."""
-    import transformers
-
-    config_class = getattr(getattr(transformers, name, None), "config_class", None)
+    config_class = config_class_of(name)
     if config_class is None:
         return True
     # Other kinds do not depend on it, and not every configuration can be made without arguments.
