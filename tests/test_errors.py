@@ -30,7 +30,7 @@ from tests.loading.made import byte_tokenizer
 
 # Calls of very different depth, with what they warn of.
 CALLS = {
-    "targets": (lambda: lora_init.find_targets(tiny_llama(), exclude_modules=["no_proj"]), "matches nothing"),
+    "targets": (lambda: lora_init.find_targets(tiny_llama(), exclude_modules=["no_proj"]), "matches no layer"),
     "a few examples": (
         lambda: lora_init.initialize(
             tiny_llama(vocab_size=300), [{"text": f"row {'abc' * n}"} for n in range(3)], rank=2,

@@ -315,7 +315,7 @@ class AdapterInit(Shape):
             self._target_modules(modules, model),
             self.use_rslora,
             use_dora=self.use_dora,
-            lora_dropout=float(self.lora_dropout),  # of numpy it would be no JSON once it is trained
+            lora_dropout=self.lora_dropout,
             task_type=self.provenance.task_type,
             base_model_name_or_path=self.provenance.model_id,
             target_parameters=parameters,

@@ -31,6 +31,7 @@ from typing import (
 )
 
 from lora_init.errors import LoraInitError, check_number, did_you_mean, is_number, is_whole
+from lora_init.files import as_plain
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import BATCH_SIZE, FORMATS, MAX_LENGTH, SAMPLES
 from lora_init.planning.policies import RHO
@@ -53,7 +54,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _hints = cache(get_type_hints)  # what kind of value each field of a dataclass takes
 
-# The keys of an annotation, which `cli` reads: `help`; `min`, the smallest number, which `_Checked` holds in Python,
+# The keys of an annotation, which `cli` reads: `help`; `min`, the smallest number, which `Checked` holds in Python,
 # too; `kind`, the type on the command line where it is another one than in Python; `callback`, which reads the text;
 # `first`, for the options that help shows before all others; `default` and `show_default` as typer has them.
 
@@ -117,8 +118,11 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
         raise LoraInitError(f"{{{name}}}, expected {' or '.join(words)}.", **{name: value})
 
 
-class _Checked:
-    """Refuses numbers below the declared minimum, as the command line does, and values of another kind."""
+class Checked:
+    """Refuses numbers below the declared minimum, as the command line does, and values of another kind.
+
+    Each number of numpy becomes a plain one: it is no JSON, and in 16 bits it loses digits.
+    """
 
     def __post_init__(self) -> None:
         part: Any = type(self)
@@ -130,10 +134,12 @@ class _Checked:
             value = getattr(self, option.name)
             if value is not None or option.default not in ("", ()):  # None is nothing, as PEFT has it for a list
                 _check_kind(option.name, value, _hints(part)[option.name])
+            if is_number(value):
+                object.__setattr__(self, option.name, as_plain(value))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(_Checked):
+class Reading(Checked):
     """How data become examples: options of every command that reads data, and arguments of `load_batches`."""
 
     title: ClassVar = "Data"
@@ -153,7 +159,7 @@ class Reading(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(_Checked):
+class Sample(Checked):
     """Which examples are read, and as what: the other arguments of `load_batches`. None is for what fits the model."""
 
     title: ClassVar = "Data"
@@ -170,7 +176,7 @@ class Sample(_Checked):
 
 
 @dataclass(frozen=True)
-class Ranks(_Checked):
+class Ranks(Checked):
     """How much rank there is, and how far it may move between layers."""
 
     title: ClassVar = "Layers and ranks"
@@ -179,7 +185,7 @@ class Ranks(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layers(_Checked):
+class Layers(Checked):
     """Which layers take an adapter: arguments of `find_targets`."""
 
     title: ClassVar = "Layers and ranks"
@@ -193,7 +199,10 @@ class Layers(_Checked):
     exclude_modules: Annotated[
         str | Collection[str] | None,
         dict(
-            kind=str | None, metavar=LIST, callback=read_modules, help="Names, or a regular expression, to leave out."
+            kind=str | None,
+            metavar=LIST,
+            callback=read_modules,
+            help="What to leave out: attention, mlp, cross-attention, names, or a regular expression.",
         ),
     ] = None
     target_parameters: Annotated[
@@ -209,7 +218,7 @@ class Layers(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape(_Checked):
+class Shape(Checked):
     """The form of the adapter: arguments of `build_adapter`, and fields of an `AdapterInit`.
 
     The record of an adapter directory keeps those that a LoraConfig has no field for.
@@ -248,7 +257,7 @@ class Shape(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction(_Checked):
+class Correction(Checked):
     """How a quantized base is corrected: by which float model, and whether the loss must fall."""
 
     title: ClassVar = "The adapter"
@@ -259,7 +268,7 @@ class Correction(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassOptions(_Checked):
+class PassOptions(Checked):
     """How the pass over the data is made: the other arguments of `collect`."""
 
     title: ClassVar = "The pass over the data"

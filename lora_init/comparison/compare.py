@@ -46,6 +46,7 @@ from lora_init.files import as_path, as_plain
 from lora_init.layers.targets import Target, find_targets
 from lora_init.loading.models import find_device
 from lora_init.loading.reader import classes_in_words
+from lora_init.packages import check_takes
 from lora_init.planning.lora_config import alpha_for
 from lora_init.starts.starts import DEFAULT, DEFAULT_FOR_CLASSES, FULL, RANDOM
 
@@ -181,6 +182,7 @@ def compare(
     # First all that can be refused from the arguments alone: to load the model and to run it take time.
     _check_model(model, rank, batch_size)
     check_switches(full=full, dry_run=dry_run)
+    check_takes(say, "say=", "text")
     options = _read_options(loading)
     find_device(options.device)
     batches = _read_batches(statistics_batches)
@@ -201,7 +203,7 @@ def compare(
     sources = Sources(batches[0], variants, own, _absolute(bank))
 
     # Other processes make a workbench of their own by the same call: it can be pickled, and its paths are absolute.
-    make_bench = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, sources=sources)
+    make_bench = partial(set_up, _absolute(str(model)), _absolute(data), directory, options, shape, sources=sources)
     bench = make_bench(training=requested.training())
     say(f"data: {bench.task.data}{_classes_in_words(bench.task.rows_of)}")
 
@@ -373,6 +375,8 @@ def _check_starts(starts: Any) -> list[str | tuple[str, Any]]:
     """
     if starts is None:
         starts = [RANDOM, DEFAULT, DEFAULT_FOR_CLASSES]
+    if not isinstance(starts, (str, Iterable)):
+        raise LoraInitError("{starts}: expected names, or pairs of a name and an adapter.", starts=starts)
     if isinstance(starts, str):
         if "," in starts:  # as on the command line
             raise LoraInitError(f"{{starts}} is one text. Pass a list: starts={starts.split(',')}.", starts=starts)

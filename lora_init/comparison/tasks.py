@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from lora_init.adapters.init_config import Checked
 from lora_init.errors import LoraInitError, check_number, warn
 from lora_init.loading.batches import group_by_length, pad_batch, padding_token
 from lora_init.loading.examples import Wanted
@@ -125,7 +126,7 @@ def item_length(item: Item) -> int:
 
 
 @dataclass(frozen=True)
-class LoadingOptions:
+class LoadingOptions(Checked):
     """How examples are read from a data set, how it is split, and how the model is loaded: options of `compare`."""
 
     template: str | None = None  # text of an example, or the prompt if there is a completion
@@ -137,10 +138,10 @@ class LoadingOptions:
     normalize: bool = False  # divide an option's log-likelihood by its number of tokens
     subset: str | None = None  # configuration of a hub data set
     split: str = "train"  # of a hub data set or a folder
-    train_samples: int = 1024  # training examples at most
+    train_samples: Annotated[int, dict(min=0)] = 1024  # training examples at most
     selection_samples: int | None = None  # examples that learning rates are chosen by: 128, but see `fold_sizes`
     report_samples: int | None = None  # examples that every figure is from: 256, but see `fold_sizes`
-    max_length: int = 256  # tokens of an example at most
+    max_length: Annotated[int, dict(min=2)] = 256  # tokens of an example at most
     data_seed: int = 0  # of the split
     name: str | None = None  # of the task in the report; by default the data's name
     retain_data: str | Path | None = None  # text of another kind: its loss before and after tells what was forgotten
@@ -189,8 +190,6 @@ def load_task(
     and a row whose prompt is in a fold before is left out: the model would have seen the question that it is scored by.
     """
     _check_sizes(selection_samples=loading.selection_samples, report_samples=loading.report_samples)
-    check_number("train_samples", loading.train_samples, whole=True)
-    check_number("max_length", loading.max_length, 2, whole=True)
     data = read_rows(source, loading.subset, loading.split)
     names, name = list(data.table.column_names), data.label
     kind = _kind(loading, names, name)

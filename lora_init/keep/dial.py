@@ -33,6 +33,7 @@ from lora_init.layers.running import (
 )
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import as_batches, count_examples, group_by_length
+from lora_init.packages import check_takes
 from lora_init.progress import Progress, Say
 from lora_init.serving.trained import OTHER_UPDATES
 from lora_init.starts.starts import changes_base
@@ -280,6 +281,7 @@ def _check_scalable(layers: Mapping[str, Any], where: str) -> None:
 def choose_dial(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, seed: int, say: Say) -> Dial:
     """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
     check_number("seed", seed, -(2**63), whole=True)
+    check_takes(say, "say=", "text")
     shifted = shifts_labels(model)
     task = _read(as_batches(batches, model, seed), "batches", shifted)
     n = count_examples(task)
@@ -355,7 +357,7 @@ def _thirds(batches: list[Any], rule: Rule, seed: int, shifted: bool) -> _Thirds
     examples = []
     for batch in batches:
         examples += _examples(batch, shifted)
-    random.Random(seed).shuffle(examples)
+    random.Random(int(seed)).shuffle(examples)
     size = max(len(batch["labels"]) for batch in batches)  # which fits the memory, as the caller's batches did
     fit = list(_batched(examples[0::3], size, seed))
     choose = list(_batched(examples[1::3], size, seed))

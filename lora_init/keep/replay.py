@@ -15,6 +15,7 @@ from lora_init.errors import LoraInitError, check_number, check_switches
 from lora_init.layers.running import disabled, evaluating, restoring
 from lora_init.layers.wrappers import without_adapter
 from lora_init.loading.batches import check_tokenizer, pad_batch, padding_token
+from lora_init.packages import check_takes
 from lora_init.progress import Progress, Say
 
 # What a model writes stands in for real text if it is plain text: a small model ends answers to short questions after a
@@ -100,6 +101,8 @@ def _write(
     check_switches(chat=chat)
     check_number("n", n, 1, whole=True)
     check_number("length", length, 1, whole=True)
+    check_number("seed", seed, -(2**63), whole=True)
+    check_takes(say, "say=", "text")
     check_tokenizer(tokenizer)
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise LoraInitError(f"{type(model).__name__} continues no text. Pass text to keep instead.")
@@ -111,7 +114,7 @@ def _write(
     if hasattr(model, "disable_adapter"):
         base = disabled(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model), base:
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))  # which takes no number of numpy
         progress = Progress(n, say)
         for first in range(0, 4 * n, _BATCH):  # some texts end before they begin
             # 37 has no divisor in common with the number of questions: all are asked before one comes again, and

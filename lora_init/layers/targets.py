@@ -423,12 +423,12 @@ def find_targets(
         target_modules: `"all-linear"`, a regular expression that matches full names, or a collection of names or
             dot-separated name endings; or, what PEFT does not have, `"attention"`, `"mlp"` or `"cross-attention"`, see
             `by_purpose`. An adapter is written with the full names.
-        exclude_modules: Regular expression or collection of names or endings to leave out.
+        exclude_modules: Regular expression or collection of names or endings to leave out, or a purpose as above.
         task_type: PEFT's task type. Those that train a head whole (`"SEQ_CLS"` and the like) leave it out here.
         target_parameters: Names of parameters, or dot-separated endings of names, of fused experts.
 
     Warns:
-        UserWarning: A name in `exclude_modules` matches nothing; or a layer stands in several modules.
+        UserWarning: `exclude_modules`, or a name in it, matches no layer; or a layer stands in several modules.
 
     Raises:
         LoraInitError: A name or expression matches nothing, an expression takes more than a second for a name, or a
@@ -447,11 +447,11 @@ def find_targets(
     named = plain_names(model)
     modules = {name: module for name, module in named.items() if name}  # without the model itself, called ""
     selected = _selected(model, modules, target_modules, optional=bool(target_parameters))
-    selected = _without(selected, HEADS.get(task_type or "", ()), exclude_modules)
-    if exclude_modules and not isinstance(exclude_modules, str):
-        for name in _unmatched(modules, exclude_modules):
-            closest = _closest_names(modules, [name])
-            warn(f"{{exclude_modules}} matches nothing in {type(model).__name__}. {closest}", exclude_modules=name)
+    excluded = _excluded(model, modules, exclude_modules)
+    selected = _without(selected, HEADS.get(task_type or "", ()), excluded)
+    for name in _excluding_nothing(modules, excluded, selected):
+        closest = _closest_names(modules, [name])
+        warn(f"{{exclude_modules}} matches no layer of {type(model).__name__}. {closest}", exclude_modules=name)
     _warn_of_other_places(model, selected)
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
@@ -523,12 +523,10 @@ def _selected(
 ) -> list[str]:
     """Name the modules that `target_modules` selects; it may select none if it is `optional` and an empty list."""
     model_class = type(model).__name__
-    if isinstance(target_modules, str):
-        keyword = target_modules.lower().replace("_", "-")
-        if keyword == ALL_LINEAR:
-            return linear_layers(model, modules)
-        if keyword in PURPOSES:
-            return _of_purpose(keyword, modules, linear_layers(model, modules), model_class)
+    if isinstance(target_modules, str) and _keyword(target_modules) == ALL_LINEAR:
+        return linear_layers(model, modules)
+    if isinstance(target_modules, str) and _keyword(target_modules) in PURPOSES:
+        return _of_purpose(model, modules, "target_modules", target_modules)
     selected = [name for name in modules if matches(target_modules, name, "target_modules")]
     if isinstance(target_modules, str):
         if not selected:
@@ -566,21 +564,52 @@ def _without(names: Iterable[str], heads: Collection[str], exclude_modules: str 
     return left
 
 
-def _of_purpose(purpose: str, modules: Mapping[str, nn.Module], linear: list[str], model_class: str) -> list[str]:
-    layers = by_purpose(modules, linear)
-    if not layers[purpose]:
+def _keyword(text: str) -> str:
+    return text.lower().replace("_", "-")
+
+
+def _excluded(
+    model: nn.Module, modules: Mapping[str, nn.Module], exclude_modules: str | Collection[str] | None
+) -> str | Collection[str]:
+    """Return what `exclude_modules` says, or the names of the layers if it says a purpose."""
+    if isinstance(exclude_modules, str) and _keyword(exclude_modules) in PURPOSES:
+        return _of_purpose(model, modules, "exclude_modules", exclude_modules)
+    return exclude_modules or ()
+
+
+def _excluding_nothing(
+    modules: Mapping[str, nn.Module], excluded: str | Collection[str], selected: Collection[str]
+) -> list[str]:
+    """Find the names, or the expression, that match no layer: they were meant to leave something out.
+
+    A layer is what has no modules inside it. A layer that was not selected in the first place counts: "lm_head" is
+    often excluded beside `"all-linear"`, which leaves it out itself.
+    """
+    owners = {name.rpartition(".")[0] for name in modules}
+    layers = [name for name in modules if name in selected or name not in owners]
+    patterns: list[str | list[str]] = [excluded] if isinstance(excluded, str) else [[name] for name in excluded]
+    nothing = []
+    for pattern in patterns:
+        if pattern and not any(matches(pattern, name, "exclude_modules") for name in layers):
+            nothing += [pattern] if isinstance(pattern, str) else pattern
+    return nothing
+
+
+def _of_purpose(model: nn.Module, modules: Mapping[str, nn.Module], argument: str, purpose: str) -> list[str]:
+    layers = by_purpose(modules, linear_layers(model, modules))
+    names = layers[_keyword(purpose)]
+    if not names:
         shown = []
         for kind, names in layers.items():
             if names:
                 endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
                 shown.append(f"{kind} ({', '.join(endings)}: {len(names)} layers)")
         raise LoraInitError(
-            f"{{target_modules}}: {model_class} has no such layers. It has {' and '.join(shown) or 'neither'}. "
+            f"{{{argument}}}: {type(model).__name__} has no such layers. It has {' and '.join(shown) or 'neither'}. "
             "Name layers instead; {target_parameters} names fused experts.",
-            target_modules=purpose,
-            target_parameters=...,
+            **{argument: purpose, "target_parameters": ...},
         )
-    return layers[purpose]
+    return names
 
 
 def _fused_target(name: str, experts: Experts | None) -> Target | tuple[str, str]:

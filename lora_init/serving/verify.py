@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.adapters.peft_model import adapter_layers, check_plain, with_adapter
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, check_number, is_whole
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.running import disabled, restoring
@@ -119,8 +119,9 @@ def verify(
     adapter = AdapterDirectory(directory)
     adapter.check_fits_plain_base()
     check_prompts(prompts)
-    if not prompts or n < 1:
-        raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which {{n}} are asked.", n=n)
+    check_number("n", n, 1, whole=True)
+    if not prompts:
+        raise LoraInitError("verify needs a prompt, and got none.")
     check_plain(model, "verify()")
     check_takes(served, "served=", "prompt")
     if base is not None:
@@ -441,7 +442,7 @@ class Local:
                     f"served= and {{base}} return {type(answer).__name__}, expected token: log-probability.", base=...
                 )
             for token, value in answer.items():
-                number = token if isinstance(token, int) else self._numbers.get(token)
+                number = int(token) if is_whole(token) else self._numbers.get(token)
                 if number is not None and 0 <= number < self.size:
                     row[number] = value  # a row is a view of `answers`
         return answers

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_init.errors import LoraInitError, check_number, check_switches, explain, warn
 from lora_init.layers.running import evaluating
+from lora_init.packages import check_takes
 from lora_init.serving.server import Server
 from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, check_prompts, diagnose
 
@@ -50,14 +51,18 @@ class ServingWatch:
         name: str | None = None, keep: int = 16,
     ) -> None:  # fmt: skip
         check_prompts(prompts)
-        if not prompts or keep < 1:
-            raise LoraInitError(f"a watch needs a prompt and a step to keep, and got {len(prompts)} and keep={keep}.")
+        check_number("keep", keep, 1, whole=True)
+        if not prompts:
+            raise LoraInitError("a watch needs a prompt, and got none.")
         if isinstance(served, str):
             server = Server(served)
             adapter, base_name = server.find(name or "", name)
             served = partial(server.ask, adapter)
             if base_name:
                 base = partial(server.ask, base_name)
+        check_takes(served, "served=", "prompt")
+        if base is not None:
+            check_takes(base, "base=", "prompt")
         self._tokenizer, self._prompts, self._ask, self._base, self._keep = tokenizer, [*prompts], served, base, keep
         self._kept: dict[int, Tensor] = {}  # of noted steps, [prompts, vocabulary]
         self._plain: tuple[Tensor, Tensor] | None = None  # of the base here and there, which nothing changes
@@ -171,7 +176,7 @@ class ServingCallback(TrainerCallback):
 
     A step is noted when it begins and asked about when it ends: trainers that generate, such as TRL's `GRPOTrainer`,
     send the weights to their engine in between. An engine that fails or does not answer is a fault, too; each kind of
-    fault is warned of once.
+    fault is warned of once, and so is that a check cannot tell, which ends no run.
 
     Args:
         watch: What to ask.
@@ -209,12 +214,15 @@ class ServingCallback(TrainerCallback):
             # The kind is what stands before the first colon.
             kind, fault = text.partition(": ")[0], f"what the engine serves could not be checked: {text}"
         else:
-            if diagnosis.verdict in (AS_TRAINED, CANNOT_TELL):
+            # An adapter that changes nothing yet, as before the first step, is no reason to say anything.
+            if diagnosis.verdict == AS_TRAINED or not diagnosis.effect:
                 return
             kind, fault = diagnosis.verdict, f"the engine does not serve what is trained: {diagnosis.text}"
+            if kind == CANNOT_TELL:
+                fault = f"what the engine serves is not known: {diagnosis.text}"
         if kind not in self._warned:
             warn(f"step {step}: {fault}")
         self._warned.add(kind)
-        if self.stop:
+        if self.stop and kind != CANNOT_TELL:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"

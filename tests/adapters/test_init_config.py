@@ -23,6 +23,7 @@ from lora_init.adapters.init_config import (
     takes,
     unescape,
 )
+from lora_init.comparison.tasks import LoadingOptions
 from lora_init.starts.starts import find_start
 from tests.conftest import refused
 
@@ -106,6 +107,9 @@ def test_lists_and_paths_of_every_kind_are_taken_and_numbers_of_numpy():
     assert Layers(target_parameters=["a"], exclude_modules=None).exclude_modules is None
     assert Layers(task_type=TaskType.CAUSAL_LM).task_type == "CAUSAL_LM" and PassOptions(data=None).data is None
     assert Shape(modules_to_save=None, lora_alpha=np.float32(2)).lora_alpha == 2
+    small = Shape(lora_alpha=np.float16(8)).lora_alpha  # its square times 1e-4 would be 0 in 16 bits
+    assert small == 8 and type(small) is float
+    assert type(LoadingOptions(data_seed=np.int64(3)).data_seed) is int
     assert PassOptions(statistics=Path("a"), loss=len, tolerance=1, seed=np.int64(3)).seed == 3
 
 

@@ -19,6 +19,7 @@ from tests.adapters.made import made_up_statistics
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.comparisons import SMALL, make_home
 from tests.conftest import batches_for, refused, tiny_llama
+from tests.serving.engine import word_tokenizer
 
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
@@ -449,6 +450,19 @@ CALLS = {
     ),
     "the class of an executor": (
         lambda compare: compare(executor=ThreadPoolExecutor), "and got the class ThreadPoolExecutor",
+    ),
+    "no list of starts": (lambda compare: compare(starts=5), "starts=5: expected names, or pairs of a name and an"),
+    "code as a text": (
+        lambda compare: compare(trust_remote_code="no"), "trust_remote_code='no', expected True or False",
+    ),
+    "a column as a number": (lambda compare: compare(label=3), "label=3, expected a text"),
+    "a seed of a split as a text": (lambda compare: compare(data_seed="x"), "data_seed='x', expected a whole number"),
+    "nowhere to say it": (lambda compare: compare(say=None), "say= is None, expected a function of .text."),
+    "a seed to write by": (
+        lambda compare: lora_init.replay(tiny_llama(), word_tokenizer(), seed="1"), "seed='1', expected a whole number",
+    ),
+    "nowhere to say what is written": (
+        lambda compare: lora_init.replay(tiny_llama(), word_tokenizer(), say=5), "say= is 5, expected a function",
     ),
     "a number for starts": (lambda compare: compare(starts=[5]), "starts has 5: expected names, or pairs of a name"),
     "half a step of a run": (lambda compare: compare(steps=1.5), "steps=1.5, expected a whole number of at least 1"),

@@ -166,7 +166,7 @@ def test_choices(home, tokenizer, changes):
     (dict(report_samples=0), "report_samples=0, expected a whole number of at least 1"),
     (dict(report_samples=112),
      "2 examples to train on, 6 to select by and 112 to report; expected 4 or more, 6 and 112. Lower --report-samp"),
-    (dict(report_samples=1.5), "report_samples=1.5, expected a whole number of at least 1"),
+    (dict(report_samples=1.5), "report_samples=1.5, expected a whole number"),
     (dict(selection_samples=0), "selection_samples=0, expected a whole number of at least 1"),
     (dict(train_samples=0, batch_size=1), "0 examples to train on, 6 to select by and 10 to report; expected 1"),
     (dict(train_samples=-2), "train_samples=-2, expected a whole number of at least 0"),

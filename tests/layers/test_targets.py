@@ -91,13 +91,38 @@ def test_widths_and_kinds():
 def test_each_name_in_a_list_has_to_match():
     with pytest.raises(LoraInitError, match=r"^target_modules=\['v_porj'\] matches no layer of .* names: 'v_proj'"):
         find_targets(tiny_llama(), ["q_proj", "v_porj"])
-    with pytest.warns(UserWarning, match=r"^exclude_modules='q_prj' matches nothing in Llama.* names: 'q_proj'"):
+    with pytest.warns(UserWarning, match=r"^exclude_modules='q_prj' matches no layer of Llama.* names: 'q_proj'"):
         found = find_targets(tiny_llama(), ["q_proj", "v_proj"], exclude_modules=["q_prj", "v_proj"])
     assert {name.rpartition(".")[2] for name in found.layers} == {"q_proj"}
     with warnings.catch_warnings():  # negative: a list whose names all match something, and expressions
         warnings.simplefilter("error")
         find_targets(tiny_llama(), ["q_proj", "layers.1.mlp.up_proj"], exclude_modules=["lm_head"])
-        find_targets(tiny_llama(), r".*(q_proj|none)", exclude_modules=r".*\.7\..*")
+        find_targets(tiny_llama(), r".*(q_proj|none)", exclude_modules=r".*\.v_proj")
+
+
+@pytest.mark.parametrize(("exclude", "named"), [
+    ("q_proj", "q_proj"), ("q_proj|v_proj", "q_proj|v_proj"), (r".*\.7\..*", r".*\.7\..*"),
+    ("model.layers.0", "model.layers.0"), (["self_attn"], "self_attn"), (["q_proj", "layers.0"], "layers.0"),
+])  # fmt: skip
+def test_what_excludes_no_layer_is_named(exclude, named):
+    with pytest.warns(UserWarning) as said:
+        found = find_targets(tiny_llama(), exclude_modules=exclude)
+    (text,) = (str(one.message) for one in said)
+    assert text.startswith(f"exclude_modules={named!r} matches no layer of LlamaForCausalLM. "), text
+    assert len(found.layers) == (12 if "q_proj" in exclude and isinstance(exclude, list) else 14)
+
+
+@pytest.mark.parametrize(("exclude", "left"), [
+    ("attention", {"gate_proj", "up_proj", "down_proj"}), ("MLP", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    ("cross-attention", None), ("cross_attention", None),
+])  # fmt: skip
+def test_a_purpose_is_excluded_as_it_is_targeted(exclude, left):
+    if left is None:
+        said = f"^exclude_modules='{exclude}': LlamaForCausalLM has no such layers. It has attention "
+        refused(said, find_targets, tiny_llama(), exclude_modules=exclude)
+        return
+    found = find_targets(tiny_llama(), exclude_modules=exclude)
+    assert {name.rpartition(".")[2] for name in found.layers} == left and len(found.layers) == 2 * len(left)
 
 
 class OfDimensions(nn.Module):

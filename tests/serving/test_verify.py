@@ -315,8 +315,10 @@ def test_a_function_is_asked_in_place_of_a_server(home):
     assert found.verdict == "served as trained" and found.residual < 1e-5 and (found.prompts, found.values) == (4, 256)
     assert dict(model.named_modules()) == before and not hasattr(model, "peft_config")
     assert all(torch.equal(state[key], t) for key, t in model.state_dict().items())
-    for asked, n in (([], 32), (prompts, 0)):
-        said = f"^verify needs a prompt, and got {len(asked)}, of which n={n} are asked"
+    for asked, n, said in (
+        ([], 32, "^verify needs a prompt, and got none"), (prompts, 0, "^n=0, expected a whole number of at least 1"),
+        (prompts, 2.5, "^n=2.5, expected a whole"), (prompts, None, "^n=None, expected a whole"),
+    ):  # fmt: skip
         refused(said, lora_init.verify, home / "ranks", model, engine.tokenizer, asked, told("served"), n=n)
     for wrong, said in (
         ("http://x", "served= is 'http://x', expected a function"),

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -267,7 +268,7 @@ def test_a_server_is_asked_by_its_url(tmp_path):
 
 
 def test_wrong_use_is_one_line():
-    refused("got 0 and keep=16", ServingWatch, word_tokenizer(), [], lambda prompt: {})
+    refused("and got none", ServingWatch, word_tokenizer(), [], lambda prompt: {})
     refused("every=0", ServingCallback, ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}), every=0)
     with warnings.catch_warnings(), pytest.raises(LoraInitError, match="this LlamaForCausalLM has none"):
         ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}).note(tiny_llama(), 0)
@@ -391,22 +392,47 @@ def test_the_steps_that_were_noted_last_are_kept(monkeypatch):
     given.append("w1")  # answers of two steps are compared, which have to be those to the same prompts
     own.note(model, 4)
     assert own._kept == {4: 8}
-    for many, keep in (([], 1), (PROMPTS, 0)):
-        refused(
-            f"^a watch needs a prompt and a step to keep, and got {len(many)} and keep={keep}",
-            ServingWatch, word_tokenizer(), many, lambda prompt: {}, keep=keep,
-        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    (dict(prompts=[]), "^a watch needs a prompt, and got none"), (dict(keep=0), "^keep=0, expected a whole number"),
+    (dict(keep="x"), "^keep='x', expected a whole number"), (dict(served=None), "^served= is None, expected a func"),
+    (dict(served={}), "^served= is {}, expected a function"), (dict(base=0), "^base= is 0, expected a function"),
+    (dict(served=threading.active_count), r"^served= takes \(\), and is called with \(prompt\)"),
+])  # fmt: skip
+def test_a_watch_that_could_not_ask_is_refused(wrong, said):
+    refused(said, ServingWatch, **dict(tokenizer=word_tokenizer(), prompts=PROMPTS, served=lambda prompt: {}) | wrong)
+
+
+def test_an_engine_may_number_tokens_as_numpy_does():
+    model = policy()
+    for layer in adapter_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    engine = InProcess(model, torch.float32)
+
+    def ask(prompt):
+        return {np.int64(token): value for token, value in engine.ask(prompt).items()}
+
+    assert ServingWatch(word_tokenizer(), PROMPTS, ask, engine.base).check(model, 0).verdict == "served as trained"
 
 
 @pytest.mark.parametrize(("verdict", "step", "zero", "saving", "said"), [
     ("stale", 4, True, "steps", True), ("stale", 4, True, "no", True), ("stale", 4, False, "steps", False),
     ("stale", 5, True, "steps", False), ("served as trained", 4, True, "steps", False),
-    ("cannot tell", 4, True, "steps", False), ("ignored", 6, True, "epoch", True),
+    ("cannot tell", 4, True, "steps", True), ("nothing yet", 4, True, "steps", False),
+    ("ignored", 6, True, "epoch", True),
 ])  # fmt: skip
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_run_is_stopped_with_a_checkpoint_where_one_is_wanted(verdict, step, zero, saving, said, stop, monkeypatch):
     watch, control, noted = watching(monkeypatch), TrainerControl(), []
-    watch.check = lambda model, step: Verification(verdict, f"{verdict} at {model} {step}", 1.0, 1.0, 1.0, 1, 1)
+    effect = float(verdict != "nothing yet")  # without one there is nothing to be served
+
+    def check(model, step):
+        return Verification(
+            verdict if effect else "cannot tell", f"{verdict} at {model} {step}", effect, 1.0, 1.0, 1, 1
+        )
+
+    watch.check = check
     watch.note = lambda *arguments: noted.append(arguments)
     callback = ServingCallback(watch, every=2, stop=stop)
     args, state = SimpleNamespace(save_strategy=saving), TrainerState(global_step=step, is_world_process_zero=zero)
@@ -416,7 +442,10 @@ def test_a_run_is_stopped_with_a_checkpoint_where_one_is_wanted(verdict, step, z
         warnings.simplefilter("always")
         for _ in range(2):
             callback.on_step_end(args, state, control, "model")
-    text = f"step {step - 1}: the engine does not serve what is trained: {verdict} at model {step - 1}"
+    fault = "the engine does not serve what is trained"
+    if verdict == "cannot tell":  # which is no fault of the engine
+        fault, stop = "what the engine serves is not known", False
+    text = f"step {step - 1}: {fault}: {verdict} at model {step - 1}"
     assert [str(one.message) for one in warned] == [text] * said
     assert [*callback.found] == [step - 1] * (zero and step % 2 == 0)
     assert control.should_training_stop == (said and stop)
