@@ -282,6 +282,7 @@ def choose_dial(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer
     """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
     check_number("seed", seed, -(2**63), whole=True)
     check_takes(say, "say=", "text")
+    seed = int(seed)  # `random` takes no number of numpy
     shifted = shifts_labels(model)
     task = _read(as_batches(batches, model, seed), "batches", shifted)
     n = count_examples(task)
@@ -357,7 +358,7 @@ def _thirds(batches: list[Any], rule: Rule, seed: int, shifted: bool) -> _Thirds
     examples = []
     for batch in batches:
         examples += _examples(batch, shifted)
-    random.Random(int(seed)).shuffle(examples)
+    random.Random(seed).shuffle(examples)
     size = max(len(batch["labels"]) for batch in batches)  # which fits the memory, as the caller's batches did
     fit = list(_batched(examples[0::3], size, seed))
     choose = list(_batched(examples[1::3], size, seed))

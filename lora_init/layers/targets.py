@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from types import NoneType
 from typing import Any
 
 import regex
@@ -443,6 +444,8 @@ def find_targets(
         raise LoraInitError(f"find_targets() takes a model in this place and got {type(model).__name__}.")
     optional = {"exclude_modules": exclude_modules, "target_parameters": target_parameters}
     _check_names(target_modules=target_modules, **{name: () if one is None else one for name, one in optional.items()})
+    if not isinstance(task_type, (str, NoneType)):
+        raise LoraInitError("{task_type}, expected a text.", task_type=task_type)
     model = unwrapped(model)
     named = plain_names(model)
     modules = {name: module for name, module in named.items() if name}  # without the model itself, called ""

@@ -20,6 +20,7 @@ from lora_init.errors import LoraInitError, check_number, is_whole
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.running import disabled, restoring
+from lora_init.loading.batches import check_tokenizer
 from lora_init.packages import check_takes
 from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.experts import Change, is_concatenated, misreadings
@@ -123,6 +124,7 @@ def verify(
     if not prompts:
         raise LoraInitError("verify needs a prompt, and got none.")
     check_plain(model, "verify()")
+    check_tokenizer(tokenizer)
     check_takes(served, "served=", "prompt")
     if base is not None:
         check_takes(base, "base=", "prompt")

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_init.errors import LoraInitError, check_number, check_switches, explain, warn
 from lora_init.layers.running import evaluating
+from lora_init.loading.batches import check_tokenizer
 from lora_init.packages import check_takes
 from lora_init.serving.server import Server
 from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, check_prompts, diagnose
@@ -50,6 +51,7 @@ class ServingWatch:
         self, tokenizer: Any, prompts: Sequence[Any], served: Ask | str, base: Ask | None = None, *,
         name: str | None = None, keep: int = 16,
     ) -> None:  # fmt: skip
+        check_tokenizer(tokenizer)
         check_prompts(prompts)
         check_number("keep", keep, 1, whole=True)
         if not prompts:

@@ -424,15 +424,21 @@ CALLS = {
         lambda compare: lora_init.replay(tiny_llama(), None), "tokenizer=None: expected the model's",
     ),
     "one prompt to watch": (
-        lambda compare: lora_init.ServingWatch(None, "the cat", ask),
+        lambda compare: lora_init.ServingWatch(word_tokenizer(), "the cat", ask),
         "prompts='the cat': expected a list of texts or chats",
     ),
     "a number to watch": (
-        lambda compare: lora_init.ServingWatch(None, [5], ask), "prompts has 5: expected texts, or chats as lists of",
+        lambda compare: lora_init.ServingWatch(word_tokenizer(), [5], ask), "prompts has 5: expected texts, or chats",
     ),
     "None to watch": (
-        lambda compare: lora_init.ServingWatch(None, ["the cat", None], ask),
+        lambda compare: lora_init.ServingWatch(word_tokenizer(), ["the cat", None], ask),
         "prompts has None: expected texts, or chats",
+    ),
+    "a watch without a tokenizer": (
+        lambda compare: lora_init.ServingWatch(None, ["the cat"], ask), "tokenizer=None: expected the model's",
+    ),
+    "a task of no name": (
+        lambda compare: lora_init.find_targets(tiny_llama(), task_type=["CAUSAL_LM"]), "task_type=.'CAUSAL_LM'., exp",
     ),
     "nothing to watch": (lambda compare: lora_init.ServingCallback(5), "watch=5: a ServingWatch is needed"),
     "the loss of a name": (
