@@ -17,7 +17,7 @@ from torch import nn
 from lora_init.adapters.init_config import InitConfig, Shape
 from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_fresh, name_of_adapter
 from lora_init.errors import LoraInitError, in_one_line
-from lora_init.layers.targets import HEADS, matches
+from lora_init.layers.targets import HEADS, matches, warn_of_exclusions
 from lora_init.planning.lora_config import exact_pattern
 from lora_init.statistics.statistics import Statistics
 
@@ -68,6 +68,7 @@ def read_config(model: nn.Module, config: LoraConfig, init_config: InitConfig) -
         except (ValueError, TypeError, AttributeError, re.error) as error:
             raise LoraInitError(f"config does not fit {type(model).__name__}: {in_one_line(error)}") from error
         read = read_adapter(peft_model, init_config, "config", config)
+    warn_of_exclusions(model, config.exclude_modules or (), (), ())  # PEFT is silent of blocks
     if config.task_type:
         return read
     return read.with_options(task_type=init_config.layers.task_type)  # of the arguments, which the config leaves open

@@ -429,7 +429,8 @@ def find_targets(
         target_parameters: Names of parameters, or dot-separated endings of names, of fused experts.
 
     Warns:
-        UserWarning: `exclude_modules`, or a name in it, matches no layer; or a layer stands in several modules.
+        UserWarning: `exclude_modules`, or a name in it, matches no layer, or a parameter, which stays; a layer is in
+            several modules.
 
     Raises:
         LoraInitError: A name or expression matches nothing, an expression takes more than a second for a name, or a
@@ -452,11 +453,9 @@ def find_targets(
     selected = _selected(model, modules, target_modules, optional=bool(target_parameters))
     excluded = _excluded(model, modules, exclude_modules)
     selected = _without(selected, HEADS.get(task_type or "", ()), excluded)
-    for name in _excluding_nothing(modules, excluded, selected):
-        closest = _closest_names(modules, [name])
-        warn(f"{{exclude_modules}} matches no layer of {type(model).__name__}. {closest}", exclude_modules=name)
     _warn_of_other_places(model, selected)
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
+    warn_of_exclusions(model, excluded, selected, parameters)
     if not selected and not parameters:
         raise LoraInitError(
             f"{{target_modules}} with {{exclude_modules}} leaves no layer of "
@@ -580,22 +579,35 @@ def _excluded(
     return exclude_modules or ()
 
 
-def _excluding_nothing(
-    modules: Mapping[str, nn.Module], excluded: str | Collection[str], selected: Collection[str]
-) -> list[str]:
-    """Find the names, or the expression, that match no layer: they were meant to leave something out.
+def warn_of_exclusions(
+    model: nn.Module, excluded: str | Collection[str], selected: Collection[str], parameters: Collection[str]
+) -> None:
+    """Warn of names, or of an expression, that match no layer, or a parameter: they were meant to leave something out.
 
-    A layer is what has no modules inside it. A layer that was not selected in the first place counts: "lm_head" is
-    often excluded beside `"all-linear"`, which leaves it out itself.
+    A layer is what has a weight and no modules inside it. One that was not selected in the first place counts:
+    "lm_head" is often excluded beside `"all-linear"`, which leaves it out itself.
     """
+    modules = plain_names(model)
     owners = {name.rpartition(".")[0] for name in modules}
-    layers = [name for name in modules if name in selected or name not in owners]
-    patterns: list[str | list[str]] = [excluded] if isinstance(excluded, str) else [[name] for name in excluded]
-    nothing = []
-    for pattern in patterns:
-        if pattern and not any(matches(pattern, name, "exclude_modules") for name in layers):
-            nothing += [pattern] if isinstance(pattern, str) else pattern
-    return nothing
+    layers = [name for name in modules if name in selected or (name not in owners and _has_weight(modules[name]))]
+    experts = {name: name for name in parameters} | {name.rpartition(".")[0]: name for name in parameters}
+
+    def first(pattern: str | list[str], names: Iterable[str]) -> str | None:
+        return next((name for name in names if matches(pattern, name, "exclude_modules")), None)
+
+    for name in [excluded] if isinstance(excluded, str) else excluded:
+        pattern = name if isinstance(excluded, str) else [name]
+        expert = first(pattern, experts)
+        if expert is not None:
+            text = f"{{exclude_modules}} leaves out modules, as in PEFT, and not the parameter {experts[expert]}."
+            warn(f"{text} Name fewer in {{target_parameters}}.", exclude_modules=name, target_parameters=...)
+        elif name and first(pattern, layers) is None:
+            closest = _closest_names(modules, [name])
+            warn(f"{{exclude_modules}} matches no layer of {type(model).__name__}. {closest}", exclude_modules=name)
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return any(p.dim() > 1 for p in module.parameters(recurse=False))
 
 
 def _of_purpose(model: nn.Module, modules: Mapping[str, nn.Module], argument: str, purpose: str) -> list[str]:

@@ -18,7 +18,7 @@ class TRLIntegration(TrainerIntegration):
     """SFTTrainer, DPOTrainer and the like."""
 
     # DPOTrainer before 0.29 has prompts and answers apart.
-    advice = "TRL 0.29 or newer makes whole texts; or initialize the plain model on load_batches(...)."
+    advice = "A DPOTrainer needs TRL 0.29 or newer; for another, initialize the plain model on load_batches(...)."
 
     @property
     def has_plain_loss(self) -> bool:

@@ -210,6 +210,13 @@ def test_mistakes_get_one_clear_line():
     with pytest.raises(LoraInitError, match=r"layer 'model.layers.0.mlp.experts.gate_up_proj' of the statistics"):
         build_adapter(stats, {name: 2 for name in stats if "experts" in name}).apply(tiny_gpt2())
     refused("leaves no layer", find_targets, model, ["q_proj"], exclude_modules=["q_proj"])
+    for exclude in (".*experts.*", ["experts"], BOTH):
+        with pytest.warns(UserWarning) as said:
+            found = find_targets(model, [], exclude_modules=exclude, target_parameters=BOTH)
+        texts = [str(one.message) for one in said]
+        assert len(texts) == (2 if exclude is BOTH else 1), texts
+        assert all("leaves out modules, as in PEFT, and not the parameter model.layers." in text for text in texts)
+        assert len(found.layers) == 4
 
 
 def test_tokens_and_their_experts_are_found_among_whatever_a_module_is_called_with():

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel, PretrainedConfig, PreTrainedModel
 
-from lora_init import LoraInitError, find_targets
+from lora_init import LoraInitError, find_targets, initialize
 from lora_init.layers import targets
 from lora_init.layers.targets import (
     Target,
@@ -24,7 +24,7 @@ from lora_init.layers.targets import (
     read_target,
     trains_new_head,
 )
-from tests.conftest import MODELS, refused, tiny_bert, tiny_llama
+from tests.conftest import MODELS, batches_for, refused, tiny_bert, tiny_llama
 
 ARGUMENTS = [
     dict(target_modules="all-linear"),
@@ -110,6 +110,18 @@ def test_what_excludes_no_layer_is_named(exclude, named):
     (text,) = (str(one.message) for one in said)
     assert text.startswith(f"exclude_modules={named!r} matches no layer of LlamaForCausalLM. "), text
     assert len(found.layers) == (12 if "q_proj" in exclude and isinstance(exclude, list) else 14)
+
+
+def test_blocks_that_a_config_excludes_are_named_too():
+    """PEFT is silent of them."""
+    config = LoraConfig(target_modules="all-linear", exclude_modules=["self_attn", "up_proj"])
+    with pytest.warns(UserWarning) as said:
+        model = initialize(tiny_llama(), batches_for("llama"), config=config, progress=False)
+    ours = [str(one.message) for one in said if "exclude_modules" in str(one.message)]
+    assert len(ours) == 1 and ours[0].startswith("exclude_modules='self_attn' matches no layer of LlamaForCausalLM."), (
+        ours
+    )
+    assert "up_proj" not in str(model.peft_config["default"].target_modules)
 
 
 @pytest.mark.parametrize(("exclude", "left"), [
