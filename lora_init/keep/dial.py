@@ -257,6 +257,8 @@ def dial(
             )
         dialed = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
     else:
+        if keep is not None and tokenizer is not None:
+            raise LoraInitError("{keep} is text already: leave tokenizer= out, or {keep}.", keep=...)
         dialed = choose_dial(model, rule, batches, keep, tokenizer, seed, say)
     # Into B and not into `scaling`, which is not saved: PEFT computes it anew from the configuration.
     for at, b in _outputs(model).items():

@@ -269,6 +269,7 @@ def test_dial_works_in_place_and_what_is_saved_reloads_with_the_same_outputs(tmp
     keep = batches_for("llama", n_batches=4, seed=1)
     refused("batches: 4 examples, and at least 6", dial, model, batches[:1], keep)
     refused("tokenizer=", dial, model, batches)
+    refused("^keep= is text already: leave tokenizer= out, or keep=", dial, model, batches, batches, tokenizer=print)
     refused("100% of its texts are examples of the task", dial, model, batches, [*batches])
     with torch.no_grad():
         full = model.eval()(**batches[0]).logits

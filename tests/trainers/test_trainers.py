@@ -637,8 +637,9 @@ def test_what_cannot_be_is_refused(case, tmp_path, tokenizer):
 @pytest.mark.parametrize(("batch", "message"), [
     ({"texts": ["made while it trains"]}, "SFTTrainer makes its batches of tokens while it trains"),
     ({"prompt_input_ids": torch.ones(2, 3), "chosen_input_ids": torch.ones(2, 3)},
-     "has prompt_input_ids, chosen_input_ids, and LlamaForCausalLM takes none of these. TRL 0.29"),
-    ({"attention_mask": torch.ones(2, 3)}, "has attention_mask, and LlamaForCausalLM needs input_ids. TRL 0.29"),
+     "has prompt_input_ids, chosen_input_ids, and LlamaForCausalLM takes none of these. A DPOTrainer needs TRL 0.29"),
+    ({"attention_mask": torch.ones(2, 3)},
+     "has attention_mask, and LlamaForCausalLM needs input_ids. A DPOTrainer needs TRL 0.29"),
 ])  # fmt: skip
 def test_a_failure_leaves_the_trainer_as_it_was(batch, message, tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
