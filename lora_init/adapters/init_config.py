@@ -31,7 +31,6 @@ from typing import (
 )
 
 from lora_init.errors import LoraInitError, check_number, did_you_mean, is_number, is_whole
-from lora_init.files import as_plain
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import BATCH_SIZE, FORMATS, MAX_LENGTH, SAMPLES
 from lora_init.planning.policies import RHO
@@ -121,7 +120,7 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
 class Checked:
     """Refuses numbers below the declared minimum, as the command line does, and values of another kind.
 
-    Each number of numpy becomes a plain one: it is no JSON, and in 16 bits it loses digits.
+    Each number becomes a plain one: one of numpy, or a fraction, is no JSON, and in 16 bits it loses digits.
     """
 
     def __post_init__(self) -> None:
@@ -135,7 +134,7 @@ class Checked:
             if value is not None or option.default not in ("", ()):  # None is nothing, as PEFT has it for a list
                 _check_kind(option.name, value, _hints(part)[option.name])
             if is_number(value):
-                object.__setattr__(self, option.name, as_plain(value))
+                object.__setattr__(self, option.name, int(value) if is_whole(value) else float(value))
 
 
 @dataclass(frozen=True, kw_only=True)

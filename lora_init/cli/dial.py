@@ -124,7 +124,8 @@ def dial(
             check_enough(kept.n, f"--keep {keep}")
         loaded = loading.load(source)
         with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
-            dialed = choose_dial(model, rule, batches, kept, source.tokenizer, seed, say)
+            writer = source.tokenizer if kept is None else None
+            dialed = choose_dial(model, rule, batches, kept, writer, seed, say)
     path = write_dialed(output, trained, plain, dialed, overwrite, alpha_pattern)
     summary = {"written": str(path)} | dialed.summary()
     # As it was written: how it is exported depends on what it holds, such as an alpha_pattern.

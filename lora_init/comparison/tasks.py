@@ -146,7 +146,7 @@ class LoadingOptions(Checked):
     name: str | None = None  # of the task in the report; by default the data's name
     retain_data: str | Path | None = None  # text of another kind: its loss before and after tells what was forgotten
     retain_template: str | None = None  # how an example of it reads
-    retain_samples: int = 64
+    retain_samples: Annotated[int, dict(min=1)] = 64
     dial: bool = True  # with `retain_data`, evaluate each trained adapter at several strengths
     replay: str | Path | None = None  # text to train on beside the examples, one with each step, weighed 0.25
     dtype: str = "auto"  # of the base: the checkpoint's, or float32 where the processor emulates that, or to classify

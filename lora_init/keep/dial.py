@@ -257,8 +257,6 @@ def dial(
             )
         dialed = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
     else:
-        if keep is not None and tokenizer is not None:
-            raise LoraInitError("{keep} is text already: leave tokenizer= out, or {keep}.", keep=...)
         dialed = choose_dial(model, rule, batches, keep, tokenizer, seed, say)
     # Into B and not into `scaling`, which is not saved: PEFT computes it anew from the configuration.
     for at, b in _outputs(model).items():
@@ -298,6 +296,8 @@ def choose_dial(model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer
         written = replayed(model, tokenizer, n_texts, seed, min(n_texts // 3, KEPT_BATCH), say)
         kept = _read(as_batches(written, model, seed), "keep", shifted)
     else:
+        if tokenizer is not None:
+            raise LoraInitError("{keep} is text already: leave tokenizer= out, or {keep}.", keep=...)
         kept = _read(as_batches(keep, model, seed), "keep", shifted)
         texts = _sequences(kept)
         share = len(texts & _sequences(task)) / len(texts)

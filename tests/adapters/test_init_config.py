@@ -1,6 +1,8 @@
 """The options of an initialization: how their texts are read, what is refused, and which part each one is in."""
 
+import json
 from dataclasses import fields
+from fractions import Fraction
 from inspect import Parameter, signature
 from pathlib import Path
 
@@ -109,6 +111,7 @@ def test_lists_and_paths_of_every_kind_are_taken_and_numbers_of_numpy():
     assert Shape(modules_to_save=None, lora_alpha=np.float32(2)).lora_alpha == 2
     small = Shape(lora_alpha=np.float16(8)).lora_alpha  # its square times 1e-4 would be 0 in 16 bits
     assert small == 8 and type(small) is float
+    assert json.dumps(Shape(lora_dropout=Fraction(1, 8)).lora_dropout) == "0.125"
     assert type(LoadingOptions(data_seed=np.int64(3)).data_seed) is int
     assert PassOptions(statistics=Path("a"), loss=len, tolerance=1, seed=np.int64(3)).seed == 3
 

@@ -308,7 +308,7 @@ def test_a_dial_reads_as_many_examples_as_asked_in_nine_batches_at_least(samples
     task = both | vars(Reading(template="{x}")) | dict(samples=samples, batch_size=batch)
     assert of_task == ("d", task) and of_kept == ("k", both | dict(samples=samples // 2, batch_size=kept_batch))
     assert steps.asked["checked"] == "nf4"
-    assert steps.asked["choose_dial"] == ("model", Rule(), steps.read, steps.read, "words", 3, command_of.say, {})
+    assert steps.asked["choose_dial"] == ("model", Rule(), steps.read, steps.read, None, 3, command_of.say, {})
 
 
 def test_few_examples_are_refused_before_the_weights_are_loaded(steps, tmp_path, monkeypatch):

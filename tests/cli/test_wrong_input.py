@@ -461,6 +461,9 @@ CALLS = {
     "code as a text": (
         lambda compare: compare(trust_remote_code="no"), "trust_remote_code='no', expected True or False",
     ),
+    "no text to keep": (
+        lambda compare: compare(retain_data="a.jsonl", retain_samples=-1), "retain_samples=-1, expected a whole",
+    ),
     "a column as a number": (lambda compare: compare(label=3), "label=3, expected a text"),
     "a seed of a split as a text": (lambda compare: compare(data_seed="x"), "data_seed='x', expected a whole number"),
     "nowhere to say it": (lambda compare: compare(say=None), "say= is None, expected a function of .text."),
