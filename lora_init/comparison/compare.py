@@ -6,7 +6,7 @@ import inspect
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -189,7 +189,8 @@ def compare(
     directory = as_path(output, "output").absolute()
     variants, own = _read_starts(starts, full, bank, goes_on=(directory / SETTINGS_FILE).exists())
     budget = RunBudget(time, precision)
-    sweep = sweep or _sweep_by_default(budget)
+    if sweep is None:
+        sweep = _sweep_by_default(budget)
     seeds = _read_seeds(seeds, budget)
     plan = RunPlan(variants, _read_rates(learning_rates), seeds, sweep, extend)
     points = _read_points(steps, extend, evaluation_points)
@@ -199,6 +200,7 @@ def compare(
     size = _kept_size(directory)
     if lora_alpha is None:
         lora_alpha = alpha_for(SCALING, rank)
+    check_number("lora_alpha", lora_alpha, above=True)
     shape = AdapterShape(as_plain(rank), as_plain(lora_alpha), target_modules)
     sources = Sources(batches[0], variants, own, _absolute(bank))
 
@@ -309,7 +311,10 @@ def _read_seeds(seeds: int | Sequence[int] | None, budget: RunBudget) -> list[in
     """Read which seeds, or how many; by default five, and under a limit as many as it may spend."""
     if seeds is None:
         seeds = STAGES[-1] if budget.limited else 5
-    return list(range(seeds)) if is_whole(seeds) else _listed(seeds)
+    if not is_whole(seeds):
+        return _listed(seeds)
+    check_number("seeds", seeds, 1, whole=True)
+    return list(range(seeds))
 
 
 def _read_rates(learning_rates: Any) -> list[Any]:
@@ -332,7 +337,7 @@ def _find_executor(workers: int | None, given: Any, gpus: float, directory: Path
         check_number("workers", workers, 1, whole=True)
     if workers and given is not None:
         raise LoraInitError("{workers} is for this machine, and a cluster has its own. Leave one out.", workers=workers)
-    if gpus != 1 and not isinstance(given, str):
+    if is_number(gpus) and gpus != 1 and not isinstance(given, str):
         raise LoraInitError("{gpus_per_run} is for the name of a cluster. Leave it out.", gpus_per_run=gpus)
     if not is_number(gpus) or not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
         raise LoraInitError("{gpus_per_run}: expected a share of one GPU, or a whole number.", gpus_per_run=gpus)
@@ -375,7 +380,7 @@ def _check_starts(starts: Any) -> list[str | tuple[str, Any]]:
     """
     if starts is None:
         starts = [RANDOM, DEFAULT, DEFAULT_FOR_CLASSES]
-    if not isinstance(starts, (str, Iterable)):
+    if not isinstance(starts, (str, Sequence, Set)):
         raise LoraInitError("{starts}: expected names, or pairs of a name and an adapter.", starts=starts)
     if isinstance(starts, str):
         if "," in starts:  # as on the command line
@@ -397,6 +402,8 @@ def _with_reference(starts: list[str | tuple[str, Any]], full: bool) -> list[str
 
 
 def _listed(numbers: Any) -> list[Any]:
+    if hasattr(numbers, "tolist"):  # of numpy or torch
+        numbers = numbers.tolist()
     # A text is listed as it is, since it is refused in words later; its letters would be nonsense.
     if isinstance(numbers, str) or not isinstance(numbers, Iterable):
         numbers = [numbers]

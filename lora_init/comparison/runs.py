@@ -91,7 +91,7 @@ class RunPlan:
             )
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or not all(map(is_whole, seeds)):
             raise LoraInitError("{seeds}: expected whole numbers from 0 on, each once.", seeds=list(seeds))
-        if self.sweep not in ("halving", "full"):
+        if not isinstance(self.sweep, str) or self.sweep not in ("halving", "full"):
             raise LoraInitError(
                 f"{{sweep}} is unknown. {did_you_mean(str(self.sweep), ('halving', 'full'))}", sweep=self.sweep
             )

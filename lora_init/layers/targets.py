@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from types import NoneType
@@ -486,7 +486,7 @@ def _warn_of_other_places(model: nn.Module, names: Iterable[str]) -> None:
 def _check_names(**arguments: Any) -> None:
     for argument, given in arguments.items():
         # A string is a collection of strings, too.
-        if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+        if not isinstance(given, (Sequence, Set, Mapping)) or not all(isinstance(name, str) for name in given):
             raise LoraInitError(
                 f"{{{argument}}}: expected a regular expression, or a list of names.", **{argument: given}
             )

@@ -155,7 +155,7 @@ def export_adapter(
     check_reduction(reduce_intruders is not None, rename, start)
     _check_other(start, directory)
     began = AdapterDirectory(directory)
-    source = merge_into or base or began.base
+    source = next(one for one in (merge_into, base, began.base) if one is not None)
     renames: Mapping[str, str] = {}
     if rename:  # names come first: what is read next has the new ones
         renames = compare(directory, source, engine, trust_remote_code).to_rename(str(began.path))

@@ -197,7 +197,7 @@ def compare(
 ) -> FitReport:
     """Compare names and shapes as `check_fit` does, with those of the class that an engine loads if one is named."""
     adapter = AdapterDirectory(directory)
-    source = base or adapter.base
+    source = adapter.base if base is None else base
     if not isinstance(source, str):
         source = str(as_path(source, "base"))
     if form := form_of(adapter.header):

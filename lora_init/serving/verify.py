@@ -88,7 +88,7 @@ def check_prompts(prompts: Any) -> None:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise LoraInitError(f"prompts={prompts!r}: expected a list of texts or chats.")
     for prompt in prompts:
-        if not isinstance(prompt, (str, list)):
+        if not isinstance(prompt, (str, list)) or prompt == []:
             raise LoraInitError(f"prompts has {prompt!r}: expected texts, or chats as lists of messages.")
 
 

@@ -82,7 +82,7 @@ class StartCallback(TrainerCallback):
         dial: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         check_number("samples", samples, 1, whole=True)
-        if learning_rate not in (None, "measured"):
+        if learning_rate is not None and not (isinstance(learning_rate, str) and learning_rate == "measured"):
             raise LoraInitError(f"learning_rate={learning_rate!r}: 'measured' is expected, or none for the tool's own.")
         if not is_number(replay) or not 0 <= replay <= 1:
             raise LoraInitError(

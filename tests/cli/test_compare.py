@@ -233,6 +233,7 @@ def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, 
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("failing", ["random", "eva-rho1"])
+@pytest.mark.slow
 def test_where_a_run_fails_the_command_does(command, monkeypatch, failing):
     fill = Workbench._fill
 

@@ -33,6 +33,7 @@ from tests.conftest import refused, tiny_bert, tiny_llama
 # What it makes
 
 
+@pytest.mark.slow
 def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(command, home, tmp_path):
     file = tmp_path / "stats.safetensors"
     plain = run(*command, "--statistics", file)

@@ -43,6 +43,7 @@ def all_printed(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_keys_stay_as_scripts_know_them(name, all_printed):
     assert all_printed[name] == json.loads(KEPT.read_text(encoding="utf-8"))[name], AGAIN
 

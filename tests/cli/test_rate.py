@@ -70,6 +70,7 @@ def test_steps_and_epochs_of_the_training_follow_from_each_other_and_the_rows(gi
 
 
 @pytest.mark.parametrize("base", ["model", "body"])
+@pytest.mark.slow
 def test_the_rate_of_a_classifier_is_that_of_its_new_head(base, folder, home, tmp_path):
     """Whose base is a language model, or a body alone: the checkpoint has no head."""
     source = home / "model" if base == "model" else folder / "body"

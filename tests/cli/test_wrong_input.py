@@ -457,6 +457,23 @@ CALLS = {
     "the class of an executor": (
         lambda compare: compare(executor=ThreadPoolExecutor), "and got the class ThreadPoolExecutor",
     ),
+    "a tensor for starts": (lambda compare: compare(starts=torch.tensor(3)), "starts=tensor.3.: expected names, or"),
+    "a table for rates": (
+        lambda compare: compare(learning_rates=torch.ones(2, 2)), "learning_rates=.*1.0.*: expected numbers",
+    ),
+    "a table for alpha": (lambda compare: compare(lora_alpha=np.ones(3)), "lora_alpha=array.*, expected a num"),
+    "a list for a sweep": (lambda compare: compare(sweep=["full"]), "sweep=.'full'. is unknown"),
+    "shares of a graphics card": (lambda compare: compare(gpus_per_run=np.ones(2)), "gpus_per_run=array.*: expected"),
+    "more seeds than there are": (lambda compare: compare(seeds=10**20), "seeds=10*, expected a whole number"),
+    "a chat without a turn": (
+        lambda compare: lora_init.ServingWatch(word_tokenizer(), [[]], ask), "prompts has ..: expected texts, or chats",
+    ),
+    "a rate of its own for a callback": (
+        lambda compare: lora_init.StartCallback(learning_rate=np.ones(2)), "learning_rate=array.*: 'measured'",
+    ),
+    "a tensor for layers": (
+        lambda compare: lora_init.find_targets(tiny_llama(), torch.tensor(3)), "target_modules=tensor.3.: expected",
+    ),
     "no list of starts": (lambda compare: compare(starts=5), "starts=5: expected names, or pairs of a name and an"),
     "code as a text": (
         lambda compare: compare(trust_remote_code="no"), "trust_remote_code='no', expected True or False",

@@ -185,6 +185,7 @@ def test_the_verdict_at_equal_total_time():
     (60.0, 0.002, "better", "eva is still better than random"),  # just long enough
     (900.0, 0.05, "worse", "random is better than eva"),  # too short, and lower all the same
 ])  # fmt: skip
+@pytest.mark.slow
 def test_the_verdict_where_more_steps_do_not_decide(took, longer, outcome, said):
     runs = timed(took, longer)
     found = summarise(runs, settings())

@@ -263,6 +263,7 @@ def test_killed_in_the_middle_of_a_run_it_ends_with_the_same_table(home, tmp_pat
     assert resumed.summary.verdicts == uninterrupted.summary.verdicts
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_report_of_what_ended(home, tmp_path, monkeypatch):
     real, calls = workbench.train, []
 
@@ -291,6 +292,7 @@ def broken_start(model, seed):
 
 @pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize("kind", ["a function", "an adapter of another base", "a package"])
+@pytest.mark.slow
 def test_a_start_that_cannot_be_built_is_refused_before_the_first_run(
     kind, dry_run, home, tmp_path, monkeypatch, installed
 ):
@@ -313,6 +315,7 @@ def with_another_base(model, seed):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_start_of_ones_own_that_changes_the_base_is_neither_dialed_nor_kept(home, tmp_path, monkeypatch):
     whole = report.summarise
     monkeypatch.setattr(report, "summarise", lambda *given: dataclasses.replace(whole(*given), start="mine"))

@@ -213,6 +213,7 @@ def test_with_any_runs_missing_effects_are_those_of_least_squares(missing, seed)
 
 @settings(max_examples=6, deadline=None)
 @given(holes, st.integers(0, 100), st.permutations(range(6)), st.sampled_from([0.01, -1.0, 30.0]))
+@pytest.mark.slow
 def test_effects_follow_what_is_done_to_all_losses(missing, seed, order, factor):
     losses = with_holes(missing, seed)
     plain = effects(losses, "random")

@@ -60,6 +60,7 @@ def test_rates_that_are_rounded_as_they_are_planned_are_not_taken_for_added_ones
 
 @pytest.mark.parametrize(("added", "extend"), [([], None), ([1.8e-4], 3)])
 @pytest.mark.parametrize("way", ["equal-parameters", "32-alpha", "32-alpha+equal-parameters"])
+@pytest.mark.slow
 def test_a_way_to_run_a_start_has_the_first_rates_of_what_was_measured(way, added, extend):
     losses = {4.8e-3: 0.3, 1.6e-3: 0.2, 5.3e-4: 0.17, **dict.fromkeys(added, 0.16)}
     runs = [
@@ -94,6 +95,7 @@ def test_where_it_is_not_known_which_rates_were_added_the_command_is_still_named
 ])  # fmt: skip
 @pytest.mark.parametrize("given", [dict(learning_rates=[1e-4, 3e-4, 1e-3]),
                                    dict(learning_rates=None, recommended={"random": 3e-4, "eva": 3e-4})])  # fmt: skip
+@pytest.mark.slow
 def test_rates_beyond_those_that_were_tried_first_count_as_added_on_their_own_side(given, tried, extend):
     best = tried[0] if tried[0] < 1e-4 else tried[-1]
     runs = [

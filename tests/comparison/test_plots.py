@@ -30,6 +30,7 @@ def rates(monkeypatch):
     return figure
 
 
+@pytest.mark.slow
 def test_labels_of_rates_do_not_overprint_and_best_rates_have_one(rates):
     for axes, best in zip(rates.axes, ("1.2e-3", "1.4e-3"), strict=True):
         labels = axes.get_xticklabels()
@@ -139,6 +140,7 @@ def test_a_picture_is_the_same_whatever_style_its_user_has():
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_with_strengths_a_picture_has_the_least_rise_at_each_task_loss(figures):
     drawn = figures(dialed=True)
     drawn["frontiers"].savefig(io.BytesIO(), dpi=20)  # the others are rendered for a report
@@ -209,6 +211,7 @@ def test_a_curve_is_drawn_from_two_points_on(points, is_drawn, draw):
     assert ("learning_curves" in draw([record(evaluation_points=points, report_loss=losses)])) == is_drawn
 
 
+@pytest.mark.slow
 def test_strengths_are_drawn_where_one_start_has_none(draw):
     runs = exact()
     for run in runs:
@@ -235,6 +238,7 @@ def test_runs_without_any_difference_have_a_picture(draw):
 
 
 @pytest.mark.parametrize("place", [1, 4])
+@pytest.mark.slow
 def test_an_interval_far_longer_than_others_leaves_the_picture_but_no_pair_does(place, draw):
     """Whether its start is the first or the last."""
     starts = ["random", "a", "b", "c"]

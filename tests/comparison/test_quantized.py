@@ -42,6 +42,7 @@ def begins(found):
     return {record["start"]: record["report_loss"][0] for record in found.records if "-steps" not in record["start"]}
 
 
+@pytest.mark.slow
 def test_starts_that_correct_the_base_begin_as_the_float_model(home, tmp_path):
     found = compare(home, tmp_path / "out", starts=["random", "qera", "loftq"], full=True, rank=64)
     plain, exact = found.records[0]["plain_loss"], found.records[0]["float_loss"]

@@ -57,6 +57,7 @@ def full(tmp_path_factory):
     return runs, folder, write_report(folder)
 
 
+@pytest.mark.slow
 def test_the_page_has_every_run_and_every_setting_and_needs_nothing_else(full):
     runs, folder, files = full
     text = (folder / "report.html").read_text()

@@ -28,6 +28,7 @@ from tests.comparison.made import again, assert_same, compare, set_up_bench, sna
 from tests.conftest import refused, tiny_llama
 
 
+@pytest.mark.slow
 def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
     seen = []
     real = workbench.collect
@@ -194,6 +195,7 @@ def test_the_loss_of_the_float_model_is_without_the_error_of_any_layer(home, tmp
 
 
 @pytest.mark.parametrize("blank", [True, False])
+@pytest.mark.slow
 def test_the_rate_of_a_frozen_a_is_its_own(home, tmp_path, blank):
     bench = set_up_bench(home, tmp_path, steps=12)  # of fewer, rates that are rounded are the same
     names = [Variant(name) for name in ("random", "random-frozen-a", "natural-gradient-frozen-a", "eva")]
@@ -232,6 +234,7 @@ def test_a_frozen_a_of_as_many_parameters_has_the_rate_of_its_own_rank(home, tmp
     assert more < 0.8 * once
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
@@ -283,6 +286,7 @@ def test_what_is_no_fault_of_a_start_is_raised_and_what_is_makes_a_failed_run(ho
 
 
 @pytest.mark.parametrize("start", ["eva", "eva+2-batches", "eva-grad+3-batches", "eva-uncentred"])
+@pytest.mark.slow
 def test_statistics_are_kept_by_what_they_are_of(start, home, tmp_path, monkeypatch):
     real, seen, shown = workbench.collect, [], []
 
@@ -429,6 +433,7 @@ def test_a_training_is_given_what_its_run_says(home, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["llama", "bert"])
+@pytest.mark.slow
 def test_ranks_are_kept_where_they_differ_from_the_one_that_was_asked_for(model, home, tmp_path, monkeypatch):
     monkeypatch.setattr(workbench, "train", lambda *_, **__: TrainingResult(report_loss=[2.0]))
     more = dict(label="first", completion=None) if model == "bert" else {}

@@ -155,6 +155,7 @@ def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
 @pytest.mark.parametrize(
     "size", [dict(rank=2), dict(parameters=4000), dict(megabytes=0.016), dict(rank=2, keep_ranks=True)]
 )
+@pytest.mark.slow
 def test_each_expert_becomes_the_closest_of_its_rank(size, base, tmp_path):
     trained = train(base, tmp_path / "trained", r=5, target_modules=["q_proj"])
     exported = export_adapter(trained, tmp_path / "served", **size)
@@ -185,6 +186,7 @@ def digests(directory):
 
 @only("mixtral", "gpt_oss")
 @pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.slow
 def test_a_merged_model_does_what_peft_does(name, base, tmp_path, monkeypatch):
     monkeypatch.setattr(base_room, "SHARD_BYTES", 50_000)
     trained, before = train(base, tmp_path / "trained", **ADAPTERS[name]), digests(base)
@@ -253,6 +255,7 @@ def test_a_dialed_adapter_adds_of_each_expert_a_share(base, tmp_path):
 
 @only("mixtral", "gpt_oss")
 @pytest.mark.parametrize("budget", [dict(rank=4, rho=2), dict(parameters=9000), dict(megabytes=0.03)])
+@pytest.mark.slow
 def test_a_plan_of_ranks_counts_every_expert(budget, base, tmp_path):
     torch.manual_seed(0)
     batches = [{"input_ids": torch.randint(3, 64, (8, 12))} for _ in range(6)]
@@ -486,6 +489,7 @@ def test_a_loss_of_experts_in_another_form_is_refused_before_the_base_is_loaded(
 
 
 @pytest.mark.parametrize("queries", [None, 12])
+@pytest.mark.slow
 def test_what_llama_cpp_applies_no_adapter_to_is_refused_for_it(queries, tmp_path):
     """b11549 served an adapter of these as the base, and one of experts and `o_proj` as it was trained."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM

@@ -42,6 +42,7 @@ from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.slow
 def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
     trained = train(base, tmp_path / "trained", **ADAPTERS[name])
     exported = export_adapter(trained, tmp_path / "served")
@@ -83,6 +84,7 @@ def in_cache(base, directory, monkeypatch, *left_out):
 
 @pytest.mark.parametrize("new_rows", [False, True])
 @pytest.mark.parametrize("stored", ["in a directory", "in the hub's cache", "as a pickle", "elsewhere"])
+@pytest.mark.slow
 def test_rows_that_were_set_before_training_are_exported_or_refused(stored, new_rows, base, tmp_path, monkeypatch):
     expected, trained = with_head(base, tmp_path, new_rows)
     plain, source = load(base), str(base)
@@ -124,6 +126,7 @@ def test_a_base_that_is_downloaded_to_be_merged_is_compared_too(base, tmp_path, 
 
 @pytest.mark.parametrize("new_rows", [False, True])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
+@pytest.mark.slow
 def test_what_a_start_took_off_a_head_is_put_back_once(method, new_rows, base, tmp_path):
     expected, trained = with_head(base, tmp_path, new_rows, init_lora_weights=method)
     there = dict(base=str(base), start=tmp_path / "start")
@@ -191,6 +194,7 @@ def test_gpt2_with_transposed_weights(use_dora, tmp_path):
 
 @pytest.mark.parametrize("kind", [dict(), dict(tie_word_embeddings=True)], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", ["rsLoRA with ranks", "DoRA", "whole head", "embedding", "head"])
+@pytest.mark.slow
 def test_a_merged_model_does_what_peft_does(name, kind, tmp_path):
     settings = ADAPTERS.get(name, dict(target_modules=["lm_head", "q_proj"]))
     tiny_llama(**kind).to(torch.bfloat16).save_pretrained(tmp_path / "base")

@@ -386,6 +386,8 @@ def test_no_code_that_comes_with_a_base_is_run(bases, tmp_path):
     (tmp_path / "custom/config.json").write_text(json.dumps(config))
     said = "custom.* needs code that comes with it. Read that code, then pass trust_remote_code=True."
     refused(said, check_fit, directory, str(tmp_path / "custom"))
+    for no_base in (0, [], torch.ones(2)):  # which stood for the adapter's own
+        refused("^base is needed, as a path, and got ", check_fit, directory, no_base)
 
 
 @cache
@@ -552,6 +554,7 @@ LOST = {
 
 @pytest.mark.parametrize("case", LOST)
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_names_of_another_class_than_the_checkpoints_are_repaired(bases, tmp_path, case):
     settings, misname = LOST[case]
     directory = adapter(bases, "llama", tmp_path / "a", **settings)

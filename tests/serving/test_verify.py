@@ -91,6 +91,7 @@ def ask(home, name, engine, *options, data="rows.jsonl"):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
 def test_a_planted_fault_is_named(fault, home, tmp_path):
     name, change, verdict, words = FAULTS[fault]
     done = ask(home, name, served(home, changed(home / name, tmp_path / "served", **change), dtype="bfloat16"))
@@ -249,6 +250,7 @@ def test_several_adapters_are_asked_about_with_one_base(home, tmp_path):
         assert_one_line_error(run("verify", home / "ranks", home / "rslora", "--url", url), "has no model 'ranks'")
 
 
+@pytest.mark.slow
 def test_an_export_that_lost_something_is_served_as_exported(home, tmp_path):
     lossy, exact = tmp_path / "lossy", tmp_path / "exact"
     exported = lora_init.export_adapter(home / "plain", lossy, "vllm", 4)
@@ -279,6 +281,7 @@ def test_an_effect_below_the_engines_noise_is_said_with_what_it_would_have_to_be
 
 
 @pytest.mark.parametrize(("factor", "alpha"), [(0.3, 16), (0.7, 48), (1.3, 16), (3, 48)])  # alpha: an effect of 1 and 3
+@pytest.mark.slow
 def test_any_other_factor_is_found_to_a_per_cent(factor, alpha, home, tmp_path):
     trained = changed(home / "plain", tmp_path / "trained", config={"lora_alpha": alpha})
     with served(home, changed(trained, tmp_path / "served", config={"lora_alpha": alpha * factor})).running() as url:

@@ -138,6 +138,7 @@ def test_a_fault_is_named(fault, states):
         assert f"it is answered as by step {last - plant}, and step {last} was expected" in found.text
 
 
+@pytest.mark.slow
 def test_without_the_engines_noise_missing_layers_are_not_called_stale():
     torch.manual_seed(0)
     model = policy()
