@@ -602,8 +602,10 @@ def warn_of_exclusions(
             text = f"{{exclude_modules}} leaves out modules, as in PEFT, and not the parameter {experts[expert]}."
             warn(f"{text} Name fewer in {{target_parameters}}.", exclude_modules=name, target_parameters=...)
         elif name and first(pattern, layers) is None:
-            closest = _closest_names(modules, [name])
-            warn(f"{{exclude_modules}} matches no layer of {type(model).__name__}. {closest}", exclude_modules=name)
+            hint = _closest_names(modules, [name])
+            if first(pattern, modules) is not None:
+                hint = f"For what is in a block, write an expression: '(.*[.])?{name}[.].*'."
+            warn(f"{{exclude_modules}} matches no layer of {type(model).__name__}. {hint}", exclude_modules=name)
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -619,9 +621,11 @@ def _of_purpose(model: nn.Module, modules: Mapping[str, nn.Module], argument: st
             if names:
                 endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
                 shown.append(f"{kind} ({', '.join(endings)}: {len(names)} layers)")
+        there = f"It has {' and '.join(shown) or 'neither'}. Name layers instead"
+        if argument == "target_modules":
+            there += "; {target_parameters} names fused experts"
         raise LoraInitError(
-            f"{{{argument}}}: {type(model).__name__} has no such layers. It has {' and '.join(shown) or 'neither'}. "
-            "Name layers instead; {target_parameters} names fused experts.",
+            f"{{{argument}}}: {type(model).__name__} has no such layers. {there}.",
             **{argument: purpose, "target_parameters": ...},
         )
     return names

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -109,6 +110,10 @@ def test_what_excludes_no_layer_is_named(exclude, named):
         found = find_targets(tiny_llama(), exclude_modules=exclude)
     (text,) = (str(one.message) for one in said)
     assert text.startswith(f"exclude_modules={named!r} matches no layer of LlamaForCausalLM. "), text
+    if named in ("model.layers.0", "self_attn", "layers.0"):  # the expression that is named leaves out what was meant
+        (expression,) = re.findall(r"expression: '(.*)'\.$", text)
+        left = find_targets(tiny_llama(), exclude_modules=expression).layers
+        assert left and not any(named in name for name in left)
     assert len(found.layers) == (12 if "q_proj" in exclude and isinstance(exclude, list) else 14)
 
 
